@@ -1,0 +1,68 @@
+"""Arithmetic of axis-aligned boxes.
+
+Boxes are `x1, y1, x2, y2` with `x1 <= x2` and `y1 <= y2` in continuous coordinates (no `+ 1`
+anywhere); distances are left, top, right, bottom from a location to the sides of a box. Functions
+are elementwise over leading axes unless they say otherwise.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def area(boxes: Float[Array, "*N 4"]) -> Float[Array, "*N"]:
+    """Width times height."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _intersection(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"]) -> Float[Array, "*N"]:
+    """Area that two boxes share; leading axes broadcast."""
+    low = jnp.maximum(a[..., :2], b[..., :2])
+    high = jnp.minimum(a[..., 2:], b[..., 2:])
+    sides = jnp.maximum(high - low, 0.0)
+    return sides[..., 0] * sides[..., 1]
+
+
+def pairwise_iou(a: Float[Array, "N 4"], b: Float[Array, "M 4"]) -> Float[Array, "N M"]:
+    """Intersection over union of every box of `a` with every box of `b`; 0 for two empty boxes."""
+    shared = _intersection(a[:, None], b[None, :])
+    union = area(a)[:, None] + area(b)[None, :] - shared
+    return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1.0), 0.0)
+
+
+def giou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"], eps: float = 1e-6) -> Float[Array, "*N"]:
+    """Generalised intersection over union of corresponding boxes, in [-1, 1].
+
+    Union and enclosing area are at least `eps`, so that values and gradients are finite for empty
+    boxes (released code; Rezatofighi et al., 2019).
+    """
+    shared = _intersection(a, b)
+    union = jnp.maximum(area(a) + area(b) - shared, eps)
+    low = jnp.minimum(a[..., :2], b[..., :2])
+    high = jnp.maximum(a[..., 2:], b[..., 2:])
+    enclosing = jnp.maximum(area(jnp.concatenate([low, high], axis=-1)), eps)
+    return shared / union - (enclosing - union) / enclosing
+
+
+def boxes_from_distances(
+    locations: Float[Array, "*N 2"], distances: Float[Array, "*N 4"]
+) -> Float[Array, "*N 4"]:
+    """Boxes whose sides lie at `distances` from `locations` (x, y), in the same unit."""
+    return jnp.concatenate(
+        [locations - distances[..., :2], locations + distances[..., 2:]], axis=-1
+    )
+
+
+def distances_to_boxes(
+    locations: Float[Array, "*N 2"], boxes: Float[Array, "*N 4"]
+) -> Float[Array, "*N 4"]:
+    """Inverse of `boxes_from_distances`; negative where a location lies beyond a side.
+
+    Leading axes broadcast.
+    """
+    return jnp.concatenate([locations - boxes[..., :2], boxes[..., 2:] - locations], axis=-1)
+
+
+def clip_boxes(boxes: Float[Array, "*N 4"], size: Int[Array, "2"]) -> Float[Array, "*N 4"]:
+    """Boxes cut to an image of `size` (height, width): x in [0, width], y in [0, height]."""
+    height, width = size[0], size[1]
+    return jnp.clip(boxes, 0.0, jnp.stack([width, height, width, height]).astype(boxes.dtype))

@@ -1,0 +1,75 @@
+"""Context bipartite graph matching (SeqNet): people seen together vouch for each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+
+from alignps_jax.types import GalleryDetections
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextMatching:
+    """How far to look: gallery `images` per query (k1), `people` of the query photo (k2)."""
+
+    images: int
+    people: int
+
+
+# The published settings.
+CUHK_SYSU = ContextMatching(images=10, people=3)
+PRW = ContextMatching(images=30, people=4)
+
+
+def context_people(
+    detections: GalleryDetections,
+    image: int,
+    query_row: int,
+    score_threshold: float,
+    limit: int,
+) -> Int[np.ndarray, "P"]:
+    """Rows of the query and of the most confident other people of its photo, `limit` in all.
+
+    Only detections with a score of at least `score_threshold` count as other people, as in the
+    gallery; the query itself always counts.
+    """
+    photo = np.arange(len(detections.scores))[detections.of(image)]
+    scores = detections.scores[photo]
+    others = photo[np.argsort(-scores, kind="stable")]
+    others = others[(detections.scores[others] >= score_threshold) & (others != query_row)]
+    return np.concatenate([[query_row], others[: limit - 1]]).astype(np.int64)
+
+
+def rescore(
+    similarity: Float[np.ndarray, "R"],
+    rows: Int[np.ndarray, "R"],
+    offsets: Int[np.ndarray, "n+1"],
+    people: Int[np.ndarray, "P"],
+    embeddings: Float[np.ndarray, "M D"],
+    images: int,
+) -> Float[np.ndarray, "R"]:
+    """Similarities of one query's gallery detections after the context had its say.
+
+    The gallery detections are `rows` of `embeddings` (unit length), image after image: image i
+    owns `offsets[i]:offsets[i + 1]` of them. In each of the `images` images with the most similar
+    detections (ties to the earlier image), the people of the query photo (rows `people`, the query
+    first) are matched with the image's detections so that the sum of the cosines is largest. The
+    detection matched with the query takes that sum as its similarity, which may exceed one.
+    An image where the query stays without a match (fewer detections than people) is unchanged.
+    """
+    rescored = similarity.copy()
+    occupied = np.flatnonzero(np.diff(offsets))
+    if occupied.size == 0:
+        return rescored
+    context = embeddings[people].astype(np.float64)
+    best = np.maximum.reduceat(similarity, offsets[occupied])
+    for image in occupied[np.argsort(-best, kind="stable")[:images]]:
+        segment = slice(int(offsets[image]), int(offsets[image + 1]))
+        weights = context @ embeddings[rows[segment]].T.astype(np.float64)
+        person, detection = linear_sum_assignment(weights, maximize=True)
+        matched = detection[person == 0]
+        rescored[segment.start + matched] = weights[person, detection].sum()
+    return rescored

@@ -1,0 +1,306 @@
+"""Deformable 3x3 convolutions (DCNv1 and DCNv2): a pure function and two Flax modules.
+
+Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear interpolation and with
+zeros outside the image; the rest is a convolution (Dai et al., "Deformable Convolutional
+Networks", Eq. 2; the mask is that of Zhu et al., "Deformable ConvNets v2", Eq. 1).
+
+How it is computed. Sampling is linear and acts per location, so it commutes with the projection
+of a tap's C channels to F: whichever order is cheaper is taken, by static shape. The taps are
+visited one after another in a `lax.scan` that adds up the output, and the backward pass visits
+them again instead of keeping what they sampled: memory grows with the maps, not with nine times
+the maps. The map is a table of rows [B*H*W, C], so every read and write of a corner is
+contiguous.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+Initializer = Callable[..., Array]
+
+# (y, x) steps from the pixel at or before a position to the four around it, as [4, B, h, w, 2].
+_STEPS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32).reshape(4, 1, 1, 1, 2)
+
+
+def deform_conv2d(
+    inputs: Float[Array, "B H W C"],
+    offsets: Float[Array, "B h w K 2"],
+    kernel: Float[Array, "kh kw C F"],
+    mask: Float[Array, "B h w K"] | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 1,
+) -> Float[Array, "B h w F"]:
+    """Convolves `inputs` at displaced positions; equals `torchvision.ops.deform_conv2d`.
+
+    Args:
+      inputs: the map, float32 or bfloat16; the products are computed in this type, positions,
+        interpolation weights and sums in float32.
+      offsets: displacement (y, x) of each of the K = kh * kw taps (row-major) at each output
+        location, in pixels of `inputs`. Any value is allowed: a sample contributes what lies
+        inside the image, hence nothing if y <= -1, y >= H, x <= -1 or x >= W.
+      kernel: weights; no bias.
+      mask: factor of each sample, all ones (DCNv1) if None.
+      stride: step between output locations, in pixels of `inputs`.
+      padding: zeros around the map, which fixes h and w as in a plain convolution.
+
+    Returns:
+      The output, in the type of `inputs`. Differentiable once in all four arrays. On a pixel
+      border, where interpolation has a kink, the derivative is the one towards larger
+      coordinates (the position belongs to the cell that begins there), as in torchvision.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+    """
+    batch, height, width, channels = inputs.shape
+    kh, kw, kernel_channels, features = kernel.shape
+    h = (height + 2 * padding - kh) // stride + 1
+    w = (width + 2 * padding - kw) // stride + 1
+    taps = (batch, h, w, kh * kw)
+    if kernel_channels != channels:
+        raise ValueError(f"kernel takes {kernel_channels} channels, inputs have {channels}")
+    if offsets.shape != (*taps, 2):
+        raise ValueError(f"offsets have shape {offsets.shape}, expected {(*taps, 2)}")
+    if mask is not None and mask.shape != taps:
+        raise ValueError(f"mask has shape {mask.shape}, expected {taps}")
+
+    if mask is None:
+        mask = jnp.ones(taps, jnp.float32)
+    ky, kx, y, x = jnp.meshgrid(*map(jnp.arange, (kh, kw, h, w)), indexing="ij")
+    grid = jnp.stack([y * stride - padding + ky, x * stride - padding + kx], axis=-1)
+    grid = grid.reshape(kh * kw, 1, h, w, 2).astype(jnp.float32)
+    positions = jnp.moveaxis(offsets, 3, 0) + grid
+
+    arrays = _align_varying_axes(
+        inputs.reshape(-1, channels),
+        positions,
+        jnp.moveaxis(mask, 3, 0).astype(jnp.float32),
+        kernel.reshape(kh * kw, channels, features),
+    )
+    project_first = _project_first(height * width, h * w, channels, features)
+    out = _deform_conv(*arrays, (height, width), project_first)
+    return out.reshape(batch, h, w, features)
+
+
+def _align_varying_axes(*arrays: Array) -> tuple[Array, ...]:
+    """Under `shard_map`, lets all arrays vary over the mesh axes over which any of them does.
+
+    `lax.scan` and `jax.custom_vjp` want that spelled out, the arithmetic below implies it. Its
+    transpose sums the cotangent of a replicated array (the kernel) over the devices.
+    """
+    zero = sum(jnp.zeros_like(a, dtype=jnp.float32, shape=()) for a in arrays)
+    return tuple(a + zero.astype(a.dtype) for a in arrays)
+
+
+def _project_first(rows: int, locations: int, channels: int, features: int) -> bool:
+    """Whether to project each tap's map before sampling it, instead of the samples.
+
+    Worth it if no more rows are multiplied and no more channels gathered. Equal numbers favour
+    it too: what is sampled is added to the output at once and never stored.
+    """
+    return rows <= locations and features <= channels
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _deform_conv(
+    table: Float[Array, "R C"],
+    positions: Float[Array, "K B h w 2"],
+    mask: Float[Array, "K B h w"],
+    kernel: Float[Array, "K C F"],
+    size: tuple[int, int],
+    project_first: bool,
+) -> Float[Array, "M F"]:
+    """Sum over the taps of mask * sample(map, position) @ kernel; rows are locations [B, h, w]."""
+
+    def add_tap(out, tap):
+        positions, mask, kernel = tap
+        kernel = kernel.astype(table.dtype)
+        rows, weights = _corner_rows(positions, size), _corner_weights(positions, mask, size)
+        if project_first:
+            return out + _sample(table @ kernel, rows, weights), None
+        columns = _sample(table, rows, weights).astype(table.dtype)
+        return out + jnp.matmul(columns, kernel, preferred_element_type=out.dtype), None
+
+    shape = (mask[0].size, kernel.shape[-1])
+    out = jnp.zeros_like(table, dtype=jnp.float32, shape=shape)
+    out, _ = lax.scan(add_tap, out, (positions, mask, kernel))
+    return out.astype(table.dtype)
+
+
+def _deform_conv_bwd(size, project_first, residuals, d_out):
+    """Cotangents of table, positions, mask and kernel from that of the output [M, F]."""
+    table, positions, mask, kernel = residuals
+    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    def add_tap(d_table, tap):
+        positions, mask, kernel = tap
+        kernel = kernel.astype(table.dtype)
+        rows = _corner_rows(positions, size)
+        weights, weights_vjp = jax.vjp(
+            lambda positions, mask: _corner_weights(positions, mask, size), positions, mask
+        )
+        if project_first:
+            projected = table @ kernel
+            d_weights = _corner_products(projected, rows, d_out)
+            d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
+            d_projected = _scatter(d_projected, rows, weights, d_out).astype(table.dtype)
+            d_kernel = matmul(table.T, d_projected)
+            d_table += matmul(d_projected, kernel.T)
+        else:
+            columns = _sample(table, rows, weights).astype(table.dtype)
+            d_kernel = matmul(columns.T, d_out)
+            d_columns = matmul(d_out, kernel.T)
+            d_weights = _corner_products(table, rows, d_columns)
+            d_table = _scatter(d_table, rows, weights, d_columns)
+        return d_table, (*weights_vjp(d_weights), d_kernel)
+
+    d_table, (d_positions, d_mask, d_kernel) = lax.scan(
+        add_tap, jnp.zeros_like(table, dtype=jnp.float32), (positions, mask, kernel)
+    )
+    return d_table.astype(table.dtype), d_positions, d_mask, d_kernel.astype(kernel.dtype)
+
+
+_deform_conv.defvjp(lambda *args: (_deform_conv(*args), args[:4]), _deform_conv_bwd)
+
+
+def _corners(
+    positions: Float[Array, "B h w 2"], size: tuple[int, int]
+) -> tuple[Float[Array, "4 B h w 2"], Float[Array, "B h w 2"]]:
+    """The four pixels around each position, and the position's fractions past the first one."""
+    # Far outside nothing changes any more; clipping keeps the conversion to integers sane.
+    positions = jnp.clip(positions, -2.0, np.array(size, np.float32) + 1)
+    first = jnp.floor(positions)
+    return first + _STEPS, positions - first
+
+
+def _corner_rows(positions: Float[Array, "B h w 2"], size: tuple[int, int]) -> Int[Array, "4 M"]:
+    """Rows of the table [B*H*W, C] that hold the corners; outside, the nearest pixel's."""
+    height, width = size
+    corners, _ = _corners(positions, size)
+    corners = jnp.clip(corners.astype(jnp.int32), 0, np.array(size, np.int32) - 1)
+    image = np.arange(positions.shape[0], dtype=np.int32)[:, None, None]
+    rows = (image * height + corners[..., 0]) * width + corners[..., 1]
+    return rows.reshape(len(_STEPS), -1)
+
+
+def _corner_weights(
+    positions: Float[Array, "B h w 2"], mask: Float[Array, "B h w"], size: tuple[int, int]
+) -> Float[Array, "4 M"]:
+    """Bilinear weights times mask; 0 for corners outside the image, NaN for NaN positions."""
+    corners, fraction = _corners(positions, size)
+    outside = jnp.any((corners < 0) | (corners >= np.array(size)), axis=-1)
+    factors = jnp.where(_STEPS == 1, fraction, 1 - fraction)
+    weights = jnp.where(outside, 0.0, factors[..., 0] * factors[..., 1] * mask)
+    return weights.reshape(len(_STEPS), -1)
+
+
+_IN_BOUNDS = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+
+
+def _sample(
+    table: Float[Array, "R C"], rows: Int[Array, "4 M"], weights: Float[Array, "4 M"]
+) -> Float[Array, "M C"]:
+    """Weighted sum of the four corners, in float32."""
+    return sum(
+        w[:, None] * table.at[r].get(**_IN_BOUNDS) for r, w in zip(rows, weights, strict=True)
+    )
+
+
+def _scatter(
+    table: Float[Array, "R C"],
+    rows: Int[Array, "4 M"],
+    weights: Float[Array, "4 M"],
+    values: Float[Array, "M C"],
+) -> Float[Array, "R C"]:
+    """The transpose of `_sample`, added to `table`."""
+
+    def add_corner(table, corner):
+        rows, weights = corner
+        return table.at[rows].add(weights[:, None] * values, **_IN_BOUNDS), None
+
+    return lax.scan(add_corner, table, (rows, weights))[0]
+
+
+def _corner_products(
+    table: Float[Array, "R C"], rows: Int[Array, "4 M"], values: Float[Array, "M C"]
+) -> Float[Array, "4 M"]:
+    """Inner product of every value with its four corners, in float32.
+
+    One reduction of four operands, so that neither the corners nor the products are stored.
+    """
+    values = values.astype(jnp.float32)
+    products = [values * table.at[r].get(**_IN_BOUNDS) for r in rows]
+    zeros = [np.float32(0)] * len(products)
+    sums = lax.reduce(
+        products, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,)
+    )
+    return jnp.stack(sums)
+
+
+class DeformConv(nn.Module):
+    """DCNv1: 3x3, padding 1; offsets from a plain 3x3 convolution of the same map.
+
+    Parameters: `kernel` [3, 3, C, features], `bias` [features] if `use_bias`, and the `offset`
+    convolution, whose channels are y0, x0, y1, x1, ... of the taps in row-major order, in pixels
+    of the map. Parameters are float32, activations `dtype`. Initially the offsets are zero.
+    """
+
+    features: int
+    stride: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    # Uniform within 1 / sqrt(9 * C).
+    kernel_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    offset_kernel_init: Initializer = nn.initializers.zeros
+    offset_bias_init: Initializer = nn.initializers.zeros
+
+    channels_per_tap: ClassVar[int] = 2
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
+        """Returns the map at ceil(H / stride) x ceil(W / stride) locations."""
+        inputs = inputs.astype(self.dtype)
+        predicted = nn.Conv(
+            9 * self.channels_per_tap,
+            (3, 3),
+            strides=self.stride,
+            padding=1,
+            dtype=self.dtype,
+            kernel_init=self.offset_kernel_init,
+            bias_init=self.offset_bias_init,
+            name="offset",
+        )(inputs)
+        offsets, mask = self.split(predicted.astype(jnp.float32))
+        kernel = self.param("kernel", self.kernel_init, (3, 3, inputs.shape[-1], self.features))
+        out = deform_conv2d(inputs, offsets, kernel, mask, stride=self.stride)
+        if self.use_bias:
+            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return out
+
+    def split(
+        self, predicted: Float[Array, "B h w N"]
+    ) -> tuple[Float[Array, "B h w 9 2"], Float[Array, "B h w 9"] | None]:
+        """Offsets and mask from the channels of the `offset` convolution."""
+        return predicted.reshape(*predicted.shape[:-1], 9, 2), None
+
+
+class ModulatedDeformConv(DeformConv):
+    """DCNv2: like `DeformConv`; nine more `offset` channels, through a sigmoid, are the mask."""
+
+    channels_per_tap: ClassVar[int] = 3
+
+    def split(
+        self, predicted: Float[Array, "B h w 27"]
+    ) -> tuple[Float[Array, "B h w 9 2"], Float[Array, "B h w 9"]]:
+        """Offsets and mask from the channels of the `offset` convolution."""
+        offsets, _ = super().split(predicted[..., :18])
+        return offsets, nn.sigmoid(predicted[..., 18:])

@@ -1,0 +1,261 @@
+"""Gallery detections on disk (one .npz), and the checks that every reader of them relies on."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from alignps_jax.types import GalleryDetections, UserError
+
+# Array name in the file -> (number of dimensions, kinds of dtype, what it holds).
+_FIELDS = {
+    "image_names": (1, "U", "[N] text"),
+    "offsets": (1, "iu", "[N + 1] integers"),
+    "boxes": (2, "fiu", "[M, 4] numbers"),
+    "scores": (1, "fiu", "[M] numbers"),
+    "embeddings": (2, "fiu", "[M, D] numbers"),
+}
+# An embedding this close to length one is taken as it is: float32 rounding, not another scale.
+_UNIT_TOLERANCE = 1e-6
+# What NumPy, zipfile and zlib raise on damaged archives (RuntimeError: as if it were encrypted or
+# of an unknown compression), and ValueError on pickled objects.
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+def save_detections(path: str | os.PathLike[str], detections: GalleryDetections) -> None:
+    """Writes `detections` to `path` in one step: a reader never sees half a file.
+
+    The file holds `image_names` [N] text, `offsets` [N + 1] int64, `boxes` [M, 4] float32 (x1, y1,
+    x2, y2 in the photo's pixels), `scores` [M] float32 and `embeddings` [M, D] float32.
+
+    Raises:
+      UserError: the detections are not valid (`check_detections`), or the folder does not exist.
+    """
+    path = Path(path)
+    check_detections(detections, str(path))
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: folder {path.parent} does not exist; expected an existing folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                image_names=np.array(detections.names, dtype=np.str_),
+                offsets=detections.offsets.astype(np.int64),
+                boxes=detections.boxes.astype(np.float32),
+                scores=detections.scores.astype(np.float32),
+                embeddings=detections.embeddings.astype(np.float32),
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_detections(path: str | os.PathLike[str]) -> GalleryDetections:
+    """Reads what `save_detections` wrote, or an equal file of another program.
+
+    Embeddings may have any scale and are divided by their length; those of length one are
+    returned bit for bit. The rows of an image come back best score first (ties keep the file's
+    order). Arrays besides the five are ignored.
+
+    Raises:
+      UserError: no such file, not an .npz archive or a damaged one, an array that is missing,
+        holds Python objects or has the wrong type or shape, or values that `check_detections`
+        or the normalisation refuses (NaN, inverted boxes, offsets out of order, zero embeddings).
+    """
+    arrays = _read_arrays(Path(path))
+    # Values beyond float32 become infinite here and are refused by name below.
+    with np.errstate(over="ignore"):
+        boxes, scores, embeddings = (
+            arrays[name].astype(np.float32) for name in ("boxes", "scores", "embeddings")
+        )
+    raw = GalleryDetections(
+        names=tuple(arrays["image_names"].tolist()),
+        offsets=arrays["offsets"].astype(np.int64),
+        boxes=boxes,
+        scores=scores,
+        embeddings=embeddings,
+    )
+    _check_layout(raw, str(path))
+    _check_values(raw, str(path))
+    image = np.repeat(np.arange(len(raw.names)), np.diff(raw.offsets))
+    order = np.lexsort((-raw.scores, image))
+    return GalleryDetections(
+        names=raw.names,
+        offsets=raw.offsets,
+        boxes=raw.boxes[order],
+        scores=raw.scores[order],
+        embeddings=_normalised(raw, str(path))[order],
+    )
+
+
+def check_detections(detections: GalleryDetections, where: str) -> None:
+    """Says whether `detections` is what its type promises; `where` opens the message.
+
+    Raises:
+      UserError: naming the first image concerned: shapes that do not fit together, image names
+        that repeat, offsets that do not lead from 0 up to M, boxes or scores or embeddings that
+        are not finite, boxes with x2 < x1 or y2 < y1, embeddings without length one (to 1e-3).
+    """
+    _check_layout(detections, where)
+    _check_values(detections, where)
+    off_unit = np.abs(_lengths(detections.embeddings) - 1) > 1e-3
+    _refuse_rows(detections, off_unit, where, "embeddings", "an embedding of length other than one")
+
+
+def align_detections(
+    detections: GalleryDetections, names: Sequence[str], where: str
+) -> GalleryDetections:
+    """The detections of the images `names`, in that order; other images are left out.
+
+    Raises:
+      UserError: naming the first of `names` that `detections` does not have.
+    """
+    if detections.names == tuple(names):
+        return detections
+    position = {name: index for index, name in enumerate(detections.names)}
+    missing = next((name for name in names if name not in position), None)
+    if missing is not None:
+        raise UserError(
+            f"{where}: image {missing!r} has no entry among the {len(position)} images with "
+            "detections; expected every image of the split"
+        )
+    images = np.array([position[name] for name in names], dtype=np.int64)
+    rows, offsets = rows_of_images(detections.offsets, images)
+    return GalleryDetections(
+        names=tuple(names),
+        offsets=offsets,
+        boxes=detections.boxes[rows],
+        scores=detections.scores[rows],
+        embeddings=detections.embeddings[rows],
+    )
+
+
+def rows_of_images(
+    offsets: Int[np.ndarray, "N+1"], images: Int[np.ndarray, "n"]
+) -> tuple[Int[np.ndarray, "R"], Int[np.ndarray, "n+1"]]:
+    """Rows of `images` end to end, and the offsets of these images in that list."""
+    counts = offsets[images + 1] - offsets[images]
+    new_offsets = np.concatenate([[0], np.cumsum(counts)])
+    rows = np.arange(new_offsets[-1]) + np.repeat(offsets[images] - new_offsets[:-1], counts)
+    return rows, new_offsets
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The five arrays, each of the right type and number of dimensions."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected an .npz file with detections")
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: not a readable .npz archive ({_one_line(error)})") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise UserError(f"{path}: holds one bare array; expected an .npz archive")
+    with archive:
+        return {name: _read_array(archive, name, path) for name in _FIELDS}
+
+
+def _read_array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
+    dimensions, kinds, expected = _FIELDS[name]
+    if name not in archive.files:
+        raise UserError(
+            f"{path}: array {name!r} is missing (found {archive.files!r}); expected {expected}"
+        )
+    try:
+        array = archive[name]
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: array {name!r} cannot be read ({_one_line(error)})") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: {name!r} is not a NumPy array; expected {expected}")
+    if array.dtype.kind not in kinds or array.ndim != dimensions:
+        raise UserError(
+            f"{path}: array {name!r} is {array.dtype} of shape {array.shape}; expected {expected}"
+        )
+    return array
+
+
+def _check_layout(detections: GalleryDetections, where: str) -> None:
+    images, rows = len(detections.names), len(detections.scores)
+    offsets = detections.offsets
+    shapes = {
+        "offsets": (offsets.shape, (images + 1,)),
+        "boxes": (detections.boxes.shape, (rows, 4)),
+        "scores": (detections.scores.shape, (rows,)),
+        "embeddings": (detections.embeddings.shape[:1], (rows,)),
+    }
+    for field, (found, expected) in shapes.items():
+        if found != expected:
+            raise UserError(
+                f"{where}: {field} has shape {found}; expected {expected} "
+                f"for {images} images and {rows} detections"
+            )
+    if detections.embeddings.ndim != 2 or detections.embeddings.shape[1] == 0:
+        raise UserError(
+            f"{where}: embeddings has shape {detections.embeddings.shape}; expected [M, D], D > 0"
+        )
+    if offsets[0] != 0 or offsets[-1] != rows:
+        raise UserError(
+            f"{where}: offsets run from {offsets[0]} to {offsets[-1]}; expected 0 to {rows}"
+        )
+    steps = np.diff(offsets)
+    if (steps < 0).any():
+        image = int(np.argmax(steps < 0))
+        raise UserError(
+            f"{where}: offsets fall from {offsets[image]} to {offsets[image + 1]} at image "
+            f"{detections.names[image]!r}; expected offsets that never decrease"
+        )
+    if len(set(detections.names)) != images:
+        seen: set[str] = set()
+        repeated = next(n for n in detections.names if n in seen or seen.add(n))
+        raise UserError(f"{where}: image name {repeated!r} occurs twice; expected each name once")
+
+
+def _check_values(detections: GalleryDetections, where: str) -> None:
+    boxes = detections.boxes
+    for field, bad in (
+        ("boxes", ~np.isfinite(boxes).all(axis=1)),
+        ("scores", ~np.isfinite(detections.scores)),
+        ("embeddings", ~np.isfinite(detections.embeddings).all(axis=1)),
+    ):
+        _refuse_rows(detections, bad, where, field, "a value that is not finite")
+    inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    _refuse_rows(detections, inverted, where, "boxes", "a box with x2 < x1 or y2 < y1")
+
+
+def _refuse_rows(
+    detections: GalleryDetections,
+    bad: Bool[np.ndarray, "M"],
+    where: str,
+    field: str,
+    what: str,
+) -> None:
+    if not bad.any():
+        return
+    row = int(np.argmax(bad))
+    image = int(np.searchsorted(detections.offsets, row, side="right")) - 1
+    raise UserError(
+        f"{where}: {field} has {what} at row {row} (image {detections.names[image]!r}); "
+        f"{int(bad.sum())} of {bad.size} rows are like that, expected none"
+    )
+
+
+def _lengths(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M"]:
+    return np.sqrt(np.einsum("md,md->m", embeddings, embeddings, dtype=np.float64))
+
+
+def _normalised(detections: GalleryDetections, where: str) -> Float[np.ndarray, "M D"]:
+    embeddings = detections.embeddings
+    lengths = _lengths(embeddings)
+    _refuse_rows(detections, lengths == 0, where, "embeddings", "an embedding of zeros")
+    lengths[np.abs(lengths - 1) <= _UNIT_TOLERANCE] = 1.0
+    return (embeddings / lengths[:, None]).astype(np.float32)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

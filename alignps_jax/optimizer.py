@@ -1,0 +1,85 @@
+"""SGD as the paper trains: warm-up, steps, clipping, decay, and rules for biases (optax)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from flax import traverse_util
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from alignps_jax.types import UserError
+
+Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+def steps_of(field: str, duration: str, steps_per_epoch: int) -> int:
+    """Turns a duration such as "24 epochs" or "300 steps" into steps.
+
+    Raises:
+      UserError: `duration`, the value of `field`, is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*", duration)
+    if not found:
+        raise UserError(
+            f'{field}: found {duration!r}, expected "<number> epochs" or "<number> steps"'
+        )
+    return round(float(found[1]) * (steps_per_epoch if found[2] == "epoch" else 1))
+
+
+def learning_rate_schedule(optimizer: ConfigDict, steps_per_epoch: int) -> Schedule:
+    """The rate at a step: linear warm-up, x0.1 after each of `drops`."""
+    drops = [steps_of("config.optimizer.drops", d, steps_per_epoch) for d in optimizer.drops]
+    rate = optax.piecewise_constant_schedule(optimizer.learning_rate, dict.fromkeys(drops, 0.1))
+    warmup_steps = steps_of("config.optimizer.warmup", optimizer.warmup, steps_per_epoch)
+    warmup = optax.linear_schedule(optimizer.warmup_start, 1.0, warmup_steps)
+    return (lambda step: rate(step) * warmup(step)) if warmup_steps else rate
+
+
+def parameter_labels(params: Any, is_frozen: Callable[[tuple[str, ...]], bool]) -> Any:
+    """`frozen`, `bias` or `weight` for every parameter.
+
+    `bias` are those of plain and DCNv2 main convolutions, not of offset convolutions and of
+    normalisation (released code).
+    """
+    flat = traverse_util.flatten_dict(params)
+
+    def label(path: tuple[str, ...]) -> str:
+        if is_frozen(path):
+            return "frozen"
+        of_conv = path[-1] == "bias" and (*path[:-1], "kernel") in flat
+        return "bias" if of_conv and path[-2] != "offset" else "weight"
+
+    return traverse_util.unflatten_dict({path: label(path) for path in flat})
+
+
+def make_optimizer(
+    optimizer: ConfigDict,
+    schedule: Schedule,
+    is_frozen: Callable[[tuple[str, ...]], bool],
+) -> optax.GradientTransformation:
+    """Clip the global norm, add weight decay, accumulate momentum, scale by the rate.
+
+    The order is that of PyTorch's SGD: decay enters the momentum, the rate multiplies both.
+    Frozen parameters get no update and, having no gradient, no share in the norm.
+    """
+
+    def sgd(rate_factor: float, weight_decay: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay),
+            optax.trace(optimizer.momentum),
+            optax.scale_by_learning_rate(lambda step: rate_factor * schedule(step)),
+        )
+
+    groups = {
+        "weight": sgd(1.0, optimizer.weight_decay),
+        "bias": sgd(optimizer.bias_lr_factor, optimizer.bias_weight_decay),
+        "frozen": optax.set_to_zero(),
+    }
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.partition(groups, lambda params: parameter_labels(params, is_frozen)),
+    )

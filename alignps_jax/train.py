@@ -1,0 +1,214 @@
+"""Training, from the start or from the last whole checkpoint, and the evaluation after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from alignps_jax.checkpoint import Checkpoints, load_config, write_run_info
+from alignps_jax.evaluate import Measured, check_batch_size, make_evaluator, score_of
+from alignps_jax.model import AlignPS, build_model, init_variables
+from alignps_jax.monitor import Interrupt, Monitor
+from alignps_jax.oim import init_memory
+from alignps_jax.optimizer import learning_rate_schedule, make_optimizer, steps_of
+from alignps_jax.report import MetricLog
+from alignps_jax.train_step import TrainStep, parallel_train_step, replicate, split_over_devices
+from alignps_jax.types import TrainState, UserError
+from alignps_jax.visualize import training_curves
+from data_pipeline.datasets import PreparedDataset, prepare
+from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
+
+# Locations of which centre sampling can make positives of one box: 3 x 3 with 1.5 strides.
+POSITIVES_PER_PERSON = 9
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
+    """Trains as `config` says, going on from what `workdir` holds, and evaluates the result.
+
+    Raises:
+      UserError: something is wrong with the configuration, the data or an earlier checkpoint.
+      SystemExit: SIGTERM came and the state was saved (exit code 0).
+    """
+    use_compilation_cache(workdir)
+    check_batch_size(config, "train")
+    check_batch_size(config, "eval")
+    data = prepare(config.data)
+    pipeline = make_pipeline(config, data)
+    plan = make_plan(config, pipeline.steps_per_epoch)
+    model = build_model(config)
+    schedule = learning_rate_schedule(config.optimizer, pipeline.steps_per_epoch)
+    optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
+    step_fn = parallel_train_step(
+        TrainStep(model, optimizer, config.loss, max_positives(config, pipeline))
+    )
+    initial = create_state(config, model, optimizer, lut_size(config, data))
+    evaluator = make_evaluator(config, model, data.test)
+    write_run_info(workdir, config)
+
+    with (
+        Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
+        MetricLog(workdir) as log,
+        Interrupt() as interrupt,
+    ):
+        batches = pipeline.iterator(plan.total)
+        state = restore(initial, batches, checkpoints, log, config, workdir)
+        start = int(state.step)
+        # Donation takes the buffers of `state`; `initial` is needed again for the baseline.
+        state = replicate(jax.tree.map(jnp.copy, state))
+
+        def evaluate(state: TrainState) -> Measured:
+            measured = evaluator.measure(state.params, state.frozen, int(state.step))
+            evaluator.log(measured, log)
+            checkpoints.save(state, batches.get_state(), score=score_of(measured.result))
+            return measured
+
+        with Monitor(
+            pipeline, schedule, log, start=start, total=plan.total, log_every=plan.log_every
+        ) as monitor:
+            for step in range(start + 1, plan.total + 1):
+                batch = monitor.next_batch(batches)
+                state, metrics = step_fn(state, split_over_devices(batch))
+                monitor.record(step, metrics)
+                stop = interrupt.wanted(step)
+                evaluate_now = step % plan.eval_every == 0 and step < plan.total
+                if stop or evaluate_now or step % plan.checkpoint_every == 0 or step == plan.total:
+                    # A state is saved only once its loss is known to be finite.
+                    monitor.flush()
+                    checkpoints.save(state, batches.get_state())
+                if stop:
+                    checkpoints.wait()
+                    monitor.say(f"SIGTERM: step {step} is saved; the same command goes on from it")
+                    raise SystemExit(0)
+                if evaluate_now:
+                    evaluate(state)
+                    monitor.restart_clock()
+        trained = evaluate(state)
+    untrained = None
+    if config.eval.untrained_baseline:
+        untrained = evaluator.measure(initial.params, initial.frozen, 0)
+    evaluator.write(trained, untrained, workdir)
+    if jax.process_index() == 0:
+        curves = workdir / "curves.png"
+        training_curves(workdir / "log.jsonl", curves)
+        print(f"curves      {curves}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The durations of `config.train` in steps."""
+
+    total: int
+    checkpoint_every: int
+    eval_every: int
+    log_every: int
+
+
+def make_plan(config: ConfigDict, steps_per_epoch: int) -> Plan:
+    """Reads the durations; UserError if one is malformed or comes to no step at all."""
+
+    def steps(name: str) -> int:
+        found = steps_of(f"config.train.{name}", config.train[name], steps_per_epoch)
+        if found < 1:
+            raise UserError(f"config.train.{name}: found {config.train[name]!r}, which is no step")
+        return found
+
+    if config.train.log_every_steps < 1:
+        raise UserError(
+            f"config.train.log_every_steps: found {config.train.log_every_steps}, expected >= 1"
+        )
+    return Plan(
+        total=steps("duration"),
+        checkpoint_every=steps("checkpoint_every"),
+        eval_every=steps("eval_every"),
+        log_every=config.train.log_every_steps,
+    )
+
+
+def make_pipeline(config: ConfigDict, data: PreparedDataset) -> TrainPipeline:
+    """The training batches of this process."""
+    return make_train_pipeline(
+        data.train,
+        config.data,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
+    """Whether the parameter at `path` is never updated."""
+    return path[0] == "backbone" and model.backbone.is_frozen(path[1:])
+
+
+def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
+    """Static number of positive locations per device."""
+    per_image = config.train.max_positives or POSITIVES_PER_PERSON * pipeline.people
+    return per_image * config.train.batch_size // jax.device_count()
+
+
+def lut_size(config: ConfigDict, data: PreparedDataset) -> int:
+    """Rows of the lookup table: as configured, or one per identity of the training set."""
+    found = data.train.annotations.num_identities
+    size = found if config.loss.lut_size is None else config.loss.lut_size
+    if size < found:
+        raise UserError(
+            f"config.loss.lut_size: found {size}, expected at least the {found} identities of "
+            f"the training set in {config.data.root}"
+        )
+    return size
+
+
+def create_state(
+    config: ConfigDict,
+    model: AlignPS,
+    optimizer: optax.GradientTransformation,
+    num_identities: int,
+) -> TrainState:
+    """The state before the first step, decided by `config.seed`."""
+    rng = jax.random.key(config.seed)
+    params, frozen = init_variables(model, rng)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen=frozen,
+        opt_state=optimizer.init(params),
+        memory=init_memory(num_identities, config.loss.queue_size, config.model.channels),
+        rng=rng,
+    )
+
+
+def restore(
+    initial: TrainState,
+    batches: grain.DatasetIterator,
+    checkpoints: Checkpoints,
+    log: MetricLog,
+    config: ConfigDict,
+    workdir: Path,
+) -> TrainState:
+    """The state of the newest whole checkpoint, with batches and log brought to the same step."""
+    latest = checkpoints.latest_step()
+    if latest is None:
+        log.truncate_after(-1)
+        return initial
+    before = load_config(workdir, latest).to_dict()
+    for section, fields in config.to_dict().items():
+        if fields != before.get(section):
+            print(f"note: config.{section} is not what {workdir} was started with")
+    state, iterator_state = checkpoints.restore(initial)
+    batches.set_state(iterator_state)
+    log.truncate_after(latest)
+    print(f"going on from step {latest} in {workdir}")
+    return state
+
+
+def use_compilation_cache(workdir: Path) -> None:
+    """Keeps compiled programs in the workdir, so that the next start is quick."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "xla_cache"))

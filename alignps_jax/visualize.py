@@ -1,0 +1,406 @@
+"""Pictures: detections, search results in the manner of the paper's Fig. 7, training curves.
+
+Images are RGB `uint8`, layout HWC; boxes are x1, y1, x2, y2 in pixels of their image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from alignps_jax.report import read_log, write_atomically
+from alignps_jax.types import UserError
+
+Color = tuple[int, int, int]
+Image = UInt8[np.ndarray, "H W 3"]
+
+YELLOW: Color = (255, 221, 0)
+GREEN: Color = (0, 190, 60)
+RED: Color = (235, 35, 35)
+BLUE: Color = (40, 120, 255)
+_WHITE: Color = (255, 255, 255)
+_BLACK: Color = (0, 0, 0)
+
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+# Layout of the search picture, in pixels.
+_SCENE_HEIGHT = 170
+_SCENE_WIDTH = 340  # a wider scene (panorama) is scaled down to this
+_CROP_HEIGHT = 280
+_CELL_WIDTH = 200  # a narrower panel gets a margin, so that its caption can be read
+_GAP = 12
+_CAPTION_SCALE = 0.55
+_LINE_HEIGHT = 22
+_CROP_CONTEXT = 0.1  # share of the box's sides that is shown around it
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A person in a photo: the box is yellow for a query, else it says whether it is right.
+
+    `caption` may have several lines. `match` is None where no ground truth is known.
+    """
+
+    image: Image
+    box: Float[np.ndarray, "4"]
+    caption: str
+    match: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingRow:
+    """A query and what was found for it, most similar first."""
+
+    query: Panel
+    results: tuple[Panel, ...]
+
+
+def result_caption(rank: int, similarity: float, name: str) -> str:
+    """The caption of the result of a rank (from 1): two lines."""
+    return f"#{rank}  similarity {similarity:.2f}\n{name}"
+
+
+def read_image(path: Path) -> Image:
+    """Reads a user's photo as a viewer shows it, with the EXIF orientation applied.
+
+    Raises:
+        UserError: the file cannot be read, is not an image, or ends before the image does.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    # Decoders fill up what is missing of a JPEG with grey; the other formats they refuse.
+    if data.startswith(b"\xff\xd8") and not _jpeg_is_complete(data):
+        raise UserError(f"{path}: the JPEG file is truncated ({len(data)} bytes)")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    except cv2.error as error:
+        raise UserError(f"{path}: cannot be decoded ({error.err})") from error
+    if image is None:
+        raise UserError(f"{path}: found no complete image, expected a JPEG, PNG or similar file")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _jpeg_is_complete(data: bytes) -> bool:
+    """Whether the end marker of a file's (first) JPEG image is there.
+
+    Segments are jumped over by their length, so that the end of a thumbnail within one does not
+    count; within coded data 0xFF is a marker unless 0x00 or a restart number follows. Whatever
+    a camera appends after the end does not matter.
+    """
+    position = 2
+    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 1:
+        marker = data[position + 1]
+        if marker == 0xD9:
+            return True
+        if marker == 0xFF:  # filling before a marker
+            position += 1
+        elif marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # without length
+            position += 2
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return False
+
+
+def write_image(path: Path, image: Image) -> None:
+    """Writes a PNG or JPEG file (by its suffix), as a whole or not at all.
+
+    Raises:
+        UserError: the suffix is not .png, .jpg or .jpeg, the picture is too large for the format,
+            or the file cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"{path}: found the suffix {suffix!r}, expected .png, .jpg or .jpeg")
+    quality = [] if suffix == ".png" else [cv2.IMWRITE_JPEG_QUALITY, 92]
+    encoded, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)
+    if not encoded:
+        height, width = image.shape[:2]
+        raise UserError(f"{path}: {width}x{height} pixels are too many for {suffix}, try .png")
+    write_atomically(path, data.tobytes())
+
+
+def draw_detections(
+    image: Image,
+    boxes: Float[np.ndarray, "K 4"],
+    scores: Float[np.ndarray, "K"],
+    color: Color = GREEN,
+) -> Image:
+    """A copy of the photo with the boxes and their scores; lines and letters grow with it.
+
+    The most confident detection is drawn last, over the others.
+    """
+    canvas = np.ascontiguousarray(image).copy()
+    short_side = min(canvas.shape[:2])
+    width = max(1, round(short_side / 300))
+    scale = float(np.clip(short_side / 1300, 0.4, 2.0))
+    order = np.argsort(scores, kind="stable")
+    for box in boxes[order]:
+        _draw_box(canvas, box, color, width)
+    for box, score in zip(boxes[order], scores[order], strict=True):
+        _draw_label(canvas, box, f"{score:.2f}", color, scale)
+    return canvas
+
+
+def _draw_box(canvas: Image, box: Float[np.ndarray, "4"], color: Color, width: int) -> None:
+    """Draws a frame that stays within the image, so that no side of it vanishes."""
+    height, image_width = canvas.shape[:2]
+    x1, y1, x2, y2 = _clipped(box, image_width, height)
+    # A line of `width` pixels around the edge reaches half of that to either side.
+    inset = width // 2
+    cv2.rectangle(
+        canvas,
+        (max(x1, inset), max(y1, inset)),
+        (min(x2, image_width - 1 - inset), min(y2, height - 1 - inset)),
+        color,
+        width,
+    )
+
+
+def _clipped(box: Float[np.ndarray, "4"], width: int, height: int) -> tuple[int, int, int, int]:
+    """Rounds to pixels of the image; x1 <= x2 and y1 <= y2, both ends belong to the box."""
+    x1, x2 = np.clip(np.round(box[[0, 2]]), 0, width - 1).astype(int)
+    y1, y2 = np.clip(np.round(box[[1, 3]]), 0, height - 1).astype(int)
+    return int(x1), int(y1), int(max(x1, x2)), int(max(y1, y2))
+
+
+def _text_size(text: str, scale: float) -> tuple[int, int, int]:
+    """Width, height above the base line and below it."""
+    (width, height), below = cv2.getTextSize(text, _FONT, scale, _text_thickness(scale))
+    return width, height, below
+
+
+def _text_thickness(scale: float) -> int:
+    return max(1, round(scale * 1.8))
+
+
+def _put_text(canvas: Image, text: str, x: int, baseline: int, color: Color, scale: float) -> None:
+    cv2.putText(
+        canvas, text, (x, baseline), _FONT, scale, color, _text_thickness(scale), cv2.LINE_AA
+    )
+
+
+def _draw_label(
+    canvas: Image, box: Float[np.ndarray, "4"], text: str, color: Color, scale: float
+) -> None:
+    """Writes on a filled background above the box, or within it at the image's upper edge."""
+    height, width = canvas.shape[:2]
+    x1, y1, _, _ = _clipped(box, width, height)
+    text_width, above, below = _text_size(text, scale)
+    pad = max(1, round(4 * scale))
+    label_height = above + below + 2 * pad
+    left = int(np.clip(x1, 0, max(0, width - text_width - 2 * pad)))
+    top = y1 - label_height if y1 >= label_height else y1
+    cv2.rectangle(
+        canvas, (left, top), (left + text_width + 2 * pad, top + label_height), color, cv2.FILLED
+    )
+    _put_text(canvas, text, left + pad, top + pad + above, _readable_on(color), scale)
+
+
+def _readable_on(color: Color) -> Color:
+    red, green, blue = color
+    return _BLACK if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else _WHITE
+
+
+def ranking_picture(rows: Iterable[RankingRow], max_results: int = 5) -> Image:
+    """A grid with a row per query: the query, then its first `max_results` results.
+
+    A panel shows the caption, the person enlarged, and the scene with the person's box. Boxes
+    are yellow for the query, green or red for a right or wrong result, blue where that is not
+    known. Rows may come from a generator: only their reduced panels are kept.
+    """
+    grid = [_row_cells(row, max_results) for row in rows]
+    columns = max((len(cells) for cells in grid), default=0)
+    widths = [
+        max(cells[column].shape[1] for cells in grid if column < len(cells))
+        for column in range(columns)
+    ]
+    total_width = sum(widths) + _GAP * (columns + 1)
+    height = _GAP + sum(cells[0].shape[0] + 2 * _GAP + 1 for cells in grid)
+    picture = np.full((height, max(total_width, _GAP), 3), 255, np.uint8)
+    top = _GAP
+    for cells in grid:
+        left = _GAP
+        for cell, width in zip(cells, widths, strict=False):
+            picture[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
+            left += width + _GAP
+        top += cells[0].shape[0] + _GAP
+        picture[top : top + 1] = 200
+        top += 1 + _GAP
+    return picture[: -1 - _GAP] if grid else picture
+
+
+def _row_cells(row: RankingRow, max_results: int) -> list[Image]:
+    """The row's panels, drawn at their final size; all are equally high."""
+    panels = [row.query, *row.results[:max_results]]
+    caption_lines = max(len(panel.caption.splitlines()) for panel in panels)
+    cells = [_panel_cell(row.query, YELLOW, caption_lines)]
+    for panel in panels[1:]:
+        color = BLUE if panel.match is None else GREEN if panel.match else RED
+        cells.append(_panel_cell(panel, color, caption_lines))
+    if not row.results:
+        empty = np.full((cells[0].shape[0], _CELL_WIDTH, 3), 255, np.uint8)
+        _put_text(empty, "no detection", 0, _LINE_HEIGHT - 8, _BLACK, _CAPTION_SCALE)
+        cells.append(empty)
+    return cells
+
+
+def _panel_cell(panel: Panel, color: Color, caption_lines: int) -> Image:
+    """Caption, enlarged person and scene below each other."""
+    scene = _scene(panel, color)
+    width = max(_CELL_WIDTH, scene.shape[1])
+    crop = _enlarged_person(panel, color, width)
+    caption_height = caption_lines * _LINE_HEIGHT
+    scene_top = caption_height + _CROP_HEIGHT + _GAP // 2
+    cell = np.full((scene_top + _SCENE_HEIGHT, width, 3), 255, np.uint8)
+    for number, line in enumerate(panel.caption.splitlines(), start=1):
+        text = _shortened(line, width)
+        _put_text(cell, text, 0, number * _LINE_HEIGHT - 8, _BLACK, _CAPTION_SCALE)
+    cell[caption_height : caption_height + crop.shape[0], : crop.shape[1]] = crop
+    cell[scene_top : scene_top + scene.shape[0], : scene.shape[1]] = scene
+    return cell
+
+
+def _scene(panel: Panel, color: Color) -> Image:
+    """The photo at the common height with the box; a panorama gets lower instead of wider."""
+    scene, factor = _fitted(panel.image, _SCENE_WIDTH, _SCENE_HEIGHT)
+    _draw_box(scene, np.asarray(panel.box) * factor, color, 2)
+    return scene
+
+
+def _enlarged_person(panel: Panel, color: Color, max_width: int) -> Image:
+    """The box and a little around it, with a frame that says whether it is the right person."""
+    height, width = panel.image.shape[:2]
+    x1, y1, x2, y2 = (float(value) for value in panel.box)
+    context = _CROP_CONTEXT * np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1])
+    left, top, right, bottom = _clipped(np.array([x1, y1, x2, y2]) + context, width, height)
+    crop, _ = _fitted(panel.image[top : bottom + 1, left : right + 1], max_width, _CROP_HEIGHT)
+    cv2.rectangle(crop, (1, 1), (crop.shape[1] - 2, crop.shape[0] - 2), color, 3)
+    if panel.match is not None:
+        # In words as well, for those who cannot tell red from green.
+        word = "right" if panel.match else "wrong"
+        corner = np.array([0.0, crop.shape[0], 0.0, crop.shape[0]])
+        _draw_label(crop, corner, word, color, _CAPTION_SCALE)
+    return crop
+
+
+def _fitted(image: Image, max_width: int, max_height: int) -> tuple[Image, float]:
+    """Scales an image, either way, to the largest size that fits; also returns the factor."""
+    factor = min(max_width / image.shape[1], max_height / image.shape[0])
+    size = [max(1, round(side * factor)) for side in (image.shape[1], image.shape[0])]
+    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    return cv2.resize(np.ascontiguousarray(image), size, interpolation=interpolation), factor
+
+
+def _shortened(text: str, width: int) -> str:
+    """Takes out as much of the middle as is needed for the text to fit."""
+    for kept in range(len(text), 0, -1):
+        head = (kept + 1) // 2
+        candidate = (
+            text if kept == len(text) else f"{text[:head]}...{text[len(text) - kept + head :]}"
+        )
+        if _text_size(candidate, _CAPTION_SCALE)[0] <= width:
+            return candidate
+    return ""
+
+
+def training_curves(log_path: Path, out_path: Path) -> None:
+    """Draws the log of a training run: losses, gradient norm, learning rate, evaluations, speed.
+
+    A step that the log holds twice (training was resumed) counts as its later line says. Noisy
+    curves are drawn faintly, with their running mean over them. In the search panel full lines
+    are mAP and broken lines top-1, one colour per protocol.
+
+    Raises:
+        UserError: the log cannot be read, is not a log, or the picture cannot be written.
+    """
+    curves: dict[str, dict[int, float]] = defaultdict(dict)
+    for line in read_log(log_path):
+        for name, value in line.values.items():
+            curves[name][line.step] = value
+    names = list(curves)
+    losses = [name for name in names if name.split("/")[0] == "loss"]
+    protocols = [name.split("/")[1] for name in names if re.fullmatch("eval/[^/]+/mAP", name)]
+
+    figure = Figure(figsize=(16, 9), dpi=100, layout="constrained")
+    axes = figure.subplots(2, 3).ravel()
+    for number, name in enumerate(losses):
+        label = "total" if name == "loss" else name.removeprefix("loss/")
+        _plot(axes[0], curves[name], label, f"C{number}", smooth=True)
+    _plot(axes[1], curves["grad_norm"], "", smooth=True)
+    _plot(axes[2], curves["learning_rate"], "")
+    for number, protocol in enumerate(protocols):
+        for metric, label, style in (("mAP", "mAP", "-"), ("top1", "top-1", "--")):
+            curve = _percent(curves[f"eval/{protocol}/{metric}"])
+            _plot(axes[3], curve, f"{protocol} {label}", f"C{number}", style)
+    for number, metric in enumerate(("recall", "AP")):
+        _plot(axes[4], _percent(curves[f"eval/detection/{metric}"]), metric, f"C{number}")
+    _plot(axes[5], curves["images_per_second"], "", smooth=True)
+
+    last_step = max((step for curve in curves.values() for step in curve), default=0)
+    titles = ("losses", "gradient norm", "learning rate", "search (%)", "detection (%)")
+    for panel, title in zip(axes, (*titles, "images per second"), strict=True):
+        _finish(panel, title, last_step)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_atomically(out_path, data.getvalue())
+
+
+def _percent(curve: Mapping[int, float]) -> dict[int, float]:
+    return {step: 100 * value for step, value in curve.items()}
+
+
+def _plot(
+    axes: Axes,
+    curve: Mapping[int, float],
+    label: str,
+    color: str = "C0",
+    style: str = "-",
+    smooth: bool = False,
+) -> None:
+    """Adds what is finite of a curve; few points are marked, since one alone has no line."""
+    steps = [step for step in sorted(curve) if np.isfinite(curve[step])]
+    if not steps:
+        return
+    values = np.array([curve[step] for step in steps])
+    window = 1 + len(values) // 50
+    if smooth and window > 1:
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        values = _running_mean(values, window)
+    marker = "o" if len(steps) <= 30 else ""
+    axes.plot(steps, values, style, marker=marker, color=color, label=label)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over up to `window` values; at the ends over those that there are."""
+    ones = np.ones(window)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
+
+
+def _finish(axes: Axes, title: str, last_step: int) -> None:
+    """Title, axes that start at zero and reach as far as the training, legend."""
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "no measurements", ha="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return
+    axes.set_xlim(0, 1.02 * max(last_step, 1))
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    labels = axes.get_legend_handles_labels()[1]
+    if any(labels):
+        axes.legend(ncols=1 + len(labels) // 7)

@@ -1,0 +1,174 @@
+"""The data sets by name, their search protocols, and their preparation.
+
+`data` is `config.data` throughout: `name`, `root`, `prepared_dir` (unset: `<root>/prepared`) and,
+for `synthetic`, its shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from alignps_jax.types import Annotations, SearchProtocol
+from data_pipeline.builder import SPLITS, PersonSearchBuilder, PreparedSplit
+from data_pipeline.coco_person_search import CocoPersonSearch
+from data_pipeline.cuhk_sysu import CuhkSysu, CuhkSysuSource
+from data_pipeline.prw import Prw
+from data_pipeline.source import Counts, Source, unknown_name
+
+__all__ = [
+    "DATASETS",
+    "PreparedDataset",
+    "PreparedSplit",
+    "available_protocols",
+    "load_annotations",
+    "load_protocols",
+    "prepare",
+]
+
+
+class SyntheticSource(CuhkSysuSource):
+    """The generated data set, in CUHK-SYSU's layout."""
+
+    title = "synthetic"
+    published = None
+
+    @property
+    def default_protocols(self) -> tuple[str, ...]:
+        return tuple(name for name in ("TestG50", "TestG100") if name in self.protocols)
+
+
+class Synthetic(CuhkSysu):
+    """Generated photos of coloured figures, made by `data_pipeline.synthetic`."""
+
+    source_class = SyntheticSource
+
+
+DATASETS: dict[str, type[PersonSearchBuilder]] = {
+    "cuhk_sysu": CuhkSysu,
+    "prw": Prw,
+    "coco_person_search": CocoPersonSearch,
+    "synthetic": Synthetic,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedDataset:
+    """The two splits of a prepared data set."""
+
+    train: PreparedSplit
+    test: PreparedSplit
+
+
+def load_annotations(data: ConfigDict, split: str) -> Annotations:
+    """The people of `split` (`train` or `test`) as the published evaluation takes them.
+
+    Reads the annotation files below `data.root`, no image; boxes are not clipped to the photo.
+
+    Raises:
+      UserError: unknown name or split, files missing or not in the expected form.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS)
+    source = _source(data)
+    return source.train if split == "train" else source.test
+
+
+def load_protocols(data: ConfigDict, names: Sequence[str]) -> tuple[SearchProtocol, ...]:
+    """The search protocols `names` over the images of the test split; () takes the default ones.
+
+    Raises:
+      UserError: as `load_annotations`, or an unknown protocol.
+    """
+    source = _source(data)
+    return tuple(source.protocol(name) for name in (names or source.default_protocols))
+
+
+def available_protocols(data: ConfigDict) -> tuple[str, ...]:
+    """Names of the search protocols that the data set has; raises as `load_annotations`."""
+    return _source(data).protocols
+
+
+def prepare(data: ConfigDict) -> PreparedDataset:
+    """Opens the prepared data set; the first time, writes it below `data.prepared_dir`.
+
+    Prints what was found, beside the published figures where there are some; a later call, with
+    the same annotations, prints one line.
+
+    Raises:
+      UserError: as `load_annotations`; also an image that is missing or damaged, and a folder
+        that cannot be written.
+    """
+    builder_class = _builder_class(data)
+    prepared = Path(data.prepared_dir or Path(data.root) / "prepared").expanduser()
+    builder = builder_class(root=data.root, data_dir=prepared)
+    if builder.is_prepared:
+        counts = [f"{len(builder.annotations[split].names):,} {split}" for split in SPLITS]
+        print(f"{builder.source.title}: {' and '.join(counts)} images in {builder.data_path}")
+    else:
+        print(f"{builder.source.title}: preparing {builder.data_path}", flush=True)
+        for folder in builder.leftovers:
+            print(f"  {folder}: left by an interrupted preparation, can be deleted")
+        builder.prepare()
+        print(_summary(builder), flush=True)
+    return PreparedDataset(**{split: builder.open(split) for split in SPLITS})
+
+
+def _builder_class(data: ConfigDict) -> type[PersonSearchBuilder]:
+    if data.name not in DATASETS:
+        raise unknown_name("data.name", data.name, tuple(DATASETS))
+    if data.name == "synthetic":
+        # Imported here, because nothing else needs the module that draws figures.
+        from data_pipeline import synthetic
+
+        root = Path(data.root).expanduser()
+        synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
+    return DATASETS[data.name]
+
+
+def _source(data: ConfigDict) -> Source:
+    return _builder_class(data).source_class(data.root)
+
+
+def _summary(builder: PersonSearchBuilder) -> str:
+    """What was found, beside what is published."""
+    source = builder.source
+    protocol = source.default_protocols[0]
+    found = Counts(
+        train_images=len(source.train.names),
+        train_identities=_num_labelled_identities(source.train),
+        test_images=len(source.test.names),
+        queries=len(source.protocol(protocol).query_image),
+    )
+    labels = {
+        "train_images": "training images",
+        "train_identities": "training identities",
+        "test_images": "test images",
+        "queries": f"queries ({protocol})",
+    }
+    known = source.published
+    lines = [f"  {'':20}{'found':>10}" + ("" if known is None else f"{'published':>12}")]
+    different = []
+    for field, label in labels.items():
+        count = getattr(found, field)
+        line = f"  {label:20}{count:>10,}"
+        if known is not None:
+            line += f"{getattr(known, field):>12,}"
+            different += [label] if count != getattr(known, field) else []
+        lines.append(line)
+    if different:
+        remark = f" ({source.remark})" if source.remark else ""
+        lines.append(f"  warning: differs from what is published: {', '.join(different)}{remark}")
+    lines.append(
+        f"  clipped {builder.clipped:,} boxes to their photo, dropped {builder.dropped:,} outside"
+    )
+    return "\n".join(lines)
+
+
+def _num_labelled_identities(annotations: Annotations) -> int:
+    pairs = zip(annotations.identity, annotations.labelled, strict=True)
+    return len(np.unique(np.concatenate([ids[mask] for ids, mask in pairs])))

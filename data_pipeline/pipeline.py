@@ -1,0 +1,401 @@
+"""From a prepared split to batches: what is in a batch is planned first, then decoded in threads.
+
+A plan is a pure function of (split, configuration, seed, step) and costs a fraction of a
+millisecond, so any batch can be made at any time: a resumed run sees exactly the batches of an
+uninterrupted one, and every process knows the shape of all its peers' batches. Grain runs the
+plans in threads; OpenCV releases the interpreter's lock, so they are as fast as processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import cv2
+import grain
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from alignps_jax.types import Batch, UserError
+from data_pipeline import transforms
+from data_pipeline.transforms import Scale, Size
+
+if TYPE_CHECKING:  # inference on single photos needs none of what reads data sets
+    from data_pipeline.datasets import PreparedSplit
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """What goes into one global batch of B rows, before any image is read.
+
+    `indices` are positions in the split, `sizes` the (height, width) to resize each image to,
+    `flips` which are mirrored, `bucket` the (height, width) that all are padded to. Rows that are
+    not `present` stay empty.
+    """
+
+    indices: Int[np.ndarray, "B"]
+    sizes: Int[np.ndarray, "B 2"]
+    flips: Bool[np.ndarray, "B"]
+    present: Bool[np.ndarray, "B"]
+    bucket: Size
+
+    def shard(self, process_index: int, process_count: int) -> BatchPlan:
+        """The rows of one process: the global batch in equal, consecutive parts."""
+        share = len(self.indices) // process_count
+        rows = slice(process_index * share, (process_index + 1) * share)
+        per_row = ("indices", "sizes", "flips", "present")
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in per_row})
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchReader:
+    """Turns plans into this process's part of their batches.
+
+    `people` is the static number of boxes G per image: enough for the fullest image of the split.
+    """
+
+    split: PreparedSplit = dataclasses.field(repr=False)
+    people: int
+    process_index: int
+    process_count: int
+    workers: int
+    prefetch: int
+
+    def read(self, plan: BatchPlan) -> Batch:
+        """Decodes and assembles the rows of this process.
+
+        Raises:
+          UserError: an image cannot be decoded, or has not the size it was prepared with.
+        """
+        plan = plan.shard(self.process_index, self.process_count)
+        batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
+        for row in np.flatnonzero(plan.present):
+            index = int(plan.indices[row])
+            size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
+            flip = bool(plan.flips[row])
+            batch.index[row] = index
+            transforms.fill_image(batch, row, self._image(index), size, flip)
+            transforms.fill_people(batch, row, self.split.annotations, index, size, flip)
+        return batch
+
+    def iterate(self, plan: Callable[[int], BatchPlan], count: int) -> grain.DatasetIterator:
+        """Reads plans 0 .. count - 1 in order, ahead of the consumer, in `workers` threads."""
+        # Every thread has an image of its own; OpenCV's own threads would only get in the way.
+        cv2.setNumThreads(0)
+        threads = self.workers if self.prefetch else 0
+        options = grain.ReadOptions(
+            num_threads=threads,
+            # One batch in the making per thread, or some would have nothing to do.
+            prefetch_buffer_size=max(self.prefetch, threads) if threads else 0,
+        )
+        steps = grain.MapDataset.range(count).map(lambda step: self.read(plan(step)))
+        return iter(steps.to_iter_dataset(options))
+
+    def _image(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        name = self.split.annotations.names[index]
+        image = transforms.decode_jpeg(self.split.jpegs[index], name)
+        height, width = (int(side) for side in self.split.sizes[index])
+        if image.shape[:2] != (height, width):
+            raise UserError(
+                f"image {name}: decodes to {image.shape[0]}x{image.shape[1]} (height x width), "
+                f"expected {height}x{width} as prepared; prepare the data set again"
+            )
+        return image
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPipeline:
+    """The training batches of one process.
+
+    An epoch shuffles the usable images, keeps landscape and portrait apart, and visits every
+    image at least once: the last batch of each orientation is filled up from the front of that
+    orientation's order. Scale and flip are drawn per row. So `steps_per_epoch` never changes.
+    """
+
+    reader: BatchReader
+    # Usable images by orientation (landscape, portrait), an empty one left out.
+    groups: tuple[Int[np.ndarray, "n"], ...]
+    # Resized (height, width) of every image of the split at each of the S training scales.
+    sizes: Int[np.ndarray, "N S 2"] = dataclasses.field(repr=False)
+    buckets: tuple[Size, ...]
+    flip_probability: float
+    seed: int
+    batch_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in which every usable image comes at least once."""
+        return sum(_ceil_div(len(group), self.batch_size) for group in self.groups)
+
+    @property
+    def people(self) -> int:
+        """G, the static number of boxes per image."""
+        return self.reader.people
+
+    def plan(self, step: int) -> BatchPlan:
+        """What global batch `step` holds, the same in every process."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        rng = np.random.default_rng((self.seed, epoch))
+        rows = self.batch_size
+        # np.resize repeats from the front.
+        batches = [
+            np.resize(rng.permutation(group), (_ceil_div(len(group), rows), rows))
+            for group in self.groups
+        ]
+        epoch_indices = rng.permutation(np.concatenate(batches))
+        epoch_scales = rng.integers(self.sizes.shape[1], size=epoch_indices.shape)
+        epoch_flips = rng.random(epoch_indices.shape) < self.flip_probability
+
+        indices = epoch_indices[position]
+        sizes = self.sizes[indices, epoch_scales[position]]
+        height, width = sizes.max(axis=0)
+        return BatchPlan(
+            indices=indices,
+            sizes=sizes,
+            flips=epoch_flips[position],
+            present=np.ones(len(indices), bool),
+            bucket=transforms.smallest_bucket((int(height), int(width)), self.buckets),
+        )
+
+    def batch(self, step: int) -> Batch:
+        """This process's rows of batch `step`."""
+        return self.reader.read(self.plan(step))
+
+    def iterator(self, total_steps: int) -> grain.DatasetIterator:
+        """Batches 0 .. `total_steps` - 1 in order, prefetched.
+
+        Its `get_state()` is a small JSON-able dict; `set_state(state)` makes the next batch the
+        one that followed when the state was taken.
+        """
+        return self.reader.iterate(self.plan, total_steps)
+
+    def names(self, index: Int[np.ndarray, "B"]) -> tuple[str, ...]:
+        """The images' names, given `Batch.index`."""
+        names = self.reader.split.annotations.names
+        return tuple(names[int(i)] for i in np.asarray(index).ravel())
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+    """Every image of a split once, at the test scale: landscape first, each in split order.
+
+    Every process gets the same number of batches. The last one of each orientation is filled up
+    with rows that are not `present`.
+    """
+
+    reader: BatchReader
+    plans: tuple[BatchPlan, ...]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.reader.iterate(self.plans.__getitem__, len(self.plans))
+
+
+def make_train_pipeline(
+    split: PreparedSplit,
+    data: ConfigDict,
+    *,
+    seed: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainPipeline:
+    """Plans the training batches of a split.
+
+    Images without a trainable box (`transforms.trainable_boxes`) or with a side below
+    `data.min_side` are left out, which one line on stdout says.
+
+    Args:
+      split: the images and their people.
+      data: the `data` section of the configuration.
+      seed: decides on order, scales and flips; not negative.
+      batch_size: images per step over all processes.
+      process_index: which of the `process_count` equal parts of each batch to read.
+      process_count: number of processes.
+
+    Raises:
+      UserError: no image can be trained on, or a setting is out of range.
+    """
+    _check_settings(data)
+    _check_batch_size("train.batch_size", batch_size, process_count)
+    if seed < 0:
+        raise UserError(f"seed: found {seed}, expected a number that is not negative")
+    split = _with_trainable_boxes(split)
+    usable = _usable_images(split, data.min_side)
+    return TrainPipeline(
+        reader=_reader(split, data, process_index, process_count),
+        groups=tuple(group for group in _orientations(split, usable) if len(group)),
+        sizes=_rescaled_sizes(split, data.train_scales),
+        buckets=transforms.buckets(data.train_scales),
+        flip_probability=data.flip_probability,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+
+def make_eval_batches(
+    split: PreparedSplit,
+    data: ConfigDict,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvalBatches:
+    """Plans one pass over a split; see `make_train_pipeline` for arguments and errors."""
+    _check_settings(data)
+    _check_batch_size("eval.batch_size", batch_size, process_count)
+    sizes = _rescaled_sizes(split, [data.test_scale])[:, 0]
+    plans = []
+    for group in _orientations(split, np.arange(len(sizes))):
+        for start in range(0, len(group), batch_size):
+            indices = group[start : start + batch_size]
+            missing = batch_size - len(indices)
+            plans.append(
+                BatchPlan(
+                    indices=np.pad(indices, (0, missing)),
+                    sizes=np.pad(sizes[indices], ((0, missing), (0, 0))),
+                    flips=np.zeros(batch_size, bool),
+                    present=np.arange(batch_size) < len(indices),
+                    bucket=_test_bucket(tuple(split.sizes[indices[0]]), data.test_scale),
+                )
+            )
+    return EvalBatches(_reader(split, data, process_index, process_count), tuple(plans))
+
+
+def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> Batch:
+    """One photo as the evaluation would see it: a batch of one row, without people.
+
+    Args:
+      image: RGB.
+      data: the `data` section of the configuration.
+
+    Raises:
+      UserError: the image is no RGB uint8 array with pixels.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(
+            f"image: found an array of {image.dtype} {image.shape}, "
+            "expected RGB uint8 of shape (height, width, 3)"
+        )
+    size = image.shape[:2]
+    batch = transforms.empty_batch(1, _test_bucket(size, data.test_scale), _round_people(0))
+    new_size = transforms.rescaled_size(size, data.test_scale)
+    transforms.fill_image(batch, 0, np.ascontiguousarray(image), new_size, flip=False)
+    return batch
+
+
+def _reader(
+    split: PreparedSplit, data: ConfigDict, process_index: int, process_count: int
+) -> BatchReader:
+    fullest = max((len(boxes) for boxes in split.annotations.boxes), default=0)
+    return BatchReader(
+        split=split,
+        people=_round_people(fullest),
+        process_index=process_index,
+        process_count=process_count,
+        workers=data.workers,
+        prefetch=data.prefetch,
+    )
+
+
+def _with_trainable_boxes(split: PreparedSplit) -> PreparedSplit:
+    """The split without the boxes that cannot be trained on."""
+    people = split.annotations
+    keep = [
+        transforms.trainable_boxes(boxes, (int(height), int(width)))
+        for boxes, (height, width) in zip(people.boxes, split.sizes, strict=True)
+    ]
+
+    def kept(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        return tuple(array[mask] for array, mask in zip(arrays, keep, strict=True))
+
+    annotations = dataclasses.replace(
+        people,
+        boxes=kept(people.boxes),
+        identity=kept(people.identity),
+        labelled=kept(people.labelled),
+    )
+    return dataclasses.replace(split, annotations=annotations)
+
+
+def _usable_images(split: PreparedSplit, min_side: int) -> Int[np.ndarray, "n"]:
+    """Images with people and with no side below `min_side`; says how many are not."""
+    total = len(split.annotations.names)
+    empty = np.array([len(boxes) == 0 for boxes in split.annotations.boxes], bool)
+    small = (split.sizes < min_side).any(axis=1)
+    usable = np.flatnonzero(~empty & ~small)
+    found = (
+        f"{total - len(usable)} of {total} images left out of training "
+        f"({int(empty.sum())} without a usable box, {int((small & ~empty).sum())} with a side "
+        f"below {min_side} pixels)"
+    )
+    if not len(usable):
+        raise UserError(f"training set: {found}; expected at least one to train on")
+    if len(usable) < total:
+        tqdm.write(found)
+    return usable
+
+
+def _orientations(
+    split: PreparedSplit, indices: Int[np.ndarray, "n"]
+) -> tuple[Int[np.ndarray, "l"], Int[np.ndarray, "p"]]:
+    """Splits images into landscape and portrait, in the given order."""
+    landscape = np.array([transforms.is_landscape(split.sizes[i]) for i in indices], bool)
+    return indices[landscape], indices[~landscape]
+
+
+def _rescaled_sizes(split: PreparedSplit, scales: Sequence[Scale]) -> Int[np.ndarray, "N S 2"]:
+    sizes = [
+        [transforms.rescaled_size((int(height), int(width)), scale) for scale in scales]
+        for height, width in split.sizes
+    ]
+    return np.array(sizes, np.int32).reshape(-1, len(scales), 2)
+
+
+def _test_bucket(size: Size, scale: Scale) -> Size:
+    """The bucket of the test scale that photos of this orientation share."""
+    long, short = scale
+    full = (short, long) if transforms.is_landscape(size) else (long, short)
+    return transforms.smallest_bucket(full, transforms.buckets([scale]))
+
+
+def _round_people(people: int) -> int:
+    """At least 8 and a multiple of 8, so that data sets differ in few compiled shapes."""
+    return max(8, _ceil_div(people, 8) * 8)
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
+
+
+def _check_batch_size(field: str, batch_size: int, process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"{field}: found {batch_size}, expected a positive multiple of the number of "
+            f"processes ({process_count})"
+        )
+
+
+def _check_settings(data: ConfigDict) -> None:
+    """Raises UserError for the first field of the `data` section that makes no sense."""
+
+    def is_scale(scale: object) -> bool:
+        return isinstance(scale, tuple | list) and len(scale) == 2 and scale[0] >= scale[1] >= 1
+
+    pair = "(long, short) in pixels with long >= short >= 1"
+    scales = data.train_scales
+    checks = (
+        ("train_scales", len(scales) > 0 and all(map(is_scale, scales)), f"pairs {pair}"),
+        ("test_scale", is_scale(data.test_scale), f"a pair {pair}"),
+        ("flip_probability", 0 <= data.flip_probability <= 1, "a number from 0 to 1"),
+        ("workers", data.workers >= 0, "0 or more threads"),
+        ("prefetch", data.prefetch >= 0, "0 or more batches"),
+    )
+    for field, good, expected in checks:
+        if not good:
+            raise UserError(f"data.{field}: found {data[field]!r}, expected {expected}")

@@ -1,0 +1,255 @@
+"""What the data sets' readers share: the interface, file checks, a search over all images.
+
+A source reads the annotations of a data set from its own folder layout; it never opens an image.
+Boxes are `x1, y1, x2, y2` in pixels of the photo as stored (an EXIF orientation is ignored, here
+and when decoding).
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import scipy.io
+from jaxtyping import Bool, Float, Int
+
+from alignps_jax.types import Annotations, SearchProtocol, UserError
+
+_LISTED_ENTRIES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """The size of a data set: photos, identities with a label, and queries of a protocol."""
+
+    train_images: int
+    train_identities: int
+    test_images: int
+    queries: int
+
+
+class Source(abc.ABC):
+    """A data set in its own layout below `root`.
+
+    `train` and `test` hold the annotations as the published evaluation takes them: boxes of
+    non-positive size are dropped, but nothing is clipped to the photo.
+
+    Raises (all members):
+      UserError: the folder lacks files, or a file does not hold what it should.
+    """
+
+    title: ClassVar[str]
+    # The size of the published data set, None where there is none.
+    published: ClassVar[Counts | None] = None
+    # What to say when a folder differs from `published`.
+    remark: ClassVar[str] = ""
+    # Annotation files that every copy of the data set has, and the layout to show when they miss.
+    required: ClassVar[tuple[str, ...]]
+    layout: ClassVar[str]
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser()
+        self._check_layout()
+
+    @property
+    @abc.abstractmethod
+    def train(self) -> Annotations:
+        """The training images."""
+
+    @property
+    @abc.abstractmethod
+    def test(self) -> Annotations:
+        """The test images."""
+
+    @property
+    @abc.abstractmethod
+    def protocols(self) -> tuple[str, ...]:
+        """Names of the search protocols that the folder has."""
+
+    @property
+    @abc.abstractmethod
+    def default_protocols(self) -> tuple[str, ...]:
+        """The protocols to report when nobody asks for others, the main one first."""
+
+    @abc.abstractmethod
+    def protocol(self, name: str) -> SearchProtocol:
+        """One of `protocols`, over the images of `test`."""
+
+    @abc.abstractmethod
+    def image_path(self, name: str) -> Path:
+        """Where the photo of that name should be."""
+
+    def photo_size(self, name: str) -> tuple[int, int] | None:
+        """The (height, width) that the annotations give for a photo; None: they do not say."""
+        del name
+        return None
+
+    def _check_layout(self) -> None:
+        missing = [path for path in self.required if not (self.root / path).is_file()]
+        if not missing:
+            return
+        if len(missing) <= len(self.required) // 2:
+            raise UserError(
+                f"{self.root / missing[0]}: no such file; expected it as part of {self.title}"
+            )
+        raise UserError(
+            f"data.root={self.root}: not a {self.title} folder; expected"
+            f"{self.layout.rstrip()}\nbut found {self._found()}"
+        )
+
+    def _found(self) -> str:
+        if not self.root.is_dir():
+            return "nothing there"
+        entries = sorted(self.root.iterdir())
+        for entry in entries:
+            if all((entry / path).is_file() for path in self.required):
+                return f"the data set in {entry}: set --config.data.root={entry}"
+        names = [entry.name + "/" * entry.is_dir() for entry in entries]
+        if len(names) > _LISTED_ENTRIES:
+            names = [*names[:_LISTED_ENTRIES], f"and {len(names) - _LISTED_ENTRIES} more"]
+        return ", ".join(names) if names else "an empty folder"
+
+
+@contextlib.contextmanager
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Turns what goes wrong while a file is taken apart into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; expected {expected}") from error
+    # scipy raises plain Exceptions of many kinds on damaged files.
+    except Exception as error:
+        found = str(error).splitlines()[0] if str(error) else ""
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {found}); expected {expected}"
+        ) from error
+
+
+def mat_variable(path: Path, names: Sequence[str]) -> np.ndarray:
+    """The first of the variables `names` that a MATLAB file holds.
+
+    Raises:
+      UserError: there is no such file or variable, or the file is damaged.
+    """
+    expected = f"a MATLAB file (version 5) with the variable {' or '.join(names)}"
+    with reading(path, expected):
+        variables = scipy.io.loadmat(str(path), appendmat=False)
+    for name in names:
+        if name in variables:
+            return variables[name]
+    found = ", ".join(name for name in variables if not name.startswith("__")) or "none"
+    raise UserError(f"{path}: holds the variables {found}; expected {expected}")
+
+
+def unknown_name(what: str, name: str, known: Sequence[str]) -> UserError:
+    """An error for a name that is not among the known ones, with near misses."""
+    lower = {entry.lower(): entry for entry in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=3)
+    starting = [entry for entry in lower if name and entry.startswith(name.lower())]
+    near = [lower[entry] for entry in (close or starting)]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UserError(f"{what}={name!r}: unknown; expected one of {', '.join(known)}{hint}")
+
+
+def image_index(
+    names: Sequence[str], path: Path, what: str = "two images of the same name"
+) -> dict[str, int]:
+    """Position of each image name.
+
+    Raises:
+      UserError: a name occurs twice.
+    """
+    index = {name: position for position, name in enumerate(names)}
+    if len(index) < len(names):
+        twice = next(name for position, name in enumerate(names) if index[name] != position)
+        raise UserError(f"{path}: {what}, {twice}; expected each once")
+    return index
+
+
+def contiguous(
+    identity: Sequence[Int[np.ndarray, "G"]], labelled: Sequence[Bool[np.ndarray, "G"]]
+) -> tuple[tuple[Int[np.ndarray, "G"], ...], dict[int, int]]:
+    """Renumbers labelled identities 0, 1, ... in the order of their numbers.
+
+    Returns the new identities (-1 where not labelled) and the mapping from old to new.
+    """
+    used = [ids[mask] for ids, mask in zip(identity, labelled, strict=True)]
+    known = np.unique(np.concatenate([np.zeros(0, np.int64), *used]))
+    renumbered = tuple(
+        np.where(mask, np.searchsorted(known, ids), -1).astype(np.int32)
+        for ids, mask in zip(identity, labelled, strict=True)
+    )
+    return renumbered, {int(old): new for new, old in enumerate(known)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+    """Q people to search for: image, box and identity of each (in the numbering of `test`)."""
+
+    image: Int[np.ndarray, "Q"]
+    box: Float[np.ndarray, "Q 4"]
+    identity: Int[np.ndarray, "Q"]
+
+
+def search_everywhere(
+    name: str,
+    test: Annotations,
+    queries: Queries,
+    galleries: Mapping[int, Int[np.ndarray, "N"]],
+) -> tuple[SearchProtocol, Bool[np.ndarray, "Q"]]:
+    """Each query searches the gallery of its image; images that hold the identity are targets.
+
+    `galleries` maps the image of a query to the images that it searches, in ascending order; a
+    gallery that is shared is kept once. Where an image holds the person twice, the first box
+    counts (as published).
+
+    Returns the protocol of the queries that have a target, and which these are.
+    """
+    images, boxes = _appearances(test)
+    targets = []
+    for image, identity in zip(queries.image, queries.identity, strict=True):
+        rows = np.isin(images[int(identity)], galleries[int(image)])
+        targets.append((images[int(identity)][rows], boxes[int(identity)][rows]))
+    answered = np.array([len(found) > 0 for found, _ in targets], bool)
+    kept = np.flatnonzero(answered)
+    protocol = SearchProtocol(
+        name=name,
+        query_image=queries.image[kept].astype(np.int32),
+        query_box=queries.box[kept].astype(np.float32),
+        gallery=tuple(galleries[int(queries.image[q])] for q in kept),
+        target_images=tuple(targets[q][0] for q in kept),
+        target_boxes=tuple(targets[q][1] for q in kept),
+    )
+    return protocol, answered
+
+
+def all_but(num_images: int, images: Sequence[int]) -> dict[int, Int[np.ndarray, "N"]]:
+    """For each of `images` all `num_images` images but itself."""
+    everything = np.arange(num_images, dtype=np.int32)
+    return {int(image): np.delete(everything, int(image)) for image in np.unique(images)}
+
+
+def _appearances(
+    test: Annotations,
+) -> tuple[list[Int[np.ndarray, "T"]], list[Float[np.ndarray, "T 4"]]]:
+    """Images of each identity in ascending order, and its first box in each."""
+    images: list[list[int]] = [[] for _ in range(test.num_identities)]
+    boxes: list[list[np.ndarray]] = [[] for _ in images]
+    for image, labelled in enumerate(test.labelled):
+        for row in np.flatnonzero(labelled):
+            identity = int(test.identity[image][row])
+            if image not in images[identity][-1:]:
+                images[identity].append(image)
+                boxes[identity].append(test.boxes[image][row])
+    return (
+        [np.array(rows, np.int32) for rows in images],
+        [np.array(rows, np.float32).reshape(-1, 4) for rows in boxes],
+    )

@@ -1,0 +1,178 @@
+"""From JPEG bytes to a slot of a padded batch: decoding, resizing, flipping, and the boxes' part.
+
+Numpy throughout. Images are RGB `uint8` `[H, W, 3]`, boxes are `x1, y1, x2, y2` in pixels, sizes
+are `(height, width)`. OpenCV decodes and resizes because the released code does: another resampler
+would change what the network sees. A batch is made empty and its rows are filled in place, because
+every copy of the pixels costs time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from alignps_jax.types import Annotations, Batch, UserError
+
+Size = tuple[int, int]  # height, width
+Scale = tuple[int, int]  # long side, short side
+
+# Annotations refer to the pixels as stored, so an orientation tag must not turn them.
+_DECODE_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def decode_jpeg(jpeg: bytes, name: str) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes an image to RGB (grey ones get three equal channels).
+
+    Args:
+      jpeg: the encoded image.
+      name: what to call it in the error.
+
+    Raises:
+      UserError: the bytes are not a complete image.
+    """
+    # OpenCV asserts on an empty buffer, and returns None for anything else it cannot read.
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), _DECODE_FLAGS) if jpeg else None
+    if image is None:
+        raise UserError(
+            f"image {name}: cannot be decoded ({len(jpeg)} bytes); expected a complete JPEG"
+        )
+    return image
+
+
+def is_landscape(size: Size) -> bool:
+    """Whether the image is wider than high; a square counts as portrait (as released)."""
+    height, width = size
+    return width > height
+
+
+def rescaled_size(size: Size, scale: Scale) -> Size:
+    """The largest size within `scale` that keeps the aspect ratio, rounded (released code).
+
+    The image's long side ends at most at `scale[0]` and its short side at most at `scale[1]`;
+    smaller images are enlarged. A side never gets below one pixel.
+    """
+    height, width = size
+    long, short = scale
+    factor = min(long / max(height, width), short / min(height, width))
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def buckets(scales: Iterable[Scale], multiple: int = 32) -> tuple[Size, ...]:
+    """The shapes to pad to: landscape and portrait per scale, without repeats, smallest first.
+
+    Args:
+      scales: (long, short) pairs.
+      multiple: sides are rounded up to a multiple of this.
+    """
+    shapes = set()
+    for long, short in scales:
+        long_side, short_side = (-(-side // multiple) * multiple for side in (long, short))
+        shapes |= {(short_side, long_side), (long_side, short_side)}
+    return tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
+
+
+def smallest_bucket(size: Size, shapes: Sequence[Size]) -> Size:
+    """The bucket of least area that holds `size`, the first of equals.
+
+    Raises:
+      ValueError: none does.
+    """
+    fitting = [shape for shape in shapes if shape[0] >= size[0] and shape[1] >= size[1]]
+    if not fitting:
+        raise ValueError(f"no bucket of {list(shapes)} holds an image of {size}")
+    return min(fitting, key=lambda shape: shape[0] * shape[1])
+
+
+def place_image(
+    image: UInt8[np.ndarray, "h w 3"],
+    slot: UInt8[np.ndarray, "H W 3"],
+    size: Size,
+    flip: bool,
+) -> None:
+    """Resizes `image` to `size` (bilinear) into the top left corner of `slot`, then flips it.
+
+    Writes straight into `slot`, whose other pixels are left alone, and copies nothing else: this
+    is the inner loop of the input pipeline.
+    """
+    height, width = size
+    corner = slot[:height, :width]
+    cv2.resize(image, (width, height), dst=corner, interpolation=cv2.INTER_LINEAR)
+    if flip:
+        cv2.flip(corner, 1, dst=corner)
+
+
+def scale_boxes(
+    boxes: Float[np.ndarray, "G 4"],
+    scale: Float[np.ndarray, "2"],
+    size: Size,
+    flip: bool,
+) -> Float[np.ndarray, "G 4"]:
+    """Boxes of the photo as boxes of the resized image.
+
+    Args:
+      boxes: in pixels of the photo.
+      scale: factors along x and y.
+      size: of the resized image, to whose area the boxes are clipped.
+      flip: mirror them: x becomes width - x.
+    """
+    height, width = size
+    scaled = boxes.astype(np.float32) * np.tile(scale.astype(np.float32), 2)
+    scaled = np.clip(scaled, 0, np.array([width, height, width, height], np.float32))
+    if flip:
+        scaled[:, [0, 2]] = width - scaled[:, [2, 0]]
+    return scaled
+
+
+def trainable_boxes(boxes: Float[np.ndarray, "G 4"], size: Size) -> Bool[np.ndarray, "G"]:
+    """Which boxes can be trained on: sides of at least a pixel, and a part inside the photo.
+
+    Args:
+      boxes: in pixels of the photo.
+      size: of the photo.
+    """
+    height, width = size
+    x1, y1, x2, y2 = boxes.T
+    inside = (np.minimum(x2, width) > np.maximum(x1, 0)) & (
+        np.minimum(y2, height) > np.maximum(y1, 0)
+    )
+    return inside & (x2 - x1 >= 1) & (y2 - y1 >= 1)
+
+
+def empty_batch(rows: int, bucket: Size, people: int) -> Batch:
+    """A batch of absent rows, whose size is the bucket's so that no mean runs over nothing."""
+    return Batch(
+        image=np.zeros((rows, *bucket, 3), np.uint8),
+        size=np.full((rows, 2), bucket, np.int32),
+        scale=np.ones((rows, 2), np.float32),
+        index=np.zeros(rows, np.int32),
+        present=np.zeros(rows, bool),
+        boxes=np.zeros((rows, people, 4), np.float32),
+        identity=np.zeros((rows, people), np.int32),
+        labelled=np.zeros((rows, people), bool),
+        valid=np.zeros((rows, people), bool),
+    )
+
+
+def fill_image(
+    batch: Batch, row: int, image: UInt8[np.ndarray, "H W 3"], size: Size, flip: bool
+) -> None:
+    """Writes an image, resized to `size`, into a row of an empty batch."""
+    place_image(image, batch.image[row], size, flip)
+    batch.size[row] = size
+    batch.scale[row] = size[1] / image.shape[1], size[0] / image.shape[0]
+    batch.present[row] = True
+
+
+def fill_people(
+    batch: Batch, row: int, people: Annotations, index: int, size: Size, flip: bool
+) -> None:
+    """Writes the people of image `index` into a row that already has its scale."""
+    boxes = scale_boxes(people.boxes[index], batch.scale[row], size, flip)
+    count = len(boxes)
+    batch.boxes[row, :count] = boxes
+    batch.identity[row, :count] = people.identity[index]
+    batch.labelled[row, :count] = people.labelled[index]
+    batch.valid[row, :count] = True
