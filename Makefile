@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 # Written last, so that an interrupted set-up is done again.
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint lock clean
+# The environment of the PyTorch oracle, apart from the product's: several GB.
+PARITY := .venv-parity
+PARITY_READY := $(PARITY)/.ready
+
+.PHONY: setup demo test parity golden lint lock clean
 
 setup: $(READY)
 
@@ -22,6 +26,18 @@ demo: setup
 test: setup lint
 	$(BIN)/python -m pytest
 
+# Everything that needs PyTorch: conversion of .pth files, and parity with the published model.
+parity: $(PARITY_READY)
+	$(PARITY)/bin/python -m pytest -s tests/parity tests/convert_test.py
+
+golden: $(PARITY_READY)
+	$(PARITY)/bin/python -m tests.oracle.make_golden
+
+$(PARITY_READY): requirements.lock requirements-parity.txt
+	$(PYTHON) -m venv $(PARITY)
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-parity.txt
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +48,4 @@ lock:
 	  --custom-compile-command "make lock" --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) runs/demo data/synthetic
+	rm -rf $(VENV) $(PARITY) runs/demo data/synthetic

@@ -3,7 +3,6 @@
 python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
 """
 
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from alignps_jax.checkpoint import load_config
+from alignps_jax.command_line import parse, required
+from alignps_jax.convert import convert_released, export_released
 from alignps_jax.detector import parse_box, search_photos
 from alignps_jax.evaluate import evaluate_checkpoint
 from alignps_jax.train import train_and_evaluate
@@ -20,25 +21,18 @@ from alignps_jax.types import UserError
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/cuhk.py:plus.")
-flags.DEFINE_string("mode", "train", "train (then evaluate), evaluate or search.")
+flags.DEFINE_string("mode", "train", "train (then evaluate), evaluate, search, convert or export.")
 flags.DEFINE_string("workdir", None, "Where results go; default: runs/<name of the config>.")
 flags.DEFINE_string("checkpoint", None, "Workdir or checkpoint to read; default: the workdir.")
 flags.DEFINE_string("query", None, "search: photo with the person to find.")
 flags.DEFINE_string("box", None, "search: x1,y1,x2,y2 of that person; default: everybody.")
 flags.DEFINE_string("gallery", None, "search: folder of photos to search.")
+flags.DEFINE_string("source", None, "convert: file of published PyTorch weights.")
+flags.DEFINE_string("target", None, "export: .pth or .safetensors file to write.")
 flags.DEFINE_string("coordinator", None, "Multi-process runs: host:port of process 0.")
 flags.DEFINE_integer("processes", None, "Multi-process runs: number of processes.")
 flags.DEFINE_integer("process", None, "Multi-process runs: number of this process, from 0.")
-
-
 app.define_help_flags()
-
-
-def required(flag: str) -> str:
-    """The value of a flag that the mode cannot do without."""
-    if FLAGS[flag].value is None:
-        raise UserError(f"--{flag}: missing, --mode={FLAGS.mode} needs it")
-    return FLAGS[flag].value
 
 
 def train() -> None:
@@ -60,39 +54,28 @@ def search() -> None:
     search_photos(checkpoint, query, parse_box(FLAGS.box), Path(required("gallery")), workdir)
 
 
-MODES = {"train": train, "evaluate": evaluate, "search": search}
+def convert() -> None:
+    required("config")
+    convert_released(FLAGS.config, Path(required("source")), Path(required("workdir")))
 
 
-def one_line(message: str) -> str:
-    """The message without the traceback, the quotes and the line ends of ml_collections."""
-    head, *traceback = message.split("Traceback (most recent call last):")
-    if traceback:
-        message = f"{head} {traceback[0].strip().splitlines()[-1]}"
-    if message[:1] == message[-1:] == "'":
-        message = message[1:-1].replace("\\n", " ").replace("\\'", "'")
-    return " ".join(message.split())
+def export() -> None:
+    export_released(Path(required("checkpoint")), Path(required("target")))
 
 
-def parse(argv: Sequence[str]) -> None:
-    """Reads the command line; UserError names what does not exist or has a wrong value."""
-    try:
-        rest = FLAGS(list(argv))[1:]
-        if FLAGS.config is not None:
-            FLAGS.config.lock()  # a file that cannot be loaded fails only when it is used
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"command line: {one_line(str(error))}") from error
-    if rest:
-        raise UserError(f"command line: found {rest[0]!r}, expected only flags (--name=value)")
-    if FLAGS.mode not in MODES:
-        near = difflib.get_close_matches(FLAGS.mode, MODES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--mode: found {FLAGS.mode!r}, expected one of {', '.join(MODES)}{hint}")
+MODES = {
+    "train": train,
+    "evaluate": evaluate,
+    "search": search,
+    "convert": convert,
+    "export": export,
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one mode; returns the exit code: 0, or 2 after bad input."""
     try:
-        parse(argv)
+        parse(argv, MODES)
         if FLAGS.coordinator:
             jax.distributed.initialize(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
         MODES[FLAGS.mode]()

@@ -152,7 +152,11 @@ class Checkpoints:
         file = folder / "iterator" / _iterator_file()
         found = sorted(path.name for path in file.parent.glob("process_*"))
         if found and file.name not in found:
-            raise UserError(f"{file.parent}: found {found[0]}, expected {file.name}")
+            # Converted weights come from no data: any number of processes may start from them.
+            other = file.with_name(found[0])
+            if _reading(folder, lambda: _unpack(_read_json(other))) is not None:
+                raise UserError(f"{file.parent}: found {found[0]}, expected {file.name}")
+            file = other
         return state, _reading(folder, lambda: _unpack(_read_json(file)))
 
 
@@ -173,6 +177,25 @@ def load_weights(path: Path, template: Weights | TrainState, which: str | int = 
     logging.getLogger("absl").addFilter(_is_worth_logging)
     weights = Weights(template.step, template.params, template.frozen)
     return _restore(_find(path, which), weights, ("model",))
+
+
+def load_arrays(
+    path: Path, wanted: Callable[[str], bool], which: str | int = "best"
+) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint whose paths (params/neck/lateral3/kernel) are wanted.
+
+    `path`, `which` and errors as in `load_weights`, but nothing has to fit. Arrays without
+    elements are left out.
+    """
+    folder = _find(path, which)
+    specs = _manifest(folder, lambda manifest: manifest["arrays"])
+
+    def read() -> dict[str, np.ndarray]:
+        arrays = _read_arrays(folder, ("model", "training"))
+        names = [name for name in specs if name in arrays and wanted(name)]
+        return {name: _like(arrays[name], arrays, name, specs[name]) for name in names}
+
+    return _reading(folder, read)
 
 
 def package_versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ contiguous.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -29,6 +30,8 @@ Initializer = Callable[..., Array]
 
 # (y, x) steps from the pixel at or before a position to the four around it, as [4, B, h, w, 2].
 _STEPS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32).reshape(4, 1, 1, 1, 2)
+# `_corner_rows` clips, so that gathers and scatters need not.
+_IN_BOUNDS = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 def deform_conv2d(
@@ -73,8 +76,7 @@ def deform_conv2d(
     if mask is not None and mask.shape != taps:
         raise ValueError(f"mask has shape {mask.shape}, expected {taps}")
 
-    if mask is None:
-        mask = jnp.ones(taps, jnp.float32)
+    mask = jnp.ones(taps) if mask is None else mask
     ky, kx, y, x = jnp.meshgrid(*map(jnp.arange, (kh, kw, h, w)), indexing="ij")
     grid = jnp.stack([y * stride - padding + ky, x * stride - padding + kx], axis=-1)
     grid = grid.reshape(kh * kw, 1, h, w, 2).astype(jnp.float32)
@@ -130,9 +132,9 @@ def _deform_conv(
         columns = _sample(table, rows, weights).astype(table.dtype)
         return out + jnp.matmul(columns, kernel, preferred_element_type=out.dtype), None
 
-    shape = (mask[0].size, kernel.shape[-1])
-    out = jnp.zeros_like(table, dtype=jnp.float32, shape=shape)
-    out, _ = lax.scan(add_tap, out, (positions, mask, kernel))
+    out_shape = (mask[0].size, kernel.shape[-1])
+    zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=out_shape)
+    out, _ = lax.scan(add_tap, zeros, (positions, mask, kernel))
     return out.astype(table.dtype)
 
 
@@ -140,20 +142,21 @@ def _deform_conv_bwd(size, project_first, residuals, d_out):
     """Cotangents of table, positions, mask and kernel from that of the output [M, F]."""
     table, positions, mask, kernel = residuals
     matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    # Once for all taps: XLA's matrix product on CPU is slow when its left side is transposed.
+    transposed_table = table.T
 
     def add_tap(d_table, tap):
         positions, mask, kernel = tap
         kernel = kernel.astype(table.dtype)
         rows = _corner_rows(positions, size)
-        weights, weights_vjp = jax.vjp(
-            lambda positions, mask: _corner_weights(positions, mask, size), positions, mask
-        )
+        corner_weights = functools.partial(_corner_weights, size=size)
+        weights, weights_vjp = jax.vjp(corner_weights, positions, mask)
         if project_first:
             projected = table @ kernel
             d_weights = _corner_products(projected, rows, d_out)
             d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
             d_projected = _scatter(d_projected, rows, weights, d_out).astype(table.dtype)
-            d_kernel = matmul(table.T, d_projected)
+            d_kernel = matmul(transposed_table, d_projected)
             d_table += matmul(d_projected, kernel.T)
         else:
             columns = _sample(table, rows, weights).astype(table.dtype)
@@ -163,9 +166,8 @@ def _deform_conv_bwd(size, project_first, residuals, d_out):
             d_table = _scatter(d_table, rows, weights, d_columns)
         return d_table, (*weights_vjp(d_weights), d_kernel)
 
-    d_table, (d_positions, d_mask, d_kernel) = lax.scan(
-        add_tap, jnp.zeros_like(table, dtype=jnp.float32), (positions, mask, kernel)
-    )
+    zeros = jnp.zeros_like(table, dtype=jnp.float32)
+    d_table, (d_positions, d_mask, d_kernel) = lax.scan(add_tap, zeros, (positions, mask, kernel))
     return d_table.astype(table.dtype), d_positions, d_mask, d_kernel.astype(kernel.dtype)
 
 
@@ -175,7 +177,7 @@ _deform_conv.defvjp(lambda *args: (_deform_conv(*args), args[:4]), _deform_conv_
 def _corners(
     positions: Float[Array, "B h w 2"], size: tuple[int, int]
 ) -> tuple[Float[Array, "4 B h w 2"], Float[Array, "B h w 2"]]:
-    """The four pixels around each position, and the position's fractions past the first one."""
+    """The four pixels around each position, and by how much it lies past the first one."""
     # Far outside nothing changes any more; clipping keeps the conversion to integers sane.
     positions = jnp.clip(positions, -2.0, np.array(size, np.float32) + 1)
     first = jnp.floor(positions)
@@ -201,9 +203,6 @@ def _corner_weights(
     factors = jnp.where(_STEPS == 1, fraction, 1 - fraction)
     weights = jnp.where(outside, 0.0, factors[..., 0] * factors[..., 1] * mask)
     return weights.reshape(len(_STEPS), -1)
-
-
-_IN_BOUNDS = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 def _sample(
@@ -240,9 +239,7 @@ def _corner_products(
     values = values.astype(jnp.float32)
     products = [values * table.at[r].get(**_IN_BOUNDS) for r in rows]
     zeros = [np.float32(0)] * len(products)
-    sums = lax.reduce(
-        products, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,)
-    )
+    sums = lax.reduce(products, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))
     return jnp.stack(sums)
 
 
@@ -286,10 +283,8 @@ class DeformConv(nn.Module):
             out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return out
 
-    def split(
-        self, predicted: Float[Array, "B h w N"]
-    ) -> tuple[Float[Array, "B h w 9 2"], Float[Array, "B h w 9"] | None]:
-        """Offsets and mask from the channels of the `offset` convolution."""
+    def split(self, predicted: Float[Array, "B h w N"]) -> tuple[Array, Array | None]:
+        """Offsets [B, h, w, 9, 2] and mask [B, h, w, 9] from the channels of `offset`."""
         return predicted.reshape(*predicted.shape[:-1], 9, 2), None
 
 
@@ -298,9 +293,7 @@ class ModulatedDeformConv(DeformConv):
 
     channels_per_tap: ClassVar[int] = 3
 
-    def split(
-        self, predicted: Float[Array, "B h w 27"]
-    ) -> tuple[Float[Array, "B h w 9 2"], Float[Array, "B h w 9"]]:
-        """Offsets and mask from the channels of the `offset` convolution."""
+    def split(self, predicted: Float[Array, "B h w N"]) -> tuple[Array, Array]:
+        """Offsets [B, h, w, 9, 2] and mask [B, h, w, 9] from the channels of `offset`."""
         offsets, _ = super().split(predicted[..., :18])
         return offsets, nn.sigmoid(predicted[..., 18:])

@@ -101,11 +101,14 @@ def check_detections(detections: GalleryDetections, where: str) -> None:
     Raises:
       UserError: naming the first image concerned: shapes that do not fit together, image names
         that repeat, offsets that do not lead from 0 up to M, boxes or scores or embeddings that
-        are not finite, boxes with x2 < x1 or y2 < y1, embeddings without length one (to 1e-3).
+        are not finite, boxes with x2 < x1 or y2 < y1, embeddings of a length
+        other than one (to 1e-3) or zero.
     """
     _check_layout(detections, where)
     _check_values(detections, where)
-    off_unit = np.abs(_lengths(detections.embeddings) - 1) > 1e-3
+    # A network that has collapsed gives zeros: similar to nobody, but no reason to stop training.
+    lengths = _lengths(detections.embeddings)
+    off_unit = (np.abs(lengths - 1) > 1e-3) & (lengths > 0)
     _refuse_rows(detections, off_unit, where, "embeddings", "an embedding of length other than one")
 
 

@@ -52,6 +52,9 @@ class Tower(nn.Module):
 class FCOSHead(nn.Module):
     """Two towers shared by all levels; predictions in float32.
 
+    Box distances start around `initial_distance` strides (released code: 0, where ReLU lets only
+    half of them learn at first).
+
     The embeddings of a level are its input: "re-id first" (paper section 3.2).
     """
 
@@ -59,6 +62,7 @@ class FCOSHead(nn.Module):
     num_convs: int = 4
     norm_groups: int = 32
     num_levels: int = 1
+    initial_distance: float = 0.0
     dtype: str = "float32"
 
     def setup(self) -> None:
@@ -67,7 +71,7 @@ class FCOSHead(nn.Module):
         self.box_tower = tower()
         predictor = partial(conv, size=3, use_bias=True, kernel_init=normal, dtype=jnp.float32)
         self.cls_predictor = predictor(1, bias_init=nn.initializers.constant(PRIOR_BIAS))
-        self.box_predictor = predictor(4)
+        self.box_predictor = predictor(4, bias_init=nn.initializers.constant(self.initial_distance))
         self.centerness_predictor = predictor(1)
         self.scales = [
             self.param(f"scale{level}", nn.initializers.ones, (), jnp.float32)

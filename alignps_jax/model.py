@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.backbone import ResNet50, ResNetSmall
+from alignps_jax.backbone import BottleneckBlock, ResNet50, ResNetSmall
 from alignps_jax.head import FCOSHead
 from alignps_jax.layers import GroupNorm, hold_zero, valid_extent
 from alignps_jax.neck import AlignedFeatureAggregation
@@ -82,7 +82,9 @@ def _choose(table: dict[str, Any], field: str, name: str) -> Any:
 
 
 BACKBONES = {
-    "resnet50": lambda model: ResNet50,
+    "resnet50": lambda model: partial(
+        ResNet50, block=partial(BottleneckBlock, stride_in_3x3=model.stride_in_3x3)
+    ),
     "resnet_small": lambda model: partial(
         ResNetSmall, norm=partial(GroupNorm, groups=model.norm_groups)
     ),
@@ -109,13 +111,17 @@ def build_model(config: ConfigDict) -> AlignPS:
             dtype=dtype,
         ),
         neck=AlignedFeatureAggregation(
-            model.channels, background_levels=model.background_levels, dtype=dtype
+            model.channels,
+            offset_gain=model.offset_gain,
+            background_levels=model.background_levels,
+            dtype=dtype,
         ),
         head=FCOSHead(
             model.channels,
             model.head_convs,
             model.norm_groups,
             num_levels=len(STRIDES) if model.background_levels else 1,
+            initial_distance=model.initial_distance,
             dtype=dtype,
         ),
         convention=InputConvention(

@@ -25,11 +25,13 @@ class AlignedFeatureAggregation(nn.Module):
     The spatial mean of P3 over the valid region is subtracted (released code; gradients flow
     through it): the result is at once the map of embeddings and the input of the head.
 
+    The offset convolutions start as Xavier uniform times `offset_gain` (released code: 1).
     With `background_levels` the maps P4 to P7 follow, strides 16 to 128, which the released code
     feeds to the head in training as pure background.
     """
 
     features: int = 256
+    offset_gain: float = 1.0
     background_levels: bool = False
     dtype: str = "float32"
     make_conv: Callable[..., nn.Module] = DeformConv
@@ -62,11 +64,17 @@ class AlignedFeatureAggregation(nn.Module):
     def _deform(self, name: str, x: FeatureMap, extent: Int[Array, "B 2"]) -> FeatureMap:
         layer = self.make_conv(
             self.features,
-            offset_kernel_init=nn.initializers.xavier_uniform(),
+            offset_kernel_init=self._offset_init(),
             dtype=self.dtype,
             name=name,
         )
         return hold_zero(layer(x), extent)
+
+    def _offset_init(self) -> Callable[..., Array]:
+        if self.offset_gain == 0:
+            return nn.initializers.zeros
+        # Xavier uniform times the gain.
+        return nn.initializers.variance_scaling(self.offset_gain**2, "fan_avg", "uniform")
 
     def _downsample(self, name: str, x: FeatureMap) -> FeatureMap:
         init = nn.initializers.xavier_uniform()

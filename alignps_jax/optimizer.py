@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import optax
@@ -31,9 +32,11 @@ def steps_of(field: str, duration: str, steps_per_epoch: int) -> int:
 
 
 def learning_rate_schedule(optimizer: ConfigDict, steps_per_epoch: int) -> Schedule:
-    """The rate at a step: linear warm-up, x0.1 after each of `drops`."""
+    """The rate at a step: linear warm-up, times `drop_factor` after each of `drops`."""
     drops = [steps_of("config.optimizer.drops", d, steps_per_epoch) for d in optimizer.drops]
-    rate = optax.piecewise_constant_schedule(optimizer.learning_rate, dict.fromkeys(drops, 0.1))
+    rate = optax.piecewise_constant_schedule(
+        optimizer.learning_rate, dict.fromkeys(drops, optimizer.drop_factor)
+    )
     warmup_steps = steps_of("config.optimizer.warmup", optimizer.warmup, steps_per_epoch)
     warmup = optax.linear_schedule(optimizer.warmup_start, 1.0, warmup_steps)
     return (lambda step: rate(step) * warmup(step)) if warmup_steps else rate
@@ -56,27 +59,46 @@ def parameter_labels(params: Any, is_frozen: Callable[[tuple[str, ...]], bool]) 
     return traverse_util.unflatten_dict({path: label(path) for path in flat})
 
 
+def _sgd(momentum: float, decay: optax.GradientTransformation) -> optax.GradientTransformation:
+    """PyTorch's SGD: weight decay enters the momentum."""
+    return optax.chain(decay, optax.trace(momentum))
+
+
+def _adamw(momentum: float, decay: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (Loshchilov and Hutter)."""
+    return optax.chain(optax.scale_by_adam(b1=momentum), decay)
+
+
+RULES = {"sgd": _sgd, "adamw": _adamw}
+
+
 def make_optimizer(
     optimizer: ConfigDict,
     schedule: Schedule,
     is_frozen: Callable[[tuple[str, ...]], bool],
 ) -> optax.GradientTransformation:
-    """Clip the global norm, add weight decay, accumulate momentum, scale by the rate.
+    """Clips the global norm of the gradient, then updates by `optimizer.name`'s rule.
 
-    The order is that of PyTorch's SGD: decay enters the momentum, the rate multiplies both.
     Frozen parameters get no update and, having no gradient, no share in the norm.
-    """
 
-    def sgd(rate_factor: float, weight_decay: float) -> optax.GradientTransformation:
+    Raises:
+      UserError: there is no such rule.
+    """
+    if optimizer.name not in RULES:
+        raise UserError(
+            f"config.optimizer.name: found {optimizer.name!r}, expected one of {', '.join(RULES)}"
+        )
+    rule = partial(RULES[optimizer.name], optimizer.momentum)
+
+    def group(rate_factor: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.add_decayed_weights(weight_decay),
-            optax.trace(optimizer.momentum),
+            rule(optax.add_decayed_weights(weight_decay)),
             optax.scale_by_learning_rate(lambda step: rate_factor * schedule(step)),
         )
 
     groups = {
-        "weight": sgd(1.0, optimizer.weight_decay),
-        "bias": sgd(optimizer.bias_lr_factor, optimizer.bias_weight_decay),
+        "weight": group(1.0, optimizer.weight_decay),
+        "bias": group(optimizer.bias_lr_factor, optimizer.bias_weight_decay),
         "frozen": optax.set_to_zero(),
     }
     return optax.chain(

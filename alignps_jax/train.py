@@ -18,6 +18,7 @@ from alignps_jax.model import AlignPS, build_model, init_variables
 from alignps_jax.monitor import Interrupt, Monitor
 from alignps_jax.oim import init_memory
 from alignps_jax.optimizer import learning_rate_schedule, make_optimizer, steps_of
+from alignps_jax.pretrained import with_pretrained_backbone
 from alignps_jax.report import MetricLog
 from alignps_jax.train_step import TrainStep, parallel_train_step, replicate, split_over_devices
 from alignps_jax.types import TrainState, UserError
@@ -172,9 +173,11 @@ def create_state(
     optimizer: optax.GradientTransformation,
     num_identities: int,
 ) -> TrainState:
-    """The state before the first step, decided by `config.seed`."""
+    """The state before the first step, decided by `config.seed` and `config.model.pretrained`."""
     rng = jax.random.key(config.seed)
     params, frozen = init_variables(model, rng)
+    if config.model.pretrained:
+        params, frozen = with_pretrained_backbone(params, frozen, config)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -203,7 +206,8 @@ def restore(
         if fields != before.get(section):
             print(f"note: config.{section} is not what {workdir} was started with")
     state, iterator_state = checkpoints.restore(initial)
-    batches.set_state(iterator_state)
+    if iterator_state is not None:  # converted weights have seen no data
+        batches.set_state(iterator_state)
     log.truncate_after(latest)
     print(f"going on from step {latest} in {workdir}")
     return state

@@ -45,30 +45,35 @@ def get_config(variant: str = "") -> ConfigDict:
     # Shape of the synthetic data set (read only by data.name=synthetic).
     data.synthetic = ConfigDict()
     data.synthetic.seed = 0
-    data.synthetic.train_images = 900
+    data.synthetic.train_images = 1200
     data.synthetic.test_images = 240
-    data.synthetic.train_identities = 150
+    data.synthetic.train_identities = 200
     data.synthetic.test_identities = 60
-    data.synthetic.height = 240
-    data.synthetic.width = 320
+    data.synthetic.height = 192
+    data.synthetic.width = 256
 
     model = config.model = ConfigDict()
     # resnet50 (ImageNet weights, frozen statistics) or resnet_small (group norm, from scratch).
     model.backbone = "resnet50"
+    # Where the backbone's weights come from at the start of training: a checkpoint of ours, such
+    # as --mode=convert writes from an ImageNet ResNet-50; unset: random weights.
+    model.pretrained = config_dict.placeholder(str)
     # Channels of its stem; doubled in every stage.
     model.backbone_width = 64
-    # Checkpoint with the backbone's initial weights (`--mode=convert` makes one); unset: random.
-    model.pretrained = config_dict.placeholder(str)
     # Stages up to this one are never updated (0: stem only, 1: stem and res2; -1: none).
     model.frozen_stages = 1
     # Backbone stages (3, 4, 5) whose 3x3 convolutions are deformable (DCNv2): AlignPS+.
     model.deform_stages = ()
     # Width of the neck, hence dimension of the embeddings, and of the head's towers.
     model.channels = 256
+    # Initial offsets of the neck's deformable convolutions: Xavier uniform times this.
+    model.offset_gain = 1.0
     # 3x3 convolutions in each tower of the head; the last one is deformable (DCNv2).
     model.head_convs = 4
     # Groups of the head's (and of resnet_small's) group normalisation.
     model.norm_groups = 32
+    # Box distances before training, in strides (release: 0).
+    model.initial_distance = 0.0
     # Also run the head on P4-P7 in training, as pure background (released code).
     model.background_levels = False
     # float32 or bfloat16 activations; parameters, losses and memory stay float32.
@@ -77,6 +82,9 @@ def get_config(variant: str = "") -> ConfigDict:
     model.channel_order = "BGR"
     model.pixel_mean = (103.530, 116.280, 123.675)  # in channel order
     model.pixel_std = (1.0, 1.0, 1.0)
+    # Where a stage of resnet50 halves its map: in the 3x3 of its first block (torchvision) or in
+    # the 1x1 before it (Caffe, the release).
+    model.stride_in_3x3 = False
 
     loss = config.loss = ConfigDict()
     loss.focal_alpha = 0.25
@@ -104,6 +112,8 @@ def get_config(variant: str = "") -> ConfigDict:
     loss.triplet_first_lut_identity = 0
 
     optimizer = config.optimizer = ConfigDict()
+    # sgd (the paper's) or adamw.
+    optimizer.name = "sgd"
     optimizer.learning_rate = 0.001
     optimizer.momentum = 0.9
     optimizer.weight_decay = 5e-4
@@ -113,8 +123,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # Linear warm-up from this share of the rate over this long ("<number> steps" or "epochs").
     optimizer.warmup = "300 steps"
     optimizer.warmup_start = 1 / 3
-    # When the rate is multiplied by 0.1.
+    # When the rate is multiplied by `drop_factor`.
     optimizer.drops = ("16 epochs", "22 epochs")
+    optimizer.drop_factor = 0.1
     # Largest global gradient norm.
     optimizer.clip_norm = 35.0
 

@@ -15,8 +15,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data = config.data
     data.name = "synthetic"
     data.root = "data/synthetic"
-    data.train_scales = ((320, 240),)
-    data.test_scale = (320, 240)
+    data.train_scales = ((256, 192),)
+    data.test_scale = (256, 192)
     data.workers = 1
 
     model = config.model
@@ -24,7 +24,10 @@ def get_config(variant: str = "") -> ConfigDict:
     model.backbone_width = 32
     model.frozen_stages = -1
     model.channels = 64
-    model.head_convs = 2
+    model.head_convs = 1
+    # From scratch it helps to start on a plain grid and with boxes of a person's size.
+    model.offset_gain = 0.0
+    model.initial_distance = 3.0
     model.norm_groups = 8
     model.channel_order = "RGB"
     model.pixel_mean = (114.0, 114.0, 114.0)
@@ -33,17 +36,20 @@ def get_config(variant: str = "") -> ConfigDict:
     config.loss.queue_size = 100
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 0.02
+    optimizer.name = "adamw"
+    optimizer.learning_rate = 0.0015
     optimizer.warmup = "100 steps"
-    optimizer.drops = ("6 epochs", "7.5 epochs")
+    optimizer.drops = ("700 steps", "1000 steps", "1250 steps", "1450 steps")
+    optimizer.drop_factor = 0.4
 
     train = config.train
     train.batch_size = 8
-    train.duration = "8 epochs"
+    train.duration = "1600 steps"
     train.log_every_steps = 10
-    train.checkpoint_every = "2 epochs"
-    train.eval_every = "4 epochs"
+    train.checkpoint_every = "200 steps"
+    train.eval_every = "800 steps"
 
     config.eval.batch_size = 8
+    config.eval.score_threshold = 0.15
     config.eval.untrained_baseline = True
     return apply_variant(config, variant)

@@ -47,7 +47,7 @@ _MAX_PEOPLE, _MIN_PEOPLE = 6, 3
 _MIN_SIDE = 64
 _JPEG_QUALITY = 92
 # People that are hard to find: short (in shares of the photo's height) or well covered.
-_HARD_HEIGHT, _HARD_VISIBLE = 0.15, 0.65
+_HARD_HEIGHT, _HARD_VISIBLE = 0.18, 0.65
 # Random streams; the seed and one of these start every generator.
 _PEOPLE, _TRAIN_PLAN, _TEST_PLAN, _PHOTO, _SEARCH = range(5)
 

@@ -13,8 +13,8 @@ from data_pipeline.synthetic_backdrops import draw_backdrop, draw_thing
 from data_pipeline.synthetic_figures import Sprite, draw_person
 from data_pipeline.synthetic_people import Appearance, sample_pose
 
-# Heights of people, as shares of the photo's height (28 to 150 pixels of 240).
-SMALLEST, LARGEST = 0.117, 0.625
+# Heights of people, as shares of the photo's height (30 to 123 pixels of 192).
+SMALLEST, LARGEST = 0.155, 0.64
 # At least this share of everybody's pixels is in the photo and not covered by anything.
 MIN_VISIBLE = 0.45
 # Places that are tried for a person; the best one is taken when none leaves enough visible.

@@ -1,8 +1,15 @@
-"""Four simulated CPU devices for all tests; must be set before JAX starts."""
+"""Settings of all tests, in place before JAX starts; subprocesses inherit them."""
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+# Four simulated devices. Compilation takes most of the time of these tests and running next to
+# none, so code is compiled quickly instead of well.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=4",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

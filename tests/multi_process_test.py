@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 
-from tests.train_test import ROOT, command, link_cache, losses
+from tests.train_test import ROOT, command, environment, link_cache, losses
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def environment(devices: int) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):

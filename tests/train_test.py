@@ -36,9 +36,10 @@ def command(shared: Path, workdir: Path, *flags: str) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
-    """One CPU device."""
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+def environment(devices: int = 1) -> dict[str, str]:
+    """That of the tests, with another number of simulated devices."""
+    flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags}
 
 
 def launch(shared: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,108 @@
+"""Names and layouts of the published PyTorch weights, and of ImageNet ResNet-50 files.
+
+Our own names are the paths of a checkpoint's arrays, such as `params/neck/lateral3/kernel`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+# Applied one after another; levels are numbered from 3 here, from 0 there.
+_RULES = [
+    (r"^(params|frozen)/", ""),
+    (r"/layer(\d)_(\d+)/", r"/layer\1/\2/"),
+    (r"/downsample_conv/", "/downsample/0/"),
+    (r"/downsample_bn/", "/downsample/1/"),
+    (r"^neck/lateral(\d)", lambda found: f"neck/lateral_convs/{int(found[1]) - 3}"),
+    (r"^neck/output([345])", lambda found: f"neck/fpn_convs/{int(found[1]) - 3}"),
+    (r"^neck/output([67])", lambda found: f"neck/fpn_convs/{int(found[1]) - 3}/conv"),
+    (r"^head/cls_tower/", "bbox_head/cls_convs/"),
+    (r"^head/box_tower/", "bbox_head/reg_convs/"),
+    (r"_convs/conv(\d)/", r"_convs/\1/conv/"),
+    (r"_convs/norm(\d)/", r"_convs/\1/gn/"),
+    (r"^head/cls_predictor/", "bbox_head/conv_cls/"),
+    (r"^head/box_predictor/", "bbox_head/conv_reg/"),
+    (r"^head/centerness_predictor/", "bbox_head/conv_centerness/"),
+    (r"^head/scale(\d)$", r"bbox_head/scales/\1/scale"),
+    (r"^memory/lut$", "bbox_head/labeled_matching_layer/lookup_table"),
+    (r"^memory/(queue|tail)$", r"bbox_head/unlabeled_matching_layer/\1"),
+    (r"/offset/", "/conv_offset/"),
+    (r"^(?!bbox_head/scales)(.*)/(kernel|scale)$", r"\1/weight"),
+    (r"/mean$", "/running_mean"),
+    (r"/var$", "/running_var"),
+]
+LOOKUP_TABLE = "bbox_head.labeled_matching_layer.lookup_table"
+QUEUE = "bbox_head.unlabeled_matching_layer.queue"
+# What only exists there: PyTorch's count of batches, and in a model without background levels
+# what makes P4 to P7.
+_ONLY_RELEASED = re.compile(
+    r"\.num_batches_tracked$|^neck\.fpn_convs\.[1-4]\.|^bbox_head\.scales\.[1-4]\."
+)
+# detectron2's and Caffe2's names of a ResNet, in terms of torchvision's.
+_BACKBONE_RULES = [
+    (r"^backbone\.", ""),
+    (r"^stem\.", ""),
+    (r"^res(\d)\.", lambda found: f"layer{int(found[1]) - 1}."),
+    (r"\bconv(\d)\.norm\.", r"bn\1."),
+    (r"shortcut\.norm\.", "downsample.1."),
+    (r"shortcut\.(?=weight)", "downsample.0."),
+    (r"^(?:res_)?conv1_", "conv1_"),
+    (r"^res(\d)_(\d+)_", lambda found: f"layer{int(found[1]) - 1}.{found[2]}."),
+    (r"branch1_", "downsample_"),
+    (r"branch2([abc])_", lambda found: f"conv{'abc'.index(found[1]) + 1}_"),
+    (r"conv(\d)_bn_", r"bn\1_"),
+    (r"downsample_bn_", "downsample.1_"),
+    (r"downsample_w$", "downsample.0_w"),
+    (r"_[ws]$", ".weight"),
+    (r"_b$", ".bias"),
+]
+
+
+def released_name(path: str) -> str:
+    """The released name of one of our arrays."""
+    return _rename(path, _RULES).replace("/", ".")
+
+
+def is_only_released(name: str) -> bool:
+    """Whether a model of ours may lack a tensor of this released name."""
+    return _ONLY_RELEASED.search(name) is not None
+
+
+def to_torch(array: np.ndarray) -> np.ndarray:
+    """Our layout (HWIO) to PyTorch's (OIHW)."""
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+
+
+def from_torch(array: np.ndarray) -> np.ndarray:
+    """PyTorch's layout (OIHW) to ours (HWIO)."""
+    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+
+
+def backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """An ImageNet ResNet with its classifier left out, named as in the released models.
+
+    A bias of a convolution before a norm is taken over into the norm's mean. A norm that is only
+    scale and bias (Caffe2) gets statistics that leave those as they are (with eps 1e-5).
+    """
+    named = {_rename(name, _BACKBONE_RULES): value for name, value in tensors.items()}
+    is_classifier = re.compile(r"^(fc|fc1000|pred|head|linear|stem\.fc)\.")
+    named = {name: value for name, value in named.items() if not is_classifier.search(name)}
+    for name in [name for name in named if re.search(r"(^|\.)bn\d\.weight$|\.1\.weight$", name)]:
+        norm = name.removesuffix(".weight")
+        if f"{norm}.running_mean" not in named:
+            named[f"{norm}.running_mean"] = np.zeros_like(named[name])
+            named[f"{norm}.running_var"] = np.full_like(named[name], 1 - 1e-5)
+    for name in [name for name in named if re.search(r"(^|\.)conv\d\.bias$", name)]:
+        mean = re.sub(r"conv(\d)\.bias$", r"bn\1.running_mean", name)
+        if mean in named:
+            named[mean] = named[mean] - named.pop(name)
+    return {f"backbone.{name}": value for name, value in named.items()}
+
+
+def _rename(name: str, rules: Iterable) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,69 @@
+"""Writes tests/golden/*.npz: what the PyTorch oracle says, for the tests that run without PyTorch.
+
+.venv-parity/bin/python -m tests.oracle.make_golden
+
+The weights are not stored: `random_weights.py` draws them again from NumPy's generator.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tests.oracle import alignps_torch, golden
+from tests.oracle.random_weights import random_state_dict
+from tests.oracle.training_torch import Trainer, spec_of
+from tests.parity.common import nhwc, normalise
+
+
+def oracle(name: str, gentle: bool) -> alignps_torch.AlignPS:
+    dataset, _, plus = name.partition("_")
+    model = alignps_torch.AlignPS(spec_of(dataset, bool(plus), **golden.WIDTHS, **golden.MEMORY))
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    state = random_state_dict(shapes, 1, gentle)
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    return model
+
+
+def inference(name: str) -> dict[str, np.ndarray]:
+    """The outputs and detections of one image."""
+    with torch.no_grad():
+        image = golden.image()
+        outputs, stages = oracle(name, gentle=False)(normalise(image[None], image.shape[:2]))
+        detections = alignps_torch.detect(outputs[0], image.shape[:2], (1.0, 1.0))
+    arrays = {key: nhwc(outputs[0][key]) for key in ("cls", "box", "centerness")}
+    arrays |= {key: nhwc(stages[key]) for key in ("C5", "lateral5", "P3")}
+    return arrays | {f"detected_{key}": value.numpy() for key, value in detections.items()}
+
+
+def training(name: str) -> dict[str, np.ndarray]:
+    """Losses and gradient norms of each step, and parameters and memory after the last one."""
+    model = oracle(name, gentle=True)
+    trainer = Trainer(model, weight_decay=golden.WEIGHT_DECAY, **golden.RULES)
+    arrays = {}
+    for step, scene in enumerate(golden.scenes()):
+        ids = np.where(scene.labelled, scene.identity, -1)
+        people = zip(torch.from_numpy(scene.boxes), torch.from_numpy(ids), strict=True)
+        terms = trainer.step(normalise(scene.images, scene.size), list(people))
+        arrays |= {f"loss/{step}/{key}": np.float32(value) for key, value in terms.items()}
+        if step == 0:
+            norms = {key: value.norm() for key, value in trainer.gradients.items()}
+            arrays |= {f"gradient/{key}": np.float32(norm) for key, norm in norms.items()}
+    # Kernels are long: their norm and first element will do.
+    for key, value in model.state_dict().items():
+        summary = torch.stack([value.norm(), value.flatten()[0]]) if value.ndim == 4 else value
+        if ".bn" not in key and "downsample.1" not in key:
+            arrays[f"after/{key}"] = summary.numpy()
+    return arrays
+
+
+def main() -> None:
+    golden.FOLDER.mkdir(exist_ok=True)
+    for name in golden.INFERENCE:
+        np.savez_compressed(golden.FOLDER / f"inference_{name}.npz", **inference(name))
+    for name in golden.TRAINING:
+        np.savez_compressed(golden.FOLDER / f"training_{name}.npz", **training(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The same weights and pixels for the PyTorch oracle and for us."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+
+from alignps_jax.checkpoint import load_weights
+from alignps_jax.convert import convert_released
+from alignps_jax.model import AlignPS, build_model, weights_template
+from alignps_jax.types import Weights
+from configs import cuhk, prw
+from tests.oracle import alignps_torch
+from tests.oracle.alignps_torch import Spec
+from tests.oracle.random_weights import random_state_dict
+from tests.oracle.training_torch import spec_of
+
+MODELS = ("cuhk", "cuhk_plus", "prw", "prw_plus")
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+PHOTOS = {
+    "cuhk": SHARED / "photos" / "gallery-1.jpg",
+    "prw": next(iter(sorted((SHARED / "prw_sample" / "frames").glob("*.jpg"))), SHARED),
+}
+MEAN = np.array([103.530, 116.280, 123.675], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A released model with random weights, in PyTorch and converted."""
+
+    oracle: alignps_torch.AlignPS
+    config: ConfigDict
+    model: AlignPS
+    weights: Weights
+    workdir: Path
+
+
+def released_config(name: str, spec: Spec) -> ConfigDict:
+    """The config of a released model, with the widths of the oracle's."""
+    dataset, _, plus = name.partition("_")
+    config = {"cuhk": cuhk, "prw": prw}[dataset].get_config(f"released{plus and '_plus'}")
+    config.model.backbone_width = spec.width
+    config.model.channels = spec.channels
+    config.model.norm_groups = spec.groups
+    return config
+
+
+def make_pair(name: str, folder: Path, *, gentle: bool = False, **widths: int) -> Pair:
+    """A pair whose our half went through a file as old mmcv writes them and --mode=convert."""
+    dataset, _, plus = name.partition("_")
+    spec = spec_of(dataset, bool(plus), **widths)
+    oracle = alignps_torch.AlignPS(spec)
+    shapes = {key: tuple(value.shape) for key, value in oracle.state_dict().items()}
+    state = random_state_dict(shapes, 1, gentle)
+    oracle.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    source = folder / f"{name}.pth"
+    meta = {"epoch": 24, "iter": 67272, "config": "model = dict()", "CLASSES": ("person",)}
+    torch.save({"meta": meta, "state_dict": oracle.state_dict(), "optimizer": {}}, source)
+    config = released_config(name, spec)
+    convert_released(config, source, folder / name)
+    source.unlink()
+    model = build_model(config)
+    weights = load_weights(folder / name, weights_template(model))
+    return Pair(oracle, config, model, weights, folder / name)
+
+
+def photo(dataset: str) -> np.ndarray:
+    """A real photo (BGR), or noise where there is none."""
+    if PHOTOS[dataset].is_file():
+        return cv2.imread(str(PHOTOS[dataset]))
+    return np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8)
+
+
+def released_pixels(image: np.ndarray, scale: tuple[int, int]) -> tuple[torch.Tensor, tuple, tuple]:
+    """A BGR photo as the released code feeds it: pixels [1, 3, H, W], size, factors (x, y)."""
+    height, width = image.shape[:2]
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    size = int(height * factor + 0.5), int(width * factor + 0.5)
+    image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return normalise(image[None], image.shape[:2]), size, (size[1] / width, size[0] / height)
+
+
+def normalise(images: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """BGR images of one size to mean-free pixels, zero up to a multiple of 32."""
+    height, width = size
+    padding = ((0, 0), (0, -height % 32), (0, -width % 32), (0, 0))
+    pixels = np.pad(images.astype(np.float32) - MEAN, padding)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """L2 norm of the difference over that of what is expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))

@@ -1,0 +1,68 @@
+"""torchvision's own ResNet-50 against ours, from its file to C5 (`make parity`)."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="make parity runs these")
+pytest.importorskip("torchvision", reason="make parity runs these")
+
+import torch
+from torchvision.models import resnet50
+from torchvision.transforms import functional
+
+from alignps_jax.convert import TORCHVISION, convert_released
+from alignps_jax.model import build_model
+from alignps_jax.train import create_state
+from configs import cuhk
+from tests.oracle.random_weights import random_state_dict
+from tests.parity.common import nhwc, relative_error
+
+
+def test_torchvision_weights_and_pixels(tmp_path):
+    theirs = resnet50(weights=None).eval()
+    prefix = "backbone."
+    shapes = {prefix + name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    weights = random_state_dict(shapes, 4)
+    theirs.load_state_dict(
+        {name.removeprefix(prefix): torch.from_numpy(value) for name, value in weights.items()}
+    )
+    torch.save(theirs.state_dict(), tmp_path / "resnet50-0676ba61.pth")
+    config = cuhk.get_config()
+    for name, value in TORCHVISION.items():
+        config.model[name] = value
+    convert_released(config, tmp_path / "resnet50-0676ba61.pth", tmp_path / "out")
+
+    image = np.random.default_rng(5).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    pixels = functional.normalize(
+        functional.to_tensor(image), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    with torch.no_grad():
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(pixels[None]))))
+        expected = []
+        for stage in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
+            x = stage(x)
+            expected.append(nhwc(x))
+
+    config.model.pretrained = str(tmp_path / "out")
+    config.loss.queue_size = 1
+    model = build_model(config)
+
+    class NoOptimizer:
+        init = staticmethod(lambda params: ())
+
+    state = create_state(config, model, NoOptimizer, 1)
+    size = np.array([image.shape[:2]], np.int32)
+
+    @jax.jit
+    def run(params, frozen):
+        normalised = model.convention.normalize(image[None], size)
+        variables = {"params": params["backbone"], "frozen": frozen["backbone"]}
+        return model.backbone.apply(variables, normalised, size)
+
+    for level, found in enumerate(run(state.params, state.frozen)):
+        error = relative_error(found, expected[level + 1])
+        print(f"\ntorchvision ResNet-50 C{level + 3}: {error:.1e}")
+        assert error <= 1e-4
