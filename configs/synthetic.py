@@ -1,5 +1,7 @@
 """A small AlignPS on the built-in synthetic scenes: trained from scratch in minutes on a CPU.
 
+This is what `make demo` runs:
+
 python launch.py --config configs/synthetic.py --workdir=runs/synthetic
 """
 
@@ -34,20 +36,22 @@ def get_config(variant: str = "") -> ConfigDict:
     model.pixel_std = (58.0, 58.0, 58.0)
 
     config.loss.queue_size = 100
+    # Rows of the table become means over several photos, not copies of the last one.
+    config.loss.lut_momentum = 0.9
 
     optimizer = config.optimizer
     optimizer.name = "adamw"
-    optimizer.learning_rate = 0.0015
+    optimizer.learning_rate = 0.001
     optimizer.warmup = "100 steps"
-    optimizer.drops = ("700 steps", "1000 steps", "1250 steps", "1450 steps")
+    optimizer.drops = ("1100 steps", "1500 steps", "1800 steps", "2000 steps")
     optimizer.drop_factor = 0.4
 
     train = config.train
     train.batch_size = 8
-    train.duration = "1600 steps"
+    train.duration = "2100 steps"
     train.log_every_steps = 10
     train.checkpoint_every = "200 steps"
-    train.eval_every = "800 steps"
+    train.eval_every = "1050 steps"
 
     config.eval.batch_size = 8
     config.eval.score_threshold = 0.15

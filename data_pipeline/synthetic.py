@@ -42,12 +42,12 @@ _MAX_TEST_APPEARANCES = 40
 _QUERIES_PER_IDENTITY = 2
 _GALLERY_SIZES = (50, 100)
 # How many people with identity are in a photo: taken in turn, so that the sum is known.
-_LABELLED_PER_PHOTO = (3, 4, 4, 3, 5, 2)
-_MAX_PEOPLE, _MIN_PEOPLE = 6, 3
+_LABELLED_PER_PHOTO = (5, 6, 5, 4, 6, 5)
+_MAX_PEOPLE, _MIN_PEOPLE = 7, 4
 _MIN_SIDE = 64
 _JPEG_QUALITY = 92
 # People that are hard to find: short (in shares of the photo's height) or well covered.
-_HARD_HEIGHT, _HARD_VISIBLE = 0.18, 0.65
+_HARD_HEIGHT, _HARD_VISIBLE = 0.25, 0.7
 # Random streams; the seed and one of these start every generator.
 _PEOPLE, _TRAIN_PLAN, _TEST_PLAN, _PHOTO, _SEARCH = range(5)
 

@@ -83,7 +83,7 @@ def sample_colour(rng: np.random.Generator) -> Colour:
     if rng.random() < 0.25:
         saturation, value = rng.uniform(0, 0.1), rng.choice((0.1, 0.35, 0.6, 0.92))
     else:
-        saturation, value = rng.uniform(0.45, 1.0), rng.uniform(0.3, 0.95)
+        saturation, value = rng.uniform(0.65, 1.0), rng.uniform(0.4, 0.95)
     red, green, blue = colorsys.hsv_to_rgb(rng.random(), saturation, value)
     return int(255 * blue), int(255 * green), int(255 * red)
 
@@ -120,11 +120,11 @@ def sample_appearance(rng: np.random.Generator) -> Appearance:
 
 
 def sample_appearances(rng: np.random.Generator, count: int) -> tuple[Appearance, ...]:
-    """People who are all unlike each other: each the least similar of 12 random candidates."""
+    """People who are all unlike each other: each the least similar of 40 random candidates."""
     chosen: list[Appearance] = []
     descriptors = np.empty((0, _describe(sample_appearance(rng)).size))
     for _ in range(count):
-        person = sample_stranger(rng, descriptors, candidates=12)
+        person = sample_stranger(rng, descriptors, candidates=40)
         chosen.append(person)
         descriptors = np.vstack((descriptors, _describe(person)))
     return tuple(chosen)

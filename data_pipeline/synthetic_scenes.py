@@ -13,10 +13,10 @@ from data_pipeline.synthetic_backdrops import draw_backdrop, draw_thing
 from data_pipeline.synthetic_figures import Sprite, draw_person
 from data_pipeline.synthetic_people import Appearance, sample_pose
 
-# Heights of people, as shares of the photo's height (30 to 123 pixels of 192).
-SMALLEST, LARGEST = 0.155, 0.64
+# Heights of people, as shares of the photo's height (36 to 150 pixels of 192).
+SMALLEST, LARGEST = 0.19, 0.78
 # At least this share of everybody's pixels is in the photo and not covered by anything.
-MIN_VISIBLE = 0.45
+MIN_VISIBLE = 0.65
 # Places that are tried for a person; the best one is taken when none leaves enough visible.
 _PLACING_TRIES = 40
 
@@ -65,7 +65,7 @@ def draw_scene(
     slope = (rng.uniform(0.9, 1.2) * height - ground) / ((LARGEST - SMALLEST) * height)
 
     items: list[_Item] = []
-    for _ in range(rng.integers(0, 5)):
+    for _ in range(rng.integers(0, 4)):
         sprite, relative = draw_thing(rng)
         items.append(_place(sprite, relative, False, ground, slope, (height, width), rng))
     for person in people:
@@ -97,7 +97,7 @@ def _place(
     rng: np.random.Generator,
 ) -> _Item:
     """Scales a cut-out (`relative`: its height in people) and stands it somewhere."""
-    tall = size[0] * np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST)))
+    tall = size[0] * rng.uniform(SMALLEST, LARGEST)
     feet = ground + (tall - SMALLEST * size[0]) * slope + size[0] * rng.uniform(0.01, 0.06)
     sprite = sprite.resized(max(4, round(tall * relative)))
     rows, columns = sprite.alpha.shape
@@ -155,17 +155,17 @@ def _light(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """What the light and the camera do: brightness, cast, gamma, uneven light, blur, noise."""
     height, width = image.shape[:2]
-    lamp = rng.uniform(0.86, 1.12, (3, 4)).astype(np.float32)
-    cast = rng.uniform(0.88, 1.12, 3)
-    brightness, gamma = np.exp(rng.uniform(np.log(0.6), np.log(1.2))), rng.uniform(0.8, 1.25)
+    lamp = rng.uniform(0.92, 1.06, (3, 4)).astype(np.float32)
+    cast = rng.uniform(0.95, 1.05, 3)
+    brightness, gamma = np.exp(rng.uniform(np.log(0.8), np.log(1.12))), rng.uniform(0.9, 1.12)
     lamp = cv2.resize(lamp, (width, height), interpolation=cv2.INTER_LINEAR)
     lit = cv2.convertScaleAbs(cv2.multiply(image, cv2.merge([lamp] * 3)))
     levels = np.linspace(0, 1, 256)[:, None] ** gamma * 255 * brightness * cast
     lit = cv2.LUT(lit, np.clip(levels, 0, 255).astype(np.uint8)[:, None])
     if rng.random() < 0.3:
         lit = cv2.GaussianBlur(lit, (3, 3), rng.uniform(0.4, 0.9))
-    # Evenly distributed noise around 0, up to 3 to 10 grey levels: much cheaper than normal.
-    noise, strength = rng.integers(0, 256, image.shape, np.uint8), rng.uniform(3, 10) / 128
+    # Evenly distributed noise around 0, up to 2 to 7 grey levels: much cheaper than normal.
+    noise, strength = rng.integers(0, 256, image.shape, np.uint8), rng.uniform(2, 7) / 128
     return cv2.addWeighted(lit, 1, noise, strength, -128 * strength)
 
 
