@@ -102,9 +102,9 @@ class TrainStep:
             terms=terms,
             positives=everyone.mask.sum(),
             dropped_positives=dropped,
-            grad_norm=optax.global_norm(gradient),
-            update_norm=optax.global_norm(updates),
-            param_norm=optax.global_norm(params),
+            grad_norm=optax.tree.norm(gradient),
+            update_norm=optax.tree.norm(updates),
+            param_norm=optax.tree.norm(params),
         )
         state = state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, memory=memory

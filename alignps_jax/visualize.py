@@ -399,7 +399,7 @@ def _finish(axes: Axes, title: str, last_step: int) -> None:
         axes.set(xticks=[], yticks=[])
         return
     axes.set_xlim(0, 1.02 * max(last_step, 1))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 102 if title.endswith("(%)") else None)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     labels = axes.get_legend_handles_labels()[1]
     if any(labels):

@@ -54,6 +54,5 @@ def get_config(variant: str = "") -> ConfigDict:
     train.eval_every = "1050 steps"
 
     config.eval.batch_size = 8
-    config.eval.score_threshold = 0.15
     config.eval.untrained_baseline = True
     return apply_variant(config, variant)

@@ -18,6 +18,12 @@ def tiny_model(variant: str = ""):
     return config, model, randomize(params), frozen
 
 
+def run(model, params, frozen, image, size, *, train: bool = False):
+    """The network's outputs, compiled as a whole (op by op takes much longer)."""
+    apply = jax.jit(model.apply, static_argnames="train")
+    return apply({"params": params, "frozen": frozen}, image, size, train=train)
+
+
 def pad(image: np.ndarray, height: int, width: int, value: int) -> np.ndarray:
     rows, columns = height - image.shape[1], width - image.shape[2]
     return np.pad(image, ((0, 0), (0, rows), (0, columns), (0, 0)), constant_values=value)
@@ -28,15 +34,14 @@ def test_levels_and_shapes(variant, levels):
     _, model, params, frozen = tiny_model(variant)
     image = np.zeros((2, 96, 160, 3), np.uint8)
     size = np.array([[96, 160], [70, 101]], np.int32)
-    variables = {"params": params, "frozen": frozen}
-    outputs = model.apply(variables, image, size, train=True)
+    outputs = run(model, params, frozen, image, size, train=True)
     assert len(outputs) == levels
     assert outputs[0].cls_logits.shape == (2, 12, 20)
     assert outputs[0].box_distances.shape == (2, 12, 20, 4)
     assert outputs[0].embeddings.shape == (2, 12, 20, 16)
     # 70 x 101 pixels are fed as 96 x 128: 12 x 16 locations.
     np.testing.assert_array_equal(outputs[0].valid.sum((1, 2)), [12 * 20, 12 * 16])
-    assert len(model.apply(variables, image, size, train=False)) == 1
+    assert len(run(model, params, frozen, image, size)) == 1
 
 
 @pytest.mark.parametrize("variant", ["", "plus", "released"])
@@ -50,9 +55,8 @@ def test_the_bucket_never_changes_a_result(variant):
     larger[:, 80:, :] = 13
     batch = np.concatenate([rng.integers(0, 256, larger.shape, dtype=np.uint8), larger])
     sizes = np.array([[160, 224], [80, 109]], np.int32)
-    variables = {"params": params, "frozen": frozen}
-    alone = model.apply(variables, image, size, train=True)
-    beside = model.apply(variables, batch, sizes, train=True)
+    alone = run(model, params, frozen, image, size, train=True)
+    beside = run(model, params, frozen, batch, sizes, train=True)
     for tight, loose in zip(alone, beside, strict=True):
         rows, columns = tight.cls_logits.shape[1:]
         cut = jax.tree.map(lambda x, r=rows, c=columns: x[1:, :r, :c], loose)
@@ -80,7 +84,7 @@ def test_detections_do_not_depend_on_bucket_or_company():
 def test_embeddings_have_zero_mean_over_the_valid_region():
     _, model, params, frozen = tiny_model()
     batch = random_batch(np.random.default_rng(6), images=2)
-    (output,) = model.apply({"params": params, "frozen": frozen}, batch.image, batch.size)
+    (output,) = run(model, params, frozen, batch.image, batch.size)
     total = (output.embeddings * output.valid[..., None]).sum((1, 2))
     np.testing.assert_allclose(total, 0, atol=1e-2)
     np.testing.assert_array_equal(output.embeddings[~output.valid], 0)
@@ -97,10 +101,10 @@ def test_names_that_do_not_exist_are_errors():
 def test_bfloat16_gives_float32_outputs_close_to_float32():
     config, model, params, frozen = tiny_model()
     batch = random_batch(np.random.default_rng(7), images=1)
-    expected = model.apply({"params": params, "frozen": frozen}, batch.image, batch.size)[0]
+    expected = run(model, params, frozen, batch.image, batch.size)[0]
     config.model.dtype = "bfloat16"
     low = build_model(config)
-    found = low.apply({"params": params, "frozen": frozen}, batch.image, batch.size)[0]
+    found = run(low, params, frozen, batch.image, batch.size)[0]
     for name in ("cls_logits", "box_distances", "embeddings"):
         a, b = getattr(found, name), getattr(expected, name)
         assert a.dtype == np.float32

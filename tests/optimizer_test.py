@@ -72,12 +72,12 @@ def test_updates_equal_a_literal_sgd():
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 2), "bias": (2,)}
     params = {
-        name: {leaf: rng.normal(size=shape) for leaf, shape in shapes.items()}
+        name: {leaf: rng.normal(size=shape).astype(np.float32) for leaf, shape in shapes.items()}
         for name in ("stem", "conv")
     }
     factor = {"kernel": 1.0, "bias": config.bias_lr_factor}
     decay = {"kernel": config.weight_decay, "bias": config.bias_weight_decay}
-    expected = {leaf: value.copy() for leaf, value in params["conv"].items()}
+    expected = {leaf: value.astype(np.float64) for leaf, value in params["conv"].items()}
     momentum = {leaf: np.zeros(shape) for leaf, shape in shapes.items()}
 
     state = optimizer.init(params)
@@ -95,3 +95,28 @@ def test_updates_equal_a_literal_sgd():
     for leaf in shapes:
         np.testing.assert_allclose(found["conv"][leaf], expected[leaf], rtol=1e-4)
         np.testing.assert_array_equal(found["stem"][leaf], params["stem"][leaf])
+
+
+def test_adamw_is_that_of_optax():
+    config = cuhk.get_config().optimizer
+    config.name, config.clip_norm, config.bias_weight_decay = "adamw", 1e9, config.weight_decay
+    found_rule = make_optimizer(config, lambda step: 0.01, lambda path: False)
+    expected_rule = optax.adamw(0.01, b1=config.momentum, weight_decay=config.weight_decay)
+    rng = np.random.default_rng(1)
+    params = {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
+    found, expected = params, params
+    found_state, expected_state = found_rule.init(params), expected_rule.init(params)
+    for _ in range(5):
+        gradient = {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
+        updates, found_state = found_rule.update(gradient, found_state, found)
+        found = optax.apply_updates(found, updates)
+        updates, expected_state = expected_rule.update(gradient, expected_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    np.testing.assert_allclose(found["conv"]["kernel"], expected["conv"]["kernel"], rtol=1e-6)
+
+
+def test_a_rule_that_does_not_exist_is_an_error():
+    config = cuhk.get_config().optimizer
+    config.name = "adam"
+    with pytest.raises(UserError, match=r"config\.optimizer\.name: found 'adam'.*sgd, adamw"):
+        make_optimizer(config, lambda step: 0.01, lambda path: False)

@@ -16,7 +16,7 @@ SIZE = (122, 154)
 # The PRW models' inference differs in weights only.
 INFERENCE = ("cuhk", "cuhk_plus")
 TRAINING = ("cuhk", "prw")
-STEPS = 4
+STEPS = 2
 RULES = {"warmup": 2, "drops": (3,)}
 WEIGHT_DECAY = 1e-3
 
