@@ -22,7 +22,7 @@ from data_pipeline.pipeline import TrainPipeline
 class Monitor:
     """Shows and logs the training steps, and stops at what is not finite; a context manager.
 
-    Only the first process shows and logs; all of them check.
+    Only the first process shows progress; all of them check and log.
     """
 
     def __init__(
@@ -121,8 +121,7 @@ class Monitor:
             "images_per_second": rate,
             "data_wait": self._waited / elapsed,
         }
-        if self._leads:
-            self._log.scalars(step, values)
+        self._log.scalars(step, values)
         self.restart_clock()
 
     def _check_finite(self, step: int, metrics: StepMetrics) -> None:

@@ -55,7 +55,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
 
     with (
         Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
-        MetricLog(workdir) as log,
+        MetricLog(log_folder(workdir)) as log,
         Interrupt() as interrupt,
     ):
         batches = pipeline.iterator(plan.total)
@@ -211,6 +211,12 @@ def restore(
     log.truncate_after(latest)
     print(f"going on from step {latest} in {workdir}")
     return state
+
+
+def log_folder(workdir: Path) -> Path:
+    """Where this process logs: the first one in the workdir, the others in folders of their own."""
+    process = jax.process_index()
+    return workdir / f"process_{process}" if process else workdir
 
 
 def use_compilation_cache(workdir: Path) -> None:

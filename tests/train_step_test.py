@@ -48,7 +48,7 @@ def case(request) -> Case:
     config = tiny.get_config(request.param)
     config.model.frozen_stages = 1
     # Its trace holds the gradients; AdamW's first step would turn rounding into whole steps.
-    config.optimizer.name = "sgd"
+    config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.01
     model, step, state = train_setup(config, devices=1)
     return Case(config, model, state, one_device(step))
 
