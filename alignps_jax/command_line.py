@@ -1,15 +1,31 @@
-"""Reading the command line, with one clear line for what is wrong with it."""
+"""The command line: its flags, and one clear line for what is wrong with them."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
-from absl import flags
+from absl import app, flags
+from ml_collections import config_flags
 
 from alignps_jax.types import UserError
 
 FLAGS = flags.FLAGS
+
+config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/cuhk.py:plus.")
+flags.DEFINE_string("mode", "train", "What to do: see README.")
+flags.DEFINE_string("workdir", None, "Where results go; default: runs/<name of the config>.")
+flags.DEFINE_string("checkpoint", None, "Workdir or checkpoint to read; default: the workdir.")
+flags.DEFINE_string("query", None, "search: photo with the person to find.")
+flags.DEFINE_string("box", None, "search: x1,y1,x2,y2 of that person; default: everybody.")
+flags.DEFINE_string("gallery", None, "search: folder of photos to search.")
+flags.DEFINE_string("source", None, "convert: file of published PyTorch weights.")
+flags.DEFINE_string("target", None, "export: .pth or .safetensors file to write.")
+flags.DEFINE_string("coordinator", None, "Multi-process runs: host:port of process 0.")
+flags.DEFINE_integer("processes", None, "Multi-process runs: number of processes.")
+flags.DEFINE_integer("process", None, "Multi-process runs: number of this process, from 0.")
+app.define_help_flags()
 
 
 def parse(argv: Sequence[str], modes: Collection[str]) -> None:
@@ -23,14 +39,23 @@ def parse(argv: Sequence[str], modes: Collection[str]) -> None:
         rest = FLAGS(list(argv))[1:]
         if FLAGS.config is not None:
             FLAGS.config.lock()  # a file that cannot be loaded fails only when it is used
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"command line: no such field: {_one_line(str(error.args[0]))}") from error
+    except (flags.Error, TypeError, ValueError, OSError) as error:
         raise UserError(f"command line: {_one_line(str(error))}") from error
     if rest:
         raise UserError(f"command line: found {rest[0]!r}, expected only flags (--name=value)")
-    if FLAGS.mode not in modes:
-        near = difflib.get_close_matches(FLAGS.mode, modes, n=1)
+    choose("mode", modes)
+
+
+def choose(flag: str, known: Collection[str]) -> str:
+    """The value of a flag that is one of `known`; UserError, with the nearest, if it is not."""
+    found = FLAGS[flag].value
+    if found not in known:
+        near = difflib.get_close_matches(str(found), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--mode: found {FLAGS.mode!r}, expected one of {', '.join(modes)}{hint}")
+        raise UserError(f"--{flag}: found {found!r}, expected one of {', '.join(known)}{hint}")
+    return found
 
 
 def required(flag: str) -> str:
@@ -38,6 +63,13 @@ def required(flag: str) -> str:
     if FLAGS[flag].value is None:
         raise UserError(f"--{flag}: missing, --mode={FLAGS.mode} needs it")
     return FLAGS[flag].value
+
+
+def config_name() -> str:
+    """The name of the configuration and its variant, as folders carry it."""
+    required("config")
+    path, _, variant = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    return "-".join(filter(None, (Path(path).stem, variant)))
 
 
 def _one_line(message: str) -> str:
