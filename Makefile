@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/python launch.py --config configs/synthetic.py --workdir=runs/demo
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Everything that needs PyTorch: conversion of .pth files, and parity with the published model.
 parity: $(PARITY_READY)

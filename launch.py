@@ -9,13 +9,19 @@ from pathlib import Path
 
 import jax
 
+from alignps_jax.benchmark.run import run_benchmark
+from alignps_jax.catalogue import print_catalogue
 from alignps_jax.checkpoint import load_config
-from alignps_jax.command_line import FLAGS, config_name, parse, required
+from alignps_jax.command_line import FLAGS, choose, config_file, config_name, parse, required
 from alignps_jax.convert import convert_released, export_released
 from alignps_jax.detector import parse_box, search_photos
 from alignps_jax.evaluate import evaluate_checkpoint
+from alignps_jax.figures import FIGURES, draw_figures, figure_request
+from alignps_jax.reproduce import reproduce_table
+from alignps_jax.scoring import evaluate_detections
 from alignps_jax.train import train_and_evaluate
 from alignps_jax.types import UserError
+from configs import cuhk
 
 
 def train() -> None:
@@ -23,6 +29,9 @@ def train() -> None:
 
 
 def evaluate() -> None:
+    if FLAGS.detections:
+        evaluate_detections(FLAGS.config, Path(FLAGS.detections), FLAGS.workdir)
+        return
     checkpoint = Path(FLAGS.checkpoint or required("workdir"))
     config = FLAGS.config or load_config(checkpoint)
     evaluate_checkpoint(config, checkpoint, Path(FLAGS.workdir or checkpoint))
@@ -43,12 +52,38 @@ def export() -> None:
     export_released(Path(required("checkpoint")), Path(required("target")))
 
 
+def benchmark() -> None:
+    config, workdir = FLAGS.config or cuhk.get_config(), Path(FLAGS.workdir or "runs/benchmark")
+    run_benchmark(config, FLAGS.what, workdir, runs=FLAGS.runs, quick=FLAGS.quick)
+
+
+def visualize() -> None:
+    kind, sources = choose("what", FIGURES), FLAGS.detections or required("checkpoint")
+    optional = (FLAGS.config, FLAGS.query, FLAGS.box, FLAGS.gallery, FLAGS.workdir)
+    draw_figures(kind, figure_request(sources, *optional))
+
+
+def list_variants() -> None:
+    config = FLAGS.config or cuhk.get_config()
+    print_catalogue(config_file() if FLAGS.config else "configs/cuhk.py", config.data.name)
+
+
+def reproduce() -> None:
+    name = config_name()
+    workdir = Path(FLAGS.workdir or f"runs/reproduce-{name}")
+    reproduce_table(FLAGS.config, name, required("table"), FLAGS.seeds, workdir)
+
+
 MODES = {
     "train": train,
     "evaluate": evaluate,
     "search": search,
     "convert": convert,
     "export": export,
+    "visualize": visualize,
+    "benchmark": benchmark,
+    "list": list_variants,
+    "reproduce": reproduce,
 }
 
 

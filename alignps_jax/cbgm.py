@@ -19,7 +19,7 @@ class ContextMatching:
     people: int
 
 
-# The published settings.
+# SeqNet's settings.
 CUHK_SYSU = ContextMatching(images=10, people=3)
 PRW = ContextMatching(images=30, people=4)
 
@@ -66,10 +66,19 @@ def rescore(
         return rescored
     context = embeddings[people].astype(np.float64)
     best = np.maximum.reduceat(similarity, offsets[occupied])
-    for image in occupied[np.argsort(-best, kind="stable")[:images]]:
+    for image in occupied[_largest(best, images)]:
         segment = slice(int(offsets[image]), int(offsets[image + 1]))
         weights = context @ embeddings[rows[segment]].T.astype(np.float64)
         person, detection = linear_sum_assignment(weights, maximize=True)
         matched = detection[person == 0]
         rescored[segment.start + matched] = weights[person, detection].sum()
     return rescored
+
+
+def _largest(values: Float[np.ndarray, "n"], count: int) -> Int[np.ndarray, "c"]:
+    """Where the `count` largest values are (earlier ones of equals), without sorting them all."""
+    if count >= values.size:
+        return np.arange(values.size)
+    limit = np.partition(values, values.size - count)[values.size - count]
+    above = np.flatnonzero(values > limit)
+    return np.concatenate([above, np.flatnonzero(values == limit)[: count - above.size]])

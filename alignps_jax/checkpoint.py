@@ -37,6 +37,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from alignps_jax.types import TrainState, UserError, Weights
+from configs import cuhk
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
@@ -161,9 +162,15 @@ class Checkpoints:
 
 
 def load_config(path: Path, which: str | int = "best") -> ConfigDict:
-    """The config of a checkpoint, locked, lists as tuples; otherwise as `load_weights`."""
+    """The config of a checkpoint, locked, lists as tuples; otherwise as `load_weights`.
+
+    Fields that it has not, because they are newer, take the default of `configs/cuhk.py`, which
+    is what the software did before it had them.
+    """
     folder = _find(path, which)
-    return _manifest(folder, lambda manifest: ConfigDict(_tuples(manifest["config"])).lock())
+    stored = _manifest(folder, lambda manifest: ConfigDict(_tuples(manifest["config"])))
+    _complete(stored, cuhk.get_config())
+    return stored.lock()
 
 
 def load_weights(path: Path, template: Weights | TrainState, which: str | int = "best") -> Weights:
@@ -355,6 +362,15 @@ def _find(path: Path, which: str | int) -> Path:
     if which not in steps:
         raise UserError(f"{root}: found steps {steps}, expected best, latest or one of them")
     return root / str(which)
+
+
+def _complete(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Adds the fields that `config` lacks, in its sections too."""
+    for field in defaults:
+        if field not in config:
+            config[field] = defaults[field]
+        elif isinstance(defaults[field], ConfigDict):
+            _complete(config[field], defaults[field])
 
 
 def _manifest(folder: Path, part: Callable[[dict[str, Any]], Any]) -> Any:

@@ -16,12 +16,20 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/cuhk.py:plus.")
 flags.DEFINE_string("mode", "train", "What to do: see README.")
 flags.DEFINE_string("workdir", None, "Where results go; default: runs/<name of the config>.")
-flags.DEFINE_string("checkpoint", None, "Workdir or checkpoint to read; default: the workdir.")
-flags.DEFINE_string("query", None, "search: photo with the person to find.")
-flags.DEFINE_string("box", None, "search: x1,y1,x2,y2 of that person; default: everybody.")
-flags.DEFINE_string("gallery", None, "search: folder of photos to search.")
+flags.DEFINE_string("checkpoint", None, "Workdir or checkpoint to read (visualize: A,B,...).")
+flags.DEFINE_string("query", None, "search, visualize: photo with the person to find.")
+flags.DEFINE_string("box", None, "search, visualize: x1,y1,x2,y2 of that person, in its pixels.")
+flags.DEFINE_string("gallery", None, "search, visualize: folder of photos to search.")
+flags.DEFINE_string("detections", None, "evaluate, visualize: saved detections (.npz).")
 flags.DEFINE_string("source", None, "convert: file of published PyTorch weights.")
 flags.DEFINE_string("target", None, "export: .pth or .safetensors file to write.")
+flags.DEFINE_string("table", None, "reproduce: table of the paper, 1 to 6 or fig4.")
+flags.DEFINE_integer("seeds", 2, "reproduce: runs of each row.")
+flags.DEFINE_string(
+    "what", None, "visualize: kind of picture; benchmark: parts, a,b,...; default: all."
+)
+flags.DEFINE_integer("runs", 5, "benchmark: timed runs of every figure.")
+flags.DEFINE_bool("quick", False, "benchmark: tiny shapes, only to see that it runs.")
 flags.DEFINE_string("coordinator", None, "Multi-process runs: host:port of process 0.")
 flags.DEFINE_integer("processes", None, "Multi-process runs: number of processes.")
 flags.DEFINE_integer("process", None, "Multi-process runs: number of this process, from 0.")
@@ -63,6 +71,11 @@ def required(flag: str) -> str:
     if FLAGS[flag].value is None:
         raise UserError(f"--{flag}: missing, --mode={FLAGS.mode} needs it")
     return FLAGS[flag].value
+
+
+def config_file() -> str:
+    """The file of --config as it was typed, without a variant."""
+    return config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]
 
 
 def config_name() -> str:

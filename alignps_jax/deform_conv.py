@@ -8,13 +8,14 @@ How it is computed. Sampling is linear and acts per location, so it commutes wit
 of a tap's C channels to F: whichever order is cheaper is taken, by static shape. The taps are
 visited one after another in a `lax.scan` that adds up the output, and the backward pass visits
 them again instead of keeping what they sampled: memory grows with the maps, not with nine times
-the maps. The map is a table of rows [B*H*W, C], so every read and write of a corner is
-contiguous.
+the maps. Only the positions and weights of all samples are there at once; JAX differentiates
+those. The map is a table of rows [B*H*W, C], so every read and write of a corner is contiguous.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -28,9 +29,7 @@ from jaxtyping import Array, Float, Int
 
 Initializer = Callable[..., Array]
 
-# (y, x) steps from the pixel at or before a position to the four around it, as [4, B, h, w, 2].
-_STEPS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], np.float32).reshape(4, 1, 1, 1, 2)
-# `_corner_rows` clips, so that gathers and scatters need not.
+# `_neighbours` clips, so that gathers and scatters need not.
 _IN_BOUNDS = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
@@ -76,20 +75,19 @@ def deform_conv2d(
     if mask is not None and mask.shape != taps:
         raise ValueError(f"mask has shape {mask.shape}, expected {taps}")
 
-    mask = jnp.ones(taps) if mask is None else mask
+    # Where each tap reads, all of them [kh * kw, B, h, w].
+    taps_first = functools.partial(jnp.moveaxis, source=3, destination=0)
     ky, kx, y, x = jnp.meshgrid(*map(jnp.arange, (kh, kw, h, w)), indexing="ij")
-    grid = jnp.stack([y * stride - padding + ky, x * stride - padding + kx], axis=-1)
-    grid = grid.reshape(kh * kw, 1, h, w, 2).astype(jnp.float32)
-    positions = jnp.moveaxis(offsets, 3, 0) + grid
+    y = (y * stride - padding + ky).reshape(-1, 1, h, w) + taps_first(offsets[..., 0])
+    x = (x * stride - padding + kx).reshape(-1, 1, h, w) + taps_first(offsets[..., 1])
+    rows, weights = _corners(y, x, (height, width))
+    if mask is not None:
+        weights *= taps_first(mask).reshape(kh * kw, 1, -1)
 
-    arrays = _align_varying_axes(
-        inputs.reshape(-1, channels),
-        positions,
-        jnp.moveaxis(mask, 3, 0).astype(jnp.float32),
-        kernel.reshape(kh * kw, channels, features),
+    table, weights, kernel, rows = _align_varying_axes(
+        inputs.reshape(-1, channels), weights, kernel.reshape(kh * kw, channels, features), rows
     )
-    project_first = _project_first(height * width, h * w, channels, features)
-    out = _deform_conv(*arrays, (height, width), project_first)
+    out = _deform_conv(table, weights, kernel, rows)
     return out.reshape(batch, h, w, features)
 
 
@@ -103,106 +101,109 @@ def _align_varying_axes(*arrays: Array) -> tuple[Array, ...]:
     return tuple(a + zero.astype(a.dtype) for a in arrays)
 
 
-def _project_first(rows: int, locations: int, channels: int, features: int) -> bool:
+def _corners(
+    y: Float[Array, "K B h w"], x: Float[Array, "K B h w"], size: tuple[int, int]
+) -> tuple[Int[Array, "K 4 M"], Float[Array, "K 4 M"]]:
+    """Rows of the table [B*H*W, C] that hold the four pixels around each position, and weights.
+
+    The weights are bilinear, 0 for pixels outside the image, NaN where a coordinate is.
+    """
+    rows, row_weights = _neighbours(y, size[0])
+    columns, column_weights = _neighbours(x, size[1])
+    image = np.arange(y.shape[1], dtype=np.int32)[:, None, None]
+    rows = (image * size[0] + rows[:, :, None]) * size[1] + columns[:, None]
+    weights = row_weights[:, :, None] * column_weights[:, None]
+    return rows.reshape(len(y), 4, -1), weights.reshape(len(y), 4, -1)
+
+
+def _neighbours(
+    position: Float[Array, "K B h w"], size: int
+) -> tuple[Int[Array, "K 2 B h w"], Float[Array, "K 2 B h w"]]:
+    """The pixels at or before and after each position, along one axis, and linear weights.
+
+    Instead of a pixel outside comes the nearest one inside, with weight 0.
+    """
+    # Far outside nothing changes any more; clipping keeps the conversion to integers sane.
+    position = jnp.clip(position.astype(jnp.float32), -2.0, size + 1.0)
+    first = jnp.floor(position)
+    pixels = jnp.stack([first, first + 1], axis=1)
+    fraction = position - first
+    weights = jnp.stack([1 - fraction, fraction], axis=1)
+    weights = jnp.where((pixels < 0) | (pixels >= size), 0.0, weights)
+    return jnp.clip(pixels.astype(jnp.int32), 0, size - 1), weights
+
+
+def _project_first(
+    locations: int, rows: int, channels: int, features: int, *, backward: bool
+) -> bool:
     """Whether to project each tap's map before sampling it, instead of the samples.
 
-    Worth it if no more rows are multiplied and no more channels gathered. Equal numbers favour
-    it too: what is sampled is added to the output at once and never stored.
+    Worth it if no more rows are multiplied and no more channels gathered. In the backward pass it
+    must gather fewer, as that projects the map once more.
     """
-    return rows <= locations and features <= channels
+    return rows <= locations and (features < channels if backward else features <= channels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@jax.custom_vjp
 def _deform_conv(
     table: Float[Array, "R C"],
-    positions: Float[Array, "K B h w 2"],
-    mask: Float[Array, "K B h w"],
+    weights: Float[Array, "K 4 M"],
     kernel: Float[Array, "K C F"],
-    size: tuple[int, int],
-    project_first: bool,
+    rows: Int[Array, "K 4 M"],
 ) -> Float[Array, "M F"]:
-    """Sum over the taps of mask * sample(map, position) @ kernel; rows are locations [B, h, w]."""
+    """Sum over the taps of sample(map) @ kernel; M are the locations of the output."""
+    shape = weights.shape[-1], *table.shape, kernel.shape[-1]
+    project_first = _project_first(*shape, backward=False)
 
     def add_tap(out, tap):
-        positions, mask, kernel = tap
+        weights, kernel, rows = tap
         kernel = kernel.astype(table.dtype)
-        rows, weights = _corner_rows(positions, size), _corner_weights(positions, mask, size)
         if project_first:
             return out + _sample(table @ kernel, rows, weights), None
         columns = _sample(table, rows, weights).astype(table.dtype)
         return out + jnp.matmul(columns, kernel, preferred_element_type=out.dtype), None
 
-    out_shape = (mask[0].size, kernel.shape[-1])
+    out_shape = shape[0], shape[-1]
     zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=out_shape)
-    out, _ = lax.scan(add_tap, zeros, (positions, mask, kernel))
+    out, _ = lax.scan(add_tap, zeros, (weights, kernel, rows))
     return out.astype(table.dtype)
 
 
-def _deform_conv_bwd(size, project_first, residuals, d_out):
-    """Cotangents of table, positions, mask and kernel from that of the output [M, F]."""
-    table, positions, mask, kernel = residuals
+def _deform_conv_bwd(residuals, d_out):
+    """Cotangents of table, weights and kernel from that of the output [M, F]."""
+    table, weights, kernel, rows = residuals
+    shape = weights.shape[-1], *table.shape, kernel.shape[-1]
+    project_first = _project_first(*shape, backward=True)
     matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     # Once for all taps: XLA's matrix product on CPU is slow when its left side is transposed.
-    transposed_table = table.T
+    transposed = (table if project_first else d_out).T
 
     def add_tap(d_table, tap):
-        positions, mask, kernel = tap
+        weights, kernel, rows = tap
         kernel = kernel.astype(table.dtype)
-        rows = _corner_rows(positions, size)
-        corner_weights = functools.partial(_corner_weights, size=size)
-        weights, weights_vjp = jax.vjp(corner_weights, positions, mask)
         if project_first:
             projected = table @ kernel
             d_weights = _corner_products(projected, rows, d_out)
             d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
             d_projected = _scatter(d_projected, rows, weights, d_out).astype(table.dtype)
-            d_kernel = matmul(transposed_table, d_projected)
+            d_kernel = matmul(transposed, d_projected)
             d_table += matmul(d_projected, kernel.T)
         else:
             columns = _sample(table, rows, weights).astype(table.dtype)
-            d_kernel = matmul(columns.T, d_out)
+            d_kernel = matmul(transposed, columns)
             d_columns = matmul(d_out, kernel.T)
-            d_weights = _corner_products(table, rows, d_columns)
+            # Behind a barrier: XLA would store the corners, for `columns` and this to share.
+            d_weights = _corner_products(table, lax.optimization_barrier(rows), d_columns)
             d_table = _scatter(d_table, rows, weights, d_columns)
-        return d_table, (*weights_vjp(d_weights), d_kernel)
+        return d_table, (d_weights, d_kernel)
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32)
-    d_table, (d_positions, d_mask, d_kernel) = lax.scan(add_tap, zeros, (positions, mask, kernel))
-    return d_table.astype(table.dtype), d_positions, d_mask, d_kernel.astype(kernel.dtype)
+    d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, (weights, kernel, rows))
+    d_kernel = d_kernel if project_first else d_kernel.mT
+    return d_table.astype(table.dtype), d_weights, d_kernel.astype(kernel.dtype), None
 
 
-_deform_conv.defvjp(lambda *args: (_deform_conv(*args), args[:4]), _deform_conv_bwd)
-
-
-def _corners(
-    positions: Float[Array, "B h w 2"], size: tuple[int, int]
-) -> tuple[Float[Array, "4 B h w 2"], Float[Array, "B h w 2"]]:
-    """The four pixels around each position, and by how much it lies past the first one."""
-    # Far outside nothing changes any more; clipping keeps the conversion to integers sane.
-    positions = jnp.clip(positions, -2.0, np.array(size, np.float32) + 1)
-    first = jnp.floor(positions)
-    return first + _STEPS, positions - first
-
-
-def _corner_rows(positions: Float[Array, "B h w 2"], size: tuple[int, int]) -> Int[Array, "4 M"]:
-    """Rows of the table [B*H*W, C] that hold the corners; outside, the nearest pixel's."""
-    height, width = size
-    corners, _ = _corners(positions, size)
-    corners = jnp.clip(corners.astype(jnp.int32), 0, np.array(size, np.int32) - 1)
-    image = np.arange(positions.shape[0], dtype=np.int32)[:, None, None]
-    rows = (image * height + corners[..., 0]) * width + corners[..., 1]
-    return rows.reshape(len(_STEPS), -1)
-
-
-def _corner_weights(
-    positions: Float[Array, "B h w 2"], mask: Float[Array, "B h w"], size: tuple[int, int]
-) -> Float[Array, "4 M"]:
-    """Bilinear weights times mask; 0 for corners outside the image, NaN for NaN positions."""
-    corners, fraction = _corners(positions, size)
-    outside = jnp.any((corners < 0) | (corners >= np.array(size)), axis=-1)
-    factors = jnp.where(_STEPS == 1, fraction, 1 - fraction)
-    weights = jnp.where(outside, 0.0, factors[..., 0] * factors[..., 1] * mask)
-    return weights.reshape(len(_STEPS), -1)
+_deform_conv.defvjp(lambda *args: (_deform_conv(*args), args), _deform_conv_bwd)
 
 
 def _sample(
@@ -234,13 +235,17 @@ def _corner_products(
 ) -> Float[Array, "4 M"]:
     """Inner product of every value with its four corners, in float32.
 
-    One reduction of four operands, so that neither the corners nor the products are stored.
+    One reduction of four operands, so that neither the corners nor the products are stored; and,
+    as no compiler reorders a sum of floats, in `lanes` sums that vector registers hold.
     """
     values = values.astype(jnp.float32)
+    locations, channels = values.shape
+    lanes = math.gcd(channels, 16)
     products = [values * table.at[r].get(**_IN_BOUNDS) for r in rows]
+    products = [p.reshape(locations, channels // lanes, lanes) for p in products]
     zeros = [np.float32(0)] * len(products)
     sums = lax.reduce(products, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))
-    return jnp.stack(sums)
+    return jnp.stack(sums).sum(axis=-1)
 
 
 class DeformConv(nn.Module):

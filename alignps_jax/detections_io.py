@@ -140,6 +140,16 @@ def align_detections(
     )
 
 
+def unit_embeddings(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M D"]:
+    """Embeddings divided by their length, as float32; zeros stay, and so does what has length one.
+
+    What comes out passes through a second time, or through a file, unchanged bit for bit.
+    """
+    lengths = _lengths(embeddings)
+    lengths[(np.abs(lengths - 1) <= _UNIT_TOLERANCE) | (lengths == 0)] = 1.0
+    return (embeddings / lengths[:, None]).astype(np.float32)
+
+
 def rows_of_images(
     offsets: Int[np.ndarray, "N+1"], images: Int[np.ndarray, "n"]
 ) -> tuple[Int[np.ndarray, "R"], Int[np.ndarray, "n+1"]]:
@@ -154,6 +164,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The five arrays, each of the right type and number of dimensions."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected an .npz file with detections")
+    with path.open("rb") as file:
+        if file.read(4) not in (b"PK\x03\x04", b"\x93NUM"):  # NumPy would take it for a pickle
+            raise UserError(f"{path}: not a readable .npz archive, nor any file of NumPy's")
     try:
         archive = np.load(path, allow_pickle=False)
     except _UNREADABLE as error:
@@ -253,11 +266,9 @@ def _lengths(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M"]:
 
 
 def _normalised(detections: GalleryDetections, where: str) -> Float[np.ndarray, "M D"]:
-    embeddings = detections.embeddings
-    lengths = _lengths(embeddings)
-    _refuse_rows(detections, lengths == 0, where, "embeddings", "an embedding of zeros")
-    lengths[np.abs(lengths - 1) <= _UNIT_TOLERANCE] = 1.0
-    return (embeddings / lengths[:, None]).astype(np.float32)
+    zeros = _lengths(detections.embeddings) == 0
+    _refuse_rows(detections, zeros, where, "embeddings", "an embedding of zeros")
+    return unit_embeddings(detections.embeddings)
 
 
 def _one_line(error: Exception) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -14,6 +15,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from alignps_jax.checkpoint import load_config, load_weights
+from alignps_jax.gallery import top_k
+from alignps_jax.location_maps import LocationMaps, compute_maps, maps_of_photo
 from alignps_jax.model import build_model, weights_template
 from alignps_jax.report import FoundPerson, QueryRanking, write_ranking_json
 from alignps_jax.train_step import PredictStep
@@ -31,6 +34,9 @@ from data_pipeline.pipeline import single_image_batch
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
 MAX_PICTURE_QUERIES = 12
+PICTURE_RESULTS = 5
+# Results per query in the JSON file.
+MAX_RESULTS = 1000
 
 
 class Detector:
@@ -41,18 +47,27 @@ class Detector:
     """
 
     def __init__(self, config: ConfigDict, weights: Weights):
+        # The same network; there is no backward pass to recompute anything in.
+        inference = config.copy_and_resolve_references()
+        inference.model.remat = False
+        model = build_model(inference)
         self.config = config
         self._weights = weights
-        self._predict = jax.jit(PredictStep(build_model(config), config.eval))
+        self._predict = jax.jit(PredictStep(model, config.eval))
+        self._compute_maps = jax.jit(partial(compute_maps, model))
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> Self:
+    def from_checkpoint(cls, path: str | Path, config: ConfigDict | None = None) -> Self:
         """Loads the best checkpoint of a workdir, or one step's folder.
 
+        Args:
+          path: the workdir or folder.
+          config: what to use instead of the checkpoint's own configuration.
+
         Raises:
-          UserError: there is none, or it is damaged.
+          UserError: there is none, it is damaged, or it does not fit `config`.
         """
-        config = load_config(Path(path))
+        config = config or load_config(Path(path))
         return cls(config, load_weights(Path(path), weights_template(build_model(config))))
 
     def detect(self, image: UInt8[np.ndarray, "H W 3"]) -> Detections:
@@ -71,6 +86,12 @@ class Detector:
         found = jax.device_get(self._predict(self._weights.params, self._weights.frozen, batch))
         valid = found.valid[0]
         return jax.tree.map(lambda x: x[0][valid], found)
+
+    def maps(self, image: UInt8[np.ndarray, "H W 3"]) -> LocationMaps:
+        """What the network computes at every location of an RGB photo; raises as `detect`."""
+        batch = single_image_batch(image, self.config.data)
+        found = self._compute_maps(self._weights.params, self._weights.frozen, batch)
+        return maps_of_photo(found, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +125,7 @@ def search_photos(
         path: above(detector.detect(read_image(path)), threshold)
         for path in tqdm(photos, desc="search", unit="photo", dynamic_ncols=True)
     }
-    rankings = [rank(person, query, found) for person in queries]
+    rankings = rank(queries, query, found)
     workdir.mkdir(parents=True, exist_ok=True)
     ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
     write_ranking_json(ranking, rankings)
@@ -137,6 +158,16 @@ def parse_box(text: str | None) -> tuple[float, ...] | None:
     if len(corners) != 4 or not np.isfinite(corners).all():
         raise UserError(f"--box: found {text!r}, expected x1,y1,x2,y2 (pixels of the photo)")
     return corners
+
+
+def check_box(box: Sequence[float], name: Path, size: tuple[int, int]) -> None:
+    """Raises UserError unless a part of the box lies on the photo of that height and width."""
+    x1, y1, x2, y2 = box
+    if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < size[1] and y1 < size[0]):
+        raise UserError(
+            f"--box: found {x1:g},{y1:g},{x2:g},{y2:g}, expected x1,y1,x2,y2 with x1 < x2 and "
+            f"y1 < y2 on the photo {name} of {size[1]}x{size[0]} pixels"
+        )
 
 
 def gallery_photos(gallery: Path, query: Path) -> list[Path]:
@@ -173,12 +204,8 @@ def find_queries(
         if len(people.scores) == 0:
             raise UserError(f"{name}: found nobody with a score of {threshold:g} or more")
         return [Query(b, e) for b, e in zip(people.boxes, people.embeddings, strict=True)]
+    check_box(box, name, size)
     x1, y1, x2, y2 = box
-    if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < size[1] and y1 < size[0]):
-        raise UserError(
-            f"--box: found {x1:g},{y1:g},{x2:g},{y2:g}, expected x1,y1,x2,y2 with x1 < x2 and "
-            f"y1 < y2 on the photo {name} of {size[1]}x{size[0]} pixels"
-        )
     low = np.maximum(detections.boxes[:, :2], (x1, y1))
     high = np.minimum(detections.boxes[:, 2:], (x2, y2))
     shared = np.maximum(high - low, 0).prod(axis=1)
@@ -189,35 +216,53 @@ def find_queries(
     return [Query(np.array(box, np.float32), detections.embeddings[int(overlap.argmax())])]
 
 
-def rank(person: Query, photo: Path, found: dict[Path, Detections]) -> QueryRanking:
-    """Everybody found in the gallery, most similar to the person first."""
+def rank(
+    queries: Sequence[Query], photo: Path, found: Mapping[Path, Detections]
+) -> list[QueryRanking]:
+    """For each query the `MAX_RESULTS` people of the gallery that are most similar, best first."""
     people = [
-        FoundPerson(path.name, box, float(embedding @ person.embedding), float(score))
+        (path.name, box, float(score))
         for path, detections in found.items()
-        for box, score, embedding in zip(
-            detections.boxes, detections.scores, detections.embeddings, strict=True
-        )
+        for box, score in zip(detections.boxes, detections.scores, strict=True)
     ]
-    people.sort(key=lambda one: -one.similarity)
-    return QueryRanking(photo.name, person.box, tuple(people))
+    if not people:
+        return [QueryRanking(photo.name, query.box, ()) for query in queries]
+    nearest = jax.device_get(
+        top_k(
+            np.stack([query.embedding for query in queries]),
+            np.concatenate([detections.embeddings for detections in found.values()]),
+            min(len(people), MAX_RESULTS),
+        )
+    )
+    rankings = []
+    for query, rows, similarities in zip(queries, nearest.index, nearest.similarity, strict=True):
+        results = []
+        for row, similarity in zip(rows, similarities, strict=True):
+            name, box, score = people[row]
+            results.append(FoundPerson(name, box, float(similarity), score))
+        rankings.append(QueryRanking(photo.name, query.box, tuple(results)))
+    return rankings
 
 
 def draw_rankings(
     rankings: Sequence[QueryRanking], gallery: Path, photo: UInt8[np.ndarray, "H W 3"]
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The queries and their best results."""
-    rows = (
-        RankingRow(
-            Panel(photo, ranking.box, f"query\n{ranking.image}"),
-            tuple(
-                Panel(
-                    read_image(gallery / one.image),
-                    one.box,
-                    result_caption(number, one.similarity, one.image),
-                )
-                for number, one in enumerate(ranking.results[:5], start=1)
-            ),
-        )
-        for ranking in rankings
+    return ranking_picture(ranking_row(ranking, gallery, photo, "query") for ranking in rankings)
+
+
+def ranking_row(
+    ranking: QueryRanking, gallery: Path, photo: UInt8[np.ndarray, "H W 3"], title: str
+) -> RankingRow:
+    """A query in its photo, below a title, and its best results in those of a folder."""
+    return RankingRow(
+        Panel(photo, ranking.box, f"{title}\n{ranking.image}"),
+        tuple(
+            Panel(
+                read_image(gallery / one.image),
+                one.box,
+                result_caption(number, one.similarity, one.image),
+            )
+            for number, one in enumerate(ranking.results[:PICTURE_RESULTS], start=1)
+        ),
     )
-    return ranking_picture(rows, max_results=5)

@@ -10,35 +10,22 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from alignps_jax.checkpoint import load_weights
-from alignps_jax.detections_io import save_detections
-from alignps_jax.metrics import detection_metrics, rank_gallery, search_metrics
+from alignps_jax.detections_io import save_detections, unit_embeddings
 from alignps_jax.model import AlignPS, build_model, weights_template
-from alignps_jax.report import (
-    EvaluationResult,
-    MetricLog,
-    ResultRow,
-    print_results,
-    write_metrics_json,
-)
+from alignps_jax.report import EvaluationResult, MetricLog
+from alignps_jax.scoring import Scorer, make_scorer
 from alignps_jax.train_step import (
-    PredictStep,
+    make_predict_step,
     parallel_predict_step,
     replicate,
     split_over_devices,
 )
-from alignps_jax.types import (
-    Annotations,
-    Batch,
-    Detections,
-    GalleryDetections,
-    SearchProtocol,
-    UserError,
-)
+from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from alignps_jax.visualize import (
     Panel,
     RankingRow,
@@ -47,12 +34,13 @@ from alignps_jax.visualize import (
     result_caption,
     write_image,
 )
-from data_pipeline.datasets import PreparedSplit, load_annotations, load_protocols, prepare
+from data_pipeline.datasets import PreparedSplit, prepare
 from data_pipeline.pipeline import EvalBatches, make_eval_batches
 from data_pipeline.transforms import decode_jpeg
 
 EXAMPLE_IMAGES = 4
-EXAMPLE_QUERIES = 6
+EXAMPLE_FAILURES = 3
+EXAMPLE_OTHERS = 3
 EXAMPLE_RESULTS = 5
 
 
@@ -71,30 +59,12 @@ class Evaluator:
     predict: Callable[[Any, Any, Batch], Detections]
     batches: EvalBatches
     split: PreparedSplit
-    annotations: Annotations
-    protocols: tuple[SearchProtocol, ...]
-    dataset: str
-    score_threshold: float
+    scorer: Scorer
 
     def measure(self, params: Any, frozen: Any, step: int) -> Measured:
         """Runs a network over the test images and computes all figures; in every process."""
         detections = self.detect(params, frozen)
-        searches = {
-            protocol.name: search_metrics(
-                protocol, detections, score_threshold=self.score_threshold
-            )
-            for protocol in self.protocols
-        }
-        result = EvaluationResult(
-            dataset=self.dataset,
-            step=step,
-            score_threshold=self.score_threshold,
-            detection=detection_metrics(
-                self.annotations, detections, score_threshold=self.score_threshold
-            ),
-            searches=searches,
-        )
-        return Measured(result, detections)
+        return Measured(self.scorer.score(detections, step), detections)
 
     def detect(self, params: Any, frozen: Any) -> GalleryDetections:
         """All detections of all test images, whatever their score."""
@@ -127,47 +97,39 @@ class Evaluator:
             for key in ("mAP", "top1", "top5", "top10"):
                 values[f"eval/{name}/{key}"] = getattr(search, key)
         log.scalars(result.step, values)
-        count = len(self.annotations.names)
+        names, detections = measured.detections.names, measured.detections
+        count = len(names)
         for image in np.unique(np.linspace(0, count - 1, min(EXAMPLE_IMAGES, count)).astype(int)):
-            rows = measured.detections.of(image)
-            kept = measured.detections.scores[rows] >= self.score_threshold
+            rows = detections.of(image)
+            kept = detections.scores[rows] >= result.score_threshold
             picture = draw_detections(
-                self.photo(image),
-                measured.detections.boxes[rows][kept],
-                measured.detections.scores[rows][kept],
+                self.photo(image), detections.boxes[rows][kept], detections.scores[rows][kept]
             )
-            log.images(result.step, f"detections/{self.annotations.names[image]}", picture)
+            log.images(result.step, f"detections/{names[image]}", picture)
 
     def photo(self, image: int) -> UInt8[np.ndarray, "H W 3"]:
         """A test image, RGB."""
-        return decode_jpeg(self.split.jpegs[image], self.annotations.names[image])
+        return decode_jpeg(self.split.jpegs[image], self.split.annotations.names[image])
 
     def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
-        """Prints the table and writes metrics, detections and the picture of rankings."""
+        """Prints the table; writes metrics, queries, detections and the picture of rankings."""
         if jax.process_index() != 0:
             return
-        rows = [ResultRow("trained", trained.result)]
-        if untrained is not None:
-            rows.append(ResultRow("untrained network", untrained.result))
-        print_results(rows)
-        metrics, saved = workdir / "metrics.json", workdir / "detections.npz"
-        pictures = workdir / "rankings.png"
-        write_metrics_json(metrics, trained.result, untrained.result if untrained else None)
+        saved, pictures = workdir / "detections.npz", workdir / "rankings.png"
         save_detections(saved, trained.detections)
-        write_image(pictures, ranking_picture(self.ranking_rows(trained.detections)))
-        print(f"metrics     {metrics}\ndetections  {saved}\nrankings    {pictures}")
+        baseline = untrained.result if untrained is not None else None
+        self.scorer.write(workdir, trained.detections, trained.result, baseline)
+        write_image(pictures, ranking_picture(self.ranking_rows(trained)))
+        print(f"detections  {saved}\nrankings    {pictures}")
 
-    def ranking_rows(self, detections: GalleryDetections) -> Iterator[RankingRow]:
-        """Some queries, evenly spread over the first protocol, with their best results."""
-        protocol = self.protocols[0]
-        count = len(protocol.query_image)
-        queries = np.linspace(0, count - 1, min(EXAMPLE_QUERIES, count)).astype(int)
-        for query in np.unique(queries):
-            ranking = rank_gallery(
-                protocol, detections, int(query), score_threshold=self.score_threshold
-            )
+    def ranking_rows(self, measured: Measured) -> Iterator[RankingRow]:
+        """Some queries of the first protocol with their best results."""
+        protocol, detections = self.scorer.protocols[0], measured.detections
+        search = measured.result.searches[protocol.name]
+        for query in example_queries(search.worst_first()):
+            ranking = self.scorer.rank(detections, query)
             image = int(protocol.query_image[query])
-            name = self.annotations.names[image]
+            name = detections.names[image]
             results = [
                 Panel(
                     self.photo(int(ranking.image[rank])),
@@ -175,20 +137,21 @@ class Evaluator:
                     result_caption(
                         rank + 1,
                         ranking.similarity[rank],
-                        self.annotations.names[int(ranking.image[rank])],
+                        detections.names[int(ranking.image[rank])],
                     ),
                     bool(ranking.is_match[rank]),
                 )
                 for rank in range(min(EXAMPLE_RESULTS, len(ranking.row)))
             ]
-            photo = Panel(self.photo(image), protocol.query_box[query], f"query\n{name}")
+            caption = f"query, AP {search.per_query_ap[query]:.2f}\n{name}"
+            photo = Panel(self.photo(image), protocol.query_box[query], caption)
             yield RankingRow(photo, tuple(results))
 
 
 def make_evaluator(config: ConfigDict, model: AlignPS, split: PreparedSplit) -> Evaluator:
     """An evaluator of `model` on the prepared test split of `config.data`."""
     return Evaluator(
-        predict=parallel_predict_step(PredictStep(model, config.eval)),
+        predict=parallel_predict_step(make_predict_step(model, config)),
         batches=make_eval_batches(
             split,
             config.data,
@@ -197,11 +160,16 @@ def make_evaluator(config: ConfigDict, model: AlignPS, split: PreparedSplit) -> 
             process_count=jax.process_count(),
         ),
         split=split,
-        annotations=load_annotations(config.data, "test"),
-        protocols=load_protocols(config.data, config.eval.protocols),
-        dataset=config.data.name,
-        score_threshold=config.eval.score_threshold,
+        scorer=make_scorer(config),
     )
+
+
+def example_queries(worst_first: Int[np.ndarray, "Q"]) -> list[int]:
+    """The three worst queries, then three that are evenly spread over the others' order."""
+    worst, others = np.split(worst_first, [EXAMPLE_FAILURES])
+    others = np.sort(others)
+    spread = np.linspace(0, len(others) - 1, min(EXAMPLE_OTHERS, len(others))).astype(int)
+    return [*worst.tolist(), *others[spread].tolist()]
 
 
 def score_of(result: EvaluationResult) -> float:
@@ -243,7 +211,8 @@ def collect(names: Sequence[str], found: dict[int, Detections]) -> GalleryDetect
         offsets=np.cumsum([0, *counts], dtype=np.int64),
         boxes=np.concatenate([row.boxes[row.valid] for row in rows]),
         scores=np.concatenate([row.scores[row.valid] for row in rows]),
-        embeddings=np.concatenate([row.embeddings[row.valid] for row in rows]),
+        # As a reader of the saved file sees them.
+        embeddings=unit_embeddings(np.concatenate([row.embeddings[row.valid] for row in rows])),
     )
 
 

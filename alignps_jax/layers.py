@@ -15,6 +15,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from alignps_jax.convolution import conv2d
+
 # Photos are fed padded to a multiple of this (released code), the largest stride of the backbone.
 SIZE_MULTIPLE = 32
 
@@ -44,6 +46,11 @@ def masked_mean(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[
     return total / count[:, None, None, None]
 
 
+def centred(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B H W C"]:
+    """Maps that are zero outside the valid region, less their mean over it (released code)."""
+    return hold_zero(x - masked_mean(x, extent).astype(x.dtype), extent)
+
+
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation with fixed statistics and affine parameters (collection `frozen`)."""
 
@@ -61,8 +68,8 @@ class FrozenBatchNorm(nn.Module):
         scale, bias = vector("scale", self.scale_init), vector("bias", zeros)
         mean, var = vector("mean", zeros), vector("var", ones)
         factor = scale * lax.rsqrt(var + self.epsilon)
-        y = x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
-        return hold_zero(y, extent)
+        y = x * factor + (bias - mean * factor)  # in float32
+        return hold_zero(y.astype(x.dtype), extent)
 
 
 class GroupNorm(nn.Module):
@@ -101,8 +108,8 @@ def conv(
     return nn.Conv(
         features,
         (size, size),
-        strides=(stride, stride),
-        padding=((size // 2, size // 2),) * 2,
         use_bias=use_bias,
+        # What else Flax would tell it are the defaults.
+        conv_general_dilated=lambda x, kernel, *_, **__: conv2d(x, kernel, stride=stride),
         **kwargs,
     )

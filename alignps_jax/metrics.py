@@ -44,7 +44,8 @@ class SearchMetrics:
     `first_hit[q]` is the rank, from 0, of the first true positive, meaningful where `found[q]`.
     `query_row[q]` is the detection that gave the query's embedding, meaningful where
     `detected[q]`. `num_matches[q]` of the `num_targets[q]` gallery images that hold the person
-    have a true positive.
+    have a true positive. `wrong_row[q]` is the most similar gallery detection that is none (the
+    first of equals) and `wrong_similarity[q]` its similarity, meaningful where `mistakable[q]`.
     """
 
     mAP: float  # noqa: N815 (its name everywhere)
@@ -58,6 +59,9 @@ class SearchMetrics:
     num_matches: Int[np.ndarray, "Q"]
     query_row: Int[np.ndarray, "Q"]
     detected: Bool[np.ndarray, "Q"]
+    wrong_row: Int[np.ndarray, "Q"]
+    wrong_similarity: Float[np.ndarray, "Q"]
+    mistakable: Bool[np.ndarray, "Q"]
 
     def hits(self, k: int) -> Bool[np.ndarray, "Q"]:
         """Which queries have a true positive among their first k detections."""
@@ -115,7 +119,7 @@ def detection_metrics(
         rows = aligned.of(image)
         kept = aligned.scores[rows] >= float(score_threshold)
         scores.append(aligned.scores[rows][kept])
-        found.append(_found_people(boxes, aligned.boxes[rows][kept], iou_threshold))
+        found.append(found_people(boxes, aligned.boxes[rows][kept], iou_threshold))
         num_people += len(boxes)
     all_scores = np.concatenate([*scores, np.zeros(0, np.float32)])
     hit_scores = all_scores[np.concatenate([*found, np.zeros(0, bool)])]
@@ -155,6 +159,8 @@ def search_metrics(
     query_row = np.array([0 if row is None else row for row in rows])
     ap, found = np.zeros(Q), np.zeros(Q, bool)
     first_hit, num_matches = np.zeros(Q, np.int64), np.zeros(Q, np.int64)
+    wrong_row, wrong_similarity = np.zeros(Q, np.int64), np.zeros(Q, np.float32)
+    mistakable = np.zeros(Q, bool)
     asked = np.flatnonzero(detected)
     for query, gallery, similarity in search.similarities(asked, query_row[asked]):
         matches = search.true_positives(gallery, similarity)
@@ -164,6 +170,13 @@ def search_metrics(
             precision = _precision_at(similarity[matches], similarity)
             ap[query] = precision.sum() / gallery.target_positions.size
             first_hit[query] = _first_hit(gallery, similarity, matches)
+        if similarity.size > matches.size:
+            others = similarity.copy()
+            others[matches] = -np.inf
+            best = int(others.argmax())
+            mistakable[query] = True
+            wrong_row[query] = search.kept_rows[gallery.rows[best]]
+            wrong_similarity[query] = others[best]
     top = {k: float(np.mean(found & (first_hit < k))) for k in (1, 5, 10)}
     return SearchMetrics(
         mAP=float(ap.mean()),
@@ -177,6 +190,9 @@ def search_metrics(
         num_matches=num_matches,
         query_row=query_row,
         detected=detected,
+        wrong_row=wrong_row,
+        wrong_similarity=wrong_similarity,
+        mistakable=mistakable,
     )
 
 
@@ -239,7 +255,7 @@ def _precision_at(
     return true / (above.size - np.searchsorted(above, hits))
 
 
-def _found_people(
+def found_people(
     people: Float[np.ndarray, "G 4"], boxes: Float[np.ndarray, "D 4"], iou_threshold: float
 ) -> Bool[np.ndarray, "D"]:
     """Which detections find somebody: detection and person are each other's best."""

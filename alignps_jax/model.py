@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -12,13 +13,22 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.backbone import BottleneckBlock, ResNet50, ResNetSmall
-from alignps_jax.head import FCOSHead
+from alignps_jax.backbone import BasicBlock, BottleneckBlock, ResNet50, ResNetSmall
+from alignps_jax.deform_conv import DeformConv
+from alignps_jax.head import FCOSHead, PredictedEmbedding, Tower, input_embedding
 from alignps_jax.layers import GroupNorm, hold_zero, valid_extent
-from alignps_jax.neck import AlignedFeatureAggregation
+from alignps_jax.neck import (
+    AlignedFeatureAggregation,
+    concatenate,
+    deformable,
+    level_extent,
+    plain_lateral,
+    plain_output,
+)
+from alignps_jax.recompute import recomputed
 from alignps_jax.types import Outputs, UserError, Weights
 
-STRIDES = (8, 16, 32, 64, 128)
+LEVELS = (3, 4, 5, 6, 7)
 Params = Any
 
 
@@ -64,15 +74,25 @@ class AlignPS(nn.Module):
           train: also predict on the levels that only training uses.
 
         Returns:
-          The outputs of each level, strides 8, 16, ...
+          The outputs of each level of `predicted_levels(train)`.
         """
         extent = valid_extent(size)
         pixels = self.convention.normalize(image, size).astype(self.dtype)
-        levels = self.neck(self.backbone(pixels, extent), extent, train=train)
+        maps = self.neck(self.backbone(pixels, extent), extent, train=train)
+        # Initialisation runs the head on all levels, so that all parameters are made.
+        levels = self.predicted_levels(train or self.is_initializing())
         return tuple(
-            self.head(level, -(-extent // STRIDES[index]), index)
-            for index, level in enumerate(levels)
+            self.head(level_map, level_extent(extent, level), level)
+            for level_map, level in zip(maps, levels, strict=True)
         )
+
+    def predicted_levels(self, train: bool) -> tuple[int, ...]:
+        """Numbers of the levels that are predicted on; those of training only come last."""
+        return self.neck.levels + (self.neck.background_levels if train else ())
+
+    def strides(self, train: bool) -> tuple[int, ...]:
+        """Pixels between the locations of each level of `predicted_levels(train)`."""
+        return tuple(2**level for level in self.predicted_levels(train))
 
 
 def _choose(table: dict[str, Any], field: str, name: str) -> Any:
@@ -81,14 +101,48 @@ def _choose(table: dict[str, Any], field: str, name: str) -> Any:
     return table[name]
 
 
+# Given `config.model` and how to wrap the class of a block.
 BACKBONES = {
-    "resnet50": lambda model: partial(
-        ResNet50, block=partial(BottleneckBlock, stride_in_3x3=model.stride_in_3x3)
+    "resnet50": lambda model, wrap: partial(
+        ResNet50, block=partial(wrap(BottleneckBlock), stride_in_3x3=model.stride_in_3x3)
     ),
-    "resnet_small": lambda model: partial(
-        ResNetSmall, norm=partial(GroupNorm, groups=model.norm_groups)
+    "resnet_small": lambda model, wrap: partial(
+        ResNetSmall, block=wrap(BasicBlock), norm=partial(GroupNorm, groups=model.norm_groups)
     ),
 }
+
+# Where the embeddings come from (Fig. 6 of the paper), given their dimension and a new tower.
+EMBEDDINGS = {
+    "input": lambda features, tower: input_embedding,
+    "regression": lambda features, tower: PredictedEmbedding(features, attrgetter("regression")),
+    "classification": lambda features, tower: PredictedEmbedding(
+        features, attrgetter("classification")
+    ),
+    "independent": lambda features, tower: PredictedEmbedding(
+        features, attrgetter("input"), tower()
+    ),
+}
+
+
+def _levels(model: ConfigDict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The levels that people are searched on, and those of training only."""
+    levels = tuple(model.levels)
+    if not levels or levels != tuple(level for level in LEVELS if level in levels):
+        raise UserError(
+            f"config.model.levels: found {levels}, expected some of {LEVELS} in ascending order"
+        )
+    if not model.background_levels:
+        return levels, ()
+    if levels != LEVELS[:1]:
+        raise UserError(
+            "config.model.background_levels: found True with config.model.levels = "
+            f"{levels}, expected {LEVELS[:1]}: the levels above are the background"
+        )
+    return levels, LEVELS[1:]
+
+
+def _as_it_is(module: type[nn.Module]) -> type[nn.Module]:
+    return module
 
 
 def build_model(config: ConfigDict) -> AlignPS:
@@ -101,8 +155,15 @@ def build_model(config: ConfigDict) -> AlignPS:
     dtype = _choose(
         {"float32": "float32", "bfloat16": "bfloat16"}, "config.model.dtype", model.dtype
     )
-    backbone = _choose(BACKBONES, "config.model.backbone", model.backbone)(model)
+    # Which activations of a module's inside are kept for the backward pass: none, or all.
+    wrap = recomputed if model.remat else _as_it_is
+    backbone = _choose(BACKBONES, "config.model.backbone", model.backbone)(model, wrap)
     _choose({"BGR": 0, "RGB": 0}, "config.model.channel_order", model.channel_order)
+    levels, background_levels = _levels(model)
+    embedding = _choose(EMBEDDINGS, "config.model.reid", model.reid)
+    make_tower = wrap(Tower)
+    tower = partial(make_tower, model.channels, model.head_convs, model.norm_groups, dtype=dtype)
+    deform = deformable(model.offset_gain, wrap(DeformConv))
     return AlignPS(
         backbone=backbone(
             width=model.backbone_width,
@@ -112,15 +173,20 @@ def build_model(config: ConfigDict) -> AlignPS:
         ),
         neck=AlignedFeatureAggregation(
             model.channels,
-            offset_gain=model.offset_gain,
-            background_levels=model.background_levels,
+            levels=levels,
+            background_levels=background_levels,
+            make_lateral=deform if model.lateral_deform else plain_lateral,
+            make_output=deform if model.output_deform else plain_output,
+            join=concatenate if model.concatenate else jnp.add,
             dtype=dtype,
         ),
         head=FCOSHead(
             model.channels,
             model.head_convs,
             model.norm_groups,
-            num_levels=len(STRIDES) if model.background_levels else 1,
+            make_tower=make_tower,
+            levels=levels + background_levels,
+            embed=embedding(model.channels, tower),
             initial_distance=model.initial_distance,
             dtype=dtype,
         ),

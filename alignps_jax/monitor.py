@@ -18,6 +18,9 @@ from alignps_jax.train_step import StepMetrics
 from alignps_jax.types import Batch, UserError
 from data_pipeline.pipeline import TrainPipeline
 
+# How the line begins that says when the losses of the first step were there.
+FIRST_STEP = "first step done"
+
 
 class Monitor:
     """Shows and logs the training steps, and stops at what is not finite; a context manager.
@@ -48,6 +51,7 @@ class Monitor:
         )
         self._buckets: set[tuple[int, int]] = set()
         self._pending: tuple[int, StepMetrics] | None = None
+        self._start: float | None = time.perf_counter()
         self.restart_clock()
 
     def __enter__(self) -> Monitor:
@@ -82,7 +86,8 @@ class Monitor:
     def record(self, step: int, metrics: StepMetrics) -> None:
         """Takes note of a step that was dispatched, and reports the one before it.
 
-        Reading the metrics of a step while the next one runs keeps the devices busy.
+        Reading the metrics of a step only once the next one is dispatched keeps the devices busy:
+        that one's batch travels to them while they still compute.
         """
         self.flush()
         self._pending = (step, metrics)
@@ -99,6 +104,10 @@ class Monitor:
         self._pending = None
         metrics = jax.device_get(metrics)
         self._check_finite(step, metrics)
+        if self._start is not None:
+            seconds = time.perf_counter() - self._start
+            self.say(f"{FIRST_STEP} after {seconds:.1f} s, compilation included")
+            self._start = None
         self._steps += 1
         self._bar.update()
         if step % self._log_every == 0 or step == self._total:

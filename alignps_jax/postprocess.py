@@ -113,6 +113,68 @@ def detect(
     return jax.vmap(detect_one)(tuple(outputs), size, scale)
 
 
+def embed_boxes(
+    outputs: Sequence[Outputs],
+    boxes: Float[Array, "B G 4"],
+    valid: Bool[Array, "B G"],
+    scale: Float[Array, "B 2"],
+    *,
+    strides: Sequence[int],
+    borders: Sequence[float],
+) -> Detections:
+    """Given boxes as if they had been detected: with score 1, and the embedding at their centre.
+
+    That is the one of the location nearest to the box's centre (of two, the right or lower one),
+    on the level that the centre belongs to in training: the first whose border reaches half of
+    the box's longer side.
+
+    Args:
+      outputs: one entry per level.
+      boxes: in pixels of the network's input.
+      valid: False for entries that only fill up G.
+      scale: factors (x, y) from the photo's coordinates to the input's.
+      strides: one per level.
+      borders: largest extent of each level but the last, ascending.
+
+    Returns:
+      Detections [B, G] in the order of the boxes, boxes in the photo's pixels; rows that are not
+      `valid` are zero.
+    """
+
+    def embed_one(
+        levels: tuple[Outputs, ...],
+        boxes: Float[Array, "G 4"],
+        valid: Bool[Array, "G"],
+        scale: Float[Array, "2"],
+    ) -> Detections:
+        low, high = boxes[:, :2], boxes[:, 2:]
+        level = jnp.searchsorted(jnp.asarray(borders, jnp.float32), (high - low).max(axis=1) / 2)
+        nearest = [
+            _nearest_embeddings(outputs, (low + high) / 2, stride)
+            for outputs, stride in zip(levels, strides, strict=True)
+        ]
+        embeddings = jnp.stack(nearest)[level, jnp.arange(len(boxes))]
+        mask = valid[:, None]
+        return Detections(
+            boxes=jnp.where(mask, boxes / jnp.tile(scale, 2), 0.0),
+            scores=valid.astype(jnp.float32),
+            embeddings=jnp.where(mask, l2_normalize(embeddings), 0.0),
+            valid=valid,
+        )
+
+    return jax.vmap(embed_one)(tuple(outputs), boxes, valid, scale)
+
+
+def _nearest_embeddings(
+    level: Outputs, points: Float[Array, "G 2"], stride: int
+) -> Float[Array, "G D"]:
+    """Embeddings of one image at the valid locations nearest to points (x, y)."""
+    extent = jnp.stack([level.valid.any(axis=0).sum(), level.valid.any(axis=1).sum()])
+    cell = jnp.floor(points / stride).astype(jnp.int32)
+    column, row = jnp.clip(cell, 0, extent - 1).T
+    return level.embeddings[row, column]
+
+
 def _level_candidates(level: Outputs, stride: int, limit: int) -> _Candidates:
     """The `limit` best-scoring valid locations of one level of one image ([h, w, ...])."""
     height, width = level.cls_logits.shape

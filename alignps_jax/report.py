@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+from alignps_jax.cbgm import ContextMatching
 from alignps_jax.metrics import DetectionMetrics, SearchMetrics
 from alignps_jax.types import UserError
 
@@ -34,20 +35,37 @@ _WIDTH = 200
 class EvaluationResult:
     """What one network reaches on one data set.
 
-    `step` is the training step of its checkpoint, `score_threshold` the score below which
-    detections were left out, `searches` maps a protocol's name to its result.
+    `step` is the training step of its checkpoint (None: detections from a file),
+    `score_threshold` the score below which detections were left out, `boxes` where boxes came
+    from, `context` the context matching, `labelled_detection` the finding of people with an
+    identity only, `searches` maps a protocol's name to its result.
     """
 
     dataset: str
-    step: int
+    step: int | None
     score_threshold: float
+    boxes: str
+    context: ContextMatching | None
     detection: DetectionMetrics
+    labelled_detection: DetectionMetrics
     searches: Mapping[str, SearchMetrics]
+
+    @property
+    def conditions(self) -> str:
+        """One line on how this was measured."""
+        parts = [self.dataset]
+        if self.step is not None:
+            parts.append(f"checkpoint step {self.step}")
+        if self.boxes != "detected":
+            parts.append(f"{self.boxes.replace('_', ' ')} boxes")
+        if self.context is not None:
+            parts.append(f"context matching {self.context.images}, {self.context.people}")
+        return ", ".join([*parts, f"scores >= {self.score_threshold:g}"])
 
 
 @dataclasses.dataclass(frozen=True)
 class ResultRow:
-    """One system of the result table, for example "trained" or "untrained network"."""
+    """One system of the result table, for example "trained" or "untrained"."""
 
     system: str
     result: EvaluationResult
@@ -102,14 +120,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 def print_results(rows: Sequence[ResultRow]) -> None:
     """Prints a table to stdout, one line per system and search protocol, in percent.
 
-    All rows (one at least) are of the same data set and threshold; the checkpoint step that the
-    title names is the first row's. Plain text, at most 80 columns wide for protocol names of up to
-    16 letters, when stdout is not a terminal.
+    All rows (one at least) were measured under the conditions that the title names, but for the
+    checkpoint step, which is the first row's. Plain text, at most 80 columns wide for protocol
+    names of up to 12 letters, when stdout is not a terminal.
     """
-    first = rows[0].result
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("system")
-    table.add_column("detection\nrecall", justify="right")
+    table.add_column("people\nrecall", justify="right")
+    table.add_column("\nAP", justify="right")
+    table.add_column("with id\nrecall", justify="right")
     table.add_column("\nAP", justify="right")
     table.add_column("search\nprotocol")
     for name in ("mAP", "top-1", "top-5", "top-10"):
@@ -119,24 +138,20 @@ def print_results(rows: Sequence[ResultRow]) -> None:
             table.add_row(*cells)
     # Made at each call: the stdout of now decides on colours, and on line or ASCII drawing.
     console = Console(width=_WIDTH, highlight=False, markup=False, emoji=False)
-    console.print(
-        f"\n{first.dataset}, checkpoint step {first.step}, scores >= {first.score_threshold:g},"
-        " all figures in percent\n",
-        soft_wrap=True,
-    )
+    console.print(f"\n{rows[0].result.conditions}; figures in percent\n", soft_wrap=True)
     console.print(table)
 
 
 def _table_lines(row: ResultRow) -> Iterable[tuple[str, ...]]:
     """The cells of one system; what holds for all its protocols stands in the first line only."""
-    detection = row.result.detection
-    lead = (row.system, _percent(detection.recall), _percent(detection.AP))
+    found, labelled = row.result.detection, row.result.labelled_detection
+    lead = (row.system, *map(_percent, (found.recall, found.AP, labelled.recall, labelled.AP)))
     if not row.result.searches:
         yield lead
     for name, search in row.result.searches.items():
         values = (search.mAP, search.top1, search.top5, search.top10)
         yield (*lead, name, *map(_percent, values))
-        lead = ("", "", "")
+        lead = ("",) * len(lead)
 
 
 def _percent(fraction: float) -> str:
@@ -156,27 +171,31 @@ def write_metrics_json(
     """
     content = {
         "dataset": result.dataset,
-        "checkpoint_step": int(result.step),
+        "checkpoint_step": None if result.step is None else int(result.step),
         "score_threshold": float(result.score_threshold),
+        "boxes": result.boxes,
+        "context_matching": list(dataclasses.astuple(result.context)) if result.context else [],
         "iou_threshold": IOU_THRESHOLD,
         **_metrics(result),
     }
     if untrained is not None:
         content["untrained"] = _metrics(untrained)
-    _write_json(path, content)
+    write_json(path, content)
 
 
 def _metrics(result: EvaluationResult) -> dict[str, dict]:
     return {
-        "detection": {
-            "recall": float(result.detection.recall),
-            "AP": float(result.detection.AP),
-        },
+        "detection": _detection(result.detection),
+        "detection_labelled": _detection(result.labelled_detection),
         "search": {
             name: {key: float(getattr(search, key)) for key in ("mAP", "top1", "top5", "top10")}
             for name, search in result.searches.items()
         },
     }
+
+
+def _detection(found: DetectionMetrics) -> dict[str, float]:
+    return {"recall": float(found.recall), "AP": float(found.AP)}
 
 
 def write_ranking_json(path: Path, rankings: Sequence[QueryRanking]) -> None:
@@ -202,14 +221,15 @@ def write_ranking_json(path: Path, rankings: Sequence[QueryRanking]) -> None:
         }
         for ranking in rankings
     ]
-    _write_json(path, content)
+    write_json(path, content)
 
 
 def _box(values: Float[np.ndarray, "4"]) -> list[float]:
     return [round(float(value), 2) for value in values]
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Writes `content`, indented, as a whole; UserError if the file cannot be written."""
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 

@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint import Checkpoints, load_config, write_run_info
+from alignps_jax.curves import training_curves
 from alignps_jax.evaluate import Measured, check_batch_size, make_evaluator, score_of
 from alignps_jax.model import AlignPS, build_model, init_variables
 from alignps_jax.monitor import Interrupt, Monitor
@@ -22,12 +23,12 @@ from alignps_jax.pretrained import with_pretrained_backbone
 from alignps_jax.report import MetricLog
 from alignps_jax.train_step import TrainStep, parallel_train_step, replicate, split_over_devices
 from alignps_jax.types import TrainState, UserError
-from alignps_jax.visualize import training_curves
 from data_pipeline.datasets import PreparedDataset, prepare
 from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
 
-# Locations of which centre sampling can make positives of one box: 3 x 3 with 1.5 strides.
-POSITIVES_PER_PERSON = 9
+# Locations of which centre sampling can make positives of one box on one level: 3 x 3, with 1.5
+# strides. A person whose size is near a border can have them on several levels.
+POSITIVES_PER_LEVEL = 9
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -151,7 +152,8 @@ def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
 
 def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
     """Static number of positive locations per device."""
-    per_image = config.train.max_positives or POSITIVES_PER_PERSON * pipeline.people
+    per_person = POSITIVES_PER_LEVEL * len(config.model.levels)
+    per_image = config.train.max_positives or per_person * pipeline.people
     return per_image * config.train.batch_size // jax.device_count()
 
 

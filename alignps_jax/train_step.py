@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -18,15 +19,15 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from alignps_jax.losses import Term, centerness_loss, focal_loss, giou_loss, triplet_loss
-from alignps_jax.model import STRIDES, AlignPS
+from alignps_jax.model import AlignPS
 from alignps_jax.oim import oim_loss, update_memory
-from alignps_jax.postprocess import detect
+from alignps_jax.postprocess import detect, embed_boxes
 from alignps_jax.targets import assign_targets, first_true, locations
 from alignps_jax.types import Batch, Detections, Outputs, Positives, Targets, TrainState, UserError
 
 AXIS = "device"
-# All positives lie on the first level: the others only learn background (released code).
-LEVEL_RANGES = ((0.0, np.inf),) + ((np.inf, 0.0),) * (len(STRIDES) - 1)
+# The range of a level that learns background only: no box is within it.
+NO_RANGE = (np.inf, 0.0)
 TRIPLETS = {"none": (False, False), "batch": (True, False), "batch_and_lut": (True, True)}
 
 
@@ -64,6 +65,7 @@ class TrainStep:
                 f"config.loss.triplet: found {self.loss.triplet!r}, "
                 f"expected one of {', '.join(TRIPLETS)}"
             )
+        level_ranges(self.model, self.loss.level_borders)  # raises if they do not fit
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Updates the state with one device's share of a batch; equal on all devices."""
@@ -115,12 +117,14 @@ class TrainStep:
         """Targets of all locations, `[B, N]`."""
         shapes = [level.cls_logits.shape[1:] for level in outputs]
         sizes = [height * width for height, width in shapes]
-        points = [locations(*shape, s) for shape, s in zip(shapes, STRIDES, strict=False)]
+        strides = self.model.strides(train=True)
+        ranges = level_ranges(self.model, self.loss.level_borders)
+        points = [locations(*shape, s) for shape, s in zip(shapes, strides, strict=True)]
         assign = partial(
             assign_targets,
             jnp.concatenate(points),
-            jnp.asarray(np.repeat(STRIDES[: len(sizes)], sizes), jnp.float32),
-            jnp.asarray(np.repeat(LEVEL_RANGES[: len(sizes)], sizes, axis=0), jnp.float32),
+            jnp.asarray(np.repeat(strides, sizes), jnp.float32),
+            jnp.asarray(np.repeat(ranges, sizes, axis=0), jnp.float32),
             center_radius=self.loss.center_radius,
         )
         return jax.vmap(assign)(
@@ -190,6 +194,31 @@ class TrainStep:
         return terms
 
 
+def level_ranges(model: AlignPS, borders: Sequence[float]) -> list[tuple[float, float]]:
+    """Smallest and largest extent of what each level predicts in training (FCOS), in pixels.
+
+    A location's extent is its largest distance to a side of its box.
+
+    Args:
+      model: whose levels they are.
+      borders: `config.loss.level_borders`, between each level that is searched on and the next.
+
+    Raises:
+      UserError: there are too few or too many borders, or they do not ascend.
+    """
+    levels = model.predicted_levels(train=False)
+    edges = (0.0, *borders, np.inf)
+    numbers = all(isinstance(border, int | float) for border in borders)
+    ascending = numbers and all(low < high for low, high in pairwise(edges))
+    if not ascending or len(borders) != len(levels) - 1:
+        raise UserError(
+            f"config.loss.level_borders: found {tuple(borders)}, expected {len(levels) - 1} "
+            f"ascending numbers of pixels for config.model.levels = {levels}"
+        )
+    background = len(model.predicted_levels(train=True)) - len(levels)
+    return [*pairwise(edges), *[NO_RANGE] * background]
+
+
 def flatten_levels(outputs: tuple[Outputs, ...]) -> Outputs:
     """All levels as one row of locations per image: `[B, N, ...]`."""
     flat = [
@@ -234,12 +263,58 @@ class PredictStep:
             outputs,
             batch.size,
             batch.scale,
-            strides=STRIDES[: len(outputs)],
+            strides=self.model.strides(train=False),
             pre_nms=self.evaluation.pre_nms,
             min_cls_score=self.evaluation.min_cls_score,
             nms_iou=self.evaluation.nms_iou,
             max_detections=self.evaluation.max_detections,
         )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as pmap asks
+class GroundTruthStep:
+    """The people of the ground truth, as a perfect detector would find them.
+
+    An upper bound of the search by `model`; `level_borders` is that of `config.loss`.
+    """
+
+    model: AlignPS
+    level_borders: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        level_ranges(self.model, self.level_borders)  # raises if they do not fit
+
+    def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
+        """The batch's own boxes in the photos' pixels, with score 1 and their embeddings."""
+        return embed_boxes(
+            self.model.apply({"params": params, "frozen": frozen}, batch.image, batch.size),
+            batch.boxes,
+            batch.valid,
+            batch.scale,
+            strides=self.model.strides(train=False),
+            borders=self.level_borders,
+        )
+
+
+PREDICT_STEPS = {
+    "detected": lambda model, config: PredictStep(model, config.eval),
+    "ground_truth": lambda model, config: GroundTruthStep(model, tuple(config.loss.level_borders)),
+}
+
+
+def make_predict_step(
+    model: AlignPS, config: ConfigDict
+) -> Callable[[Any, Any, Batch], Detections]:
+    """The step that finds the people to be searched, as `config.eval.boxes` says.
+
+    Raises:
+      UserError: there is no such way.
+    """
+    name = config.eval.boxes
+    if name not in PREDICT_STEPS:
+        known = ", ".join(PREDICT_STEPS)
+        raise UserError(f"config.eval.boxes: found {name!r}, expected one of {known}")
+    return PREDICT_STEPS[name](model, config)
 
 
 def parallel_train_step(
@@ -255,7 +330,9 @@ def parallel_train_step(
     )
 
 
-def parallel_predict_step(step: PredictStep) -> Callable[[Any, Any, Batch], Detections]:
+def parallel_predict_step(
+    step: Callable[[Any, Any, Batch], Detections],
+) -> Callable[[Any, Any, Batch], Detections]:
     """`step` over this process's devices; batch and detections have a leading device axis."""
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), devices=jax.local_devices())
 

@@ -1,4 +1,4 @@
-"""Pictures: detections, search results in the manner of the paper's Fig. 7, training curves.
+"""Pictures: detections, search results in the manner of the paper's Fig. 7, and what they share.
 
 Images are RGB `uint8`, layout HWC; boxes are x1, y1, x2, y2 in pixels of their image.
 """
@@ -6,20 +6,14 @@ Images are RGB `uint8`, layout HWC; boxes are x1, y1, x2, y2 in pixels of their 
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from alignps_jax.report import read_log, write_atomically
+from alignps_jax.report import write_atomically
 from alignps_jax.types import UserError
 
 Color = tuple[int, int, int]
@@ -29,8 +23,8 @@ YELLOW: Color = (255, 221, 0)
 GREEN: Color = (0, 190, 60)
 RED: Color = (235, 35, 35)
 BLUE: Color = (40, 120, 255)
-_WHITE: Color = (255, 255, 255)
-_BLACK: Color = (0, 0, 0)
+WHITE: Color = (255, 255, 255)
+BLACK: Color = (0, 0, 0)
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
@@ -39,9 +33,9 @@ _SCENE_HEIGHT = 170
 _SCENE_WIDTH = 340  # a wider scene (panorama) is scaled down to this
 _CROP_HEIGHT = 280
 _CELL_WIDTH = 200  # a narrower panel gets a margin, so that its caption can be read
-_GAP = 12
-_CAPTION_SCALE = 0.55
-_LINE_HEIGHT = 22
+GAP = 12
+CAPTION_SCALE = 0.55
+LINE_HEIGHT = 22
 _CROP_CONTEXT = 0.1  # share of the box's sides that is shown around it
 
 
@@ -148,13 +142,13 @@ def draw_detections(
     scale = float(np.clip(short_side / 1300, 0.4, 2.0))
     order = np.argsort(scores, kind="stable")
     for box in boxes[order]:
-        _draw_box(canvas, box, color, width)
+        draw_box(canvas, box, color, width)
     for box, score in zip(boxes[order], scores[order], strict=True):
-        _draw_label(canvas, box, f"{score:.2f}", color, scale)
+        draw_label(canvas, box, f"{score:.2f}", color, scale)
     return canvas
 
 
-def _draw_box(canvas: Image, box: Float[np.ndarray, "4"], color: Color, width: int) -> None:
+def draw_box(canvas: Image, box: Float[np.ndarray, "4"], color: Color, width: int) -> None:
     """Draws a frame that stays within the image, so that no side of it vanishes."""
     height, image_width = canvas.shape[:2]
     x1, y1, x2, y2 = _clipped(box, image_width, height)
@@ -176,7 +170,7 @@ def _clipped(box: Float[np.ndarray, "4"], width: int, height: int) -> tuple[int,
     return int(x1), int(y1), int(max(x1, x2)), int(max(y1, y2))
 
 
-def _text_size(text: str, scale: float) -> tuple[int, int, int]:
+def text_size(text: str, scale: float) -> tuple[int, int, int]:
     """Width, height above the base line and below it."""
     (width, height), below = cv2.getTextSize(text, _FONT, scale, _text_thickness(scale))
     return width, height, below
@@ -186,19 +180,20 @@ def _text_thickness(scale: float) -> int:
     return max(1, round(scale * 1.8))
 
 
-def _put_text(canvas: Image, text: str, x: int, baseline: int, color: Color, scale: float) -> None:
+def put_text(canvas: Image, text: str, x: int, baseline: int, color: Color, scale: float) -> None:
+    """Writes into `canvas`; x and baseline are the pixel where the text begins."""
     cv2.putText(
         canvas, text, (x, baseline), _FONT, scale, color, _text_thickness(scale), cv2.LINE_AA
     )
 
 
-def _draw_label(
+def draw_label(
     canvas: Image, box: Float[np.ndarray, "4"], text: str, color: Color, scale: float
 ) -> None:
     """Writes on a filled background above the box, or within it at the image's upper edge."""
     height, width = canvas.shape[:2]
     x1, y1, _, _ = _clipped(box, width, height)
-    text_width, above, below = _text_size(text, scale)
+    text_width, above, below = text_size(text, scale)
     pad = max(1, round(4 * scale))
     label_height = above + below + 2 * pad
     left = int(np.clip(x1, 0, max(0, width - text_width - 2 * pad)))
@@ -206,12 +201,12 @@ def _draw_label(
     cv2.rectangle(
         canvas, (left, top), (left + text_width + 2 * pad, top + label_height), color, cv2.FILLED
     )
-    _put_text(canvas, text, left + pad, top + pad + above, _readable_on(color), scale)
+    put_text(canvas, text, left + pad, top + pad + above, _readable_on(color), scale)
 
 
 def _readable_on(color: Color) -> Color:
     red, green, blue = color
-    return _BLACK if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else _WHITE
+    return BLACK if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else WHITE
 
 
 def ranking_picture(rows: Iterable[RankingRow], max_results: int = 5) -> Image:
@@ -221,25 +216,33 @@ def ranking_picture(rows: Iterable[RankingRow], max_results: int = 5) -> Image:
     are yellow for the query, green or red for a right or wrong result, blue where that is not
     known. Rows may come from a generator: only their reduced panels are kept.
     """
-    grid = [_row_cells(row, max_results) for row in rows]
+    return grid_picture([_row_cells(row, max_results) for row in rows])
+
+
+def grid_picture(grid: Sequence[Sequence[Image]]) -> Image:
+    """Rows of cells on white, with a grey line between rows, which may differ in length.
+
+    A row is as high as its highest cell, a column as wide as its widest one.
+    """
     columns = max((len(cells) for cells in grid), default=0)
     widths = [
         max(cells[column].shape[1] for cells in grid if column < len(cells))
         for column in range(columns)
     ]
-    total_width = sum(widths) + _GAP * (columns + 1)
-    height = _GAP + sum(cells[0].shape[0] + 2 * _GAP + 1 for cells in grid)
-    picture = np.full((height, max(total_width, _GAP), 3), 255, np.uint8)
-    top = _GAP
-    for cells in grid:
-        left = _GAP
+    heights = [max(cell.shape[0] for cell in cells) for cells in grid]
+    total_width = sum(widths) + GAP * (columns + 1)
+    height = GAP + sum(row_height + 2 * GAP + 1 for row_height in heights)
+    picture = np.full((height, max(total_width, GAP), 3), 255, np.uint8)
+    top = GAP
+    for cells, row_height in zip(grid, heights, strict=True):
+        left = GAP
         for cell, width in zip(cells, widths, strict=False):
             picture[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
-            left += width + _GAP
-        top += cells[0].shape[0] + _GAP
+            left += width + GAP
+        top += row_height + GAP
         picture[top : top + 1] = 200
-        top += 1 + _GAP
-    return picture[: -1 - _GAP] if grid else picture
+        top += 1 + GAP
+    return picture[: -1 - GAP] if grid else picture
 
 
 def _row_cells(row: RankingRow, max_results: int) -> list[Image]:
@@ -252,7 +255,7 @@ def _row_cells(row: RankingRow, max_results: int) -> list[Image]:
         cells.append(_panel_cell(panel, color, caption_lines))
     if not row.results:
         empty = np.full((cells[0].shape[0], _CELL_WIDTH, 3), 255, np.uint8)
-        _put_text(empty, "no detection", 0, _LINE_HEIGHT - 8, _BLACK, _CAPTION_SCALE)
+        put_text(empty, "no detection", 0, LINE_HEIGHT - 8, BLACK, CAPTION_SCALE)
         cells.append(empty)
     return cells
 
@@ -262,21 +265,26 @@ def _panel_cell(panel: Panel, color: Color, caption_lines: int) -> Image:
     scene = _scene(panel, color)
     width = max(_CELL_WIDTH, scene.shape[1])
     crop = _enlarged_person(panel, color, width)
-    caption_height = caption_lines * _LINE_HEIGHT
-    scene_top = caption_height + _CROP_HEIGHT + _GAP // 2
+    scene_top = _CROP_HEIGHT + GAP // 2
     cell = np.full((scene_top + _SCENE_HEIGHT, width, 3), 255, np.uint8)
-    for number, line in enumerate(panel.caption.splitlines(), start=1):
-        text = _shortened(line, width)
-        _put_text(cell, text, 0, number * _LINE_HEIGHT - 8, _BLACK, _CAPTION_SCALE)
-    cell[caption_height : caption_height + crop.shape[0], : crop.shape[1]] = crop
+    cell[: crop.shape[0], : crop.shape[1]] = crop
     cell[scene_top : scene_top + scene.shape[0], : scene.shape[1]] = scene
-    return cell
+    return captioned(cell, panel.caption, caption_lines)
+
+
+def captioned(image: Image, caption: str, lines: int) -> Image:
+    """The image below `lines` lines of caption, each shortened to the image's width."""
+    strip = np.full((lines * LINE_HEIGHT, image.shape[1], 3), 255, np.uint8)
+    for number, line in enumerate(caption.splitlines(), start=1):
+        text = shortened(line, image.shape[1])
+        put_text(strip, text, 0, number * LINE_HEIGHT - 8, BLACK, CAPTION_SCALE)
+    return np.concatenate([strip, image])
 
 
 def _scene(panel: Panel, color: Color) -> Image:
     """The photo at the common height with the box; a panorama gets lower instead of wider."""
-    scene, factor = _fitted(panel.image, _SCENE_WIDTH, _SCENE_HEIGHT)
-    _draw_box(scene, np.asarray(panel.box) * factor, color, 2)
+    scene, factor = fitted(panel.image, _SCENE_WIDTH, _SCENE_HEIGHT)
+    draw_box(scene, np.asarray(panel.box) * factor, color, 2)
     return scene
 
 
@@ -286,17 +294,17 @@ def _enlarged_person(panel: Panel, color: Color, max_width: int) -> Image:
     x1, y1, x2, y2 = (float(value) for value in panel.box)
     context = _CROP_CONTEXT * np.array([x1 - x2, y1 - y2, x2 - x1, y2 - y1])
     left, top, right, bottom = _clipped(np.array([x1, y1, x2, y2]) + context, width, height)
-    crop, _ = _fitted(panel.image[top : bottom + 1, left : right + 1], max_width, _CROP_HEIGHT)
+    crop, _ = fitted(panel.image[top : bottom + 1, left : right + 1], max_width, _CROP_HEIGHT)
     cv2.rectangle(crop, (1, 1), (crop.shape[1] - 2, crop.shape[0] - 2), color, 3)
     if panel.match is not None:
         # In words as well, for those who cannot tell red from green.
         word = "right" if panel.match else "wrong"
         corner = np.array([0.0, crop.shape[0], 0.0, crop.shape[0]])
-        _draw_label(crop, corner, word, color, _CAPTION_SCALE)
+        draw_label(crop, corner, word, color, CAPTION_SCALE)
     return crop
 
 
-def _fitted(image: Image, max_width: int, max_height: int) -> tuple[Image, float]:
+def fitted(image: Image, max_width: int, max_height: int) -> tuple[Image, float]:
     """Scales an image, either way, to the largest size that fits; also returns the factor."""
     factor = min(max_width / image.shape[1], max_height / image.shape[0])
     size = [max(1, round(side * factor)) for side in (image.shape[1], image.shape[0])]
@@ -304,103 +312,13 @@ def _fitted(image: Image, max_width: int, max_height: int) -> tuple[Image, float
     return cv2.resize(np.ascontiguousarray(image), size, interpolation=interpolation), factor
 
 
-def _shortened(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
     """Takes out as much of the middle as is needed for the text to fit."""
     for kept in range(len(text), 0, -1):
         head = (kept + 1) // 2
         candidate = (
             text if kept == len(text) else f"{text[:head]}...{text[len(text) - kept + head :]}"
         )
-        if _text_size(candidate, _CAPTION_SCALE)[0] <= width:
+        if text_size(candidate, CAPTION_SCALE)[0] <= width:
             return candidate
     return ""
-
-
-def training_curves(log_path: Path, out_path: Path) -> None:
-    """Draws the log of a training run: losses, gradient norm, learning rate, evaluations, speed.
-
-    A step that the log holds twice (training was resumed) counts as its later line says. Noisy
-    curves are drawn faintly, with their running mean over them. In the search panel full lines
-    are mAP and broken lines top-1, one colour per protocol.
-
-    Raises:
-        UserError: the log cannot be read, is not a log, or the picture cannot be written.
-    """
-    curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in read_log(log_path):
-        for name, value in line.values.items():
-            curves[name][line.step] = value
-    names = list(curves)
-    losses = [name for name in names if name.split("/")[0] == "loss"]
-    protocols = [name.split("/")[1] for name in names if re.fullmatch("eval/[^/]+/mAP", name)]
-
-    figure = Figure(figsize=(16, 9), dpi=100, layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
-    for number, name in enumerate(losses):
-        label = "total" if name == "loss" else name.removeprefix("loss/")
-        _plot(axes[0], curves[name], label, f"C{number}", smooth=True)
-    _plot(axes[1], curves["grad_norm"], "", smooth=True)
-    _plot(axes[2], curves["learning_rate"], "")
-    for number, protocol in enumerate(protocols):
-        for metric, label, style in (("mAP", "mAP", "-"), ("top1", "top-1", "--")):
-            curve = _percent(curves[f"eval/{protocol}/{metric}"])
-            _plot(axes[3], curve, f"{protocol} {label}", f"C{number}", style)
-    for number, metric in enumerate(("recall", "AP")):
-        _plot(axes[4], _percent(curves[f"eval/detection/{metric}"]), metric, f"C{number}")
-    _plot(axes[5], curves["images_per_second"], "", smooth=True)
-
-    last_step = max((step for curve in curves.values() for step in curve), default=0)
-    titles = ("losses", "gradient norm", "learning rate", "search (%)", "detection (%)")
-    for panel, title in zip(axes, (*titles, "images per second"), strict=True):
-        _finish(panel, title, last_step)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_atomically(out_path, data.getvalue())
-
-
-def _percent(curve: Mapping[int, float]) -> dict[int, float]:
-    return {step: 100 * value for step, value in curve.items()}
-
-
-def _plot(
-    axes: Axes,
-    curve: Mapping[int, float],
-    label: str,
-    color: str = "C0",
-    style: str = "-",
-    smooth: bool = False,
-) -> None:
-    """Adds what is finite of a curve; few points are marked, since one alone has no line."""
-    steps = [step for step in sorted(curve) if np.isfinite(curve[step])]
-    if not steps:
-        return
-    values = np.array([curve[step] for step in steps])
-    window = 1 + len(values) // 50
-    if smooth and window > 1:
-        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        values = _running_mean(values, window)
-    marker = "o" if len(steps) <= 30 else ""
-    axes.plot(steps, values, style, marker=marker, color=color, label=label)
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over up to `window` values; at the ends over those that there are."""
-    ones = np.ones(window)
-    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
-
-
-def _finish(axes: Axes, title: str, last_step: int) -> None:
-    """Title, axes that start at zero and reach as far as the training, legend."""
-    axes.set_title(title)
-    axes.set_xlabel("step")
-    axes.grid(alpha=0.3)
-    if not axes.lines:
-        axes.text(0.5, 0.5, "no measurements", ha="center", transform=axes.transAxes)
-        axes.set(xticks=[], yticks=[])
-        return
-    axes.set_xlim(0, 1.02 * max(last_step, 1))
-    axes.set_ylim(0, 102 if title.endswith("(%)") else None)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    labels = axes.get_legend_handles_labels()[1]
-    if any(labels):
-        axes.legend(ncols=1 + len(labels) // 7)

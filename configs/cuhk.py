@@ -3,8 +3,8 @@
     python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
 
 The paper reports mAP 93.1 and top-1 93.4 with gallery size 100 (Table 6), after 29 hours on one
-V100. Variants: `configs/cuhk.py:released` (the values of the released code where they differ from
-the paper) and `configs/cuhk.py:plus` (AlignPS+, deformable convolutions in the backbone).
+V100. Variants follow a colon, such as `configs/cuhk.py:plus` (AlignPS+) or `:released` (the values
+of the released code where they differ from the paper); `--mode=list` prints them all.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -66,6 +66,16 @@ def get_config(variant: str = "") -> ConfigDict:
     model.deform_stages = ()
     # Width of the neck, hence dimension of the embeddings, and of the head's towers.
     model.channels = 256
+    # The neck: deformable convolutions (False: plain ones) as lateral and output convolutions, and
+    # maps joined by concatenation (False: by addition, as in FPN).
+    model.lateral_deform = True
+    model.output_deform = True
+    model.concatenate = True
+    # Levels of the pyramid (3 to 7, strides 8 to 128) that people are searched on.
+    model.levels = (3,)
+    # Where embeddings come from: input (of the head: "re-id first", AlignPS), regression or
+    # classification (on top of that tower: T1, T2 of the paper) or independent (a third tower: T3).
+    model.reid = "input"
     # Initial offsets of the neck's deformable convolutions: Xavier uniform times this.
     model.offset_gain = 1.0
     # 3x3 convolutions in each tower of the head; the last one is deformable (DCNv2).
@@ -78,6 +88,8 @@ def get_config(variant: str = "") -> ConfigDict:
     model.background_levels = False
     # float32 or bfloat16 activations; parameters, losses and memory stay float32.
     model.dtype = "float32"
+    # Recompute the activations of each block in the backward pass: less memory, more time.
+    model.remat = False
     # Input convention: what the backbone's weights expect of a pixel.
     model.channel_order = "BGR"
     model.pixel_mean = (103.530, 116.280, 123.675)  # in channel order
@@ -91,6 +103,9 @@ def get_config(variant: str = "") -> ConfigDict:
     loss.focal_gamma = 2.0
     # Centre sampling: half side of the positive region, in strides.
     loss.center_radius = 1.5
+    # Largest distance, in pixels, from a location to a side of its box: one border between each
+    # level of model.levels and the next.
+    loss.level_borders = ()
     # Rows of the lookup table; unset: as many as the training set has identities.
     loss.lut_size = config_dict.placeholder(int)
     loss.queue_size = 5000
@@ -135,7 +150,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # How long to train: "<number> epochs" or "<number> steps".
     train.duration = "24 epochs"
     # Static number of positive locations kept per image; more are dropped and counted in the
-    # log. Unset: 9 per person of the fullest training image, which is never exceeded.
+    # log. Unset: 9 per level and person of the fullest training image, never exceeded.
     train.max_positives = config_dict.placeholder(int)
     train.log_every_steps = 50
     train.checkpoint_every = "1000 steps"
@@ -154,11 +169,17 @@ def get_config(variant: str = "") -> ConfigDict:
     evaluation.min_cls_score = 0.05
     evaluation.nms_iou = 0.5
     evaluation.max_detections = 100
+    # Boxes that are searched: detected, or ground_truth (perfect detection, an upper bound).
+    evaluation.boxes = "detected"
+    # Weigh similarities by context bipartite graph matching (SeqNet), with k1 gallery images and k2
+    # people of the query photo: (k1, k2); () does without. SeqNet: (10, 3), on PRW (30, 4).
+    evaluation.context_matching = ()
     # Also evaluate the network as it was before training, for comparison.
     evaluation.untrained_baseline = False
-    # Search protocols to report, the first one picks the best checkpoint; () means the data set's
-    # own default. cuhk_sysu and synthetic: TestG50, TestG100, TestG500, TestG1000, TestG2000,
-    # TestG4000 (those that the folder has), all; prw and coco_person_search: all.
+    # Search protocols to report, the first one picks the best checkpoint; () means all that the
+    # folder has, in this order. cuhk_sysu: TestG100, TestG50, TestG500, TestG1000, TestG2000,
+    # TestG4000, all, occlusion, resolution; synthetic the same by size; prw: all, cross_camera;
+    # coco_person_search: all. See docs/evaluation.md.
     evaluation.protocols = ()
 
     return apply_variant(config, variant)

@@ -8,11 +8,11 @@ python launch.py --config configs/synthetic.py --workdir=runs/synthetic
 from ml_collections import ConfigDict
 
 from configs import cuhk
-from configs.variants import apply_variant
+from configs.variants import apply_variant, variants_for
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`variant` names an entry of `configs.variants.VARIANTS`."""
+    """`variant` names an entry of `configs.variants.variants_for("synthetic")`."""
     config = cuhk.get_config()
     data = config.data
     data.name = "synthetic"
@@ -55,4 +55,4 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.eval.batch_size = 8
     config.eval.untrained_baseline = True
-    return apply_variant(config, variant)
+    return apply_variant(config, variant, variants_for(config.data.name))

@@ -3,11 +3,11 @@
 from ml_collections import ConfigDict
 
 from configs import synthetic
-from configs.variants import apply_variant
+from configs.variants import apply_variant, variants_for
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`variant` names an entry of `configs.variants.VARIANTS`."""
+    """`variant` names an entry of `configs.variants.variants_for("synthetic")`."""
     config = synthetic.get_config()
     data = config.data
     data.root = "data/tiny"
@@ -35,4 +35,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.eval_every = "1000 steps"
     config.eval.batch_size = 4
     config.eval.untrained_baseline = False
-    return apply_variant(config, variant)
+    return apply_variant(config, variant, variants_for(config.data.name))

@@ -1,6 +1,61 @@
-"""Named variants of a configuration: each is one entry that says what it changes."""
+"""Named variants of a configuration: one table that says what each changes and which experiment of
+the paper (Yan et al., CVPR 2021) it is.
+
+    python launch.py --mode=list                                # prints it
+    python launch.py --config=configs/cuhk.py:t3 ...            # runs an entry
+
+A new experiment is one more entry of `VARIANTS`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
+
+CUHK, PRW = "cuhk_sysu", "prw"
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperRow:
+    """One row of a table of the paper, with its figures in percent (None: the paper has none).
+
+    `table` is "fig4" or "1" to "6", `position` that of the row in it, from 1, `dataset` a
+    `config.data.name`. `inferred`: which of several figures belongs to this row cannot be read
+    from the text at hand; it follows from the paper's prose. `note` is a line for the reader.
+    """
+
+    table: str
+    position: int
+    label: str
+    recall: float | None = None
+    AP: float | None = None
+    mAP: float | None = None  # noqa: N815 (its name everywhere)
+    top1: float | None = None
+    dataset: str = CUHK
+    inferred: bool = False
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a variant is, the fields that it changes (dotted names), and its rows of the paper."""
+
+    description: str
+    changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    rows: tuple[PaperRow, ...] = ()
+
+
+# Region alignment: the three components of AFA (Table 2), without which it is an FPN.
+PLAIN_LATERAL = {"model.lateral_deform": False}
+PLAIN_OUTPUT = {"model.output_deform": False}
+SUM = {"model.concatenate": False}
+FPN = PLAIN_LATERAL | PLAIN_OUTPUT | SUM
+# Scale alignment: one level (P3). Without it FCOS's five, or the three that AFA makes (Table 1).
+FCOS_LEVELS = {"model.levels": (3, 4, 5, 6, 7), "loss.level_borders": (64, 128, 256, 512)}
+P3_P4 = {"model.levels": (3, 4), "loss.level_borders": (128,)}
+P3_P4_P5 = {"model.levels": (3, 4, 5), "loss.level_borders": (128, 256)}
+# Task alignment: "re-id first". Without it, a re-id head beside the detection head.
+PARALLEL = {"model.reid": "independent"}
 
 # What the released code does differently from the paper, apart from the data set's own values.
 RELEASED = {
@@ -15,16 +70,223 @@ RELEASED = {
 }
 PLUS = {"model.deform_stages": (3, 4, 5)}
 
-VARIANTS = {
-    "": {},
-    "plus": PLUS,
-    "released": RELEASED,
-    "released_plus": RELEASED | PLUS,
+
+def _figure_4(position: int, label: str, note: str = "") -> PaperRow:
+    """Its values are in the picture only."""
+    return PaperRow("fig4", position, label, note=note)
+
+
+VARIANTS: dict[str, Variant] = {
+    "": Variant(
+        "AlignPS",
+        rows=(
+            _figure_4(8, "SA + RA + TA", "more than 20 mAP above the baseline"),
+            PaperRow("1", 1, "P3", 90.3, 81.2, 93.1, 93.4),
+            PaperRow("2", 8, "lateral + output + concat", mAP=93.1, top1=93.4),
+            PaperRow("3", 4, "AlignPS", 90.3, 81.2, 93.1, 93.4),
+            PaperRow("4", 3, "TOIM w/ LUT", mAP=93.1, top1=93.4),
+            PaperRow("5", 1, "none", mAP=93.1, top1=93.4),
+            PaperRow("6", 1, "AlignPS", mAP=93.1, top1=93.4),
+            PaperRow("6", 1, "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
+        ),
+    ),
+    "baseline": Variant(
+        "FCOS on an FPN (P3 to P7), with a re-id head beside the detection head",
+        FPN | FCOS_LEVELS | PARALLEL,
+        (_figure_4(1, "baseline"),),
+    ),
+    "sa": Variant(
+        "the baseline with scale alignment: P3 only",
+        FPN | PARALLEL,
+        (_figure_4(2, "SA"),),
+    ),
+    "ra": Variant(
+        "the baseline with region alignment: AFA, which makes P3 to P5, instead of the FPN",
+        P3_P4_P5 | PARALLEL,
+        (_figure_4(3, "RA"),),
+    ),
+    "ta": Variant(
+        "the baseline with task alignment: re-id first",
+        FPN | FCOS_LEVELS,
+        (_figure_4(4, "TA"),),
+    ),
+    "p4": Variant(
+        "people are searched on P4 (stride 16)",
+        {"model.levels": (4,)},
+        (PaperRow("1", 2, "P4", 87.5, 78.7, 92.7, 93.1),),
+    ),
+    "p5": Variant(
+        "people are searched on P5 (stride 32)",
+        {"model.levels": (5,)},
+        (PaperRow("1", 3, "P5", 79.0, 71.7, 89.3, 89.5),),
+    ),
+    "p3_p4": Variant(
+        "people on P3 or P4 by their size",
+        P3_P4,
+        (PaperRow("1", 4, "P3, P4", 90.4, 80.5, 91.1, 91.6),),
+    ),
+    "p3_p4_p5": Variant(
+        "people on P3, P4 or P5 by their size",
+        P3_P4_P5,
+        (
+            _figure_4(7, "RA + TA", "the network of Table 1's P3, P4, P5"),
+            PaperRow("1", 5, "P3, P4, P5", 90.9, 80.4, 90.0, 90.5),
+        ),
+    ),
+    "fpn": Variant(
+        "no deformable convolutions in the neck, maps are added: an FPN",
+        FPN,
+        (
+            _figure_4(6, "SA + TA", "the network of Table 2's first row"),
+            PaperRow("2", 1, "none", mAP=83.4, top1=83.7),
+        ),
+    ),
+    "lateral": Variant(
+        "of AFA's components only lateral deformable convolutions",
+        PLAIN_OUTPUT | SUM,
+        (PaperRow("2", 2, "lateral", mAP=90.6, top1=90.8),),
+    ),
+    "output": Variant(
+        "of AFA's components only output deformable convolutions",
+        PLAIN_LATERAL | SUM,
+        (PaperRow("2", 3, "output", mAP=91.4, top1=91.9),),
+    ),
+    "concat": Variant(
+        "of AFA's components only concatenation",
+        PLAIN_LATERAL | PLAIN_OUTPUT,
+        (PaperRow("2", 4, "concat", mAP=84.0, top1=84.1),),
+    ),
+    "lateral_output": Variant(
+        "AFA without concatenation",
+        SUM,
+        (PaperRow("2", 5, "lateral + output", mAP=91.8, top1=92.2, inferred=True),),
+    ),
+    "lateral_concat": Variant(
+        "AFA without output deformable convolutions",
+        PLAIN_OUTPUT,
+        (PaperRow("2", 6, "lateral + concat", mAP=90.7, top1=91.0, inferred=True),),
+    ),
+    "output_concat": Variant(
+        "AFA without lateral deformable convolutions",
+        PLAIN_LATERAL,
+        (PaperRow("2", 7, "output + concat", mAP=92.0, top1=92.5, inferred=True),),
+    ),
+    "t1": Variant(
+        "embeddings from the regression tower",
+        {"model.reid": "regression"},
+        (PaperRow("3", 1, "T1", 87.5, 79.0, 80.3, 79.2),),
+    ),
+    "t2": Variant(
+        "embeddings from the classification tower",
+        {"model.reid": "classification"},
+        (PaperRow("3", 2, "T2", 89.1, 78.6, 77.1, 75.9),),
+    ),
+    "t3": Variant(
+        "embeddings from a tower of their own",
+        PARALLEL,
+        (
+            _figure_4(5, "SA + RA", "the network of Table 3's T3"),
+            PaperRow("3", 3, "T3", 90.1, 81.4, 80.7, 80.2),
+        ),
+    ),
+    "oim": Variant(
+        "OIM loss, no triplet loss",
+        {"loss.triplet": "none"},
+        (PaperRow("4", 1, "OIM", mAP=92.4, top1=92.9),),
+    ),
+    "toim_without_lut": Variant(
+        "triplet loss without entries of the lookup table",
+        {"loss.triplet": "batch"},
+        (PaperRow("4", 2, "TOIM w/o LUT", mAP=92.8, top1=93.2),),
+    ),
+    "res3": Variant(
+        "deformable convolutions in res3",
+        {"model.deform_stages": (3,)},
+        (PaperRow("5", 2, "res3", mAP=93.5, top1=93.9),),
+    ),
+    "res3_res4": Variant(
+        "deformable convolutions in res3 and res4",
+        {"model.deform_stages": (3, 4)},
+        (PaperRow("5", 3, "res3 & res4", mAP=93.5, top1=94.0),),
+    ),
+    "plus": Variant(
+        "AlignPS+: deformable convolutions in res3, res4 and res5",
+        PLUS,
+        (
+            PaperRow("5", 4, "res3 & res4 & res5", mAP=94.0, top1=94.5),
+            PaperRow("6", 2, "AlignPS+", mAP=94.0, top1=94.5),
+            PaperRow("6", 2, "AlignPS+", mAP=46.1, top1=82.1, dataset=PRW),
+        ),
+    ),
+    "released": Variant("AlignPS with the values of the released code", RELEASED),
+    "released_plus": Variant("AlignPS+ with the values of the released code", RELEASED | PLUS),
 }
 
 
+def _changed(changes: Mapping[str, Mapping[str, object]]) -> dict[str, Variant]:
+    """`VARIANTS` where some entries, by name, change further fields or to other values."""
+    return VARIANTS | {
+        name: dataclasses.replace(VARIANTS[name], changes={**VARIANTS[name].changes, **more})
+        for name, more in changes.items()
+    }
+
+
+# The released PRW models were trained without the triplet, with the table as in the OIM paper.
+RELEASED_PRW = {
+    "loss.lut_size": 483,
+    "loss.lut_temperature": 15.0,
+    "loss.normalize_lut": True,
+    "loss.triplet": "none",
+    "optimizer.weight_decay": 1e-3,
+}
+# Where each level gets a share of the synthetic scenes' people (36 to 150 pixels high in 256x192).
+# The paper's borders would leave all but P3 and P4 without any; borders below a few strides of
+# their level would leave people without a location on any level.
+SYNTHETIC_BORDERS = (48, 72, 96, 120)
+
+_VARIANTS_OF = {
+    PRW: _changed(
+        {
+            "released": RELEASED_PRW,
+            "released_plus": RELEASED_PRW | {"optimizer.weight_decay": 7e-4},
+        }
+    ),
+    "synthetic": _changed(
+        {
+            name: {"loss.level_borders": SYNTHETIC_BORDERS[: len(borders)]}
+            for name, variant in VARIANTS.items()
+            if (borders := variant.changes.get("loss.level_borders"))
+        }
+    ),
+}
+
+
+def variants_for(dataset: str) -> dict[str, Variant]:
+    """The variants by name, with the values of a data set (`config.data.name`); "" is AlignPS."""
+    return _VARIANTS_OF.get(dataset, VARIANTS)
+
+
+def figures_on(dataset: str) -> str:
+    """The data set whose figures stand beside runs on `dataset`: PRW has its own."""
+    return PRW if dataset == PRW else CUHK
+
+
+def rows_of(table: str, dataset: str) -> tuple[tuple[str, PaperRow], ...]:
+    """The rows of a table in the paper's order, each with the name of its variant.
+
+    Those with figures on `figures_on(dataset)`: on PRW there is Table 6 only.
+    """
+    rows = [
+        (name, row)
+        for name, variant in VARIANTS.items()
+        for row in variant.rows
+        if row.table == table and row.dataset == figures_on(dataset)
+    ]
+    return tuple(sorted(rows, key=lambda entry: entry[1].position))
+
+
 def apply_variant(
-    config: ConfigDict, variant: str, variants: dict[str, dict[str, object]] = VARIANTS
+    config: ConfigDict, variant: str, variants: Mapping[str, Variant] = VARIANTS
 ) -> ConfigDict:
     """Returns `config` with the fields of one entry of `variants` replaced.
 
@@ -35,6 +297,6 @@ def apply_variant(
         known = ", ".join(sorted(name for name in variants if name))
         raise ValueError(f"unknown variant {variant!r}; known: {known}")
     with config.unlocked():
-        for field, value in variants[variant].items():
+        for field, value in variants[variant].changes.items():
             config.update_from_flattened_dict({field: value})
     return config

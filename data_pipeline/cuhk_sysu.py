@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.builder import PersonSearchBuilder
+from data_pipeline.mat_structs import Structs, numbers, read_structs, text
 from data_pipeline.source import (
     Counts,
     Source,
@@ -42,8 +44,8 @@ class CuhkSysuSource(Source):
 
     Protocols: `TestG50` to `TestG4000` (those in the folder), `all` (the smallest gallery, then
     the remaining test images), and `occlusion`, `resolution` (if in the folder). Galleries are in
-    file order, images that a file lists twice included. The published scripts hold a whole
-    protocol file in memory, and so does this reader: about 12 GB for TestG4000.
+    file order, images that a file lists twice included. All of them are reported unless the
+    configuration names some; `TestG100`, the one of the papers' tables, comes first.
     """
 
     title = "CUHK-SYSU"
@@ -105,9 +107,9 @@ class CuhkSysuSource(Source):
 
     @property
     def default_protocols(self) -> tuple[str, ...]:
-        """TestG100; without it the largest smaller protocol, else the smallest."""
-        small = [name for name in ("TestG100", "TestG50") if name in self.protocols]
-        return (small[0] if small else self.protocols[0],)
+        """All that the folder has: TestG100 (without it the smallest) first, by size after it."""
+        main = "TestG100" if "TestG100" in self.protocols else self.protocols[0]
+        return (main, *(name for name in self.protocols if name != main))
 
     def protocol(self, name: str) -> SearchProtocol:
         if name not in self.protocols:
@@ -147,11 +149,11 @@ class CuhkSysuSource(Source):
     def _boxes(self) -> dict[str, Float[np.ndarray, "G 4"]]:
         """The people of every image of the data set."""
         path = self.root / self.required[0]
-        images = mat_variable(path, ["Img"])
-        with reading(path, "the images with name, number of boxes and boxes"):
-            names = [str(image[0][0]) for image in images.ravel()]
+        with reading(path, "the variable Img: images with name, number of boxes and boxes"):
+            images = [tuple(image.values()) for image in read_structs(path, "Img")]
+            names = [text(image[0]) for image in images]
             image_index(names, path)
-            rows = [[box[0].ravel() for box in image[2].ravel()] for image in images.ravel()]
+            rows = [[numbers(box[0]) for box in Structs.of(image[2])] for image in images]
             return {name: _people(boxes) for name, boxes in zip(names, rows, strict=True)}
 
     def _annotations(
@@ -191,22 +193,20 @@ class CuhkSysuSource(Source):
     def _read_protocol(self, name: str) -> tuple[SearchProtocol, Int[np.ndarray, "Q"]]:
         """A protocol file, and whom each query is about (numbered by first appearance)."""
         path, variable = self._protocol_files[name]
-        rows = mat_variable(path, [variable]).ravel()
-        index = image_index(self._pool, path)
+        gallery_of = _GalleryReader(path, image_index(self._pool, path))
         person: dict[str, int] = {}
         images, boxes, people, galleries, targets = [], [], [], [], []
-        with reading(path, "an array with the fields Query and Gallery"):
-            for row, (query, gallery) in enumerate(
-                zip(rows["Query"], rows["Gallery"], strict=True)
-            ):
-                asked = _struct(query)
-                images.append(_known_image(str(asked["imname"][0]), index, path, "pool.mat"))
-                boxes.append(_box(asked["idlocate"]))
-                people.append(person.setdefault(str(asked["idname"].ravel()[0]), len(person)))
-                gallery_images, held = _read_gallery(gallery.ravel(), index, path)
+        with reading(path, f"an array {variable} with the fields Query and Gallery"):
+            for number, row in enumerate(read_structs(path, variable), start=1):
+                query = Structs.of(row["Query"])
+                asked = dict(zip(query.fields, next(iter(query)), strict=True))
+                images.append(gallery_of.image(asked["imname"]))
+                boxes.append(_box(numbers(asked["idlocate"])))
+                people.append(person.setdefault(text(asked["idname"]), len(person)))
+                gallery_images, held = gallery_of.read(Structs.of(row["Gallery"]))
                 if not held:
                     raise UserError(
-                        f"{path}: query {row + 1} has no gallery image with its person; expected "
+                        f"{path}: query {number} has no gallery image with its person; expected "
                         "at least one idlocate that is not empty"
                     )
                 galleries.append(gallery_images)
@@ -245,6 +245,38 @@ class CuhkSysu(PersonSearchBuilder):
     source_class = CuhkSysuSource
 
 
+@dataclasses.dataclass(frozen=True)
+class _GalleryReader:
+    """Reads the galleries of one file; entries repeat a thousand times, so each is read once."""
+
+    path: Path
+    index: dict[str, int]
+    images: dict[bytes, int] = dataclasses.field(default_factory=dict)
+    boxes: dict[bytes, Float[np.ndarray, "4"] | None] = dataclasses.field(default_factory=dict)
+
+    def read(
+        self, gallery: Structs
+    ) -> tuple[Int[np.ndarray, "N"], list[tuple[int, Float[np.ndarray, "4"]]]]:
+        """The images of a gallery, and those that hold the person with the person's box."""
+        images, held = [], []
+        for name, idlocate, *_ in gallery:
+            image = self.images.get(name)
+            if image is None:
+                image = self.images[name] = self.image(name)
+            images.append(image)
+            if idlocate not in self.boxes:
+                values = numbers(idlocate)
+                self.boxes[idlocate] = _box(values) if values.size else None
+            box = self.boxes[idlocate]
+            if box is not None:
+                held.append((image, box))
+        return np.array(images, np.int32), held
+
+    def image(self, name: bytes) -> int:
+        """The position of the image of that name."""
+        return _known_image(text(name), self.index, self.path, "images of pool.mat")
+
+
 def _struct(cell: np.ndarray | np.void) -> np.void:
     """The one element of a 1x1 struct."""
     return cell.ravel()[0] if isinstance(cell, np.ndarray) else cell
@@ -279,17 +311,3 @@ def _known_image(name: str, index: dict[str, int], path: Path, where: str) -> in
     if name not in index:
         raise UserError(f"{path}: names the image {name}; expected one of the {where}")
     return index[name]
-
-
-def _read_gallery(
-    rows: np.ndarray, index: dict[str, int], path: Path
-) -> tuple[Int[np.ndarray, "N"], list[tuple[int, Float[np.ndarray, "4"]]]]:
-    """The images of one gallery, and those that hold the person with the person's box."""
-    names = [str(row[0][0]) for row in rows]
-    images = np.array([index.get(name, -1) for name in names], np.int32)
-    if (images < 0).any():
-        _known_image(names[int(np.argmin(images))], index, path, "images of pool.mat")
-    held = [
-        (int(image), _box(row[1])) for image, row in zip(images, rows, strict=True) if row[1].size
-    ]
-    return images, held

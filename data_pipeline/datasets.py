@@ -27,6 +27,7 @@ __all__ = [
     "available_protocols",
     "load_annotations",
     "load_protocols",
+    "load_test",
     "prepare",
 ]
 
@@ -39,7 +40,7 @@ class SyntheticSource(CuhkSysuSource):
 
     @property
     def default_protocols(self) -> tuple[str, ...]:
-        return tuple(name for name in ("TestG50", "TestG100") if name in self.protocols)
+        return self.protocols
 
 
 class Synthetic(CuhkSysu):
@@ -84,8 +85,15 @@ def load_protocols(data: ConfigDict, names: Sequence[str]) -> tuple[SearchProtoc
     Raises:
       UserError: as `load_annotations`, or an unknown protocol.
     """
+    return _protocols(_source(data), names)
+
+
+def load_test(
+    data: ConfigDict, names: Sequence[str]
+) -> tuple[Annotations, tuple[SearchProtocol, ...]]:
+    """Both of the above for the test split, each annotation file read once; raises as they do."""
     source = _source(data)
-    return tuple(source.protocol(name) for name in (names or source.default_protocols))
+    return source.test, _protocols(source, names)
 
 
 def available_protocols(data: ConfigDict) -> tuple[str, ...]:
@@ -128,6 +136,10 @@ def _builder_class(data: ConfigDict) -> type[PersonSearchBuilder]:
         root = Path(data.root).expanduser()
         synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
     return DATASETS[data.name]
+
+
+def _protocols(source: Source, names: Sequence[str]) -> tuple[SearchProtocol, ...]:
+    return tuple(source.protocol(name) for name in (names or source.default_protocols))
 
 
 def _source(data: ConfigDict) -> Source:

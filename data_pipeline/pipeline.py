@@ -1,9 +1,8 @@
 """From a prepared split to batches: what is in a batch is planned first, then decoded in threads.
 
-A plan is a pure function of (split, configuration, seed, step) and costs a fraction of a
-millisecond, so any batch can be made at any time: a resumed run sees exactly the batches of an
-uninterrupted one, and every process knows the shape of all its peers' batches. Grain runs the
-plans in threads; OpenCV releases the interpreter's lock, so they are as fast as processes.
+A plan is a pure function of (split, configuration, seed, step) and costs next to no time, so a
+resumed run sees exactly the batches of an uninterrupted one, and every process knows the shape of
+its peers' batches. Grain reads in threads: OpenCV lets them run side by side, like processes.
 """
 
 from __future__ import annotations
@@ -67,11 +66,11 @@ class BatchReader:
     def read(self, plan: BatchPlan) -> Batch:
         """Decodes and assembles the rows of this process.
 
-        Raises:
-          UserError: an image cannot be decoded, or has not the size it was prepared with.
+        Raises UserError if an image cannot be decoded, or has not the size it was prepared with.
         """
         plan = plan.shard(self.process_index, self.process_count)
         batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
+        batch.image[~plan.present] = 0
         for row in np.flatnonzero(plan.present):
             index = int(plan.indices[row])
             size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
@@ -148,7 +147,6 @@ class TrainPipeline:
         epoch_indices = rng.permutation(np.concatenate(batches))
         epoch_scales = rng.integers(self.sizes.shape[1], size=epoch_indices.shape)
         epoch_flips = rng.random(epoch_indices.shape) < self.flip_probability
-
         indices = epoch_indices[position]
         sizes = self.sizes[indices, epoch_scales[position]]
         height, width = sizes.max(axis=0)

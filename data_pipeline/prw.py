@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.builder import PersonSearchBuilder
@@ -64,7 +64,11 @@ class PrwSource(Source):
   query_info.txt
 """
     protocols = ("all", "cross_camera")
-    default_protocols = ("all",)
+
+    @property
+    def default_protocols(self) -> tuple[str, ...]:
+        """Both, or `all` alone where no query's person was seen by another camera."""
+        return self.protocols if self._search("cross_camera")[1].any() else self.protocols[:1]
 
     @property
     def train(self) -> Annotations:
@@ -77,12 +81,7 @@ class PrwSource(Source):
     def protocol(self, name: str) -> SearchProtocol:
         if name not in self.protocols:
             raise unknown_name("protocol", name, self.protocols)
-        queries = self._queries
-        if name == "all":
-            galleries = all_but(len(self.test.names), queries.image)
-        else:
-            galleries = _other_cameras(self.test.camera, queries.image)
-        protocol, answered = search_everywhere(name, self.test, queries, galleries)
+        protocol, answered = self._search(name)
         path = self.root / "query_info.txt"
         if not answered.any():
             raise UserError(f"{path}: no query has its person in a gallery of protocol {name}")
@@ -96,6 +95,15 @@ class PrwSource(Source):
 
     def image_path(self, name: str) -> Path:
         return self.root / "frames" / name
+
+    def _search(self, name: str) -> tuple[SearchProtocol, Bool[np.ndarray, "Q"]]:
+        """A protocol of the queries that have a target, and which these are."""
+        queries = self._queries
+        if name == "all":
+            galleries = all_but(len(self.test.names), queries.image)
+        else:
+            galleries = _other_cameras(self.test.camera, queries.image)
+        return search_everywhere(name, self.test, queries, galleries)
 
     @functools.cached_property
     def _train(self) -> _Split:

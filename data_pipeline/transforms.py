@@ -3,7 +3,7 @@
 Numpy throughout. Images are RGB `uint8` `[H, W, 3]`, boxes are `x1, y1, x2, y2` in pixels, sizes
 are `(height, width)`. OpenCV decodes and resizes because the released code does: another resampler
 would change what the network sees. A batch is made empty and its rows are filled in place, because
-every copy of the pixels costs time.
+whatever goes over the pixels once more costs time.
 """
 
 from __future__ import annotations
@@ -94,14 +94,16 @@ def place_image(
 ) -> None:
     """Resizes `image` to `size` (bilinear) into the top left corner of `slot`, then flips it.
 
-    Writes straight into `slot`, whose other pixels are left alone, and copies nothing else: this
-    is the inner loop of the input pipeline.
+    Writes straight into `slot`, every pixel of it (the rest is black), and copies nothing else:
+    this is the inner loop of the input pipeline.
     """
     height, width = size
     corner = slot[:height, :width]
     cv2.resize(image, (width, height), dst=corner, interpolation=cv2.INTER_LINEAR)
     if flip:
         cv2.flip(corner, 1, dst=corner)
+    slot[:height, width:] = 0
+    slot[height:] = 0
 
 
 def scale_boxes(
@@ -142,9 +144,12 @@ def trainable_boxes(boxes: Float[np.ndarray, "G 4"], size: Size) -> Bool[np.ndar
 
 
 def empty_batch(rows: int, bucket: Size, people: int) -> Batch:
-    """A batch of absent rows, whose size is the bucket's so that no mean runs over nothing."""
+    """A batch of absent rows, whose size is the bucket's so that no mean runs over nothing.
+
+    Only the images of rows that stay absent have to be blackened: `fill_image` writes every pixel.
+    """
     return Batch(
-        image=np.zeros((rows, *bucket, 3), np.uint8),
+        image=np.empty((rows, *bucket, 3), np.uint8),
         size=np.full((rows, 2), bucket, np.int32),
         scale=np.ones((rows, 2), np.float32),
         index=np.zeros(rows, np.int32),

@@ -22,12 +22,13 @@ from alignps_jax.convert import EXTRAS, TORCHVISION, convert_released, export_re
 from alignps_jax.model import build_model, weights_template
 from alignps_jax.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.pretrained import with_pretrained_backbone
-from alignps_jax.released_names import LOOKUP_TABLE, QUEUE, released_name, to_torch
+from alignps_jax.released_names import LOOKUP_TABLE, QUEUE, to_torch
 from alignps_jax.tensor_files import Tensors, read_tensors, write_tensors
 from alignps_jax.train import create_state, is_frozen
 from alignps_jax.types import UserError
 from configs import cuhk, prw, tiny
 from tests.oracle.random_weights import random_state_dict
+from tests.parity.ours import released_shapes
 
 ROOT = Path(__file__).parents[1]
 NAMES = ROOT.parent / "shared" / "data" / "released_state_dict.json"
@@ -47,13 +48,7 @@ def small_config(variant: str = "released", module=cuhk) -> ConfigDict:
 def model_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     """Released names and shapes of a model's parameters and statistics."""
     weights = weights_template(build_model(config))
-    leaves = jax.tree.leaves_with_path({"params": weights.params, "frozen": weights.frozen})
-    return {
-        released_name(jax.tree_util.keystr(path, simple=True, separator="/")): to_torch(
-            np.empty(leaf.shape, np.bool_)
-        ).shape
-        for path, leaf in leaves
-    }
+    return released_shapes({"params": weights.params, "frozen": weights.frozen})
 
 
 def fake_detector(variant: str = "released") -> Tensors:

@@ -93,12 +93,12 @@ def test_whole_test_set_follows_the_smallest_gallery_and_leaves_out_the_query_im
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        (("TestG50", "TestG100", "TestG500"), ("TestG100",)),
-        (("TestG50", "TestG500"), ("TestG50",)),
-        (("TestG500", "TestG4000"), ("TestG500",)),
+        (("TestG50", "TestG100", "TestG500"), ("TestG100", "TestG50", "TestG500", "all")),
+        (("TestG50", "Occlusion", "Resolution"), ("TestG50", "all", "occlusion", "resolution")),
+        (("TestG500", "TestG4000"), ("TestG500", "TestG4000", "all")),
     ],
 )
-def test_default_protocol(tmp_path, files, expected):
+def test_by_default_all_are_reported_g100_first(tmp_path, files, expected):
     fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, dict.fromkeys(files, SMALL))
     assert CuhkSysuSource(tmp_path).default_protocols == expected
 

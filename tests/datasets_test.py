@@ -278,8 +278,8 @@ def test_synthetic_is_written_first_and_read_as_cuhk_sysu(tmp_path, capsys):
     assert prepared.test.annotations.num_identities == 9
     assert (prepared.train.sizes == [64, 96]).all()
     assert datasets.available_protocols(data) == ("TestG50", "all")
-    (protocol,) = datasets.load_protocols(data, ())
-    assert protocol.name == "TestG50"
+    protocol, everything = datasets.load_protocols(data, ())
+    assert (protocol.name, everything.name) == ("TestG50", "all")
     assert len(protocol.gallery[0]) == 50
     capsys.readouterr()
     datasets.prepare(data)
@@ -289,9 +289,14 @@ def test_synthetic_is_written_first_and_read_as_cuhk_sysu(tmp_path, capsys):
 def test_protocols_by_name(root):
     data = fixtures.data_config("prw", root)
     assert datasets.available_protocols(data) == ("all", "cross_camera")
-    assert [protocol.name for protocol in datasets.load_protocols(data, ())] == ["all"]
+    assert [protocol.name for protocol in datasets.load_protocols(data, ())] == list(
+        datasets.available_protocols(data)
+    )
     names = ("cross_camera", "all")
     assert tuple(protocol.name for protocol in datasets.load_protocols(data, names)) == names
+    annotations, protocols = datasets.load_test(data, ("all",))
+    assert annotations.names == datasets.load_annotations(data, "test").names
+    assert [protocol.name for protocol in protocols] == ["all"]
     with pytest.raises(UserError, match="did you mean cross_camera"):
         datasets.load_protocols(data, ("crosscamera",))
 

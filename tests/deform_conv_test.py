@@ -114,7 +114,7 @@ def plain_gradients(name):
 
 
 def force(monkeypatch, project_first):
-    monkeypatch.setattr(deform_conv, "_project_first", lambda *shape: project_first)
+    monkeypatch.setattr(deform_conv, "_project_first", lambda *shape, backward: project_first)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,8 @@ def force(monkeypatch, project_first):
 )
 def test_equals_loop_finite_differences_and_plain_jax(name, project_first, monkeypatch):
     if project_first is not None:
-        assert deform_conv._project_first(1, 1, *CASES[name][3:5]) is not project_first
+        shape = 1, 1, *CASES[name][3:5]
+        assert deform_conv._project_first(*shape, backward=True) is not project_first
         force(monkeypatch, project_first)
     arrays, options = make_case(name)
     out, grads = evaluate(deform_conv2d, arrays, options)
@@ -144,11 +145,15 @@ def test_equals_loop_finite_differences_and_plain_jax(name, project_first, monke
 
 
 def test_algorithm_is_chosen_by_shape():
-    choose = deform_conv._project_first
-    assert choose(100, 100, 512, 256)
-    assert choose(100, 100, 256, 256)
-    assert not choose(100, 100, 128, 256)
-    assert not choose(400, 100, 512, 256)
+    forward = functools.partial(deform_conv._project_first, backward=False)
+    backward = functools.partial(deform_conv._project_first, backward=True)
+    assert forward(100, 100, 512, 256)
+    assert backward(100, 100, 512, 256)
+    assert forward(100, 100, 256, 256)
+    assert not backward(100, 100, 256, 256)
+    for choose in (forward, backward):
+        assert not choose(100, 100, 128, 256)
+        assert not choose(100, 400, 512, 256)
 
 
 @pytest.mark.parametrize("project_first", [True, False])
@@ -289,11 +294,12 @@ def test_shard_map_with_a_replicated_kernel(checked):
     np.testing.assert_allclose(gradient(inputs, offsets, kernel), expected, atol=2e-5)
 
 
-def test_backward_memory_is_linear():
+@pytest.mark.parametrize("features", [64, 128])
+def test_backward_memory_is_linear(features):
     """Temporaries of forward and backward stay far below nine times the sampled columns."""
-    height, width, channels = 40, 50, 64
+    height, width, channels = 40, 50, 128
     maps = height * width * channels * 4
-    shapes = [(1, height, width, channels), (1, height, width, 9, 2), (3, 3, channels, channels)]
+    shapes = [(1, height, width, channels), (1, height, width, 9, 2), (3, 3, channels, features)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def loss(inputs, offsets, kernel):

@@ -18,114 +18,67 @@ from ml_collections import ConfigDict
 
 from alignps_jax.model import AlignPS, build_model, weights_template
 from alignps_jax.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.postprocess import detect
-from alignps_jax.released_names import from_torch, released_name, to_torch
+from alignps_jax.released_names import LOOKUP_TABLE, QUEUE, from_torch, released_name
 from alignps_jax.train import is_frozen
-from alignps_jax.train_step import AXIS, TrainStep
-from alignps_jax.types import Batch, OIMMemory, TrainState, Weights
-from configs import cuhk, prw
+from alignps_jax.train_step import TrainStep
+from alignps_jax.types import OIMMemory, Weights
 from tests.oracle import golden
 from tests.oracle.random_weights import random_state_dict
 from tests.oracle.scenes import Scene
+from tests.parity.ours import (
+    by_path,
+    by_released_name,
+    first_state,
+    one_device,
+    relative_error,
+    released_config,
+    released_shapes,
+    run_stages,
+)
+
+TAIL = QUEUE.replace("queue", "tail")
 
 
-def released_config(name: str) -> ConfigDict:
-    dataset, _, plus = name.partition("_")
-    config = {"cuhk": cuhk, "prw": prw}[dataset].get_config(f"released{plus and '_plus'}")
-    config.model.backbone_width = golden.WIDTHS["width"]
-    config.model.channels = golden.WIDTHS["channels"]
-    config.model.norm_groups = golden.WIDTHS["groups"]
+def make_config(name: str) -> ConfigDict:
+    config = released_config(name, **golden.WIDTHS)
     config.loss.lut_size = golden.MEMORY["lut_size"]
     config.loss.queue_size = golden.MEMORY["queue_size"]
-    config.optimizer.weight_decay = golden.WEIGHT_DECAY
+    config.optimizer.weight_decay = golden.RULES["weight_decay"]
+    config.optimizer.clip_norm = golden.RULES["clip_norm"]
     config.optimizer.warmup = f"{golden.RULES['warmup']} steps"
     config.optimizer.drops = tuple(f"{step} steps" for step in golden.RULES["drops"])
     return config
 
 
-def by_path(tree) -> dict[str, np.ndarray]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def random_weights(model: AlignPS, *, gentle: bool) -> tuple[Weights, OIMMemory]:
-    """The oracle's weights and memory, drawn again."""
-    size, slots, channels = *golden.MEMORY.values(), golden.WIDTHS["channels"]
+def random_weights(model: AlignPS, *, gentle: bool) -> Weights:
+    """The oracle's weights, drawn again."""
     template = weights_template(model)
-    memory = OIMMemory(
-        lut=np.empty((size, channels), np.float32),
-        queue=np.empty((slots, channels), np.float32),
-        tail=np.int32(0),
-    )
-    leaves = by_path({"params": template.params, "frozen": template.frozen, "memory": memory})
-    shapes = {
-        released_name(path): to_torch(np.empty(leaf.shape, np.bool_)).shape
-        for path, leaf in leaves.items()
-    }
-    state = random_state_dict(shapes, 1, gentle)
-    arrays = {
-        path: jnp.asarray(from_torch(state[released_name(path)]), leaf.dtype)
-        for path, leaf in leaves.items()
-    }
+    tree = {"params": template.params, "frozen": template.frozen}
+    state = random_state_dict(released_shapes(tree), 1, gentle)
+    arrays = {path: jnp.asarray(from_torch(state[released_name(path)])) for path in by_path(tree)}
     tree = traverse_util.unflatten_dict(arrays, sep="/")
-    step = jnp.zeros((), jnp.int32)
-    return Weights(step, tree["params"], tree["frozen"]), OIMMemory(**tree["memory"])
-
-
-def relative_error(found, expected) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
+    return Weights(jnp.zeros((), jnp.int32), tree["params"], tree["frozen"])
 
 
 @pytest.mark.parametrize("name", golden.INFERENCE)
 def test_inference(name):
-    config = released_config(name)
+    config = make_config(name)
     model = build_model(config)
-    weights, _ = random_weights(model, gentle=False)
     image = golden.image()
     scene = Scene(image[None], np.zeros((1, 1, 4)), np.zeros((1, 1)), np.zeros((1, 1), bool))
-    rules = config.eval
-
-    @jax.jit
-    def run(weights: Weights, batch: Batch):
-        outputs, state = model.apply(
-            {"params": weights.params, "frozen": weights.frozen},
-            batch.image,
-            batch.size,
-            capture_intermediates=lambda module, _: module.name in ("backbone", "lateral5"),
-            mutable=["intermediates"],
-        )
-        detections = detect(
-            outputs,
-            batch.size,
-            batch.scale,
-            strides=(8,),
-            pre_nms=rules.pre_nms,
-            min_cls_score=rules.min_cls_score,
-            nms_iou=rules.nms_iou,
-            max_detections=rules.max_detections,
-        )
-        return outputs[0], state["intermediates"], detections
-
-    output, captured, detections = run(weights, scene.batch())
-    found = {
-        "C5": captured["backbone"]["__call__"][0][-1],
-        "lateral5": captured["neck"]["lateral5"]["__call__"][0],
-        "P3": output.embeddings,
-        "cls": output.cls_logits[..., None],
-        "box": output.box_distances,
-        "centerness": output.centerness_logits[..., None],
-    }
-    with np.load(golden.FOLDER / f"inference_{name}.npz") as expected:
-        for key, value in found.items():
-            assert relative_error(value, expected[key]) <= 1e-4, key
-        valid = np.asarray(detections.valid[0])
-        assert valid.sum() == len(expected["detected_scores"]) > 10
-        scores, boxes = detections.scores[0][valid], detections.boxes[0][valid]
-        np.testing.assert_allclose(scores, expected["detected_scores"], atol=1e-4)
-        np.testing.assert_allclose(boxes, expected["detected_boxes"], atol=0.05)
-        embeddings = detections.embeddings[0][valid] * expected["detected_embeddings"]
-        assert embeddings.sum(1).min() >= 0.9999
+    weights = random_weights(model, gentle=False)
+    found, detections = run_stages(model, weights, config.eval, scene.batch())
+    with np.load(golden.FOLDER / f"inference_{name}.npz") as file:
+        expected = dict(file)
+    wanted = {key: expected.pop(f"detected_{key}") for key in ("scores", "boxes", "embeddings")}
+    for key, value in expected.items():
+        assert relative_error(found[key], value) <= 1e-4, key
+    valid = detections.valid[0]
+    assert valid.sum() == len(wanted["scores"]) > 10
+    np.testing.assert_allclose(detections.scores[0][valid], wanted["scores"], atol=1e-4)
+    np.testing.assert_allclose(detections.boxes[0][valid], wanted["boxes"], atol=0.05)
+    cosine = (detections.embeddings[0][valid] * wanted["embeddings"]).sum(1)
+    assert cosine.min() >= 0.9999
 
 
 def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -142,30 +95,24 @@ def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransform
 
 @pytest.mark.parametrize("name", golden.TRAINING)
 def test_training(name):
-    config = released_config(name)
+    config = make_config(name)
     model = build_model(config)
-    weights, memory = random_weights(model, gentle=True)
+    with np.load(golden.FOLDER / f"training_{name}.npz") as file:
+        expected = dict(file)
+    memory = OIMMemory(
+        lut=jnp.asarray(expected.pop(f"before/{LOOKUP_TABLE}")),
+        queue=jnp.asarray(expected.pop(f"before/{QUEUE}")),
+        tail=jnp.asarray(expected.pop(f"before/{TAIL}"), jnp.int32),
+    )
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
     optimizer = recorded(make_optimizer(config.optimizer, schedule, partial(is_frozen, model)))
-    step = jax.pmap(
-        TrainStep(model, optimizer, config.loss, max_positives=100),
-        axis_name=AXIS,
-        in_axes=(None, 0),
-        out_axes=None,
-        devices=jax.local_devices()[:1],
-    )
-    state = TrainState(
-        step=weights.step,
-        params=weights.params,
-        frozen=weights.frozen,
-        opt_state=optimizer.init(weights.params),
-        memory=memory,
-        rng=jax.random.key(0),
-    )
-    with np.load(golden.FOLDER / f"training_{name}.npz") as arrays:
-        expected = dict(arrays)
-    for turn, scene in enumerate(golden.scenes()):
-        state, metrics = step(state, jax.tree.map(lambda x: x[None], scene.batch()))
+    step = one_device(TrainStep(model, optimizer, config.loss, max_positives=100))
+    state = first_state(random_weights(model, gentle=True), memory, optimizer)
+    batches = [jax.tree.map(lambda x: x[None], scene.batch()) for scene in golden.scenes()]
+    clipped = []
+    for turn in range(golden.STEPS):
+        state, metrics = step(state, batches[turn % len(batches)])
+        clipped.append(bool(metrics.grad_norm > config.optimizer.clip_norm))
         for key, value in metrics.terms.items():
             assert relative_error(value, expected.pop(f"loss/{turn}/{key}")) <= 1e-3, (turn, key)
         if turn == 0:
@@ -173,10 +120,11 @@ def test_training(name):
                 norm = expected.pop(f"gradient/{released_name(path)}", 0)  # 0: frozen
                 found = np.linalg.norm(np.asarray(value, np.float64))
                 assert found == pytest.approx(norm, rel=1e-3, abs=1e-7), path
-    for path, value in by_path({"params": state.params, "memory": state.memory}).items():
-        value = to_torch(np.asarray(value))
+    assert any(clipped)
+    assert not all(clipped)
+    after = by_released_name({"params": state.params, "memory": state.memory})
+    for key, value in after.items():
         if value.ndim == 4:
             value = np.array([np.linalg.norm(value), value.flat[0]])
-        error = relative_error(value, expected.pop(f"after/{released_name(path)}"))
-        assert error <= 1e-3, path
+        assert relative_error(value, expected.pop(f"after/{key}")) <= 1e-3, key
     assert not expected

@@ -6,6 +6,8 @@ precision and normalisation, float32 dot products image by image. `found` maps a
 as the documentation of `alignps_jax.metrics` says.
 """
 
+import itertools
+
 import numpy as np
 from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import normalize
@@ -28,18 +30,22 @@ def query_embedding(found_in_photo, query_box):
     return normalize(embeddings[[int(np.argmax(overlaps))]])[0]
 
 
-def search_one(query, entries, found, threshold):
+def search_one(query, entries, found, threshold, photo=None, context=None):
     """AP and the ranked truth of one query; entries are (image name, person's box or None)."""
     truth, similarity = [], []
     holding = hit = 0
+    searched = []
     for name, person in entries:
         holding += person is not None
         boxes, scores, embeddings = found[name]
         confident = scores >= threshold
         if query is None or not confident.any():
             continue
-        boxes = boxes[confident]
-        cosines = normalize(embeddings[confident]).dot(query)
+        embeddings = normalize(embeddings[confident])
+        searched.append((person, boxes[confident], embeddings, embeddings.dot(query)))
+    if context is not None and searched:
+        rescore_in_context(query, searched, found[photo], threshold, *context)
+    for person, boxes, _, cosines in searched:
         labels = [0] * len(boxes)
         if person is not None:
             w, h = int(person[2] - person[0]), int(person[3] - person[1])
@@ -58,6 +64,32 @@ def search_one(query, entries, found, threshold):
     return precision, truth[np.argsort(similarity)[::-1]]
 
 
+def rescore_in_context(query, searched, found_in_photo, threshold, k1, k2):
+    """Context bipartite graph matching, by trying all the matchings of an image; in place."""
+    _, scores, embeddings = found_in_photo
+    embeddings = normalize(embeddings)
+    own = int(np.argmin(np.abs(embeddings - query).sum(axis=1)))
+    others = [i for i in np.argsort(-scores, kind="stable") if i != own and scores[i] >= threshold]
+    people = embeddings[[own, *others[: k2 - 1]]].astype(np.float64)
+    closest = sorted(range(len(searched)), key=lambda i: -searched[i][3].max())[:k1]
+    for number in closest:
+        _, _, there, cosines = searched[number]
+        weights = people @ there.astype(np.float64).T
+        pairs = min(weights.shape)
+        # Injections of the smaller side into the larger one.
+        best, chosen = -np.inf, None
+        for side in itertools.permutations(range(max(weights.shape)), pairs):
+            if len(people) <= len(there):
+                matching = list(zip(range(pairs), side, strict=True))
+            else:
+                matching = list(zip(side, range(pairs), strict=True))
+            total = sum(weights[i, j] for i, j in matching)
+            if total > best:
+                best, chosen = total, dict(matching)
+        if 0 in chosen:
+            cosines[chosen[0]] = best
+
+
 def summary(results):
     """mAP, {k: top-k}, AP of each query, ranked truth of each query."""
     aps = [ap for ap, _ in results]
@@ -65,7 +97,7 @@ def summary(results):
     return np.mean(aps), top, np.array(aps), [truth for _, truth in results]
 
 
-def search_cuhk(queries, found, threshold):
+def search_cuhk(queries, found, threshold, context=None):
     """`queries`: (photo, xywh, gallery), the gallery a list of (image name, xywh or None)."""
 
     def corners(xywh):
@@ -76,7 +108,7 @@ def search_cuhk(queries, found, threshold):
     for photo, xywh, gallery in queries:
         entries = [(name, None if box is None else corners(box)) for name, box in gallery]
         query = query_embedding(found[photo], corners(xywh))
-        results.append(search_one(query, entries, found, threshold))
+        results.append(search_one(query, entries, found, threshold, photo, context))
     return summary(results)
 
 

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignps_jax.types import Annotations, UserError
+from data_pipeline import transforms
 from data_pipeline.pipeline import make_eval_batches, make_train_pipeline, single_image_batch
 from data_pipeline.transforms import buckets
 
@@ -431,6 +432,21 @@ class TestEvaluation:
         assert not last.valid[2:].any()
         np.testing.assert_array_equal(last.size[2:], [last.image.shape[1:3]] * 2)
         np.testing.assert_array_equal(last.scale[2:], 1)
+
+    def test_memory_that_held_something_else_shows_nowhere(self, mixed, monkeypatch):
+        clean = list(make_eval_batches(mixed, settings(workers=0), batch_size=4))
+        make = transforms.empty_batch
+
+        def used(*args):
+            batch = make(*args)
+            batch.image[:] = 7
+            return batch
+
+        monkeypatch.setattr(transforms, "empty_batch", used)
+        for batch, expected in zip(
+            make_eval_batches(mixed, settings(workers=0), batch_size=4), clean, strict=True
+        ):
+            assert_same(batch, expected)
 
     def test_images_without_people_or_small_stay(self):
         split = make_split([(40, 60), (10, 60)], [[], []])

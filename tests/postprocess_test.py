@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax.postprocess import detect, nms
+from alignps_jax.postprocess import detect, embed_boxes, nms
 from alignps_jax.types import Detections, Outputs
 from tests.boxes_test import random_boxes, slow_iou
 
@@ -206,3 +206,53 @@ def test_bfloat16_outputs_give_float32_detections():
     assert {leaf.dtype for leaf in (result.boxes, result.scores, result.embeddings)} == {
         np.dtype(np.float32)
     }
+
+
+@pytest.mark.parametrize("borders", [(), (40.0,), (20.0, 60.0)])
+def test_embed_boxes_takes_the_nearest_valid_location_of_the_right_level(borders):
+    rng = np.random.default_rng(7)
+    strides = (8, 16, 32)[: len(borders) + 1]
+    batch, width, height = 3, 256, 192
+    # Bucket padding to the right and below: those locations do not count.
+    extent = np.array([[192, 256], [160, 96], [64, 224]])
+    levels = []
+    for stride in strides:
+        level = random_outputs(rng, batch, height // stride, width // stride)
+        rows, columns = np.ogrid[: height // stride, : width // stride]
+        inside = [(rows * stride < h) & (columns * stride < w) for h, w in extent]
+        levels.append(level.replace(valid=np.stack(inside)))
+    corner = rng.uniform(0, 0.7, (batch, 9, 2)) * extent[:, None, ::-1]
+    size = rng.uniform(2, 150, (batch, 9, 2))
+    boxes = np.concatenate([corner, np.minimum(corner + size, extent[:, None, ::-1])], -1)
+    # The largest person of all, exactly on a border, and at the very edge of the image.
+    boxes[0, 0] = (0, 0, 255, 191)
+    boxes[0, 1] = (10, 10, 30, 10 + 2 * (borders[0] if borders else 40))
+    boxes[0, 2] = (256, 192, 256, 192)
+    boxes = boxes.astype(np.float32)
+    valid = rng.random((batch, 9)) < 0.8
+    valid[0, :3] = True
+    scale = rng.uniform(0.4, 2.5, (batch, 2)).astype(np.float32)
+
+    found = jax.jit(embed_boxes, static_argnames=("strides", "borders"))(
+        levels, boxes, valid, scale, strides=strides, borders=borders
+    )
+    np.testing.assert_array_equal(found.valid, valid)
+    np.testing.assert_array_equal(found.scores, valid)
+    for image, row in np.ndindex(batch, 9):
+        if not valid[image, row]:
+            assert not np.asarray(found.boxes)[image, row].any()
+            assert not np.asarray(found.embeddings)[image, row].any()
+            continue
+        x1, y1, x2, y2 = boxes[image, row]
+        level = sum(border < max(x2 - x1, y2 - y1) / 2 for border in borders)
+        outputs, stride = levels[level], strides[level]
+        distances = np.full(outputs.valid.shape[1:], np.inf)
+        for i, j in np.argwhere(outputs.valid[image]):
+            x, y = (j + 0.5) * stride, (i + 0.5) * stride
+            distances[i, j] = np.hypot(x - (x1 + x2) / 2, y - (y1 + y2) / 2)
+        nearest = outputs.embeddings[image][np.unravel_index(distances.argmin(), distances.shape)]
+        np.testing.assert_allclose(
+            found.embeddings[image, row], nearest / np.linalg.norm(nearest), atol=1e-6
+        )
+        in_photo = [x1, y1, x2, y2] / np.tile(scale[image], 2)
+        np.testing.assert_allclose(found.boxes[image, row], in_photo, rtol=1e-6)

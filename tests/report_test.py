@@ -1,5 +1,6 @@
 """Tables, JSON results and the log, seen as their readers see them."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 
 from alignps_jax import report
+from alignps_jax.cbgm import ContextMatching
 from alignps_jax.metrics import DetectionMetrics, SearchMetrics
 from alignps_jax.types import UserError
 
 
 def search_metrics(mean_ap, top1, top5, top10):
     nothing = np.zeros(0)
-    return SearchMetrics(mean_ap, top1, top5, top10, *[nothing] * 7)
+    return SearchMetrics(mean_ap, top1, top5, top10, *[nothing] * 10)
 
 
 def evaluation(protocols=("TestG50", "TestG100"), factor=1.0, step=41000):
@@ -26,7 +28,10 @@ def evaluation(protocols=("TestG50", "TestG100"), factor=1.0, step=41000):
         dataset="cuhk_sysu",
         step=step,
         score_threshold=0.2,
+        boxes="detected",
+        context=None,
         detection=DetectionMetrics(0.903 * factor, 0.812 * factor, 8, 9),
+        labelled_detection=DetectionMetrics(0.95 * factor, 0.6 * factor, 5, 9),
         searches={
             name: search_metrics(*(factor * np.array([0.931, 0.9345, 0.98, 1.0]) - 0.01 * i))
             for i, name in enumerate(protocols)
@@ -37,25 +42,35 @@ def evaluation(protocols=("TestG50", "TestG100"), factor=1.0, step=41000):
 def test_table_shows_every_system_and_protocol_in_percent(capsys):
     rows = [
         report.ResultRow("trained", evaluation()),
-        report.ResultRow("untrained network", evaluation(factor=0.1, step=0)),
+        report.ResultRow("untrained", evaluation(factor=0.1, step=0)),
     ]
     report.print_results(rows)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["trained", "90.3", "81.2", "TestG50", "93.1", "93.5", "98.0", "100.0"] in lines
+    detection = ["90.3", "81.2", "95.0", "60.0"]
+    assert ["trained", *detection, "TestG50", "93.1", "93.5", "98.0", "100.0"] in lines
     assert ["TestG100", "92.1", "92.5", "97.0", "99.0"] in lines
-    assert ["untrained", "network", "9.0", "8.1", "TestG50", "9.3", "9.3", "9.8", "10.0"] in lines
-    assert any({"cuhk_sysu,", "41000,", "0.2,"} <= set(line) for line in lines)
+    untrained = ["9.0", "8.1", "9.5", "6.0", "TestG50", "9.3", "9.3", "9.8", "10.0"]
+    assert ["untrained", *untrained] in lines
+    assert any({"cuhk_sysu,", "41000,", "0.2;"} <= set(line) for line in lines)
+
+
+def test_title_says_what_is_not_the_rule():
+    usual = evaluation()
+    assert usual.conditions == "cuhk_sysu, checkpoint step 41000, scores >= 0.2"
+    other = dataclasses.replace(
+        usual, step=None, boxes="ground_truth", context=ContextMatching(30, 4)
+    )
+    expected = "cuhk_sysu, ground truth boxes, context matching 30, 4, scores >= 0.2"
+    assert other.conditions == expected
 
 
 def test_table_is_plain_and_fits_80_columns_in_a_pipe(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")  # what a narrow terminal would export
-    report.print_results(
-        [report.ResultRow("untrained network", evaluation(("TestG4000", "cross-camera")))]
-    )
+    report.print_results([report.ResultRow("untrained", evaluation(("TestG4000", "cross_camera")))])
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 80
-    assert re.search(r"cross-camera +92\.1 +92\.5 +97\.0 +99\.0\s*\n", out)
+    assert re.search(r"cross_camera +92\.1 +92\.5 +97\.0 +99\.0\s*\n", out)
 
 
 def test_table_survives_an_ascii_stdout(monkeypatch, tmp_path):
@@ -67,7 +82,7 @@ def test_table_survives_an_ascii_stdout(monkeypatch, tmp_path):
 
 def test_table_without_search_protocols(capsys):
     report.print_results([report.ResultRow("trained", evaluation(protocols=()))])
-    assert ["trained", "90.3", "81.2"] in [
+    assert ["trained", "90.3", "81.2", "95.0", "60.0"] in [
         line.split() for line in capsys.readouterr().out.splitlines()
     ]
 
@@ -79,8 +94,11 @@ def test_metrics_json(tmp_path):
         "dataset": "cuhk_sysu",
         "checkpoint_step": 41000,
         "score_threshold": 0.2,
+        "boxes": "detected",
+        "context_matching": [],
         "iou_threshold": 0.5,
         "detection": {"recall": 0.903, "AP": 0.812},
+        "detection_labelled": {"recall": 0.95, "AP": 0.6},
         "search": {
             "TestG50": {"mAP": 0.931, "top1": 0.9345, "top5": 0.98, "top10": 1.0},
             "TestG100": pytest.approx({"mAP": 0.921, "top1": 0.9245, "top5": 0.97, "top10": 0.99}),
@@ -93,17 +111,24 @@ def test_metrics_json_with_an_untrained_network_and_numpy_numbers(tmp_path):
         "cuhk_sysu",
         np.int32(0),
         np.float32(0.2),
+        "detected",
+        None,
         DetectionMetrics(np.float32(0.25), np.float64(0.5), 8, 9),
+        DetectionMetrics(0.5, 1.0, 8, 9),
         {"all": search_metrics(*np.array([0.125, 0.5, 0.25, 0.75], np.float32))},
     )
     report.write_metrics_json(tmp_path / "m.json", evaluation(), untrained)
     content = json.loads((tmp_path / "m.json").read_text())
     assert content["untrained"] == {
         "detection": {"recall": 0.25, "AP": 0.5},
+        "detection_labelled": {"recall": 0.5, "AP": 1.0},
         "search": {"all": {"mAP": 0.125, "top1": 0.5, "top5": 0.25, "top10": 0.75}},
     }
-    report.write_metrics_json(tmp_path / "m.json", untrained)
-    assert json.loads((tmp_path / "m.json").read_text())["checkpoint_step"] == 0
+    saved = dataclasses.replace(untrained, step=None, context=ContextMatching(10, 3))
+    report.write_metrics_json(tmp_path / "m.json", saved)
+    content = json.loads((tmp_path / "m.json").read_text())
+    assert content["checkpoint_step"] is None
+    assert content["context_matching"] == [10, 3]
 
 
 def test_ranking_json(tmp_path):

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alignps_jax.scoring import evaluate_detections
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -93,6 +95,7 @@ def test_a_run_writes_what_it_promises(whole_run):
         "detections.npz",
         "log.jsonl",
         "metrics.json",
+        "queries.csv",
         "rankings.png",
         "tensorboard",
     }
@@ -100,7 +103,7 @@ def test_a_run_writes_what_it_promises(whole_run):
     assert metrics["dataset"] == "synthetic"
     assert metrics["checkpoint_step"] == 6
     assert metrics["score_threshold"] == 0.2
-    assert set(metrics["detection"]) == {"recall", "AP"}
+    assert set(metrics["detection"]) == set(metrics["detection_labelled"]) == {"recall", "AP"}
     assert set(metrics["search"]["TestG50"]) == {"mAP", "top1", "top5", "top10"}
     assert sorted(losses(whole_run)) == [1, 2, 3, 4, 5, 6]
 
@@ -168,6 +171,16 @@ def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
         json.loads((path / "metrics.json").read_text()) for path in (whole_run, tmp_path / "again")
     )
     assert again["search"] == first["search"]
+    assert list(first["search"]) == ["TestG50", "all"]
+
+    # Without the network, the photos or a --config: the same figures.
+    rescored = tmp_path / "rescored"
+    saved = whole_run / "detections.npz"
+    evaluate_detections(None, saved, rescored)
+    scores = json.loads((rescored / "metrics.json").read_text())
+    assert scores | {"checkpoint_step": first["checkpoint_step"]} == first
+    queries = (rescored / "queries.csv").read_text()
+    assert queries == (whole_run / "queries.csv").read_text()
 
     photos = shared_dir / "tiny" / "Image" / "SSM"
     photo = sorted(photos.iterdir())[0]

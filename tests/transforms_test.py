@@ -159,13 +159,13 @@ class TestPlaceImage:
         expected = expected[:, ::-1] if flip else expected
         written = slot[: size[0], : size[1]].astype(float)
         assert np.abs(written - expected).max() <= 1  # OpenCV's weights are fixed-point
-        slot[: size[0], : size[1]] = 7
-        assert (slot == 7).all()
+        slot[: size[0], : size[1]] = 0
+        assert not slot.any()
 
     @pytest.mark.parametrize("width", [1, 2, 15, 64, 101, 1499])
     def test_flip_is_exact(self, width):
         image = random_image(5, 30, 50)
-        plain, flipped = np.zeros((2, 33, 1504, 3), np.uint8)
+        plain, flipped = np.full((2, 33, 1504, 3), 7, np.uint8)
         transforms.place_image(image, plain, (21, width), False)
         transforms.place_image(image, flipped, (21, width), True)
         np.testing.assert_array_equal(flipped[:, :width], plain[:, :width][:, ::-1])
@@ -235,13 +235,14 @@ class TestRows:
     def test_empty_batch_has_nothing_valid(self):
         batch = transforms.empty_batch(3, (32, 64), 8)
         assert batch.image.shape == (3, 32, 64, 3)
-        assert not batch.image.any()
+        assert batch.image.dtype == np.uint8
         assert not batch.present.any()
         assert not batch.valid.any()
         np.testing.assert_array_equal(batch.size, [[32, 64]] * 3)
 
     def test_rows_do_not_touch_each_other(self):
         batch = transforms.empty_batch(2, (64, 96), 8)
+        batch.image[:] = 7
         people = Annotations(
             names=("a",),
             boxes=(np.array([[1, 2, 11, 22], [5, 5, 9, 9]], np.float32),),
@@ -251,7 +252,9 @@ class TestRows:
         )
         transforms.fill_image(batch, 1, random_image(7, 20, 30), (60, 90), False)
         transforms.fill_people(batch, 1, people, 0, (60, 90), False)
-        assert not batch.image[0].any()
+        assert (batch.image[0] == 7).all()
+        assert not batch.image[1, 60:].any()
+        assert not batch.image[1, :, 90:].any()
         assert batch.present.tolist() == [False, True]
         np.testing.assert_array_equal(batch.scale[1], [3, 3])
         np.testing.assert_array_equal(batch.boxes[1, :2], [[3, 6, 33, 60], [15, 15, 27, 27]])

@@ -4,7 +4,6 @@ import io
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 import pytest
 from PIL import Image as PILImage
@@ -181,10 +180,10 @@ def test_the_scene_box_is_at_the_scaled_place():
     box = (600, 270, 660, 405)
     query = panel(box=box, height=540, width=960)
     picture = visualize.ranking_picture([RankingRow(query, ())])
-    scene = picture[-visualize._SCENE_HEIGHT - visualize._GAP :]
+    scene = picture[-visualize._SCENE_HEIGHT - visualize.GAP :]
     mask = has(scene, visualize.YELLOW)
     factor = visualize._SCENE_HEIGHT / 540
-    expected = np.array(box) * factor + [visualize._GAP, 0, visualize._GAP, 0]
+    expected = np.array(box) * factor + [visualize.GAP, 0, visualize.GAP, 0]
     np.testing.assert_allclose(extent(mask), expected, atol=2)
 
 
@@ -201,14 +200,14 @@ def test_long_captions_do_not_widen_the_picture():
     short = visualize.ranking_picture([RankingRow(panel(), (panel(caption="#1\nx"),))])
     long = visualize.ranking_picture([RankingRow(panel(), (panel(caption=f"#1\n{name}"),))])
     assert short.shape == long.shape
-    assert (long[:, -visualize._GAP :] == 255).all()
-    assert visualize._shortened("abc", 200) == "abc"
-    shortened = visualize._shortened(name, 200)
+    assert (long[:, -visualize.GAP :] == 255).all()
+    assert visualize.shortened("abc", 200) == "abc"
+    shortened = visualize.shortened(name, 200)
     head, tail = shortened.split("...")
     assert name.startswith(head)
     assert name.endswith(tail)
     assert abs(len(head) - len(tail)) <= 1
-    assert visualize._text_size(shortened, visualize._CAPTION_SCALE)[0] <= 200
+    assert visualize.text_size(shortened, visualize.CAPTION_SCALE)[0] <= 200
 
 
 def test_result_caption():
@@ -356,70 +355,3 @@ def test_missing_image_and_folder(tmp_path):
         visualize.read_image(tmp_path / "a.jpg")
     with pytest.raises(UserError, match="directory"):
         visualize.read_image(tmp_path)
-
-
-# Training curves.
-
-
-def test_curves_of_one_point_none_or_some(tmp_path):
-    log, out = tmp_path / "log.jsonl", tmp_path / "plots" / "curves.png"
-    for text in (
-        "",
-        '{"step": 0, "loss": 1.0}\n',
-        '{"step": 7, "eval/TestG50/mAP": 0.5, "eval/all/top1": 0.1}\n',
-        '{"step": 1, "loss": null, "loss/oim": 0.0}\n{"step": 2, "loss": null}\n{"st',
-    ):
-        log.write_text(text)
-        visualize.training_curves(log, out)
-        assert visualize.read_image(out).shape == (900, 1600, 3)
-
-
-def lines_of_figure(monkeypatch, log, out):
-    """What was plotted, by label: steps and values of the last curve of that label."""
-    seen = {}
-    original = matplotlib.figure.Figure.savefig
-
-    def spy(figure, *args, **kwargs):
-        for axes in figure.axes:
-            for line in axes.lines:
-                seen[axes.get_title(), line.get_label()] = line.get_xdata(), line.get_ydata()
-        return original(figure, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", spy)
-    visualize.training_curves(log, out)
-    return seen
-
-
-def test_later_lines_of_a_step_win_and_evaluations_are_in_percent(tmp_path, monkeypatch):
-    log = tmp_path / "log.jsonl"
-    log.write_text(
-        '{"step": 10, "loss": 1.0, "loss/oim": 0.25}\n{"step": 20, "loss": 9.0}\n'
-        '{"step": 20, "eval/TestG50/mAP": 0.5, "eval/TestG50/top1": 0.75,'
-        ' "eval/detection/AP": 0.3}\n'
-        '{"step": 20, "loss": 2.0}\n{"step": 15, "loss": 4.0}\n{"step": 30, "loss": null}\n'
-    )
-    seen = lines_of_figure(monkeypatch, log, tmp_path / "curves.png")
-    steps, values = seen["losses", "total"]
-    np.testing.assert_array_equal(steps, [10, 15, 20])
-    np.testing.assert_array_equal(values, [1, 4, 2])
-    np.testing.assert_array_equal(seen["losses", "oim"], [[10], [0.25]])
-    np.testing.assert_array_equal(seen["search (%)", "TestG50 mAP"], [[20], [50]])
-    np.testing.assert_array_equal(seen["search (%)", "TestG50 top-1"], [[20], [75]])
-    np.testing.assert_array_equal(seen["detection (%)", "AP"], [[20], [30]])
-
-
-def test_running_mean_against_a_loop():
-    values = np.random.default_rng(0).random(23)
-    for window in (1, 3, 5):
-        expected = [
-            values[max(0, i - window // 2) : i + window // 2 + 1].mean() for i in range(len(values))
-        ]
-        np.testing.assert_allclose(visualize._running_mean(values, window), expected)
-
-
-def test_curves_errors(tmp_path):
-    with pytest.raises(UserError, match=r"log\.jsonl"):
-        visualize.training_curves(tmp_path / "log.jsonl", tmp_path / "a.png")
-    (tmp_path / "log.jsonl").write_text("garbage\n")
-    with pytest.raises(UserError, match="line 1"):
-        visualize.training_curves(tmp_path / "log.jsonl", tmp_path / "a.png")

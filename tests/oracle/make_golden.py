@@ -12,7 +12,7 @@ import torch
 
 from tests.oracle import alignps_torch, golden
 from tests.oracle.random_weights import random_state_dict
-from tests.oracle.training_torch import Trainer, spec_of
+from tests.oracle.training_torch import Trainer, remember, spec_of
 from tests.parity.common import nhwc, normalise
 
 
@@ -37,14 +37,21 @@ def inference(name: str) -> dict[str, np.ndarray]:
 
 
 def training(name: str) -> dict[str, np.ndarray]:
-    """Losses and gradient norms of each step, and parameters and memory after the last one."""
-    model = oracle(name, gentle=True)
-    trainer = Trainer(model, weight_decay=golden.WEIGHT_DECAY, **golden.RULES)
-    arrays = {}
-    for step, scene in enumerate(golden.scenes()):
-        ids = np.where(scene.labelled, scene.identity, -1)
-        people = zip(torch.from_numpy(scene.boxes), torch.from_numpy(ids), strict=True)
-        terms = trainer.step(normalise(scene.images, scene.size), list(people))
+    """Memory before training, losses and gradient norms of steps, all that training made.
+
+    In float64: rounding is then on one side of the comparison only.
+    """
+    model = oracle(name, gentle=True).double()
+    batches = []
+    for scene in golden.scenes():
+        boxes, ids = torch.from_numpy(scene.boxes).double(), torch.from_numpy(scene.ids)
+        pixels = normalise(scene.images, scene.size, "float64")
+        batches.append((pixels, list(zip(boxes, ids, strict=True))))
+    remember(model, batches)
+    arrays = {f"before/{key}": value.clone().numpy() for key, value in memory(model).items()}
+    trainer = Trainer(model, **golden.RULES)
+    for step in range(golden.STEPS):
+        terms = trainer.step(*batches[step % len(batches)])
         arrays |= {f"loss/{step}/{key}": np.float32(value) for key, value in terms.items()}
         if step == 0:
             norms = {key: value.norm() for key, value in trainer.gradients.items()}
@@ -54,7 +61,15 @@ def training(name: str) -> dict[str, np.ndarray]:
         summary = torch.stack([value.norm(), value.flatten()[0]]) if value.ndim == 4 else value
         if ".bn" not in key and "downsample.1" not in key:
             arrays[f"after/{key}"] = summary.numpy()
-    return arrays
+    return {key: single(value) for key, value in arrays.items()}
+
+
+def memory(model: alignps_torch.AlignPS) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.state_dict().items() if "matching_layer" in key}
+
+
+def single(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float64 else array
 
 
 def main() -> None:

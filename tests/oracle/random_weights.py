@@ -18,8 +18,9 @@ def random_state_dict(
 ) -> dict[str, np.ndarray]:
     """A state dict; every tensor depends on the seed, its name and its shape only.
 
-    `gentle` makes predictions and offsets vary less: otherwise gradients are so large that
-    training is chaotic, and rounding differences grow tenfold in every step.
+    `gentle` has the smaller activations (around 0.5) and predictions of a trained network:
+    otherwise gradients are so large that training is chaotic, and rounding differences grow
+    tenfold in every step.
     """
     return {name: _tensor(name, tuple(shape), seed, gentle) for name, shape in shapes.items()}
 
@@ -53,13 +54,13 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int, gentle: bool) -> np.nd
 def _gain(module: str, gentle: bool) -> float:
     """Standard deviation of the output for an input of second moment one."""
     if module == "backbone.conv1":
-        return math.sqrt(2) / 64  # pixels
+        return math.sqrt(2) / (512 if gentle else 64)  # pixels
     if module.endswith("conv_offset"):
-        return 0.05 if gentle else 0.5
+        return 0.5
     if module == "bbox_head.conv_reg":
         return 0.2 if gentle else 0.7
     if module in ("bbox_head.conv_cls", "bbox_head.conv_centerness"):
         return 0.5 if gentle else 4.0
     if module.startswith("neck"):
-        return 2.0 if gentle else 1.0
+        return 1.0
     return math.sqrt(2)

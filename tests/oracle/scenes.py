@@ -22,6 +22,11 @@ class Scene:
     def size(self) -> tuple[int, int]:
         return self.images.shape[1:3]
 
+    @property
+    def ids(self) -> np.ndarray:
+        """Identities as the oracle wants them: -1 for people without one."""
+        return np.where(self.labelled, self.identity, -1)
+
     def batch(self) -> Batch:
         """As our pipeline delivers it: RGB, in the bucket of multiples of 32."""
         count, (height, width) = len(self.images), self.size

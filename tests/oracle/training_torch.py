@@ -94,7 +94,8 @@ def losses(model: AlignPS, pixels: Tensor, people: People) -> tuple[dict, Tensor
     targets = [torch.zeros_like(logits) for logits in flat_cls]
     box, centerness, wanted, embeddings, identity = [], [], [], [], []
     for image, (boxes, ids) in enumerate(people):
-        predicted = {key: rows(first[key][image]) for key in first}
+        # Of all levels: the scales of those without positives get a gradient of zero, hence decay.
+        predicted = {key: torch.cat([rows(o[key][image]) for o in outputs]) for key in first}
         for index, person, distances in assign(*first["cls"].shape[2:], boxes):
             targets[image][index] = 1
             box.append(predicted["box"][index])
@@ -138,14 +139,31 @@ def update_memory(model: AlignPS, embeddings: Tensor, identity: Tensor) -> None:
             tail.copy_((tail + 1) % len(queue))
 
 
+def remember(model: AlignPS, batches: list[tuple[Tensor, People]]) -> None:
+    """Fills the memory with the embeddings that the model has for these batches."""
+    for pixels, people in batches:
+        with torch.no_grad():
+            _, embeddings, identity = losses(model, pixels, people)
+        update_memory(model, embeddings, identity)
+
+
 class Trainer:
     """SGD with the released rules; `drops` and `warmup` in steps.
 
     `gradients` are those of the last step, by name, before clipping.
     """
 
-    def __init__(self, model: AlignPS, *, weight_decay: float, warmup: int, drops: tuple[int, ...]):
-        self.model, self.warmup, self.drops, self.step_number = model, warmup, drops, 0
+    def __init__(
+        self,
+        model: AlignPS,
+        *,
+        weight_decay: float,
+        warmup: int,
+        drops: tuple[int, ...],
+        clip_norm: float = 35.0,
+    ):
+        self.model, self.clip_norm = model, clip_norm
+        self.warmup, self.drops, self.step_number = warmup, drops, 0
         groups = [{"params": [], "factor": 1.0}, {"params": [], "factor": 2.0, "weight_decay": 0.0}]
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -160,7 +178,7 @@ class Trainer:
         named = self.model.named_parameters()
         self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        nn.utils.clip_grad_norm_([p for p in trainable if p.grad is not None], 35.0)
+        nn.utils.clip_grad_norm_([p for p in trainable if p.grad is not None], self.clip_norm)
         rate = 0.001 * 0.1 ** sum(self.step_number >= drop for drop in self.drops)
         if self.step_number < self.warmup:
             rate *= 1 - (1 - self.step_number / self.warmup) * (1 - 1 / 3)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 import torch
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint import load_weights
+from alignps_jax.checkpoint import load_arrays, load_weights
 from alignps_jax.convert import convert_released
 from alignps_jax.model import AlignPS, build_model, weights_template
-from alignps_jax.types import Weights
-from configs import cuhk, prw
+from alignps_jax.types import Batch, OIMMemory, Weights
 from tests.oracle import alignps_torch
-from tests.oracle.alignps_torch import Spec
 from tests.oracle.random_weights import random_state_dict
-from tests.oracle.training_torch import spec_of
+from tests.oracle.scenes import make_scene
+from tests.oracle.training_torch import People, remember, spec_of
+from tests.parity.ours import relative_error, released_config
 
 MODELS = ("cuhk", "cuhk_plus", "prw", "prw_plus")
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -26,7 +28,7 @@ PHOTOS = {
     "cuhk": SHARED / "photos" / "gallery-1.jpg",
     "prw": next(iter(sorted((SHARED / "prw_sample" / "frames").glob("*.jpg"))), SHARED),
 }
-MEAN = np.array([103.530, 116.280, 123.675], np.float32)
+MEAN = np.array([103.530, 116.280, 123.675])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,36 +39,48 @@ class Pair:
     config: ConfigDict
     model: AlignPS
     weights: Weights
+    memory: OIMMemory
     workdir: Path
 
 
-def released_config(name: str, spec: Spec) -> ConfigDict:
-    """The config of a released model, with the widths of the oracle's."""
-    dataset, _, plus = name.partition("_")
-    config = {"cuhk": cuhk, "prw": prw}[dataset].get_config(f"released{plus and '_plus'}")
-    config.model.backbone_width = spec.width
-    config.model.channels = spec.channels
-    config.model.norm_groups = spec.groups
-    return config
+def make_pair(
+    name: str,
+    folder: Path,
+    *,
+    gentle: bool = False,
+    batches: Sequence[tuple[torch.Tensor, People]] = (),
+    dtype: torch.dtype = torch.float32,
+    **widths: int,
+) -> Pair:
+    """A pair whose our half went through a file as old mmcv writes them and --mode=convert.
 
-
-def make_pair(name: str, folder: Path, *, gentle: bool = False, **widths: int) -> Pair:
-    """A pair whose our half went through a file as old mmcv writes them and --mode=convert."""
+    The memory holds embeddings of `batches`, random ones for all other identities; the queue's
+    tail is near its end.
+    """
     dataset, _, plus = name.partition("_")
     spec = spec_of(dataset, bool(plus), **widths)
     oracle = alignps_torch.AlignPS(spec)
     shapes = {key: tuple(value.shape) for key, value in oracle.state_dict().items()}
     state = random_state_dict(shapes, 1, gentle)
     oracle.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    remember(oracle.to(dtype), batches)
+    oracle.bbox_head.unlabeled_matching_layer.tail.fill_(spec.queue_size - 2)
     source = folder / f"{name}.pth"
     meta = {"epoch": 24, "iter": 67272, "config": "model = dict()", "CLASSES": ("person",)}
     torch.save({"meta": meta, "state_dict": oracle.state_dict(), "optimizer": {}}, source)
-    config = released_config(name, spec)
+    config = released_config(name, width=spec.width, channels=spec.channels, groups=spec.groups)
     convert_released(config, source, folder / name)
     source.unlink()
     model = build_model(config)
     weights = load_weights(folder / name, weights_template(model))
-    return Pair(oracle, config, model, weights, folder / name)
+    return Pair(oracle, config, model, weights, converted_memory(folder / name), folder / name)
+
+
+def converted_memory(workdir: Path) -> OIMMemory:
+    arrays = load_arrays(workdir, lambda name: name.startswith("memory/"))
+    return OIMMemory(
+        **{name.removeprefix("memory/"): jnp.asarray(array) for name, array in arrays.items()}
+    )
 
 
 def photo(dataset: str) -> np.ndarray:
@@ -85,11 +99,11 @@ def released_pixels(image: np.ndarray, scale: tuple[int, int]) -> tuple[torch.Te
     return normalise(image[None], image.shape[:2]), size, (size[1] / width, size[0] / height)
 
 
-def normalise(images: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+def normalise(images: np.ndarray, size: tuple[int, int], dtype: str = "float32") -> torch.Tensor:
     """BGR images of one size to mean-free pixels, zero up to a multiple of 32."""
     height, width = size
     padding = ((0, 0), (0, -height % 32), (0, -width % 32), (0, 0))
-    pixels = np.pad(images.astype(np.float32) - MEAN, padding)
+    pixels = np.pad(images.astype(dtype) - MEAN.astype(dtype), padding)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
@@ -97,7 +111,22 @@ def nhwc(x: torch.Tensor) -> np.ndarray:
     return x.detach().permute(0, 2, 3, 1).numpy()
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """L2 norm of the difference over that of what is expected."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
+def make_batch(
+    seed: int, size: tuple[int, int], dtype: str = "float32"
+) -> tuple[Batch, torch.Tensor, People]:
+    """A scene for us, and its pixels and people for the oracle."""
+    scene = make_scene(seed, 40, size)
+    boxes = scene.boxes.astype(dtype)
+    people = zip(torch.from_numpy(boxes), torch.from_numpy(scene.ids), strict=True)
+    batch = scene.batch().replace(boxes=boxes)
+    return batch, normalise(scene.images, scene.size, dtype), list(people)
+
+
+def memory_errors(oracle: alignps_torch.AlignPS, memory: OIMMemory) -> dict[str, float]:
+    """Relative errors of table and queue; the tail is equal."""
+    head = oracle.bbox_head
+    assert int(memory.tail) == int(head.unlabeled_matching_layer.tail)
+    return {
+        "lut": relative_error(memory.lut, head.labeled_matching_layer.lookup_table),
+        "queue": relative_error(memory.queue, head.unlabeled_matching_layer.queue),
+    }

@@ -18,7 +18,8 @@ from alignps_jax.model import build_model
 from alignps_jax.train import create_state
 from configs import cuhk
 from tests.oracle.random_weights import random_state_dict
-from tests.parity.common import nhwc, relative_error
+from tests.parity.common import nhwc
+from tests.parity.ours import relative_error
 
 
 def test_torchvision_weights_and_pixels(tmp_path):

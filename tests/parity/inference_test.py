@@ -14,7 +14,6 @@ pytest.importorskip("torchvision", reason="make parity runs these")
 
 import torch
 
-from alignps_jax.postprocess import detect
 from alignps_jax.train_step import PredictStep
 from alignps_jax.types import Batch
 from data_pipeline.pipeline import single_image_batch
@@ -25,59 +24,16 @@ from tests.parity.common import (
     make_pair,
     nhwc,
     photo,
-    relative_error,
     released_pixels,
 )
+from tests.parity.ours import relative_error, run_stages
 
 SCALES = ((1500, 900), (667, 400))
-# Our modules by the names of the stages that they output.
-STAGES = {"layer1_2": "C2", "lateral3": "lateral3", "lateral4": "lateral4", "lateral5": "lateral5"}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request, tmp_path_factory) -> Pair:
     return make_pair(request.param, tmp_path_factory.mktemp("parity"))
-
-
-def run_ours(pair: Pair, batch: Batch) -> tuple[dict, object]:
-    """The stages by name, [B, h, w, C], and the detections."""
-    modules = (*STAGES, "backbone")
-
-    @jax.jit
-    def run(weights, batch):
-        outputs, state = pair.model.apply(
-            {"params": weights.params, "frozen": weights.frozen},
-            batch.image,
-            batch.size,
-            capture_intermediates=lambda module, _: module.name in modules,
-            mutable=["intermediates"],
-        )
-        rules = pair.config.eval
-        detections = detect(
-            outputs,
-            batch.size,
-            batch.scale,
-            strides=(8,),
-            pre_nms=rules.pre_nms,
-            min_cls_score=rules.min_cls_score,
-            nms_iou=rules.nms_iou,
-            max_detections=rules.max_detections,
-        )
-        return outputs[0], state["intermediates"], detections
-
-    output, captured, detections = jax.device_get(run(pair.weights, batch))
-    maps = captured["backbone"].pop("__call__")[0]
-    stages = dict(zip(("C3", "C4", "C5"), maps, strict=True))
-    for module in captured.values():
-        for name, value in module.items():
-            stages[STAGES[name]] = value["__call__"][0]
-    stages |= {
-        "P3": output.embeddings,
-        "cls": output.cls_logits[..., None],
-        "box": output.box_distances,
-        "centerness": output.centerness_logits[..., None],
-    }
-    return stages, detections
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: f"{scale[0]}x{scale[1]}")
@@ -95,7 +51,7 @@ def test_every_stage_and_the_detections(pair, scale):
     config.data.test_scale = scale
     batch = single_image_batch(np.ascontiguousarray(image[..., ::-1]), config.data)
     np.testing.assert_array_equal(batch.size[0], size)
-    stages, detections = run_ours(pair, batch)
+    stages, detections = run_stages(pair.model, pair.weights, pair.config.eval, batch)
     assert set(stages) == set(expected)
 
     errors = {}

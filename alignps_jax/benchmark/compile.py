@@ -1,0 +1,106 @@
+"""Time from the command to the first training step, and how many programs an epoch takes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from alignps_jax.benchmark.measure import Context, Row, Timing
+from alignps_jax.monitor import FIRST_STEP
+from alignps_jax.types import UserError
+from configs import tiny
+from data_pipeline.datasets import prepare
+from data_pipeline.transforms import buckets
+
+_LAUNCH = Path(__file__).parents[2] / "launch.py"
+
+
+def rows(context: Context) -> Iterator[Row]:
+    """Cold and warm starts of a tiny network and of the configured one.
+
+    The configured one trains on a few drawn scenes at its smallest scale: that changes how long a
+    step takes, not what there is to compile.
+    """
+    epoch = (
+        f"{len(buckets(context.config.data.train_scales))} programs at most in an epoch of "
+        f"{context.config.data.name}: one per training scale and orientation"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        yield from _starts("configs/tiny.py", tiny.get_config(), root / "tiny", "")
+        if not context.quick:
+            config = ConfigDict(context.config.to_dict())
+            yield from _starts("the configured network", config, root / "configured", epoch)
+
+
+def _starts(name: str, config: ConfigDict, folder: Path, note: str) -> Iterator[Row]:
+    """A start without compiled programs, and one that finds those of the first."""
+    _few_scenes(config, folder / "data")
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare(config.data)
+    _write_config(config, folder / "config.py")
+    cold = _seconds_to_first_step(folder)
+    yield Row("compile", f"first step, cold: {name}", _once(cold), note=note)
+    warm = _seconds_to_first_step(folder)
+    size = sum(file.stat().st_size for file in (folder / "run" / "xla_cache").rglob("*"))
+    yield Row(
+        "compile",
+        f"first step, warm: {name}",
+        _once(warm),
+        note=f"{warm / cold:.0%} of the cold start; cache in the workdir, {size / 1e6:.1f} MB",
+    )
+
+
+def _few_scenes(config: ConfigDict, root: Path) -> None:
+    """Turns it to drawn scenes, few and small, and to a single step."""
+    scale = min(config.data.train_scales)
+    config.data = tiny.get_config().data
+    config.data.root = str(root)
+    config.data.train_scales = (scale,)
+    config.data.test_scale = scale
+    config.model.pretrained = None
+    config.train.duration = "1 steps"
+
+
+def _write_config(config: ConfigDict, path: Path) -> None:
+    """A file for `--config`, whose values are Python literals."""
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict({config.to_dict()!r})\n"
+    )
+
+
+def _seconds_to_first_step(folder: Path) -> float:
+    """From the command to the line that says that the first step is done; training ends there."""
+    flags = [f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"]
+    start = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, str(_LAUNCH), *flags],
+        cwd=_LAUNCH.parent,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        last = "nothing"
+        try:
+            for line in process.stdout:
+                if line.strip().startswith(FIRST_STEP):
+                    return time.perf_counter() - start
+                last = line.strip() or last
+        finally:
+            process.kill()
+    raise UserError(f"training for the benchmark: ended with {last!r}, expected {FIRST_STEP!r}")
+
+
+def _once(seconds: float) -> Timing:
+    return Timing.of([seconds])

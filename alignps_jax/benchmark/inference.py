@@ -1,0 +1,156 @@
+"""Inference: from a photo's bytes on the device to its detections, AlignPS and AlignPS+."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+from ml_collections import ConfigDict
+
+from alignps_jax.benchmark.growth_cases import made_up_batch
+from alignps_jax.benchmark.measure import (
+    Context,
+    Row,
+    Timing,
+    peak_memory,
+    program_cost,
+    time_alternating,
+)
+from alignps_jax.benchmark.network import (
+    compiled,
+    configured,
+    forward,
+    has_oracle,
+    no_torch_note,
+    on_device,
+    plain_arithmetic,
+    sane_weights,
+    torch_network,
+    torch_pixels,
+)
+from alignps_jax.model import AlignPS, build_model
+from alignps_jax.postprocess import detect
+from alignps_jax.train_step import PredictStep
+from alignps_jax.types import Batch
+from data_pipeline.transforms import Size, buckets
+
+SCALE = (1500, 900)
+BATCH = 4
+GOAL = "≥ 2.5× PyTorch, ≤ 1.3× floor"
+NETWORKS = {"AlignPS": (), "AlignPS+": (3, 4, 5)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Size of the images and of the large batch."""
+
+    size: Size
+    batch: int
+
+
+def rows(context: Context) -> Iterator[Row]:
+    """One image and, per image, a batch, with the share of decoding and suppression.
+
+    The images fill their bucket; every location becomes a candidate, so that suppression has all
+    the work it can have. The floor is the arithmetic of the network with plain convolutions.
+    """
+    shape = Shape((64, 96), 2) if context.quick else Shape(min(buckets([SCALE])), BATCH)
+    for name, stages in NETWORKS.items():
+        config = configured(context, deform_stages=stages)
+        config.loss.lut_size = 1
+        config.eval.min_cls_score = 0.0
+        yield from _rows(context, name, config, shape)
+
+
+def _rows(context: Context, name: str, config: ConfigDict, shape: Shape) -> Iterator[Row]:
+    model = build_model(config)
+    weights = on_device(sane_weights(model))
+    one, several = (
+        on_device(made_up_batch(shape.size, people=1, images=images)) for images in (1, shape.batch)
+    )
+    predict = PredictStep(model, config.eval)
+    outputs = jax.jit(partial(forward, model, train=False))(*weights, one)
+    decode = partial(_decode, model, config)
+    functions = {
+        "one": (program := compiled(predict, *weights, one))[1],
+        "decode": compiled(decode, outputs, one)[1],
+    }
+    if has_oracle(context):
+        functions["torch"] = _torch_function(context, config, *weights, one)
+    times = time_alternating(functions, runs=context.runs)
+    with plain_arithmetic():
+        cost = program_cost(partial(forward, model, train=False), *weights, one)
+    share = times["decode"].median / times["one"].median
+    yield Row(
+        part="inference",
+        name=f"{name}, {shape.size[1]}×{shape.size[0]}, batch 1",
+        time=times["one"],
+        floor=context.rate.floor(cost.flops, config.model.dtype),
+        torch=times.get("torch"),
+        flops=cost.flops,
+        bytes=cost.bytes,
+        goal=GOAL,
+        note=no_torch_note(context),
+        memory=peak_memory(program[0]),
+    )
+    yield Row(
+        part="inference",
+        name=f"{name}, decoding and NMS alone",
+        time=times["decode"],
+        goal="≤ 2% of inference",
+        note=f"{share:.2%} of inference",
+    )
+    program = compiled(predict, *weights, several)
+    # In turns with a single image: the ratio is what counts.
+    times = time_alternating({"one": functions["one"], "batch": program[1]}, runs=context.runs)
+    ratio = times["batch"].median / shape.batch / times["one"].median
+    yield Row(
+        part="inference",
+        name=f"{name}, batch {shape.batch}, per image",
+        time=_divided(times["batch"], shape.batch),
+        floor=context.rate.floor(cost.flops, config.model.dtype),
+        flops=cost.flops,
+        bytes=cost.bytes,
+        goal="≤ batch 1",
+        note=f"{ratio:.3f}× batch 1; memory: of the batch",
+        memory=peak_memory(program[0]),
+    )
+
+
+def _decode(model: AlignPS, config: ConfigDict, outputs: object, batch: Batch) -> object:
+    """What comes after the network, as in `PredictStep`."""
+    evaluation = config.eval
+    return detect(
+        outputs,
+        batch.size,
+        batch.scale,
+        strides=model.strides(train=False),
+        pre_nms=evaluation.pre_nms,
+        min_cls_score=evaluation.min_cls_score,
+        nms_iou=evaluation.nms_iou,
+        max_detections=evaluation.max_detections,
+    )
+
+
+def _divided(time: Timing, parts: int) -> Timing:
+    return Timing(time.median / parts, time.low / parts, time.high / parts, time.runs)
+
+
+def _torch_function(
+    context: Context, config: ConfigDict, params: object, frozen: object, batch: Batch
+) -> Callable[[], object]:
+    """The same photo through PyTorch's network, decoding and suppression."""
+    from tests.oracle.alignps_torch import detect as torch_detect
+
+    network = torch_network(context, config, params, frozen).eval()
+    pixels = torch_pixels(context, config, batch)
+    size = tuple(int(side) for side in batch.size[0])
+
+    def run() -> object:
+        with context.torch.no_grad():
+            outputs, _ = network(pixels)
+            return torch_detect(outputs[0], size, (1.0, 1.0))
+
+    return context.finished(run)

@@ -1,0 +1,23 @@
+"""The synthetic scenes at the scale of docs/ablations.md: a row of a table in minutes on a CPU.
+
+python launch.py --mode=reproduce --config=configs/ablation.py --table=2
+"""
+
+from ml_collections import ConfigDict
+
+from configs import synthetic
+from configs.variants import apply_variant, variants_for
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """configs/synthetic.py with half the channels and a ninth of the steps; the same variants."""
+    config = synthetic.get_config()
+    config.model.backbone_width = 16
+    config.model.channels = 32
+    config.optimizer.warmup = "30 steps"
+    config.optimizer.drops = ("150 steps", "200 steps", "225 steps")
+    config.train.duration = "240 steps"
+    config.train.checkpoint_every = "120 steps"
+    config.train.eval_every = "240 steps"
+    config.eval.untrained_baseline = False
+    return apply_variant(config, variant, variants_for(config.data.name))

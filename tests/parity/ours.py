@@ -1,0 +1,121 @@
+"""Our half of the comparisons with the oracle; needs no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from alignps_jax.model import AlignPS
+from alignps_jax.postprocess import detect
+from alignps_jax.released_names import released_name, to_torch
+from alignps_jax.train_step import AXIS, TrainStep
+from alignps_jax.types import Batch, Detections, OIMMemory, TrainState, Weights
+from configs import cuhk, prw
+
+# Our modules by the names of the stages that they output.
+STAGES = {"layer1_2": "C2", "lateral3": "lateral3", "lateral4": "lateral4", "lateral5": "lateral5"}
+
+
+def relative_error(found, expected) -> float:
+    """L2 norm of the difference over that of what is expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves by path, such as `params/neck/lateral3/kernel`."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def by_released_name(tree: Any) -> dict[str, np.ndarray]:
+    """The leaves in PyTorch's layout, by released name; `tree` begins with the collections."""
+    return {released_name(path): to_torch(np.asarray(x)) for path, x in by_path(tree).items()}
+
+
+def released_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes in PyTorch's layout, by released name; leaves may be mere descriptions."""
+    leaves = by_path(tree).items()
+    return {released_name(path): to_torch(np.empty(x.shape, np.bool_)).shape for path, x in leaves}
+
+
+def released_config(name: str, *, width: int, channels: int, groups: int) -> ConfigDict:
+    """The config of a released model ("cuhk", "prw_plus", ...) of these widths."""
+    dataset, _, plus = name.partition("_")
+    config = {"cuhk": cuhk, "prw": prw}[dataset].get_config(f"released{plus and '_plus'}")
+    config.model.backbone_width = width
+    config.model.channels = channels
+    config.model.norm_groups = groups
+    return config
+
+
+def run_stages(
+    model: AlignPS, weights: Weights, rules: ConfigDict, batch: Batch
+) -> tuple[dict[str, np.ndarray], Detections]:
+    """The outputs of every stage, [B, h, w, C], and the detections; `rules` is `config.eval`."""
+    modules = (*STAGES, "backbone")
+
+    @jax.jit
+    def run(weights: Weights, batch: Batch):
+        outputs, state = model.apply(
+            {"params": weights.params, "frozen": weights.frozen},
+            batch.image,
+            batch.size,
+            capture_intermediates=lambda module, _: module.name in modules,
+            mutable=["intermediates"],
+        )
+        detections = detect(
+            outputs,
+            batch.size,
+            batch.scale,
+            strides=model.strides(train=False),
+            pre_nms=rules.pre_nms,
+            min_cls_score=rules.min_cls_score,
+            nms_iou=rules.nms_iou,
+            max_detections=rules.max_detections,
+        )
+        return outputs[0], state["intermediates"], detections
+
+    output, captured, detections = jax.device_get(run(weights, batch))
+    maps = captured["backbone"].pop("__call__")[0]
+    stages = dict(zip(("C3", "C4", "C5"), maps, strict=True))
+    for module in captured.values():
+        for name, value in module.items():
+            stages[STAGES[name]] = value["__call__"][0]
+    stages |= {
+        "P3": output.embeddings,
+        "cls": output.cls_logits[..., None],
+        "box": output.box_distances,
+        "centerness": output.centerness_logits[..., None],
+    }
+    return stages, detections
+
+
+def one_device(step: TrainStep) -> Callable:
+    """The step on the first device; the batch has a leading axis of length one."""
+    return jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=jax.local_devices()[:1]
+    )
+
+
+def first_state(
+    weights: Weights, memory: OIMMemory, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step, placed as the step returns it (else it compiles twice)."""
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=weights.params,
+        frozen=weights.frozen,
+        opt_state=optimizer.init(weights.params),
+        memory=memory,
+        rng=jax.random.key(0),
+    )
+    mesh = Mesh(np.array(jax.local_devices()[:1]), (AXIS,))
+    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
