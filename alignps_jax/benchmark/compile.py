@@ -45,7 +45,7 @@ def rows(context: Context) -> Iterator[Row]:
 def _starts(name: str, config: ConfigDict, folder: Path, note: str) -> Iterator[Row]:
     """A start without compiled programs, and one that finds those of the first."""
     _few_scenes(config, folder / "data")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare(config.data)
     _write_config(config, folder / "config.py")
     cold = _seconds_to_first_step(folder)

@@ -99,17 +99,16 @@ def test_twenty_steps_from_a_converted_detector(name):
     found = twenty_steps(MODULE, "converted", name)
     assert 0 < found["clipped"] < 20
     assert max(found["losses"], found["parameters"], found["memory"]) <= 1e-3
-    exact = twenty_steps(*IN_FLOAT64, "converted", name)
-    assert max(exact["losses"], exact["parameters"], exact["memory"]) <= 1e-6
 
 
+@pytest.mark.parametrize("start", ["converted", "initial"])
 @pytest.mark.parametrize("name", ["cuhk", "prw_plus"])
-def test_twenty_steps_from_the_beginning(name):
-    """In float64 only: from here training is chaotic, and float32 rounding alone grows beyond 1e-3.
+def test_twenty_steps_in_float64(name, start):
+    """The initial state in float64 only: from there, float32 rounding alone grows beyond 1e-3.
 
-    Offsets of exactly zero put every sample on a kink of the interpolation, and an empty memory
-    makes for large gradients.
+    Training is chaotic at first. Offsets of exactly zero put every sample on a kink of the
+    interpolation, and an empty memory makes for large gradients.
     """
-    exact = twenty_steps(*IN_FLOAT64, "initial", name)
+    exact = twenty_steps(*IN_FLOAT64, start, name)
     assert max(exact["losses"], exact["parameters"], exact["memory"]) <= 1e-6
-    assert exact["oracle_rounding"]["parameters"] > 1e-3
+    assert (exact["oracle_rounding"]["parameters"] > 1e-3) == (start == "initial")
