@@ -32,7 +32,8 @@ def configured(context: Context, **model: Any) -> ConfigDict:
         config = ConfigDict(context.config.to_dict())
     else:
         config = tiny.get_config()
-        config.model.backbone, config.model.frozen_stages = "resnet50", 1
+        if has_oracle(context):  # which has no other backbone
+            config.model.backbone, config.model.frozen_stages = "resnet50", 1
     config.model.update(model)
     return config
 
