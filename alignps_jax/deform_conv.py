@@ -27,6 +27,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from alignps_jax.convolution import align_varying_axes
+from alignps_jax.layers import conv
+
 Initializer = Callable[..., Array]
 
 # `_neighbours` clips, so that gathers and scatters need not.
@@ -84,21 +87,11 @@ def deform_conv2d(
     if mask is not None:
         weights *= taps_first(mask).reshape(kh * kw, 1, -1)
 
-    table, weights, kernel, rows = _align_varying_axes(
+    table, weights, kernel, rows = align_varying_axes(
         inputs.reshape(-1, channels), weights, kernel.reshape(kh * kw, channels, features), rows
     )
     out = _deform_conv(table, weights, kernel, rows)
     return out.reshape(batch, h, w, features)
-
-
-def _align_varying_axes(*arrays: Array) -> tuple[Array, ...]:
-    """Under `shard_map`, lets all arrays vary over the mesh axes over which any of them does.
-
-    `lax.scan` and `jax.custom_vjp` want that spelled out, the arithmetic below implies it. Its
-    transpose sums the cotangent of a replicated array (the kernel) over the devices.
-    """
-    zero = sum(jnp.zeros_like(a, dtype=jnp.float32, shape=()) for a in arrays)
-    return tuple(a + zero.astype(a.dtype) for a in arrays)
 
 
 def _corners(
@@ -271,11 +264,11 @@ class DeformConv(nn.Module):
     def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
         """Returns the map at ceil(H / stride) x ceil(W / stride) locations."""
         inputs = inputs.astype(self.dtype)
-        predicted = nn.Conv(
+        predicted = conv(
             9 * self.channels_per_tap,
-            (3, 3),
-            strides=self.stride,
-            padding=1,
+            3,
+            self.stride,
+            use_bias=True,
             dtype=self.dtype,
             kernel_init=self.offset_kernel_init,
             bias_init=self.offset_bias_init,

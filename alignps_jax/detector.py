@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from alignps_jax.checkpoint import load_config, load_weights
+from alignps_jax.compilation_cache import use_compilation_cache
 from alignps_jax.gallery import top_k
 from alignps_jax.location_maps import LocationMaps, compute_maps, maps_of_photo
 from alignps_jax.model import build_model, weights_template
@@ -116,6 +117,7 @@ def search_photos(
     Raises:
       UserError: a file cannot be read, or nobody is found in the query photo or its box.
     """
+    use_compilation_cache(workdir, checkpoint)
     detector = Detector.from_checkpoint(checkpoint)
     threshold = detector.config.eval.score_threshold
     photo = read_image(query)

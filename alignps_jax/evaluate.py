@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from alignps_jax.checkpoint import load_weights
+from alignps_jax.compilation_cache import use_compilation_cache
 from alignps_jax.detections_io import save_detections, unit_embeddings
 from alignps_jax.model import AlignPS, build_model, weights_template
 from alignps_jax.report import EvaluationResult, MetricLog
@@ -78,8 +80,11 @@ class Evaluator:
             dynamic_ncols=True,
             disable=jax.process_index() != 0,
         )
-        for batch in batches:
-            detections = self.predict(params, frozen, split_over_devices(batch))
+        dispatched = (
+            (batch, self.predict(params, frozen, split_over_devices(batch))) for batch in batches
+        )
+        # A batch is read back once the next one is under way: the device never waits for us.
+        for (batch, detections), _ in pairwise(chain(dispatched, [None])):
             for index, row in _rows(batch, detections):
                 found[index] = row
         return collect(self.split.annotations.names, found)
@@ -183,6 +188,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     Raises:
       UserError: there is no such checkpoint, it does not fit `config`, or the data is wrong.
     """
+    use_compilation_cache(workdir, checkpoint)
     check_batch_size(config, "eval")
     model = build_model(config)
     weights = load_weights(checkpoint, weights_template(model))

@@ -13,6 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint import Checkpoints, load_config, write_run_info
+from alignps_jax.compilation_cache import use_compilation_cache
 from alignps_jax.curves import training_curves
 from alignps_jax.evaluate import Measured, check_batch_size, make_evaluator, score_of
 from alignps_jax.model import AlignPS, build_model, init_variables
@@ -219,8 +220,3 @@ def log_folder(workdir: Path) -> Path:
     """Where this process logs: the first one in the workdir, the others in folders of their own."""
     process = jax.process_index()
     return workdir / f"process_{process}" if process else workdir
-
-
-def use_compilation_cache(workdir: Path) -> None:
-    """Keeps compiled programs in the workdir, so that the next start is quick."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "xla_cache"))

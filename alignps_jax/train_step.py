@@ -259,6 +259,10 @@ class PredictStep:
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """Boxes in the photos' own pixels, best first."""
         outputs = self.model.apply({"params": params, "frozen": frozen}, batch.image, batch.size)
+        return self.decode(outputs, batch)
+
+    def decode(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:
+        """What comes after the network."""
         return detect(
             outputs,
             batch.size,

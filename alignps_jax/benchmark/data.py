@@ -88,7 +88,7 @@ def _one_core(context: Context, size: Size) -> Iterator[Row]:
     times = time_alternating(
         {"decode": decode, "resize": decode_and_resize, "all": everything}, runs=context.runs
     )
-    times = {name: _divided(time, len(work)) for name, time in times.items()}
+    times = {name: time.divided(len(work)) for name, time in times.items()}
     (height, width), resized = size, work[0][1]
     name = f"{width}x{height} photo"
     floor = times["resize"].median
@@ -126,7 +126,7 @@ def _workers(context: Context, size: Size) -> Iterator[Row]:
     )
     one = times["1"].median / batches / BATCH
     for workers in WORKERS:
-        time = _divided(times[str(workers)], batches * BATCH)
+        time = times[str(workers)].divided(batches * BATCH)
         yield Row(
             "data",
             f"a photo, {workers} {'worker' if workers == 1 else 'workers'}",
@@ -207,9 +207,3 @@ def fed_steps(
         found = read_log(Path(folder) / "log.jsonl")[-1].values
     step_time = pipeline.batch_size / found["images_per_second"]
     return FedSteps(step=step_time, wait=found["data_wait"] * step_time)
-
-
-def _divided(timing: Timing, count: int) -> Timing:
-    """Of one of `count` equal parts."""
-    fields = {name: getattr(timing, name) / count for name in ("median", "low", "high")}
-    return dataclasses.replace(timing, **fields)

@@ -13,7 +13,6 @@ from alignps_jax.benchmark.growth_cases import made_up_batch
 from alignps_jax.benchmark.measure import (
     Context,
     Row,
-    Timing,
     peak_memory,
     program_cost,
     time_alternating,
@@ -30,8 +29,7 @@ from alignps_jax.benchmark.network import (
     torch_network,
     torch_pixels,
 )
-from alignps_jax.model import AlignPS, build_model
-from alignps_jax.postprocess import detect
+from alignps_jax.model import build_model
 from alignps_jax.train_step import PredictStep
 from alignps_jax.types import Batch
 from data_pipeline.transforms import Size, buckets
@@ -72,10 +70,9 @@ def _rows(context: Context, name: str, config: ConfigDict, shape: Shape) -> Iter
     )
     predict = PredictStep(model, config.eval)
     outputs = jax.jit(partial(forward, model, train=False))(*weights, one)
-    decode = partial(_decode, model, config)
     functions = {
         "one": (program := compiled(predict, *weights, one))[1],
-        "decode": compiled(decode, outputs, one)[1],
+        "decode": compiled(predict.decode, outputs, one)[1],
     }
     if has_oracle(context):
         functions["torch"] = _torch_function(context, config, *weights, one)
@@ -109,7 +106,7 @@ def _rows(context: Context, name: str, config: ConfigDict, shape: Shape) -> Iter
     yield Row(
         part="inference",
         name=f"{name}, batch {shape.batch}, per image",
-        time=_divided(times["batch"], shape.batch),
+        time=times["batch"].divided(shape.batch),
         floor=context.rate.floor(cost.flops, config.model.dtype),
         flops=cost.flops,
         bytes=cost.bytes,
@@ -117,25 +114,6 @@ def _rows(context: Context, name: str, config: ConfigDict, shape: Shape) -> Iter
         note=f"{ratio:.3f}× batch 1; memory: of the batch",
         memory=peak_memory(program[0]),
     )
-
-
-def _decode(model: AlignPS, config: ConfigDict, outputs: object, batch: Batch) -> object:
-    """What comes after the network, as in `PredictStep`."""
-    evaluation = config.eval
-    return detect(
-        outputs,
-        batch.size,
-        batch.scale,
-        strides=model.strides(train=False),
-        pre_nms=evaluation.pre_nms,
-        min_cls_score=evaluation.min_cls_score,
-        nms_iou=evaluation.nms_iou,
-        max_detections=evaluation.max_detections,
-    )
-
-
-def _divided(time: Timing, parts: int) -> Timing:
-    return Timing(time.median / parts, time.low / parts, time.high / parts, time.runs)
 
 
 def _torch_function(

@@ -37,6 +37,10 @@ class Timing:
         seconds = sorted(seconds)
         return cls(statistics.median(seconds), seconds[0], seconds[-1], len(seconds))
 
+    def divided(self, parts: int) -> Timing:
+        """Of one of so many equal parts."""
+        return Timing(self.median / parts, self.low / parts, self.high / parts, self.runs)
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from tests.oracle.scenes import make_scene
 from tests.oracle.training_torch import People, remember, spec_of
 from tests.parity.ours import relative_error, released_config
 
+# Of everything, with `in_float64`.
+DTYPE = "float64" if jax.config.jax_enable_x64 else "float32"
 MODELS = ("cuhk", "cuhk_plus", "prw", "prw_plus")
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 PHOTOS = {

@@ -27,13 +27,12 @@ from alignps_jax.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.train import is_frozen
 from alignps_jax.train_step import TrainStep
 from tests.oracle.training_torch import Trainer
-from tests.parity.common import Pair, make_batch, make_pair, memory_errors
+from tests.parity.common import DTYPE, Pair, make_batch, make_pair, memory_errors
 from tests.parity.ours import by_released_name, first_state, one_device, relative_error
 
 STEPS = 20
 SIZE = (122, 154)  # fed as 128 x 160
 WIDTHS = {"width": 8, "channels": 96, "groups": 8}
-DTYPE = "float64" if jax.config.jax_enable_x64 else "float32"
 
 
 @dataclasses.dataclass(frozen=True)
