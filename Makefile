@@ -9,6 +9,9 @@ READY := $(VENV)/.ready
 PARITY := .venv-parity
 PARITY_READY := $(PARITY)/.ready
 
+# Large memory pages for large arrays: training on Linux CPUs takes about a seventh less time.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: setup demo test parity golden lint lock clean
 
 setup: $(READY)
@@ -28,7 +31,7 @@ test: setup lint
 
 # Everything that needs PyTorch: conversion of .pth files, and parity with the published model.
 parity: $(PARITY_READY)
-	$(PARITY)/bin/python -m pytest -s tests/parity tests/convert_test.py
+	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/convert_test.py
 
 golden: $(PARITY_READY)
 	$(PARITY)/bin/python -m tests.oracle.make_golden

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -157,7 +159,8 @@ def _training_loop() -> Row:
     )
     identities = pipeline.reader.split.annotations.num_identities
     state = replicate(create_state(config, model, optimizer, identities))
-    speed = fed_steps(step_fn, state, pipeline, schedule, LOOP_STEPS)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        speed = fed_steps(step_fn, state, pipeline, schedule, LOOP_STEPS)
     return Row(
         "data",
         "wait of a training step for its batch",

@@ -29,7 +29,8 @@ class Machine:
     """Where and when figures were taken.
 
     `load` is the number of processes that wanted a core in the minute before; more than about 0
-    means that others disturbed the run. `torch` says what PyTorch ran on, "" if it took no part.
+    means that others disturbed the run. `torch` says what PyTorch ran on, "" if it took no part;
+    `malloc` is the environment's GLIBC_TUNABLES.
     """
 
     device: str
@@ -41,6 +42,7 @@ class Machine:
     versions: Mapping[str, str]
     date: str
     quick: bool
+    malloc: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ def describe_machine(torch: ModuleType | None, *, quick: bool) -> Machine:
         versions=_versions(),
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         quick=quick,
+        malloc=os.environ.get("GLIBC_TUNABLES", ""),
     )
 
 
@@ -192,9 +195,10 @@ def machine_line(machine: Machine) -> str:
     """One line: device, threads, versions, date."""
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     torch = f"PyTorch on {machine.torch}, " if machine.torch else ""
+    malloc = f"{machine.malloc}, " if machine.malloc else ""
     return (
         f"{machine.devices} x {machine.device}, {machine.processor}, {machine.cores} cores "
-        f"(load {machine.load:g}), {torch}{versions}, {machine.date}"
+        f"(load {machine.load:g}), {malloc}{torch}{versions}, {machine.date}"
     )
 
 
