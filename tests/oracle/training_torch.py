@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -150,7 +152,8 @@ def remember(model: AlignPS, batches: list[tuple[Tensor, People]]) -> None:
 class Trainer:
     """SGD with the released rules; `drops` and `warmup` in steps.
 
-    `gradients` are those of the last step, by name, before clipping.
+    `clip` scales gradients in place to at most that norm. `gradients` are those of the last step,
+    by name, before clipping.
     """
 
     def __init__(
@@ -161,8 +164,9 @@ class Trainer:
         warmup: int,
         drops: tuple[int, ...],
         clip_norm: float = 35.0,
+        clip: Callable[[list[nn.Parameter], float], object] = nn.utils.clip_grad_norm_,
     ):
-        self.model, self.clip_norm = model, clip_norm
+        self.model, self.clip, self.clip_norm = model, clip, clip_norm
         self.warmup, self.drops, self.step_number = warmup, drops, 0
         groups = [{"params": [], "factor": 1.0}, {"params": [], "factor": 2.0, "weight_decay": 0.0}]
         for name, parameter in model.named_parameters():
@@ -178,7 +182,7 @@ class Trainer:
         named = self.model.named_parameters()
         self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        nn.utils.clip_grad_norm_([p for p in trainable if p.grad is not None], self.clip_norm)
+        self.clip([p for p in trainable if p.grad is not None], self.clip_norm)
         rate = 0.001 * 0.1 ** sum(self.step_number >= drop for drop in self.drops)
         if self.step_number < self.warmup:
             rate *= 1 - (1 - self.step_number / self.warmup) * (1 - 1 / 3)
