@@ -7,6 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignps_jax.large_pages import restart_with_large_pages
+
+if __name__ == "__main__":
+    restart_with_large_pages()  # before the slow imports
+
 import jax
 
 from alignps_jax.benchmark.run import run_benchmark

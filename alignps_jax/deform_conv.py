@@ -4,12 +4,18 @@ Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear int
 zeros outside the image; the rest is a convolution (Dai et al., "Deformable Convolutional
 Networks", Eq. 2; the mask is that of Zhu et al., "Deformable ConvNets v2", Eq. 1).
 
-How it is computed. Sampling is linear and acts per location, so it commutes with the projection
-of a tap's C channels to F: whichever order is cheaper is taken, by static shape. The taps are
-visited one after another in a `lax.scan` that adds up the output, and the backward pass visits
-them again instead of keeping what they sampled: memory grows with the maps, not with nine times
-the maps. Only the positions and weights of all samples are there at once; JAX differentiates
-those. The map is a table of rows [B*H*W, C], so every read and write of a corner is contiguous.
+How it is computed. The map is a table of rows [B*H*W, C], so every read and write of a corner is
+contiguous. There are two orders, of which the static shape picks one:
+
+- by tiles: some locations of the output at a time, all their samples [locations, 9 * C] times the
+  kernel. What a tile reads and writes stays in the cache.
+- by taps: one tap of all locations at a time. Sampling is linear and acts per location, so it
+  commutes with the projection of a tap's C channels to F: the map is projected, then sampled,
+  which pays where C is much larger than F.
+
+In either the backward pass samples again instead of keeping the samples: memory grows with the
+maps, not with nine times the maps. Only the positions and weights of all samples are there at
+once; JAX differentiates those.
 """
 
 from __future__ import annotations
@@ -78,14 +84,13 @@ def deform_conv2d(
     if mask is not None and mask.shape != taps:
         raise ValueError(f"mask has shape {mask.shape}, expected {taps}")
 
-    # Where each tap reads, all of them [kh * kw, B, h, w].
-    taps_first = functools.partial(jnp.moveaxis, source=3, destination=0)
-    ky, kx, y, x = jnp.meshgrid(*map(jnp.arange, (kh, kw, h, w)), indexing="ij")
-    y = (y * stride - padding + ky).reshape(-1, 1, h, w) + taps_first(offsets[..., 0])
-    x = (x * stride - padding + kx).reshape(-1, 1, h, w) + taps_first(offsets[..., 1])
+    # Where each tap reads, [B, h, w, kh * kw].
+    y, x, ky, kx = jnp.meshgrid(*map(jnp.arange, (h, w, kh, kw)), indexing="ij")
+    y = (y * stride - padding + ky).reshape(h, w, -1) + offsets[..., 0]
+    x = (x * stride - padding + kx).reshape(h, w, -1) + offsets[..., 1]
     rows, weights = _corners(y, x, (height, width))
     if mask is not None:
-        weights *= taps_first(mask).reshape(kh * kw, 1, -1)
+        weights *= mask.reshape(-1, kh * kw)
 
     table, weights, kernel, rows = align_varying_axes(
         inputs.reshape(-1, channels), weights, kernel.reshape(kh * kw, channels, features), rows
@@ -95,108 +100,214 @@ def deform_conv2d(
 
 
 def _corners(
-    y: Float[Array, "K B h w"], x: Float[Array, "K B h w"], size: tuple[int, int]
-) -> tuple[Int[Array, "K 4 M"], Float[Array, "K 4 M"]]:
+    y: Float[Array, "B h w K"], x: Float[Array, "B h w K"], size: tuple[int, int]
+) -> tuple[Int[Array, "4 M K"], Float[Array, "4 M K"]]:
     """Rows of the table [B*H*W, C] that hold the four pixels around each position, and weights.
 
     The weights are bilinear, 0 for pixels outside the image, NaN where a coordinate is.
     """
-    rows, row_weights = _neighbours(y, size[0])
-    columns, column_weights = _neighbours(x, size[1])
-    image = np.arange(y.shape[1], dtype=np.int32)[:, None, None]
-    rows = (image * size[0] + rows[:, :, None]) * size[1] + columns[:, None]
-    weights = row_weights[:, :, None] * column_weights[:, None]
-    return rows.reshape(len(y), 4, -1), weights.reshape(len(y), 4, -1)
+    image = np.arange(len(y), dtype=np.int32)[:, None, None, None] * size[0]
+    corners = [
+        ((image + row) * size[1] + column, row_weight * column_weight)
+        for row, row_weight in _neighbours(y, size[0])
+        for column, column_weight in _neighbours(x, size[1])
+    ]
+    shape = 4, -1, y.shape[-1]
+    rows, weights = map(jnp.stack, zip(*corners, strict=True))
+    return rows.reshape(shape), weights.reshape(shape)
 
 
 def _neighbours(
-    position: Float[Array, "K B h w"], size: int
-) -> tuple[Int[Array, "K 2 B h w"], Float[Array, "K 2 B h w"]]:
-    """The pixels at or before and after each position, along one axis, and linear weights.
+    position: Float[Array, "B h w K"], size: int
+) -> list[tuple[Int[Array, "B h w K"], Float[Array, "B h w K"]]]:
+    """The pixel at or before and that after each position, along one axis, with linear weights.
 
     Instead of a pixel outside comes the nearest one inside, with weight 0.
     """
     # Far outside nothing changes any more; clipping keeps the conversion to integers sane.
     position = jnp.clip(position.astype(jnp.float32), -2.0, size + 1.0)
     first = jnp.floor(position)
-    pixels = jnp.stack([first, first + 1], axis=1)
     fraction = position - first
-    weights = jnp.stack([1 - fraction, fraction], axis=1)
-    weights = jnp.where((pixels < 0) | (pixels >= size), 0.0, weights)
-    return jnp.clip(pixels.astype(jnp.int32), 0, size - 1), weights
-
-
-def _project_first(
-    locations: int, rows: int, channels: int, features: int, *, backward: bool
-) -> bool:
-    """Whether to project each tap's map before sampling it, instead of the samples.
-
-    Worth it if no more rows are multiplied and no more channels gathered. In the backward pass it
-    must gather fewer, as that projects the map once more.
-    """
-    return rows <= locations and (features < channels if backward else features <= channels)
+    return [
+        (
+            jnp.clip(pixel.astype(jnp.int32), 0, size - 1),
+            jnp.where((pixel < 0) | (pixel >= size), 0.0, weight),
+        )
+        for pixel, weight in ((first, 1 - fraction), (first + 1, fraction))
+    ]
 
 
 @jax.custom_vjp
 def _deform_conv(
     table: Float[Array, "R C"],
-    weights: Float[Array, "K 4 M"],
+    weights: Float[Array, "4 M K"],
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "K 4 M"],
+    rows: Int[Array, "4 M K"],
 ) -> Float[Array, "M F"]:
     """Sum over the taps of sample(map) @ kernel; M are the locations of the output."""
-    shape = weights.shape[-1], *table.shape, kernel.shape[-1]
-    project_first = _project_first(*shape, backward=False)
-
-    def add_tap(out, tap):
-        weights, kernel, rows = tap
-        kernel = kernel.astype(table.dtype)
-        if project_first:
-            return out + _sample(table @ kernel, rows, weights), None
-        columns = _sample(table, rows, weights).astype(table.dtype)
-        return out + jnp.matmul(columns, kernel, preferred_element_type=out.dtype), None
-
-    out_shape = shape[0], shape[-1]
-    zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=out_shape)
-    out, _ = lax.scan(add_tap, zeros, (weights, kernel, rows))
+    args = table, weights, kernel.astype(table.dtype), rows
+    out = _by_taps(*args) if _project_first(*args) else _run_by_tiles(_by_tiles, *args)
     return out.astype(table.dtype)
 
 
 def _deform_conv_bwd(residuals, d_out):
     """Cotangents of table, weights and kernel from that of the output [M, F]."""
     table, weights, kernel, rows = residuals
-    shape = weights.shape[-1], *table.shape, kernel.shape[-1]
-    project_first = _project_first(*shape, backward=True)
-    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    # Once for all taps: XLA's matrix product on CPU is slow when its left side is transposed.
-    transposed = (table if project_first else d_out).T
-
-    def add_tap(d_table, tap):
-        weights, kernel, rows = tap
-        kernel = kernel.astype(table.dtype)
-        if project_first:
-            projected = table @ kernel
-            d_weights = _corner_products(projected, rows, d_out)
-            d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
-            d_projected = _scatter(d_projected, rows, weights, d_out).astype(table.dtype)
-            d_kernel = matmul(transposed, d_projected)
-            d_table += matmul(d_projected, kernel.T)
-        else:
-            columns = _sample(table, rows, weights).astype(table.dtype)
-            d_kernel = matmul(transposed, columns)
-            d_columns = matmul(d_out, kernel.T)
-            # Behind a barrier: XLA would store the corners, for `columns` and this to share.
-            d_weights = _corner_products(table, lax.optimization_barrier(rows), d_columns)
-            d_table = _scatter(d_table, rows, weights, d_columns)
-        return d_table, (d_weights, d_kernel)
-
-    zeros = jnp.zeros_like(table, dtype=jnp.float32)
-    d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, (weights, kernel, rows))
-    d_kernel = d_kernel if project_first else d_kernel.mT
+    args = table, weights, kernel.astype(table.dtype), rows
+    gradients = (
+        _by_taps_bwd(*args, d_out)
+        if _project_first(*args)
+        else _run_by_tiles(_by_tiles_bwd, *args, d_out)
+    )
+    d_table, d_weights, d_kernel = gradients
     return d_table.astype(table.dtype), d_weights, d_kernel.astype(kernel.dtype), None
 
 
 _deform_conv.defvjp(lambda *args: (_deform_conv(*args), args), _deform_conv_bwd)
+
+_matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+
+def _project_first(table: Array, weights: Array, kernel: Array, rows: Array) -> bool:
+    """Whether to go by taps: no more rows are multiplied and far fewer channels sampled."""
+    _, channels, features = kernel.shape
+    return len(table) <= rows.shape[1] and channels >= 4 * features
+
+
+def _by_taps(
+    table: Float[Array, "R C"],
+    weights: Float[Array, "4 M K"],
+    kernel: Float[Array, "K C F"],
+    rows: Int[Array, "4 M K"],
+) -> Float[Array, "M F"]:
+    """`_deform_conv`, one tap of all locations at a time: the map is projected, then sampled."""
+
+    def add_tap(out, tap):
+        weights, kernel, rows = tap
+        return out + _sample(table @ kernel, rows, weights), None
+
+    zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=(rows.shape[1], kernel.shape[-1]))
+    taps = jnp.moveaxis(weights, -1, 0), kernel, jnp.moveaxis(rows, -1, 0)
+    return lax.scan(add_tap, zeros, taps)[0]
+
+
+def _by_taps_bwd(
+    table: Float[Array, "R C"],
+    weights: Float[Array, "4 M K"],
+    kernel: Float[Array, "K C F"],
+    rows: Int[Array, "4 M K"],
+    d_out: Float[Array, "M F"],
+) -> tuple[Float[Array, "R C"], Float[Array, "4 M K"], Float[Array, "K C F"]]:
+    """Cotangents of table, weights and kernel, one tap of all locations at a time."""
+    # Once for all taps: XLA's matrix product on CPU is slow when its left side is transposed.
+    transposed = table.T
+
+    def add_tap(d_table, tap):
+        weights, kernel, rows = tap
+        projected = table @ kernel
+        d_weights = _corner_products(projected, rows, d_out)
+        d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
+        d_projected = _scatter(d_projected, rows, weights, d_out).astype(table.dtype)
+        d_kernel = _matmul(transposed, d_projected)
+        return d_table + _matmul(d_projected, kernel.T), (d_weights, d_kernel)
+
+    zeros = jnp.zeros_like(table, dtype=jnp.float32)
+    taps = jnp.moveaxis(weights, -1, 0), kernel, jnp.moveaxis(rows, -1, 0)
+    d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, taps)
+    return d_table, jnp.moveaxis(d_weights, 0, -1), d_kernel
+
+
+def _run_by_tiles(by_tiles: Callable[..., Any], *args: Array) -> Any:
+    """Calls `by_tiles` with the size and the `store` that suit the platform.
+
+    On CPUs a tile stays in the cache. Elsewhere its samples are about as large as the map.
+    """
+    _, locations, taps = args[1].shape
+    large = -(-locations // taps)
+    return lax.platform_dependent(
+        *args,
+        cpu=functools.partial(by_tiles, size=min(256, large), store=_behind_branch),
+        default=functools.partial(by_tiles, size=large, store=_call),
+    )
+
+
+def _by_tiles(
+    table: Float[Array, "R C"],
+    weights: Float[Array, "4 M K"],
+    kernel: Float[Array, "K C F"],
+    rows: Int[Array, "4 M K"],
+    *,
+    size: int,
+    store: Callable[..., Array],
+) -> Float[Array, "M F"]:
+    """`_deform_conv`, all taps of `size` locations at a time; `store` holds what they sample."""
+    flat_kernel = kernel.reshape(-1, kernel.shape[-1])
+
+    def tile(_, tile):
+        weights, rows = tile
+        samples = store(rows, _sample, table, rows, weights).astype(table.dtype)
+        return None, _matmul(samples.reshape(size, -1), flat_kernel)
+
+    _, out = lax.scan(tile, None, (_split(weights, size), _split(rows, size)))
+    return out.reshape(-1, kernel.shape[-1])[: rows.shape[1]]
+
+
+def _by_tiles_bwd(
+    table: Float[Array, "R C"],
+    weights: Float[Array, "4 M K"],
+    kernel: Float[Array, "K C F"],
+    rows: Int[Array, "4 M K"],
+    d_out: Float[Array, "M F"],
+    *,
+    size: int,
+    store: Callable[..., Array],
+) -> tuple[Float[Array, "R C"], Float[Array, "4 M K"], Float[Array, "K C F"]]:
+    """Cotangents of table, weights and kernel, all taps of `size` locations at a time."""
+    taps, channels, features = kernel.shape
+    transposed_kernel = kernel.reshape(-1, features).T
+    d_out = _split(d_out[None], size).reshape(-1, size, features)
+
+    def tile(sums, tile):
+        d_table, d_kernel = sums
+        weights, rows, d_out, transposed = tile
+        samples = store(rows, _sample, table, rows, weights).astype(table.dtype)
+        d_kernel += _matmul(transposed, samples.reshape(size, -1))
+        d_samples = store(rows, _matmul, d_out, transposed_kernel).reshape(-1, channels)
+        # Behind a barrier: XLA would store the corners, for `samples` and this to share.
+        d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples)
+        return (_scatter(d_table, rows, weights, d_samples), d_kernel), d_weights
+
+    zeros = functools.partial(jnp.zeros_like, table, dtype=jnp.float32)
+    # The transpose in one go: XLA's matrix product on CPU is slow when its left side is transposed.
+    tiles = _split(weights, size), _split(rows, size), d_out, d_out.swapaxes(1, 2)
+    sums = zeros(), zeros(shape=(features, taps * channels))
+    (d_table, d_kernel), d_weights = lax.scan(tile, sums, tiles)
+    d_weights = d_weights.swapaxes(0, 1).reshape(4, -1, taps)[:, : rows.shape[1]]
+    return d_table, d_weights, d_kernel.T.reshape(kernel.shape)
+
+
+def _split(x: Array, size: int) -> Array:
+    """[n, M, K] -> [tiles, n, size * K] with zeros after the last location."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), (0, 0)])
+    return x.reshape(len(x), -1, size * x.shape[2]).swapaxes(0, 1)
+
+
+def _call(rows: Array, function: Callable[..., Array], *args: Array) -> Array:
+    return function(*args)
+
+
+def _behind_branch(rows: Array, function: Callable[..., Array], *args: Array) -> Array:
+    """The function's result, which XLA must not fuse with what comes next: a branch is a border.
+
+    What comes next sees the samples in another shape. Fused with it, sampling no longer runs along
+    the channels in vector registers and takes ten times as long.
+    """
+    result = jax.eval_shape(function, *args)
+
+    def never(*args: Array) -> Array:
+        return jnp.zeros_like(args[0], dtype=result.dtype, shape=result.shape)
+
+    return lax.cond(rows[0, 0] >= 0, function, never, *args)
 
 
 def _sample(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -28,6 +29,7 @@ from alignps_jax.types import Batch, Detections, Outputs, Positives, Targets, Tr
 AXIS = "device"
 # The range of a level that learns background only: no box is within it.
 NO_RANGE = (np.inf, 0.0)
+LARGE_PHOTO = 2**17  # pixels
 TRIPLETS = {"none": (False, False), "batch": (True, False), "batch_and_lut": (True, True)}
 
 
@@ -257,7 +259,22 @@ class PredictStep:
     evaluation: ConfigDict
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
-        """Boxes in the photos' own pixels, best first."""
+        """Boxes in the photos' own pixels, best first.
+
+        On CPUs large photos one after another: the maps of several would not stay in the cache.
+        """
+        if math.prod(batch.image.shape[1:3]) < LARGE_PHOTO:
+            return self._together(params, frozen, batch)
+        return lax.platform_dependent(
+            params, frozen, batch, cpu=self._one_by_one, default=self._together
+        )
+
+    def _one_by_one(self, params: Any, frozen: Any, batch: Batch) -> Detections:
+        singles = jax.tree.map(lambda x: x[:, None], batch)
+        found = lax.map(partial(self._together, params, frozen), singles)
+        return jax.tree.map(lambda x: x[:, 0], found)
+
+    def _together(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         outputs = self.model.apply({"params": params, "frozen": frozen}, batch.image, batch.size)
         return self.decode(outputs, batch)
 

@@ -16,7 +16,7 @@ from alignps_jax.deform_conv import DeformConv, ModulatedDeformConv, deform_conv
 # name: (B, H, W, C, F, stride, padding, kernel height and width, with mask)
 CASES = {
     "more_features": (2, 7, 5, 3, 6, 1, 1, 3, 3, True),
-    "fewer_features": (2, 5, 8, 6, 2, 1, 1, 3, 3, True),
+    "fewer_features": (2, 5, 8, 8, 2, 1, 1, 3, 3, True),
     "without_mask": (1, 6, 5, 4, 4, 1, 1, 3, 3, False),
     "stride_2": (2, 7, 9, 5, 3, 2, 1, 3, 3, True),
     "valid_asymmetric": (1, 6, 7, 2, 3, 1, 0, 3, 2, True),
@@ -113,8 +113,13 @@ def plain_gradients(name):
     return evaluate(plain, arrays, options)[1]
 
 
+def chosen(rows, locations, channels, features):
+    shapes = (rows, channels), (4, locations, 9), (9, channels, features), (4, locations, 9)
+    return deform_conv._project_first(*map(np.zeros, shapes))
+
+
 def force(monkeypatch, project_first):
-    monkeypatch.setattr(deform_conv, "_project_first", lambda *shape, backward: project_first)
+    monkeypatch.setattr(deform_conv, "_project_first", lambda *arrays: project_first)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +128,7 @@ def force(monkeypatch, project_first):
 )
 def test_equals_loop_finite_differences_and_plain_jax(name, project_first, monkeypatch):
     if project_first is not None:
-        shape = 1, 1, *CASES[name][3:5]
-        assert deform_conv._project_first(*shape, backward=True) is not project_first
+        assert chosen(1, 1, *CASES[name][3:5]) is not project_first
         force(monkeypatch, project_first)
     arrays, options = make_case(name)
     out, grads = evaluate(deform_conv2d, arrays, options)
@@ -145,15 +149,11 @@ def test_equals_loop_finite_differences_and_plain_jax(name, project_first, monke
 
 
 def test_algorithm_is_chosen_by_shape():
-    forward = functools.partial(deform_conv._project_first, backward=False)
-    backward = functools.partial(deform_conv._project_first, backward=True)
-    assert forward(100, 100, 512, 256)
-    assert backward(100, 100, 512, 256)
-    assert forward(100, 100, 256, 256)
-    assert not backward(100, 100, 256, 256)
-    for choose in (forward, backward):
-        assert not choose(100, 100, 128, 256)
-        assert not choose(100, 400, 512, 256)
+    assert chosen(rows=100, locations=100, channels=1024, features=256)
+    assert chosen(rows=100, locations=400, channels=2048, features=256)
+    assert not chosen(rows=100, locations=100, channels=512, features=256)
+    assert not chosen(rows=100, locations=100, channels=256, features=256)
+    assert not chosen(rows=400, locations=100, channels=2048, features=256)
 
 
 @pytest.mark.parametrize("project_first", [True, False])
