@@ -38,6 +38,10 @@ from alignps_jax.layers import conv
 
 Initializer = Callable[..., Array]
 
+# Of the four pixels around every sample: rows of the table, and weights. [M, K], or part of it.
+Rows = tuple[Int[Array, "..."], ...]
+Weights = tuple[Float[Array, "..."], ...]
+
 # `_neighbours` clips, so that gathers and scatters need not.
 _IN_BOUNDS = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
@@ -90,18 +94,18 @@ def deform_conv2d(
     x = (x * stride - padding + kx).reshape(h, w, -1) + offsets[..., 1]
     rows, weights = _corners(y, x, (height, width))
     if mask is not None:
-        weights *= mask.reshape(-1, kh * kw)
+        weights = [each * mask.reshape(-1, kh * kw) for each in weights]
 
-    table, weights, kernel, rows = align_varying_axes(
-        inputs.reshape(-1, channels), weights, kernel.reshape(kh * kw, channels, features), rows
+    table, kernel, *corners = align_varying_axes(
+        inputs.reshape(-1, channels), kernel.reshape(kh * kw, channels, features), *weights, *rows
     )
-    out = _deform_conv(table, weights, kernel, rows)
+    out = _deform_conv(table, tuple(corners[:4]), kernel, tuple(corners[4:]))
     return out.reshape(batch, h, w, features)
 
 
 def _corners(
     y: Float[Array, "B h w K"], x: Float[Array, "B h w K"], size: tuple[int, int]
-) -> tuple[Int[Array, "4 M K"], Float[Array, "4 M K"]]:
+) -> tuple[list[Int[Array, "M K"]], list[Float[Array, "M K"]]]:
     """Rows of the table [B*H*W, C] that hold the four pixels around each position, and weights.
 
     The weights are bilinear, 0 for pixels outside the image, NaN where a coordinate is.
@@ -112,9 +116,8 @@ def _corners(
         for row, row_weight in _neighbours(y, size[0])
         for column, column_weight in _neighbours(x, size[1])
     ]
-    shape = 4, -1, y.shape[-1]
-    rows, weights = map(jnp.stack, zip(*corners, strict=True))
-    return rows.reshape(shape), weights.reshape(shape)
+    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), corners)
+    return [row for row, _ in flat], [weight for _, weight in flat]
 
 
 def _neighbours(
@@ -140,9 +143,9 @@ def _neighbours(
 @jax.custom_vjp
 def _deform_conv(
     table: Float[Array, "R C"],
-    weights: Float[Array, "4 M K"],
+    weights: Weights,
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "4 M K"],
+    rows: Rows,
 ) -> Float[Array, "M F"]:
     """Sum over the taps of sample(map) @ kernel; M are the locations of the output."""
     args = table, weights, kernel.astype(table.dtype), rows
@@ -168,17 +171,17 @@ _deform_conv.defvjp(lambda *args: (_deform_conv(*args), args), _deform_conv_bwd)
 _matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
-def _project_first(table: Array, weights: Array, kernel: Array, rows: Array) -> bool:
+def _project_first(table: Array, weights: Weights, kernel: Array, rows: Rows) -> bool:
     """Whether to go by taps: no more rows are multiplied and far fewer channels sampled."""
     _, channels, features = kernel.shape
-    return len(table) <= rows.shape[1] and channels >= 4 * features
+    return len(table) <= len(rows[0]) and channels >= 4 * features
 
 
 def _by_taps(
     table: Float[Array, "R C"],
-    weights: Float[Array, "4 M K"],
+    weights: Weights,
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "4 M K"],
+    rows: Rows,
 ) -> Float[Array, "M F"]:
     """`_deform_conv`, one tap of all locations at a time: the map is projected, then sampled."""
 
@@ -186,18 +189,18 @@ def _by_taps(
         weights, kernel, rows = tap
         return out + _sample(table @ kernel, rows, weights), None
 
-    zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=(rows.shape[1], kernel.shape[-1]))
-    taps = jnp.moveaxis(weights, -1, 0), kernel, jnp.moveaxis(rows, -1, 0)
+    zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=(len(rows[0]), kernel.shape[-1]))
+    taps = _transposed(weights), kernel, _transposed(rows)
     return lax.scan(add_tap, zeros, taps)[0]
 
 
 def _by_taps_bwd(
     table: Float[Array, "R C"],
-    weights: Float[Array, "4 M K"],
+    weights: Weights,
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "4 M K"],
+    rows: Rows,
     d_out: Float[Array, "M F"],
-) -> tuple[Float[Array, "R C"], Float[Array, "4 M K"], Float[Array, "K C F"]]:
+) -> tuple[Float[Array, "R C"], Weights, Float[Array, "K C F"]]:
     """Cotangents of table, weights and kernel, one tap of all locations at a time."""
     # Once for all taps: XLA's matrix product on CPU is slow when its left side is transposed.
     transposed = table.T
@@ -212,17 +215,17 @@ def _by_taps_bwd(
         return d_table + _matmul(d_projected, kernel.T), (d_weights, d_kernel)
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32)
-    taps = jnp.moveaxis(weights, -1, 0), kernel, jnp.moveaxis(rows, -1, 0)
+    taps = _transposed(weights), kernel, _transposed(rows)
     d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, taps)
-    return d_table, jnp.moveaxis(d_weights, 0, -1), d_kernel
+    return d_table, _transposed(d_weights), d_kernel
 
 
-def _run_by_tiles(by_tiles: Callable[..., Any], *args: Array) -> Any:
+def _run_by_tiles(by_tiles: Callable[..., Any], *args: Any) -> Any:
     """Calls `by_tiles` with the size and the `store` that suit the platform.
 
     On CPUs a tile stays in the cache. Elsewhere its samples are about as large as the map.
     """
-    _, locations, taps = args[1].shape
+    locations, taps = args[1][0].shape
     large = -(-locations // taps)
     return lax.platform_dependent(
         *args,
@@ -233,9 +236,9 @@ def _run_by_tiles(by_tiles: Callable[..., Any], *args: Array) -> Any:
 
 def _by_tiles(
     table: Float[Array, "R C"],
-    weights: Float[Array, "4 M K"],
+    weights: Weights,
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "4 M K"],
+    rows: Rows,
     *,
     size: int,
     store: Callable[..., Array],
@@ -248,24 +251,24 @@ def _by_tiles(
         samples = store(rows, _sample, table, rows, weights).astype(table.dtype)
         return None, _matmul(samples.reshape(size, -1), flat_kernel)
 
-    _, out = lax.scan(tile, None, (_split(weights, size), _split(rows, size)))
-    return out.reshape(-1, kernel.shape[-1])[: rows.shape[1]]
+    _, out = lax.scan(tile, None, _split((weights, rows), size))
+    return out.reshape(-1, kernel.shape[-1])[: len(rows[0])]
 
 
 def _by_tiles_bwd(
     table: Float[Array, "R C"],
-    weights: Float[Array, "4 M K"],
+    weights: Weights,
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "4 M K"],
+    rows: Rows,
     d_out: Float[Array, "M F"],
     *,
     size: int,
     store: Callable[..., Array],
-) -> tuple[Float[Array, "R C"], Float[Array, "4 M K"], Float[Array, "K C F"]]:
+) -> tuple[Float[Array, "R C"], Weights, Float[Array, "K C F"]]:
     """Cotangents of table, weights and kernel, all taps of `size` locations at a time."""
     taps, channels, features = kernel.shape
     transposed_kernel = kernel.reshape(-1, features).T
-    d_out = _split(d_out[None], size).reshape(-1, size, features)
+    d_out = _split(d_out, size).reshape(-1, size, features)
 
     def tile(sums, tile):
         d_table, d_kernel = sums
@@ -279,24 +282,31 @@ def _by_tiles_bwd(
 
     zeros = functools.partial(jnp.zeros_like, table, dtype=jnp.float32)
     # The transpose in one go: XLA's matrix product on CPU is slow when its left side is transposed.
-    tiles = _split(weights, size), _split(rows, size), d_out, d_out.swapaxes(1, 2)
+    tiles = *_split((weights, rows), size), d_out, d_out.swapaxes(1, 2)
     sums = zeros(), zeros(shape=(features, taps * channels))
     (d_table, d_kernel), d_weights = lax.scan(tile, sums, tiles)
-    d_weights = d_weights.swapaxes(0, 1).reshape(4, -1, taps)[:, : rows.shape[1]]
+    d_weights = jax.tree.map(lambda d: d.reshape(-1, taps)[: len(rows[0])], d_weights)
     return d_table, d_weights, d_kernel.T.reshape(kernel.shape)
 
 
-def _split(x: Array, size: int) -> Array:
-    """[n, M, K] -> [tiles, n, size * K] with zeros after the last location."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), (0, 0)])
-    return x.reshape(len(x), -1, size * x.shape[2]).swapaxes(0, 1)
+def _split(tree: Any, size: int) -> Any:
+    """Each [M, n] -> [tiles, size * n], with zeros after the last location."""
+
+    def split(x: Array) -> Array:
+        return jnp.pad(x, [(0, -len(x) % size), (0, 0)]).reshape(-1, size * x.shape[1])
+
+    return jax.tree.map(split, tree)
 
 
-def _call(rows: Array, function: Callable[..., Array], *args: Array) -> Array:
+def _transposed(corners: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(corner.T for corner in corners)
+
+
+def _call(rows: Rows, function: Callable[..., Array], *args: Array) -> Array:
     return function(*args)
 
 
-def _behind_branch(rows: Array, function: Callable[..., Array], *args: Array) -> Array:
+def _behind_branch(rows: Rows, function: Callable[..., Array], *args: Array) -> Array:
     """The function's result, which XLA must not fuse with what comes next: a branch is a border.
 
     What comes next sees the samples in another shape. Fused with it, sampling no longer runs along
@@ -307,12 +317,10 @@ def _behind_branch(rows: Array, function: Callable[..., Array], *args: Array) ->
     def never(*args: Array) -> Array:
         return jnp.zeros_like(args[0], dtype=result.dtype, shape=result.shape)
 
-    return lax.cond(rows[0, 0] >= 0, function, never, *args)
+    return lax.cond(rows[0][0] >= 0, function, never, *args)
 
 
-def _sample(
-    table: Float[Array, "R C"], rows: Int[Array, "4 M"], weights: Float[Array, "4 M"]
-) -> Float[Array, "M C"]:
+def _sample(table: Float[Array, "R C"], rows: Rows, weights: Weights) -> Float[Array, "M C"]:
     """Weighted sum of the four corners, in float32."""
     return sum(
         w[:, None] * table.at[r].get(**_IN_BOUNDS) for r, w in zip(rows, weights, strict=True)
@@ -321,8 +329,8 @@ def _sample(
 
 def _scatter(
     table: Float[Array, "R C"],
-    rows: Int[Array, "4 M"],
-    weights: Float[Array, "4 M"],
+    rows: Rows,
+    weights: Weights,
     values: Float[Array, "M C"],
 ) -> Float[Array, "R C"]:
     """The transpose of `_sample`, added to `table`."""
@@ -331,12 +339,12 @@ def _scatter(
         rows, weights = corner
         return table.at[rows].add(weights[:, None] * values, **_IN_BOUNDS), None
 
-    return lax.scan(add_corner, table, (rows, weights))[0]
+    return lax.scan(add_corner, table, (jnp.stack(rows), jnp.stack(weights)))[0]
 
 
 def _corner_products(
-    table: Float[Array, "R C"], rows: Int[Array, "4 M"], values: Float[Array, "M C"]
-) -> Float[Array, "4 M"]:
+    table: Float[Array, "R C"], rows: Rows, values: Float[Array, "M C"]
+) -> tuple[Float[Array, "M"], ...]:
     """Inner product of every value with its four corners, in float32.
 
     One reduction of four operands, so that neither the corners nor the products are stored; and,
@@ -349,7 +357,7 @@ def _corner_products(
     products = [p.reshape(locations, channels // lanes, lanes) for p in products]
     zeros = [np.float32(0)] * len(products)
     sums = lax.reduce(products, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))
-    return jnp.stack(sums).sum(axis=-1)
+    return tuple(each.sum(axis=-1) for each in sums)
 
 
 class DeformConv(nn.Module):

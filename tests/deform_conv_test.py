@@ -114,8 +114,10 @@ def plain_gradients(name):
 
 
 def chosen(rows, locations, channels, features):
-    shapes = (rows, channels), (4, locations, 9), (9, channels, features), (4, locations, 9)
-    return deform_conv._project_first(*map(np.zeros, shapes))
+    corners = [np.zeros((locations, 9))] * 4
+    return deform_conv._project_first(
+        np.zeros((rows, channels)), corners, np.zeros((9, channels, features)), corners
+    )
 
 
 def force(monkeypatch, project_first):
