@@ -158,6 +158,22 @@ def test_algorithm_is_chosen_by_shape():
     assert not chosen(rows=400, locations=100, channels=2048, features=256)
 
 
+@pytest.mark.parametrize("store", [deform_conv._call, deform_conv._behind_branch])
+@pytest.mark.parametrize("size", [1, 4, 70, 100])
+def test_any_tiles_give_the_same(size, store, monkeypatch):
+    """Those of every platform; 70 is all locations, 100 more than there are."""
+    name = "more_features"
+    arrays, options = make_case(name)
+
+    def run(by_tiles, *args):
+        return by_tiles(*args, size=size, store=store)
+
+    monkeypatch.setattr(deform_conv, "_run_by_tiles", run)
+    out, grads = evaluate(deform_conv2d, arrays, options)
+    np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
+    assert_all_close(grads, plain_gradients(name), atol=5e-5)
+
+
 @pytest.mark.parametrize("project_first", [True, False])
 def test_zero_offsets_are_a_plain_convolution(project_first, monkeypatch):
     force(monkeypatch, project_first)
