@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 PARITY := .venv-parity
 PARITY_READY := $(PARITY)/.ready
 
-# Large memory pages for large arrays: training on Linux CPUs takes about a seventh less time.
+# Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: setup demo test parity golden lint lock clean

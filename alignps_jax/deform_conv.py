@@ -244,15 +244,25 @@ def _by_tiles(
     store: Callable[..., Array],
 ) -> Float[Array, "M F"]:
     """`_deform_conv`, all taps of `size` locations at a time; `store` holds what they sample."""
-    flat_kernel = kernel.reshape(-1, kernel.shape[-1])
+    locations, taps = rows[0].shape
+    features = kernel.shape[-1]
+    size = min(size, locations)
+    kernel = kernel.reshape(-1, features)
+    corners = jax.tree.map(jnp.ravel, (weights, rows))
 
-    def tile(_, tile):
-        weights, rows = tile
+    def tile(out, start):
+        part = functools.partial(
+            lax.dynamic_slice_in_dim, start_index=start * taps, slice_size=size * taps
+        )
+        weights, rows = jax.tree.map(part, corners)
         samples = store(rows, _sample, table, rows, weights).astype(table.dtype)
-        return None, _matmul(samples.reshape(size, -1), flat_kernel)
+        product = _matmul(samples.reshape(size, -1), kernel)
+        return lax.dynamic_update_slice_in_dim(out, product, start, axis=0), None
 
-    _, out = lax.scan(tile, None, _split((weights, rows), size))
-    return out.reshape(-1, kernel.shape[-1])[: len(rows[0])]
+    # The last tile may begin within the one before it: no need to cut anything off, which copies.
+    starts = np.minimum(np.arange(0, locations, size), locations - size)
+    zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=(locations, features))
+    return lax.scan(tile, zeros, starts)[0]
 
 
 def _by_tiles_bwd(
