@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -18,14 +20,15 @@ def conv2d(
     1x1 convolutions are written as the matrix products that they are. Of larger ones with stride 1
     the gradient in the kernel has a rule of its own on CPUs. XLA's moves the batch where the
     channels were: at the network's shapes it takes 1.5 to 2 times as long as this rule, and of 1x1
-    convolutions 3 to 7 times as long as a product (with stride 2, 8 to 20 times).
+    convolutions 3 to 7 times as long as a product (with stride 2, 8 to 20 times). With few outputs
+    (offsets, scores, boxes) they have a rule for both passes.
     """
     if kernel.shape[0] == 1:
         taken = inputs[:, ::stride, ::stride]
         batch, height, width, channels = taken.shape
         return (taken.reshape(-1, channels) @ kernel[0, 0]).reshape(batch, height, width, -1)
     if stride == 1:
-        return _conv(*align_varying_axes(inputs, kernel))
+        return _rule(kernel)(*align_varying_axes(inputs, kernel))
     return _plain_conv(inputs, kernel, stride)
 
 
@@ -46,6 +49,12 @@ def _plain_conv(
     return lax.conv_general_dilated(
         inputs, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def _rule(kernel: Float[Array, "k k C F"]) -> Callable[[Array, Array], Array]:
+    """By taps where their projections take at most twice the memory of the map."""
+    side, _, channels, features = kernel.shape
+    return _conv_by_taps if side**2 * features <= 2 * channels else _conv
 
 
 @jax.custom_vjp
@@ -101,3 +110,51 @@ def _kernel_gradient(
     shifts = (jnp.arange(side)[:, None] * row + jnp.arange(side)).ravel()
     _, gradient = lax.scan(tap, None, shifts)
     return gradient.reshape(side, side, channels, features).astype(inputs.dtype)
+
+
+@jax.custom_vjp
+def _conv_by_taps(
+    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
+) -> Float[Array, "B H W F"]:
+    """Projects every pixel for all taps at once; each location then adds up what meets there.
+
+    One product with k * k * F columns instead of k * k with F, which are too few for it to be fast.
+    """
+    side, _, channels, _ = kernel.shape
+    projected = _matmul(inputs.reshape(-1, channels), _columns(kernel).T)
+    projected = projected.reshape(*inputs.shape[:-1], -1)
+    taps = zip(jnp.split(projected, side**2, axis=-1), _shifts(side), strict=True)
+    return sum(_shifted(tap, y, x) for tap, (y, x) in taps).astype(inputs.dtype)
+
+
+def _conv_by_taps_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    inputs, kernel = residuals
+    side, _, channels, features = kernel.shape
+    taps = [_shifted(d_out, -y, -x) for y, x in _shifts(side)]
+    d_projected = jnp.concatenate(taps, axis=-1).reshape(-1, side**2 * features)
+    d_inputs = _matmul(d_projected, _columns(kernel)).astype(inputs.dtype)
+    d_kernel = _matmul(d_projected.T, inputs.reshape(-1, channels)).astype(kernel.dtype)
+    d_kernel = d_kernel.reshape(side, side, features, channels)
+    return d_inputs.reshape(inputs.shape), d_kernel.swapaxes(2, 3)
+
+
+_conv_by_taps.defvjp(lambda *args: (_conv_by_taps(*args), args), _conv_by_taps_bwd)
+
+_matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+
+def _columns(kernel: Float[Array, "k k C F"]) -> Float[Array, "N C"]:
+    """A row for every tap and output."""
+    return kernel.swapaxes(2, 3).reshape(-1, kernel.shape[2])
+
+
+def _shifts(side: int) -> list[tuple[int, int]]:
+    """How far each tap's projection is from the location that it counts for."""
+    reach = range(side // 2, -(side // 2) - 1, -1)
+    return [(y, x) for y in reach for x in reach]
+
+
+def _shifted(x: Float[Array, "B H W F"], down: int, right: int) -> Float[Array, "B H W F"]:
+    """The map moved by that many pixels, zeros where nothing comes from."""
+    edges = [(0, 0, 0), (down, -down, 0), (right, -right, 0), (0, 0, 0)]
+    return lax.pad(x, np.zeros((), x.dtype), edges)
