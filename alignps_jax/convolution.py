@@ -11,6 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+# Of bfloat16 too, sums in float32.
+matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
+
 
 def conv2d(
     inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"], *, stride: int = 1
@@ -105,7 +108,7 @@ def _kernel_gradient(
 
     def tap(_: None, shift: Array) -> tuple[None, Array]:
         shifted = lax.dynamic_slice_in_dim(columns, shift, length, axis=1)
-        return None, jnp.matmul(shifted, d_out, preferred_element_type=jnp.float32)
+        return None, matmul(shifted, d_out)
 
     shifts = (jnp.arange(side)[:, None] * row + jnp.arange(side)).ravel()
     _, gradient = lax.scan(tap, None, shifts)
@@ -121,7 +124,7 @@ def _conv_by_taps(
     One product with k * k * F columns instead of k * k with F, which are too few for it to be fast.
     """
     side, _, channels, _ = kernel.shape
-    projected = _matmul(inputs.reshape(-1, channels), _columns(kernel).T)
+    projected = matmul(inputs.reshape(-1, channels), _tap_rows(kernel).T)
     projected = projected.reshape(*inputs.shape[:-1], -1)
     taps = zip(jnp.split(projected, side**2, axis=-1), _shifts(side), strict=True)
     return sum(_shifted(tap, y, x) for tap, (y, x) in taps).astype(inputs.dtype)
@@ -132,19 +135,17 @@ def _conv_by_taps_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Arr
     side, _, channels, features = kernel.shape
     taps = [_shifted(d_out, -y, -x) for y, x in _shifts(side)]
     d_projected = jnp.concatenate(taps, axis=-1).reshape(-1, side**2 * features)
-    d_inputs = _matmul(d_projected, _columns(kernel)).astype(inputs.dtype)
-    d_kernel = _matmul(d_projected.T, inputs.reshape(-1, channels)).astype(kernel.dtype)
+    d_inputs = matmul(d_projected, _tap_rows(kernel)).astype(inputs.dtype)
+    d_kernel = matmul(d_projected.T, inputs.reshape(-1, channels)).astype(kernel.dtype)
     d_kernel = d_kernel.reshape(side, side, features, channels)
     return d_inputs.reshape(inputs.shape), d_kernel.swapaxes(2, 3)
 
 
 _conv_by_taps.defvjp(lambda *args: (_conv_by_taps(*args), args), _conv_by_taps_bwd)
 
-_matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
-
-def _columns(kernel: Float[Array, "k k C F"]) -> Float[Array, "N C"]:
-    """A row for every tap and output."""
+def _tap_rows(kernel: Float[Array, "k k C F"]) -> Float[Array, "N C"]:
+    """A row of C weights for every tap and output."""
     return kernel.swapaxes(2, 3).reshape(-1, kernel.shape[2])
 
 

@@ -33,7 +33,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from alignps_jax.convolution import align_varying_axes
+from alignps_jax.convolution import align_varying_axes, matmul
 from alignps_jax.layers import conv
 
 Initializer = Callable[..., Array]
@@ -149,7 +149,9 @@ def _deform_conv(
 ) -> Float[Array, "M F"]:
     """Sum over the taps of sample(map) @ kernel; M are the locations of the output."""
     args = table, weights, kernel.astype(table.dtype), rows
-    out = _by_taps(*args) if _project_first(*args) else _run_by_tiles(_by_tiles, *args)
+    out = (
+        _by_taps(*args) if _project_first(table, kernel, rows) else _run_by_tiles(_by_tiles, *args)
+    )
     return out.astype(table.dtype)
 
 
@@ -159,7 +161,7 @@ def _deform_conv_bwd(residuals, d_out):
     args = table, weights, kernel.astype(table.dtype), rows
     gradients = (
         _by_taps_bwd(*args, d_out)
-        if _project_first(*args)
+        if _project_first(table, kernel, rows)
         else _run_by_tiles(_by_tiles_bwd, *args, d_out)
     )
     d_table, d_weights, d_kernel = gradients
@@ -168,10 +170,8 @@ def _deform_conv_bwd(residuals, d_out):
 
 _deform_conv.defvjp(lambda *args: (_deform_conv(*args), args), _deform_conv_bwd)
 
-_matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
-
-def _project_first(table: Array, weights: Weights, kernel: Array, rows: Rows) -> bool:
+def _project_first(table: Array, kernel: Array, rows: Rows) -> bool:
     """Whether to go by taps: no more rows are multiplied and far fewer channels sampled."""
     _, channels, features = kernel.shape
     return len(table) <= len(rows[0]) and channels >= 4 * features
@@ -211,8 +211,8 @@ def _by_taps_bwd(
         d_weights = _corner_products(projected, rows, d_out)
         d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
         d_projected = _scatter(d_projected, rows, weights, d_out).astype(table.dtype)
-        d_kernel = _matmul(transposed, d_projected)
-        return d_table + _matmul(d_projected, kernel.T), (d_weights, d_kernel)
+        d_kernel = matmul(transposed, d_projected)
+        return d_table + matmul(d_projected, kernel.T), (d_weights, d_kernel)
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32)
     taps = _transposed(weights), kernel, _transposed(rows)
@@ -256,7 +256,7 @@ def _by_tiles(
         )
         weights, rows = jax.tree.map(part, corners)
         samples = store(rows, _sample, table, rows, weights).astype(table.dtype)
-        product = _matmul(samples.reshape(size, -1), kernel)
+        product = matmul(samples.reshape(size, -1), kernel)
         return lax.dynamic_update_slice_in_dim(out, product, start, axis=0), None
 
     # The last tile may begin within the one before it: no need to cut anything off, which copies.
@@ -284,8 +284,8 @@ def _by_tiles_bwd(
         d_table, d_kernel = sums
         weights, rows, d_out, transposed = tile
         samples = store(rows, _sample, table, rows, weights).astype(table.dtype)
-        d_kernel += _matmul(transposed, samples.reshape(size, -1))
-        d_samples = store(rows, _matmul, d_out, transposed_kernel).reshape(-1, channels)
+        d_kernel += matmul(transposed, samples.reshape(size, -1))
+        d_samples = store(rows, matmul, d_out, transposed_kernel).reshape(-1, channels)
         # Behind a barrier: XLA would store the corners, for `samples` and this to share.
         d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples)
         return (_scatter(d_table, rows, weights, d_samples), d_kernel), d_weights

@@ -72,6 +72,12 @@ def test_bfloat16_sums_in_float32(channels):
         x_, kernel_ = x.astype(dtype), kernel.astype(dtype)
         return jax.grad(lambda k: (conv2d(x_, k) * 0.5).sum().astype(jnp.float32))(kernel_)
 
+    # Rounded once, at the end, to the 8 bits of bfloat16.
+    out = conv2d(x, kernel)
+    exact = conv2d(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(np.float32), exact, rtol=2**-8, atol=1e-4)
+
     found, expected = gradient(jnp.bfloat16), gradient(jnp.float32)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(np.float32), expected, rtol=0.01, atol=0.5)

@@ -114,10 +114,8 @@ def plain_gradients(name):
 
 
 def chosen(rows, locations, channels, features):
-    corners = [np.zeros((locations, 9))] * 4
-    return deform_conv._project_first(
-        np.zeros((rows, channels)), corners, np.zeros((9, channels, features)), corners
-    )
+    table, kernel = np.zeros((rows, channels)), np.zeros((9, channels, features))
+    return deform_conv._project_first(table, kernel, (np.zeros((locations, 9)),) * 4)
 
 
 def force(monkeypatch, project_first):
