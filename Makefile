@@ -31,7 +31,7 @@ test: setup lint
 
 # Everything that needs PyTorch: conversion of .pth files, and parity with the published model.
 parity: $(PARITY_READY)
-	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/convert_test.py
+	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/weights/convert_test.py
 
 golden: $(PARITY_READY)
 	$(PARITY)/bin/python -m tests.oracle.make_golden

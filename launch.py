@@ -15,17 +15,17 @@ if __name__ == "__main__":
 import jax
 
 from alignps_jax.benchmark.run import run_benchmark
-from alignps_jax.catalogue import print_catalogue
-from alignps_jax.checkpoint import load_config
+from alignps_jax.checkpoint.store import load_config
 from alignps_jax.command_line import FLAGS, choose, config_file, config_name, parse, required
-from alignps_jax.convert import convert_released, export_released
-from alignps_jax.detector import parse_box, search_photos
-from alignps_jax.evaluate import evaluate_checkpoint
-from alignps_jax.figures import FIGURES, draw_figures, figure_request
-from alignps_jax.reproduce import reproduce_table
-from alignps_jax.scoring import evaluate_detections
-from alignps_jax.train import train_and_evaluate
+from alignps_jax.evaluation.evaluate import evaluate_checkpoint
+from alignps_jax.evaluation.scoring import evaluate_detections
+from alignps_jax.experiments.catalogue import print_catalogue
+from alignps_jax.experiments.reproduce import reproduce_table
+from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
+from alignps_jax.gallery.photos import parse_box, search_photos
+from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
+from alignps_jax.weights.convert import convert_released, export_released
 from configs import cuhk
 
 

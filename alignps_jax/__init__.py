@@ -8,7 +8,7 @@ __all__ = ["Detector"]
 def __getattr__(name: str) -> Any:
     # Late, because the data pipeline imports `alignps_jax.types` and the detector the pipeline.
     if name == "Detector":
-        from alignps_jax.detector import Detector
+        from alignps_jax.inference.detector import Detector
 
         return Detector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -66,3 +66,11 @@ def clip_boxes(boxes: Float[Array, "*N 4"], size: Int[Array, "2"]) -> Float[Arra
     """Boxes cut to an image of `size` (height, width): x in [0, width], y in [0, height]."""
     height, width = size[0], size[1]
     return jnp.clip(boxes, 0.0, jnp.stack([width, height, width, height]).astype(boxes.dtype))
+
+
+def locations(height: int, width: int, stride: int) -> Float[Array, "height*width 2"]:
+    """Image coordinates (x, y) of a level's locations, row by row: the centres of its cells."""
+    x = (jnp.arange(width, dtype=jnp.float32) + 0.5) * stride
+    y = (jnp.arange(height, dtype=jnp.float32) + 0.5) * stride
+    grid_y, grid_x = jnp.meshgrid(y, x, indexing="ij")
+    return jnp.stack([grid_x.ravel(), grid_y.ravel()], axis=-1)

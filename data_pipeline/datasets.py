@@ -14,11 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.types import Annotations, SearchProtocol
-from data_pipeline.builder import SPLITS, PersonSearchBuilder, PreparedSplit
-from data_pipeline.coco_person_search import CocoPersonSearch
-from data_pipeline.cuhk_sysu import CuhkSysu, CuhkSysuSource
-from data_pipeline.prw import Prw
-from data_pipeline.source import Counts, Source, unknown_name
+from data_pipeline.prepared import SPLITS, PersonSearchBuilder, PreparedSplit
+from data_pipeline.sources.coco_person_search import CocoPersonSearch
+from data_pipeline.sources.cuhk_sysu import CuhkSysu, CuhkSysuSource
+from data_pipeline.sources.prw import Prw
+from data_pipeline.sources.source import Counts, Source, unknown_name
 
 __all__ = [
     "DATASETS",
@@ -131,7 +131,7 @@ def _builder_class(data: ConfigDict) -> type[PersonSearchBuilder]:
         raise unknown_name("data.name", data.name, tuple(DATASETS))
     if data.name == "synthetic":
         # Imported here, because nothing else needs the module that draws figures.
-        from data_pipeline import synthetic
+        from data_pipeline.synthetic import dataset as synthetic
 
         root = Path(data.root).expanduser()
         synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.model import AlignPS, build_model
-from alignps_jax.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.train import create_state, is_frozen
-from alignps_jax.train_step import TrainStep
+from alignps_jax.nn.model import AlignPS, build_model
+from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from alignps_jax.training.state import create_state, is_frozen
+from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, OIMMemory, TrainState
 
 NUM_IDENTITIES = 7

@@ -15,7 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from alignps_jax.benchmark.measure import Context, Row, Timing
-from alignps_jax.monitor import FIRST_STEP
+from alignps_jax.training.monitor import FIRST_STEP
 from alignps_jax.types import UserError
 from configs import tiny
 from data_pipeline.datasets import prepare

@@ -18,18 +18,13 @@ from ml_collections import ConfigDict
 
 from alignps_jax.benchmark.measure import Context, Row, Timing, time_alternating
 from alignps_jax.benchmark.photos import made_up_split
-from alignps_jax.model import build_model
-from alignps_jax.monitor import Monitor
-from alignps_jax.optimizer import Schedule, learning_rate_schedule, make_optimizer
-from alignps_jax.report import MetricLog, read_log
-from alignps_jax.train import create_state, is_frozen, max_positives
-from alignps_jax.train_step import (
-    StepMetrics,
-    TrainStep,
-    parallel_train_step,
-    replicate,
-    split_over_devices,
-)
+from alignps_jax.devices import parallel_train_step, replicate, split_over_devices
+from alignps_jax.log import MetricLog, read_log
+from alignps_jax.nn.model import build_model
+from alignps_jax.training.monitor import Monitor
+from alignps_jax.training.optimizer import Schedule, learning_rate_schedule, make_optimizer
+from alignps_jax.training.state import create_state, is_frozen, max_positives
+from alignps_jax.training.step import StepMetrics, TrainStep
 from alignps_jax.types import Batch
 from configs import synthetic
 from data_pipeline.pipeline import TrainPipeline, make_train_pipeline

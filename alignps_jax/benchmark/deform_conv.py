@@ -20,7 +20,7 @@ from alignps_jax.benchmark.measure import (
     program_cost,
     time_alternating,
 )
-from alignps_jax.deform_conv import deform_conv2d
+from alignps_jax.nn.deform_conv import deform_conv2d
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from alignps_jax.benchmark.measure import Context, Row, time_alternating
-from alignps_jax.metrics import detection_metrics, search_metrics
+from alignps_jax.evaluation.metrics import detection_metrics, search_metrics
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol
-from data_pipeline.source import Queries, all_but, search_everywhere
+from data_pipeline.sources.source import Queries, all_but, search_everywhere
 
 DIM = 256
 THRESHOLD = 0.2

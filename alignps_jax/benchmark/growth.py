@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from alignps_jax.benchmark import growth_cases as cases
 from alignps_jax.benchmark.growth_cases import Work
 from alignps_jax.benchmark.measure import Context, Row, Timing, time_alternating
-from alignps_jax.report import write_atomically
+from alignps_jax.files import write_atomically
 
 # Of the fitted exponent; more is called faster than linear. What is linear measures up to this.
 LINEAR = 1.1

@@ -21,22 +21,19 @@ from alignps_jax.benchmark.evaluate import (
 )
 from alignps_jax.benchmark.measure import Context, peak_memory
 from alignps_jax.benchmark.search import QUERIES, K, unit_rows
-from alignps_jax.gallery import top_k
-from alignps_jax.losses import triplet_loss
-from alignps_jax.metrics import search_metrics
-from alignps_jax.model import build_model, init_variables
-from alignps_jax.oim import oim_loss, update_memory
-from alignps_jax.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.postprocess import detect
-from alignps_jax.targets import assign_targets, locations
-from alignps_jax.train import POSITIVES_PER_LEVEL, create_state, is_frozen
-from alignps_jax.train_step import (
-    PredictStep,
-    TrainStep,
-    parallel_train_step,
-    replicate,
-    split_over_devices,
-)
+from alignps_jax.boxes import locations
+from alignps_jax.devices import parallel_train_step, replicate, split_over_devices
+from alignps_jax.evaluation.metrics import search_metrics
+from alignps_jax.gallery.nearest import top_k
+from alignps_jax.inference.postprocess import detect
+from alignps_jax.inference.predict import PredictStep
+from alignps_jax.losses.oim import oim_loss, update_memory
+from alignps_jax.losses.targets import assign_targets
+from alignps_jax.losses.terms import triplet_loss
+from alignps_jax.nn.model import build_model, init_variables
+from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from alignps_jax.training.state import POSITIVES_PER_LEVEL, create_state, is_frozen
+from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, OIMMemory, Outputs
 from configs import synthetic
 from data_pipeline.transforms import Size

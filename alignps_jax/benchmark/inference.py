@@ -10,13 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from alignps_jax.benchmark.growth_cases import made_up_batch
-from alignps_jax.benchmark.measure import (
-    Context,
-    Row,
-    peak_memory,
-    program_cost,
-    time_alternating,
-)
+from alignps_jax.benchmark.measure import Context, Row, peak_memory, program_cost, time_alternating
 from alignps_jax.benchmark.network import (
     compiled,
     configured,
@@ -29,8 +23,8 @@ from alignps_jax.benchmark.network import (
     torch_network,
     torch_pixels,
 )
-from alignps_jax.model import build_model
-from alignps_jax.train_step import PredictStep
+from alignps_jax.inference.predict import PredictStep
+from alignps_jax.nn.model import build_model
 from alignps_jax.types import Batch
 from data_pipeline.transforms import Size, buckets
 

@@ -16,9 +16,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.benchmark.measure import Context, plain_conv
-from alignps_jax.model import AlignPS, Params, init_variables
-from alignps_jax.released_names import released_name, to_torch
+from alignps_jax.nn.model import AlignPS, Params, init_variables
 from alignps_jax.types import Batch
+from alignps_jax.weights.released_names import released_name, to_torch
 from configs import tiny
 
 # Random weights under which the activations of a ResNet-50 keep a sane size, and offsets are of
@@ -57,8 +57,8 @@ def plain_arithmetic() -> Iterator[None]:
     what a backward pass computes a second time.
     """
     with (
-        mock.patch("alignps_jax.deform_conv.deform_conv2d", _not_displaced),
-        mock.patch("alignps_jax.layers.conv2d", plain_conv),
+        mock.patch("alignps_jax.nn.deform_conv.deform_conv2d", _not_displaced),
+        mock.patch("alignps_jax.nn.layers.conv2d", plain_conv),
     ):
         yield
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignps_jax.benchmark.measure import Row, Timing
-from alignps_jax.report import write_atomically
+from alignps_jax.files import write_atomically
 from alignps_jax.types import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "opencv-python-headless", "torch", "torchvision")

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from alignps_jax.benchmark.measure import Context, Row, Timing, peak_memory, time_alternating
-from alignps_jax.gallery import top_k
+from alignps_jax.gallery.nearest import top_k
 
 GALLERY = 1_000_000
 QUERIES = 100

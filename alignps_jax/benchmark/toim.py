@@ -15,9 +15,9 @@ from alignps_jax.benchmark.measure import Context, Row, peak_memory, time_altern
 from alignps_jax.benchmark.network import configured, has_oracle, no_torch_note
 from alignps_jax.benchmark.report import seconds
 from alignps_jax.benchmark.train import CASES, IDENTITIES, PEOPLE, QUICK_CASES, make_step
-from alignps_jax.losses import triplet_loss
-from alignps_jax.oim import oim_loss, update_memory
-from alignps_jax.train import POSITIVES_PER_LEVEL
+from alignps_jax.losses.oim import oim_loss, update_memory
+from alignps_jax.losses.terms import triplet_loss
+from alignps_jax.training.state import POSITIVES_PER_LEVEL
 from alignps_jax.types import OIMMemory, Positives
 
 GOAL = "≤ 2% of the training step"

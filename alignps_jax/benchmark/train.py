@@ -35,10 +35,11 @@ from alignps_jax.benchmark.network import (
     torch_network,
     torch_pixels,
 )
-from alignps_jax.model import build_model
-from alignps_jax.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.train import POSITIVES_PER_LEVEL, create_state, is_frozen
-from alignps_jax.train_step import TrainStep, parallel_train_step, replicate, split_over_devices
+from alignps_jax.devices import parallel_train_step, replicate, split_over_devices
+from alignps_jax.nn.model import build_model
+from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from alignps_jax.training.state import POSITIVES_PER_LEVEL, create_state, is_frozen
+from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, TrainState
 from data_pipeline.transforms import Scale, Size, buckets
 

@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint import load_arrays, load_weights
-from alignps_jax.convert import convert_released
-from alignps_jax.model import AlignPS, build_model, weights_template
+from alignps_jax.checkpoint.store import load_arrays, load_weights
+from alignps_jax.nn.model import AlignPS, build_model, weights_template
 from alignps_jax.types import Batch, OIMMemory, Weights
+from alignps_jax.weights.convert import convert_released
 from tests.oracle import alignps_torch
 from tests.oracle.random_weights import random_state_dict
 from tests.oracle.scenes import make_scene
 from tests.oracle.training_torch import People, remember, spec_of
 from tests.parity.ours import relative_error, released_config
+from tests.places import SHARED
 
 # Of everything, with `in_float64`.
 DTYPE = "float64" if jax.config.jax_enable_x64 else "float32"
 MODELS = ("cuhk", "cuhk_plus", "prw", "prw_plus")
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 PHOTOS = {
     "cuhk": SHARED / "photos" / "gallery-1.jpg",
     "prw": next(iter(sorted((SHARED / "prw_sample" / "frames").glob("*.jpg"))), SHARED),

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import torch
 
-from alignps_jax.train_step import TrainStep
+from alignps_jax.training.step import TrainStep
 from tests.oracle.training_torch import losses, update_memory
 from tests.parity.common import DTYPE, Pair, make_batch, make_pair, memory_errors
 from tests.parity.ours import by_released_name, first_state, one_device, relative_error

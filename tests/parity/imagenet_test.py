@@ -13,9 +13,9 @@ import torch
 from torchvision.models import resnet50
 from torchvision.transforms import functional
 
-from alignps_jax.convert import TORCHVISION, convert_released
-from alignps_jax.model import build_model
-from alignps_jax.train import create_state
+from alignps_jax.nn.model import build_model
+from alignps_jax.training.state import create_state
+from alignps_jax.weights.convert import TORCHVISION, convert_released
 from configs import cuhk
 from tests.oracle.random_weights import random_state_dict
 from tests.parity.common import nhwc

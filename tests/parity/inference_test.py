@@ -14,18 +14,11 @@ pytest.importorskip("torchvision", reason="make parity runs these")
 
 import torch
 
-from alignps_jax.train_step import PredictStep
+from alignps_jax.inference.predict import PredictStep
 from alignps_jax.types import Batch
 from data_pipeline.pipeline import single_image_batch
 from tests.oracle import alignps_torch
-from tests.parity.common import (
-    MODELS,
-    Pair,
-    make_pair,
-    nhwc,
-    photo,
-    released_pixels,
-)
+from tests.parity.common import MODELS, Pair, make_pair, nhwc, photo, released_pixels
 from tests.parity.ours import relative_error, run_stages
 
 SCALES = ((1500, 900), (667, 400))

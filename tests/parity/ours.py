@@ -12,11 +12,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from alignps_jax.model import AlignPS
-from alignps_jax.postprocess import detect
-from alignps_jax.released_names import released_name, to_torch
-from alignps_jax.train_step import AXIS, TrainStep
+from alignps_jax.devices import AXIS
+from alignps_jax.inference.postprocess import detect
+from alignps_jax.nn.model import AlignPS
+from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, Detections, OIMMemory, TrainState, Weights
+from alignps_jax.weights.released_names import released_name, to_torch
 from configs import cuhk, prw
 
 # Our modules by the names of the stages that they output.

@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.places import ROOT
 
 pytest.importorskip("torch", reason="make parity runs these")
 pytest.importorskip("torchvision", reason="make parity runs these")
 
 from tests.parity.common import MODELS
 
-ROOT = Path(__file__).parents[2]
 IN_FLOAT64 = "tests.parity.in_float64"
 FIRST_STEPS = "tests.parity.first_steps"
 TWENTY_STEPS = "tests.parity.twenty_steps"

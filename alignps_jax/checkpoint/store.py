@@ -1,0 +1,310 @@
+"""Checkpoints: whole or not there at all, and complete without the run that wrote them.
+
+Orbax writes `<workdir>/checkpoints/<step>/` in the background under a temporary name and renames
+it once complete, so a killed run leaves nothing half written behind. A step's folder holds
+
+    model/      step, params and frozen: all that inference needs
+    training/   opt_state, memory and rng
+    iterator/   state of the data iterator, one file per process
+    metrics/    the score, where there is one
+    manifest/   config, package versions; dtype, shape and checksum of every array
+
+Arrays are stored as host arrays: nothing ties a checkpoint to the devices that wrote it. Arrays
+without elements, which Orbax refuses, are in the manifest only. The checksums are ours because
+the format has none over the values: it restores a flipped bit there without complaint.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from alignps_jax.checkpoint.arrays import (
+    _write_json,
+    like,
+    read_arrays,
+    read_json,
+    read_manifest,
+    reading,
+    restore_arrays,
+    snapshot,
+)
+from alignps_jax.types import TrainState, UserError, Weights
+from configs import cuhk
+
+_PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
+    "opencv-python-headless",
+)
+
+
+class Checkpoints:
+    """The checkpoints of one training run: the latest `keep` and the one with the best score.
+
+    A context manager; leaving it waits for the save under way. With several processes each makes
+    one, on a shared file system, and calls the same methods: process 0 writes the arrays (equal
+    on all), each its own iterator state. Opening removes what unfinished saves left, so only the
+    training run may hold one; others read with `load_weights` and `load_config`.
+
+    Raises UserError if the folder cannot be written or a checkpoint's score cannot be read.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int, config: ConfigDict):
+        if keep < 1:
+            raise UserError(f"checkpoints to keep: found {keep}, expected 1 or more")
+        logging.getLogger("absl").addFilter(_is_worth_logging)
+        self._root = Path(workdir).absolute() / "checkpoints"
+        self._about = {"config": json.loads(config.to_json()), "versions": package_versions()}
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        # primary_host=None: every process writes, each a file of its own.
+        every_process = ocp.options.MultiprocessingOptions(primary_host=None)
+        iterator = ocp.JsonCheckpointHandler(
+            _iterator_file(), multiprocessing_options=every_process
+        )
+        registry.add("iterator", ocp.args.JsonSave, iterator)
+        latest = preservation_policy.LatestN(keep)
+        best = preservation_policy.BestN(
+            get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_score,
+            preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
+            cleanup_tmp_directories=True,
+        )
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            _best(self._root)
+            self._manager = ocp.CheckpointManager(
+                self._root, options=options, handler_registry=registry
+            )
+        except OSError as error:
+            raise UserError(f"{self._root}: cannot be written ({error.strerror})") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def wait(self) -> None:
+        """Returns when no save is under way; raises what went wrong with the last one."""
+        self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        self.wait()
+        return max(_steps(self._root), default=None)
+
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the highest score (the newest of equals), None without."""
+        self.wait()
+        return _best(self._root)
+
+    def save(self, state: TrainState, iterator_state: Any, score: float | None = None) -> None:
+        """Copies the state, which may be donated afterwards, and writes it in the background.
+
+        `iterator_state` is bytes or JSON. `score`: higher is better; one that is not finite
+        counts as none. If the newest checkpoint is of this very step, it only gets the score.
+        Raises UserError for an older step than that, and whatever the save before ran into.
+        """
+        step = int(state.step)
+        metrics = None if score is None or not math.isfinite(score) else {"score": float(score)}
+        latest = self.latest_step()
+        if latest is not None and step < latest:
+            raise UserError(f"{self._root}: found step {latest}, expected none after {step}")
+        if step == latest:
+            # The barriers keep other processes from seeing the score early, or not yet.
+            ocp.multihost.sync_global_processes("before_score")
+            if metrics and jax.process_index() == 0:
+                _write_metrics(self._root / str(step), metrics)
+            ocp.multihost.sync_global_processes("after_score")
+            self._manager.reload()
+            return
+        specs, arrays = snapshot(state)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{item: ocp.args.PyTreeSave(flat) for item, flat in arrays.items()},
+                iterator=ocp.args.JsonSave(_pack(iterator_state)),
+                manifest=ocp.args.JsonSave({**self._about, "arrays": specs}),
+            ),
+            metrics=metrics,
+            force=True,
+        )
+
+    def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
+        """State and iterator state of a step, by default the newest.
+
+        `template` (arrays, or `jax.eval_shape`'s) gives structure, shapes and dtypes. Arrays come
+        back bit for bit, on the default device; NumPy arrays of the template as NumPy arrays.
+        Raises UserError if there is no such checkpoint, it is damaged, does not fit the
+        template, or was written by another number of processes.
+        """
+        self.wait()
+        folder = _find(self._root, "latest" if step is None else step)
+        state = restore_arrays(folder, template, ("model", "training"))
+        file = folder / "iterator" / _iterator_file()
+        found = sorted(path.name for path in file.parent.glob("process_*"))
+        if found and file.name not in found:
+            # Converted weights come from no data: any number of processes may start from them.
+            other = file.with_name(found[0])
+            if reading(folder, lambda: _unpack(read_json(other))) is not None:
+                raise UserError(f"{file.parent}: found {found[0]}, expected {file.name}")
+            file = other
+        return state, reading(folder, lambda: _unpack(read_json(file)))
+
+
+def load_config(path: Path, which: str | int = "best") -> ConfigDict:
+    """The config of a checkpoint, locked, lists as tuples; otherwise as `load_weights`.
+
+    Fields that it has not, because they are newer, take the default of `configs/cuhk.py`, which
+    is what the software did before it had them.
+    """
+    folder = _find(path, which)
+    stored = read_manifest(folder, lambda manifest: ConfigDict(_tuples(manifest["config"])))
+    _complete(stored, cuhk.get_config())
+    return stored.lock()
+
+
+def load_weights(path: Path, template: Weights | TrainState, which: str | int = "best") -> Weights:
+    """What inference needs of a checkpoint; nothing else of it is read.
+
+    `path` is a workdir, its `checkpoints` folder, or one step's folder (then `which` does not
+    matter). `which` is "best" (the highest score; the newest if none has one), "latest" or a
+    step. `template` as in `Checkpoints.restore`. Raises UserError if there is no such
+    checkpoint, it is damaged or does not fit.
+    """
+    logging.getLogger("absl").addFilter(_is_worth_logging)
+    weights = Weights(template.step, template.params, template.frozen)
+    return restore_arrays(_find(path, which), weights, ("model",))
+
+
+def load_arrays(
+    path: Path, wanted: Callable[[str], bool], which: str | int = "best"
+) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint whose paths (params/neck/lateral3/kernel) are wanted.
+
+    `path`, `which` and errors as in `load_weights`, but nothing has to fit. Arrays without
+    elements are left out.
+    """
+    folder = _find(path, which)
+    specs = read_manifest(folder, lambda manifest: manifest["arrays"])
+
+    def read() -> dict[str, np.ndarray]:
+        arrays = read_arrays(folder, ("model", "training"))
+        names = [name for name in specs if name in arrays and wanted(name)]
+        return {name: like(arrays[name], arrays, name, specs[name]) for name in names}
+
+    return reading(folder, read)
+
+
+def package_versions() -> dict[str, str]:
+    """Python, the packages that decide results, and the kind of device."""
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    versions = {package: installed.get(package, "not installed") for package in _PACKAGES}
+    device = jax.devices()[0].device_kind
+    return {"python": platform.python_version(), **versions, "device": device}
+
+
+def write_run_info(workdir: Path, config: ConfigDict) -> None:
+    """Writes `config.json` and `versions.json` for people to read (process 0 only)."""
+    if jax.process_index() == 0:
+        _write_json(Path(workdir) / "config.json", json.loads(config.to_json()))
+        _write_json(Path(workdir) / "versions.json", package_versions())
+
+
+def _steps(root: Path) -> list[int]:
+    entries = root.iterdir() if root.is_dir() else ()
+    return [int(entry.name) for entry in entries if entry.name.isdigit() and entry.is_dir()]
+
+
+def _best(root: Path) -> int | None:
+    scored = [step for step in _steps(root) if (root / str(step) / "metrics").is_dir()]
+    scores = {
+        step: reading(root / str(step), lambda step=step: _score(_read_metrics(root / str(step))))
+        for step in scored
+    }
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def _read_metrics(folder: Path) -> dict[str, float]:
+    return read_json(folder / "metrics" / "metrics")  # where Orbax has them
+
+
+def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    """Adds metrics to a checkpoint, at once: a metrics folder without its file is damage."""
+    new = folder / "metrics.new"
+    _write_json(new / "metrics", metrics)
+    if (folder / "metrics").is_dir():
+        os.replace(new / "metrics", folder / "metrics" / "metrics")
+    else:
+        new.rename(folder / "metrics")
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics["score"]
+
+
+def _find(path: Path, which: str | int) -> Path:
+    """The folder of one checkpoint; see `load_weights`."""
+    path = Path(path).absolute()
+    if any((path / item).is_dir() for item in ("model", "training", "manifest")):
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = sorted(_steps(root))
+    if not steps:
+        raise UserError(f"{path}: found no checkpoint, expected a run's workdir or part of it")
+    if which in ("best", "latest"):
+        best = _best(root) if which == "best" else None
+        which = steps[-1] if best is None else best
+    if which not in steps:
+        raise UserError(f"{root}: found steps {steps}, expected best, latest or one of them")
+    return root / str(which)
+
+
+def _complete(config: ConfigDict, defaults: ConfigDict) -> None:
+    """Adds the fields that `config` lacks, in its sections too."""
+    for field in defaults:
+        if field not in config:
+            config[field] = defaults[field]
+        elif isinstance(defaults[field], ConfigDict):
+            _complete(config[field], defaults[field])
+
+
+def _iterator_file() -> str:
+    return f"process_{jax.process_index()}-of-{jax.process_count()}"
+
+
+def _pack(iterator_state: Any) -> dict[str, Any]:
+    if isinstance(iterator_state, bytes):
+        return {"bytes": iterator_state.decode("latin-1")}
+    return {"json": json.loads(json.dumps(iterator_state))}  # a copy, as it is written later
+
+
+def _unpack(packed: dict[str, Any]) -> Any:
+    return packed["bytes"].encode("latin-1") if "bytes" in packed else packed["json"]
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists only, the config tuples only."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """A filter that drops what Orbax logs below errors."""
+    return record.levelno >= logging.ERROR or "orbax" not in Path(record.pathname).parts

@@ -1,0 +1,1 @@
+"""How to paint boxes, rankings, points and heat maps."""

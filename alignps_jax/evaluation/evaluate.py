@@ -1,0 +1,229 @@
+"""Inference over a gallery, its figures, and the files that they go into."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from alignps_jax.checkpoint.store import load_weights
+from alignps_jax.devices import (
+    parallel_predict_step,
+    replicate,
+    split_over_devices,
+    use_compilation_cache,
+)
+from alignps_jax.drawing.canvas import draw_detections
+from alignps_jax.drawing.rankings import Panel, RankingRow, ranking_picture, result_caption
+from alignps_jax.evaluation.detections_io import save_detections, unit_embeddings
+from alignps_jax.evaluation.results import EvaluationResult
+from alignps_jax.evaluation.scoring import Scorer, make_scorer
+from alignps_jax.files import write_image
+from alignps_jax.inference.predict import make_predict_step
+from alignps_jax.log import MetricLog
+from alignps_jax.nn.model import AlignPS, build_model, weights_template
+from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
+from data_pipeline.datasets import PreparedSplit, prepare
+from data_pipeline.pipeline import EvalBatches, make_eval_batches
+from data_pipeline.transforms import decode_jpeg
+
+EXAMPLE_IMAGES = 4
+EXAMPLE_FAILURES = 3
+EXAMPLE_OTHERS = 3
+EXAMPLE_RESULTS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """An evaluation and the detections that it was computed from."""
+
+    result: EvaluationResult
+    detections: GalleryDetections
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates networks on one data set."""
+
+    predict: Callable[[Any, Any, Batch], Detections]
+    batches: EvalBatches
+    split: PreparedSplit
+    scorer: Scorer
+
+    def measure(self, params: Any, frozen: Any, step: int) -> Measured:
+        """Runs a network over the test images and computes all figures; in every process."""
+        detections = self.detect(params, frozen)
+        return Measured(self.scorer.score(detections, step), detections)
+
+    def detect(self, params: Any, frozen: Any) -> GalleryDetections:
+        """All detections of all test images, whatever their score."""
+        params, frozen = replicate((params, frozen))
+        found: dict[int, Detections] = {}
+        batches = tqdm(
+            self.batches,
+            desc="evaluate",
+            unit="batch",
+            leave=False,
+            dynamic_ncols=True,
+            disable=jax.process_index() != 0,
+        )
+        dispatched = (
+            (batch, self.predict(params, frozen, split_over_devices(batch))) for batch in batches
+        )
+        # A batch is read back once the next one is under way: the device never waits for us.
+        for (batch, detections), _ in pairwise(chain(dispatched, [None])):
+            for index, row in _rows(batch, detections):
+                found[index] = row
+        return collect(self.split.annotations.names, found)
+
+    def log(self, measured: Measured, log: MetricLog) -> None:
+        """Writes figures and a few pictures of detections to the log (first process only)."""
+        if jax.process_index() != 0:
+            return
+        result = measured.result
+        values = {
+            "eval/detection/recall": result.detection.recall,
+            "eval/detection/AP": result.detection.AP,
+        }
+        for name, search in result.searches.items():
+            for key in ("mAP", "top1", "top5", "top10"):
+                values[f"eval/{name}/{key}"] = getattr(search, key)
+        log.scalars(result.step, values)
+        names, detections = measured.detections.names, measured.detections
+        count = len(names)
+        for image in np.unique(np.linspace(0, count - 1, min(EXAMPLE_IMAGES, count)).astype(int)):
+            rows = detections.of(image)
+            kept = detections.scores[rows] >= result.score_threshold
+            picture = draw_detections(
+                self.photo(image), detections.boxes[rows][kept], detections.scores[rows][kept]
+            )
+            log.images(result.step, f"detections/{names[image]}", picture)
+
+    def photo(self, image: int) -> UInt8[np.ndarray, "H W 3"]:
+        """A test image, RGB."""
+        return decode_jpeg(self.split.jpegs[image], self.split.annotations.names[image])
+
+    def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
+        """Prints the table; writes metrics, queries, detections and the picture of rankings."""
+        if jax.process_index() != 0:
+            return
+        saved, pictures = workdir / "detections.npz", workdir / "rankings.png"
+        save_detections(saved, trained.detections)
+        baseline = untrained.result if untrained is not None else None
+        self.scorer.write(workdir, trained.detections, trained.result, baseline)
+        write_image(pictures, ranking_picture(self.ranking_rows(trained)))
+        print(f"detections  {saved}\nrankings    {pictures}")
+
+    def ranking_rows(self, measured: Measured) -> Iterator[RankingRow]:
+        """Some queries of the first protocol with their best results."""
+        protocol, detections = self.scorer.protocols[0], measured.detections
+        search = measured.result.searches[protocol.name]
+        for query in example_queries(search.worst_first()):
+            ranking = self.scorer.rank(detections, query)
+            image = int(protocol.query_image[query])
+            name = detections.names[image]
+            results = [
+                Panel(
+                    self.photo(int(ranking.image[rank])),
+                    ranking.boxes[rank],
+                    result_caption(
+                        rank + 1,
+                        ranking.similarity[rank],
+                        detections.names[int(ranking.image[rank])],
+                    ),
+                    bool(ranking.is_match[rank]),
+                )
+                for rank in range(min(EXAMPLE_RESULTS, len(ranking.row)))
+            ]
+            caption = f"query, AP {search.per_query_ap[query]:.2f}\n{name}"
+            photo = Panel(self.photo(image), protocol.query_box[query], caption)
+            yield RankingRow(photo, tuple(results))
+
+
+def make_evaluator(config: ConfigDict, model: AlignPS, split: PreparedSplit) -> Evaluator:
+    """An evaluator of `model` on the prepared test split of `config.data`."""
+    return Evaluator(
+        predict=parallel_predict_step(make_predict_step(model, config)),
+        batches=make_eval_batches(
+            split,
+            config.data,
+            batch_size=config.eval.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        split=split,
+        scorer=make_scorer(config),
+    )
+
+
+def example_queries(worst_first: Int[np.ndarray, "Q"]) -> list[int]:
+    """The three worst queries, then three that are evenly spread over the others' order."""
+    worst, others = np.split(worst_first, [EXAMPLE_FAILURES])
+    others = np.sort(others)
+    spread = np.linspace(0, len(others) - 1, min(EXAMPLE_OTHERS, len(others))).astype(int)
+    return [*worst.tolist(), *others[spread].tolist()]
+
+
+def score_of(result: EvaluationResult) -> float:
+    """What picks the best checkpoint: mAP of the first protocol."""
+    return next(iter(result.searches.values())).mAP
+
+
+def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> None:
+    """Evaluates the best checkpoint of a run, or one step's folder, on `config.data`.
+
+    Raises:
+      UserError: there is no such checkpoint, it does not fit `config`, or the data is wrong.
+    """
+    use_compilation_cache(workdir, checkpoint)
+    check_batch_size(config, "eval")
+    model = build_model(config)
+    weights = load_weights(checkpoint, weights_template(model))
+    evaluator = make_evaluator(config, model, prepare(config.data).test)
+    measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
+    workdir.mkdir(parents=True, exist_ok=True)
+    evaluator.write(measured, None, workdir)
+
+
+def check_batch_size(config: ConfigDict, section: str) -> None:
+    """Raises UserError unless every device takes the same number of images."""
+    batch_size, devices = config[section].batch_size, jax.device_count()
+    if batch_size < 1 or batch_size % devices:
+        raise UserError(
+            f"config.{section}.batch_size: found {batch_size}, expected a multiple of the number "
+            f"of devices, {devices}"
+        )
+
+
+def collect(names: Sequence[str], found: dict[int, Detections]) -> GalleryDetections:
+    """Lays the detections of all images end to end."""
+    rows = [found[index] for index in range(len(names))]
+    counts = [int(row.valid.sum()) for row in rows]
+    return GalleryDetections(
+        names=tuple(names),
+        offsets=np.cumsum([0, *counts], dtype=np.int64),
+        boxes=np.concatenate([row.boxes[row.valid] for row in rows]),
+        scores=np.concatenate([row.scores[row.valid] for row in rows]),
+        # As a reader of the saved file sees them.
+        embeddings=unit_embeddings(np.concatenate([row.embeddings[row.valid] for row in rows])),
+    )
+
+
+def _rows(batch: Batch, detections: Detections) -> Iterator[tuple[int, Detections]]:
+    """(image index, its detections) of all images of a batch, those of other processes included."""
+    flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), detections)
+    gathered = (batch.index, batch.present, flat)
+    if jax.process_count() > 1:
+        gathered = multihost_utils.process_allgather(gathered, tiled=True)
+    index, present, flat = gathered
+    for row in np.flatnonzero(present):
+        yield int(index[row]), jax.tree.map(lambda x, row=row: x[row], flat)

@@ -1,0 +1,204 @@
+"""One query's gallery, its similarities and its true positives, by the published rules.
+
+Similarities are cosines, accumulated in float64 and rounded to float32, the release's type. So
+equal embeddings have equal similarities wherever they stand, and the figures do not depend on
+blocks or threads; the release's own float32 dot products differ from these in the last bit, which
+can swap two detections only if they are that close.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from alignps_jax.evaluation import cbgm
+from alignps_jax.evaluation.detections_io import check_detections, rows_of_images
+from alignps_jax.types import GalleryDetections, SearchProtocol, UserError
+
+# Queries and gallery detections per matrix product: small enough to stay in the cache.
+_QUERY_BLOCK = 128
+_GALLERY_BLOCK = 4096
+# Fetching one detection for one query costs as much as this many in a matrix product.
+_GATHER_COST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+    """One query's gallery: the kept detections of its n images end to end, as published.
+
+    `rows` are numbers among the kept detections; entry i owns `offsets[i]:offsets[i + 1]` of
+    them. `target_positions` are the entries that hold the person.
+    """
+
+    rows: Int[np.ndarray, "R"]
+    offsets: Int[np.ndarray, "n+1"]
+    target_positions: Int[np.ndarray, "T"]
+    target_boxes: Float[np.ndarray, "T 4"]
+
+    def ranked(self, position: int, similarity: Float[np.ndarray, "R"]) -> Int[np.ndarray, "C"]:
+        """Where the detections of one entry are, most similar first."""
+        start, stop = self.offsets[position], self.offsets[position + 1]
+        return start + np.argsort(similarity[start:stop])[::-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class GallerySearch:
+    """A protocol, the detections, and which of them (K rows) reach the threshold."""
+
+    protocol: SearchProtocol
+    detections: GalleryDetections
+    kept_rows: Int[np.ndarray, "K"]
+    kept_offsets: Int[np.ndarray, "N+1"]
+    score_threshold: float
+    context: cbgm.ContextMatching | None
+
+    @classmethod
+    def prepare(
+        cls,
+        protocol: SearchProtocol,
+        detections: GalleryDetections,
+        score_threshold: float,
+        context: cbgm.ContextMatching | None,
+    ) -> GallerySearch:
+        """Checks the input and applies the threshold; raises UserError as `search_metrics` says."""
+        check_detections(detections, "detections")
+        if len(protocol.query_image) == 0:
+            raise UserError(f"protocol {protocol.name}: has no queries; expected at least one")
+        for images in (protocol.query_image, *protocol.gallery):
+            if images.size and not 0 <= images.min() <= images.max() < len(detections.names):
+                raise UserError(
+                    f"protocol {protocol.name}: image indices run from {images.min()} to "
+                    f"{images.max()}; expected 0 to {len(detections.names) - 1}, the images "
+                    "with detections"
+                )
+        kept = np.flatnonzero(detections.scores >= float(score_threshold))
+        offsets = np.searchsorted(kept, detections.offsets)
+        return cls(protocol, detections, kept, offsets, float(score_threshold), context)
+
+    def query_row(self, query: int) -> int | None:
+        """The detection with the highest IoU (widths + 1) with the query box, if there is any."""
+        photo = self.detections.of(int(self.protocol.query_image[query]))
+        if photo.start == photo.stop:
+            return None
+        box = self.protocol.query_box[query]
+        return photo.start + int(iou(self.detections.boxes[photo], box, extra=1.0).argmax())
+
+    def similarities(
+        self, queries: Int[np.ndarray, "Q"], query_rows: Int[np.ndarray, "Q"]
+    ) -> Iterator[tuple[int, Gallery, Float[np.ndarray, "R"]]]:
+        """Query after query, its gallery and the similarities in the order of `gallery.rows`."""
+        for first in range(0, len(queries), _QUERY_BLOCK):
+            block = slice(first, first + _QUERY_BLOCK)
+            galleries = [self.gallery(query) for query in queries[block]]
+            cosines = self._cosines(query_rows[block], [gallery.rows for gallery in galleries])
+            for query, row, gallery, cosine in zip(
+                queries[block], query_rows[block], galleries, cosines, strict=True
+            ):
+                yield int(query), gallery, self._in_context(query, row, gallery, cosine)
+
+    def gallery(self, query: int) -> Gallery:
+        """The kept detections of a query's gallery images; UserError if a target is not there."""
+        images = self.protocol.gallery[query]
+        targets = self.protocol.target_images[query]
+        rows, offsets = rows_of_images(self.kept_offsets, images)
+        positions = _positions(images, targets)
+        if (positions < 0).any():
+            name = self.detections.names[targets[np.argmax(positions < 0)]]
+            raise UserError(
+                f"protocol {self.protocol.name}: query {query} has more targets in image "
+                f"{name!r} than gallery entries; expected every target in the gallery"
+            )
+        return Gallery(rows, offsets, positions, self.protocol.target_boxes[query])
+
+    def true_positives(
+        self, gallery: Gallery, similarity: Float[np.ndarray, "R"]
+    ) -> Int[np.ndarray, "P"]:
+        """Where in the gallery's order the true positives are, at most one per target."""
+        index, offsets = rows_of_images(gallery.offsets, gallery.target_positions)
+        target = np.repeat(np.arange(len(gallery.target_boxes)), np.diff(offsets))
+        size = (gallery.target_boxes[:, 2:] - gallery.target_boxes[:, :2]).astype(np.float64)
+        needed = np.minimum(0.5, size.prod(axis=1) / (size + 10).prod(axis=1))
+        candidates = self.detections.boxes[self.kept_rows[gallery.rows[index]]]
+        fits = iou(candidates, gallery.target_boxes[target]) >= needed[target]
+        index, target = index[fits], target[fits]
+        # Where one detection fits, the order of the image's detections does not matter.
+        alone = np.bincount(target)[target] == 1
+        matches = list(index[alone])
+        for number in np.unique(target[~alone]):
+            ranked = gallery.ranked(gallery.target_positions[number], similarity)
+            matches.append(ranked[np.isin(ranked, index)][0])
+        return np.array(matches, dtype=np.int64)
+
+    def _cosines(
+        self, query_rows: Int[np.ndarray, "B"], gallery_rows: list[Int[np.ndarray, "R"]]
+    ) -> Iterator[Float[np.ndarray, "R"]]:
+        """Cosines with each query's gallery, by whichever of the two ways is less work."""
+        embeddings, kept = self.detections.embeddings, self.kept_rows
+        queries = embeddings[query_rows].astype(np.float64)
+        if _GATHER_COST * sum(map(len, gallery_rows)) < len(queries) * len(kept):
+            for query, rows in zip(queries, gallery_rows, strict=True):
+                yield (embeddings[kept[rows]].astype(np.float64) @ query).astype(np.float32)
+            return
+        cosines = np.empty((len(queries), len(kept)), np.float32)
+        for start in range(0, len(kept), _GALLERY_BLOCK):
+            part = slice(start, start + _GALLERY_BLOCK)
+            cosines[:, part] = queries @ embeddings[kept[part]].astype(np.float64).T
+        yield from (row[rows] for row, rows in zip(cosines, gallery_rows, strict=True))
+
+    def _in_context(
+        self, query: int, query_row: int, gallery: Gallery, similarity: Float[np.ndarray, "R"]
+    ) -> Float[np.ndarray, "R"]:
+        """The similarities, rescored by the context if that was asked for."""
+        if self.context is None:
+            return similarity
+        people = cbgm.context_people(
+            self.detections,
+            int(self.protocol.query_image[query]),
+            int(query_row),
+            self.score_threshold,
+            self.context.people,
+        )
+        return cbgm.rescore(
+            similarity,
+            self.kept_rows[gallery.rows],
+            gallery.offsets,
+            people,
+            self.detections.embeddings,
+            self.context.images,
+        )
+
+
+def _positions(images: Int[np.ndarray, "n"], targets: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
+    """Where each target stands in `images`, its k-th mention at the k-th place; -1 if nowhere."""
+    order = np.argsort(images, kind="stable")
+    mention = np.tril(targets[:, None] == targets[None, :], -1).sum(axis=1)
+    place = np.searchsorted(images[order], targets) + mention
+    last = np.searchsorted(images[order], targets, side="right")
+    positions = np.full(len(targets), -1)
+    inside = place < last
+    positions[inside] = order[place[inside]]
+    return positions
+
+
+def published_order(gallery: Gallery, similarity: Float[np.ndarray, "R"]) -> Int[np.ndarray, "R"]:
+    """The ranking, ties included: images with the person are sorted first, then everything."""
+    order = np.arange(len(similarity))
+    for position in gallery.target_positions:
+        start, stop = gallery.offsets[position], gallery.offsets[position + 1]
+        order[start:stop] = gallery.ranked(position, similarity)
+    return order[np.argsort(similarity[order])[::-1]]
+
+
+def iou(
+    a: Float[np.ndarray, "*S 4"], b: Float[np.ndarray, "*S 4"], extra: float = 0.0
+) -> Float[np.ndarray, "*S"]:
+    """IoU of boxes that broadcast; `extra` is added to every width and height; 0 without area."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
+    shared = np.maximum(high - low + extra, 0).prod(axis=-1)
+    area_a, area_b = ((box[..., 2:] - box[..., :2] + extra).prod(axis=-1) for box in (a, b))
+    union = area_a + area_b - shared
+    return np.divide(shared, union, out=np.zeros(union.shape), where=union > 0)

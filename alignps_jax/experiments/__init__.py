@@ -1,0 +1,1 @@
+"""The rows and tables of the paper, run by name."""

@@ -1,0 +1,175 @@
+"""The pictures of `--mode=visualize`: each kind is one entry of `FIGURES`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from alignps_jax.checkpoint.store import load_config
+from alignps_jax.figures import datasets as dataset_figures
+from alignps_jax.figures import photos as photo_figures
+from alignps_jax.files import Image, read_image, write_image
+from alignps_jax.gallery.photos import gallery_photos, parse_box
+from alignps_jax.inference.detector import Detector
+from alignps_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FigureRequest:
+    """What to draw from, and the folder that takes the pictures.
+
+    `checkpoints` (one at least) are workdirs or folders of a step; figures of a whole data set
+    read the `detections.npz` or `metrics.json` there, or are given such files themselves.
+    `config` is used instead of the checkpoints' own configuration.
+    """
+
+    checkpoints: tuple[Path, ...]
+    config: ConfigDict | None
+    query: Path | None
+    box: tuple[float, ...] | None
+    gallery: Path | None
+    workdir: Path
+
+    def detectors(self) -> Iterator[tuple[str, Detector]]:
+        """Every checkpoint's label and detector, one after another."""
+        names = dataset_figures.labels(self.checkpoints)
+        for label, path in zip(names, self.checkpoints, strict=True):
+            yield label, Detector.from_checkpoint(path, self.config)
+
+    def detector(self) -> Detector:
+        """The detector of the only checkpoint."""
+        if len(self.checkpoints) != 1:
+            raise UserError(
+                f"--checkpoint: found {len(self.checkpoints)} of them, expected one for this --what"
+            )
+        return next(self.detectors())[1]
+
+    def query_photo(self) -> tuple[Path, Image]:
+        """The query's path and pixels."""
+        if self.query is None:
+            raise UserError("--query: missing, expected the photo to draw")
+        return self.query, read_image(self.query)
+
+    def scenes(self) -> list[Path]:
+        """The photos of the gallery but the query, in the order of their names; () without one."""
+        return gallery_photos(self.gallery, self.query or Path()) if self.gallery else []
+
+
+Pictures = Iterator[tuple[str, Image]]
+
+
+def figure_request(
+    checkpoints: str,
+    config: ConfigDict | None,
+    query: str | None,
+    box: str | None,
+    gallery: str | None,
+    workdir: str | None,
+) -> FigureRequest:
+    """The request of a command line, whose flags these are as they stand there.
+
+    Raises:
+      UserError: `checkpoints` is not a list A,B,... or `box` not four numbers.
+    """
+    names = checkpoints.split(",")
+    if not all(names):
+        raise UserError(f"--checkpoint: found {checkpoints!r}, expected folders or files A,B,...")
+    paths = tuple(Path(name) for name in names)
+    return FigureRequest(
+        checkpoints=paths,
+        config=config,
+        query=Path(query) if query else None,
+        box=parse_box(box),
+        gallery=Path(gallery) if gallery else None,
+        workdir=Path(workdir) if workdir else _folder(paths[0]) / "figures",
+    )
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.is_file() else path
+
+
+def draw_figures(kind: str, request: FigureRequest) -> None:
+    """Writes the pictures of a kind, an entry of `FIGURES`, as PNG files and prints their paths.
+
+    Raises:
+      UserError: what the kind needs is missing, cannot be read or does not fit together.
+    """
+    for name, picture in FIGURES[kind](request):
+        path = request.workdir / f"{name}.png"
+        write_image(path, picture)
+        print(path)
+
+
+def _sampling_points(request: FigureRequest) -> Pictures:
+    """Fig. 5: where the deformable convolutions look."""
+    path, photo = request.query_photo()
+    picture = photo_figures.sampling_points_picture(request.detector(), path, photo, request.box)
+    yield f"sampling_points-{path.stem}", picture
+
+
+def _detections(request: FigureRequest) -> Pictures:
+    """Everybody found in a photo, in each photo of a folder, or in both."""
+    photos = [request.query] if request.query else []
+    photos += request.scenes()
+    if not photos:
+        raise UserError("--query: missing, expected a photo (or a folder as --gallery) to draw")
+    detector = request.detector()
+    for path in photos:
+        yield f"detections-{path.name}", photo_figures.detections_picture(detector, path)
+
+
+def _similarity(request: FigureRequest) -> Pictures:
+    """Heat maps: how similar every location's embedding is to the query's."""
+    path, photo = request.query_photo()
+    picture = photo_figures.similarity_picture(
+        request.detector(), path, photo, request.box, request.scenes()
+    )
+    yield f"similarity-{path.stem}", picture
+
+
+def _comparison(request: FigureRequest) -> Pictures:
+    """Fig. 7: the same queries under several checkpoints."""
+    if len(request.checkpoints) < 2:
+        raise UserError("--checkpoint: found one, expected A,B or A,B,C: those to compare")
+    if request.query is None:
+        yield dataset_figures.compared_queries(_data_config(request), request.checkpoints)
+        return
+    path, photo = request.query_photo()
+    if request.gallery is None:
+        raise UserError("--gallery: missing, expected the folder of photos to search")
+    picture = photo_figures.comparison_picture(
+        request.detectors(), path, photo, request.box, request.gallery
+    )
+    yield f"comparison-{path.stem}", picture
+
+
+def _gallery_size(request: FigureRequest) -> Pictures:
+    """Fig. 8: mAP against gallery size."""
+    yield "gallery_size", dataset_figures.gallery_sizes(request.checkpoints)
+
+
+def _precision_recall(request: FigureRequest) -> Pictures:
+    """Precision-recall curves of detection, and of search under each protocol."""
+    picture = dataset_figures.precision_recall(_data_config(request), request.checkpoints)
+    yield "precision_recall", picture
+
+
+def _data_config(request: FigureRequest) -> ConfigDict:
+    """The configuration that says which data set; of several checkpoints the first one's."""
+    if request.config is not None:
+        return request.config
+    return load_config(_folder(request.checkpoints[0]))
+
+
+FIGURES: dict[str, Callable[[FigureRequest], Pictures]] = {
+    "sampling_points": _sampling_points,
+    "comparison": _comparison,
+    "gallery_size": _gallery_size,
+    "detections": _detections,
+    "similarity": _similarity,
+    "precision_recall": _precision_recall,
+}

@@ -1,0 +1,211 @@
+"""Pictures of what a network finds and sees in photos."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from alignps_jax.drawing.canvas import (
+    BLUE,
+    YELLOW,
+    captioned,
+    draw_box,
+    draw_detections,
+    draw_heat,
+    draw_point_clouds,
+    fitted,
+    grid_picture,
+    heat_scale,
+)
+from alignps_jax.drawing.rankings import ranking_picture
+from alignps_jax.files import Image, read_image
+from alignps_jax.gallery.photos import (
+    Query,
+    above,
+    check_box,
+    find_queries,
+    gallery_photos,
+    rank,
+    ranking_row,
+)
+from alignps_jax.inference.detector import Detector
+from alignps_jax.inference.location_maps import (
+    location_xy,
+    nearest_location,
+    sampling_points,
+    similarity_map,
+)
+from alignps_jax.types import UserError
+
+# Lateral convolutions whose sampling points are shown (Fig. 5).
+LATERAL_LEVELS = (3, 4)
+# More would hide each other.
+MAX_LOCATIONS = 6
+MAX_SCENES = 12
+# Largest width and height of a photo in a picture, alone and among others.
+_LARGE = (1400, 900)
+_SMALL = (560, 420)
+_SCENES_PER_ROW = 3
+_SCALE_WIDTH = 400
+
+
+def sampling_points_picture(
+    detector: Detector, path: Path, photo: Image, box: Sequence[float] | None
+) -> Image:
+    """Where the neck's deformable convolutions look from some locations (Fig. 5).
+
+    The locations are the centre of `box`, without one those of the most confident detections;
+    each has a colour of its own. The centres of all detections are green.
+
+    Raises:
+      UserError: nobody is found and there is no box, the box is beyond the photo, or the network
+        lacks one of the deformable convolutions.
+    """
+    threshold = detector.config.eval.score_threshold
+    centres = _centres(above(detector.detect(photo), threshold).boxes)
+    chosen = centres[:MAX_LOCATIONS]
+    if box is not None:
+        check_box(box, path, photo.shape[:2])
+        height, width = photo.shape[:2]
+        visible = np.clip(np.array(box), 0, (width, height, width, height))
+        chosen = _centres(visible[None])
+    if len(chosen) == 0:
+        raise UserError(
+            f"{path}: found nobody with a score of {threshold:g} or more; expected somebody, or "
+            "--box=x1,y1,x2,y2 around the place to draw"
+        )
+    maps = detector.maps(photo)
+    locations = [nearest_location(maps, xy) for xy in chosen]
+    origins = [location_xy(maps, location) for location in locations]
+    canvas, _ = fitted(photo, *_LARGE)
+    factor = np.array(canvas.shape[1::-1]) / photo.shape[1::-1]
+    panels = []
+    for letter, level in zip("ab", LATERAL_LEVELS, strict=True):
+        points = [sampling_points(maps, location, level) for location in locations]
+        drawn = draw_point_clouds(
+            canvas,
+            [cloud.xy[cloud.used] * factor for cloud in points],
+            [origin * factor for origin in origins],
+            centres * factor,
+        )
+        title = f"({letter}) lateral C{level} + output"
+        legend = "rings: locations, green: centres of people"
+        panels.append(captioned(drawn, f"{title}\n{legend}", 2))
+    portrait = photo.shape[0] > photo.shape[1]
+    return grid_picture([panels] if portrait else [[panel] for panel in panels])
+
+
+def _centres(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
+    return (boxes[:, :2] + boxes[:, 2:]) / 2
+
+
+def detections_picture(detector: Detector, path: Path) -> Image:
+    """A photo with everybody found in it, and how many that are."""
+    photo = read_image(path)
+    threshold = detector.config.eval.score_threshold
+    found = above(detector.detect(photo), threshold)
+    canvas, factor = fitted(photo, *_LARGE)
+    drawn = draw_detections(canvas, found.boxes * factor, found.scores)
+    number = f"{len(found.scores)} found with a score of {threshold:g} or more"
+    return grid_picture([[captioned(drawn, f"{path.name}\n{number}", 2)]])
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeatScene:
+    """A photo below its heat map; `best` is the highest similarity of a person in it."""
+
+    picture: Image
+    best: float
+
+
+def similarity_picture(
+    detector: Detector,
+    path: Path,
+    photo: Image,
+    box: Sequence[float] | None,
+    scenes: Sequence[Path],
+) -> Image:
+    """How similar the embedding of every location of some photos is to the query's.
+
+    The query is the person in `box`, without one the most confident detection. It has a yellow
+    box, the most similar person of each scene a blue one. Of many scenes those with the most
+    similar people are shown, best first.
+
+    Raises:
+      UserError: a photo cannot be read, or nobody is found in the query photo or its box.
+    """
+    threshold = detector.config.eval.score_threshold
+    query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
+    picture, factor = _heat(detector, photo, query, _SMALL if scenes else _LARGE)
+    draw_box(picture, query.box * factor, YELLOW, 2)
+    found = (
+        _heat_scene(detector, scene, query)
+        for scene in tqdm(
+            scenes, desc="similarity", unit="photo", dynamic_ncols=True, disable=not scenes
+        )
+    )
+    shown = heapq.nlargest(MAX_SCENES - 1, found, key=lambda scene: scene.best)
+    cells = [captioned(picture, f"query\n{path.name}", 2), *(scene.picture for scene in shown)]
+    rows = [cells[i : i + _SCENES_PER_ROW] for i in range(0, len(cells), _SCENES_PER_ROW)]
+    scale = captioned(heat_scale(_SCALE_WIDTH), "cosine similarity", 1)
+    return grid_picture([*rows, [scale]])
+
+
+def _heat(
+    detector: Detector, photo: Image, query: Query, limits: tuple[int, int]
+) -> tuple[Image, float]:
+    """The photo below its heat map, within `limits`, and the factor of its size."""
+    canvas, factor = fitted(photo, *limits)
+    return draw_heat(canvas, similarity_map(detector.maps(photo), query.embedding)), factor
+
+
+def _heat_scene(detector: Detector, path: Path, query: Query) -> _HeatScene:
+    photo = read_image(path)
+    people = above(detector.detect(photo), detector.config.eval.score_threshold)
+    picture, factor = _heat(detector, photo, query, _SMALL)
+    if len(people.scores) == 0:
+        return _HeatScene(captioned(picture, f"{path.name}\nnobody found", 2), -1.0)
+    similarity = people.embeddings @ query.embedding
+    person = int(similarity.argmax())
+    best = float(similarity[person])
+    draw_box(picture, people.boxes[person] * factor, BLUE, 2)
+    return _HeatScene(captioned(picture, f"{path.name}\nbest match {best:.2f}", 2), best)
+
+
+def comparison_picture(
+    detectors: Iterable[tuple[str, Detector]],
+    path: Path,
+    photo: Image,
+    box: Sequence[float] | None,
+    gallery: Path,
+) -> Image:
+    """The same query in the same photos under several networks, a row for each (Fig. 7).
+
+    Args:
+      detectors: label and network; only one at a time is held.
+      path: the query photo's file.
+      photo: its pixels.
+      box: the person to search; None takes the first network's most confident detection.
+      gallery: folder of photos.
+
+    Raises:
+      UserError: a photo cannot be read, or nobody is found in the query photo or its box.
+    """
+    scenes = gallery_photos(gallery, path)
+    rows = []
+    for label, detector in detectors:
+        threshold = detector.config.eval.score_threshold
+        query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
+        box = tuple(float(corner) for corner in query.box)
+        found = {
+            scene: above(detector.detect(read_image(scene)), threshold)
+            for scene in tqdm(scenes, desc=label, unit="photo", dynamic_ncols=True)
+        }
+        rows.append(ranking_row(rank([query], path, found)[0], gallery, photo, label))
+    return ranking_picture(rows)

@@ -1,0 +1,1 @@
+"""Search among the people of one's own photos."""

@@ -1,0 +1,257 @@
+"""Person search in a folder of one's own photos."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from alignps_jax.devices import use_compilation_cache
+from alignps_jax.drawing.rankings import Panel, RankingRow, ranking_picture, result_caption
+from alignps_jax.files import read_image, write_image, write_json
+from alignps_jax.gallery.nearest import top_k
+from alignps_jax.inference.detector import Detector
+from alignps_jax.types import Detections, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundPerson:
+    """One result of a search in photos: box in the photo's pixels, cosine similarity, score."""
+
+    image: str
+    box: Float[np.ndarray, "4"]
+    similarity: float
+    score: float
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryRanking:
+    """The people found for one query box, most similar first."""
+
+    image: str
+    box: Float[np.ndarray, "4"]
+    results: tuple[FoundPerson, ...]
+
+
+def write_ranking_json(path: Path, rankings: Sequence[QueryRanking]) -> None:
+    """Writes what `--mode=search` found: per query box a list of people, most similar first.
+
+    Boxes are `[x1, y1, x2, y2]` in pixels of the photo as a viewer shows it (EXIF applied).
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = [
+        {
+            "query": {"image": ranking.image, "box": _box(ranking.box)},
+            "results": [
+                {
+                    "image": found.image,
+                    "box": _box(found.box),
+                    "similarity": round(float(found.similarity), 6),
+                    "score": round(float(found.score), 6),
+                }
+                for found in ranking.results
+            ],
+        }
+        for ranking in rankings
+    ]
+    write_json(path, content)
+
+
+def _box(values: Float[np.ndarray, "4"]) -> list[float]:
+    return [round(float(value), 2) for value in values]
+
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+# Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
+MAX_PICTURE_QUERIES = 12
+
+
+PICTURE_RESULTS = 5
+
+
+# Results per query in the JSON file.
+MAX_RESULTS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A person to search: its box in the query photo and its embedding."""
+
+    box: Float[np.ndarray, "4"]
+    embedding: Float[np.ndarray, "D"]
+
+
+def search_photos(
+    checkpoint: Path,
+    query: Path,
+    box: Sequence[float] | None,
+    gallery: Path,
+    workdir: Path,
+) -> None:
+    """Searches the person in `box` of a photo, or everybody in it, in a folder of photos.
+
+    Writes `ranking.json` and `ranking.png` to `workdir`.
+
+    Raises:
+      UserError: a file cannot be read, or nobody is found in the query photo or its box.
+    """
+    use_compilation_cache(workdir, checkpoint)
+    detector = Detector.from_checkpoint(checkpoint)
+    threshold = detector.config.eval.score_threshold
+    photo = read_image(query)
+    photos = gallery_photos(gallery, query)
+    queries = find_queries(detector.detect(photo), box, threshold, query, photo.shape[:2])
+    found = {
+        path: above(detector.detect(read_image(path)), threshold)
+        for path in tqdm(photos, desc="search", unit="photo", dynamic_ncols=True)
+    }
+    rankings = rank(queries, query, found)
+    workdir.mkdir(parents=True, exist_ok=True)
+    ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
+    write_ranking_json(ranking, rankings)
+    write_image(picture, draw_rankings(rankings[:MAX_PICTURE_QUERIES], gallery, photo))
+    people = sum(len(detections.scores) for detections in found.values())
+    print(
+        f"searched {len(queries)} of {query.name} among {people} people (scores >= "
+        f"{threshold:g}) in {len(photos)} photos of {gallery}"
+    )
+    for person in rankings:
+        if person.results:
+            best = person.results[0]
+            corners = ", ".join(f"{x:.0f}" for x in person.box)
+            print(f"  ({corners}): best match {best.image}, similarity {best.similarity:.3f}")
+    print(f"ranking  {ranking}\npicture  {picture}")
+
+
+def parse_box(text: str | None) -> tuple[float, ...] | None:
+    """The corners of "x1,y1,x2,y2"; None stays None.
+
+    Raises:
+      UserError: the text is not four numbers.
+    """
+    if text is None:
+        return None
+    try:
+        corners = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        corners = ()
+    if len(corners) != 4 or not np.isfinite(corners).all():
+        raise UserError(f"--box: found {text!r}, expected x1,y1,x2,y2 (pixels of the photo)")
+    return corners
+
+
+def check_box(box: Sequence[float], name: Path, size: tuple[int, int]) -> None:
+    """Raises UserError unless a part of the box lies on the photo of that height and width."""
+    x1, y1, x2, y2 = box
+    if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < size[1] and y1 < size[0]):
+        raise UserError(
+            f"--box: found {x1:g},{y1:g},{x2:g},{y2:g}, expected x1,y1,x2,y2 with x1 < x2 and "
+            f"y1 < y2 on the photo {name} of {size[1]}x{size[0]} pixels"
+        )
+
+
+def gallery_photos(gallery: Path, query: Path) -> list[Path]:
+    """The photos of a folder, by name, without the query photo itself."""
+    if not gallery.is_dir():
+        raise UserError(f"--gallery: {gallery} is not a folder")
+    photos = [
+        path
+        for path in sorted(gallery.iterdir())
+        if path.suffix.lower() in PHOTO_SUFFIXES and path.resolve() != query.resolve()
+    ]
+    if not photos:
+        raise UserError(
+            f"--gallery: found no photos in {gallery}, expected {', '.join(PHOTO_SUFFIXES)} files"
+        )
+    return photos
+
+
+def above(detections: Detections, threshold: float) -> Detections:
+    """The detections with at least that score."""
+    return jax.tree.map(lambda x: x[detections.scores >= threshold], detections)
+
+
+def find_queries(
+    detections: Detections,
+    box: Sequence[float] | None,
+    threshold: float,
+    name: Path,
+    size: tuple[int, int],
+) -> list[Query]:
+    """The people to search: the one that overlaps `box` most, or everybody above the threshold."""
+    if box is None:
+        people = above(detections, threshold)
+        if len(people.scores) == 0:
+            raise UserError(f"{name}: found nobody with a score of {threshold:g} or more")
+        return [Query(b, e) for b, e in zip(people.boxes, people.embeddings, strict=True)]
+    check_box(box, name, size)
+    x1, y1, x2, y2 = box
+    low = np.maximum(detections.boxes[:, :2], (x1, y1))
+    high = np.minimum(detections.boxes[:, 2:], (x2, y2))
+    shared = np.maximum(high - low, 0).prod(axis=1)
+    areas = (detections.boxes[:, 2:] - detections.boxes[:, :2]).prod(axis=1)
+    overlap = shared / (areas + (x2 - x1) * (y2 - y1) - shared)
+    if not (overlap > 0).any():
+        raise UserError(f"--box: nobody was detected inside {x1:g},{y1:g},{x2:g},{y2:g} of {name}")
+    return [Query(np.array(box, np.float32), detections.embeddings[int(overlap.argmax())])]
+
+
+def rank(
+    queries: Sequence[Query], photo: Path, found: Mapping[Path, Detections]
+) -> list[QueryRanking]:
+    """For each query the `MAX_RESULTS` people of the gallery that are most similar, best first."""
+    people = [
+        (path.name, box, float(score))
+        for path, detections in found.items()
+        for box, score in zip(detections.boxes, detections.scores, strict=True)
+    ]
+    if not people:
+        return [QueryRanking(photo.name, query.box, ()) for query in queries]
+    nearest = jax.device_get(
+        top_k(
+            np.stack([query.embedding for query in queries]),
+            np.concatenate([detections.embeddings for detections in found.values()]),
+            min(len(people), MAX_RESULTS),
+        )
+    )
+    rankings = []
+    for query, rows, similarities in zip(queries, nearest.index, nearest.similarity, strict=True):
+        results = []
+        for row, similarity in zip(rows, similarities, strict=True):
+            name, box, score = people[row]
+            results.append(FoundPerson(name, box, float(similarity), score))
+        rankings.append(QueryRanking(photo.name, query.box, tuple(results)))
+    return rankings
+
+
+def draw_rankings(
+    rankings: Sequence[QueryRanking], gallery: Path, photo: UInt8[np.ndarray, "H W 3"]
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The queries and their best results."""
+    return ranking_picture(ranking_row(ranking, gallery, photo, "query") for ranking in rankings)
+
+
+def ranking_row(
+    ranking: QueryRanking, gallery: Path, photo: UInt8[np.ndarray, "H W 3"], title: str
+) -> RankingRow:
+    """A query in its photo, below a title, and its best results in those of a folder."""
+    return RankingRow(
+        Panel(photo, ranking.box, f"{title}\n{ranking.image}"),
+        tuple(
+            Panel(
+                read_image(gallery / one.image),
+                one.box,
+                result_caption(number, one.similarity, one.image),
+            )
+            for number, one in enumerate(ranking.results[:PICTURE_RESULTS], start=1)
+        ),
+    )

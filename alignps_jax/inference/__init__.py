@@ -1,0 +1,1 @@
+"""Boxes and embeddings of the people in a photo."""

@@ -1,0 +1,191 @@
+"""From network outputs to detections, with static shapes and no round trip to the host."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from alignps_jax.arrays import first_true, l2_normalize
+from alignps_jax.boxes import boxes_from_distances, clip_boxes, locations, pairwise_iou
+from alignps_jax.types import Detections, Outputs
+
+
+@struct.dataclass
+class _Candidates:
+    """Locations of one image that may become detections; boxes in pixels of the network input."""
+
+    boxes: Float[Array, "C 4"]
+    cls: Float[Array, "C"]
+    score: Float[Array, "C"]
+    embeddings: Float[Array, "C D"]
+    valid: Bool[Array, "C"]
+
+
+def nms(
+    boxes: Float[Array, "K 4"], valid: Bool[Array, "K"], iou_threshold: float
+) -> Bool[Array, "K"]:
+    """Greedy non-maximum suppression of `boxes`, best first: which ones are kept.
+
+    A box is kept when it is valid and no kept box before it overlaps it with an IoU above the
+    threshold. Instead of going through the boxes one by one, the rule is applied to all of them
+    until nothing changes. Whether box i is kept depends on earlier boxes only, so after t rounds
+    the first t answers are final, whatever they started from: the loop ends after at most K + 1
+    rounds (usually a handful) and its fixed point is the greedy answer, the only one there is.
+    """
+    earlier = jnp.arange(len(boxes))[:, None] < jnp.arange(len(boxes))[None]
+    suppresses = (pairwise_iou(boxes, boxes) > iou_threshold) & earlier
+
+    def apply_rule(keep: Bool[Array, "K"]) -> Bool[Array, "K"]:
+        return valid & ~jnp.any(suppresses & keep[:, None], axis=0)
+
+    def advance(
+        state: tuple[Bool[Array, "K"], Bool[Array, "K"]],
+    ) -> tuple[Bool[Array, "K"], Bool[Array, "K"]]:
+        _, keep = state
+        return keep, apply_rule(keep)
+
+    def changed(state: tuple[Bool[Array, "K"], Bool[Array, "K"]]) -> Bool[Array, ""]:
+        before, keep = state
+        return jnp.any(before != keep)
+
+    return lax.while_loop(changed, advance, (valid, apply_rule(valid)))[1]
+
+
+def detect(
+    outputs: Sequence[Outputs],
+    size: Int[Array, "B 2"],
+    scale: Float[Array, "B 2"],
+    *,
+    strides: Sequence[int],
+    pre_nms: int,
+    min_cls_score: float,
+    nms_iou: float,
+    max_detections: int,
+) -> Detections:
+    """The detections of a batch of images (released code).
+
+    Per image: the `pre_nms` locations of each level with the highest classification probability
+    times centerness; their boxes, clipped to the image and scaled back to the photo; those with a
+    classification probability above `min_cls_score`; non-maximum suppression; the best
+    `max_detections`. A detection's score is classification probability times centerness, and may
+    thus be below `min_cls_score`.
+
+    Args:
+      outputs: one entry per level.
+      size: height and width of each image without any padding.
+      scale: factors (x, y) from the photo's coordinates to the image's.
+      strides: one per level.
+      pre_nms: candidates per level; levels with fewer locations take all of theirs.
+      min_cls_score: classification probability that candidates must exceed.
+      nms_iou: overlap (in the photo) above which the lower score is suppressed.
+      max_detections: K of the result.
+
+    Returns:
+      Detections [B, K], best first; rows that are not `valid` are zero.
+    """
+
+    def detect_one(
+        levels: tuple[Outputs, ...], size: Int[Array, "2"], scale: Float[Array, "2"]
+    ) -> Detections:
+        per_level = [
+            _level_candidates(level, stride, pre_nms)
+            for level, stride in zip(levels, strides, strict=True)
+        ]
+        candidates = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_level)
+        valid = candidates.valid & (candidates.cls > min_cls_score)
+        boxes = clip_boxes(candidates.boxes, size) / jnp.tile(scale, 2)
+        order = jnp.argsort(jnp.where(valid, -candidates.score, jnp.inf), stable=True)
+        kept = first_true(nms(boxes[order], valid[order], nms_iou), max_detections)
+        index = order[kept.index]
+        return Detections(
+            boxes=jnp.where(kept.mask[:, None], boxes[index], 0.0),
+            scores=jnp.where(kept.mask, candidates.score[index], 0.0),
+            embeddings=jnp.where(
+                kept.mask[:, None], l2_normalize(candidates.embeddings[index]), 0.0
+            ),
+            valid=kept.mask,
+        )
+
+    return jax.vmap(detect_one)(tuple(outputs), size, scale)
+
+
+def embed_boxes(
+    outputs: Sequence[Outputs],
+    boxes: Float[Array, "B G 4"],
+    valid: Bool[Array, "B G"],
+    scale: Float[Array, "B 2"],
+    *,
+    strides: Sequence[int],
+    borders: Sequence[float],
+) -> Detections:
+    """Given boxes as if they had been detected: with score 1, and the embedding at their centre.
+
+    That is the one of the location nearest to the box's centre (of two, the right or lower one),
+    on the level that the centre belongs to in training: the first whose border reaches half of
+    the box's longer side.
+
+    Args:
+      outputs: one entry per level.
+      boxes: in pixels of the network's input.
+      valid: False for entries that only fill up G.
+      scale: factors (x, y) from the photo's coordinates to the input's.
+      strides: one per level.
+      borders: largest extent of each level but the last, ascending.
+
+    Returns:
+      Detections [B, G] in the order of the boxes, boxes in the photo's pixels; rows that are not
+      `valid` are zero.
+    """
+
+    def embed_one(
+        levels: tuple[Outputs, ...],
+        boxes: Float[Array, "G 4"],
+        valid: Bool[Array, "G"],
+        scale: Float[Array, "2"],
+    ) -> Detections:
+        low, high = boxes[:, :2], boxes[:, 2:]
+        level = jnp.searchsorted(jnp.asarray(borders, jnp.float32), (high - low).max(axis=1) / 2)
+        nearest = [
+            _nearest_embeddings(outputs, (low + high) / 2, stride)
+            for outputs, stride in zip(levels, strides, strict=True)
+        ]
+        embeddings = jnp.stack(nearest)[level, jnp.arange(len(boxes))]
+        mask = valid[:, None]
+        return Detections(
+            boxes=jnp.where(mask, boxes / jnp.tile(scale, 2), 0.0),
+            scores=valid.astype(jnp.float32),
+            embeddings=jnp.where(mask, l2_normalize(embeddings), 0.0),
+            valid=valid,
+        )
+
+    return jax.vmap(embed_one)(tuple(outputs), boxes, valid, scale)
+
+
+def _nearest_embeddings(
+    level: Outputs, points: Float[Array, "G 2"], stride: int
+) -> Float[Array, "G D"]:
+    """Embeddings of one image at the valid locations nearest to points (x, y)."""
+    extent = jnp.stack([level.valid.any(axis=0).sum(), level.valid.any(axis=1).sum()])
+    cell = jnp.floor(points / stride).astype(jnp.int32)
+    column, row = jnp.clip(cell, 0, extent - 1).T
+    return level.embeddings[row, column]
+
+
+def _level_candidates(level: Outputs, stride: int, limit: int) -> _Candidates:
+    """The `limit` best-scoring valid locations of one level of one image ([h, w, ...])."""
+    height, width = level.cls_logits.shape
+    cls = jax.nn.sigmoid(level.cls_logits.ravel().astype(jnp.float32))
+    score = cls * jax.nn.sigmoid(level.centerness_logits.ravel().astype(jnp.float32))
+    valid = level.valid.ravel()
+    _, index = lax.top_k(jnp.where(valid, score, -1.0), min(limit, height * width))
+    distances = level.box_distances.reshape(-1, 4)[index].astype(jnp.float32) * stride
+    return _Candidates(
+        boxes=boxes_from_distances(locations(height, width, stride)[index], distances),
+        cls=cls[index],
+        score=score[index],
+        embeddings=level.embeddings.reshape(height * width, -1)[index],
+        valid=valid[index],
+    )

@@ -1,0 +1,79 @@
+"""Which locations are positive, and what they should predict (FCOS, Tian et al., 2019).
+
+Everything here is per image; callers `vmap` over the batch.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from alignps_jax.boxes import area, distances_to_boxes
+from alignps_jax.types import Targets
+
+
+def assign_targets(
+    locations: Float[Array, "N 2"],
+    strides: Float[Array, "N"],
+    ranges: Float[Array, "N 2"],
+    location_valid: Bool[Array, "N"],
+    boxes: Float[Array, "G 4"],
+    identity: Int[Array, "G"],
+    labelled: Bool[Array, "G"],
+    box_valid: Bool[Array, "G"],
+    *,
+    center_radius: float,
+) -> Targets:
+    """Assigns to each location of one image the box that it should predict, if any.
+
+    A location can be positive for a box when it lies strictly inside both the box and the square
+    of half side `center_radius * stride` around the box's centre (centre sampling), and the
+    largest of its distances to the box's sides, in pixels, is within its level's range (ends
+    included). Of several boxes the one with the smallest area wins, of equal ones the first.
+
+    Args:
+      locations: x, y in pixels of the image, of all levels together.
+      strides: stride of each location's level.
+      ranges: smallest and largest extent of its level; (0, inf) takes any box, a range whose
+        lower end is above its upper one takes none (a level of pure background).
+      location_valid: False for locations that are padding; they are never positive.
+      boxes: pixels of the image; G is at least 1.
+      identity: meaningful where `labelled`.
+      labelled: whether the person's identity is known.
+      box_valid: False for entries that only fill up G.
+
+    Returns:
+      Targets, all zero where not positive. Centerness is sqrt(min(l, r) / max(l, r) ·
+      min(t, b) / max(t, b)).
+    """
+    distances = distances_to_boxes(locations[:, None], boxes[None])  # [N, G, 4]
+    extent = distances.max(axis=-1)
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    radius = (center_radius * strides)[:, None]
+    near_center = jnp.abs(locations[:, None] - center[None]).max(axis=-1) < radius
+    candidate = (
+        (distances.min(axis=-1) > 0)
+        & near_center
+        & (extent >= ranges[:, :1])
+        & (extent <= ranges[:, 1:])
+        & location_valid[:, None]
+        & box_valid[None]
+    )
+    positive = candidate.any(axis=-1)
+    best = jnp.argmin(jnp.where(candidate, area(boxes)[None], jnp.inf), axis=-1)
+
+    own = jnp.take_along_axis(distances, best[:, None, None], axis=1)[:, 0]
+    own = jnp.where(positive[:, None], own / strides[:, None], 0.0)
+    return Targets(
+        positive=positive,
+        distances=own,
+        centerness=_centerness(own),
+        identity=jnp.where(positive, identity[best], 0),
+        labelled=positive & labelled[best],
+    )
+
+
+def _centerness(distances: Float[Array, "N 4"]) -> Float[Array, "N"]:
+    """1 at the centre of a box, falling to 0 at its sides; 0 for zero distances."""
+    opposite = distances.reshape(-1, 2, 2)  # [[left, top], [right, bottom]]
+    largest = opposite.max(axis=1)
+    ratio = opposite.min(axis=1) / jnp.where(largest > 0, largest, 1.0)
+    return jnp.sqrt(ratio[:, 0] * ratio[:, 1])

@@ -1,0 +1,167 @@
+"""ResNet backbones that return C3, C4 and C5 (strides 8, 16 and 32)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from alignps_jax.nn.deform_conv import ModulatedDeformConv
+from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, conv, hold_zero
+
+kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
+    """Maximum of 3x3 windows with stride 2 and padding 1, of a map without negative values.
+
+    Zeros are then as good a padding as -inf. Written as maxima of shifted maps, whose backward
+    pass is elementwise; that of a windowed reduction is 10 times slower on a CPU.
+    """
+    for axis in (1, 2):
+        last = (x.shape[axis] - 1) // 2 * 2
+        padded = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        parts = [lax.slice_in_dim(padded, k, k + last + 1, 2, axis) for k in range(3)]
+        x = jnp.maximum(jnp.maximum(parts[0], parts[1]), parts[2])
+    return x
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3, 1x1 with a shortcut; `stride_in_3x3` False is the caffe style of the release."""
+
+    features: int
+    stride: int
+    project: bool
+    norm: Callable[..., nn.Module]
+    deformable: bool = False
+    stride_in_3x3: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+    ) -> Float[Array, "B h w D"]:
+        stride_1x1, stride_3x3 = (1, self.stride) if self.stride_in_3x3 else (self.stride, 1)
+        conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
+        y = conv_(self.features, 1, stride_1x1, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y, extent // stride_1x1))
+        if self.deformable:
+            conv2 = ModulatedDeformConv(
+                self.features, stride=stride_3x3, dtype=self.dtype, name="conv2"
+            )
+        else:
+            conv2 = conv_(self.features, 3, stride_3x3, name="conv2")
+        extent = extent // self.stride
+        y = nn.relu(self.norm(name="bn2")(conv2(y), extent))
+        y = self.norm(name="bn3")(conv_(4 * self.features, 1, name="conv3")(y), extent)
+        if self.project:
+            x = conv_(4 * self.features, 1, self.stride, name="downsample_conv")(x)
+            x = self.norm(name="downsample_bn")(x, extent)
+        return nn.relu(x + y)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut."""
+
+    features: int
+    stride: int
+    project: bool
+    norm: Callable[..., nn.Module]
+    deformable: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+    ) -> Float[Array, "B h w D"]:
+        conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
+        extent = extent // self.stride
+        y = conv_(self.features, 3, self.stride, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y, extent))
+        if self.deformable:
+            conv2 = ModulatedDeformConv(self.features, dtype=self.dtype, name="conv2")
+        else:
+            conv2 = conv_(self.features, 3, name="conv2")
+        y = self.norm(name="bn2")(conv2(y), extent)
+        if self.project:
+            x = conv_(self.features, 1, self.stride, name="downsample_conv")(x)
+            x = self.norm(name="downsample_bn")(x, extent)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A residual network of four stages after a stride-4 stem.
+
+    Attributes:
+      block: residual block, with everything but width, stride and shortcut bound.
+      depths: blocks per stage (res2 to res5).
+      width: channels of the stem, doubled in every stage.
+      stem_size: kernel of the stem's convolution.
+      norm: normalisation, called with `name`, then on (map, extent).
+      frozen_stages: stages up to res(1 + n) get no gradient; 0 freezes the stem, -1 nothing.
+      deform_stages: stages (3, 4, 5) whose 3x3 convolutions are deformable (Table 5).
+    """
+
+    block: Callable[..., nn.Module]
+    depths: tuple[int, ...]
+    width: int
+    stem_size: int
+    norm: Callable[..., nn.Module]
+    frozen_stages: int = -1
+    deform_stages: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
+    ) -> tuple[Float[Array, "B h w C"], ...]:
+        """Maps an image, zero outside its valid `extent`, to C3, C4 and C5."""
+        x = conv(
+            self.width, self.stem_size, 2, kernel_init=kaiming, dtype=self.dtype, name="conv1"
+        )(image)
+        x = nn.relu(self.norm(name="bn1")(x, extent // 2))
+        x = max_pool_3x3(x)
+        extent = extent // 4
+        x = hold_zero(x, extent)
+        if self.frozen_stages >= 0:
+            x = lax.stop_gradient(x)
+        maps = []
+        for stage, depth in enumerate(self.depths):
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                block = self.block(
+                    features=self.width * 2**stage,
+                    stride=stride,
+                    project=index == 0,
+                    norm=self.norm,
+                    deformable=stage + 2 in self.deform_stages,
+                    dtype=self.dtype,
+                    name=f"layer{stage + 1}_{index}",
+                )
+                x = block(x, extent)
+                extent = extent // stride
+            if self.frozen_stages > stage:
+                x = lax.stop_gradient(x)
+            maps.append(x)
+        return tuple(maps[1:])
+
+    def is_frozen(self, path: tuple[str, ...]) -> bool:
+        """Whether the parameter at `path` (inside the backbone) is never updated."""
+        stage = int(path[0][5]) if path[0].startswith("layer") else 0
+        return stage <= self.frozen_stages
+
+
+# The last normalisation of a block starts at its usual scale: weights come from ImageNet.
+ResNet50 = partial(
+    ResNet,
+    block=BottleneckBlock,
+    depths=(3, 4, 6, 3),
+    stem_size=7,
+    norm=FrozenBatchNorm,
+)
+# For training from scratch on small scenes: group norm needs no batch and no pretraining.
+ResNetSmall = partial(ResNet, block=BasicBlock, depths=(1, 1, 1, 1), stem_size=3, norm=GroupNorm)

@@ -1,0 +1,150 @@
+"""Deformable 3x3 convolutions (DCNv1 and DCNv2): a pure function and two Flax modules.
+
+Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear interpolation and with
+zeros outside the image; the rest is a convolution (Dai et al., "Deformable Convolutional
+Networks", Eq. 2; the mask is that of Zhu et al., "Deformable ConvNets v2", Eq. 1).
+
+How it is computed. The map is a table of rows [B*H*W, C], so every read and write of a corner is
+contiguous. There are two orders, of which the static shape picks one:
+
+- by tiles: some locations of the output at a time, all their samples [locations, 9 * C] times the
+  kernel. What a tile reads and writes stays in the cache.
+- by taps: one tap of all locations at a time. Sampling is linear and acts per location, so it
+  commutes with the projection of a tap's C channels to F: the map is projected, then sampled,
+  which pays where C is much larger than F.
+
+In either the backward pass samples again instead of keeping the samples: memory grows with the
+maps, not with nine times the maps. Only the positions and weights of all samples are there at
+once; JAX differentiates those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignps_jax.nn.convolution import align_varying_axes
+from alignps_jax.nn.deform_sampling import _corners, _deform_conv, _deform_conv_bwd
+from alignps_jax.nn.layers import conv
+
+Initializer = Callable[..., Array]
+
+
+def deform_conv2d(
+    inputs: Float[Array, "B H W C"],
+    offsets: Float[Array, "B h w K 2"],
+    kernel: Float[Array, "kh kw C F"],
+    mask: Float[Array, "B h w K"] | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 1,
+) -> Float[Array, "B h w F"]:
+    """Convolves `inputs` at displaced positions; equals `torchvision.ops.deform_conv2d`.
+
+    Args:
+      inputs: the map, float32 or bfloat16; the products are computed in this type, positions,
+        interpolation weights and sums in float32.
+      offsets: displacement (y, x) of each of the K = kh * kw taps (row-major) at each output
+        location, in pixels of `inputs`. Any value is allowed: a sample contributes what lies
+        inside the image, hence nothing if y <= -1, y >= H, x <= -1 or x >= W.
+      kernel: weights; no bias.
+      mask: factor of each sample, all ones (DCNv1) if None.
+      stride: step between output locations, in pixels of `inputs`.
+      padding: zeros around the map, which fixes h and w as in a plain convolution.
+
+    Returns:
+      The output, in the type of `inputs`. Differentiable once in all four arrays. On a pixel
+      border, where interpolation has a kink, the derivative is the one towards larger
+      coordinates (the position belongs to the cell that begins there), as in torchvision.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+    """
+    batch, height, width, channels = inputs.shape
+    kh, kw, kernel_channels, features = kernel.shape
+    h = (height + 2 * padding - kh) // stride + 1
+    w = (width + 2 * padding - kw) // stride + 1
+    taps = (batch, h, w, kh * kw)
+    if kernel_channels != channels:
+        raise ValueError(f"kernel takes {kernel_channels} channels, inputs have {channels}")
+    if offsets.shape != (*taps, 2):
+        raise ValueError(f"offsets have shape {offsets.shape}, expected {(*taps, 2)}")
+    if mask is not None and mask.shape != taps:
+        raise ValueError(f"mask has shape {mask.shape}, expected {taps}")
+
+    # Where each tap reads, [B, h, w, kh * kw].
+    y, x, ky, kx = jnp.meshgrid(*map(jnp.arange, (h, w, kh, kw)), indexing="ij")
+    y = (y * stride - padding + ky).reshape(h, w, -1) + offsets[..., 0]
+    x = (x * stride - padding + kx).reshape(h, w, -1) + offsets[..., 1]
+    rows, weights = _corners(y, x, (height, width))
+    if mask is not None:
+        weights = [each * mask.reshape(-1, kh * kw) for each in weights]
+
+    table, kernel, *corners = align_varying_axes(
+        inputs.reshape(-1, channels), kernel.reshape(kh * kw, channels, features), *weights, *rows
+    )
+    out = _deform_conv(table, tuple(corners[:4]), kernel, tuple(corners[4:]))
+    return out.reshape(batch, h, w, features)
+
+
+_deform_conv.defvjp(lambda *args: (_deform_conv(*args), args), _deform_conv_bwd)
+
+
+class DeformConv(nn.Module):
+    """DCNv1: 3x3, padding 1; offsets from a plain 3x3 convolution of the same map.
+
+    Parameters: `kernel` [3, 3, C, features], `bias` [features] if `use_bias`, and the `offset`
+    convolution, whose channels are y0, x0, y1, x1, ... of the taps in row-major order, in pixels
+    of the map. Parameters are float32, activations `dtype`. Initially the offsets are zero.
+    """
+
+    features: int
+    stride: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    # Uniform within 1 / sqrt(9 * C).
+    kernel_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    offset_kernel_init: Initializer = nn.initializers.zeros
+    offset_bias_init: Initializer = nn.initializers.zeros
+
+    channels_per_tap: ClassVar[int] = 2
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
+        """Returns the map at ceil(H / stride) x ceil(W / stride) locations."""
+        inputs = inputs.astype(self.dtype)
+        predicted = conv(
+            9 * self.channels_per_tap,
+            3,
+            self.stride,
+            use_bias=True,
+            dtype=self.dtype,
+            kernel_init=self.offset_kernel_init,
+            bias_init=self.offset_bias_init,
+            name="offset",
+        )(inputs)
+        offsets, mask = self.split(predicted.astype(jnp.float32))
+        kernel = self.param("kernel", self.kernel_init, (3, 3, inputs.shape[-1], self.features))
+        out = deform_conv2d(inputs, offsets, kernel, mask, stride=self.stride)
+        if self.use_bias:
+            out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return out
+
+    def split(self, predicted: Float[Array, "B h w N"]) -> tuple[Array, Array | None]:
+        """Offsets [B, h, w, 9, 2] and mask [B, h, w, 9] from the channels of `offset`."""
+        return predicted.reshape(*predicted.shape[:-1], 9, 2), None
+
+
+class ModulatedDeformConv(DeformConv):
+    """DCNv2: like `DeformConv`; nine more `offset` channels, through a sigmoid, are the mask."""
+
+    channels_per_tap: ClassVar[int] = 3
+
+    def split(self, predicted: Float[Array, "B h w N"]) -> tuple[Array, Array]:
+        """Offsets [B, h, w, 9, 2] and mask [B, h, w, 9] from the channels of `offset`."""
+        offsets, _ = super().split(predicted[..., :18])
+        return offsets, nn.sigmoid(predicted[..., 18:])

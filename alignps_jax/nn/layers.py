@@ -1,0 +1,115 @@
+"""Layers that look at the valid region only, so that bucket padding never changes a result.
+
+Every feature map comes with an `extent`: the int32 `[B, 2]` height and width of its valid region.
+Maps are held at zero outside of it, which is what a convolution sees beyond the border of a map
+that is not padded at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from alignps_jax.nn.convolution import conv2d
+
+# Photos are fed padded to a multiple of this (released code), the largest stride of the backbone.
+SIZE_MULTIPLE = 32
+
+
+def valid_extent(size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
+    """Height and width of the region that the network looks at: `size` up to a multiple of 32."""
+    return -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+
+def valid_mask(extent: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, "B H W"]:
+    """True inside the valid region of a map of the given height and width."""
+    rows = jnp.arange(height)[None, :, None] < extent[:, 0, None, None]
+    columns = jnp.arange(width)[None, None, :] < extent[:, 1, None, None]
+    return rows & columns
+
+
+def hold_zero(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B H W C"]:
+    """`x` with zeros outside the valid region."""
+    mask = valid_mask(extent, x.shape[1], x.shape[2])
+    return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+
+
+def masked_mean(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B 1 1 C"]:
+    """Mean over the valid region of maps that are zero outside of it, in float32."""
+    count = jnp.maximum(extent[:, 0] * extent[:, 1], 1).astype(jnp.float32)
+    total = x.astype(jnp.float32).sum((1, 2), keepdims=True)
+    return total / count[:, None, None, None]
+
+
+def centred(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B H W C"]:
+    """Maps that are zero outside the valid region, less their mean over it (released code)."""
+    return hold_zero(x - masked_mean(x, extent).astype(x.dtype), extent)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation with fixed statistics and affine parameters (collection `frozen`)."""
+
+    epsilon: float = 1e-5
+    scale_init: Callable = nn.initializers.ones
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+    ) -> Float[Array, "B H W C"]:
+        def vector(name: str, init: Callable) -> Array:
+            return self.variable("frozen", name, init, None, (x.shape[-1],), jnp.float32).value
+
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale, bias = vector("scale", self.scale_init), vector("bias", zeros)
+        mean, var = vector("mean", zeros), vector("var", ones)
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        y = x * factor + (bias - mean * factor)  # in float32
+        return hold_zero(y.astype(x.dtype), extent)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation whose statistics run over the valid region only (eps 1e-5)."""
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    scale_init: Callable = nn.initializers.ones
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+    ) -> Float[Array, "B H W C"]:
+        B, H, W, C = x.shape
+        scale = self.param("scale", self.scale_init, (C,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
+        mask = valid_mask(extent, H, W)[..., None]
+        count = jnp.maximum(mask.sum((1, 2)), 1) * (C // self.groups)
+
+        def group_mean(values: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
+            per_channel = values.sum((1, 2)).reshape(B, self.groups, -1)
+            return jnp.repeat(per_channel.sum(-1) / count, C // self.groups, axis=-1)
+
+        x32 = jnp.where(mask, x, 0).astype(jnp.float32)
+        mean = group_mean(x32)[:, None, None]
+        # Two passes: the variance from squared sums loses digits on maps with a large mean.
+        centred = jnp.where(mask, x32 - mean, 0)
+        factor = scale * lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)[:, None, None]
+        return jnp.where(mask, centred * factor + bias, 0).astype(x.dtype)
+
+
+def conv(
+    features: int, size: int, stride: int = 1, *, use_bias: bool = False, **kwargs: Any
+) -> nn.Conv:
+    """A square convolution with the symmetric padding of PyTorch, not XLA's `SAME`."""
+    return nn.Conv(
+        features,
+        (size, size),
+        use_bias=use_bias,
+        # What else Flax would tell it are the defaults.
+        conv_general_dilated=lambda x, kernel, *_, **__: conv2d(x, kernel, stride=stride),
+        **kwargs,
+    )

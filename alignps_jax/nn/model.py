@@ -1,0 +1,211 @@
+"""AlignPS = backbone -> neck -> head, and how a configuration becomes one."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from alignps_jax.nn.backbone import BasicBlock, BottleneckBlock, ResNet50, ResNetSmall
+from alignps_jax.nn.deform_conv import DeformConv
+from alignps_jax.nn.head import FCOSHead, PredictedEmbedding, Tower, input_embedding
+from alignps_jax.nn.layers import GroupNorm, hold_zero, valid_extent
+from alignps_jax.nn.neck import (
+    AlignedFeatureAggregation,
+    concatenate,
+    deformable,
+    level_extent,
+    plain_lateral,
+    plain_output,
+)
+from alignps_jax.nn.recompute import recomputed
+from alignps_jax.types import Outputs, UserError, Weights
+
+LEVELS = (3, 4, 5, 6, 7)
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class InputConvention:
+    """What the backbone's weights expect of a pixel; mean and std in `channel_order`."""
+
+    channel_order: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def normalize(
+        self, image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"]
+    ) -> Float[Array, "B H W 3"]:
+        """RGB bytes to normalised float32, zero beyond each photo's own `size`."""
+        pixels = image[..., ::-1] if self.channel_order == "BGR" else image
+        pixels = (pixels.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
+        return hold_zero(pixels, size)
+
+
+class AlignPS(nn.Module):
+    """Person search in one stage: boxes, scores and embeddings of every location.
+
+    Attributes:
+      backbone, neck, head: see the modules of the same names.
+      convention: what a pixel becomes before the backbone.
+    """
+
+    backbone: nn.Module
+    neck: nn.Module
+    head: nn.Module
+    convention: InputConvention
+    dtype: str = "float32"
+
+    def __call__(
+        self, image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"], *, train: bool = False
+    ) -> tuple[Outputs, ...]:
+        """Runs the network on RGB images padded into one bucket.
+
+        Args:
+          image: RGB bytes; height and width are multiples of 32.
+          size: valid height and width of each image.
+          train: also predict on the levels that only training uses.
+
+        Returns:
+          The outputs of each level of `predicted_levels(train)`.
+        """
+        extent = valid_extent(size)
+        pixels = self.convention.normalize(image, size).astype(self.dtype)
+        maps = self.neck(self.backbone(pixels, extent), extent, train=train)
+        # Initialisation runs the head on all levels, so that all parameters are made.
+        levels = self.predicted_levels(train or self.is_initializing())
+        return tuple(
+            self.head(level_map, level_extent(extent, level), level)
+            for level_map, level in zip(maps, levels, strict=True)
+        )
+
+    def predicted_levels(self, train: bool) -> tuple[int, ...]:
+        """Numbers of the levels that are predicted on; those of training only come last."""
+        return self.neck.levels + (self.neck.background_levels if train else ())
+
+    def strides(self, train: bool) -> tuple[int, ...]:
+        """Pixels between the locations of each level of `predicted_levels(train)`."""
+        return tuple(2**level for level in self.predicted_levels(train))
+
+
+def _choose(table: dict[str, Any], field: str, name: str) -> Any:
+    if name not in table:
+        raise UserError(f"{field}: found {name!r}, expected one of {', '.join(table)}")
+    return table[name]
+
+
+# Given `config.model` and how to wrap the class of a block.
+BACKBONES = {
+    "resnet50": lambda model, wrap: partial(
+        ResNet50, block=partial(wrap(BottleneckBlock), stride_in_3x3=model.stride_in_3x3)
+    ),
+    "resnet_small": lambda model, wrap: partial(
+        ResNetSmall, block=wrap(BasicBlock), norm=partial(GroupNorm, groups=model.norm_groups)
+    ),
+}
+
+# Where the embeddings come from (Fig. 6 of the paper), given their dimension and a new tower.
+EMBEDDINGS = {
+    "input": lambda features, tower: input_embedding,
+    "regression": lambda features, tower: PredictedEmbedding(features, attrgetter("regression")),
+    "classification": lambda features, tower: PredictedEmbedding(
+        features, attrgetter("classification")
+    ),
+    "independent": lambda features, tower: PredictedEmbedding(
+        features, attrgetter("input"), tower()
+    ),
+}
+
+
+def _levels(model: ConfigDict) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The levels that people are searched on, and those of training only."""
+    levels = tuple(model.levels)
+    if not levels or levels != tuple(level for level in LEVELS if level in levels):
+        raise UserError(
+            f"config.model.levels: found {levels}, expected some of {LEVELS} in ascending order"
+        )
+    if not model.background_levels:
+        return levels, ()
+    if levels != LEVELS[:1]:
+        raise UserError(
+            "config.model.background_levels: found True with config.model.levels = "
+            f"{levels}, expected {LEVELS[:1]}: the levels above are the background"
+        )
+    return levels, LEVELS[1:]
+
+
+def _as_it_is(module: type[nn.Module]) -> type[nn.Module]:
+    return module
+
+
+def build_model(config: ConfigDict) -> AlignPS:
+    """The network of a whole configuration.
+
+    Raises:
+      UserError: a field of `config.model` names something that does not exist.
+    """
+    model = config.model
+    dtype = _choose(
+        {"float32": "float32", "bfloat16": "bfloat16"}, "config.model.dtype", model.dtype
+    )
+    # Which activations of a module's inside are kept for the backward pass: none, or all.
+    wrap = recomputed if model.remat else _as_it_is
+    backbone = _choose(BACKBONES, "config.model.backbone", model.backbone)(model, wrap)
+    _choose({"BGR": 0, "RGB": 0}, "config.model.channel_order", model.channel_order)
+    levels, background_levels = _levels(model)
+    embedding = _choose(EMBEDDINGS, "config.model.reid", model.reid)
+    make_tower = wrap(Tower)
+    tower = partial(make_tower, model.channels, model.head_convs, model.norm_groups, dtype=dtype)
+    deform = deformable(model.offset_gain, wrap(DeformConv))
+    return AlignPS(
+        backbone=backbone(
+            width=model.backbone_width,
+            frozen_stages=model.frozen_stages,
+            deform_stages=tuple(model.deform_stages),
+            dtype=dtype,
+        ),
+        neck=AlignedFeatureAggregation(
+            model.channels,
+            levels=levels,
+            background_levels=background_levels,
+            make_lateral=deform if model.lateral_deform else plain_lateral,
+            make_output=deform if model.output_deform else plain_output,
+            join=concatenate if model.concatenate else jnp.add,
+            dtype=dtype,
+        ),
+        head=FCOSHead(
+            model.channels,
+            model.head_convs,
+            model.norm_groups,
+            make_tower=make_tower,
+            levels=levels + background_levels,
+            embed=embedding(model.channels, tower),
+            initial_distance=model.initial_distance,
+            dtype=dtype,
+        ),
+        convention=InputConvention(
+            model.channel_order, tuple(model.pixel_mean), tuple(model.pixel_std)
+        ),
+        dtype=dtype,
+    )
+
+
+def init_variables(model: AlignPS, rng: Array) -> tuple[Params, Params]:
+    """Initial (params, frozen) of a model."""
+    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
+    size = jnp.full((1, 2), 64, jnp.int32)
+    variables = jax.jit(partial(model.init, train=True))(rng, image, size)
+    return variables["params"], variables.get("frozen", {})
+
+
+def weights_template(model: AlignPS) -> Weights:
+    """Shapes and dtypes of what a checkpoint of `model` holds for inference."""
+    params, frozen = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    return Weights(jax.ShapeDtypeStruct((), jnp.int32), params, frozen)

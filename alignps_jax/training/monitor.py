@@ -1,0 +1,173 @@
+"""What watches over the training loop: progress, finite losses, and requests to stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float
+from tqdm import tqdm
+
+from alignps_jax.log import MetricLog
+from alignps_jax.training.optimizer import Schedule
+from alignps_jax.training.step import StepMetrics
+from alignps_jax.types import Batch, UserError
+from data_pipeline.pipeline import TrainPipeline
+
+# How the line begins that says when the losses of the first step were there.
+FIRST_STEP = "first step done"
+
+
+class Monitor:
+    """Shows and logs the training steps, and stops at what is not finite; a context manager.
+
+    Only the first process shows progress; all of them check and log.
+    """
+
+    def __init__(
+        self,
+        pipeline: TrainPipeline,
+        schedule: Schedule,
+        log: MetricLog,
+        *,
+        start: int,
+        total: int,
+        log_every: int,
+    ):
+        self._pipeline, self._schedule, self._log = pipeline, schedule, log
+        self._total, self._log_every = total, log_every
+        self._leads = jax.process_index() == 0
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._leads,
+        )
+        self._buckets: set[tuple[int, int]] = set()
+        self._pending: tuple[int, StepMetrics] | None = None
+        self._start: float | None = time.perf_counter()
+        self.restart_clock()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def restart_clock(self) -> None:
+        """Forgets the time that has passed since the last line of the log."""
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time that it takes counts as waiting for data."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        height, width = batch.image.shape[1:3]
+        if (height, width) not in self._buckets:
+            self._buckets.add((height, width))
+            self.say(
+                f"compiling the training step for {height}x{width} images "
+                f"({len(self._buckets)} of at most {len(self._pipeline.buckets)} programs)"
+            )
+        return batch
+
+    def say(self, message: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._leads:
+            self._bar.write(message)
+
+    def record(self, step: int, metrics: StepMetrics) -> None:
+        """Takes note of a step that was dispatched, and reports the one before it.
+
+        Reading the metrics of a step only once the next one is dispatched keeps the devices busy:
+        that one's batch travels to them while they still compute.
+        """
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the metrics of the last recorded step; checks, shows and logs them.
+
+        Raises:
+          UserError: a loss term or the gradient is not finite.
+        """
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)
+        self._check_finite(step, metrics)
+        if self._start is not None:
+            seconds = time.perf_counter() - self._start
+            self.say(f"{FIRST_STEP} after {seconds:.1f} s, compilation included")
+            self._start = None
+        self._steps += 1
+        self._bar.update()
+        if step % self._log_every == 0 or step == self._total:
+            self._report(step, metrics)
+
+    def _report(self, step: int, metrics: StepMetrics) -> None:
+        elapsed = time.perf_counter() - self._since
+        loss = float(sum(metrics.terms.values()))
+        rate = self._steps * self._pipeline.batch_size / elapsed
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} images/s")
+        values = {"loss": loss} | {f"loss/{name}": x for name, x in metrics.terms.items()}
+        values |= {
+            "learning_rate": self._schedule(step - 1),
+            "grad_norm": metrics.grad_norm,
+            "update_norm": metrics.update_norm,
+            "param_norm": metrics.param_norm,
+            "positives": metrics.positives,
+            "dropped_positives": metrics.dropped_positives,
+            "epoch": step / self._pipeline.steps_per_epoch,
+            "images_per_second": rate,
+            "data_wait": self._waited / elapsed,
+        }
+        self._log.scalars(step, values)
+        self.restart_clock()
+
+    def _check_finite(self, step: int, metrics: StepMetrics) -> None:
+        named: dict[str, Float[np.ndarray, ""]] = {
+            f"loss/{name}": value for name, value in metrics.terms.items()
+        }
+        named["grad_norm"] = metrics.grad_norm
+        bad = [name for name, value in named.items() if not np.isfinite(value)]
+        if bad:
+            images = self._pipeline.names(self._pipeline.plan(step - 1).indices)
+            raise UserError(
+                f"step {step}: {', '.join(bad)} not finite, on the images {', '.join(images)}; "
+                "training stops, the last checkpoint stays"
+            )
+
+
+class Interrupt:
+    """Notices SIGTERM, so that the loop can save and leave; a context manager."""
+
+    # In a multi-process run all processes must agree on the step after which they stop.
+    AGREE_EVERY = 10
+
+    def __enter__(self) -> Interrupt:
+        self._wanted = False
+        self._previous = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def _notice(self, *_: object) -> None:
+        self._wanted = True
+
+    def wanted(self, step: int) -> bool:
+        """Whether to stop after this step; the same in all processes."""
+        if jax.process_count() == 1:
+            return self._wanted
+        if step % self.AGREE_EVERY:
+            return False
+        return bool(multihost_utils.process_allgather(np.array(self._wanted)).any())

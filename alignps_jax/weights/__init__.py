@@ -1,0 +1,1 @@
+"""Published PyTorch weights, in and out."""

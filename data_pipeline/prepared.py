@@ -1,0 +1,340 @@
+"""The shared TFDS builder: a data set's photos and people as ArrayRecord files.
+
+Records keep the original bytes of the photos. No TensorFlow is involved: the files are written as
+`array_record` and read through `as_data_source`. Beside them lies one file with the photos' sizes
+and the people, so that opening a prepared data set does not read the photos.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from jaxtyping import Bool, Float, Int
+from tqdm import tqdm
+
+from alignps_jax.types import Annotations, UserError
+from data_pipeline import transforms
+from data_pipeline.sources.source import Source
+
+SPLITS = ("train", "test")
+# Images per file; so many encoded photos are held in memory while preparing.
+_SHARD_IMAGES = 256
+_THREADS = min(8, os.cpu_count() or 1)
+_SIDECAR = "annotations.npz"
+_SIDECAR_KEYS = ("names", "sizes", "camera", "counts", "boxes", "identity", "labelled")
+_JPEG_START, _SCAN_START, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+
+
+@functools.cache
+def features() -> tfds.features.FeaturesDict:
+    """One photo with its G people: boxes `x1, y1, x2, y2` in its pixels, clipped to it.
+
+    `identity` is meaningful where `labelled`; `camera` is 0 where the data set has none.
+    """
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "name": tfds.features.Text(),
+            "height": np.int32,
+            "width": np.int32,
+            "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
+            "identity": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "labelled": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+            "camera": np.int32,
+        }
+    )
+
+
+class StoredImages(Sequence[bytes]):
+    """The encoded photos of a prepared split, by position.
+
+    Readable from several threads at once, and picklable: every process opens the files anew.
+    """
+
+    def __init__(self, records: Sequence[bytes]):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of a split of {len(self)}")
+        example = features().deserialize_example_np(
+            self._records[index], decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        return example["image"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSplit:
+    """N photos: people clipped to them, sizes (height, width), and the encoded bytes."""
+
+    annotations: Annotations
+    sizes: Int[np.ndarray, "N 2"]
+    jpegs: Sequence[bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Photo:
+    """A photo that was read and found complete, with its people clipped to it."""
+
+    name: str
+    image: bytes
+    height: int
+    width: int
+    boxes: Float[np.ndarray, "G 4"]
+    identity: Int[np.ndarray, "G"]
+    labelled: Bool[np.ndarray, "G"]
+    camera: int
+    clipped: int
+    dropped: int
+
+
+class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Writes the splits `train` and `test` of a `Source`, in the order of its annotations.
+
+    The annotations' fingerprint is the TFDS config: files made from other annotations lie in a
+    folder of their own, and are never taken for these. TFDS writes to a folder with another name
+    and renames it at the end, so an interrupted preparation is never taken for a complete one.
+    (A shard-based builder, because it streams: TFDS's generator-based ones hold a split that is
+    not to be shuffled in memory.)
+
+    Attributes:
+      clipped: boxes that `download_and_prepare` clipped to their photo.
+      dropped: boxes that it left out because nothing of them lies on the photo.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    source_class: ClassVar[type[Source]]
+
+    def __init__(self, *, root: str | Path, data_dir: str | Path):
+        """Reads the annotations below `root`; the files go below `data_dir`."""
+        self.source = self.source_class(root)
+        self.annotations = {"train": self.source.train, "test": self.source.test}
+        self.clipped = self.dropped = 0
+        self._photos: dict[str, list[_Photo]] = {}
+        self._bar = tqdm(disable=True)
+        config = tfds.core.BuilderConfig(name=fingerprint(self.annotations))
+        with _quiet_tfds():
+            super().__init__(data_dir=data_dir, config=config, file_format="array_record")
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the files are there, complete, and made from these annotations."""
+        return self.data_path.exists()
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """Folders that preparations left when they were killed (or that one still writes to)."""
+        return sorted(Path(self.data_path).parent.glob("incomplete.*"))
+
+    def prepare(self) -> None:
+        """`download_and_prepare` without TFDS's own messages.
+
+        Raises:
+          UserError: a photo is missing, damaged or not as annotated, or the folder cannot be
+            written.
+        """
+        folder = Path(self.data_path).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_writable(folder, error) from error
+        self._check_photos_exist()
+        try:
+            # TFDS wants a folder for downloads, of which there are none.
+            with (
+                tempfile.TemporaryDirectory() as downloads,
+                _quiet_tfds(),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
+                self.download_and_prepare(download_dir=downloads)
+        except OSError as error:
+            if self.is_prepared:
+                raise UserError(
+                    f"{self.data_path}: another process prepared the same data set; start again"
+                ) from error
+            raise _not_writable(folder, error) from error
+        finally:
+            self._bar.close()
+
+    def open(self, split: str) -> PreparedSplit:
+        """A prepared split.
+
+        Raises:
+          UserError: a file of it is gone.
+        """
+        files = [Path(path) for path in self.info.splits[split].filepaths]
+        for path in (*files, Path(self.data_path) / _SIDECAR):
+            if not path.is_file():
+                raise UserError(
+                    f"{path}: no such file, but part of a prepared data set; delete "
+                    f"{self.data_path} to prepare it again"
+                )
+        annotations, sizes = _read_sidecar(Path(self.data_path) / _SIDECAR, split)
+        records = self.as_data_source(split=split).data_source
+        return PreparedSplit(annotations, sizes, StoredImages(records))
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self, description=type(self).__doc__, features=features()
+        )
+
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]]:
+        del dl_manager
+        self.clipped = self.dropped = 0
+        self._photos = {split: [] for split in SPLITS}
+        shards = {}
+        for split in SPLITS:
+            count = len(self.annotations[split].names)
+            starts = range(0, count, _SHARD_IMAGES)
+            parts = [range(start, min(start + _SHARD_IMAGES, count)) for start in starts]
+            shards[split] = [functools.partial(self._generate_examples, split, p) for p in parts]
+        return shards
+
+    def _generate_examples(
+        self, split: str, indices: range
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        if indices.start == 0:
+            count = len(self.annotations[split].names)
+            self._bar.close()
+            self._bar = tqdm(desc=f"preparing {split}", total=count, unit="image", disable=None)
+        with futures.ThreadPoolExecutor(_THREADS) as pool:
+            read = functools.partial(_read_photo, self.source, self.annotations[split])
+            for index, photo in zip(indices, pool.map(read, indices), strict=True):
+                self.clipped += photo.clipped
+                self.dropped += photo.dropped
+                self._photos[split].append(dataclasses.replace(photo, image=b""))
+                yield index, {name: getattr(photo, name) for name in features()}
+                self._bar.update()
+
+    def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
+        # TFDS calls this with `data_path` set to the folder that it renames when all is done.
+        super()._download_and_prepare(*args, **kwargs)
+        _write_sidecar(Path(self.data_path) / _SIDECAR, self._photos)
+
+    def _check_photos_exist(self) -> None:
+        for split in SPLITS:
+            names = self.annotations[split].names
+            if not names:
+                raise UserError(f"{self.source.root}: the {split} split has no images")
+            paths = [self.source.image_path(name) for name in names]
+            missing = [path for path in paths if not path.is_file()]
+            if missing:
+                raise UserError(
+                    f"{missing[0]}: no such image; expected the {len(names)} {split} images, "
+                    f"{len(missing)} are missing"
+                )
+
+
+def fingerprint(annotations: dict[str, Annotations]) -> str:
+    """Twelve hexadecimal digits that stand for the annotations of all splits."""
+    digest = hashlib.sha256()
+    for split, people in annotations.items():
+        digest.update(repr((split, people.names)).encode())
+        counts = np.array([len(boxes) for boxes in people.boxes], np.int64)
+        for rows in ([counts, people.camera], people.boxes, people.identity, people.labelled):
+            for array in rows:
+                digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def clip_to_photo(
+    boxes: Float[np.ndarray, "G 4"], height: int, width: int
+) -> tuple[Float[np.ndarray, "G 4"], Bool[np.ndarray, "G"]]:
+    """Boxes clipped to a photo, and which of them still have an area."""
+    inside = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+    return inside, (inside[:, 2:] > inside[:, :2]).all(axis=1)
+
+
+def _read_photo(source: Source, annotations: Annotations, index: int) -> _Photo:
+    name = annotations.names[index]
+    path = source.image_path(name)
+    try:
+        image = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected an image") from error
+    height, width = transforms.decode_jpeg(image, str(path)).shape[:2]
+    # Some versions of OpenCV fill up what is missing of a JPEG. The end marker must come after
+    # the last scan: an embedded preview has one of its own.
+    if image.startswith(_JPEG_START) and image.rfind(_JPEG_END) < image.rfind(_SCAN_START):
+        raise UserError(f"{path}: truncated JPEG ({len(image)} bytes); expected a complete one")
+    annotated = source.photo_size(name)
+    if annotated not in (None, (height, width)):
+        raise UserError(
+            f"{path}: is {height}x{width} pixels (height x width, as stored); expected "
+            f"{annotated[0]}x{annotated[1]} as annotated"
+        )
+    boxes, keep = clip_to_photo(annotations.boxes[index], height, width)
+    return _Photo(
+        name=name,
+        image=image,
+        height=height,
+        width=width,
+        boxes=boxes[keep],
+        identity=annotations.identity[index][keep],
+        labelled=annotations.labelled[index][keep],
+        camera=int(annotations.camera[index]),
+        clipped=int((boxes != annotations.boxes[index]).any(axis=1)[keep].sum()),
+        dropped=int((~keep).sum()),
+    )
+
+
+def _write_sidecar(path: Path, photos: dict[str, list[_Photo]]) -> None:
+    arrays = {}
+    for split, rows in photos.items():
+        arrays[f"{split}/names"] = np.array([photo.name for photo in rows])
+        arrays[f"{split}/sizes"] = np.array([(p.height, p.width) for p in rows], np.int32)
+        arrays[f"{split}/camera"] = np.array([photo.camera for photo in rows], np.int32)
+        arrays[f"{split}/counts"] = np.array([len(photo.boxes) for photo in rows], np.int64)
+        for field in ("boxes", "identity", "labelled"):
+            arrays[f"{split}/{field}"] = np.concatenate([getattr(photo, field) for photo in rows])
+    np.savez_compressed(path, **arrays)
+
+
+def _read_sidecar(path: Path, split: str) -> tuple[Annotations, Int[np.ndarray, "N 2"]]:
+    with np.load(path) as file:
+        arrays = {key: file[f"{split}/{key}"] for key in _SIDECAR_KEYS}
+    ends = np.cumsum(arrays["counts"])[:-1]
+    annotations = Annotations(
+        names=tuple(str(name) for name in arrays["names"]),
+        boxes=tuple(np.split(arrays["boxes"], ends)),
+        identity=tuple(np.split(arrays["identity"], ends)),
+        labelled=tuple(np.split(arrays["labelled"], ends)),
+        camera=arrays["camera"],
+    )
+    return annotations, arrays["sizes"]
+
+
+def _not_writable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: cannot be written ({error.strerror or error}); set "
+        "--config.data.prepared_dir to a folder that can"
+    )
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Without TFDS's log lines below an error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

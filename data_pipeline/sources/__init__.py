@@ -1,0 +1,1 @@
+"""The data sets as their authors distribute them."""

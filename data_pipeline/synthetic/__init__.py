@@ -1,0 +1,1 @@
+"""A data set of drawn scenes, laid out like CUHK-SYSU."""

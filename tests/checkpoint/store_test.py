@@ -1,0 +1,480 @@
+"""Checkpoints: exact, whole after any kill, and refused where they are damaged or do not fit.
+
+Run as a program (`python -m tests.checkpoint_test <child> ...`) this file is the process that the
+tests kill, or that runs on several devices.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging as absl_logging
+from ml_collections import ConfigDict
+
+from alignps_jax.checkpoint.store import Checkpoints, load_config, load_weights, write_run_info
+from alignps_jax.types import OIMMemory, TrainState, UserError, Weights
+from configs.cuhk import get_config
+from tests.places import ROOT
+
+CONFIG = ConfigDict({"model": {"stages": (3, 4), "nested": ((1, 2), (3, 4)), "unset": None}}).lock()
+
+
+def make_state(step: int, queue: int = 5) -> TrainState:
+    """A state that depends on `step` everywhere, with every kind of leaf and node we meet."""
+    rng = np.random.default_rng(step)
+    params = {
+        "neck": {"lateral3": {"kernel": rng.normal(size=(3, 2, 5)).astype(np.float32)}},
+        "head": {"scale": jnp.bfloat16(rng.normal()), "bias": jnp.array([np.nan, -0.0, np.inf])},
+        "nothing": {},
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(35.0),
+        optax.masked(optax.add_decayed_weights(0.1), {"neck": True, "head": False, "nothing": {}}),
+        optax.adam(optax.constant_schedule(0.1)),
+    )
+    return TrainState(
+        step=jnp.int32(step),
+        params=params,
+        frozen={"statistics": (jnp.arange(6, dtype=jnp.uint32) + step, jnp.array([True, False]))},
+        opt_state=optimizer.init(params),
+        memory=OIMMemory(
+            lut=jnp.asarray(rng.normal(size=(7, 4)), jnp.float32),
+            queue=jnp.asarray(rng.normal(size=(queue, 4)), jnp.float32),
+            tail=jnp.int32(step % 5),
+        ),
+        rng=jax.random.key(step),
+    )
+
+
+def as_bytes(tree) -> list[tuple[str, tuple[int, ...], bytes]]:
+    leaves = jax.tree.leaves(tree)
+    keys = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+    data = [jax.random.key_data(x) if key else x for x, key in zip(leaves, keys, strict=True)]
+    return [
+        (str(x.dtype), x.shape, np.asarray(d).tobytes()) for x, d in zip(leaves, data, strict=True)
+    ]
+
+
+def assert_same(found, expected) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert as_bytes(found) == as_bytes(expected)
+
+
+def open_checkpoints(workdir: Path, keep: int = 2) -> Checkpoints:
+    return Checkpoints(workdir, keep=keep, config=CONFIG)
+
+
+def steps_in(workdir: Path) -> list[str]:
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A workdir with step 1 (score 0.5), 2 (score 0.9) and 3 (no score)."""
+    workdir = tmp_path_factory.mktemp("saved")
+    with open_checkpoints(workdir, keep=3) as checkpoints:
+        for step, score in ((1, 0.5), (2, 0.9), (3, None)):
+            checkpoints.save(make_state(step), {"position": step}, score)
+    return workdir
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("queue", [5, 0])
+@pytest.mark.parametrize("abstract", [True, False])
+def test_round_trip_is_exact(tmp_path, queue, abstract):
+    state = make_state(4, queue)
+    template = jax.eval_shape(lambda: state) if abstract else make_state(1, queue)
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {"position": [1, {"a": None}]})
+        restored, iterator_state = checkpoints.restore(template)
+    assert_same(restored, state)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
+    assert iterator_state == {"position": [1, {"a": None}]}
+
+
+def test_host_leaves_and_raw_keys_come_back_as_they_were(tmp_path):
+    state = make_state(1).replace(
+        rng=jax.random.PRNGKey(3),
+        frozen={"numpy": np.arange(3.0), "int": 2**40, "float": 0.1, "scalar": np.float64(0.1)},
+    )
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, bytes(range(256)))
+        restored, iterator_state = checkpoints.restore(state)
+    assert iterator_state == bytes(range(256))
+    assert_same(restored.rng, state.rng)
+    frozen = restored.frozen
+    assert frozen["int"] == 2**40
+    assert frozen["float"] == 0.1
+    assert [type(frozen[key]) for key in ("numpy", "int", "float", "scalar")] == [
+        *(np.ndarray, int, float, np.float64)
+    ]
+    np.testing.assert_array_equal(frozen["numpy"], np.arange(3.0))
+
+
+def test_the_next_step_may_take_the_buffers_and_the_iterator_state(tmp_path):
+    add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    params = {f"w{i}": jnp.full((200, 200), i, jnp.float32) for i in range(50)}
+    host, position = np.ones((300, 300)), {"position": [1]}
+    state = make_state(1).replace(params=params, frozen={"host": host})
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, position)
+        host[:] = -1
+        position["position"][0] = -1
+        for _ in range(5):
+            params = add(params)
+        restored, iterator_state = checkpoints.restore(state.replace(params=params))
+        doubled = add(add(restored.params))
+    assert iterator_state == {"position": [1]}
+    assert (restored.frozen["host"] == 1).all()
+    for i in range(50):
+        assert (doubled[f"w{i}"] == i + 2).all()
+
+
+def test_keeps_the_latest_and_the_best(tmp_path):
+    scores = {1: None, 2: 0.5, 3: 0.7, 4: None, 5: 0.7, 6: 0.1, 7: float("nan"), 8: None, 9: -1.0}
+    kept = []
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.best_step() is None
+        for step, score in scores.items():
+            checkpoints.save(make_state(step), None, score)
+            assert checkpoints.latest_step() == step
+            kept.append([int(name) for name in steps_in(tmp_path)])
+        assert checkpoints.best_step() == 5
+    assert kept == [*([1], [1, 2], [2, 3], [3, 4], [4, 5], [5, 6], [5, 6, 7], [5, 7, 8], [5, 8, 9])]
+    with open_checkpoints(tmp_path, keep=1) as checkpoints:
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (9, 5)
+        checkpoints.save(make_state(10), None)
+    assert steps_in(tmp_path) == ["10", "5"]
+
+
+def test_a_score_can_follow_its_checkpoint(tmp_path):
+    with open_checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(make_state(1), {"position": 1})
+        checkpoints.save(make_state(1), {"position": -1}, score=0.5)
+        checkpoints.save(make_state(1), {"position": -1}, score=0.6)
+        checkpoints.save(make_state(1), {"position": -1})
+        assert checkpoints.best_step() == 1
+        checkpoints.save(make_state(2), {"position": 2}, score=0.55)
+        checkpoints.save(make_state(3), {"position": 3})
+        assert checkpoints.best_step() == 1
+        assert checkpoints.restore(make_state(0), 1)[1] == {"position": 1}
+    assert steps_in(tmp_path) == ["1", "3"]
+
+
+def test_misuse_is_refused(tmp_path):
+    with pytest.raises(UserError, match="found 0, expected 1 or more"):
+        open_checkpoints(tmp_path, keep=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/checkpoints: cannot be written \(Not a directory"):
+        open_checkpoints(tmp_path / "file")
+    with open_checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match="found no checkpoint"):
+            checkpoints.restore(make_state(0))
+        checkpoints.save(make_state(5), None)
+        with pytest.raises(UserError, match="found step 5, expected none after 4"):
+            checkpoints.save(make_state(4), None)
+        with pytest.raises(UserError, match=r"found steps \[5\]"):
+            checkpoints.restore(make_state(0), 4)
+        with pytest.raises(TypeError):
+            checkpoints.save(make_state(6), {"position": object()})
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(saved):
+    state = make_state(0)
+    kernel = {"neck": {"lateral3": {"kernel": jnp.zeros((3, 3, 5))}}}
+    cases = {
+        "params/neck/lateral3/kernel: found float32[3, 2, 5], expected float32[3, 3, 5]": (
+            state.replace(params=state.params | kernel)
+        ),
+        "params/new/bias: found nothing, expected bfloat16[2]": (
+            state.replace(params=state.params | {"new": {"bias": jnp.zeros(2, jnp.bfloat16)}})
+        ),
+        "memory/queue: found float32[5, 4], expected float32[0, 4]": make_state(0, queue=0),
+        "step: found int32[], expected uint32[]": state.replace(step=jnp.uint32(0)),
+        "rng: found key<fry>[], expected uint32[2]": state.replace(rng=jax.random.PRNGKey(0)),
+        "params/head/scale: found bfloat16[], expected nothing; params/neck": (
+            state.replace(params={}, opt_state=())
+        ),
+    }
+    with open_checkpoints(saved, keep=3) as checkpoints:
+        for message, template in cases.items():
+            with pytest.raises(UserError) as error:
+                checkpoints.restore(template, 2)
+            assert str(error.value).startswith(f"{saved}/checkpoints/2: does not fit: ")
+            assert message in str(error.value)
+            assert "\n" not in str(error.value)
+    assert "; and " in str(error.value)
+    assert "opt_state" not in str(error.value)
+
+
+def test_weights_of_the_best_the_latest_or_one_step(saved, copied):
+    def load(path, *which):
+        weights = load_weights(path, jax.eval_shape(lambda: make_state(0)), *which)
+        expected = make_state(int(weights.step))
+        assert_same((weights.params, weights.frozen), (expected.params, expected.frozen))
+        return int(weights.step)
+
+    assert [load(saved), load(saved, "best"), load(saved, "latest"), load(saved, 1)] == [2, 2, 3, 1]
+    assert load(saved / "checkpoints") == 2
+    # One step's folder, anywhere, under any name; nothing but the model is read.
+    alone = (copied / "checkpoints" / "1").rename(copied.parent / "alone")
+    shutil.rmtree(alone / "training")
+    shutil.rmtree(alone / "iterator")
+    assert load(alone) == 1
+    assert load_config(alone).model.stages == CONFIG.model.stages
+    # Without any score the newest is the best there is.
+    for step in (2, 3):
+        shutil.rmtree(copied / "checkpoints" / str(step) / "metrics", ignore_errors=True)
+    assert load(copied) == 3
+    with pytest.raises(UserError, match=f"{copied.parent}: found no checkpoint"):
+        load(copied.parent)
+    with pytest.raises(UserError, match="no-such-place: found no checkpoint"):
+        load(copied / "no-such-place")
+    with pytest.raises(UserError, match=r"found steps \[1, 2, 3\], expected best, latest"):
+        load(saved, 7)
+
+
+def test_config_and_versions(tmp_path, saved):
+    for path in (saved, saved / "checkpoints", saved / "checkpoints" / "3"):
+        # What the stored config lacks, because it is newer, takes its default.
+        loaded, default = load_config(path).to_dict(), get_config().to_dict()
+        assert loaded["model"] == default["model"] | CONFIG.to_dict()["model"]
+        assert loaded["eval"] == default["eval"]
+    config = get_config()
+    config.model.channels = 77
+    with Checkpoints(tmp_path, keep=1, config=config) as checkpoints:
+        checkpoints.save(make_state(1), None)
+    loaded = load_config(tmp_path, "latest")
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.is_locked
+    loaded.data.prepared_dir = "somewhere"  # unset in the config: stays open
+    write_run_info(tmp_path / "new", config)
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["seed"] == config.seed
+    versions = json.loads((tmp_path / "new" / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__
+    assert versions["orbax-checkpoint"] != "not installed"
+    assert versions["device"] == jax.devices()[0].device_kind
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [Path.unlink, lambda file: os.truncate(file, file.stat().st_size // 2)],
+    ids=["deleted", "truncated"],
+)
+def test_damage_is_found(saved, tmp_path, damage):
+    """Any file: either it does not matter, or the error names the checkpoint."""
+    original = saved / "checkpoints" / "2"
+    workdir = tmp_path / "damaged"
+    folder = workdir / "checkpoints" / "2"
+    errors = {}
+    for file in sorted(path for path in original.rglob("*") if path.is_file()):
+        name = file.relative_to(original)
+        shutil.copytree(original, folder)
+        damage(folder / name)
+        try:
+            with open_checkpoints(workdir) as checkpoints:
+                restored, iterator_state = checkpoints.restore(make_state(0))
+                best = checkpoints.best_step()
+        except UserError as error:
+            errors[name] = str(error)
+        else:
+            assert_same(restored, make_state(2))
+            assert (iterator_state, best) == ({"position": 2}, 2)
+        shutil.rmtree(workdir)
+    assert all(error.startswith(f"{folder}: damaged checkpoint") for error in errors.values())
+    assert not any("\n" in error for error in errors.values())
+    items = {name.parts[0] for name in errors}
+    assert items == {"model", "training", "iterator", "metrics", "manifest"}
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    """In the values, over which Orbax has no checksum."""
+    state = make_state(1).replace(params={"w": jax.random.normal(jax.random.key(0), (300, 300))})
+    with open_checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, None)
+        checkpoints.wait()
+        file = max((tmp_path / "checkpoints").rglob("*"), key=lambda path: path.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+        with pytest.raises(UserError, match=r"/1: damaged checkpoint.*wrong checksum of params/w"):
+            checkpoints.restore(state)
+
+
+def test_a_half_deleted_old_checkpoint_is_cleared_away(copied):
+    """What is left when the kill comes while an old checkpoint is being removed."""
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "manifest/metadata"):
+        (copied / "checkpoints" / "1" / name).unlink()
+    with open_checkpoints(copied) as checkpoints:
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (3, 2)
+        checkpoints.save(make_state(4), None)
+        checkpoints.save(make_state(5), None)
+    assert steps_in(copied) == ["2", "4", "5"]
+
+
+def start(child: str, *arguments: object, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tests.checkpoint_test", child, *map(str, arguments)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
+
+
+def kill_after(process: subprocess.Popen, line: str, seconds: float = 0.0) -> None:
+    """Kills a child so long after it printed this line."""
+    read = []
+    while line not in read:
+        read.append(process.stdout.readline().strip())
+        assert read[-1] or process.poll() is None, "\n".join(read)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def outputs_of(*processes: subprocess.Popen) -> list[str]:
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def many_arrays(step: int) -> TrainState:
+    params = {f"w{i}": np.full((10, 10), 1000 * step + i, np.float32) for i in range(150)}
+    lut, queue = np.ones((3, 2), np.float32), np.zeros((0, 2), np.float32)
+    memory = OIMMemory(lut, queue, np.int32(step))
+    return TrainState(np.int32(step), params, {}, (), memory, np.array([step, 1], np.uint32))
+
+
+def child_stall(workdir: str) -> None:
+    """Saves 1 whole, and stops in 2 just before it is renamed."""
+    rename = os.rename
+
+    def stalling_rename(source, target, **options):
+        if Path(target).name == "2":
+            print("committing", flush=True)
+            time.sleep(600)
+        rename(source, target, **options)
+
+    os.rename = stalling_rename
+    with open_checkpoints(Path(workdir)) as checkpoints:
+        checkpoints.save(many_arrays(1), {"position": 1}, score=0.5)
+        checkpoints.save(many_arrays(2), {"position": 2}, score=0.9)
+
+
+def child_train(workdir: str) -> None:
+    """Goes on from the last checkpoint and saves as fast as it can, until killed."""
+    with open_checkpoints(Path(workdir)) as checkpoints:
+        state, iterator_state = checkpoints.restore(many_arrays(0))
+        step = int(state.step)
+        assert_same(state, many_arrays(step))
+        assert iterator_state == {"position": step}
+        while True:
+            step += 1
+            checkpoints.save(many_arrays(step), {"position": step}, score=float(step % 7))
+            print("saving", flush=True)
+
+
+def test_kill_while_saving(tmp_path):
+    kill_after(start("stall", tmp_path), "committing")
+    leftovers = [name for name in steps_in(tmp_path) if not name.isdigit()]
+    assert len(leftovers) == 1
+    assert leftovers[0].startswith("2.")
+    steps, chance = [1], random.Random(0)
+    for _ in range(2):
+        kill_after(start("train", tmp_path), "saving", 0.3 * chance.random())
+        steps.append(max(int(name) for name in steps_in(tmp_path) if name.isdigit()))
+    assert steps == sorted(steps)
+    assert steps[-1] > 1
+    with open_checkpoints(tmp_path) as checkpoints:
+        state, iterator_state = checkpoints.restore(many_arrays(0))
+        assert_same(state, many_arrays(steps[-1]))
+        assert iterator_state == {"position": steps[-1]}
+        checkpoints.save(many_arrays(steps[-1] + 1), None)
+    assert all(name.isdigit() for name in steps_in(tmp_path))
+    assert len(steps_in(tmp_path)) <= 3
+
+
+def child_devices(workdir: str) -> None:
+    """A state as pmap leaves it on four devices; whatever is printed here is Orbax's noise."""
+    absl_logging.set_verbosity(absl_logging.INFO)
+    assert jax.local_device_count() == 4
+    step = jax.pmap(lambda s, x: s, "i", in_axes=(None, 0), out_axes=None, donate_argnums=0)
+    with open_checkpoints(Path(workdir)) as checkpoints:
+        for number in (1, 2, 3):
+            state = step(make_state(number), np.zeros(4))
+            assert len(state.params["head"]["bias"].devices()) == 4
+            checkpoints.save(state, {"position": number}, score=0.5 if number == 2 else None)
+        restored, _ = checkpoints.restore(state)
+        assert_same(step(restored, np.zeros(4)), make_state(3))
+        weights = Weights(state.step, state.params, state.frozen)
+    assert_same(load_weights(Path(workdir), weights).params, make_state(2).params)
+
+
+def test_from_four_devices_to_one_without_a_word(tmp_path):
+    four = "--xla_force_host_platform_device_count=4"
+    assert outputs_of(start("devices", tmp_path, XLA_FLAGS=four)) == [""]
+    with open_checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(make_state(0))
+    assert_same(restored, make_state(3))
+
+
+def child_process(workdir: str, port: str, index: str) -> None:
+    """One of two processes, with a state that is replicated over both."""
+    jax.distributed.initialize(f"localhost:{port}", 2, int(index))
+    mesh = jax.sharding.Mesh(jax.devices(), "i")
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with open_checkpoints(Path(workdir), keep=1) as checkpoints:
+        for step in (1, 2, 3):
+            state = many_arrays(step)
+            if step == 3:
+                state = state.replace(memory=jax.device_put(state.memory, everywhere))
+                assert not state.memory.lut.is_fully_addressable
+            position = {"process": int(index), "position": step}
+            checkpoints.save(state, position, score=0.5 if step == 1 else None)
+        assert (checkpoints.latest_step(), checkpoints.best_step()) == (3, 1)
+        checkpoints.save(state, None, score=0.6)
+        assert checkpoints.best_step() == 3
+        restored, iterator_state = checkpoints.restore(many_arrays(0))
+    assert_same(restored, many_arrays(3))
+    assert iterator_state == {"process": int(index), "position": 3}
+
+
+def test_two_processes(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    outputs_of(*(start("process", tmp_path, port, index) for index in range(2)))
+    state = many_arrays(0)
+    weights = load_weights(tmp_path, Weights(state.step, state.params, state.frozen))
+    assert_same(weights.params, many_arrays(3).params)
+    with (
+        open_checkpoints(tmp_path, keep=1) as checkpoints,
+        pytest.raises(UserError, match="found process_0-of-2, expected process_0-of-1"),
+    ):
+        checkpoints.restore(state)
+
+
+if __name__ == "__main__":
+    globals()[f"child_{sys.argv[1]}"](*sys.argv[2:])

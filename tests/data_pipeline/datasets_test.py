@@ -1,0 +1,331 @@
+"""The data sets by name, and preparing them for real (TFDS, ArrayRecord) from miniature folders."""
+
+import pickle
+import subprocess
+import sys
+from concurrent import futures
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from alignps_jax.types import UserError
+from data_pipeline import datasets, transforms
+from data_pipeline import prepared as builder
+from tests.data_pipeline import dataset_fixtures as fixtures
+from tests.places import ROOT, SHARED
+
+TRAIN = {
+    "c1s1_000001": [(5, 10, 20, 30, 20), (-2, 50, 20, 400, 20)],
+    "c2s1_000002": [(9, 1, 2, 30, 40), (5, 700, 20, 10, 10)],
+    "c1s1_000003": [],
+}
+TEST = {
+    "c1s1_000004": [(5, 10, 20, 30, 20)],
+    "c3s1_000005": [(5, 11, 21, 31, 21), (-2, 1, 2, 3, 4)],
+}
+QUERIES = [(5, 10, 20, 30, 20, "c1s1_000004")]
+SIZES = {"c1s1_000001": (60, 90), "c2s1_000002": (90, 60), "c1s1_000003": (33, 47)}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder in PRW's layout with its photos."""
+    folder = tmp_path / "mini"
+    fixtures.write_prw(folder, TRAIN, TEST, QUERIES)
+    for seed, name in enumerate([*TRAIN, *TEST]):
+        height, width = SIZES.get(name, (50, 70))
+        fixtures.write_photo(folder / "frames" / f"{name}.jpg", height, width, seed)
+    return folder
+
+
+def _encoded(root: Path, name: str) -> bytes:
+    return (root / "frames" / name).read_bytes()
+
+
+def test_prepared_set_holds_the_original_bytes_and_people_clipped_to_the_photo(root, capsys):
+    data = fixtures.data_config("prw", root)
+    prepared = datasets.prepare(data)
+    train, test = prepared.train, prepared.test
+    assert train.annotations.names == tuple(f"{name}.jpg" for name in TRAIN)
+    assert len(train.jpegs) == 3
+    assert len(test.jpegs) == 2
+    for split in (train, test):
+        names = split.annotations.names
+        assert list(split.jpegs) == [_encoded(root, name) for name in names]
+    assert train.sizes.tolist() == [[60, 90], [90, 60], [33, 47]]
+    np.testing.assert_array_equal(train.annotations.boxes[0], [[10, 20, 40, 40], [50, 20, 90, 40]])
+    # The second box lies beside the photo, and its identity goes with it.
+    np.testing.assert_array_equal(train.annotations.boxes[1], [[1, 2, 31, 42]])
+    assert [ids.tolist() for ids in train.annotations.identity] == [[0, -1], [1], []]
+    assert [mask.tolist() for mask in train.annotations.labelled] == [[True, False], [True], []]
+    assert train.annotations.camera.tolist() == [1, 2, 1]
+    # What the metrics use stays as published.
+    np.testing.assert_array_equal(datasets.load_annotations(data, "train").boxes[0][1, 2], 450)
+
+    printed = capsys.readouterr()
+    assert "clipped 1 boxes to their photo, dropped 1 outside" in printed.out
+    assert "training images              3       5,704" in printed.out
+    assert printed.out.count("warning: differs from what is published") == 1
+    assert printed.err == ""
+
+
+def test_second_time_one_line_and_no_writing(root, capsys):
+    data = fixtures.data_config("prw", root)
+    first = datasets.prepare(data)
+    files = {path: path.stat().st_mtime_ns for path in (root / "prepared").rglob("*")}
+    capsys.readouterr()
+    # Photos are not looked at again.
+    (root / "frames").rename(root / "elsewhere")
+    second = datasets.prepare(data)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert printed.startswith("PRW: 3 train and 2 test images in ")
+    assert files == {path: path.stat().st_mtime_ns for path in (root / "prepared").rglob("*")}
+    assert list(second.test.jpegs) == list(first.test.jpegs)
+    np.testing.assert_array_equal(second.train.sizes, first.train.sizes)
+    assert second.train.annotations.names == first.train.annotations.names
+
+
+def test_records_are_an_ordinary_tfds_data_set(root):
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    prw = datasets.DATASETS["prw"](root=root, data_dir=root / "prepared")
+    records = prw.as_data_source(split="train")
+    example = records[1]
+    assert example["name"] == b"c2s1_000002.jpg"
+    assert example["image"].shape == (90, 60, 3)
+    assert (example["height"], example["width"], example["camera"]) == (90, 60, 2)
+    np.testing.assert_array_equal(example["boxes"], [[1, 2, 31, 42]])
+    assert example["identity"].tolist() == [1]
+    assert example["labelled"].tolist() == [True]
+    assert prw.info.splits["test"].num_examples == 2
+    assert isinstance(prw, tfds.core.DatasetBuilder)
+
+
+def test_changed_annotations_are_prepared_anew_beside_the_old_ones(root):
+    data = fixtures.data_config("prw", root)
+    old = datasets.prepare(data)
+    changed = TRAIN | {"c1s1_000003": [(9, 1, 2, 3, 4)]}
+    fixtures.write_prw(root, changed, TEST, QUERIES)
+    new = datasets.prepare(data)
+    assert [len(rows) for rows in old.train.annotations.boxes] == [2, 1, 0]
+    assert [len(rows) for rows in new.train.annotations.boxes] == [2, 1, 1]
+    assert len(list((root / "prepared" / "prw").iterdir())) == 2
+
+
+def test_fingerprint_depends_on_every_part():
+    def annotations(name="a", box=1.0, identity=0, labelled=True, camera=0, second=0):
+        return datasets.Annotations(
+            names=(name, "b"),
+            boxes=(np.full((1 - second, 4), box), np.full((second, 4), box)),
+            identity=(np.full(1 - second, identity), np.full(second, identity)),
+            labelled=(np.full(1 - second, labelled), np.full(second, labelled)),
+            camera=np.array([camera, 0]),
+        )
+
+    variants = [
+        {"name": "c"},
+        {"box": 2.0},
+        {"identity": 1},
+        {"labelled": False},
+        {"camera": 1},
+        {"second": 1},
+    ]
+    prints = {builder.fingerprint({"train": annotations(**kinds)}) for kinds in [{}, *variants]}
+    assert len(prints) == 7
+    assert builder.fingerprint({"test": annotations()}) not in prints
+    assert builder.fingerprint({"train": annotations()}) in prints
+
+
+def test_stored_images_are_picklable_and_shared_by_threads(root, monkeypatch):
+    monkeypatch.setattr(builder, "_SHARD_IMAGES", 2)
+    jpegs = datasets.prepare(fixtures.data_config("prw", root)).train.jpegs
+    assert len(list((root / "prepared").rglob("prw-train.array_record-*-of-00002"))) == 2
+    expected = [_encoded(root, f"{name}.jpg") for name in TRAIN]
+    again = pickle.loads(pickle.dumps(jpegs))
+    order = [2, 0, 1] * 20
+    with futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(again.__getitem__, order)) == [expected[i] for i in order]
+    for outside in (-1, 3):
+        with pytest.raises(IndexError):
+            _ = jpegs[outside]
+
+
+def _fail(root: Path, **fields: str) -> str:
+    """The message of a preparation that must fail and leave nothing complete."""
+    data = fixtures.data_config("prw", root)
+    data.update(fields)
+    with pytest.raises(UserError) as error:
+        datasets.prepare(data)
+    assert "\n" not in str(error.value)
+    assert not list(root.rglob("dataset_info.json"))
+    assert not list(root.rglob("incomplete.*"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 0.999])
+def test_truncated_photo_is_named(root, share):
+    path = root / "frames" / "c3s1_000005.jpg"
+    encoded = path.read_bytes()
+    path.write_bytes(encoded[: int(share * len(encoded))])
+    message = _fail(root)
+    assert str(path) in message
+    assert "complete" in message
+
+
+def test_truncated_jpeg_is_noticed_whatever_opencv_makes_of_it(root, monkeypatch):
+    """Some versions of OpenCV fill up the rest; an embedded preview ends with an end marker."""
+    monkeypatch.setattr(transforms, "decode_jpeg", lambda *_: np.zeros((50, 70, 3), np.uint8))
+    path = root / "frames" / "c3s1_000005.jpg"
+    encoded = path.read_bytes()
+    path.write_bytes(encoded[:2] + b"\xff\xe1\x00\x06\xff\xda\xff\xd9" + encoded[2:-2])
+    assert f"{path}: truncated JPEG" in _fail(root)
+
+
+def test_missing_photos_are_counted(root):
+    path = root / "frames" / "c1s1_000003.jpg"
+    path.unlink()
+    assert f"{path}: no such image; expected the 3 train images, 1 are missing" in _fail(root)
+
+
+def test_folder_that_cannot_be_written(root):
+    blocked = root / "file"
+    blocked.write_text("not a folder")
+    message = _fail(root, prepared_dir=str(blocked))
+    assert str(blocked) in message
+    assert "--config.data.prepared_dir" in message
+
+
+def test_lost_file_of_a_prepared_set_is_named(root):
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    record = next((root / "prepared").rglob("prw-test.array_record*"))
+    record.unlink()
+    with pytest.raises(UserError, match=rf"{record.name}: no such file, but part of a prepared"):
+        datasets.prepare(data)
+
+
+def test_killed_preparation_is_not_taken_for_a_complete_one(root, capsys):
+    code = f"""
+import os
+from data_pipeline import datasets
+from data_pipeline import prepared as builder
+from tests.data_pipeline import dataset_fixtures
+read = builder._read_photo
+def die(source, annotations, index):
+    return os._exit(9) if annotations.names[index].startswith("c3") else read(
+        source, annotations, index)
+builder._read_photo = die
+datasets.prepare(dataset_fixtures.data_config("prw", {str(root)!r}))
+"""
+    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert died.returncode == 9
+    assert len(list(root.rglob("incomplete.*"))) == 1
+    prepared = datasets.prepare(fixtures.data_config("prw", root))
+    assert list(prepared.test.jpegs) == [_encoded(root, f"{name}.jpg") for name in TEST]
+    assert "left by an interrupted preparation" in capsys.readouterr().out
+
+
+def _write_coco(root: Path, sizes: dict[str, tuple[int, int]]) -> None:
+    train = fixtures.coco(sizes, [(name, (5, 6, 30, 20), 0) for name in sizes])
+    fixtures.write_json(root / "train.json", train)
+    fixtures.write_json(root / "test.json", train)
+
+
+def test_png_and_grey_photos(tmp_path):
+    encoded = fixtures.write_photo(tmp_path / "images" / "a.png", 40, 30)
+    grey = cv2.imencode(".jpg", np.full((20, 50), 77, np.uint8))[1].tobytes()
+    (tmp_path / "images" / "b.jpg").write_bytes(grey)
+    _write_coco(tmp_path, {"a.png": (40, 30), "b.jpg": (20, 50)})
+    split = datasets.prepare(fixtures.data_config("coco_person_search", tmp_path)).train
+    assert list(split.jpegs) == [encoded, grey]
+    assert split.sizes.tolist() == [[40, 30], [20, 50]]
+    np.testing.assert_array_equal(split.annotations.boxes[1], [[5, 6, 35, 20]])
+    (tmp_path / "images" / "a.png").write_bytes(encoded[:-30])
+    data = fixtures.data_config("coco_person_search", tmp_path, tmp_path / "other")
+    with pytest.raises(UserError, match=r"a.png: cannot be decoded"):
+        datasets.prepare(data)
+
+
+def test_sizes_are_those_of_the_stored_pixels(tmp_path):
+    """A photo that its EXIF tag turns by 90 degrees; the annotations must not."""
+    encoded = fixtures.write_photo(tmp_path / "images" / "a.jpg", 40, 30)
+    orientation = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    segment = b"\xff\xe1" + (len(orientation) + 2).to_bytes(2, "big") + orientation
+    turned = encoded[:2] + segment + encoded[2:]
+    shown = cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR)
+    assert shown.shape == (30, 40, 3)
+    (tmp_path / "images" / "a.jpg").write_bytes(turned)
+    fixtures.write_photo(tmp_path / "images" / "b.jpg", 40, 30)
+    data = fixtures.data_config("coco_person_search", tmp_path)
+    _write_coco(tmp_path, {"a.jpg": (30, 40), "b.jpg": (40, 30)})
+    with pytest.raises(UserError, match=r"a.jpg: is 40x30 pixels .*expected 30x40 as annotated"):
+        datasets.prepare(data)
+    _write_coco(tmp_path, {"a.jpg": (40, 30), "b.jpg": (40, 30)})
+    split = datasets.prepare(data).train
+    assert split.sizes.tolist() == [[40, 30], [40, 30]]
+    image = transforms.decode_jpeg(split.jpegs[0], "a.jpg")
+    assert image.shape == (40, 30, 3)
+
+
+def test_synthetic_is_written_first_and_read_as_cuhk_sysu(tmp_path, capsys):
+    data = fixtures.data_config("synthetic", tmp_path / "synthetic")
+    shape = {"train_images": 24, "test_images": 55, "train_identities": 8, "test_identities": 9}
+    data.synthetic.update(shape | {"height": 64, "width": 96})
+    prepared = datasets.prepare(data)
+    assert prepared.train.annotations.num_identities == 8
+    assert prepared.test.annotations.num_identities == 9
+    assert (prepared.train.sizes == [64, 96]).all()
+    assert datasets.available_protocols(data) == ("TestG50", "all")
+    protocol, everything = datasets.load_protocols(data, ())
+    assert (protocol.name, everything.name) == ("TestG50", "all")
+    assert len(protocol.gallery[0]) == 50
+    capsys.readouterr()
+    datasets.prepare(data)
+    assert capsys.readouterr().out.startswith("synthetic: 24 train and 55 test images in ")
+
+
+def test_protocols_by_name(root):
+    data = fixtures.data_config("prw", root)
+    assert datasets.available_protocols(data) == ("all", "cross_camera")
+    assert [protocol.name for protocol in datasets.load_protocols(data, ())] == list(
+        datasets.available_protocols(data)
+    )
+    names = ("cross_camera", "all")
+    assert tuple(protocol.name for protocol in datasets.load_protocols(data, names)) == names
+    annotations, protocols = datasets.load_test(data, ("all",))
+    assert annotations.names == datasets.load_annotations(data, "test").names
+    assert [protocol.name for protocol in protocols] == ["all"]
+    with pytest.raises(UserError, match="did you mean cross_camera"):
+        datasets.load_protocols(data, ("crosscamera",))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("cuhk", "cuhk_sysu"), ("PRW", "prw"), ("coco", "coco_person_search")]
+)
+def test_unknown_data_set(tmp_path, name, hint):
+    data = fixtures.data_config(name, tmp_path)
+    for action in (
+        lambda: datasets.prepare(data),
+        lambda: datasets.load_annotations(data, "train"),
+        lambda: datasets.available_protocols(data),
+    ):
+        with pytest.raises(UserError, match=rf"data.name='{name}'.*; did you mean {hint}\?"):
+            action()
+
+
+def test_unknown_split(root):
+    with pytest.raises(UserError, match="split='val': unknown; expected one of train, test"):
+        datasets.load_annotations(fixtures.data_config("prw", root), "val")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real PRW slice is not here")
+def test_real_slice_of_prw(tmp_path):
+    source = SHARED / "prw_sample"
+    prepared = datasets.prepare(fixtures.data_config("prw", source, tmp_path))
+    assert (prepared.train.sizes == [1080, 1920]).all()
+    frame = source / "frames" / prepared.test.annotations.names[5]
+    assert prepared.test.jpegs[5] == frame.read_bytes()

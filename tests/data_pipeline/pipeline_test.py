@@ -1,0 +1,550 @@
+"""What the batches hold, in which order, and that any of them can be made again."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from alignps_jax.types import Annotations, UserError
+from data_pipeline import transforms
+from data_pipeline.pipeline import make_eval_batches, make_train_pipeline, single_image_batch
+from data_pipeline.transforms import buckets
+from tests.places import SHARED
+
+FRAMES = SHARED / "prw_sample" / "frames"
+SCALES = ((64, 40), (96, 60), (150, 90))
+FIELDS = ("image", "size", "scale", "index", "present", "boxes", "identity", "labelled", "valid")
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeSplit:
+    """What `data_pipeline.datasets.PreparedSplit` offers, in memory."""
+
+    annotations: Annotations
+    sizes: np.ndarray
+    jpegs: tuple[bytes, ...]
+
+
+def encode(image):
+    ok, data = cv2.imencode(".jpg", image)
+    assert ok
+    return data.tobytes()
+
+
+def make_split(sizes, boxes=None, seed=0):
+    """Photos of the given (height, width), each with one to three people unless told."""
+    rng = np.random.default_rng(seed)
+    people = [] if boxes is None else [np.array(b, np.float32).reshape(-1, 4) for b in boxes]
+    images = []
+    for height, width in sizes:
+        small = rng.integers(0, 256, (4, 5, 3), np.uint8)
+        images.append(encode(cv2.resize(small, (width, height))))
+        if boxes is None:
+            corner = rng.uniform(0, 10, (rng.integers(1, 4), 2))
+            people.append(np.hstack([corner, corner + rng.uniform(3, 15, corner.shape)]))
+    labelled = tuple(rng.random(len(b)) < 0.6 for b in people)
+    annotations = Annotations(
+        names=tuple(f"s{i}.jpg" for i in range(len(sizes))),
+        boxes=tuple(np.asarray(b, np.float32) for b in people),
+        identity=tuple(rng.integers(0, 9, len(b)).astype(np.int32) for b in people),
+        labelled=labelled,
+        camera=np.zeros(len(sizes), np.int32),
+    )
+    return FakeSplit(annotations, np.array(sizes, np.int32).reshape(-1, 2), tuple(images))
+
+
+def settings(**changes):
+    data = ConfigDict(
+        dict(
+            train_scales=SCALES,
+            test_scale=(96, 60),
+            flip_probability=0.5,
+            min_side=20,
+            workers=2,
+            prefetch=3,
+        )
+    )
+    data.update(changes)
+    return data
+
+
+def train(split, *, seed=3, batch_size=4, processes=(0, 1), **changes):
+    return make_train_pipeline(
+        split,
+        settings(**changes),
+        seed=seed,
+        batch_size=batch_size,
+        process_index=processes[0],
+        process_count=processes[1],
+    )
+
+
+def mixed_sizes(landscape, portrait, seed=1):
+    rng = np.random.default_rng(seed)
+    sizes = [(int(rng.integers(30, 50)), int(rng.integers(51, 90))) for _ in range(landscape)]
+    sizes += [(int(rng.integers(51, 90)), int(rng.integers(30, 50))) for _ in range(portrait)]
+    return [sizes[i] for i in rng.permutation(len(sizes))]
+
+
+def epoch_indices(pipeline, epoch):
+    steps = range(epoch * pipeline.steps_per_epoch, (epoch + 1) * pipeline.steps_per_epoch)
+    return np.stack([pipeline.plan(step).indices for step in steps])
+
+
+def assert_same(first, second):
+    for field in FIELDS:
+        found, expected = getattr(first, field), getattr(second, field)
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected, err_msg=field)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """11 landscape and 6 portrait photos: neither is a multiple of the batch."""
+    return make_split(mixed_sizes(11, 6))
+
+
+class TestTrainContents:
+    def test_shapes_and_dtypes(self, mixed):
+        batch = train(mixed).batch(0)
+        rows, people = 4, 8
+        assert batch.image.shape[0] == rows
+        assert batch.image.shape[3] == 3
+        assert batch.image.shape[1:3] in train(mixed).buckets
+        expected = {
+            "image": (batch.image.shape, np.uint8),
+            "size": ((rows, 2), np.int32),
+            "scale": ((rows, 2), np.float32),
+            "index": ((rows,), np.int32),
+            "present": ((rows,), np.bool_),
+            "boxes": ((rows, people, 4), np.float32),
+            "identity": ((rows, people), np.int32),
+            "labelled": ((rows, people), np.bool_),
+            "valid": ((rows, people), np.bool_),
+        }
+        for field, (shape, dtype) in expected.items():
+            assert getattr(batch, field).shape == shape, field
+            assert getattr(batch, field).dtype == dtype, field
+
+    def test_pixels_boxes_and_people_by_literal_code(self, mixed):
+        """Every row of many batches: which scale and flip it is, is found out, not assumed."""
+        pipeline = train(mixed)
+        flips, used = [], set()
+        for step in range(12):
+            batch = pipeline.batch(step)
+            assert batch.present.all()
+            for row, index in enumerate(batch.index):
+                bgr = cv2.imdecode(np.frombuffer(mixed.jpegs[index], np.uint8), cv2.IMREAD_COLOR)
+                photo_height, photo_width = bgr.shape[:2]
+                height, width = (int(side) for side in batch.size[row])
+                possible = []
+                for long, short in SCALES:
+                    s = min(long / max(bgr.shape[:2]), short / min(bgr.shape[:2]))
+                    possible.append((int(photo_height * s + 0.5), int(photo_width * s + 0.5)))
+                assert (height, width) in possible
+                used.add(possible.index((height, width)))
+                resized = cv2.resize(bgr, (width, height))[..., ::-1]
+                pixels = batch.image[row]
+                flip = not np.array_equal(pixels[:height, :width], resized)
+                flips.append(flip)
+                if flip:
+                    resized = resized[:, ::-1]
+                np.testing.assert_array_equal(pixels[:height, :width], resized)
+                assert not pixels[height:].any()
+                assert not pixels[:, width:].any()
+                ratio = np.array([width / photo_width, height / photo_height])
+                np.testing.assert_allclose(batch.scale[row], ratio, rtol=1e-6)
+                boxes = mixed.annotations.boxes[index] * np.tile(ratio, 2)
+                boxes = np.clip(boxes, 0, [width, height] * 2)
+                if flip:
+                    boxes = np.stack(
+                        [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1
+                    )
+                count = len(boxes)
+                np.testing.assert_allclose(batch.boxes[row, :count], boxes, atol=1e-4)
+                np.testing.assert_array_equal(
+                    batch.identity[row, :count], mixed.annotations.identity[index]
+                )
+                np.testing.assert_array_equal(
+                    batch.labelled[row, :count], mixed.annotations.labelled[index]
+                )
+                assert batch.valid[row].tolist() == [True] * count + [False] * (8 - count)
+                assert not batch.labelled[row, count:].any()
+        assert 0 < sum(flips) < len(flips)
+        assert used == {0, 1, 2}
+
+    @pytest.mark.parametrize(("probability", "expected"), [(0.0, False), (1.0, True)])
+    def test_flip_probability_at_its_ends(self, mixed, probability, expected):
+        pipeline = train(mixed, flip_probability=probability)
+        flips = np.concatenate([pipeline.plan(step).flips for step in range(10)])
+        assert (flips == expected).all()
+
+    def test_scales_and_flips_are_drawn_evenly(self):
+        pipeline = train(make_split([(40, 60)] * 4))
+        plans = [pipeline.plan(step) for step in range(750)]
+        assert abs(np.concatenate([plan.flips for plan in plans]).mean() - 0.5) < 0.04
+        sizes = np.concatenate([plan.sizes for plan in plans])
+        drawn = Counter(map(tuple, sizes.tolist()))
+        assert set(drawn) == {(40, 60), (60, 90), (90, 135)}
+        assert all(abs(count / len(sizes) - 1 / 3) < 0.04 for count in drawn.values())
+
+    def test_people_are_never_dropped_for_lack_of_room(self):
+        boxes = [[[i, 2, i + 9, 30] for i in range(count)] for count in (1, 9, 3)]
+        pipeline = train(make_split([(40, 60)] * 3, boxes), batch_size=3)
+        assert pipeline.people == 16
+        batch = pipeline.batch(0)
+        for row, index in enumerate(batch.index):
+            assert batch.valid[row].sum() == len(boxes[index])
+
+    def test_untrainable_boxes_are_dropped(self):
+        good, thin, outside = [5, 5, 20, 30], [5, 5, 5.5, 30], [70, 5, 90, 30]
+        split = make_split([(40, 60)], [[thin, good, outside]])
+        batch = train(split, batch_size=1, flip_probability=0.0).batch(0)
+        assert batch.valid[0].sum() == 1
+        np.testing.assert_allclose(
+            batch.boxes[0, 0], np.array(good) * np.tile(batch.scale[0], 2), rtol=1e-6
+        )
+        assert batch.identity[0, 0] == split.annotations.identity[0][1]
+        assert batch.labelled[0, 0] == split.annotations.labelled[0][1]
+
+    def test_names(self, mixed):
+        pipeline = train(mixed)
+        batch = pipeline.batch(1)
+        assert pipeline.names(batch.index) == tuple(f"s{i}.jpg" for i in batch.index)
+
+
+class TestEpochs:
+    @pytest.mark.parametrize("counts", [(11, 6), (8, 0), (0, 5), (1, 0), (0, 1), (2, 1), (9, 9)])
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    def test_every_image_in_every_epoch(self, counts, batch_size):
+        pipeline = train(make_split(mixed_sizes(*counts)), batch_size=batch_size)
+        assert pipeline.steps_per_epoch == sum(-(-count // batch_size) for count in counts)
+        for epoch in range(5):
+            seen = Counter(epoch_indices(pipeline, epoch).ravel().tolist())
+            assert set(seen) == set(range(sum(counts)))
+            # Repeats only fill up, and no image comes much oftener than its peers.
+            assert sum(seen.values()) == pipeline.steps_per_epoch * batch_size
+            assert max(seen.values()) <= max(2, batch_size)
+
+    def test_batches_hold_one_orientation(self, mixed):
+        pipeline = train(mixed)
+        wide = mixed.sizes[:, 1] > mixed.sizes[:, 0]
+        orientations = []
+        for step in range(25):
+            plan = pipeline.plan(step)
+            assert len(set(wide[plan.indices])) == 1
+            orientations.append(bool(wide[plan.indices[0]]))
+        in_epoch = [tuple(orientations[i : i + 5]) for i in range(0, 25, 5)]
+        assert all(sum(epoch) == 3 for epoch in in_epoch)
+        assert len(set(in_epoch)) > 1  # portrait batches are not always last
+
+    def test_a_square_is_portrait(self):
+        split = make_split([(40, 40), (40, 41), (41, 40)])
+        groups = {tuple(group.tolist()) for group in train(split).groups}
+        assert groups == {(1,), (0, 2)}
+
+    def test_the_bucket_is_the_smallest_that_holds_all(self, mixed):
+        pipeline = train(mixed)
+        assert pipeline.buckets == buckets(SCALES)
+        chosen = set()
+        for step in range(60):
+            plan = pipeline.plan(step)
+            holds = [b for b in pipeline.buckets if (plan.sizes <= b).all()]
+            assert plan.bucket in holds
+            assert plan.bucket[0] * plan.bucket[1] == min(h * w for h, w in holds)
+            chosen.add(plan.bucket)
+        assert len(chosen) > 1
+
+    def test_epochs_differ_and_seeds_differ(self, mixed):
+        pipeline = train(mixed)
+        epochs = [epoch_indices(pipeline, epoch) for epoch in range(4)]
+        epochs.append(epoch_indices(train(mixed, seed=4), 0))
+        for i, first in enumerate(epochs):
+            for second in epochs[:i]:
+                assert not np.array_equal(first, second)
+
+    def test_scale_of_an_image_differs_between_epochs(self, mixed):
+        pipeline = train(mixed)
+        sizes = set()
+        for step in range(10 * pipeline.steps_per_epoch):
+            plan = pipeline.plan(step)
+            sizes |= {tuple(size) for size in plan.sizes[plan.indices == 0].tolist()}
+        assert len(sizes) == len(SCALES)
+
+    def test_deterministic_in_any_order(self, mixed):
+        first, second = train(mixed), train(mixed)
+        forward = [first.batch(step) for step in range(7)]
+        for step in (6, 0, 3):
+            assert_same(second.batch(step), forward[step])
+
+    def test_the_plan_reads_no_image(self, mixed):
+        plans = train(dataclasses.replace(mixed, jpegs=())).plan
+        np.testing.assert_array_equal(plans(9).indices, train(mixed).plan(9).indices)
+
+    def test_the_same_in_another_process(self):
+        """No salt of Python's hashes, no global random state."""
+        code = (
+            "from tests.pipeline_test import *;"
+            "p = train(make_split(mixed_sizes(5, 4)));"
+            "print(*epoch_indices(p, 2).ravel(), *p.plan(7).sizes.ravel(), *p.plan(7).flips)"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout.split()
+        pipeline = train(make_split(mixed_sizes(5, 4)))
+        plan = pipeline.plan(7)
+        expected = [*epoch_indices(pipeline, 2).ravel(), *plan.sizes.ravel(), *plan.flips]
+        assert found == [str(value) for value in expected]
+
+
+class TestShards:
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_training_parts_make_the_whole(self, mixed, count):
+        whole = train(mixed)
+        parts = [train(mixed, processes=(index, count)) for index in range(count)]
+        for step in range(4):
+            assert_joined([part.batch(step) for part in parts], whole.batch(step))
+
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_evaluation_parts_make_the_whole(self, mixed, count):
+        whole = make_eval_batches(mixed, settings(), batch_size=4)
+        parts = [
+            make_eval_batches(
+                mixed, settings(), batch_size=4, process_index=index, process_count=count
+            )
+            for index in range(count)
+        ]
+        assert [len(part) for part in parts] == [len(whole)] * count
+        for joined, *shards in zip(whole, *parts, strict=True):
+            assert_joined(shards, joined)
+
+
+def assert_joined(shards, whole):
+    for field in FIELDS:
+        joined = np.concatenate([getattr(shard, field) for shard in shards])
+        np.testing.assert_array_equal(joined, getattr(whole, field), err_msg=field)
+
+
+class TestIterator:
+    @pytest.mark.parametrize(("workers", "prefetch"), [(0, 3), (1, 1), (3, 2), (2, 0)])
+    def test_gives_all_steps_in_order(self, mixed, workers, prefetch):
+        pipeline = train(mixed, workers=workers, prefetch=prefetch)
+        batches = list(pipeline.iterator(7))
+        assert len(batches) == 7
+        for step, batch in enumerate(batches):
+            assert_same(batch, pipeline.batch(step))
+
+    @pytest.mark.parametrize(("before", "after"), [(2, 2), (0, 2), (2, 0), (0, 0)])
+    def test_resumes_exactly(self, mixed, before, after):
+        """Past the end of an epoch, with another number of workers, through JSON."""
+        iterator = train(mixed, workers=before).iterator(20)
+        for _ in range(7):
+            next(iterator)
+        state = json.loads(json.dumps(iterator.get_state()))
+        expected = [next(iterator) for _ in range(4)]
+
+        resumed = train(mixed, workers=after).iterator(20)
+        resumed.set_state(state)
+        for batch in expected:
+            assert_same(next(resumed), batch)
+
+        next(resumed)  # and back again, with other batches already under way
+        resumed.set_state(state)
+        assert_same(next(resumed), expected[0])
+
+    def test_resumes_at_the_start_and_at_the_end(self, mixed):
+        iterator = train(mixed).iterator(2)
+        start = iterator.get_state()
+        first = next(iterator)
+        next(iterator)
+        end = iterator.get_state()
+        with pytest.raises(StopIteration):
+            next(iterator)
+        iterator.set_state(start)
+        assert_same(next(iterator), first)
+        iterator.set_state(end)
+        with pytest.raises(StopIteration):
+            next(iterator)
+
+
+class TestFilters:
+    def test_empty_and_small_images_are_left_out(self, capsys):
+        sizes = [(40, 60), (19, 60), (40, 60), (40, 60), (60, 20)]
+        good, thin = [5, 5, 15, 18], [5, 5, 5.5, 30]
+        split = make_split(sizes, [[good], [good], [], [thin], [good]])
+        pipeline = train(split, batch_size=2)
+        assert set(epoch_indices(pipeline, 0).ravel()) == {0, 4}
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [
+            "3 of 5 images left out of training (2 without a usable box, 1 with a side below 20 "
+            "pixels)"
+        ]
+
+    def test_nothing_left(self):
+        with pytest.raises(UserError, match="2 of 2 images left out") as error:
+            train(make_split([(40, 60), (40, 60)], [[], []]))
+        assert "\n" not in str(error.value)
+
+    def test_no_images(self):
+        with pytest.raises(UserError, match="0 of 0"):
+            train(make_split([]))
+        assert len(make_eval_batches(make_split([]), settings(), batch_size=2)) == 0
+
+
+class TestEvaluation:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_every_image_once_in_order(self, mixed, workers):
+        batches = list(make_eval_batches(mixed, settings(workers=workers), batch_size=4))
+        assert [int(batch.present.sum()) for batch in batches] == [4, 4, 3, 4, 2]
+        seen = np.concatenate([batch.index[batch.present] for batch in batches])
+        wide = mixed.sizes[:, 1] > mixed.sizes[:, 0]
+        np.testing.assert_array_equal(seen, [*np.flatnonzero(wide), *np.flatnonzero(~wide)])
+
+    def test_one_shape_per_orientation(self, mixed):
+        batches = make_eval_batches(mixed, settings(), batch_size=4)
+        shapes = [batch.image.shape[1:3] for batch in batches]
+        assert shapes == [(64, 96)] * 3 + [(96, 64)] * 2
+
+    def test_pixels_and_way_back_to_the_photo(self, mixed):
+        for batch in make_eval_batches(mixed, settings(), batch_size=4):
+            for row in np.flatnonzero(batch.present):
+                index = batch.index[row]
+                bgr = cv2.imdecode(np.frombuffer(mixed.jpegs[index], np.uint8), cv2.IMREAD_COLOR)
+                s = min(96 / max(bgr.shape[:2]), 60 / min(bgr.shape[:2]))
+                height, width = (int(side * s + 0.5) for side in bgr.shape[:2])
+                np.testing.assert_array_equal(batch.size[row], [height, width])
+                pixels = batch.image[row, :height, :width]
+                np.testing.assert_array_equal(pixels, cv2.resize(bgr, (width, height))[..., ::-1])
+                boxes = batch.boxes[row, batch.valid[row]] / np.tile(batch.scale[row], 2)
+                np.testing.assert_allclose(boxes, mixed.annotations.boxes[index], atol=1e-3)
+
+    def test_filling_rows_are_absent(self, mixed):
+        last = list(make_eval_batches(mixed, settings(), batch_size=4))[-1]
+        assert last.present.tolist() == [True, True, False, False]
+        assert not last.image[2:].any()
+        assert not last.valid[2:].any()
+        np.testing.assert_array_equal(last.size[2:], [last.image.shape[1:3]] * 2)
+        np.testing.assert_array_equal(last.scale[2:], 1)
+
+    def test_memory_that_held_something_else_shows_nowhere(self, mixed, monkeypatch):
+        clean = list(make_eval_batches(mixed, settings(workers=0), batch_size=4))
+        make = transforms.empty_batch
+
+        def used(*args):
+            batch = make(*args)
+            batch.image[:] = 7
+            return batch
+
+        monkeypatch.setattr(transforms, "empty_batch", used)
+        for batch, expected in zip(
+            make_eval_batches(mixed, settings(workers=0), batch_size=4), clean, strict=True
+        ):
+            assert_same(batch, expected)
+
+    def test_images_without_people_or_small_stay(self):
+        split = make_split([(40, 60), (10, 60)], [[], []])
+        batches = list(make_eval_batches(split, settings(), batch_size=4))
+        assert batches[0].present.sum() == 2
+        assert not batches[0].valid.any()
+
+    def test_can_be_iterated_again(self, mixed):
+        batches = make_eval_batches(mixed, settings(), batch_size=8)
+        for first, second in zip(batches, batches, strict=True):
+            assert_same(first, second)
+
+    def test_single_image_is_as_in_evaluation(self, mixed):
+        for batch in make_eval_batches(mixed, settings(), batch_size=1):
+            index = int(batch.index[0])
+            bgr = cv2.imdecode(np.frombuffer(mixed.jpegs[index], np.uint8), cv2.IMREAD_COLOR)
+            single = single_image_batch(bgr[..., ::-1], settings())
+            for field in ("image", "size", "scale", "present"):
+                np.testing.assert_array_equal(getattr(single, field), getattr(batch, field))
+            assert not single.valid.any()
+
+    @pytest.mark.parametrize(
+        "image",
+        [
+            np.zeros((4, 5), np.uint8),
+            np.zeros((4, 5, 4), np.uint8),
+            np.zeros((4, 5, 3), np.float32),
+            np.zeros((0, 5, 3), np.uint8),
+        ],
+    )
+    def test_single_image_of_another_kind(self, image):
+        with pytest.raises(UserError, match="expected RGB uint8"):
+            single_image_batch(image, settings())
+
+
+class TestErrors:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_broken_image_is_one_clean_error(self, mixed, workers):
+        jpegs = (*mixed.jpegs[:5], mixed.jpegs[5][:200], *mixed.jpegs[6:])
+        broken = dataclasses.replace(mixed, jpegs=jpegs)
+        with pytest.raises(UserError, match=r"s5\.jpg.*cannot be decoded") as error:
+            list(train(broken, workers=workers).iterator(20))
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=r"s5\.jpg"):
+            list(make_eval_batches(broken, settings(workers=workers), batch_size=4))
+
+    def test_an_image_of_another_size_than_prepared(self):
+        split = make_split([(40, 60)])
+        other = dataclasses.replace(split, sizes=np.array([[60, 40]], np.int32))
+        with pytest.raises(UserError, match=r"s0\.jpg: decodes to 40x60.*expected 60x40"):
+            train(other).batch(0)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("train_scales", ()),
+            ("train_scales", ((40, 64),)),
+            ("train_scales", ((64, 40, 3),)),
+            ("train_scales", (64, 40)),
+            ("test_scale", (64, 0)),
+            ("flip_probability", 1.5),
+            ("workers", -1),
+            ("prefetch", -2),
+        ],
+    )
+    def test_settings_out_of_range(self, mixed, field, value):
+        with pytest.raises(UserError, match=rf"data\.{field}: found .* expected"):
+            train(mixed, **{field: value})
+
+    def test_batch_that_cannot_be_shared(self, mixed):
+        with pytest.raises(UserError, match=r"train\.batch_size: found 4.*\(3\)"):
+            train(mixed, processes=(0, 3))
+        with pytest.raises(UserError, match=r"eval\.batch_size: found 0"):
+            make_eval_batches(mixed, settings(), batch_size=0)
+
+    def test_negative_seed(self, mixed):
+        with pytest.raises(UserError, match="seed: found -1"):
+            train(mixed, seed=-1)
+
+
+@pytest.mark.skipif(not FRAMES.is_dir(), reason="real frames are not here")
+def test_real_frames_at_the_papers_scales():
+    paths = sorted(FRAMES.glob("*.jpg"))
+    boxes = [np.array([[100, 200, 300, 900]], np.float32)] * len(paths)
+    annotations = Annotations(
+        names=tuple(path.name for path in paths),
+        boxes=tuple(boxes),
+        identity=tuple(np.zeros(1, np.int32) for _ in paths),
+        labelled=tuple(np.ones(1, bool) for _ in paths),
+        camera=np.zeros(len(paths), np.int32),
+    )
+    sizes = np.array([[1080, 1920]] * len(paths), np.int32)
+    split = FakeSplit(annotations, sizes, tuple(path.read_bytes() for path in paths))
+    data = settings(train_scales=((1500, 900), (2000, 1200)), test_scale=(1500, 900))
+    batch = next(iter(make_eval_batches(split, data, batch_size=2)))
+    assert batch.image.shape == (2, 928, 1504, 3)
+    np.testing.assert_array_equal(batch.size, [[844, 1500]] * 2)
+    bgr = cv2.imread(str(paths[1]))
+    expected = cv2.resize(bgr, (1500, 844))[..., ::-1]
+    np.testing.assert_array_equal(batch.image[1, :844, :1500], expected)
+    pipeline = make_train_pipeline(split, data, seed=0, batch_size=2)
+    assert {batch.image.shape[1:3] for batch in pipeline.iterator(2)} <= set(pipeline.buckets)

@@ -1,0 +1,219 @@
+"""CUHK-SYSU: miniature folders with known answers, and the real TestG100.mat."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+
+from alignps_jax.types import UserError
+from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
+from tests.data_pipeline import dataset_fixtures as fixtures
+from tests.places import SHARED
+
+REAL_PROTOCOL = SHARED / "TestG100.mat"
+
+# Images of both splits mixed, not in the order of their names.
+IMAGES = {
+    "s9.jpg": [(10, 20, 30, 40), (300, 100, 20, 50)],
+    "s2.jpg": [(5, 6, 7, 8), (50, 60, 0, 80), (1, 2, 250, 90)],
+    "s10.jpg": [(11, 12, 13, 14)],
+    "s3.jpg": [(20, 30, 40, 50), (100, 30, 40, 50)],
+    "s4.jpg": [(21, 31, 41, 51), (21, 31, 41, 51)],
+    "s5.jpg": [(22, 32, 42, 52)],
+    "s6.jpg": [],
+}
+POOL = ["s5.jpg", "s3.jpg", "s6.jpg", "s4.jpg"]
+TRAIN = {
+    "p7": [("s2.jpg", (1, 2, 250, 90)), ("s9.jpg", (300, 100, 20, 50))],
+    "p1": [("s10.jpg", (11, 12, 13, 14))],
+}
+QUERY = (("s3.jpg", (20, 30, 40, 50)), "p30")
+OTHER = (("s3.jpg", (100, 30, 40, 50)), "p20")
+SMALL = [
+    (*QUERY, [("s5.jpg", (22, 32, 42, 52)), ("s6.jpg", None)]),
+    (*OTHER, [("s4.jpg", (21, 31, 41, 51)), ("s4.jpg", (21, 31, 41, 51)), ("s5.jpg", None)]),
+]
+LARGE = [
+    (*QUERY, [("s4.jpg", None), ("s5.jpg", (22, 32, 42, 52)), ("s6.jpg", None)]),
+    (*OTHER, [("s4.jpg", (21, 31, 41, 51)), ("s6.jpg", None), ("s5.jpg", None)]),
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    files = {"TestG50": SMALL, "TestG500": LARGE, "Occlusion": SMALL[1:]}
+    fixtures.write_cuhk(tmp_path / "dataset", IMAGES, POOL, TRAIN, files)
+    return tmp_path / "dataset"
+
+
+def test_training_split_is_what_the_pool_leaves_with_identities_in_file_order(root):
+    train = CuhkSysuSource(root).train
+    assert train.names == ("s10.jpg", "s2.jpg", "s9.jpg")
+    np.testing.assert_array_equal(train.boxes[0], [[11, 12, 24, 26]])
+    # The box without width is gone; corners beyond 255 do not wrap in the file's uint8.
+    np.testing.assert_array_equal(train.boxes[1], [[5, 6, 12, 14], [1, 2, 251, 92]])
+    np.testing.assert_array_equal(train.boxes[2], [[10, 20, 40, 60], [300, 100, 320, 150]])
+    assert [ids.tolist() for ids in train.identity] == [[1], [-1, 0], [-1, 0]]
+    assert [mask.tolist() for mask in train.labelled] == [[True], [False, True], [False, True]]
+    assert train.num_identities == 2
+    assert train.camera.tolist() == [0, 0, 0]
+    assert {rows.dtype for rows in train.boxes} == {np.dtype(np.float32)}
+
+
+def test_test_split_is_the_pool_in_its_order_with_the_people_of_the_queries(root):
+    test = CuhkSysuSource(root).test
+    assert test.names == tuple(POOL)
+    # s6 is empty; of the two equal boxes of s4 the first one is the person (as published).
+    assert [ids.tolist() for ids in test.identity] == [[0], [0, 1], [], [1, -1]]
+    assert test.boxes[2].shape == (0, 4)
+
+
+def test_galleries_keep_the_order_and_the_repetitions_of_the_file(root):
+    source = CuhkSysuSource(root)
+    assert source.protocols == ("TestG50", "TestG500", "all", "occlusion")
+    protocol = source.protocol("TestG50")
+    assert protocol.name == "TestG50"
+    assert protocol.query_image.tolist() == [1, 1]
+    np.testing.assert_array_equal(protocol.query_box, [[20, 30, 60, 80], [100, 30, 140, 80]])
+    assert [images.tolist() for images in protocol.gallery] == [[0, 2], [3, 3, 0]]
+    assert [images.tolist() for images in protocol.target_images] == [[0], [3, 3]]
+    np.testing.assert_array_equal(protocol.target_boxes[1], [[21, 31, 62, 82]] * 2)
+    large = source.protocol("TestG500")
+    assert [images.tolist() for images in large.gallery] == [[3, 0, 2], [3, 2, 0]]
+    occluded = source.protocol("occlusion")
+    assert occluded.query_box.tolist() == [[100, 30, 140, 80]]
+
+
+def test_whole_test_set_follows_the_smallest_gallery_and_leaves_out_the_query_image(root):
+    protocol = CuhkSysuSource(root).protocol("all")
+    assert [images.tolist() for images in protocol.gallery] == [[0, 2, 3], [3, 3, 0, 2]]
+    assert [images.tolist() for images in protocol.target_images] == [[0], [3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("TestG50", "TestG100", "TestG500"), ("TestG100", "TestG50", "TestG500", "all")),
+        (("TestG50", "Occlusion", "Resolution"), ("TestG50", "all", "occlusion", "resolution")),
+        (("TestG500", "TestG4000"), ("TestG500", "TestG4000", "all")),
+    ],
+)
+def test_by_default_all_are_reported_g100_first(tmp_path, files, expected):
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, dict.fromkeys(files, SMALL))
+    assert CuhkSysuSource(tmp_path).default_protocols == expected
+
+
+def test_people_of_two_queries_share_an_identity_by_name(tmp_path):
+    queries = [
+        (("s3.jpg", (20, 30, 40, 50)), "p30", [("s5.jpg", (22, 32, 42, 52))]),
+        (("s5.jpg", (22, 32, 42, 52)), "p30", [("s3.jpg", (20, 30, 40, 50))]),
+    ]
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": queries})
+    assert [ids.tolist() for ids in CuhkSysuSource(tmp_path).test.identity] == [
+        [0],
+        [0, -1],
+        [],
+        [-1, -1],
+    ]
+
+
+def test_labelled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_path, caplog):
+    train = {"p1": [("s9.jpg", (1, 2, 3, 4)), ("s10.jpg", (11, 12, 13, 14))]}
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, train, {"TestG50": SMALL})
+    with caplog.at_level("WARNING", "absl"):
+        annotations = CuhkSysuSource(tmp_path).train
+    assert [mask.sum() for mask in annotations.labelled] == [1, 0, 0]
+    assert "1 labelled boxes, the first in s9.jpg" in caplog.text
+
+
+def test_errors_name_the_file(root):
+    def error_of(action) -> str:
+        with pytest.raises(UserError) as error:
+            action()
+        return str(error.value)
+
+    message = error_of(lambda: CuhkSysuSource(root).protocol("TestG10"))
+    assert "protocol='TestG10'" in message
+    assert "did you mean TestG" in message
+
+    (root / "annotation" / "pool.mat").rename(root / "pool")
+    message = error_of(lambda: CuhkSysuSource(root))
+    assert str(root / "annotation" / "pool.mat") in message
+    assert "\n" not in message
+    (root / "pool").rename(root / "annotation" / "pool.mat")
+
+    message = error_of(lambda: CuhkSysuSource(root.parent))
+    assert "Image/SSM/s1.jpg" in message
+    assert f"--config.data.root={root}" in message
+
+    fixtures.save(root / "annotation" / "pool.mat", "pool", fixtures.cells(["s77.jpg"]))
+    assert "lists s77.jpg" in error_of(lambda: CuhkSysuSource(root).test)
+    fixtures.save(root / "annotation" / "pool.mat", "nose", np.zeros(3))
+    assert "the variables nose; expected" in error_of(lambda: CuhkSysuSource(root).test)
+    fixtures.save(root / "annotation" / "pool.mat", "pool", np.zeros(3))
+    assert "pool.mat: cannot be read" in error_of(lambda: CuhkSysuSource(root).test)
+    fixtures.save(root / "annotation" / "pool.mat", "pool", fixtures.cells(POOL))
+    (root / "annotation" / "Images.mat").write_bytes(b"MATLAB, honestly")
+    assert "Images.mat: cannot be read" in error_of(lambda: CuhkSysuSource(root).train)
+
+
+def test_protocol_files_are_checked(tmp_path):
+    folder = tmp_path / "annotation" / "test" / "train_test"
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {})
+    with pytest.raises(UserError, match=r"train_test: no test protocol; expected TestG50"):
+        _ = CuhkSysuSource(tmp_path).test
+    nobody = [(*QUERY, [("s5.jpg", None)])]
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": nobody})
+    with pytest.raises(UserError, match="query 1 has no gallery image with its person"):
+        _ = CuhkSysuSource(tmp_path).test
+    stranger = [(*QUERY, [("s5.jpg", (22, 32, 42, 52)), ("s9.jpg", None)])]
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": stranger})
+    with pytest.raises(UserError, match=r"names the image s9.jpg; expected one of the images of"):
+        _ = CuhkSysuSource(tmp_path).test
+    assert (folder / "TestG50.mat").is_file()
+
+
+@pytest.mark.skipif(not REAL_PROTOCOL.is_file(), reason="the real TestG100.mat is not here")
+def test_real_protocol_against_a_literal_reading(tmp_path):
+    """2,900 queries over 6,978 images; the folder around the file is made up from it."""
+    rows = scipy.io.loadmat(REAL_PROTOCOL, squeeze_me=True)["TestG100"]
+    literal = []
+    boxes: dict[str, list[tuple[int, ...]]] = {}
+    for row in rows:
+        query, gallery = row["Query"], row["Gallery"]
+        entries = [(str(query["imname"]), query["idlocate"].item())]
+        entries += [(str(name), box) for name, box, _ in gallery]
+        literal.append((str(query["idname"]), entries))
+        for name, box in entries:
+            people = boxes.setdefault(name, [])
+            if box.size and tuple(box.tolist()) not in people:
+                people.append(tuple(box.tolist()))
+    assert len(boxes) == 6978
+    pool = sorted(boxes)
+    images = {"s0.jpg": [(1, 2, 3, 4)]} | boxes
+    fixtures.write_cuhk(tmp_path, images, pool, {"p0": [("s0.jpg", (1, 2, 3, 4))]}, {})
+    (tmp_path / "annotation/test/train_test/TestG100.mat").write_bytes(REAL_PROTOCOL.read_bytes())
+
+    source = CuhkSysuSource(tmp_path)
+    assert source.protocols == ("TestG100", "all")
+    protocol, test = source.protocol("TestG100"), source.test
+    assert len(test.names) == 6978
+    assert len(protocol.query_image) == len(literal) == 2900
+    assert test.num_identities == len({person for person, _ in literal})
+    for query, (_, entries) in enumerate(literal):
+        names = [name for name, _ in entries]
+        held = [(name, box.astype(int)) for name, box in entries if box.size]
+        images = [protocol.query_image[query], *protocol.gallery[query]]
+        assert [test.names[image] for image in images] == names
+        targets = [protocol.query_image[query], *protocol.target_images[query]]
+        assert [test.names[image] for image in targets] == [name for name, _ in held]
+        corners = [[x, y, x + w, y + h] for _, (x, y, w, h) in held]
+        found = [protocol.query_box[query], *protocol.target_boxes[query]]
+        np.testing.assert_array_equal(found, corners)
+    whole = source.protocol("all")
+    for query in (0, 1500, 2899):
+        np.testing.assert_array_equal(whole.gallery[query][:100], protocol.gallery[query])
+        assert whole.query_image[query] not in whole.gallery[query][100:]
+        others = set(range(6978)) - {int(whole.query_image[query])}
+        assert set(whole.gallery[query].tolist()) == others

@@ -1,0 +1,172 @@
+"""PRW: a miniature folder with known answers, a literal search, and the real slice."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignps_jax.types import UserError
+from data_pipeline.sources.prw import PrwSource
+from tests.data_pipeline import dataset_fixtures as fixtures
+from tests.places import SHARED
+
+REAL_SLICE = SHARED / "prw_sample"
+
+TRAIN = {
+    "c2s1_000010": [(-2, 10, 20, 30, 40), (932, 50.9, 60, 70.2, 80)],
+    "c1s1_000020": [(7, -5, -6, 30, 40), (3, 1, 2, 0, 9)],
+    "c6s3_000030": [],
+}
+TEST = {
+    "c1s1_000040": [(41, 10, 20, 30, 40), (6, 50, 60, 70, 80), (-2, 1, 2, 3, 4)],
+    "c3s1_000050": [(6, 51, 61, 71, 81), (6, 500, 60, 70, 80)],
+    "c1s1_000060": [(41, 11, 21, 31, 41)],
+    "c1s1_000070": [(9, 12, 22, 32, 42), (6, 52, 62, 72, 82)],
+    "c3s1_000080": [(9, 13, 23, 33, 43)],
+}
+QUERIES = [
+    (6, -50.5, 60, 70.25, 80, "c1s1_000040"),
+    (41, 11, 21, 31, 41, "c1s1_000060"),
+    (9, 13, 23, 33, 43, "c3s1_000080"),
+    (6, 51, 61, 71, 81, "c3s1_000050"),
+]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    variables = ("box_new", "anno_file", "anno_previous")
+    fixtures.write_prw(tmp_path, TRAIN, TEST, QUERIES, variables)
+    return tmp_path
+
+
+def test_annotations(root):
+    train = PrwSource(root).train
+    assert train.names == tuple(f"{name}.jpg" for name in TRAIN)
+    # Numbers in the order of the data set's: 3 (its box has no width), 7, 932.
+    assert [ids.tolist() for ids in train.identity] == [[-1, 2], [1], []]
+    assert [mask.tolist() for mask in train.labelled] == [[False, True], [True], []]
+    # x + w is cut after the sum; negative x and y become 0 before it (as published).
+    np.testing.assert_array_equal(train.boxes[0], [[10, 20, 40, 60], [50, 60, 121, 140]])
+    np.testing.assert_array_equal(train.boxes[1], [[0, 0, 30, 40]])
+    assert train.boxes[2].shape == (0, 4)
+    assert train.camera.tolist() == [2, 1, 6]
+    test = PrwSource(root).test
+    assert [ids.tolist() for ids in test.identity] == [[2, 0, -1], [0, 0], [2], [1, 0], [1]]
+
+
+def test_all_searches_every_image_but_its_own(root):
+    protocol = PrwSource(root).protocol("all")
+    assert protocol.query_image.tolist() == [0, 2, 4, 1]
+    assert protocol.query_box[0].tolist() == [0, 60, 19, 140]
+    expected = [[1, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3], [0, 2, 3, 4]]
+    assert [images.tolist() for images in protocol.gallery] == expected
+    assert [images.tolist() for images in protocol.target_images] == [[1, 3], [0], [3], [0, 3]]
+    # Frame 50 shows identity 6 twice: the first box counts.
+    np.testing.assert_array_equal(
+        protocol.target_boxes[0], [[51, 61, 122, 142], [52, 62, 124, 144]]
+    )
+
+
+def test_cross_camera_leaves_out_the_own_camera_and_queries_without_target(root):
+    protocol = PrwSource(root).protocol("cross_camera")
+    # Identity 41 was seen by camera 1 only.
+    assert protocol.query_image.tolist() == [0, 4, 1]
+    assert [images.tolist() for images in protocol.gallery] == [[1, 4], [0, 2, 3], [0, 2, 3]]
+    assert [images.tolist() for images in protocol.target_images] == [[1], [3], [0, 3]]
+
+
+def test_protocols_against_a_literal_search(tmp_path):
+    rng = np.random.default_rng(5)
+    frames = {}
+    for number in range(40):
+        people = rng.permutation(12)[: rng.integers(1, 6)]
+        boxes = rng.integers(1, 300, (len(people), 4))
+        name = f"c{rng.integers(1, 4)}s1_{number:06d}"
+        rows = zip(people.tolist(), boxes.tolist(), strict=True)
+        frames[name] = [(person or -2, *box) for person, box in rows]
+    queries = [(rows[0][0], *rows[0][1:], name) for name, rows in frames.items() if rows[0][0] > 0]
+    fixtures.write_prw(tmp_path, TRAIN, frames, queries)
+    source = PrwSource(tmp_path)
+    names = source.test.names
+    for protocol_name in ("all", "cross_camera"):
+        protocol = source.protocol(protocol_name)
+        literal = []
+        for person, x, y, w, h, own in queries:
+            gallery, targets = [], []
+            for name, rows in frames.items():
+                if name == own or (protocol_name != "all" and name[1] == own[1]):
+                    continue
+                gallery.append(f"{name}.jpg")
+                boxes = [row[1:] for row in rows if row[0] == person]
+                if boxes:
+                    bx, by, bw, bh = boxes[0]
+                    targets.append((f"{name}.jpg", [bx, by, bx + bw, by + bh]))
+            if targets:
+                literal.append((f"{own}.jpg", [x, y, x + w, y + h], gallery, targets))
+        assert len(literal) == len(protocol.query_image)
+        for query, (own, box, gallery, targets) in enumerate(literal):
+            assert names[protocol.query_image[query]] == own
+            assert protocol.query_box[query].tolist() == box
+            assert [names[image] for image in protocol.gallery[query]] == gallery
+            found = zip(protocol.target_images[query], protocol.target_boxes[query], strict=True)
+            assert [(names[image], rows.tolist()) for image, rows in found] == targets
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("6 1 2 3 c1s1_000040", "line 2 is .*expected lines of `id x y w h image`"),
+        ("6 1 2 3 four c1s1_000040", "line 2 is .*expected lines of `id x y w h image`"),
+        ("6 1 2 3 4 c9s1_000040", "c9s1_000040.jpg is not in the test frames"),
+        ("77 1 2 3 4 c1s1_000040", "77 is not in the test frames"),
+    ],
+)
+def test_bad_query_lines_are_named(root, line, message):
+    path = root / "query_info.txt"
+    path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
+    with pytest.raises(UserError, match=rf"query_info.txt: .*{message}"):
+        PrwSource(root).protocol("all")
+
+
+def test_errors_name_the_file(root):
+    frame = root / "annotations" / "c1s1_000020.jpg.mat"
+    fixtures.save(frame, "box_new", np.array([[1.5, 1, 2, 3, 4]]))
+    with pytest.raises(UserError, match=r"c1s1_000020.jpg.mat: .*whole ids"):
+        _ = PrwSource(root).train
+    fixtures.save(frame, "boxes", np.zeros((1, 5)))
+    with pytest.raises(UserError, match=r"variables boxes; .*box_new or anno_file or anno_previo"):
+        _ = PrwSource(root).train
+    frame.unlink()
+    with pytest.raises(UserError, match=r"c1s1_000020.jpg.mat: no such file"):
+        _ = PrwSource(root).train
+    with pytest.raises(UserError, match="did you mean all"):
+        PrwSource(root).protocol("al")
+    (root / "query_info.txt").unlink()
+    with pytest.raises(UserError, match=r"query_info.txt: no such file"):
+        PrwSource(root)
+    with pytest.raises(UserError, match=r"not a PRW folder; expected\n  frames/"):
+        PrwSource(root / "annotations")
+
+
+def test_query_whose_person_is_nowhere_else_is_an_error(tmp_path):
+    queries = [QUERIES[0], (77, 1, 2, 3, 4, "c1s1_000090")]
+    fixtures.write_prw(tmp_path, TRAIN, TEST | {"c1s1_000090": [(77, 1, 2, 3, 4)]}, queries)
+    with pytest.raises(UserError, match="query 2 is in no test frame but its own"):
+        PrwSource(tmp_path).protocol("all")
+
+
+@pytest.mark.skipif(not REAL_SLICE.is_dir(), reason="the real PRW slice is not here")
+def test_real_slice():
+    source = PrwSource(REAL_SLICE)
+    test = source.test
+    assert len(test.names) == 8
+    assert test.names[0] == "c1s1_002301.jpg"
+    np.testing.assert_array_equal(test.boxes[0][:2], [[1249, 426, 1296, 547], [842, 444, 938, 703]])
+    assert test.num_identities == 10
+    assert sum(len(rows) for rows in test.boxes) == 31
+    protocol = source.protocol("all")
+    assert len(protocol.query_image) == 17
+    assert protocol.query_box[1].tolist() == [1201, 440, 1453, 1079]
+    assert protocol.target_images[1].tolist() == [1, 2]
+    with pytest.raises(UserError, match="no query has its person in a gallery of protocol cross"):
+        source.protocol("cross_camera")

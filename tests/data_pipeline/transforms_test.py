@@ -1,0 +1,264 @@
+"""Pixels and boxes against slow, literal code."""
+
+import math
+import struct
+
+import cv2
+import numpy as np
+import pytest
+
+from alignps_jax.types import Annotations, UserError
+from data_pipeline import transforms
+from tests.places import SHARED
+
+PAPER_SCALES = ((667, 400), (1000, 600), (1333, 800), (1500, 900), (1666, 1000), (2000, 1200))
+FRAMES = SHARED / "prw_sample" / "frames"
+
+
+def random_image(seed, height, width):
+    """A smooth random RGB image (JPEG keeps it, and interpolation is visible)."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def encode(image):
+    ok, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]))
+    assert ok
+    return data.tobytes()
+
+
+def with_orientation_tag(jpeg, orientation):
+    """Adds an EXIF segment that asks viewers to turn the image."""
+    tiff = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    exif = b"Exif\0\0" + tiff
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+def bilinear(image, height, width):
+    """Half-pixel-centre bilinear resampling, pixel by pixel, edges repeated."""
+    out = np.zeros((height, width, 3))
+    for row in range(height):
+        for column in range(width):
+            y = (row + 0.5) * image.shape[0] / height - 0.5
+            x = (column + 0.5) * image.shape[1] / width - 0.5
+            y0, x0 = math.floor(y), math.floor(x)
+            for yy, wy in ((y0, 1 - (y - y0)), (y0 + 1, y - y0)):
+                for xx, wx in ((x0, 1 - (x - x0)), (x0 + 1, x - x0)):
+                    inside_y = min(max(yy, 0), image.shape[0] - 1)
+                    inside_x = min(max(xx, 0), image.shape[1] - 1)
+                    out[row, column] += wy * wx * image[inside_y, inside_x]
+    return out
+
+
+class TestDecode:
+    def test_is_rgb_as_the_plain_bgr_road(self):
+        jpeg = encode(random_image(0, 37, 53))
+        expected = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        np.testing.assert_array_equal(transforms.decode_jpeg(jpeg, "a"), expected)
+
+    def test_red_stays_red(self):
+        red = np.zeros((16, 24, 3), np.uint8)
+        red[..., 0] = 255
+        assert transforms.decode_jpeg(encode(red), "a")[8, 8, 0] > 240
+
+    def test_ignores_the_orientation_tag(self):
+        plain = encode(random_image(1, 20, 40))
+        turned = with_orientation_tag(plain, 6)
+        respected = cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR)
+        assert respected.shape == (40, 20, 3)  # the tag is one that OpenCV understands
+        np.testing.assert_array_equal(
+            transforms.decode_jpeg(turned, "a"), transforms.decode_jpeg(plain, "a")
+        )
+
+    def test_grey_gets_three_channels(self):
+        ok, data = cv2.imencode(".jpg", random_image(2, 16, 24)[..., 0])
+        assert ok
+        image = transforms.decode_jpeg(data.tobytes(), "a")
+        assert image.shape == (16, 24, 3)
+        np.testing.assert_array_equal(image[..., 0], image[..., 2])
+
+    @pytest.mark.parametrize("jpeg", [b"", b"no image", encode(random_image(3, 64, 64))[:400]])
+    def test_broken_bytes_name_the_image(self, jpeg):
+        with pytest.raises(UserError, match=r"s00042\.jpg.*decoded") as error:
+            transforms.decode_jpeg(jpeg, "s00042.jpg")
+        assert "\n" not in str(error.value)
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("size", "scale", "expected"),
+        [
+            ((1080, 1920), (1500, 900), (844, 1500)),
+            ((1920, 1080), (1500, 900), (1500, 844)),
+            ((600, 800), (1500, 900), (900, 1200)),  # the short side limits
+            ((900, 1500), (1500, 900), (900, 1500)),
+            ((240, 320), (667, 400), (400, 533)),
+            ((500, 500), (1500, 900), (900, 900)),
+            ((1, 4000), (1500, 900), (1, 1500)),  # never below a pixel
+        ],
+    )
+    def test_known_values(self, size, scale, expected):
+        assert transforms.rescaled_size(size, scale) == expected
+
+    def test_fits_its_scale_and_keeps_the_ratio(self):
+        rng = np.random.default_rng(0)
+        for height, width in rng.integers(32, 3000, (300, 2)).tolist():
+            for long, short in PAPER_SCALES:
+                new_height, new_width = transforms.rescaled_size((height, width), (long, short))
+                assert max(new_height, new_width) <= long
+                assert min(new_height, new_width) <= short
+                # One limit is reached, and neither side is more than half a pixel off the ratio.
+                reached = max(new_height, new_width) == long, min(new_height, new_width) == short
+                assert any(reached)
+                factor = min(long / max(height, width), short / min(height, width))
+                assert abs(new_height - height * factor) <= 0.5 + 1e-9
+                assert abs(new_width - width * factor) <= 0.5 + 1e-9
+
+    def test_orientation(self):
+        assert transforms.is_landscape((10, 11))
+        assert not transforms.is_landscape((11, 10))
+        assert not transforms.is_landscape((10, 10))
+
+
+class TestBuckets:
+    def test_two_per_scale_smallest_first(self):
+        assert transforms.buckets(((1500, 900), (667, 400))) == (
+            (416, 672),
+            (672, 416),
+            (928, 1504),
+            (1504, 928),
+        )
+
+    def test_no_repeats(self):
+        assert transforms.buckets(((640, 640), (639, 630))) == ((640, 640),)
+        assert len(transforms.buckets(PAPER_SCALES)) == 12
+
+    def test_smallest_that_holds(self):
+        shapes = transforms.buckets(PAPER_SCALES)
+        for size in [(400, 667), (401, 667), (844, 1500), (1504, 100), (1200, 2000), (1, 1)]:
+            chosen = transforms.smallest_bucket(size, shapes)
+            assert chosen[0] >= size[0]
+            assert chosen[1] >= size[1]
+            for other in shapes:
+                if other[0] >= size[0] and other[1] >= size[1]:
+                    assert chosen[0] * chosen[1] <= other[0] * other[1]
+
+    def test_none_holds(self):
+        with pytest.raises(ValueError, match="no bucket"):
+            transforms.smallest_bucket((2000, 2000), transforms.buckets(PAPER_SCALES))
+
+
+class TestPlaceImage:
+    @pytest.mark.parametrize("size", [(23, 31), (60, 90), (40, 64), (1, 7)])
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_against_literal_bilinear(self, size, flip):
+        image = random_image(4, 40, 64)
+        slot = np.full((64, 96, 3), 7, np.uint8)
+        transforms.place_image(image, slot, size, flip)
+        expected = bilinear(image, *size)
+        expected = expected[:, ::-1] if flip else expected
+        written = slot[: size[0], : size[1]].astype(float)
+        assert np.abs(written - expected).max() <= 1  # OpenCV's weights are fixed-point
+        slot[: size[0], : size[1]] = 0
+        assert not slot.any()
+
+    @pytest.mark.parametrize("width", [1, 2, 15, 64, 101, 1499])
+    def test_flip_is_exact(self, width):
+        image = random_image(5, 30, 50)
+        plain, flipped = np.full((2, 33, 1504, 3), 7, np.uint8)
+        transforms.place_image(image, plain, (21, width), False)
+        transforms.place_image(image, flipped, (21, width), True)
+        np.testing.assert_array_equal(flipped[:, :width], plain[:, :width][:, ::-1])
+        assert not flipped[:, width:].any()
+
+    @pytest.mark.skipif(not FRAMES.is_dir(), reason="real frames are not here")
+    def test_real_frame_as_the_published_order_of_steps(self):
+        path = sorted(FRAMES.glob("*.jpg"))[0]
+        bgr = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        expected = cv2.flip(cv2.resize(bgr, (1500, 844)), 1)[..., ::-1]
+        slot = np.zeros((928, 1504, 3), np.uint8)
+        image = transforms.decode_jpeg(path.read_bytes(), path.name)
+        transforms.place_image(image, slot, (844, 1500), True)
+        np.testing.assert_array_equal(slot[:844, :1500], expected)
+
+
+class TestBoxes:
+    @pytest.mark.parametrize("flip", [False, True])
+    def test_against_literal_code(self, flip):
+        rng = np.random.default_rng(6)
+        boxes = rng.uniform(-40, 160, (50, 4)).astype(np.float32)
+        boxes[:, 2:] = boxes[:, :2] + rng.uniform(0, 90, (50, 2))
+        scale, (height, width) = np.array([1.7, 1.6], np.float32), (160, 204)
+        result = transforms.scale_boxes(boxes, scale, (height, width), flip)
+        assert result.dtype == np.float32
+        for box, found in zip(boxes.astype(float), result, strict=True):
+            x1, x2 = (min(max(x * float(scale[0]), 0), width) for x in (box[0], box[2]))
+            y1, y2 = (min(max(y * float(scale[1]), 0), height) for y in (box[1], box[3]))
+            if flip:
+                x1, x2 = width - x2, width - x1
+            np.testing.assert_allclose(found, [x1, y1, x2, y2], atol=1e-4)
+
+    def test_flipping_twice_is_nothing(self):
+        boxes = np.array([[3, 4, 10, 20], [0, 0, 50, 40]], np.float32)
+        one = np.ones(2, np.float32)
+        once = transforms.scale_boxes(boxes, one, (40, 50), True)
+        np.testing.assert_array_equal(transforms.scale_boxes(once, one, (40, 50), True), boxes)
+
+    def test_none(self):
+        none = np.zeros((0, 4), np.float32)
+        result = transforms.scale_boxes(none, np.ones(2, np.float32), (4, 5), True)
+        assert result.shape == (0, 4)
+        assert transforms.trainable_boxes(none, (4, 5)).shape == (0,)
+
+    @pytest.mark.parametrize(
+        ("box", "good"),
+        [
+            ((10, 10, 20, 30), True),
+            ((-5, -5, 3, 3), True),  # partly outside
+            ((0, 0, 100, 50), True),
+            ((10, 10, 11, 11), True),
+            ((10, 10, 10.9, 30), False),  # under a pixel
+            ((10, 10, 30, 10.5), False),
+            ((10, 10, 10, 30), False),  # no area
+            ((20, 30, 10, 10), False),  # inside out
+            ((100, 10, 120, 30), False),  # touches the right edge from outside
+            ((10, 50, 20, 60), False),
+            ((-9, 10, 0, 30), False),
+        ],
+    )
+    def test_trainable(self, box, good):
+        found = transforms.trainable_boxes(np.array([box], np.float32), (50, 100))
+        assert found.tolist() == [good]
+
+
+class TestRows:
+    def test_empty_batch_has_nothing_valid(self):
+        batch = transforms.empty_batch(3, (32, 64), 8)
+        assert batch.image.shape == (3, 32, 64, 3)
+        assert batch.image.dtype == np.uint8
+        assert not batch.present.any()
+        assert not batch.valid.any()
+        np.testing.assert_array_equal(batch.size, [[32, 64]] * 3)
+
+    def test_rows_do_not_touch_each_other(self):
+        batch = transforms.empty_batch(2, (64, 96), 8)
+        batch.image[:] = 7
+        people = Annotations(
+            names=("a",),
+            boxes=(np.array([[1, 2, 11, 22], [5, 5, 9, 9]], np.float32),),
+            identity=(np.array([4, 0], np.int32),),
+            labelled=(np.array([True, False]),),
+            camera=np.zeros(1, np.int32),
+        )
+        transforms.fill_image(batch, 1, random_image(7, 20, 30), (60, 90), False)
+        transforms.fill_people(batch, 1, people, 0, (60, 90), False)
+        assert (batch.image[0] == 7).all()
+        assert not batch.image[1, 60:].any()
+        assert not batch.image[1, :, 90:].any()
+        assert batch.present.tolist() == [False, True]
+        np.testing.assert_array_equal(batch.scale[1], [3, 3])
+        np.testing.assert_array_equal(batch.boxes[1, :2], [[3, 6, 33, 60], [15, 15, 27, 27]])
+        assert batch.valid[1].tolist() == [True] * 2 + [False] * 6
+        assert batch.labelled[1].tolist() == [True] + [False] * 7
+        assert batch.identity[1].tolist() == [4] + [0] * 7
+        assert not batch.valid[0].any()

@@ -1,0 +1,470 @@
+"""Detection and search figures against literal versions of the published evaluations."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from scipy.io import loadmat
+
+from alignps_jax.evaluation import ranking
+from alignps_jax.evaluation.metrics import detection_metrics, rank_gallery, search_metrics
+from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol, UserError
+from tests.evaluation import metrics_oracles as oracle
+from tests.places import SHARED
+
+
+def lay_out(found, names=None):
+    """{name: (boxes, scores, unit embeddings)} -> GalleryDetections."""
+    names = tuple(found if names is None else names)
+    counts = [len(found[name][1]) for name in names]
+    boxes, scores, embeddings = (
+        np.concatenate([found[name][part] for name in names]) for part in range(3)
+    )
+    return GalleryDetections(names, np.cumsum([0, *counts]), boxes, scores, embeddings)
+
+
+def protocol_of(queries, names):
+    """Queries (photo, box, [(name, box or None)]) -> SearchProtocol over `names`."""
+    index = {name: i for i, name in enumerate(names)}
+    targets = [[(n, b) for n, b in gallery if b is not None] for _, _, gallery in queries]
+    return SearchProtocol(
+        name="test",
+        query_image=np.array([index[photo] for photo, _, _ in queries]),
+        query_box=np.array([box for _, box, _ in queries], dtype=np.float32),
+        gallery=tuple(np.array([index[n] for n, _ in g], dtype=int) for _, _, g in queries),
+        target_images=tuple(np.array([index[n] for n, _ in t], dtype=int) for t in targets),
+        target_boxes=tuple(
+            np.array([b for _, b in t], dtype=np.float32).reshape(-1, 4) for t in targets
+        ),
+    )
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def embed(rng, identity, tied):
+    """Embeddings [n, 16]. Tied ones are exact in float32 however they are summed."""
+    if tied:
+        centres = np.sign(np.random.default_rng(7).normal(size=(9, 16))) / 4
+        flips = np.where(rng.random((len(identity), 16)) < 0.03, -1, 1)
+        return (centres[identity % 9] * flips).astype(np.float32)
+    centres = np.random.default_rng(7).normal(size=(99, 16))
+    return unit(centres[identity % 99] + 0.7 * rng.normal(size=(len(identity), 16)))
+
+
+def detect(rng, people, tied, false_alarms=3):
+    """Detections of one image around {identity: box}, some people missed, some found twice."""
+    identity = np.array([i for i in people for _ in range(rng.choice(3, p=(0.2, 0.5, 0.3)))], int)
+    boxes = np.array([people[i] for i in identity], dtype=np.float64).reshape(-1, 4)
+    side = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    boxes = boxes + rng.normal(size=boxes.shape) * side * 0.08
+    count = rng.integers(0, false_alarms + 1)
+    corner = rng.uniform(0, 300, (count, 2))
+    boxes = np.concatenate([boxes, np.hstack([corner, corner + rng.uniform(5, 90, (count, 2))])])
+    identity = np.concatenate([identity, rng.integers(0, 60, count)])
+    # Some scores are exactly the threshold 0.2, many are tied.
+    scores = rng.integers(1, 10, len(identity)) / 10 if tied else rng.uniform(0, 1, len(identity))
+    order = np.argsort(-scores, kind="stable")
+    parts = boxes.astype(np.float32), scores.astype(np.float32), embed(rng, identity, tied)
+    return tuple(part[order] for part in parts)
+
+
+def make_frames(rng, count, empty=0.1):
+    """name -> (camera, {identity: integer box})."""
+    frames = {}
+    for number in range(count):
+        corner = rng.integers(0, 300, (4, 2))
+        size = rng.integers((5, 10), (60, 150), (4, 2))
+        people = rng.choice(12, size=rng.integers(0, 5), replace=False)
+        boxes = np.hstack([corner, corner + size]).astype(np.int32)
+        frames[f"c{rng.integers(1, 4)}_{number}.jpg"] = (
+            int(rng.integers(1, 4)),
+            {} if rng.random() < empty else dict(zip(people.tolist(), boxes, strict=False)),
+        )
+    return frames
+
+
+def compare_search(ours, expected, atol=1e-9):
+    mean, top, aps, ranked = expected
+    np.testing.assert_allclose(ours.per_query_ap, aps, atol=atol, rtol=0)
+    assert abs(ours.mAP - mean) <= atol
+    for k, value in ((1, ours.top1), (5, ours.top5), (10, ours.top10)):
+        assert abs(value - top[k]) <= atol
+        np.testing.assert_array_equal(ours.hits(k), [truth[:k].any() for truth in ranked])
+    np.testing.assert_array_equal(ours.num_matches, [truth.sum() for truth in ranked])
+
+
+def compare_rankings(protocol, detections, threshold, ranked):
+    for query, truth in enumerate(ranked):
+        ranking = rank_gallery(protocol, detections, query, score_threshold=threshold)
+        np.testing.assert_array_equal(ranking.is_match, truth.astype(bool))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("cross_camera", [False, True])
+def test_search_equals_prw_protocol(tied, cross_camera):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        frames = make_frames(rng, 15)
+        found = {name: detect(rng, people, tied) for name, (_, people) in frames.items()}
+        queries = [(n, i, box) for n, (_, people) in frames.items() for i, box in people.items()]
+        if not queries:
+            continue
+        expected = oracle.search_prw(frames, queries, found, 0.2, cross_camera)
+        protocol = protocol_of(
+            [
+                (
+                    photo,
+                    box,
+                    [
+                        (name, people.get(person))
+                        for name, (camera, people) in frames.items()
+                        if name != photo and not (cross_camera and camera == frames[photo][0])
+                    ],
+                )
+                for photo, person, box in queries
+            ],
+            frames,
+        )
+        detections = lay_out(found)
+        compare_search(search_metrics(protocol, detections, score_threshold=0.2), expected)
+        if tied:
+            compare_rankings(protocol, detections, 0.2, expected[3])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 1.1])
+def test_search_equals_cuhk_protocol_with_repeated_gallery_images(threshold):
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        frames = make_frames(rng, 20)
+        found = {name: detect(rng, people, seed % 2 == 1) for name, (_, people) in frames.items()}
+        queries = []
+        for photo, (_, people) in frames.items():
+            for person, (x, y, x2, y2) in people.items():
+                # With replacement, in any order, perhaps with the query photo itself.
+                gallery = []
+                for name in rng.choice(list(frames), 9):
+                    box = frames[name][1].get(person)
+                    size = None if box is None else [*box[:2], *(box[2:] - box[:2])]
+                    gallery.append((str(name), size))
+                queries.append((photo, (x, y, x2 - x, y2 - y), gallery))
+
+        def corners(xywh):
+            return None if xywh is None else (*xywh[:2], xywh[0] + xywh[2], xywh[1] + xywh[3])
+
+        protocol = protocol_of(
+            [(p, corners(b), [(n, corners(t)) for n, t in g]) for p, b, g in queries], frames
+        )
+        expected = oracle.search_cuhk(queries, found, threshold)
+        detections = lay_out(found)
+        compare_search(search_metrics(protocol, detections, score_threshold=threshold), expected)
+        compare_rankings(protocol, detections, threshold, expected[3])
+
+
+@pytest.fixture(scope="module")
+def real_queries():
+    path = SHARED / "TestG100.mat"
+    if not path.exists():
+        pytest.skip("no ../shared/data/TestG100.mat")
+    queries = []
+    for item in loadmat(path)["TestG100"].squeeze():
+        query = item["Query"][0, 0]
+        gallery = [
+            (str(row[0][0]), row[1][0].astype(np.int32) if row[1].size else None)
+            for row in item["Gallery"].squeeze()
+        ]
+        xywh = query["idlocate"].ravel().astype(np.int32)
+        queries.append((str(query["imname"][0]), str(query["idname"][0]), xywh, gallery))
+    return queries
+
+
+def test_search_on_the_real_g100_protocol(real_queries):
+    # The odd ones: query photo in its own gallery (493, 2132), a gallery image listed twice.
+    chosen = [493, 1250, 1633, 1997, 2132, 2561, *range(0, 2900, 60)]
+    queries = [real_queries[i] for i in chosen]
+    people = {}
+    for photo, identity, xywh, gallery in queries:
+        number = int(identity[1:])
+        for name, box in [(photo, xywh), *gallery]:
+            boxes = people.setdefault(name, {})
+            if box is not None:
+                boxes[number] = np.concatenate([box[:2], box[:2] + box[2:]])
+    rng = np.random.default_rng(5)
+    found = {name: detect(rng, boxes, tied=False, false_alarms=5) for name, boxes in people.items()}
+    expected = oracle.search_cuhk([(p, b, g) for p, _, b, g in queries], found, 0.2)
+
+    def corners(xywh):
+        return None if xywh is None else np.concatenate([xywh[:2], xywh[:2] + xywh[2:]])
+
+    protocol = protocol_of(
+        [(p, corners(b), [(n, corners(t)) for n, t in g]) for p, _, b, g in queries], found
+    )
+    ours = search_metrics(protocol, lay_out(found), score_threshold=0.2)
+    compare_search(ours, expected)
+    assert 0.1 < ours.mAP < 0.95
+
+
+def gallery_case(cosines, hits, targets):
+    """One query over one-detection images with these cosines; `hits` hold the person."""
+    angle = np.arccos(np.array([1.0, *cosines]))
+    embeddings = unit(np.stack([np.cos(angle), np.sin(angle)], 1))
+    count = len(cosines) + 1
+    names = tuple(f"{i}.jpg" for i in range(count + 1))
+    box = np.array([10, 20, 50, 120], np.float32)
+    detections = GalleryDetections(
+        names=names,
+        offsets=np.array([*range(count + 1), count]),
+        boxes=np.tile(box, (count, 1)),
+        scores=np.full(count, 0.9, np.float32),
+        embeddings=embeddings,
+    )
+    # The last image is empty, and holds the person if `targets` exceeds the hits.
+    missed = [count] * (targets - len(hits))
+    images = np.array([h + 1 for h in hits] + missed, dtype=int)
+    protocol = SearchProtocol(
+        name="case",
+        query_image=np.array([0]),
+        query_box=box[None],
+        gallery=(np.arange(1, count + 1),),
+        target_images=(images,),
+        target_boxes=(np.tile(box, (len(images), 1)),),
+    )
+    return protocol, detections
+
+
+@pytest.mark.parametrize(
+    ("cosines", "hits", "targets", "ap", "first"),
+    [
+        ((0.9, 0.8, 0.7, 0.6), (0,), 1, 1.0, 0),
+        ((0.9, 0.8, 0.7, 0.6), (0, 2), 3, (1 + 2 / 3) / 3, 0),
+        ((0.1, 0.8, 0.7, 0.6), (0,), 1, 1 / 4, 3),
+        ((0.5, 0.5, 0.1), (0,), 1, 1 / 2, None),  # tied with a stranger: one step
+        ((0.5, 0.5, 0.1), (0, 1), 2, 1.0, 0),
+        ((0.5, 0.4), (), 0, 0.0, None),  # nobody to be found
+        ((0.5, 0.4), (), 1, 0.0, None),  # to be found in an image without detections
+        ((), (), 1, 0.0, None),
+    ],
+)
+def test_search_values_by_hand(cosines, hits, targets, ap, first):
+    protocol, detections = gallery_case(cosines, hits, targets)
+    result = search_metrics(protocol, detections, score_threshold=0.2)
+    assert result.mAP == pytest.approx(ap, abs=1e-12)
+    assert result.num_targets.tolist() == [targets]
+    assert result.found.tolist() == [bool(hits)]
+    if first is not None:
+        assert result.first_hit.tolist() == [first]
+        assert (result.top1, result.top5, result.top10) == (first == 0, 1.0, 1.0)
+    ranking = rank_gallery(protocol, detections, 0, score_threshold=0.2)
+    assert ranking.is_match.sum() == len(hits)
+    assert (np.diff(ranking.similarity) <= 0).all()
+
+
+def test_query_photo_without_detections_scores_zero():
+    protocol, detections = gallery_case((0.9, 0.8), (0,), 1)
+    both = SearchProtocol(
+        name="both",
+        query_image=np.array([0, 3]),
+        query_box=np.repeat(protocol.query_box, 2, axis=0),
+        gallery=protocol.gallery * 2,
+        target_images=protocol.target_images * 2,
+        target_boxes=protocol.target_boxes * 2,
+    )
+    result = search_metrics(both, detections, score_threshold=0.2)
+    assert result.detected.tolist() == [True, False]
+    assert result.per_query_ap.tolist() == [1.0, 0.0]
+    assert (result.mAP, result.top1, result.top10) == (0.5, 0.5, 0.5)
+    assert result.worst_first().tolist() == [1, 0]
+    ranking = rank_gallery(both, detections, 1, score_threshold=0.2)
+    assert ranking.query_row is None
+    assert ranking.row.size == ranking.image.size == len(ranking.boxes) == 0
+
+
+def test_query_takes_any_detection_of_its_photo_whatever_its_score():
+    protocol, detections = gallery_case((0.9, 0.8), (0,), 1)
+    scores = detections.scores.copy()
+    scores[0] = 0.01
+    boxes = detections.boxes.copy()
+    boxes[0] += 1000  # no overlap with the query box either
+    changed = dataclasses.replace(detections, scores=scores, boxes=boxes)
+    assert search_metrics(protocol, changed, score_threshold=0.2).mAP == 1.0
+
+
+def test_query_overlap_has_widths_plus_one():
+    # Two boxes tie at IoU 0 without the extra pixel; with it, the adjacent one wins.
+    protocol, detections = gallery_case((0.9,), (0,), 1)
+    boxes = np.array([[200, 200, 210, 210], [51, 20, 60, 120], *detections.boxes[1:]], np.float32)
+    photo = dataclasses.replace(
+        detections,
+        offsets=np.array([0, 2, 3, 3]),
+        boxes=boxes,
+        scores=np.full(3, 0.9, np.float32),
+        embeddings=unit(np.array([[0, 1], [1, 0], [1, 0.1]])),
+    )
+    result = search_metrics(protocol, photo, score_threshold=0.2)
+    assert result.query_row.tolist() == [0]
+    wider = dataclasses.replace(photo, boxes=boxes - np.float32([[0], [0.5], [0]]))
+    assert search_metrics(protocol, wider, score_threshold=0.2).query_row.tolist() == [1]
+
+
+@pytest.mark.parametrize(("shift", "match"), [(4.99, True), (5.01, False)])
+def test_small_people_need_less_overlap(shift, match):
+    # 10 x 20 pixels: 200 / (20 * 30) = 1/3, the IoU after a shift by 5.
+    protocol, detections = gallery_case((0.9,), (0,), 1)
+    person = np.array([100, 100, 110, 120], np.float32)
+    boxes = detections.boxes.copy()
+    boxes[1] = person + np.float32([shift, 0, shift, 0])
+    protocol = dataclasses.replace(protocol, target_boxes=(person[None],))
+    moved = dataclasses.replace(detections, boxes=boxes)
+    assert search_metrics(protocol, moved, score_threshold=0.2).mAP == float(match)
+
+
+def test_results_do_not_depend_on_blocks(monkeypatch):
+    rng = np.random.default_rng(3)
+    frames = make_frames(rng, 15, empty=0)
+    found = {name: detect(rng, people, tied=False) for name, (_, people) in frames.items()}
+    queries = [
+        (n, box, [(m, p.get(i)) for m, (_, p) in frames.items() if m != n])
+        for n, (_, people) in frames.items()
+        for i, box in people.items()
+    ]
+    protocol, detections = protocol_of(queries, frames), lay_out(found)
+    whole = search_metrics(protocol, detections, score_threshold=0.2)
+    monkeypatch.setattr(ranking, "_QUERY_BLOCK", 4)
+    monkeypatch.setattr(ranking, "_GALLERY_BLOCK", 7)
+    for gather_cost in (0, 10**9):  # always, never fetch a query's detections one by one
+        monkeypatch.setattr(ranking, "_GATHER_COST", gather_cost)
+        pieces = search_metrics(protocol, detections, score_threshold=0.2)
+        for name in (field.name for field in dataclasses.fields(whole)):
+            np.testing.assert_array_equal(getattr(whole, name), getattr(pieces, name))
+
+
+def annotations_of(frames):
+    people = [people for _, people in frames.values()]
+    identity = tuple(np.array(list(p), dtype=int) for p in people)
+    return Annotations(
+        names=tuple(frames),
+        boxes=tuple(np.array(list(p.values()), np.float32).reshape(-1, 4) for p in people),
+        identity=identity,
+        labelled=tuple(ids < 7 for ids in identity),
+        camera=np.array([camera for camera, _ in frames.values()]),
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.7, 2.0])
+@pytest.mark.parametrize("iou_threshold", [0.5, 0.75])
+def test_detection_equals_published_protocol(tied, threshold, iou_threshold):
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        frames = make_frames(rng, 15)
+        found = {name: detect(rng, people, tied) for name, (_, people) in frames.items()}
+        # Another order and more images than annotated must not matter.
+        names = [*rng.permutation(list(frames)), "unknown.jpg"]
+        detections = lay_out({**found, "unknown.jpg": found[next(iter(found))]}, names)
+        annotations = annotations_of(frames)
+        for labelled_only in (False, True):
+            people = {
+                name: [box for i, box in persons.items() if i < 7 or not labelled_only]
+                for name, (_, persons) in frames.items()
+            }
+            if labelled_only:
+                people = {name: boxes for name, boxes in people.items() if boxes}
+            recall, ap = oracle.detection(people, found, threshold, iou_threshold)
+            ours = detection_metrics(
+                annotations,
+                detections,
+                score_threshold=threshold,
+                iou_threshold=iou_threshold,
+                labelled_only=labelled_only,
+            )
+            assert abs(ours.recall - recall) <= 1e-9
+            assert abs(ours.AP - ap) <= 1e-9
+            assert ours.num_people == sum(map(len, people.values()))
+            assert ours.num_detections == sum((found[n][1] >= threshold).sum() for n in people)
+
+
+def test_detection_without_people_or_detections_is_zero():
+    _, detections = gallery_case((0.9, 0.8), (0,), 1)
+    nobody = annotations_of({name: (1, {}) for name in detections.names})
+    result = detection_metrics(nobody, detections, score_threshold=0.2)
+    assert (result.recall, result.AP, result.num_people, result.num_detections) == (0, 0, 0, 3)
+    someone = annotations_of({name: (1, {0: (1, 2, 3, 4)}) for name in detections.names})
+    result = detection_metrics(someone, detections, score_threshold=1.0)
+    assert (result.recall, result.AP, result.num_people, result.num_detections) == (0, 0, 4, 0)
+    result = detection_metrics(someone, detections, score_threshold=1.0, labelled_only=True)
+    assert result.num_people == 4
+
+
+def test_detection_twice_on_one_person_counts_once():
+    _, detections = gallery_case((0.9,), (0,), 1)
+    boxes = np.array([[10, 20, 50, 120], [11, 20, 50, 120]], np.float32)
+    twice = dataclasses.replace(detections, offsets=np.array([0, 2, 2, 2]), boxes=boxes)
+    people = {name: (1, {}) for name in detections.names}
+    people["0.jpg"] = (1, {0: (11, 20, 50, 120)})
+    result = detection_metrics(annotations_of(people), twice, score_threshold=0.2)
+    assert result.recall == 1.0
+    assert result.AP == 0.5  # both have score 0.9: one step
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embeddings": np.full((3, 2), np.nan, np.float32)}, r"embeddings .*not finite.*0\.jpg"),
+        ({"scores": np.array([0.5, np.inf, 0.5], np.float32)}, r"scores .*not finite.*1\.jpg"),
+        ({"embeddings": np.full((3, 2), 3, np.float32)}, r"length other than one"),
+        ({"offsets": np.array([0, 1, 2, 3])}, r"offsets has shape"),
+    ],
+)
+def test_invalid_detections_are_refused(change, message):
+    protocol, detections = gallery_case((0.9, 0.8), (0,), 1)
+    broken = dataclasses.replace(detections, **change)
+    for evaluate in (
+        lambda: search_metrics(protocol, broken, score_threshold=0.2),
+        lambda: rank_gallery(protocol, broken, 0, score_threshold=0.2),
+        lambda: detection_metrics(
+            annotations_of({n: (1, {}) for n in detections.names}), broken, score_threshold=0.2
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            evaluate()
+        assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gallery": (np.array([1, 4]),)}, r"image indices run from 1 to 4; expected 0 to 3"),
+        ({"query_image": np.array([-1])}, r"image indices run from -1"),
+        ({"gallery": (np.array([2, 3]),)}, r"query 0 has more targets in image '1\.jpg'"),
+        ({"query_image": np.zeros(0, int)}, r"no queries"),
+    ],
+)
+def test_protocols_that_do_not_fit_are_refused(change, message):
+    protocol, detections = gallery_case((0.9, 0.8), (0,), 1)
+    with pytest.raises(UserError, match=message) as error:
+        search_metrics(dataclasses.replace(protocol, **change), detections, score_threshold=0.2)
+    assert one_line(error)
+
+
+def test_missing_image_and_unknown_query_are_refused():
+    protocol, detections = gallery_case((0.9, 0.8), (0,), 1)
+    annotations = annotations_of({name: (1, {}) for name in (*detections.names, "lost.jpg")})
+    with pytest.raises(UserError, match=r"'lost\.jpg' has no entry"):
+        detection_metrics(annotations, detections, score_threshold=0.2)
+    with pytest.raises(UserError, match="there is no query 1; expected 0 to 0"):
+        rank_gallery(protocol, detections, 1, score_threshold=0.2)
+
+
+def test_ranking_names_what_it_ranked():
+    protocol, detections = gallery_case((0.3, 0.9, 0.6), (0, 1), 2)
+    ranking = rank_gallery(protocol, detections, 0, score_threshold=0.2)
+    assert ranking.query_row == 0
+    assert ranking.image.tolist() == ranking.row.tolist() == [2, 3, 1]
+    assert ranking.is_match.tolist() == [True, False, True]
+    np.testing.assert_allclose(ranking.similarity, [0.9, 0.6, 0.3], atol=1e-6)
+    np.testing.assert_array_equal(ranking.boxes, detections.boxes[ranking.row])

@@ -1,0 +1,246 @@
+"""OIM loss and memory against a literal one-by-one implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignps_jax.losses import oim
+from alignps_jax.types import OIMMemory
+
+L, Q, D = 6, 5, 8
+
+# One compilation per shape instead of one per operation.
+oim_loss = jax.jit(oim.oim_loss)
+update_memory = jax.jit(oim.update_memory, static_argnames=("normalize", "queue_channels"))
+
+
+def filled_memory(rng: np.random.Generator, queue_size: int = Q, tail: int = 3) -> OIMMemory:
+    return OIMMemory(
+        lut=jnp.asarray(rng.normal(size=(L, D)), jnp.float32),
+        queue=jnp.asarray(rng.normal(size=(queue_size, D)), jnp.float32),
+        tail=jnp.asarray(tail, jnp.int32),
+    )
+
+
+def sample(seed: int, count: int = 24):
+    rng = np.random.default_rng(seed)
+    embeddings = rng.normal(size=(count, D)).astype(np.float32) * 4
+    identity = rng.integers(0, L - 1, count)  # the last identity is absent, others repeat
+    labelled, mask = rng.random(count) < 0.6, rng.random(count) < 0.8
+    return embeddings, np.where(labelled, identity, -1), labelled, mask, rng
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(x)
+    return x / length if length > 0 else x
+
+
+def slow_loss(embeddings, identity, labelled, mask, memory, t, t_queue, gamma):
+    total = 0.0
+    for f, i, known, used in zip(embeddings, identity, labelled, mask, strict=True):
+        if known and used:
+            f = unit(f.astype(np.float64))
+            scores = [t * f @ row for row in np.asarray(memory.lut)]
+            scores += [t_queue * f @ row for row in np.asarray(memory.queue)]
+            p = np.exp(scores[i]) / np.sum(np.exp(scores))
+            total += -((1 - p) ** gamma) * np.log(p)
+    return total
+
+
+def slow_update(memory, embeddings, identity, labelled, mask, momentum, normalize, channels):
+    lut, queue = np.array(memory.lut, np.float64), np.array(memory.queue, np.float64)
+    tail = int(memory.tail)
+    for f, i, known, used in zip(embeddings, identity, labelled, mask, strict=True):
+        f = unit(f.astype(np.float64))
+        if used and known:
+            lut[i] = momentum * lut[i] + (1 - momentum) * f
+            lut[i] = unit(lut[i]) if normalize else lut[i]
+        elif used and len(queue):
+            queue[tail, :channels] = f[:channels]
+            tail = (tail + 1) % len(queue)
+    return lut, queue, tail
+
+
+def loss(embeddings, identity, labelled, mask, memory, t=10.0, t_queue=7.0, gamma=2.0):
+    return oim_loss(
+        embeddings,
+        identity,
+        labelled,
+        mask,
+        memory,
+        lut_temperature=t,
+        queue_temperature=t_queue,
+        focal_gamma=gamma,
+    )
+
+
+def update(memory, *positives, momentum=0.5, normalize=False, channels=None):
+    return update_memory(
+        memory, *positives, momentum=momentum, normalize=normalize, queue_channels=channels
+    )
+
+
+def test_init_is_zero():
+    memory = oim.init_memory(4, 3, 2)
+    assert memory.lut.shape == (4, 2)
+    assert memory.queue.shape == (3, 2)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(memory))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0, 0.5])
+@pytest.mark.parametrize("queue_size", [0, Q])
+def test_loss_matches_loop(gamma: float, queue_size: int):
+    *positives, rng = sample(0)
+    memory = filled_memory(rng, queue_size)
+    term = loss(*positives, memory, 3.0, 2.0, gamma)
+    np.testing.assert_allclose(term.sum, slow_loss(*positives, memory, 3.0, 2.0, gamma), rtol=1e-5)
+    assert term.count == positives[-1].sum()
+
+
+def test_loss_of_empty_memory_is_that_of_guessing():
+    embeddings = jnp.ones((1, D))
+    term = loss(embeddings, jnp.array([2]), *np.ones((2, 1), bool), oim.init_memory(L, Q, D))
+    p = 1 / (L + Q)
+    np.testing.assert_allclose(term.sum, -((1 - p) ** 2) * np.log(p), rtol=1e-6)
+
+
+def test_loss_gradient_matches_finite_differences():
+    embeddings, identity, labelled, mask, rng = sample(1, count=6)
+    memory = filled_memory(rng)
+    rest = (identity, labelled, mask, memory)
+    gradient = jax.grad(lambda x: loss(x, *rest, 3.0, 2.0).sum)(jnp.asarray(embeddings))
+    step = 1e-5
+    for index in np.ndindex(embeddings.shape):
+        shift = np.zeros(embeddings.shape)
+        shift[index] = step
+        ends = [slow_loss(embeddings + s * shift, *rest, 3.0, 2.0, 2.0) for s in (1, -1)]
+        np.testing.assert_allclose(gradient[index], (ends[0] - ends[1]) / (2 * step), atol=1e-4)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_certain_and_hopeless_predictions_have_finite_gradients(gamma: float):
+    memory = OIMMemory(jnp.eye(2, D) * 100, jnp.zeros((1, D)), jnp.zeros((), jnp.int32))
+    embeddings = jnp.eye(2, D)
+    for identity, expected in [([0, 1], 0.0), ([1, 0], 2 * 1000.0)]:
+        value, gradient = jax.value_and_grad(
+            lambda x, i=identity: (
+                loss(x, jnp.array(i), *np.ones((2, 2), bool), memory, gamma=gamma).sum
+            )
+        )(embeddings)
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+        assert np.isfinite(gradient).all()
+
+
+def test_loss_gives_the_memory_no_gradient():
+    *positives, rng = sample(2)
+    memory = filled_memory(rng)
+    gradient = jax.grad(lambda lut: loss(*positives, memory.replace(lut=lut)).sum)(memory.lut)
+    assert not np.any(gradient)
+
+
+def test_loss_mask_is_slicing_and_all_masked_is_zero():
+    embeddings, identity, labelled, mask, rng = sample(3)
+    memory = filled_memory(rng)
+    masked = loss(np.where(mask[:, None], embeddings, 0), identity, labelled, mask, memory)
+    sliced = loss(embeddings[mask], identity[mask], labelled[mask], mask[mask], memory)
+    np.testing.assert_allclose(masked.sum, sliced.sum, rtol=1e-6)
+    assert masked.count == sliced.count
+
+    def total(x):
+        return loss(x, identity, labelled, np.zeros_like(mask), memory).sum
+
+    for x in (embeddings, np.zeros_like(embeddings)):
+        value, gradient = jax.value_and_grad(total)(jnp.asarray(x))
+        assert value == 0
+        assert not np.any(gradient)
+
+
+def test_unlabelled_count_but_add_nothing():
+    embeddings, identity, labelled, mask, rng = sample(4)
+    term = loss(embeddings, identity, np.zeros_like(labelled), mask, filled_memory(rng))
+    assert (term.sum, term.count) == (0, mask.sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("channels", [None, 3])
+def test_update_matches_loop(seed: int, normalize: bool, channels: int | None):
+    *positives, rng = sample(seed)
+    memory = filled_memory(rng)
+    assert (~positives[2] & positives[3]).sum() != 0
+    result = update(memory, *positives, momentum=0.7, normalize=normalize, channels=channels)
+    lut, queue, tail = slow_update(memory, *positives, 0.7, normalize, channels)
+    np.testing.assert_allclose(result.lut, lut, atol=1e-6)
+    np.testing.assert_allclose(result.queue, queue, atol=1e-6)
+    assert result.tail == tail
+    assert result.tail.dtype == jnp.int32
+
+
+def test_three_positives_of_one_identity_by_hand():
+    f = np.eye(3, D, dtype=np.float32)
+    flags = np.ones(3, bool)
+    result = update(oim.init_memory(2, 0, D), f * 9, np.array([1, 1, 1]), flags, flags)
+    np.testing.assert_allclose(result.lut[1, :4], [0.125, 0.25, 0.5, 0], atol=1e-7)
+    assert not np.any(result.lut[0])
+
+
+@pytest.mark.parametrize("unlabelled", [4, 5, 6, 13])
+def test_queue_wraps_and_the_last_ones_win(unlabelled: int):
+    embeddings, identity, labelled, _, rng = sample(unlabelled)
+    memory = filled_memory(rng)
+    mask = np.zeros_like(labelled)
+    mask[rng.permutation(24)[:unlabelled]] = True
+    positives = (embeddings, identity, np.zeros_like(labelled), mask)
+    result = update(memory, *positives)
+    _, queue, tail = slow_update(memory, *positives, 0.5, False, None)
+    np.testing.assert_allclose(result.queue, queue, atol=1e-6)
+    np.testing.assert_array_equal(result.lut, memory.lut)
+    assert result.tail == tail == (3 + unlabelled) % Q
+
+
+def test_queue_of_no_slots():
+    *positives, rng = sample(5)
+    result = update(filled_memory(rng, queue_size=0, tail=0), *positives)
+    assert result.queue.shape == (0, D)
+    assert result.tail == 0
+
+
+def test_all_masked_changes_nothing():
+    embeddings, identity, labelled, _, rng = sample(6)
+    memory = filled_memory(rng)
+    result = update(memory, embeddings, identity, labelled, np.zeros(len(embeddings), bool))
+    jax.tree.map(np.testing.assert_array_equal, result, memory)
+
+
+def test_identities_out_of_range_are_written_nowhere():
+    embeddings, _, labelled, _, rng = sample(7)
+    memory, flags = filled_memory(rng), np.ones_like(labelled)
+    identity = rng.choice([-1, L, L + 100, -L], 24)
+    result = update(memory, embeddings, identity, flags, flags)
+    jax.tree.map(np.testing.assert_array_equal, result, memory)
+
+
+def test_zero_embeddings_leave_zero_rows_zero():
+    flags = np.ones(3, bool)
+    memory = update(
+        oim.init_memory(L, Q, D),
+        np.zeros((3, D)),
+        np.array([0, 0, 4]),
+        flags,
+        flags,
+        normalize=True,
+    )
+    assert not np.any(memory.lut)
+
+
+def test_update_in_two_halves_is_the_update_of_the_whole():
+    embeddings, identity, labelled, mask, rng = sample(8)
+    memory = filled_memory(rng)
+    whole = update(memory, embeddings, identity, labelled, mask, normalize=True)
+    halves = memory
+    for part in (slice(0, 12), slice(12, None)):
+        halves = update(
+            halves, embeddings[part], identity[part], labelled[part], mask[part], normalize=True
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, halves)

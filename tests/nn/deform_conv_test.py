@@ -1,0 +1,427 @@
+"""Deformable convolution against literal loops, finite differences, plain JAX and torchvision."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from alignps_jax.nn import deform_sampling
+from alignps_jax.nn.deform_conv import DeformConv, ModulatedDeformConv, deform_conv2d
+from alignps_jax.nn.deform_sampling import _behind_branch, _call, _project_first
+
+# name: (B, H, W, C, F, stride, padding, kernel height and width, with mask)
+CASES = {
+    "more_features": (2, 7, 5, 3, 6, 1, 1, 3, 3, True),
+    "fewer_features": (2, 5, 8, 8, 2, 1, 1, 3, 3, True),
+    "without_mask": (1, 6, 5, 4, 4, 1, 1, 3, 3, False),
+    "stride_2": (2, 7, 9, 5, 3, 2, 1, 3, 3, True),
+    "valid_asymmetric": (1, 6, 7, 2, 3, 1, 0, 3, 2, True),
+    "one_pixel": (1, 1, 1, 3, 2, 1, 1, 3, 3, True),
+}
+
+
+def make_case(name, spread=2.0, seed=0):
+    """Arrays (inputs, offsets, kernel, mask) in float32, and the keyword arguments."""
+    batch, height, width, channels, features, stride, padding, kh, kw, with_mask = CASES[name]
+    rng = np.random.default_rng(seed)
+    h = (height + 2 * padding - kh) // stride + 1
+    w = (width + 2 * padding - kw) // stride + 1
+    inputs = rng.normal(size=(batch, height, width, channels))
+    # Away from the kinks at whole pixels by 0.05, both sides of the border of the image included.
+    offsets = np.round(rng.normal(scale=spread, size=(batch, h, w, kh * kw, 2)))
+    offsets += rng.uniform(0.05, 0.95, size=offsets.shape)
+    kernel = rng.normal(size=(kh, kw, channels, features))
+    mask = rng.uniform(0.1, 1.5, size=(batch, h, w, kh * kw)) if with_mask else None
+    arrays = [None if a is None else a.astype(np.float32) for a in (inputs, offsets, kernel, mask)]
+    return arrays, {"stride": stride, "padding": padding}
+
+
+def bilinear_loop(image, y, x):
+    """One sample [C] of an image [H, W, C], zero outside; written after the definition."""
+    height, width, channels = image.shape
+    value = np.zeros(channels)
+    if y <= -1 or y >= height or x <= -1 or x >= width:
+        return value
+    for row in (int(np.floor(y)), int(np.floor(y)) + 1):
+        for column in (int(np.floor(x)), int(np.floor(x)) + 1):
+            if 0 <= row < height and 0 <= column < width:
+                value += max(0, 1 - abs(y - row)) * max(0, 1 - abs(x - column)) * image[row, column]
+    return value
+
+
+def loop(inputs, offsets, kernel, mask, *, stride, padding):
+    """The forward pass in float64, one sample at a time."""
+    inputs, offsets, kernel = (np.asarray(a, np.float64) for a in (inputs, offsets, kernel))
+    kh, kw, _, features = kernel.shape
+    out = np.zeros((*offsets.shape[:3], features))
+    for b, i, j in np.ndindex(*offsets.shape[:3]):
+        for k, (ky, kx) in enumerate(np.ndindex(kh, kw)):
+            y = i * stride - padding + ky + offsets[b, i, j, k, 0]
+            x = j * stride - padding + kx + offsets[b, i, j, k, 1]
+            factor = 1.0 if mask is None else float(mask[b, i, j, k])
+            out[b, i, j] += factor * bilinear_loop(inputs[b], y, x) @ kernel[ky, kx]
+    return out
+
+
+def plain(inputs, offsets, kernel, mask, *, stride, padding):
+    """Plain JAX for `jax.grad`: dense interpolation matrices, no gather."""
+    kh, kw = kernel.shape[:2]
+    _, h, w = offsets.shape[:3]
+    ky, kx = np.divmod(np.arange(kh * kw), kw)
+    y = offsets[..., 0] + (np.arange(h) * stride - padding)[:, None, None] + ky
+    x = offsets[..., 1] + (np.arange(w) * stride - padding)[:, None] + kx
+
+    def hat(position, size):
+        return jax.nn.relu(1 - jnp.abs(position[..., None] - np.arange(size)))
+
+    sampled = jnp.einsum(
+        "bijky,bijkx,byxc->bijkc", hat(y, inputs.shape[1]), hat(x, inputs.shape[2]), inputs
+    )
+    if mask is not None:
+        sampled *= mask[..., None]
+    return jnp.einsum("bijkc,kcf->bijf", sampled, kernel.reshape(kh * kw, *kernel.shape[2:]))
+
+
+def cotangent(shape):
+    return np.random.default_rng(9).normal(size=shape).astype(np.float32)
+
+
+def evaluate(function, arrays, options):
+    """Output and gradients (of a random projection of it) in those arrays that are there."""
+
+    @jax.jit
+    def run(arrays):
+        out, pull = jax.vjp(functools.partial(function, **options), *arrays)
+        return out, pull(jnp.asarray(cotangent(out.shape), out.dtype))
+
+    out, grads = run(arrays)
+    return out, [g for g, a in zip(grads, arrays, strict=True) if a is not None]
+
+
+def assert_all_close(actual, expected, atol):
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=atol)
+
+
+@functools.cache
+def plain_gradients(name):
+    arrays, options = make_case(name)
+    return evaluate(plain, arrays, options)[1]
+
+
+def chosen(rows, locations, channels, features):
+    table, kernel = np.zeros((rows, channels)), np.zeros((9, channels, features))
+    return _project_first(table, kernel, (np.zeros((locations, 9)),) * 4)
+
+
+def force(monkeypatch, project_first):
+    monkeypatch.setattr(deform_sampling, "_project_first", lambda *arrays: project_first)
+
+
+@pytest.mark.parametrize(
+    ("name", "project_first"),
+    [*((name, None) for name in CASES), ("more_features", True), ("fewer_features", False)],
+)
+def test_equals_loop_finite_differences_and_plain_jax(name, project_first, monkeypatch):
+    if project_first is not None:
+        assert chosen(1, 1, *CASES[name][3:5]) is not project_first
+        force(monkeypatch, project_first)
+    arrays, options = make_case(name)
+    out, grads = evaluate(deform_conv2d, arrays, options)
+    np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
+    assert_all_close(grads, plain_gradients(name), atol=5e-5)
+
+    rng = np.random.default_rng(3)
+    weights = cotangent(out.shape).astype(np.float64)
+    for position, gradient in enumerate(grads):
+        direction = rng.choice([-1.0, 1.0], size=gradient.shape)
+        values = []
+        for step in (1e-4, -1e-4):
+            moved = [None if a is None else a.astype(np.float64) for a in arrays]
+            moved[position] = moved[position] + step * direction
+            values.append(np.sum(weights * loop(*moved, **options)))
+        expected = (values[0] - values[1]) / 2e-4
+        np.testing.assert_allclose(np.sum(gradient * direction), expected, atol=2e-3)
+
+
+def test_algorithm_is_chosen_by_shape():
+    assert chosen(rows=100, locations=100, channels=1024, features=256)
+    assert chosen(rows=100, locations=400, channels=2048, features=256)
+    assert not chosen(rows=100, locations=100, channels=512, features=256)
+    assert not chosen(rows=100, locations=100, channels=256, features=256)
+    assert not chosen(rows=400, locations=100, channels=2048, features=256)
+
+
+@pytest.mark.parametrize("store", [_call, _behind_branch])
+@pytest.mark.parametrize("size", [1, 4, 70, 100])
+def test_any_tiles_give_the_same(size, store, monkeypatch):
+    """Those of every platform; 70 is all locations, 100 more than there are."""
+    name = "more_features"
+    arrays, options = make_case(name)
+
+    def run(by_tiles, *args):
+        return by_tiles(*args, size=size, store=store)
+
+    monkeypatch.setattr(deform_sampling, "_run_by_tiles", run)
+    out, grads = evaluate(deform_conv2d, arrays, options)
+    np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
+    assert_all_close(grads, plain_gradients(name), atol=5e-5)
+
+
+@pytest.mark.parametrize("project_first", [True, False])
+def test_zero_offsets_are_a_plain_convolution(project_first, monkeypatch):
+    force(monkeypatch, project_first)
+    (inputs, offsets, kernel, _), options = make_case("without_mask")
+
+    def convolve(inputs, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            inputs, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout
+        )
+
+    out, grads = evaluate(deform_conv2d, [inputs, offsets * 0, kernel, None], options)
+    expected, (d_inputs, d_kernel) = evaluate(convolve, [inputs, kernel], {})
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert_all_close([grads[0], grads[2]], [d_inputs, d_kernel], atol=2e-5)
+
+
+def test_integer_offsets():
+    (inputs, offsets, kernel, mask), options = make_case("more_features", spread=4)
+    offsets = np.floor(offsets)
+    out, grads = evaluate(deform_conv2d, [inputs, offsets, kernel, mask], options)
+    np.testing.assert_allclose(out, loop(inputs, offsets, kernel, mask, **options), atol=2e-5)
+    # The derivative is the one towards larger coordinates.
+    direction = np.random.default_rng(1).uniform(0.5, 1, size=offsets.shape)
+    weights = cotangent(out.shape)
+    ahead = loop(inputs, offsets + 1e-5 * direction, kernel, mask, **options)
+    behind = loop(inputs, offsets.astype(np.float64), kernel, mask, **options)
+    expected = np.sum(weights * (ahead - behind)) / 1e-5
+    np.testing.assert_allclose(np.sum(grads[1] * direction), expected, rtol=1e-3)
+
+
+def test_the_border_of_the_image():
+    """A single tap walks over both borders, in steps that hit -1, 0, H - 1 and H exactly."""
+    walk = np.arange(-1.5, 4.0, 0.25)
+    expected = np.interp(walk, [-1, 0, 1, 2, 3], [0, 1, 2, 3, 0])
+    images = np.tile(np.array([1, 2, 3], np.float32).reshape(1, 3, 1, 1), (len(walk), 1, 1, 1))
+    offsets = np.zeros((len(walk), 3, 1, 1, 2), np.float32)
+    offsets[:, 0, 0, 0, 0] = walk
+    out = deform_conv2d(images, offsets, np.ones((1, 1, 1, 1), np.float32), padding=0)
+    np.testing.assert_allclose(out[:, 0, 0, 0], expected, atol=1e-6)
+
+
+def test_far_outside_is_zero_with_zero_gradients():
+    (inputs, offsets, kernel, mask), options = make_case("more_features")
+    far = np.array([1e3, -1e3, 3e9, -1e30, np.inf, -np.inf], np.float32)
+    offsets[..., 0] = np.random.default_rng(2).choice(far, size=mask.shape)
+    out, grads = evaluate(deform_conv2d, [inputs, offsets, kernel, mask], options)
+    for array in (out, *grads):
+        assert not np.any(array)  # NaN would count as nonzero
+
+
+def test_mask_of_zeros():
+    (inputs, offsets, kernel, mask), options = make_case("fewer_features")
+    arrays = [inputs, offsets, kernel, np.zeros_like(mask)]
+    out, (d_inputs, d_offsets, d_kernel, d_mask) = evaluate(deform_conv2d, arrays, options)
+    for array in (out, d_inputs, d_offsets, d_kernel):
+        assert not np.any(array)
+    # The output is linear in the mask, so that its gradient does not depend on it.
+    np.testing.assert_allclose(d_mask, plain_gradients("fewer_features")[3], atol=5e-5)
+
+
+def test_all_samples_at_one_place():
+    """Every location adds to the same four pixels in the backward pass."""
+    (inputs, _, kernel, mask), options = make_case("fewer_features")
+    _, height, width, _ = inputs.shape
+    ky, kx = np.divmod(np.arange(9), 3)
+    y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    offsets = np.stack(
+        [1.3 - (y[..., None] + ky - 1), 4.6 - (x[..., None] + kx - 1)], axis=-1
+    ).astype(np.float32)
+    arrays = [inputs, np.stack([offsets] * 2), kernel, mask]
+    _, grads = evaluate(deform_conv2d, arrays, options)
+    assert_all_close(grads, evaluate(plain, arrays, options)[1], atol=1e-4)
+
+
+def test_nan_offsets_show():
+    (inputs, offsets, kernel, mask), options = make_case("more_features")
+    offsets[1, 2, 3, 4, 0] = np.nan
+    out = deform_conv2d(inputs, offsets, kernel, mask, **options)
+    assert np.isnan(out[1, 2, 3]).all()
+    assert np.isnan(out).sum() == out.shape[-1]
+
+
+@pytest.mark.parametrize("project_first", [True, False])
+def test_bfloat16_is_close(project_first, monkeypatch):
+    force(monkeypatch, project_first)
+    arrays, options = make_case("fewer_features")
+    inputs, offsets, kernel, mask = arrays
+    low = [inputs.astype(jnp.bfloat16), offsets, kernel, mask]
+    low_results = evaluate(deform_conv2d, low, options)
+    results = loop(*arrays, **options), plain_gradients("fewer_features")
+    low_results, results = (jax.tree.leaves(r) for r in (low_results, results))
+    types = [jnp.bfloat16, *(a.dtype for a in low)]
+    for actual, expected, dtype in zip(low_results, results, types, strict=True):
+        assert actual.dtype == dtype
+        assert np.abs(actual.astype(np.float32) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_vmap_equals_batch():
+    arrays, options = make_case("more_features")
+
+    def mapped(inputs, offsets, kernel, mask, **options):
+        def single(inputs, offsets, mask):
+            return deform_conv2d(inputs[None], offsets[None], kernel, mask[None], **options)[0]
+
+        return jax.vmap(single)(inputs, offsets, mask)
+
+    out, grads = evaluate(mapped, arrays, options)
+    np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
+    assert_all_close(grads, plain_gradients("more_features"), atol=5e-5)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_shard_map_with_a_replicated_kernel(checked):
+    (inputs, offsets, kernel, _), options = make_case("without_mask")
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = PartitionSpec("data"), PartitionSpec()
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(split, split, whole),
+        out_specs=whole,
+        check_vma=checked,
+    )
+    def gradient(inputs, offsets, kernel):
+        def loss(kernel):
+            out = deform_conv2d(inputs, offsets, kernel, **options)
+            return jnp.sum(out * cotangent(out.shape))
+
+        gradient = jax.grad(loss)(kernel)
+        return gradient if checked else lax.psum(gradient, "data")
+
+    expected = plain_gradients("without_mask")[2]
+    np.testing.assert_allclose(gradient(inputs, offsets, kernel), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("features", [64, 128])
+def test_backward_memory_is_linear(features):
+    """Temporaries of forward and backward stay far below nine times the sampled columns."""
+    height, width, channels = 40, 50, 128
+    maps = height * width * channels * 4
+    shapes = [(1, height, width, channels), (1, height, width, 9, 2), (3, 3, channels, features)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def loss(inputs, offsets, kernel):
+        return jnp.sum(deform_conv2d(inputs, offsets, kernel) ** 2)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * maps
+
+
+def test_torchvision():
+    torch = pytest.importorskip("torch")
+    ops = pytest.importorskip("torchvision.ops")
+    for name in CASES:
+        arrays, options = make_case(name)
+        if name == "more_features":
+            arrays[1] = np.floor(arrays[1])  # kinks too
+        inputs, offsets, kernel, mask = (
+            None if a is None else torch.tensor(a, requires_grad=True) for a in arrays
+        )
+        out = ops.deform_conv2d(
+            inputs.permute(0, 3, 1, 2),
+            offsets.flatten(3).permute(0, 3, 1, 2),
+            kernel.permute(3, 2, 0, 1),
+            mask=None if mask is None else mask.permute(0, 3, 1, 2),
+            **options,
+        ).permute(0, 2, 3, 1)
+        out.backward(torch.tensor(cotangent(tuple(out.shape))))
+        expected = [t.grad.numpy() for t in (inputs, offsets, kernel, mask) if t is not None]
+        actual, grads = evaluate(deform_conv2d, arrays, options)
+        np.testing.assert_allclose(actual, out.detach().numpy(), atol=2e-5)
+        assert_all_close(grads, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 4, 5, 3), (1, 4, 5, 9, 2), (3, 3, 4, 2), None], "kernel takes 4 channels"),
+        ([(1, 4, 5, 3), (1, 5, 4, 9, 2), (3, 3, 3, 2), None], "offsets have shape"),
+        ([(1, 4, 5, 3), (1, 4, 5, 18), (3, 3, 3, 2), None], "offsets have shape"),
+        ([(1, 4, 5, 3), (1, 4, 5, 9, 2), (3, 3, 3, 2), (1, 4, 5, 8)], "mask has shape"),
+    ],
+)
+def test_wrong_shapes(shapes, message):
+    arrays = [None if shape is None else np.zeros(shape, np.float32) for shape in shapes]
+    with pytest.raises(ValueError, match=message):
+        deform_conv2d(*arrays)
+
+
+@pytest.mark.parametrize(("kind", "stride"), [(DeformConv, 1), (ModulatedDeformConv, 2)])
+def test_modules(kind, stride):
+    inputs = np.random.default_rng(0).normal(size=(2, 5, 6, 4)).astype(np.float32)
+    normal = nn.initializers.normal(0.3)
+    module = kind(
+        features=3,
+        stride=stride,
+        use_bias=True,
+        offset_kernel_init=normal,
+        offset_bias_init=normal,
+    )
+    params = jax.jit(module.init)(jax.random.key(1), inputs)["params"]
+    params["bias"] = jnp.arange(3.0)
+    shapes = jax.tree.map(jnp.shape, params)
+    channels = 18 if kind is DeformConv else 27
+    assert shapes == {
+        "kernel": (3, 3, 4, 3),
+        "bias": (3,),
+        "offset": {"kernel": (3, 3, 4, channels), "bias": (channels,)},
+    }
+    predicted = lax.conv_general_dilated(
+        inputs,
+        params["offset"]["kernel"],
+        (stride, stride),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    predicted = np.asarray(predicted + params["offset"]["bias"])
+    offsets = np.stack([predicted[..., 0:18:2], predicted[..., 1:18:2]], axis=-1)
+    mask = None if kind is DeformConv else 1 / (1 + np.exp(-predicted[..., 18:]))
+    expected = loop(inputs, offsets, params["kernel"], mask, stride=stride, padding=1)
+    out = jax.jit(module.apply)({"params": params}, inputs)
+    np.testing.assert_allclose(out, expected + np.arange(3), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [DeformConv, ModulatedDeformConv])
+def test_module_defaults(kind):
+    """Initially a plain convolution (times one half in DCNv2, the sigmoid of zero)."""
+    inputs = np.random.default_rng(0).normal(size=(1, 5, 6, 40)).astype(np.float32)
+    module = kind(features=30)
+    params = jax.jit(module.init)(jax.random.key(0), inputs)["params"]
+    assert set(params) == {"kernel", "offset"}
+    limit = 1 / np.sqrt(9 * 40)
+    assert 0.98 * limit < np.abs(params["kernel"]).max() <= limit
+    plain_conv = nn.Conv(30, (3, 3), padding=1, use_bias=False)
+    expected = plain_conv.apply({"params": {"kernel": params["kernel"]}}, inputs)
+    out = jax.jit(module.apply)({"params": params}, inputs)
+    factor = 1.0 if kind is DeformConv else 0.5
+    np.testing.assert_allclose(out, factor * expected, atol=1e-5)
+
+
+def test_module_in_bfloat16():
+    inputs = np.random.default_rng(0).normal(size=(1, 5, 6, 4)).astype(np.float32)
+    module = ModulatedDeformConv(features=3, use_bias=True, dtype=jnp.bfloat16)
+    params = jax.jit(module.init)(jax.random.key(0), inputs)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    out = jax.jit(module.apply)({"params": params}, inputs)
+    assert out.dtype == jnp.bfloat16
+    exact = ModulatedDeformConv(features=3, use_bias=True).apply({"params": params}, inputs)
+    np.testing.assert_allclose(out.astype(np.float32), exact, atol=0.02)

@@ -1,0 +1,67 @@
+"""Activations in bfloat16: what stays float32, and that training gets as far."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignps_jax.devices import AXIS
+from configs import tiny
+from tests.fakes import random_batch, train_setup
+from tests.training.train_test import launch, losses
+
+
+def test_losses_memory_statistics_and_parameters_stay_float32():
+    config = tiny.get_config()
+    config.model.dtype = "bfloat16"
+    _, step, state = train_setup(config, devices=1)
+    batch = jax.tree.map(lambda x: x[None], random_batch(np.random.default_rng(0)))
+    after, metrics = jax.eval_shape(jax.vmap(step, in_axes=(None, 0), axis_name=AXIS), state, batch)
+    floats = [x for x in jax.tree.leaves((after, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert floats
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """The tiny training in both types: same data, same start."""
+    shared = tmp_path_factory.mktemp("shared")
+    folders = {}
+    for dtype in ("float32", "bfloat16"):
+        folders[dtype] = shared / dtype
+        done = launch(
+            shared,
+            folders[dtype],
+            f"--config.model.dtype={dtype}",
+            "--config.train.duration=200 steps",
+            "--config.optimizer.drops=('170 steps',)",
+            "--config.train.checkpoint_every=200 steps",
+            "--config.eval.score_threshold=0.05",
+        )
+        assert done.returncode == 0, done.stderr
+    return folders
+
+
+def test_it_learns_as_well_as_float32(runs):
+    ends = {}
+    for dtype, folder in runs.items():
+        log = losses(folder)
+        start, end = (
+            np.mean([log[step]["loss"] for step in steps])
+            for steps in (range(2, 20), range(180, 201))
+        )
+        assert end < 0.85 * start, dtype
+        ends[dtype] = end
+    # The two runs part within a few steps: what is compared is how far they get.
+    assert ends["bfloat16"] < 1.05 * ends["float32"]
+
+
+def test_it_detects_as_well_as_float32(runs):
+    recall = {
+        dtype: json.loads((folder / "metrics.json").read_text())["detection"]["recall"]
+        for dtype, folder in runs.items()
+    }
+    assert recall["bfloat16"] >= recall["float32"] - 0.1

@@ -1,0 +1,122 @@
+"""Durations, the learning-rate schedule, and SGD with its rules against a literal version."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alignps_jax.training.optimizer import (
+    learning_rate_schedule,
+    make_optimizer,
+    parameter_labels,
+    steps_of,
+)
+from alignps_jax.types import UserError
+from configs import cuhk
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"), [("24 epochs", 240), ("1 epoch", 10), ("7.5 epochs", 75), ("3 steps", 3)]
+)
+def test_durations(duration, steps):
+    assert steps_of("f", duration, 10) == steps
+
+
+@pytest.mark.parametrize("duration", ["24", "epochs", "3 days", "-1 steps", ""])
+def test_malformed_durations_name_the_field(duration):
+    with pytest.raises(UserError, match=r"config\.train\.duration: found"):
+        steps_of("config.train.duration", duration, 10)
+
+
+def test_schedule_of_the_release():
+    config = cuhk.get_config("released").optimizer
+    rate = learning_rate_schedule(config, steps_per_epoch=2801)
+    assert rate(0) == pytest.approx(0.001 / 3)
+    assert rate(250) == pytest.approx(0.001 * (1 / 3 + 2 / 3 * 0.5))
+    assert rate(500) == pytest.approx(0.001)
+    assert rate(16 * 2801 - 1) == pytest.approx(0.001)
+    assert rate(16 * 2801) == pytest.approx(0.0001)
+    assert rate(22 * 2801) == pytest.approx(0.00001)
+
+
+def test_labels():
+    params = {
+        "backbone": {"conv1": {"kernel": 0}, "layer2_0": {"conv2": {"kernel": 0}}},
+        "head": {
+            "conv3": {"kernel": 0, "bias": 0, "offset": {"kernel": 0, "bias": 0}},
+            "norm3": {"scale": 0, "bias": 0},
+            "scale0": 0,
+        },
+    }
+    labels = parameter_labels(params, lambda path: "conv1" in path)
+    assert labels["backbone"] == {
+        "conv1": {"kernel": "frozen"},
+        "layer2_0": {"conv2": {"kernel": "weight"}},
+    }
+    assert labels["head"] == {
+        "conv3": {
+            "kernel": "weight",
+            "bias": "bias",
+            "offset": {"kernel": "weight", "bias": "weight"},
+        },
+        "norm3": {"scale": "weight", "bias": "weight"},
+        "scale0": "weight",
+    }
+
+
+def test_updates_equal_a_literal_sgd():
+    config = cuhk.get_config("released").optimizer
+    config.learning_rate, config.clip_norm = 0.1, 2.0
+    rate = learning_rate_schedule(config, steps_per_epoch=3)
+    optimizer = make_optimizer(config, rate, lambda path: path[0] == "stem")
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 2), "bias": (2,)}
+    params = {
+        name: {leaf: rng.normal(size=shape).astype(np.float32) for leaf, shape in shapes.items()}
+        for name in ("stem", "conv")
+    }
+    factor = {"kernel": 1.0, "bias": config.bias_lr_factor}
+    decay = {"kernel": config.weight_decay, "bias": config.bias_weight_decay}
+    expected = {leaf: value.astype(np.float64) for leaf, value in params["conv"].items()}
+    momentum = {leaf: np.zeros(shape) for leaf, shape in shapes.items()}
+
+    state = optimizer.init(params)
+    found = params
+    for step in range(60):
+        gradient = {leaf: 5 * rng.normal(size=shape) for leaf, shape in shapes.items()}
+        zeros = {leaf: np.zeros(shape) for leaf, shape in shapes.items()}
+        updates, state = optimizer.update({"stem": zeros, "conv": gradient}, state, found)
+        found = optax.apply_updates(found, updates)
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        for leaf, g in gradient.items():
+            g = g * min(1.0, config.clip_norm / norm) + decay[leaf] * expected[leaf]
+            momentum[leaf] = 0.9 * momentum[leaf] + g
+            expected[leaf] -= float(rate(jnp.asarray(step))) * factor[leaf] * momentum[leaf]
+    for leaf in shapes:
+        np.testing.assert_allclose(found["conv"][leaf], expected[leaf], rtol=1e-4)
+        np.testing.assert_array_equal(found["stem"][leaf], params["stem"][leaf])
+
+
+def test_adamw_is_that_of_optax():
+    config = cuhk.get_config().optimizer
+    config.name, config.clip_norm, config.bias_weight_decay = "adamw", 1e9, config.weight_decay
+    found_rule = make_optimizer(config, lambda step: 0.01, lambda path: False)
+    expected_rule = optax.adamw(0.01, b1=config.momentum, weight_decay=config.weight_decay)
+    rng = np.random.default_rng(1)
+    params = {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
+    found, expected = params, params
+    found_state, expected_state = found_rule.init(params), expected_rule.init(params)
+    for _ in range(5):
+        gradient = {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
+        updates, found_state = found_rule.update(gradient, found_state, found)
+        found = optax.apply_updates(found, updates)
+        updates, expected_state = expected_rule.update(gradient, expected_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    np.testing.assert_allclose(found["conv"]["kernel"], expected["conv"]["kernel"], rtol=1e-6)
+
+
+def test_a_rule_that_does_not_exist_is_an_error():
+    config = cuhk.get_config().optimizer
+    config.name = "adam"
+    with pytest.raises(UserError, match=r"config\.optimizer\.name: found 'adam'.*sgd, adamw"):
+        make_optimizer(config, lambda step: 0.01, lambda path: False)

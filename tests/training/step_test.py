@@ -1,0 +1,137 @@
+"""One training step: exact data parallelism, frozen parameters, nobody in the images."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from alignps_jax.devices import AXIS, parallel_train_step, replicate
+from alignps_jax.losses.total import select_positives
+from alignps_jax.nn.model import AlignPS
+from alignps_jax.training.state import is_frozen
+from alignps_jax.types import Batch, Outputs, Targets, TrainState
+from configs import tiny
+from tests.fakes import random_batch, train_setup
+
+
+def split(batch: Batch, devices: int) -> Batch:
+    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12))
+
+
+def one_device(step):
+    return jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=jax.local_devices()[:1]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A state in the middle of training, and one step of it on one device."""
+
+    config: ConfigDict
+    model: AlignPS
+    state: TrainState
+    step: Callable
+
+
+@pytest.fixture(scope="module", params=["", "released"])
+def case(request) -> Case:
+    config = tiny.get_config(request.param)
+    config.model.frozen_stages = 1
+    # Its trace holds the gradients; AdamW's first step would turn rounding into whole steps.
+    config.optimizer.name, config.optimizer.weight_decay = "sgd", 0.01
+    model, step, state = train_setup(config, devices=1)
+    return Case(config, model, state, one_device(step))
+
+
+def test_four_devices_with_one_image_equal_one_device_with_four(case):
+    batch = random_batch(np.random.default_rng(1))
+    _, step_four, _ = train_setup(case.config, devices=4)
+    state = case.state
+    expected, expected_metrics = jax.device_get(case.step(state, split(batch, 1)))
+    # Copied, because the buffers of the state that goes in are reused.
+    copy = jax.tree.map(jnp.copy, state)
+    four = parallel_train_step(step_four)
+    found, found_metrics = jax.device_get(four(replicate(copy), split(batch, 4)))
+
+    assert expected_metrics.positives > 10
+    for name, value in expected_metrics.terms.items():
+        assert value > 0, name
+        assert relative_error(found_metrics.terms[name], value) <= 1e-5, name
+    # Without momentum yet, the trace of the optimiser holds the clipped, decayed gradients.
+    for found_leaf, leaf in zip(
+        jax.tree.leaves((found.params, found.opt_state)),
+        jax.tree.leaves((expected.params, expected.opt_state)),
+        strict=True,
+    ):
+        assert relative_error(found_leaf, leaf) <= 1e-5
+    assert relative_error(found.memory.lut, expected.memory.lut) <= 1e-5
+    assert relative_error(found.memory.queue, expected.memory.queue) <= 1e-5
+    assert found.memory.tail == expected.memory.tail
+    assert found.memory.tail != state.memory.tail
+    assert found.step == expected.step == 1
+
+
+def test_images_without_people_give_only_a_classification_loss_and_finite_updates(case):
+    batch = random_batch(np.random.default_rng(2))
+    batch = batch.replace(valid=np.zeros_like(batch.valid))
+    after, metrics = case.step(case.state, split(batch, 1))
+    assert metrics.terms["cls"] > 0
+    assert metrics.positives == 0
+    for name in ("box", "centerness", "oim", "triplet"):
+        assert metrics.terms[name] == 0
+    for leaf in jax.tree.leaves(after.params):
+        assert np.isfinite(leaf).all()
+    np.testing.assert_array_equal(after.memory.lut, case.state.memory.lut)
+    np.testing.assert_array_equal(after.memory.queue, case.state.memory.queue)
+
+
+def test_frozen_parameters_stay_and_all_others_move(case):
+    batch = random_batch(np.random.default_rng(3))
+    after, _ = case.step(case.state, split(batch, 1))
+    before = traverse_util.flatten_dict(case.state.params)
+    still = {
+        path
+        for path, leaf in traverse_util.flatten_dict(after.params).items()
+        if np.array_equal(leaf, before[path])
+    }
+    assert still >= {path for path in before if is_frozen(case.model, path)}
+    # On images this small P6 and P7 are pure background of a few locations: next to no gradient.
+    trained = {path for path in still if not is_frozen(case.model, path)}
+    assert {path[1] for path in trained} <= {"output6", "output7"}
+    frozen = {path[1] for path in before if is_frozen(case.model, path)}
+    assert frozen == {"conv1", "bn1", "layer1_0"}
+
+
+def test_positives_beyond_the_limit_are_counted():
+    rng = np.random.default_rng(5)
+    flat = Outputs(
+        cls_logits=rng.normal(size=(2, 6)),
+        box_distances=rng.normal(size=(2, 6, 4)),
+        centerness_logits=rng.normal(size=(2, 6)),
+        embeddings=rng.normal(size=(2, 6, 3)),
+        valid=np.ones((2, 6), bool),
+    )
+    positive = np.array([[0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 0]], bool)
+    targets = Targets(
+        positive=positive,
+        distances=rng.normal(size=(2, 6, 4)),
+        centerness=rng.random((2, 6)),
+        identity=np.arange(12).reshape(2, 6),
+        labelled=positive,
+    )
+    positives, dropped = select_positives(flat, targets, limit=4)
+    assert dropped == 1
+    assert positives.mask.all()
+    np.testing.assert_array_equal(positives.identity, [1, 2, 5, 6])
+    np.testing.assert_allclose(positives.embeddings[3], flat.embeddings[1, 0], rtol=1e-6)

@@ -1,0 +1,267 @@
+"""The whole road in seconds: it learns, goes on after kill -9, and says what is wrong.
+
+Runs are real processes, as a user starts them, on the tiny synthetic scenes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignps_jax.evaluation.scoring import evaluate_detections
+from tests.places import ROOT
+
+
+@pytest.fixture(scope="module")
+def shared_dir(tmp_path_factory) -> Path:
+    """Data set and compiled programs that the runs of this module share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+def command(shared: Path, workdir: Path, *flags: str) -> list[str]:
+    return [
+        sys.executable,
+        "launch.py",
+        "--config=configs/tiny.py",
+        f"--config.data.root={shared / 'tiny'}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """That of the tests, with another number of simulated devices."""
+    flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags}
+
+
+def launch(shared: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    link_cache(shared, workdir)
+    return subprocess.run(
+        command(shared, workdir, *flags),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def link_cache(shared: Path, workdir: Path) -> None:
+    """Makes the workdir's compilation cache a link to the shared one."""
+    (shared / "xla_cache").mkdir(exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "xla_cache").exists():
+        (workdir / "xla_cache").symlink_to(shared / "xla_cache")
+
+
+def losses(workdir: Path) -> dict[int, dict[str, float]]:
+    """Every training line of a run's log, without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    clock = ("images_per_second", "data_wait")
+    return {
+        line["step"]: {name: x for name, x in line.items() if name not in clock}
+        for line in lines
+        if "loss" in line
+    }
+
+
+@pytest.fixture(scope="module")
+def whole_run(shared_dir) -> Path:
+    """An uninterrupted run."""
+    workdir = shared_dir / "whole"
+    done = launch(shared_dir, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_a_run_writes_what_it_promises(whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert names >= {
+        "checkpoints",
+        "config.json",
+        "versions.json",
+        "curves.png",
+        "detections.npz",
+        "log.jsonl",
+        "metrics.json",
+        "queries.csv",
+        "rankings.png",
+        "tensorboard",
+    }
+    metrics = json.loads((whole_run / "metrics.json").read_text())
+    assert metrics["dataset"] == "synthetic"
+    assert metrics["checkpoint_step"] == 6
+    assert metrics["score_threshold"] == 0.2
+    assert set(metrics["detection"]) == set(metrics["detection_labelled"]) == {"recall", "AP"}
+    assert set(metrics["search"]["TestG50"]) == {"mAP", "top1", "top5", "top10"}
+    assert sorted(losses(whole_run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_at_any_moment_it_goes_on_and_gives_the_same_losses(shared_dir, whole_run):
+    workdir = shared_dir / "killed"
+    link_cache(shared_dir, workdir)
+    kills = 0
+    # Each attempt gets a little further; the waits differ so that kills land in different places.
+    for wait in (0.0, 0.15, 0.4):
+        process = subprocess.Popen(
+            command(shared_dir, workdir),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = len(log_lines(workdir))
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if len(log_lines(workdir)) >= before + 2:
+                time.sleep(wait)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.wait()
+    done = launch(shared_dir, workdir)
+    assert done.returncode == 0, done.stderr
+    assert kills > 0
+    assert losses(workdir) == losses(whole_run)
+
+
+def log_lines(workdir: Path) -> list[str]:
+    log = workdir / "log.jsonl"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def test_sigterm_saves_and_leaves_with_exit_code_zero(shared_dir):
+    workdir = shared_dir / "terminated"
+    link_cache(shared_dir, workdir)
+    duration = ("--config.train.duration=400 steps", "--config.train.checkpoint_every=1000 steps")
+    process = subprocess.Popen(
+        command(shared_dir, workdir, *duration),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and len(log_lines(workdir)) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "SIGTERM: step" in output
+    (step,) = [path.name for path in (workdir / "checkpoints").iterdir()]
+    assert int(step) == max(losses(workdir))
+
+
+def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
+    done = launch(shared_dir, tmp_path / "again", "--mode=evaluate", f"--checkpoint={whole_run}")
+    assert done.returncode == 0, done.stderr
+    first, again = (
+        json.loads((path / "metrics.json").read_text()) for path in (whole_run, tmp_path / "again")
+    )
+    assert again["search"] == first["search"]
+    assert list(first["search"]) == ["TestG50", "all"]
+
+    # Without the network, the photos or a --config: the same figures.
+    rescored = tmp_path / "rescored"
+    saved = whole_run / "detections.npz"
+    evaluate_detections(None, saved, rescored)
+    scores = json.loads((rescored / "metrics.json").read_text())
+    assert scores | {"checkpoint_step": first["checkpoint_step"]} == first
+    queries = (rescored / "queries.csv").read_text()
+    assert queries == (whole_run / "queries.csv").read_text()
+
+    photos = shared_dir / "tiny" / "Image" / "SSM"
+    photo = sorted(photos.iterdir())[0]
+    search = [
+        sys.executable,
+        "launch.py",
+        "--mode=search",
+        f"--checkpoint={whole_run}",
+        f"--query={photo}",
+        f"--gallery={photos}",
+        f"--workdir={tmp_path / 'search'}",
+    ]
+    done = subprocess.run(
+        search, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    # Six steps find nobody: a clear end, not a crash.
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {photo}: found nobody")
+
+
+def test_a_checkpoint_of_another_network_names_the_parameters(shared_dir, whole_run):
+    done = launch(shared_dir, whole_run, "--mode=evaluate", "--config.model.channels=32")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "params/" in done.stderr
+    assert "lateral3" in done.stderr or "output3" in done.stderr or "head" in done.stderr
+
+
+def test_a_loss_that_is_not_finite_names_term_step_and_images(shared_dir, tmp_path):
+    done = launch(
+        shared_dir,
+        tmp_path,
+        "--config.optimizer.learning_rate=1e20",
+        "--config.optimizer.warmup=0 steps",
+    )
+    assert done.returncode == 2
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: step 2: ")
+    assert "loss/cls" in error.split(" not finite")[0]
+    assert ".jpg" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.train.batchsize=3"], 'Did you mean "batch_size"'),
+        (["--config.train.batch_size=three"], "invalid literal"),
+        (["--mode=trian"], "did you mean 'train'?"),
+        (["--confg=x"], "Did you mean: config"),
+        (["train"], "found 'train', expected only flags"),
+        (["--config=configs/cuhk.py:pluss"], "unknown variant 'pluss'"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config.data.name=cuhk"], "cuhk_sysu"),
+        (["--config.train.duration=3 weeks"], "config.train.duration: found '3 weeks'"),
+        (["--config.train.batch_size=0"], "config.train.batch_size: found 0"),
+        (["--mode=search"], "--checkpoint: missing"),
+        (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_command_lines_are_one_line_and_exit_code_two(shared_dir, tmp_path, flags, message):
+    done = launch(shared_dir, tmp_path, *flags)
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_it_learns(shared_dir, tmp_path):
+    """A few hundred steps on few scenes: detections and losses must clearly get better."""
+    done = launch(
+        shared_dir,
+        tmp_path,
+        "--config.train.duration=300 steps",
+        "--config.optimizer.drops=('260 steps',)",
+        "--config.train.checkpoint_every=300 steps",
+    )
+    assert done.returncode == 0, done.stderr
+    log = losses(tmp_path)
+    first, last = (
+        np.mean([log[step]["loss/cls"] + log[step]["loss/box"] for step in steps])
+        for steps in (range(5, 25), range(280, 301))
+    )
+    assert last < 0.6 * first
+    oim = [np.mean([log[step]["loss/oim"] for step in s]) for s in (range(20, 60), range(280, 301))]
+    assert oim[1] < 0.9 * oim[0]
