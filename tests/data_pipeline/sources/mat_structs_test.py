@@ -95,31 +95,6 @@ def random_value(rng, depth):
     )
 
 
-def big_endian(file):
-    """A file without compression, in the byte order of other machines."""
-
-    def element(data):
-        kind, size = struct.unpack("<II", data[:8])
-        if kind >> 16:
-            swapped = content(kind & 0xFFFF, data[4 : 4 + (kind >> 16)])
-            return struct.pack(">I", kind) + swapped.ljust(4, b"\0"), 8
-        end = 8 + size + (0 if kind == 14 else -size % 8)
-        return struct.pack(">II", kind, size) + content(kind, data[8:end]), end
-
-    def content(kind, data):
-        if kind != 14:
-            width = {3: 2, 4: 2, 5: 4, 6: 4, 7: 4, 9: 8, 12: 8, 13: 8, 17: 2}.get(kind, 1)
-            return b"".join(data[i : i + width][::-1] for i in range(0, len(data), width))
-        parts = []
-        while data:
-            part, end = element(data)
-            parts.append(part)
-            data = data[end:]
-        return b"".join(parts)
-
-    return file[:124] + b"\x01\x00MI" + content(14, file[128:])
-
-
 @pytest.mark.parametrize("compressed", [True, False])
 def test_entries_are_those_that_scipy_reads(tmp_path, compressed):
     path = tmp_path / "a.mat"
@@ -141,7 +116,7 @@ def test_random_values_are_those_that_scipy_reads(tmp_path, seed):
     files = [path]
     if not seed % 2:
         files.append(tmp_path / "big.mat")
-        files[1].write_bytes(big_endian(path.read_bytes()))
+        files[1].write_bytes(fixtures.big_endian(path.read_bytes()))
         assert_same(theirs(scipy.io.loadmat(files[1])["a"]), theirs(expected["a"]))
     for file in files:
         for name in variables:
