@@ -5,15 +5,14 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 from alignps_jax.types import UserError
 from tests.fuzz import mutations
 from tests.fuzz.runner import Reader, Run
+from tests.places import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS = 45  # of reading; a dozen more go into building the sound files
 
 # Some test of the same process may have started JAX's threads; nothing here uses them.
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:.*os\.fork")
 def test_no_reader_falls_for_damaged_files(tmp_path):
     command = ["-m", "tests.fuzz", f"--seconds={SECONDS}", "--seed=0", f"--keep={tmp_path}"]
     done = subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -130,6 +129,6 @@ def test_a_reader_that_refuses_sound_files_is_an_error(tmp_path):
 
 def test_an_unknown_reader_is_named():
     command = [sys.executable, "-m", "tests.fuzz", "--only=nothing"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--only=nothing: expected some of mat_values, " in done.stderr

@@ -10,9 +10,9 @@ import numpy as np
 import scipy.io
 
 from alignps_jax.types import Annotations, SearchProtocol
-from data_pipeline.coco_person_search import CocoPersonSearchSource
-from data_pipeline.cuhk_sysu import CuhkSysuSource
-from data_pipeline.mat_structs import (
+from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
+from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
+from data_pipeline.sources.mat_structs import (
     Structs,
     cells,
     class_of,
@@ -21,9 +21,9 @@ from data_pipeline.mat_structs import (
     read_variable,
     text,
 )
-from data_pipeline.prw import PrwSource
-from data_pipeline.source import LARGEST_COORDINATE, Source, reading
-from tests import dataset_fixtures as fixtures
+from data_pipeline.sources.prw import PrwSource
+from data_pipeline.sources.source import LARGEST_COORDINATE, Source, reading
+from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.fuzz.mutations import damage_json, damage_mat, damage_text
 from tests.fuzz.runner import Reader
 
