@@ -196,9 +196,9 @@ class _Machine:
         """The bytes that protocol 2 writes as text."""
         if _text(encoding) not in ("latin1", "latin-1"):
             raise ValueError(f"bytes in the encoding {_text(encoding)[:20]!r}, expected 'latin1'")
-        self.spend(len(text.utf8) if isinstance(text, _LongText) else _MAX_TEXT)
-        value = str(text.utf8, "utf-8") if isinstance(text, _LongText) else _text(text)
-        return value.encode("latin-1")
+        content = text.utf8 if isinstance(text, _LongText) else _text(text).encode()
+        self.spend(len(content))
+        return str(content, "utf-8").encode("latin-1")
 
     def dictionary(self, *pairs: Any) -> dict[str | int, Any]:
         """An OrderedDict; Python 2 hands it its pairs as lists."""
