@@ -7,6 +7,7 @@ the optional extra `torch`, reads and writes its own format; the others do witho
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import pickle
 import re
@@ -75,6 +76,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[s
     writers = {".pth": _write_torch, ".safetensors": _write_safetensors}
     if path.suffix not in writers:
         raise UserError(f"{path}: found suffix {path.suffix!r}, expected {' or '.join(writers)}")
+    if path.suffix == ".pth":
+        _torch(path)  # or the error would name the temporary file
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +86,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[s
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be no folder that it would be in
+            temporary.unlink()
 
 
 def listed(names: Iterable[str], count: int = 3) -> str:
@@ -139,7 +143,8 @@ def _load_torch(path: Path, size: int) -> Any:
         reason = " ".join(str(error).split())
         culprit = reason.partition("GLOBAL ")[2].split(" ")[0] or reason[:120]
         raise UserError(
-            f"{path}: found something else than tensors ({culprit}); nothing of it was executed"
+            f"{path}: found something else than tensors ({_printable(culprit)}); nothing of it "
+            "was executed"
         ) from error
     except Exception as error:  # PyTorch documents none of what it raises for a damaged file
         raise _damaged(path, error) from error
