@@ -40,7 +40,9 @@ from alignps_jax.checkpoint.arrays import (
     read_manifest,
     reading,
     restore_arrays,
+    sealed,
     snapshot,
+    unsealed,
 )
 from alignps_jax.types import TrainState, UserError, Weights
 from configs import cuhk
@@ -121,7 +123,8 @@ class Checkpoints:
         Raises UserError for an older step than that, and whatever the save before ran into.
         """
         step = int(state.step)
-        metrics = None if score is None or not math.isfinite(score) else {"score": float(score)}
+        is_score = score is not None and math.isfinite(score)
+        metrics = sealed({"score": float(score)}) if is_score else None
         latest = self.latest_step()
         if latest is not None and step < latest:
             raise UserError(f"{self._root}: found step {latest}, expected none after {step}")
@@ -138,8 +141,8 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 **{item: ocp.args.PyTreeSave(flat) for item, flat in arrays.items()},
-                iterator=ocp.args.JsonSave(_pack(iterator_state)),
-                manifest=ocp.args.JsonSave({**self._about, "arrays": specs}),
+                iterator=ocp.args.JsonSave(sealed(_pack(iterator_state))),
+                manifest=ocp.args.JsonSave(sealed({**self._about, "arrays": specs})),
             ),
             metrics=metrics,
             force=True,
@@ -174,9 +177,13 @@ def load_config(path: Path, which: str | int = "best") -> ConfigDict:
     is what the software did before it had them.
     """
     folder = _find(path, which)
-    stored = read_manifest(folder, lambda manifest: ConfigDict(_tuples(manifest["config"])))
-    _complete(stored, cuhk.get_config())
-    return stored.lock()
+
+    def completed(manifest: dict[str, Any]) -> ConfigDict:
+        stored = ConfigDict(_tuples(manifest["config"]))
+        _complete(stored, cuhk.get_config())
+        return stored.lock()
+
+    return read_manifest(folder, completed)
 
 
 def load_weights(path: Path, template: Weights | TrainState, which: str | int = "best") -> Weights:
@@ -204,7 +211,7 @@ def load_arrays(
     specs = read_manifest(folder, lambda manifest: manifest["arrays"])
 
     def read() -> dict[str, np.ndarray]:
-        arrays = read_arrays(folder, ("model", "training"))
+        arrays = read_arrays(folder, ("model", "training"), specs)
         names = [name for name in specs if name in arrays and wanted(name)]
         return {name: like(arrays[name], arrays, name, specs[name]) for name in names}
 
@@ -241,7 +248,8 @@ def _best(root: Path) -> int | None:
 
 
 def _read_metrics(folder: Path) -> dict[str, float]:
-    return read_json(folder / "metrics" / "metrics")  # where Orbax has them
+    file = folder / "metrics" / "metrics"  # where Orbax has them
+    return unsealed(read_json(file), ("score",))
 
 
 def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
@@ -255,6 +263,8 @@ def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
 
 
 def _score(metrics: dict[str, float]) -> float:
+    if type(metrics["score"]) is not float or not math.isfinite(metrics["score"]):
+        raise ValueError("the score is no number")
     return metrics["score"]
 
 
@@ -295,6 +305,7 @@ def _pack(iterator_state: Any) -> dict[str, Any]:
 
 
 def _unpack(packed: dict[str, Any]) -> Any:
+    packed = unsealed(packed, ("bytes", "json"))
     return packed["bytes"].encode("latin-1") if "bytes" in packed else packed["json"]
 
 

@@ -166,7 +166,7 @@ def rows_of_images(
 def _names(stored: np.ndarray, path: Path) -> tuple[str, ...]:
     try:
         return tuple(stored.tolist())
-    except ValueError as error:  # four bytes that are no character
+    except (ValueError, SystemError) as error:  # four bytes that are no character
         raise UserError(f"{path}: array 'image_names' holds what is no text") from error
 
 
