@@ -76,7 +76,7 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict], dict[str, dict[str, np
 def restore_arrays(folder: Path, template: Any, items: tuple[str, ...]) -> Any:
     """The template's structure with the arrays of these items of a checkpoint."""
     leaves = _leaves(template)
-    specs = read_manifest(folder, lambda manifest: manifest["arrays"])
+    specs = read_manifest(folder, array_specs)
     found = {path: spec.get("type") for path, spec in specs.items() if _item(path) in items}
     expected = {path: _type(leaf) for path, leaf in leaves.items()}
     differences = [
@@ -177,6 +177,15 @@ def read_manifest(folder: Path, part: Callable[[dict[str, Any]], Any]) -> Any:
     return reading(folder, lambda: part(unsealed(read_json(file), _MANIFEST)))
 
 
+def array_specs(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By path, the type and checksum of every array (and the kind, of a random key)."""
+    specs = manifest["arrays"]
+    for path, spec in specs.items():
+        if type(spec["type"]) is not str or type(spec["crc32"]) is not int:
+            raise ValueError(f"the manifest's entry of {path[:80]}")
+    return specs
+
+
 def reading(folder: Path, read: Callable[[], Any]) -> Any:
     """What `read` returns; whatever a damaged file makes it raise becomes a UserError."""
     try:
@@ -184,9 +193,13 @@ def reading(folder: Path, read: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except Exception as error:  # Orbax and TensorStore document none of what they raise
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-        reason = reason if reason.isprintable() else ascii(reason)
-        raise UserError(f"{folder}: damaged checkpoint, delete or replace it ({reason})") from error
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    reason = reason if reason.isprintable() else ascii(reason)
+    return UserError(f"{folder}: damaged checkpoint, delete or replace it ({reason})")
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from alignps_jax.checkpoint.arrays import (
     _write_json,
+    array_specs,
+    damaged,
     like,
     read_arrays,
     read_json,
@@ -92,8 +94,12 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._root, options=options, handler_registry=registry
             )
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{self._root}: cannot be written ({error.strerror})") from error
+        except Exception as error:  # Orbax reads what it finds there
+            raise damaged(self._root, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -208,7 +214,7 @@ def load_arrays(
     elements are left out.
     """
     folder = _find(path, which)
-    specs = read_manifest(folder, lambda manifest: manifest["arrays"])
+    specs = read_manifest(folder, array_specs)
 
     def read() -> dict[str, np.ndarray]:
         arrays = read_arrays(folder, ("model", "training"), specs)

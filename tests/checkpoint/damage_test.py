@@ -136,9 +136,10 @@ def test_manifests_are_not_believed(case, sound, tmp_path):
         assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize(
-    "name", ["manifest/metadata", "metrics/metrics", "iterator/process_0-of-1"]
-)
+JSON_FILES = ("manifest/metadata", "metrics/metrics", "iterator/process_0-of-1")
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
 @pytest.mark.parametrize("content", ["size", "deep", "empty", "number", "text"])
 def test_files_of_json_are_bounded(name, content, sound, tmp_path):
     workdir = shutil.copytree(sound, tmp_path / "crafted")
@@ -156,6 +157,6 @@ def test_files_of_json_are_bounded(name, content, sound, tmp_path):
 def test_checkpoints_without_checksums_of_their_json_are_read(sound, tmp_path):
     """As earlier versions wrote them."""
     workdir = shutil.copytree(sound, tmp_path / "old")
-    for name in ("manifest/metadata", "metrics/metrics", "iterator/process_0-of-1"):
+    for name in JSON_FILES:
         change_json(workdir / "checkpoints" / "1" / name, lambda content: content.pop("crc32"))
     assert read_everything(workdir) == read_everything(sound)
