@@ -110,8 +110,8 @@ def get_config(variant: str = "") -> ConfigDict:
     loss.lut_size = config_dict.placeholder(int)
     loss.queue_size = 5000
     # 1 / tau of Eq. (1), for the table and for the queue.
-    loss.lut_temperature = 10.0
-    loss.queue_temperature = 10.0
+    loss.inverse_lut_temperature = 10.0
+    loss.inverse_queue_temperature = 10.0
     # Exponent of the focal term that is added to OIM.
     loss.oim_focal_gamma = 2.0
     # Share of the old row that a lookup-table update keeps.

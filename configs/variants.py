@@ -234,7 +234,7 @@ def _changed(changes: Mapping[str, Mapping[str, object]]) -> dict[str, Variant]:
 # The released PRW models were trained without the triplet, with the table as in the OIM paper.
 RELEASED_PRW = {
     "loss.lut_size": 483,
-    "loss.lut_temperature": 15.0,
+    "loss.inverse_lut_temperature": 15.0,
     "loss.normalize_lut": True,
     "loss.triplet": "none",
     "optimizer.weight_decay": 1e-3,

@@ -101,12 +101,12 @@ def detect(
         kept = first_true(nms(boxes[order], valid[order], nms_iou), max_detections)
         index = order[kept.index]
         return Detections(
-            boxes=jnp.where(kept.mask[:, None], boxes[index], 0.0),
-            scores=jnp.where(kept.mask, candidates.score[index], 0.0),
+            boxes=jnp.where(kept.valid[:, None], boxes[index], 0.0),
+            scores=jnp.where(kept.valid, candidates.score[index], 0.0),
             embeddings=jnp.where(
-                kept.mask[:, None], l2_normalize(candidates.embeddings[index]), 0.0
+                kept.valid[:, None], l2_normalize(candidates.embeddings[index]), 0.0
             ),
-            valid=kept.mask,
+            valid=kept.valid,
         )
 
     return jax.vmap(detect_one)(tuple(outputs), size, scale)

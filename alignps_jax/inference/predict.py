@@ -72,7 +72,8 @@ class GroundTruthStep:
     level_borders: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        level_ranges(self.model, self.level_borders)  # raises if they do not fit
+        # Raises if they do not fit.
+        level_ranges(self.model.predicted_levels(train=False), self.level_borders)
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """The batch's own boxes in the photos' pixels, with score 1 and their embeddings."""
