@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -211,10 +212,10 @@ def _annotations(path: Path) -> Annotations:
 def _read_json(path: Path) -> tuple[list[_Record], list[_Record]]:
     """The images and the annotations of a file, each with the fields that we need, in range."""
     with reading(path, _EXPECTED), path.open("rb") as file:
-        encoded = file.read(_MAX_BYTES + 1)
-        if len(encoded) > _MAX_BYTES:
-            raise UserError(f"{path}: is larger than {_MAX_BYTES:,} bytes; expected fewer")
-        content = json.loads(encoded.decode())
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_BYTES:
+            raise UserError(f"{path}: has {size:,} bytes; expected at most {_MAX_BYTES:,}")
+        content = json.loads(file.read(size).decode())
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected {_EXPECTED}")
     records = []

@@ -53,7 +53,7 @@ def _raise(error):
         (lambda *_: _raise(UserError("two\nlines")), r"not one clear line: 'two\\nlines'"),
         (lambda *_: _raise(UserError("\x1b[2J")), r"not one clear line: '\\x1b"),
         (lambda *_: _raise(UserError("x" * 9999)), r"not one clear line: 'xxx"),
-        (lambda *_: bytearray(1 << 40), "MemoryError"),
+        (lambda *_: bytearray(300 << 20), "MemoryError"),
         (lambda *_: warnings.warn("NaN", RuntimeWarning, stacklevel=1), "RuntimeWarning: NaN"),
         (lambda *_: os.kill(os.getpid(), signal.SIGKILL), "the process ended with -9"),
         (lambda *_: sys.exit(0), "the process ended with 1"),
