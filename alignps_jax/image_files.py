@@ -19,6 +19,9 @@ from jaxtyping import UInt8
 
 from alignps_jax.types import UserError
 
+# What is wrong with a file is said in our own words, once.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
 FORMATS = "JPEG, PNG, BMP, WebP or TIFF"
 
 # No format needs more: colors and opacity in 16 bits, and what cameras and editors add.

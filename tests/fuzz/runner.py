@@ -83,6 +83,7 @@ class Run:
         self._sound = {path: path.read_bytes() for path in reader.build(folder)}
         self._next = 0
         self._report = folder.parent / f"{name}.findings"
+        self._stderr = folder.parent / f"{name}.stderr"
         # Shared with the process that reads: number of the input, when it began, counts.
         self._state = mmap.mmap(-1, _STATE.size)
         self._prove()
@@ -100,9 +101,11 @@ class Run:
         child = os.fork()
         if not child:
             try:
+                # Where decoders complain, and where Python says in what it crashed.
+                os.dup2(os.open(self._stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
                 self._work(time.monotonic() + seconds)
             except BaseException:
-                traceback.print_exc()
+                os.write(2, traceback.format_exc().encode())
                 os._exit(1)
             os._exit(0)
         death = self._watch(child)
@@ -141,7 +144,13 @@ class Run:
                 return f"took more than {self._reader.seconds:g} s"
             time.sleep(0.02)
         code = os.waitstatus_to_exitcode(status)
-        return f"the process ended with {code}" if code else ""
+        return f"the process ended with {code}: {self._last_words()}" if code else ""
+
+    def _last_words(self) -> str:
+        """What the process said when it crashed."""
+        words = self._stderr.read_text("utf-8", "replace")
+        place = max(words.rfind("Fatal Python error"), len(words) - 1500)
+        return ascii(words[place:])[:600]
 
     def _work(self, until: float) -> None:
         # What numpy only warns of, such as a NaN that becomes an integer, is garbage here.
