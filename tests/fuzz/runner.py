@@ -149,7 +149,7 @@ class Run:
     def _last_words(self) -> str:
         """What the process said when it crashed."""
         words = self._stderr.read_text("utf-8", "replace")
-        place = max(words.rfind("Fatal Python error"), len(words) - 1500)
+        place = max(words.rfind("Fatal Python error"), len(words) - 1500, 0)
         return ascii(words[place:])[:600]
 
     def _work(self, until: float) -> None:
