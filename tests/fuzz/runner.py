@@ -149,8 +149,8 @@ class Run:
     def _last_words(self) -> str:
         """What the process said when it crashed."""
         words = self._stderr.read_text("utf-8", "replace")
-        place = max(words.rfind("Fatal Python error"), len(words) - 1500, 0)
-        return ascii(words[place:])[:600]
+        crash = words.rfind("Fatal Python error")
+        return ascii(words[crash:][:600] if crash >= 0 else words[-600:])
 
     def _work(self, until: float) -> None:
         # What numpy only warns of, such as a NaN that becomes an integer, is garbage here.
