@@ -12,7 +12,7 @@ PARITY_READY := $(PARITY)/.ready
 # Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test parity golden lint lock clean
+.PHONY: setup demo test fuzz parity golden lint lock clean
 
 setup: $(READY)
 
@@ -28,6 +28,11 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Damaged files for every reader of files, for so long: make fuzz SECONDS=600 [ONLY=cuhk_mat,images].
+SECONDS ?= 600
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --seconds=$(SECONDS) $(if $(ONLY),--only=$(ONLY))
 
 # Everything that needs PyTorch: conversion of .pth files, and parity with the published model.
 parity: $(PARITY_READY)

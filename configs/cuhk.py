@@ -38,6 +38,9 @@ def get_config(variant: str = "") -> ConfigDict:
     data.flip_probability = 0.5
     # Training images with a side (of the photo) below this many pixels are left out.
     data.min_side = 32
+    # Photos with more pixels are refused before they are decoded, here and in searches: a file of a
+    # few hundred bytes can ask for all the memory there is.
+    data.max_pixels = 100_000_000
     # Threads that decode and resize; 0 does it in the training thread.
     data.workers = 8
     # Batches kept ready ahead of the training step (at least one per worker).

@@ -113,7 +113,7 @@ def prepare(data: ConfigDict) -> PreparedDataset:
     """
     builder_class = _builder_class(data)
     prepared = Path(data.prepared_dir or Path(data.root) / "prepared").expanduser()
-    builder = builder_class(root=data.root, data_dir=prepared)
+    builder = builder_class(root=data.root, data_dir=prepared, max_pixels=data.max_pixels)
     if builder.is_prepared:
         counts = [f"{len(builder.annotations[split].names):,} {split}" for split in SPLITS]
         print(f"{builder.source.title}: {' and '.join(counts)} images in {builder.data_path}")

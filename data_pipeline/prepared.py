@@ -25,8 +25,8 @@ from absl import logging
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
+from alignps_jax.image_files import decode_photo, read_photo
 from alignps_jax.types import Annotations, UserError
-from data_pipeline import transforms
 from data_pipeline.sources.source import Source
 
 SPLITS = ("train", "test")
@@ -35,7 +35,6 @@ _SHARD_IMAGES = 256
 _THREADS = min(8, os.cpu_count() or 1)
 _SIDECAR = "annotations.npz"
 _SIDECAR_KEYS = ("names", "sizes", "camera", "counts", "boxes", "identity", "labelled")
-_JPEG_START, _SCAN_START, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 
 
 @functools.cache
@@ -121,8 +120,12 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version("1.0.0")
     source_class: ClassVar[type[Source]]
 
-    def __init__(self, *, root: str | Path, data_dir: str | Path):
-        """Reads the annotations below `root`; the files go below `data_dir`."""
+    def __init__(self, *, root: str | Path, data_dir: str | Path, max_pixels: int):
+        """Reads the annotations below `root`; the files go below `data_dir`.
+
+        A photo of more than `max_pixels` pixels (`data.max_pixels`) is an error.
+        """
+        self._max_pixels = max_pixels
         self.source = self.source_class(root)
         self.annotations = {"train": self.source.train, "test": self.source.test}
         self.clipped = self.dropped = 0
@@ -176,7 +179,7 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """A prepared split.
 
         Raises:
-          UserError: a file of it is gone.
+          UserError: a file of it is gone, or a photo has more pixels than allowed.
         """
         files = [Path(path) for path in self.info.splits[split].filepaths]
         for path in (*files, Path(self.data_path) / _SIDECAR):
@@ -186,6 +189,12 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
                     f"{self.data_path} to prepare it again"
                 )
         annotations, sizes = _read_sidecar(Path(self.data_path) / _SIDECAR, split)
+        pixels = sizes.prod(axis=1, dtype=np.int64)
+        if (pixels > self._max_pixels).any():
+            raise UserError(
+                f"{self.data_path}: {annotations.names[int(pixels.argmax())]} has "
+                f"{pixels.max():,} pixels; expected at most {self._max_pixels:,} (data.max_pixels)"
+            )
         records = self.as_data_source(split=split).data_source
         return PreparedSplit(annotations, sizes, StoredImages(records))
 
@@ -216,7 +225,9 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             self._bar.close()
             self._bar = tqdm(desc=f"preparing {split}", total=count, unit="image", disable=None)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
-            read = functools.partial(_read_photo, self.source, self.annotations[split])
+            read = functools.partial(
+                _read_photo, self.source, self.annotations[split], self._max_pixels
+            )
             for index, photo in zip(indices, pool.map(read, indices), strict=True):
                 self.clipped += photo.clipped
                 self.dropped += photo.dropped
@@ -263,18 +274,12 @@ def clip_to_photo(
     return inside, (inside[:, 2:] > inside[:, :2]).all(axis=1)
 
 
-def _read_photo(source: Source, annotations: Annotations, index: int) -> _Photo:
+def _read_photo(source: Source, annotations: Annotations, max_pixels: int, index: int) -> _Photo:
     name = annotations.names[index]
     path = source.image_path(name)
-    try:
-        image = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected an image") from error
-    height, width = transforms.decode_jpeg(image, str(path)).shape[:2]
-    # Some versions of OpenCV fill up what is missing of a JPEG. The end marker must come after
-    # the last scan: an embedded preview has one of its own.
-    if image.startswith(_JPEG_START) and image.rfind(_JPEG_END) < image.rfind(_SCAN_START):
-        raise UserError(f"{path}: truncated JPEG ({len(image)} bytes); expected a complete one")
+    image, header = read_photo(path, max_pixels)
+    decode_photo(image, header, str(path), upright=False)
+    height, width = header.height, header.width
     annotated = source.photo_size(name)
     if annotated not in (None, (height, width)):
         raise UserError(

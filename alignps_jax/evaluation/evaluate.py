@@ -33,8 +33,7 @@ from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import PreparedSplit, prepare
-from data_pipeline.pipeline import EvalBatches, make_eval_batches
-from data_pipeline.transforms import decode_jpeg
+from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
 
 EXAMPLE_IMAGES = 4
 EXAMPLE_FAILURES = 3
@@ -110,7 +109,7 @@ class Evaluator:
 
     def photo(self, image: int) -> UInt8[np.ndarray, "H W 3"]:
         """A test image, RGB."""
-        return decode_jpeg(self.split.jpegs[image], self.split.annotations.names[image])
+        return photo_of(self.split, image)
 
     def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""

@@ -24,7 +24,7 @@ from alignps_jax.gallery.photos import PICTURE_RESULTS
 from alignps_jax.types import GalleryDetections, SearchProtocol, UserError
 from configs.variants import rows_of
 from data_pipeline.datasets import PreparedSplit, prepare
-from data_pipeline.transforms import decode_jpeg
+from data_pipeline.pipeline import photo_of
 
 MAX_COMPARED_ROWS = 9
 # Protocols whose galleries differ in size only.
@@ -209,7 +209,7 @@ def _row(
     names = split.annotations.names
 
     def panel(image: int, box: Float[np.ndarray, "4"], caption: str, match: bool | None) -> Panel:
-        return Panel(decode_jpeg(split.jpegs[image], names[image]), box, caption, match)
+        return Panel(photo_of(split, image), box, caption, match)
 
     results = [
         panel(

@@ -47,11 +47,11 @@ class FigureRequest:
             )
         return next(self.detectors())[1]
 
-    def query_photo(self) -> tuple[Path, Image]:
-        """The query's path and pixels."""
+    def query_photo(self, detector: Detector) -> tuple[Path, Image]:
+        """The query's path and pixels, no more than the detector's configuration allows."""
         if self.query is None:
             raise UserError("--query: missing, expected the photo to draw")
-        return self.query, read_image(self.query)
+        return self.query, read_image(self.query, detector.config.data.max_pixels)
 
     def scenes(self) -> list[Path]:
         """The photos of the gallery but the query, in the order of their names; () without one."""
@@ -106,8 +106,9 @@ def draw_figures(kind: str, request: FigureRequest) -> None:
 
 def _sampling_points(request: FigureRequest) -> Pictures:
     """Fig. 5: where the deformable convolutions look."""
-    path, photo = request.query_photo()
-    picture = photo_figures.sampling_points_picture(request.detector(), path, photo, request.box)
+    detector = request.detector()
+    path, photo = request.query_photo(detector)
+    picture = photo_figures.sampling_points_picture(detector, path, photo, request.box)
     yield f"sampling_points-{path.stem}", picture
 
 
@@ -124,10 +125,9 @@ def _detections(request: FigureRequest) -> Pictures:
 
 def _similarity(request: FigureRequest) -> Pictures:
     """Heat maps: how similar every location's embedding is to the query's."""
-    path, photo = request.query_photo()
-    picture = photo_figures.similarity_picture(
-        request.detector(), path, photo, request.box, request.scenes()
-    )
+    detector = request.detector()
+    path, photo = request.query_photo(detector)
+    picture = photo_figures.similarity_picture(detector, path, photo, request.box, request.scenes())
     yield f"similarity-{path.stem}", picture
 
 
@@ -138,13 +138,12 @@ def _comparison(request: FigureRequest) -> Pictures:
     if request.query is None:
         yield dataset_figures.compared_queries(_data_config(request), request.checkpoints)
         return
-    path, photo = request.query_photo()
     if request.gallery is None:
         raise UserError("--gallery: missing, expected the folder of photos to search")
     picture = photo_figures.comparison_picture(
-        request.detectors(), path, photo, request.box, request.gallery
+        request.detectors(), request.query, request.box, request.gallery
     )
-    yield f"comparison-{path.stem}", picture
+    yield f"comparison-{request.query.stem}", picture
 
 
 def _gallery_size(request: FigureRequest) -> Pictures:

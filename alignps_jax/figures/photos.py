@@ -107,7 +107,7 @@ def _centres(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
 
 def detections_picture(detector: Detector, path: Path) -> Image:
     """A photo with everybody found in it, and how many that are."""
-    photo = read_image(path)
+    photo = read_image(path, detector.config.data.max_pixels)
     threshold = detector.config.eval.score_threshold
     found = above(detector.detect(photo), threshold)
     canvas, factor = fitted(photo, *_LARGE)
@@ -166,7 +166,7 @@ def _heat(
 
 
 def _heat_scene(detector: Detector, path: Path, query: Query) -> _HeatScene:
-    photo = read_image(path)
+    photo = read_image(path, detector.config.data.max_pixels)
     people = above(detector.detect(photo), detector.config.eval.score_threshold)
     picture, factor = _heat(detector, photo, query, _SMALL)
     if len(people.scores) == 0:
@@ -181,7 +181,6 @@ def _heat_scene(detector: Detector, path: Path, query: Query) -> _HeatScene:
 def comparison_picture(
     detectors: Iterable[tuple[str, Detector]],
     path: Path,
-    photo: Image,
     box: Sequence[float] | None,
     gallery: Path,
 ) -> Image:
@@ -190,7 +189,6 @@ def comparison_picture(
     Args:
       detectors: label and network; only one at a time is held.
       path: the query photo's file.
-      photo: its pixels.
       box: the person to search; None takes the first network's most confident detection.
       gallery: folder of photos.
 
@@ -201,11 +199,14 @@ def comparison_picture(
     rows = []
     for label, detector in detectors:
         threshold = detector.config.eval.score_threshold
+        max_pixels = detector.config.data.max_pixels
+        photo = read_image(path, max_pixels)
         query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
         box = tuple(float(corner) for corner in query.box)
         found = {
-            scene: above(detector.detect(read_image(scene)), threshold)
+            scene: above(detector.detect(read_image(scene, max_pixels)), threshold)
             for scene in tqdm(scenes, desc=label, unit="photo", dynamic_ncols=True)
         }
-        rows.append(ranking_row(rank([query], path, found)[0], gallery, photo, label))
+        ranking = rank([query], path, found)[0]
+        rows.append(ranking_row(ranking, gallery, photo, label, max_pixels))
     return ranking_picture(rows)

@@ -107,18 +107,19 @@ def search_photos(
     use_compilation_cache(workdir, checkpoint)
     detector = Detector.from_checkpoint(checkpoint)
     threshold = detector.config.eval.score_threshold
-    photo = read_image(query)
+    max_pixels = detector.config.data.max_pixels
+    photo = read_image(query, max_pixels)
     photos = gallery_photos(gallery, query)
     queries = find_queries(detector.detect(photo), box, threshold, query, photo.shape[:2])
     found = {
-        path: above(detector.detect(read_image(path)), threshold)
+        path: above(detector.detect(read_image(path, max_pixels)), threshold)
         for path in tqdm(photos, desc="search", unit="photo", dynamic_ncols=True)
     }
     rankings = rank(queries, query, found)
     workdir.mkdir(parents=True, exist_ok=True)
     ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
     write_ranking_json(ranking, rankings)
-    write_image(picture, draw_rankings(rankings[:MAX_PICTURE_QUERIES], gallery, photo))
+    write_image(picture, draw_rankings(rankings[:MAX_PICTURE_QUERIES], gallery, photo, max_pixels))
     people = sum(len(detections.scores) for detections in found.values())
     print(
         f"searched {len(queries)} of {query.name} among {people} people (scores >= "
@@ -234,21 +235,30 @@ def rank(
 
 
 def draw_rankings(
-    rankings: Sequence[QueryRanking], gallery: Path, photo: UInt8[np.ndarray, "H W 3"]
+    rankings: Sequence[QueryRanking],
+    gallery: Path,
+    photo: UInt8[np.ndarray, "H W 3"],
+    max_pixels: int,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The queries and their best results."""
-    return ranking_picture(ranking_row(ranking, gallery, photo, "query") for ranking in rankings)
+    return ranking_picture(
+        ranking_row(ranking, gallery, photo, "query", max_pixels) for ranking in rankings
+    )
 
 
 def ranking_row(
-    ranking: QueryRanking, gallery: Path, photo: UInt8[np.ndarray, "H W 3"], title: str
+    ranking: QueryRanking,
+    gallery: Path,
+    photo: UInt8[np.ndarray, "H W 3"],
+    title: str,
+    max_pixels: int,
 ) -> RankingRow:
     """A query in its photo, below a title, and its best results in those of a folder."""
     return RankingRow(
         Panel(photo, ranking.box, f"{title}\n{ranking.image}"),
         tuple(
             Panel(
-                read_image(gallery / one.image),
+                read_image(gallery / one.image, max_pixels),
                 one.box,
                 result_caption(number, one.similarity, one.image),
             )

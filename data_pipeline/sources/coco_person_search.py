@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
+import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ import numpy as np
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.source import (
+    LARGEST_COORDINATE,
     Queries,
     Source,
     all_but,
     contiguous,
     image_index,
+    quoted,
     reading,
     search_everywhere,
     unknown_name,
 )
 
 _EXPECTED = "JSON with the lists `images` and `annotations`"
+# Some two million annotations; what JSON holds takes many times its size in memory.
+_MAX_BYTES = 256 << 20
 _Record = Mapping[str, Any]
 
 
@@ -36,7 +41,7 @@ class CocoPersonSearchSource(Source):
 
     - `images`: `id` (any whole number, unique), `file_name`, `width`, `height` of the photo as
       stored. The photo, JPEG or PNG, is `<root>/images/<file_name>`, or `<root>/<file_name>`
-      where that does not exist.
+      where that does not exist; a name or a link that leaves the folder is refused.
     - `annotations`: `image_id`, `bbox` (`x, y, w, h` in pixels, corner first) and `person_id`, a
       whole number; a negative one is a person without identity. In `train.json` it is the row of
       the lookup table: identities are numbered from 0, gaps are allowed, and no number may reach
@@ -47,6 +52,11 @@ class CocoPersonSearchSource(Source):
     every identity that is in at least two test images is asked for once, by its first box.
 
     Protocol: `all` (every test image but the query's own, in the order of `test.json`).
+
+    Sizes and boxes refer to the pixels as stored. Where an EXIF orientation turns a photo by 90
+    degrees and the annotations refer to the turned one, its size gives that away and is an error.
+    By 180 degrees, or mirrored, the size stays the same: nothing can notice that such boxes are in
+    the wrong place. Turn such photos for good before annotating them (`jpegtran`, `exiftran -a`).
     """
 
     title = "COCO-style person search"
@@ -57,6 +67,7 @@ class CocoPersonSearchSource(Source):
   test.json
   query.json (optional)
 """
+    photo_folders = ("images", "")
     protocols = ("all",)
     default_protocols = ("all",)
 
@@ -97,11 +108,6 @@ class CocoPersonSearchSource(Source):
             )
         return protocol
 
-    def image_path(self, name: str) -> Path:
-        path = self.root / "images" / name
-        beside = self.root / name
-        return beside if beside.is_file() and not path.is_file() else path
-
     def photo_size(self, name: str) -> tuple[int, int] | None:
         return self._sizes[name]
 
@@ -134,7 +140,7 @@ class CocoPersonSearchSource(Source):
         images, boxes, people = [], [], []
         for name, rows, ids in zip(asked.names, asked.boxes, asked.identity, strict=True):
             if name not in index:
-                raise UserError(f"{path}: has the image {name}; expected one of test.json")
+                raise UserError(f"{path}: has the image {quoted(name)}; expected one of test.json")
             for box, person in zip(rows, ids, strict=True):
                 if int(person) not in number:
                     raise UserError(
@@ -179,7 +185,7 @@ def _annotations(path: Path) -> Annotations:
     position = {image["id"]: row for row, image in enumerate(images)}
     if len(position) < len(images):
         raise UserError(f"{path}: two images have the same id; expected each id once")
-    boxes: list[list[tuple[float, ...]]] = [[] for _ in images]
+    boxes: list[list[np.ndarray]] = [[] for _ in images]
     identity: list[list[int]] = [[] for _ in images]
     for number, person in enumerate(people):
         row = position.get(person["image_id"])
@@ -189,8 +195,9 @@ def _annotations(path: Path) -> Annotations:
                 "id of one of the images"
             )
         x, y, w, h = person["bbox"]
-        if w > 0 and h > 0:
-            boxes[row].append((x, y, x + w, y + h))
+        x1, y1, x2, y2 = corners = np.array([x, y, x + w, y + h], np.float32)
+        if x2 > x1 and y2 > y1:
+            boxes[row].append(corners)
             identity[row].append(max(person["person_id"], -1))
     ids = tuple(np.array(row, np.int32) for row in identity)
     return Annotations(
@@ -204,8 +211,11 @@ def _annotations(path: Path) -> Annotations:
 
 def _read_json(path: Path) -> tuple[list[_Record], list[_Record]]:
     """The images and the annotations of a file, each with the fields that we need, in range."""
-    with reading(path, _EXPECTED):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, _EXPECTED), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_BYTES:
+            raise UserError(f"{path}: has {size:,} bytes; expected at most {_MAX_BYTES:,}")
+        content = json.loads(file.read(size).decode())
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected {_EXPECTED}")
     records = []
@@ -218,7 +228,8 @@ def _read_json(path: Path) -> tuple[list[_Record], list[_Record]]:
                 value = row.get(field) if isinstance(row, dict) else None
                 if not sound(value):
                     raise UserError(
-                        f"{path}: {key}[{number}].{field} is {value!r}; expected {expected}"
+                        f"{path}: {key}[{number}].{field} is {quoted(reprlib.repr(value))}; "
+                        f"expected {expected}"
                     )
         records.append(rows)
     return records[0], records[1]
@@ -228,12 +239,14 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_coordinate(value: object) -> bool:
+    # NaN is not between anything. A number of 400 digits is compared without becoming a float.
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -LARGEST_COORDINATE <= value <= LARGEST_COORDINATE
 
 
 def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_coordinate, value))
 
 
 _WHOLE = (_is_whole, "a whole number")
@@ -246,7 +259,7 @@ _IMAGE_FIELDS = {
 }
 _PERSON_FIELDS = {
     "image_id": _WHOLE,
-    "bbox": (_is_box, "the four numbers x, y, w, h"),
+    "bbox": (_is_box, f"the four numbers x, y, w, h, none beyond {LARGEST_COORDINATE}"),
     "person_id": (
         _is_whole,
         "a whole number (identities out of range: 0-based, negative: no identity)",

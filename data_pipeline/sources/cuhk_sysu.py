@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
-from data_pipeline.sources.mat_structs import Structs, numbers, read_structs, text
+from data_pipeline.sources.mat_structs import Structs, cells, class_of, numbers, read_structs, text
 from data_pipeline.sources.source import (
     Counts,
     Source,
+    check_pixels,
     image_index,
     mat_variable,
+    quoted,
     reading,
     unknown_name,
 )
@@ -64,6 +66,8 @@ class CuhkSysuSource(Source):
   annotation/test/subset/Occlusion.mat, Resolution.mat (optional)
 """
 
+    photo_folders = ("Image/SSM",)
+
     @functools.cached_property
     def train(self) -> Annotations:
         tested = set(self._pool)
@@ -73,11 +77,10 @@ class CuhkSysuSource(Source):
         people = mat_variable(path, ["Train"])
         labels = []
         with reading(path, "the identities with name, number of appearances and scenes"):
-            for identity, cell in enumerate(people.ravel()):
-                scenes = _struct(cell)[2].ravel()
-                for scene in scenes:
-                    image = _known_image(str(scene[0][0]), index, path, "training images")
-                    labels.append((image, _box(scene[1]), identity))
+            for identity, (_, _, scenes, *_) in enumerate(_identities(people)):
+                for name, idlocate, *_ in Structs.of(scenes):
+                    image = _known_image(text(name), index, path, "training images")
+                    labels.append((image, _box(numbers(idlocate)), identity))
         return self._annotations(names, labels, path)
 
     @functools.cached_property
@@ -120,9 +123,6 @@ class CuhkSysuSource(Source):
             return self._smallest[0]
         return self._read_protocol(name)[0]
 
-    def image_path(self, name: str) -> Path:
-        return self.root / "Image" / "SSM" / name
-
     @property
     def _protocol_files(self) -> dict[str, tuple[Path, str]]:
         """File and variable of each protocol that has one."""
@@ -136,9 +136,9 @@ class CuhkSysuSource(Source):
     @functools.cached_property
     def _pool(self) -> tuple[str, ...]:
         path = self.root / self.required[1]
-        cells = mat_variable(path, ["pool"])
+        pool = mat_variable(path, ["pool"])
         with reading(path, "a list of image names"):
-            names = tuple(str(cell[0]) for cell in cells.ravel())
+            names = tuple(text(name) for name in cells(pool))
         image_index(names, path)
         for name in names:
             if name not in self._boxes:
@@ -150,11 +150,12 @@ class CuhkSysuSource(Source):
         """The people of every image of the data set."""
         path = self.root / self.required[0]
         with reading(path, "the variable Img: images with name, number of boxes and boxes"):
-            images = [tuple(image.values()) for image in read_structs(path, "Img")]
-            names = [text(image[0]) for image in images]
+            names, boxes = [], []
+            for name, _, people, *_ in map(dict.values, read_structs(path, "Img")):
+                names.append(text(name))
+                boxes.append(_people([numbers(idlocate) for idlocate, *_ in Structs.of(people)]))
             image_index(names, path)
-            rows = [[numbers(box[0]) for box in Structs.of(image[2])] for image in images]
-            return {name: _people(boxes) for name, boxes in zip(names, rows, strict=True)}
+            return dict(zip(names, boxes, strict=True))
 
     def _annotations(
         self,
@@ -199,7 +200,7 @@ class CuhkSysuSource(Source):
         with reading(path, f"an array {variable} with the fields Query and Gallery"):
             for number, row in enumerate(read_structs(path, variable), start=1):
                 query = Structs.of(row["Query"])
-                asked = dict(zip(query.fields, next(iter(query)), strict=True))
+                asked = dict(zip(query.fields, query.only(), strict=True))
                 images.append(gallery_of.image(asked["imname"]))
                 boxes.append(_box(numbers(asked["idlocate"])))
                 people.append(person.setdefault(text(asked["idname"]), len(person)))
@@ -277,20 +278,30 @@ class _GalleryReader:
         return _known_image(text(name), self.index, self.path, "images of pool.mat")
 
 
-def _struct(cell: np.ndarray | np.void) -> np.void:
-    """The one element of a 1x1 struct."""
-    return cell.ravel()[0] if isinstance(cell, np.ndarray) else cell
+def _identities(people: bytes) -> Iterator[list[bytes]]:
+    """The values of the fields of each entry, be they structs in cells or a struct array."""
+    if class_of(people) == "struct":
+        yield from Structs.of(people)
+    else:
+        yield from (Structs.of(cell).only() for cell in cells(people))
 
 
-def _box(idlocate: np.ndarray) -> Float[np.ndarray, "4"]:
+def _xywh(idlocate: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "4"]:
+    if len(idlocate) != 4:
+        raise ValueError(f"found {len(idlocate)} numbers for a box, not x, y, w, h")
+    check_pixels(idlocate)
+    return idlocate.astype(np.int32)
+
+
+def _box(idlocate: Shaped[np.ndarray, "n"]) -> Float[np.ndarray, "4"]:
     """One box from `x, y, w, h`."""
-    x, y, w, h = idlocate.ravel().astype(np.int32)
+    x, y, w, h = _xywh(idlocate)
     return np.array([x, y, x + w, y + h], np.float32)
 
 
-def _people(idlocates: Sequence[np.ndarray]) -> Float[np.ndarray, "G 4"]:
+def _people(idlocates: Sequence[Shaped[np.ndarray, "n"]]) -> Float[np.ndarray, "G 4"]:
     """The boxes of positive size from rows of `x, y, w, h`."""
-    rows = np.array(idlocates, np.int32).reshape(-1, 4)
+    rows = np.array([_xywh(idlocate) for idlocate in idlocates], np.int32).reshape(-1, 4)
     rows = rows[(rows[:, 2:] > 0).all(axis=1)]
     return np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:]], axis=1).astype(np.float32)
 
@@ -309,5 +320,5 @@ def _label(
 
 def _known_image(name: str, index: dict[str, int], path: Path, where: str) -> int:
     if name not in index:
-        raise UserError(f"{path}: names the image {name}; expected one of the {where}")
+        raise UserError(f"{path}: names the image {quoted(name)}; expected one of the {where}")
     return index[name]

@@ -13,14 +13,17 @@ from jaxtyping import Bool, Float, Int
 
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
+from data_pipeline.sources.mat_structs import cells, matrix, text
 from data_pipeline.sources.source import (
     Counts,
     Queries,
     Source,
     all_but,
+    check_pixels,
     contiguous,
     image_index,
     mat_variable,
+    quoted,
     reading,
     search_everywhere,
     unknown_name,
@@ -63,6 +66,7 @@ class PrwSource(Source):
   frame_test.mat
   query_info.txt
 """
+    photo_folders = ("frames",)
     protocols = ("all", "cross_camera")
 
     @property
@@ -93,9 +97,6 @@ class PrwSource(Source):
             )
         return protocol
 
-    def image_path(self, name: str) -> Path:
-        return self.root / "frames" / name
-
     def _search(self, name: str) -> tuple[SearchProtocol, Bool[np.ndarray, "Q"]]:
         """A protocol of the queries that have a target, and which these are."""
         queries = self._queries
@@ -115,9 +116,9 @@ class PrwSource(Source):
 
     def _split(self, file: str, variable: str) -> _Split:
         path = self.root / file
-        cells = mat_variable(path, [variable])
+        frames = mat_variable(path, [variable])
         with reading(path, "a list of frame names"):
-            names = tuple(f"{cell.ravel()[0]}.jpg" for cell in cells.ravel())
+            names = tuple(f"{text(frame)}.jpg" for frame in cells(frames))
         image_index(names, path)
         people = [self._read_frame(name) for name in names]
         labelled = tuple(rows[:, 0] >= 0 for rows in people)
@@ -136,16 +137,18 @@ class PrwSource(Source):
     def _read_frame(self, name: str) -> Float[np.ndarray, "G 5"]:
         """Rows `id, x, y, w, h` of one frame."""
         path = self.root / "annotations" / f"{name}.mat"
-        rows = np.asarray(mat_variable(path, _BOX_VARIABLES))
-        if rows.size == 0:
-            return np.zeros((0, 5))
-        sound = rows.ndim == 2 and rows.shape[1] == 5 and rows.dtype.kind in "iuf"
-        if not (sound and np.isfinite(rows).all() and (rows[:, 0] % 1 == 0).all()):
-            raise UserError(
-                f"{path}: holds an array of shape {rows.shape}; expected rows of `id x y w h` "
-                "with whole ids"
-            )
-        return rows.astype(np.float64)
+        people = mat_variable(path, _BOX_VARIABLES)
+        with reading(path, "rows of `id x y w h` with whole ids"):
+            rows = matrix(people)
+            if rows.size == 0:
+                return np.zeros((0, 5))
+            if rows.shape[1] != 5:
+                raise ValueError(f"found an array of {rows.shape[0]}x{rows.shape[1]}")
+            check_pixels(rows)
+            rows = rows.astype(np.float64)
+            if (rows[:, 0] % 1).any():
+                raise ValueError(f"found the id {rows[(rows[:, 0] % 1) != 0][0, 0]}")
+            return rows
 
     @functools.cached_property
     def _queries(self) -> Queries:
@@ -153,22 +156,24 @@ class PrwSource(Source):
         index = image_index(self.test.names, self.root / "frame_test.mat")
         images, boxes, people = [], [], []
         with reading(path, _QUERY_FIELDS):
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 person, *xywh, frame = line.split()
                 x, y, w, h = (float(field) for field in xywh)
+                check_pixels(np.array([x, y, w, h]))
                 people.append(self._test.number[int(person)])
                 images.append(index[f"{frame}.jpg"])
             except ValueError as error:
                 raise UserError(
-                    f"{path}: line {number} is {line!r}; expected {_QUERY_FIELDS}"
+                    f"{path}: line {number} is {quoted(line)!r}; expected {_QUERY_FIELDS}"
                 ) from error
             except KeyError as error:
+                missing = quoted(str(error.args[0]))
                 raise UserError(
-                    f"{path}: line {number} is {line!r}, but {error.args[0]} is not in the test "
+                    f"{path}: line {number} is {quoted(line)!r}, but {missing} is not in the test "
                     "frames; expected an image of frame_test.mat and an id that occurs there"
                 ) from error
             boxes.append(np.array([x, y, x + w, y + h]).astype(np.int32).clip(min=0))

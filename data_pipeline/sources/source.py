@@ -11,17 +11,25 @@ import abc
 import contextlib
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import ClassVar
 
 import numpy as np
-import scipy.io
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from alignps_jax.types import Annotations, SearchProtocol, UserError
+from data_pipeline.sources.mat_structs import read_variable
+
+# Boxes are kept in float32, which holds every whole number up to this one.
+LARGEST_COORDINATE = 2**24
 
 _LISTED_ENTRIES = 12
+_LONGEST_NAME = 1024
+_LONGEST_QUOTE = 120
+# Control characters, line ends, and halves of surrogate pairs, which no file name can hold.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Source(abc.ABC):
     # Annotation files that every copy of the data set has, and the layout to show when they miss.
     required: ClassVar[tuple[str, ...]]
     layout: ClassVar[str]
+    # Folders below `root` with the photos; the first one that has a photo counts.
+    photo_folders: ClassVar[tuple[str, ...]]
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
@@ -81,9 +91,25 @@ class Source(abc.ABC):
     def protocol(self, name: str) -> SearchProtocol:
         """One of `protocols`, over the images of `test`."""
 
-    @abc.abstractmethod
     def image_path(self, name: str) -> Path:
-        """Where the photo of that name should be."""
+        """Where the photo of that name should be.
+
+        Raises:
+          UserError: a link leads out of the folder of the photos (which may itself be one).
+        """
+        folders = [self.root / folder for folder in self.photo_folders]
+        try:
+            present = [folder for folder in folders if (folder / name).is_file()]
+            folder = (present or folders)[0]
+            path, target = folder / name, (folder / name).resolve()
+            inside = target.is_relative_to(folder.resolve())
+        except (OSError, RuntimeError) as error:  # too long a name, a circle of links
+            raise UserError(
+                f"{folders[0] / name}: cannot be found ({error}); expected a photo"
+            ) from error
+        if not inside:
+            raise UserError(f"{path}: is a link to {target}; expected a photo inside {folder}")
+        return path
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
         """The (height, width) that the annotations give for a photo; None: they do not say."""
@@ -125,28 +151,37 @@ def reading(path: Path, expected: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected {expected}") from error
-    # scipy raises plain Exceptions of many kinds on damaged files.
-    except Exception as error:
-        found = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}: {found}); expected {expected}"
-        ) from error
+    except (OSError, ValueError, LookupError, RecursionError) as error:
+        found = quoted(str(error))
+        if type(error) is not ValueError:  # ours are sentences
+            found = f"cannot be read ({type(error).__name__}: {found})"
+        raise UserError(f"{path}: {found}; expected {expected}") from error
 
 
-def mat_variable(path: Path, names: Sequence[str]) -> np.ndarray:
-    """The first of the variables `names` that a MATLAB file holds.
+def quoted(content: str) -> str:
+    """Something from a file for a message: on one line, without control characters, not long."""
+    line = _UNPRINTABLE.sub("?", content)
+    return line if len(line) <= _LONGEST_QUOTE else f"{line[:_LONGEST_QUOTE]}..."
+
+
+def mat_variable(path: Path, names: Sequence[str]) -> bytes:
+    """The first of the variables `names` that a MATLAB file holds, for `mat_structs`.
 
     Raises:
       UserError: there is no such file or variable, or the file is damaged.
     """
-    expected = f"a MATLAB file (version 5) with the variable {' or '.join(names)}"
-    with reading(path, expected):
-        variables = scipy.io.loadmat(str(path), appendmat=False)
-    for name in names:
-        if name in variables:
-            return variables[name]
-    found = ", ".join(name for name in variables if not name.startswith("__")) or "none"
-    raise UserError(f"{path}: holds the variables {found}; expected {expected}")
+    with reading(path, f"a MATLAB file (version 5) with the variable {' or '.join(names)}"):
+        return read_variable(path, names)
+
+
+def check_pixels(values: Shaped[np.ndarray, "*n"]) -> None:
+    """Raises ValueError for coordinates that are not finite, or larger than any photo's."""
+    # NaN is not below anything; the smallest integers have no absolute value of their own type.
+    sound = np.abs(values.astype(np.float64)) <= LARGEST_COORDINATE
+    if not sound.all():
+        raise ValueError(
+            f"found the coordinate {values[~sound].flat[0]}, beyond {LARGEST_COORDINATE} pixels"
+        )
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> UserError:
@@ -165,13 +200,25 @@ def image_index(
     """Position of each image name.
 
     Raises:
-      UserError: a name occurs twice.
+      UserError: a name occurs twice, or is not the name of a file inside a folder.
     """
+    for name in names:
+        if not _stays_inside(name):
+            raise UserError(
+                f"{path}: names the image {quoted(name)!r}; expected a file name that stays inside "
+                "the folder, without control characters"
+            )
     index = {name: position for position, name in enumerate(names)}
     if len(index) < len(names):
         twice = next(name for position, name in enumerate(names) if index[name] != position)
         raise UserError(f"{path}: {what}, {twice}; expected each once")
     return index
+
+
+def _stays_inside(name: str) -> bool:
+    path = PurePath(name)
+    fits = 0 < len(name) <= _LONGEST_NAME and not _UNPRINTABLE.search(name)
+    return fits and not path.is_absolute() and ".." not in path.parts
 
 
 def contiguous(

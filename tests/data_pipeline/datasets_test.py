@@ -12,8 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from alignps_jax.types import UserError
-from data_pipeline import datasets, transforms
+from data_pipeline import datasets
 from data_pipeline import prepared as builder
+from data_pipeline.pipeline import photo_of
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.places import ROOT, SHARED
 
@@ -92,7 +93,7 @@ def test_second_time_one_line_and_no_writing(root, capsys):
 def test_records_are_an_ordinary_tfds_data_set(root):
     data = fixtures.data_config("prw", root)
     datasets.prepare(data)
-    prw = datasets.DATASETS["prw"](root=root, data_dir=root / "prepared")
+    prw = datasets.DATASETS["prw"](root=root, data_dir=root / "prepared", max_pixels=10**6)
     records = prw.as_data_source(split="train")
     example = records[1]
     assert example["name"] == b"c2s1_000002.jpg"
@@ -154,7 +155,7 @@ def test_stored_images_are_picklable_and_shared_by_threads(root, monkeypatch):
             _ = jpegs[outside]
 
 
-def _fail(root: Path, **fields: str) -> str:
+def _fail(root: Path, **fields: object) -> str:
     """The message of a preparation that must fail and leave nothing complete."""
     data = fixtures.data_config("prw", root)
     data.update(fields)
@@ -176,13 +177,23 @@ def test_truncated_photo_is_named(root, share):
     assert "complete" in message
 
 
-def test_truncated_jpeg_is_noticed_whatever_opencv_makes_of_it(root, monkeypatch):
+def test_truncated_jpeg_is_noticed_whatever_opencv_makes_of_it(root):
     """Some versions of OpenCV fill up the rest; an embedded preview ends with an end marker."""
-    monkeypatch.setattr(transforms, "decode_jpeg", lambda *_: np.zeros((50, 70, 3), np.uint8))
     path = root / "frames" / "c3s1_000005.jpg"
     encoded = path.read_bytes()
     path.write_bytes(encoded[:2] + b"\xff\xe1\x00\x06\xff\xda\xff\xd9" + encoded[2:-2])
     assert f"{path}: truncated JPEG" in _fail(root)
+
+
+def test_photos_with_too_many_pixels_are_named(root):
+    message = _fail(root, max_pixels=100)
+    assert "pixels; expected at most 100 in all (data.max_pixels)" in message
+    assert str(root / "frames") in message
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    data.max_pixels = 100
+    with pytest.raises(UserError, match=r"pixels; expected at most 100 \(data.max_pixels\)"):
+        datasets.prepare(data)
 
 
 def test_missing_photos_are_counted(root):
@@ -215,9 +226,9 @@ from data_pipeline import datasets
 from data_pipeline import prepared as builder
 from tests.data_pipeline import dataset_fixtures
 read = builder._read_photo
-def die(source, annotations, index):
+def die(source, annotations, max_pixels, index):
     return os._exit(9) if annotations.names[index].startswith("c3") else read(
-        source, annotations, index)
+        source, annotations, max_pixels, index)
 builder._read_photo = die
 datasets.prepare(dataset_fixtures.data_config("prw", {str(root)!r}))
 """
@@ -267,7 +278,7 @@ def test_sizes_are_those_of_the_stored_pixels(tmp_path):
     _write_coco(tmp_path, {"a.jpg": (40, 30), "b.jpg": (40, 30)})
     split = datasets.prepare(data).train
     assert split.sizes.tolist() == [[40, 30], [40, 30]]
-    image = transforms.decode_jpeg(split.jpegs[0], "a.jpg")
+    image = photo_of(split, 0)
     assert image.shape == (40, 30, 3)
 
 

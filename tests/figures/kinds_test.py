@@ -1,5 +1,6 @@
 """The kinds of pictures: composition, files and errors; networks find what they are told."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from alignps_jax.types import Detections, GalleryDetections, UserError
 from configs import tiny
 from data_pipeline.datasets import load_annotations
 from tests.drawing.canvas_test import extent, grey, has
+
+MAX_PIXELS = 2 * 10**7
 
 CONFIG = tiny.get_config().lock()
 HEAD = 2 * visualize.LINE_HEIGHT + visualize.GAP  # what stands above the first photo
@@ -99,7 +102,7 @@ def draw(kind, *args, **options):
     wanted = request(*args, **options)
     figures.draw_figures(kind, wanted)
     assert not list(wanted.workdir.rglob("*.tmp"))
-    return {path.name: read_image(path) for path in wanted.workdir.iterdir()}
+    return {path.name: read_image(path, MAX_PIXELS) for path in wanted.workdir.iterdir()}
 
 
 # Sampling points.
@@ -130,6 +133,17 @@ def test_sampling_points_are_drawn_where_they_are(tmp_path, photos, networks, ca
     # C4: four by four points, 16 pixels apart.
     x1, y1, x2, y2 = extent(has(second, CLOUD_COLORS[0])) / np.float64(factor)
     assert (x2 - x1, y2 - y1) == (pytest.approx(48, abs=2), pytest.approx(48, abs=2))
+
+
+@pytest.mark.parametrize("kind", ["sampling_points", "detections", "similarity", "comparison"])
+def test_photos_with_too_many_pixels_are_not_read(tmp_path, photos, networks, kind):
+    networks["a"] = networks["b"] = FakeDetector(PEOPLE)
+    config = copy.deepcopy(CONFIG)
+    config.data.max_pixels = 99
+    networks["a"].config = config
+    options = {"checkpoints": "a,b", "gallery": photos} if kind == "comparison" else {}
+    with pytest.raises(UserError, match=r"query.png: has .* pixels; expected at most 99 in all"):
+        draw(kind, tmp_path, query=photos / "query.png", **options)
 
 
 def test_sampling_points_of_a_box_and_of_portraits(tmp_path, photos, networks):
@@ -278,7 +292,7 @@ def test_comparison_on_a_protocol(evaluated, tmp_path, monkeypatch):
         f"{folder}/good,{folder}/bad", config, None, None, None, str(tmp_path)
     )
     figures.draw_figures("comparison", wanted)
-    picture = read_image(tmp_path / "comparison-TestG50.png")
+    picture = read_image(tmp_path / "comparison-TestG50.png", MAX_PIXELS)
     assert has(picture, YELLOW).any()
     assert has(picture, GREEN).any()
     assert has(picture, RED).any()
@@ -303,7 +317,7 @@ def test_precision_recall_of_saved_detections(evaluated, tmp_path, monkeypatch):
     files = f"{folder}/good/detections.npz,{folder}/bad"
     wanted = figures.figure_request(files, config, None, None, None, str(tmp_path))
     figures.draw_figures("precision_recall", wanted)
-    assert read_image(tmp_path / "precision_recall.png").shape == (600, 1950, 3)
+    assert read_image(tmp_path / "precision_recall.png", MAX_PIXELS).shape == (600, 1950, 3)
     detection, first, whole = seen[0].values()
     assert [set(panel) for panel in (detection, first, whole)] == [{"good", "bad"}] * 3
     assert detection["good"].area == pytest.approx(1)

@@ -114,6 +114,26 @@ def _changed(part: str, number: int, **fields: object) -> dict[str, list[dict[st
         (_changed("images", 1, id=100), "two images have the same id"),
         (_changed("images", 1, file_name="b.jpg"), "two images of the same name, b.jpg"),
         (_changed("images", 0, file_name=3), r"images\[0\].file_name is 3"),
+        (
+            _changed("images", 0, file_name="/etc/passwd"),
+            "image '/etc/passwd'; .*inside the folder",
+        ),
+        (_changed("images", 0, file_name="a/../../b.jpg"), "names the image 'a/../../b.jpg'"),
+        (_changed("images", 0, file_name="a\0.jpg"), r"names the image 'a\?.jpg'"),
+        (_changed("images", 0, file_name="a\nb.jpg"), r"names the image 'a\?b.jpg'"),
+        (_changed("images", 0, file_name="\ud800.jpg"), r"names the image '\?.jpg'"),
+        (_changed("images", 0, file_name="a" * 9999), r"names the image 'a{120}\.\.\.'"),
+        (_changed("annotations", 3, bbox=[1, 2, 3, float("-inf")]), "bbox is .*-inf"),
+        (_changed("annotations", 3, bbox=[1, 2, 3, 10**400]), "bbox is .*none beyond 16777216"),
+        (_changed("annotations", 3, bbox=[1, 2, 3, -1e300]), "bbox is .*none beyond 16777216"),
+        (_changed("annotations", 3, bbox=[1, 2, 3, True]), "bbox is .*True"),
+        (_changed("annotations", 3, bbox=["1", 2, 3, 4]), "bbox is .*'1'"),
+        (_changed("annotations", 3, bbox={"x": 1}), "bbox is {'x': 1}; expected"),
+        (_changed("annotations", 3, bbox=[[[[[[[[9]]]]]]]] * 4), "bbox is .*; expected"),
+        (_changed("annotations", 1, image_id=[100]), r"image_id is \[100\]; expected a whole"),
+        (_changed("images", 1, id={}), "id is {}; expected a whole number"),
+        ({"images": [], "annotations": [3]}, r"annotations\[0\].image_id is None"),
+        ({"images": {}, "annotations": []}, "has no list 'images'"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(root, content, message):
@@ -144,6 +164,65 @@ def test_damaged_and_missing_files(root):
     (root / "train.json").unlink()
     with pytest.raises(UserError, match=r"train.json: no such file"):
         CocoPersonSearchSource(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": ' + "[" * 100_000, r"cannot be read \(RecursionError"),
+        ('{"images": [' + "9" * 5000 + "]}", "integer string conversion"),
+        (b'{"images": "\xff"}', r"cannot be read \(UnicodeDecodeError"),
+        ("", r"cannot be read \(JSONDecodeError"),
+    ],
+)
+def test_what_json_should_not_be(root, content, message):
+    content = content if isinstance(content, bytes) else content.encode()
+    (root / "train.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"train.json: .*{message}.*; expected JSON") as error:
+        _ = CocoPersonSearchSource(root).train
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_larger_json_is_not_read(root):
+    with (root / "train.json").open("r+b") as file:
+        file.truncate((256 << 20) + 1)
+    with pytest.raises(UserError, match=r"has 268,435,457 bytes; expected at most 268,435,456"):
+        _ = CocoPersonSearchSource(root).train
+
+
+def test_boxes_without_extent_in_float32_are_dropped(root):
+    changed = _changed("annotations", 2, bbox=[1e7, 6, 1e-3, 8])
+    fixtures.write_json(root / "train.json", changed)
+    assert [len(rows) for rows in CocoPersonSearchSource(root).train.boxes] == [2, 2]
+
+
+def test_links_do_not_lead_out_of_the_folder(root):
+    outside = root.parent / f"{root.name}_outside"
+    fixtures.write_photo(outside / "secret.jpg", 90, 120)
+    folder = root / "images"
+    fixtures.write_photo(folder / "b.jpg", 90, 120)
+    (folder / "link.jpg").symlink_to("b.jpg")
+    (folder / "out.jpg").symlink_to(outside / "secret.jpg")
+    (folder / "day").symlink_to(outside)
+    (folder / "circle").symlink_to("circle")
+    source = CocoPersonSearchSource(root)
+    assert source.image_path("link.jpg") == folder / "link.jpg"
+    for name in ("out.jpg", "day/secret.jpg"):
+        with pytest.raises(
+            UserError, match=rf"{name}: is a link to .*secret.jpg; expected .*inside"
+        ):
+            source.image_path(name)
+    for name in ("circle/a.jpg", "a" * 300):
+        with pytest.raises(UserError, match=r"cannot be found \(.*; expected a photo"):
+            source.image_path(name)
+
+
+def test_the_folder_of_the_photos_may_be_a_link(root):
+    elsewhere = root.parent / f"{root.name}_disk"
+    fixtures.write_photo(elsewhere / "b.jpg", 90, 120)
+    (root / "images").symlink_to(elsewhere)
+    assert CocoPersonSearchSource(root).image_path("b.jpg") == root / "images" / "b.jpg"
 
 
 def test_nobody_to_search_for(root):

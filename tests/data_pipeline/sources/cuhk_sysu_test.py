@@ -152,10 +152,14 @@ def test_errors_name_the_file(root):
     fixtures.save(root / "annotation" / "pool.mat", "nose", np.zeros(3))
     assert "the variables nose; expected" in error_of(lambda: CuhkSysuSource(root).test)
     fixtures.save(root / "annotation" / "pool.mat", "pool", np.zeros(3))
-    assert "pool.mat: cannot be read" in error_of(lambda: CuhkSysuSource(root).test)
+    assert "pool.mat: found an array of class double, not cell; expected a list" in error_of(
+        lambda: CuhkSysuSource(root).test
+    )
     fixtures.save(root / "annotation" / "pool.mat", "pool", fixtures.cells(POOL))
     (root / "annotation" / "Images.mat").write_bytes(b"MATLAB, honestly")
-    assert "Images.mat: cannot be read" in error_of(lambda: CuhkSysuSource(root).train)
+    assert "Images.mat: is no MATLAB file of version 5; expected" in error_of(
+        lambda: CuhkSysuSource(root).train
+    )
 
 
 def test_protocol_files_are_checked(tmp_path):
@@ -172,6 +176,65 @@ def test_protocol_files_are_checked(tmp_path):
     with pytest.raises(UserError, match=r"names the image s9.jpg; expected one of the images of"):
         _ = CuhkSysuSource(tmp_path).test
     assert (folder / "TestG50.mat").is_file()
+
+
+@pytest.mark.parametrize("name", ["../s1.jpg", "/etc/s1.jpg", "s\1.jpg", "s\n.jpg", "s" * 2000])
+def test_images_that_leave_the_folder_are_refused(tmp_path, name):
+    fixtures.write_cuhk(tmp_path, IMAGES | {name: [(1, 2, 3, 4)]}, POOL, TRAIN, {})
+    with pytest.raises(
+        UserError, match=r"Images.mat: names the image .*stays inside the f"
+    ) as error:
+        _ = CuhkSysuSource(tmp_path).train
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        (np.array([[1, 2, np.nan, 4]]), "the coordinate nan, beyond 16777216 pixels; expected"),
+        (
+            np.array([[1, 2, 3, -(2**63)]]),
+            "the coordinate -9223372036854775808, beyond 16777216 pixels; expected",
+        ),
+        (
+            np.array([[1, 2, 2**31 - 1, 4]]),
+            "the coordinate 2147483647, beyond 16777216 pixels; expected",
+        ),
+        (np.array([[1, 2, 3]]), "3 numbers for a box, not x, y, w, h; expected"),
+        (np.array([[1j, 2, 3, 4]]), "complex numbers, not of real numbers"),
+        ("1234", "an array of class char, not of real numbers"),
+        (fixtures.cells([1, 2, 3, 4]), "an array of class cell, not of real numbers"),
+    ],
+)
+def test_boxes_are_checked(tmp_path, box, message):
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": SMALL})
+    one = {"imname": "s1.jpg", "nAppear": 1, "box": fixtures.structs([{"idlocate": box}])}
+    fixtures.save(tmp_path / "annotation" / "Images.mat", "Img", fixtures.structs([one]))
+    with pytest.raises(UserError, match=rf"Images.mat: found {message}"):
+        _ = CuhkSysuSource(tmp_path).train
+
+
+def test_identities_may_be_structs_without_cells(tmp_path):
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {})
+    expected = CuhkSysuSource(tmp_path).train
+    people = [
+        {
+            "idname": name,
+            "nAppear": len(where),
+            "scene": fixtures.structs(map(fixtures.located, where)),
+        }
+        for name, where in TRAIN.items()
+    ]
+    path = tmp_path / "annotation" / "test" / "train_test" / "Train.mat"
+    fixtures.save(path, "Train", fixtures.structs(people))
+    for left, right in zip(CuhkSysuSource(tmp_path).train.identity, expected.identity, strict=True):
+        np.testing.assert_array_equal(left, right)
+    two = fixtures.structs(people)
+    fixtures.save(path, "Train", fixtures.cells([two]))
+    with pytest.raises(
+        UserError, match=r"Train.mat: found 2 structs where one should be; expected"
+    ):
+        _ = CuhkSysuSource(tmp_path).train
 
 
 @pytest.mark.skipif(not REAL_PROTOCOL.is_file(), reason="the real TestG100.mat is not here")

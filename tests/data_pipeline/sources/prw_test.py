@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 
 from alignps_jax.types import UserError
 from data_pipeline.sources.prw import PrwSource
@@ -119,13 +120,54 @@ def test_protocols_against_a_literal_search(tmp_path):
         ("6 1 2 3 four c1s1_000040", "line 2 is .*expected lines of `id x y w h image`"),
         ("6 1 2 3 4 c9s1_000040", "c9s1_000040.jpg is not in the test frames"),
         ("77 1 2 3 4 c1s1_000040", "77 is not in the test frames"),
+        ("6 1 2 3 nan c1s1_000040", "line 2 is .*expected lines of `id x y w h image`"),
+        ("6 1 2 -inf 4 c1s1_000040", "line 2 is .*expected lines of `id x y w h image`"),
+        ("6 1 2 1e999 4 c1s1_000040", "line 2 is .*expected lines of `id x y w h image`"),
+        ("6 1 2 3e9 4 c1s1_000040", "line 2 is .*expected lines of `id x y w h image`"),
+        ("6 1 2 3 4 ../../c1s1_000040", "c1s1_000040.jpg is not in the test frames"),
+        ("6 1 2 3 4 a\0\x1b[2Jb", r"a\?\?\[2Jb.jpg is not in the test frames"),
+        ("6" * 4000 + " 1 2 3 4 c1s1_000040", r"line 2 is '6{120}\.\.\.', but 6{120}\.\.\. is"),
     ],
 )
 def test_bad_query_lines_are_named(root, line, message):
     path = root / "query_info.txt"
     path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
-    with pytest.raises(UserError, match=rf"query_info.txt: .*{message}"):
+    with pytest.raises(UserError, match=rf"query_info.txt: .*{message}") as error:
         PrwSource(root).protocol("all")
+    assert "\n" not in str(error.value)
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["../c1s1_000040", "/etc/c1", "c1\1", "c1\x1b[2J", "c1" * 999])
+def test_frames_that_leave_the_folder_are_refused(root, name):
+    fixtures.save(root / "frame_test.mat", "img_index_test", fixtures.cells([name]))
+    with pytest.raises(UserError, match=r"frame_test.mat: names the image .*stays inside the f"):
+        _ = PrwSource(root).test
+
+
+def test_a_frame_name_with_nul_is_refused(root):
+    path = root / "frame_test.mat"
+    # SciPy writes a space in its place.
+    scipy.io.savemat(path, {"img_index_test": fixtures.cells(["c1_x_0"])})
+    path.write_bytes(path.read_bytes().replace(b"c1_x_0", b"c1_\0_0"))
+    with pytest.raises(UserError, match=r"frame_test.mat: names the image 'c1_\?_0.jpg'"):
+        _ = PrwSource(root).test
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1, 1, 2, np.nan, 4], "the coordinate nan, beyond 16777216 pixels; expected"),
+        ([1, 1, 2, np.inf, 4], "the coordinate inf, beyond 16777216 pixels; expected"),
+        ([1, 1, 2, 3e9, 4], "the coordinate 3000000000.0, beyond 16777216 pixels; expected"),
+        ([1e300, 1, 2, 3, 4], "the coordinate 1e[+]300, beyond 16777216 pixels; expected"),
+        ([1, 2, 3, 4], "an array of 1x4; expected rows of `id x y w h`"),
+    ],
+)
+def test_rows_of_frames_are_checked(root, row, message):
+    fixtures.save(root / "annotations" / "c1s1_000020.jpg.mat", "box_new", np.array([row]))
+    with pytest.raises(UserError, match=rf"c1s1_000020.jpg.mat: found {message}"):
+        _ = PrwSource(root).train
 
 
 def test_errors_name_the_file(root):

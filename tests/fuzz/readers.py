@@ -1,0 +1,236 @@
+"""The readers that are fuzzed. One more is one more entry of `READERS`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import PIL.Image
+import scipy.io
+
+from alignps_jax.files import read_image
+from alignps_jax.image_files import read_photo
+from alignps_jax.types import Annotations, SearchProtocol
+from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
+from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
+from data_pipeline.sources.mat_structs import (
+    Structs,
+    cells,
+    class_of,
+    numbers,
+    read_structs,
+    read_variable,
+    text,
+)
+from data_pipeline.sources.prw import PrwSource
+from data_pipeline.sources.source import LARGEST_COORDINATE, Source, reading
+from data_pipeline.transforms import decode_jpeg
+from tests.data_pipeline import dataset_fixtures as fixtures
+from tests.fuzz.mutations import damage_image, damage_json, damage_mat, damage_text
+from tests.fuzz.runner import Reader
+
+# So that a photo takes at most a third of the memory that a reader may take.
+_MAX_PIXELS = 10_000_000
+
+# The annotations of both splits, and every protocol.
+_DataSet = tuple[Annotations, Annotations, list[SearchProtocol]]
+
+
+def _cuhk(folder: Path) -> Sequence[Path]:
+    box, other = (20, 30, 40, 50), (300, 100, 20, 50)
+    images = {f"s{number}.jpg": [box, other] for number in range(1, 7)}
+    query = (("s1.jpg", box), "p30", [("s2.jpg", other), ("s3.jpg", None), ("s4.jpg", box)])
+    second = (("s2.jpg", box), "p20", [("s4.jpg", other), ("s1.jpg", None)])
+    train = {"p7": [("s5.jpg", box), ("s6.jpg", other)], "p1": [("s6.jpg", box)]}
+    protocols = {"TestG50": [query, second], "Occlusion": [second]}
+    fixtures.write_cuhk(folder, images, ["s1.jpg", "s4.jpg", "s3.jpg", "s2.jpg"], train, protocols)
+    return sorted(folder.rglob("*.mat"))
+
+
+def _prw(folder: Path) -> Sequence[Path]:
+    people = [(41, 10, 20, 30, 40), (6, 50.5, 60, 70, 80), (-2, 1, 2, 3, 4)]
+    train = {"c2s1_000010": people, "c1s1_000020": people[1:], "c6s3_000030": []}
+    test = {"c1s1_000040": people, "c3s1_000050": people[:2], "c1s1_000060": people[1:]}
+    queries = [(41, 10, 20, 30, 40, "c1s1_000040"), (6, 50.5, 60, 70, 80, "c3s1_000050")]
+    fixtures.write_prw(folder, train, test, queries, ("box_new", "anno_file", "anno_previous"))
+    return sorted(folder.rglob("*.mat"))
+
+
+def _prw_queries(folder: Path) -> Sequence[Path]:
+    _prw(folder)
+    return [folder / "query_info.txt"]
+
+
+def _coco(folder: Path) -> Sequence[Path]:
+    images = {"day/t1.jpg": (90, 120), "t2.jpg": (80, 60), "t3.jpg": (80, 60)}
+    people = [(name, (1.5 * row, 2, 10, 20.25), row) for name in images for row in range(3)]
+    for split in ("train", "test", "query"):
+        fixtures.write_json(folder / f"{split}.json", fixtures.coco(images, people))
+    for name, size in images.items():
+        fixtures.write_photo(folder / "images" / name, *size)
+    return sorted(folder.glob("*.json"))
+
+
+def _mat_values(folder: Path) -> Sequence[Path]:
+    entry = {"name": "sé.jpg", "box": np.array([[1, 2, 300, 4]]), "none": np.zeros((1, 0))}
+    deep = fixtures.cells([fixtures.structs([entry, entry]), "a", np.eye(3, dtype=np.float32)])
+    values = {"deep": fixtures.cells([deep, deep]), "numbers": np.arange(9.0), "text": "é√字"}
+    for number, (name, value) in enumerate(values.items()):
+        scipy.io.savemat(folder / f"{number}.mat", {name: value})
+    (folder / "big.mat").write_bytes(fixtures.big_endian((folder / "0.mat").read_bytes()))
+    return sorted(folder.iterdir())
+
+
+def _read_values(path: Path) -> list[object]:
+    """Everything in a file, decoded."""
+    names = ("deep", "text", "numbers")
+    with reading(path, "a MATLAB file"):
+        with contextlib.suppress(ValueError):
+            for row in read_structs(path, "deep"):
+                list(map(_decoded, row.values()))
+        return [_decoded(read_variable(path, names))]
+
+
+def _decoded(body: bytes, depth: int = 0) -> object:
+    kind = class_of(body)
+    if kind == "struct" and depth < 50:
+        return [[_decoded(value, depth + 1) for value in row] for row in Structs.of(body)]
+    if kind == "cell" and depth < 50:
+        return [_decoded(value, depth + 1) for value in cells(body)]
+    return text(body) if kind == "char" else numbers(body)
+
+
+def _images(folder: Path) -> Sequence[Path]:
+    picture = cv2.resize(np.arange(27, dtype=np.uint8).reshape(3, 3, 3) * 9, (40, 30))
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    for number, suffix in enumerate((".jpg", ".png", ".bmp", ".webp", ".tif")):
+        cv2.imwrite(str(folder / f"color{number}{suffix}"), picture)
+        cv2.imwrite(str(folder / f"grey{number}{suffix}"), grey)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    one = PIL.Image.fromarray(picture)
+    one.save(folder / "progressive.jpg", progressive=True, exif=exif)
+    one.convert("CMYK").save(folder / "cmyk.jpg")
+    one.convert("P").save(folder / "palette.png", exif=exif)
+    one.convert("RGBA").save(folder / "opacity.png")
+    one.save(folder / "lossy.webp", quality=50)
+    one.convert("RGBA").save(folder / "opacity.webp", exif=exif)
+    one.convert("1").save(folder / "bits.tif", compression="group4")
+    one.save(folder / "deflate.tif", compression="tiff_deflate")
+    cv2.imwrite(str(folder / "deep.png"), picture.astype(np.uint16) * 99)
+    cv2.imwrite(str(folder / "deep.tif"), picture.astype(np.uint16) * 99)
+    return sorted(folder.iterdir())
+
+
+def _read_image(path: Path) -> list[np.ndarray]:
+    """As a user's photo, and as one of a data set."""
+    shown = read_image(path, _MAX_PIXELS)
+    data, header = read_photo(path, _MAX_PIXELS)
+    stored = decode_jpeg(data, "photo", (header.height, header.width))
+    assert stored.shape[:2] == (header.height, header.width), "the size of the photo"
+    assert shown.shape[:2] in (stored.shape[:2], stored.shape[1::-1]), "the size of the photo"
+    return [shown, stored]
+
+
+def _check_images(images: list[np.ndarray]) -> None:
+    for image in images:
+        assert image.dtype == np.uint8, "the type of the pixels"
+        assert image.ndim == 3, "the shape of a photo"
+        assert image.shape[2] == 3, "the colors of a photo"
+        assert 0 < image.shape[0] * image.shape[1] <= _MAX_PIXELS, "the size of a photo"
+
+
+def _read_source(source: Source) -> _DataSet:
+    names = source.default_protocols
+    data = source.train, source.test, [source.protocol(name) for name in names]
+    for split in data[:2]:
+        for name in split.names:
+            path = source.image_path(name)
+            assert path.resolve().is_relative_to(source.root.resolve()), (
+                f"leaves the folder: {name!r}"
+            )
+    return data
+
+
+def _check_data_set(data: _DataSet) -> None:
+    train, test, protocols = data
+    for split in (train, test):
+        _check_annotations(split)
+    for protocol in protocols:
+        _check_protocol(protocol, len(test.names))
+
+
+def _check_annotations(split: Annotations) -> None:
+    count = len(split.names)
+    assert len(set(split.names)) == count, "two images of a name"
+    assert split.camera.shape == (count,), "cameras of some images"
+    columns = (split.boxes, split.identity, split.labelled)
+    assert all(len(column) == count for column in columns), "people of some images"
+    for boxes, identity, labelled in zip(*columns, strict=True):
+        _check_boxes(boxes)
+        assert (boxes[:, 2:] > boxes[:, :2]).all(), "a box without extent"
+        assert identity.shape == labelled.shape == (len(boxes),), "identities of some boxes"
+        assert identity.dtype == np.int32, "the type of the identities"
+        assert (identity[labelled] >= 0).all(), "a labelled person without identity"
+
+
+def _check_protocol(protocol: SearchProtocol, images: int) -> None:
+    _check_boxes(protocol.query_box)
+    count = len(protocol.query_image)
+    columns = (protocol.query_box, protocol.gallery, protocol.target_images, protocol.target_boxes)
+    assert all(len(column) == count for column in columns), "parts of some queries"
+    for indices in (protocol.query_image, *protocol.gallery, *protocol.target_images):
+        assert ((indices >= 0) & (indices < images)).all(), "an image that is not there"
+    for found, boxes in zip(protocol.target_images, protocol.target_boxes, strict=True):
+        assert len(found) == len(boxes) > 0, "a query without target"
+        _check_boxes(boxes)
+
+
+def _check_boxes(boxes: np.ndarray) -> None:
+    assert boxes.dtype == np.float32, "the type of the boxes"
+    assert boxes.ndim == 2, "the shape of the boxes"
+    assert boxes.shape[1] == 4, "the shape of the boxes"
+    assert (np.abs(boxes) <= 2 * LARGEST_COORDINATE).all(), "a coordinate that is none"
+
+
+READERS: dict[str, Reader] = {
+    "mat_values": Reader(
+        build=_mat_values,
+        read=lambda _, path: _read_values(path),
+        check=lambda _: None,
+        damage=damage_mat,
+    ),
+    "cuhk_mat": Reader(
+        build=_cuhk,
+        read=lambda folder, _: _read_source(CuhkSysuSource(folder)),
+        check=_check_data_set,
+        damage=damage_mat,
+    ),
+    "prw_mat": Reader(
+        build=_prw,
+        read=lambda folder, _: _read_source(PrwSource(folder)),
+        check=_check_data_set,
+        damage=damage_mat,
+    ),
+    "prw_queries": Reader(
+        build=_prw_queries,
+        read=lambda folder, _: _read_source(PrwSource(folder)),
+        check=_check_data_set,
+        damage=damage_text,
+    ),
+    "coco_json": Reader(
+        build=_coco,
+        read=lambda folder, _: _read_source(CocoPersonSearchSource(folder)),
+        check=_check_data_set,
+        damage=damage_json,
+    ),
+    "images": Reader(
+        build=_images,
+        read=lambda _, path: _read_image(path),
+        check=_check_images,
+        damage=damage_image,
+    ),
+}

@@ -1,0 +1,200 @@
+"""Damages files and hands them to readers, in processes that can die.
+
+An input is a function of reader, seed and number, so whatever happens to the process, what it
+read can be made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import random
+import resource
+import signal
+import struct
+import time
+import traceback
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from alignps_jax.types import UserError
+from tests.fuzz.mutations import Mutation
+
+# What a message may have: a line that fits a screen, even with the name of the file in it.
+_LONGEST_MESSAGE = 1500
+_STATE = struct.Struct("<QQQQ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Something that reads files.
+
+    Attributes:
+      build: writes sound files to an empty folder; returns those that are to be damaged, in turn.
+      read: reads what it is about; is handed the folder and the file that was damaged.
+      check: raises AssertionError if what was read is not as the program may take it for granted.
+      damage: how to damage a file.
+      seconds: how long an input may take.
+      memory: how many bytes more than at the start an input may take.
+    """
+
+    build: Callable[[Path], Sequence[Path]]
+    read: Callable[[Path, Path], Any]
+    check: Callable[[Any], None]
+    damage: Mutation
+    seconds: float = 10.0
+    memory: int = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """An input that was not read as it should be: its number, the file, and what happened."""
+
+    number: int
+    file: str
+    what: str
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the inputs of a reader."""
+
+    inputs: int = 0
+    rejected: int = 0
+    accepted: int = 0
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+
+
+class Run:
+    """One reader under way: sound files in a folder, and the number of the next input."""
+
+    def __init__(self, name: str, reader: Reader, folder: Path, seed: int):
+        folder.mkdir(parents=True)
+        self.tally = Tally()
+        self._reader = reader
+        self._folder = folder
+        self._seed = f"{name}/{seed}"
+        self._sound = {path: path.read_bytes() for path in reader.build(folder)}
+        self._next = 0
+        self._report = folder.parent / f"{name}.findings"
+        self._stderr = folder.parent / f"{name}.stderr"
+        # Shared with the process that reads: number of the input, when it began, counts.
+        self._state = mmap.mmap(-1, _STATE.size)
+        self._prove()
+
+    def input(self, number: int) -> tuple[Path, bytes]:
+        """The file that input `number` replaces, and its content."""
+        rng = random.Random(f"{self._seed}/{number}")
+        path = rng.choice(list(self._sound))
+        return path, self._reader.damage(rng, self._sound[path])
+
+    def batch(self, seconds: float) -> None:
+        """Reads inputs in another process for about so long; adds what happened to the tally."""
+        self._report.write_bytes(b"")
+        self._state[:] = _STATE.pack(self._next, time.monotonic_ns(), 0, 0)
+        child = os.fork()
+        if not child:
+            try:
+                # Where decoders complain, and where Python says in what it crashed.
+                os.dup2(os.open(self._stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+                self._work(time.monotonic() + seconds)
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+                os._exit(1)
+            os._exit(0)
+        death = self._watch(child)
+        for path, sound in self._sound.items():
+            path.write_bytes(sound)
+        number, _, rejected, accepted = _STATE.unpack(self._state[:])
+        self.tally.rejected += rejected
+        self.tally.accepted += accepted
+        for line in self._report.read_text("utf-8", "replace").splitlines():
+            failed, what = line.split("\t", 1)
+            self._found(int(failed), what)
+        if death:
+            self._found(number, death)
+            number += 1
+        self.tally.inputs += number - self._next
+        self._next = number
+
+    def _found(self, number: int, what: str) -> None:
+        self.tally.findings.append(Finding(number, self.input(number)[0].name, what))
+
+    def _prove(self) -> None:
+        """The sound files are read and found sound, or nothing that follows would mean much."""
+        for path in self._sound:
+            self._reader.check(self._reader.read(self._folder, path))
+
+    def _watch(self, child: int) -> str:
+        """Waits for the process; says what it died of, "" if it did not."""
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            began = _STATE.unpack(self._state[:])[1]
+            if time.monotonic_ns() - began > self._reader.seconds * 1e9:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return f"took more than {self._reader.seconds:g} s"
+            time.sleep(0.02)
+        code = os.waitstatus_to_exitcode(status)
+        return f"the process ended with {code}: {self._last_words()}" if code else ""
+
+    def _last_words(self) -> str:
+        """What the process said when it crashed."""
+        words = self._stderr.read_text("utf-8", "replace")
+        crash = words.rfind("Fatal Python error")
+        return ascii(words[crash:][:600] if crash >= 0 else words[-600:])
+
+    def _work(self, until: float) -> None:
+        # What numpy only warns of, such as a NaN that becomes an integer, is garbage here.
+        warnings.simplefilter("error", RuntimeWarning)
+        logging.set_verbosity(logging.FATAL)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + self._reader.memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        number, rejected, accepted = self._next, 0, 0
+        last = None
+        with self._report.open("w") as report:
+            while time.monotonic() < until:
+                self._state[:] = _STATE.pack(number, time.monotonic_ns(), rejected, accepted)
+                path, content = self.input(number)
+                if last not in (None, path):
+                    last.write_bytes(self._sound[last])
+                path.write_bytes(content)
+                last = path
+                what = self._outcome(path)
+                rejected += what == ""
+                accepted += what is None
+                if what:
+                    report.write(f"{number}\t{what}\n")
+                    report.flush()
+                number += 1
+            self._state[:] = _STATE.pack(number, time.monotonic_ns(), rejected, accepted)
+
+    def _outcome(self, path: Path) -> str | None:
+        """None: read and sound; "": refused in one clear line; else what went wrong."""
+        try:
+            self._reader.check(self._reader.read(self._folder, path))
+        except UserError as error:
+            return _unclear(str(error), self._folder)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+            return ascii(what)[:500]
+        return None
+
+
+def _unclear(message: str, folder: Path) -> str:
+    """What is wrong with a message, "" if nothing is."""
+    controls = [letter for letter in message if unicodedata.category(letter) in ("Cc", "Cs")]
+    if controls or len(message) > _LONGEST_MESSAGE + len(str(folder)):
+        return f"not one clear line: {ascii(message)[:400]}"
+    return ""
