@@ -1,0 +1,33 @@
+"""Configurations that an older version stored: what it did before a field existed."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+# By field, what the software did before it had the field. These are facts about old checkpoints:
+# they stay as they are when a default of `configs/` changes.
+BEFORE = {
+    "model.levels": (3,),
+    "model.lateral_deform": True,
+    "model.output_deform": True,
+    "model.concatenate": True,
+    "model.reid": "input",
+    "model.offset_gain": 1.0,
+    "model.initial_distance": 0.0,
+    "model.remat": False,
+    "model.stride_in_3x3": False,
+    "loss.level_borders": (),
+    "optimizer.name": "sgd",
+    "optimizer.drop_factor": 0.1,
+    "eval.boxes": "detected",
+    "eval.context_matching": (),
+}
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """Adds to the sections of a stored configuration the fields that it lacks."""
+    for path, value in BEFORE.items():
+        section, field = path.split(".")
+        if section in config and field not in config[section]:
+            config[section][field] = value
+    return config
