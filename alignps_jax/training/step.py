@@ -16,13 +16,14 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from alignps_jax.boxes import locations
+from alignps_jax.choices import choose
 from alignps_jax.devices import AXIS
 from alignps_jax.losses.oim import oim_loss, update_memory
 from alignps_jax.losses.targets import assign_targets
 from alignps_jax.losses.terms import Term, centerness_loss, focal_loss, giou_loss, triplet_loss
 from alignps_jax.losses.total import TRIPLETS, flatten_levels, level_ranges, select_positives
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.types import Batch, Outputs, Positives, Targets, TrainState, UserError
+from alignps_jax.types import Batch, Outputs, Positives, Targets, TrainState
 
 
 @struct.dataclass
@@ -54,11 +55,7 @@ class TrainStep:
     max_positives: int
 
     def __post_init__(self) -> None:
-        if self.loss.triplet not in TRIPLETS:
-            raise UserError(
-                f"config.loss.triplet: found {self.loss.triplet!r}, "
-                f"expected one of {', '.join(TRIPLETS)}"
-            )
+        choose("config.loss.triplet", self.loss.triplet, TRIPLETS)
         level_ranges(self.model, self.loss.level_borders)  # raises if they do not fit
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

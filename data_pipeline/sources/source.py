@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -147,16 +146,6 @@ def mat_variable(path: Path, names: Sequence[str]) -> np.ndarray:
             return variables[name]
     found = ", ".join(name for name in variables if not name.startswith("__")) or "none"
     raise UserError(f"{path}: holds the variables {found}; expected {expected}")
-
-
-def unknown_name(what: str, name: str, known: Sequence[str]) -> UserError:
-    """An error for a name that is not among the known ones, with near misses."""
-    lower = {entry.lower(): entry for entry in known}
-    close = difflib.get_close_matches(name.lower(), lower, n=3)
-    starting = [entry for entry in lower if name and entry.startswith(name.lower())]
-    near = [lower[entry] for entry in (close or starting)]
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UserError(f"{what}={name!r}: unknown; expected one of {', '.join(known)}{hint}")
 
 
 def image_index(
