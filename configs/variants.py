@@ -12,6 +12,8 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from alignps_jax.choices import known_name
+
 CUHK, PRW = "cuhk_sysu", "prw"
 
 
@@ -291,11 +293,10 @@ def apply_variant(
     """Returns `config` with the fields of one entry of `variants` replaced.
 
     Raises:
-      ValueError: there is no such variant.
+      UserError: there is no such variant.
     """
-    if variant not in variants:
-        known = ", ".join(sorted(name for name in variants if name))
-        raise ValueError(f"unknown variant {variant!r}; known: {known}")
+    if variant:
+        known_name("variant of the configuration", variant, sorted(filter(None, variants)))
     with config.unlocked():
         for field, value in variants[variant].changes.items():
             config.update_from_flattened_dict({field: value})

@@ -22,10 +22,20 @@ BEFORE = {
     "eval.boxes": "detected",
     "eval.context_matching": (),
 }
+# Fields that had another name, without the section.
+RENAMED = {
+    "loss.lut_temperature": "inverse_lut_temperature",
+    "loss.queue_temperature": "inverse_queue_temperature",
+}
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-    """Adds to the sections of a stored configuration the fields that it lacks."""
+    """Gives a stored configuration the names of today, and the fields that it lacks."""
+    for path, name in RENAMED.items():
+        section, field = path.split(".")
+        if section in config and field in config[section]:
+            config[section][name] = config[section][field]
+            del config[section][field]
     for path, value in BEFORE.items():
         section, field = path.split(".")
         if section in config and field not in config[section]:

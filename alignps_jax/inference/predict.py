@@ -12,10 +12,11 @@ import jax
 from jax import lax
 from ml_collections import ConfigDict
 
+from alignps_jax.choices import choose
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.losses.total import level_ranges
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.types import Batch, Detections, Outputs, UserError
+from alignps_jax.types import Batch, Detections, Outputs
 
 LARGE_PHOTO = 2**17  # pixels
 
@@ -101,8 +102,4 @@ def make_predict_step(
     Raises:
       UserError: there is no such way.
     """
-    name = config.eval.boxes
-    if name not in PREDICT_STEPS:
-        known = ", ".join(PREDICT_STEPS)
-        raise UserError(f"config.eval.boxes: found {name!r}, expected one of {known}")
-    return PREDICT_STEPS[name](model, config)
+    return choose("config.eval.boxes", config.eval.boxes, PREDICT_STEPS)(model, config)

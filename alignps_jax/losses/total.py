@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.arrays import first_true
 from alignps_jax.boxes import locations
+from alignps_jax.choices import choose
 from alignps_jax.losses.oim import oim_loss
 from alignps_jax.losses.targets import assign_targets
 from alignps_jax.losses.terms import (
@@ -106,9 +107,7 @@ def _labeled(positives: Positives) -> People:
 
 def check_triplet(rules: ConfigDict) -> None:
     """Raises UserError unless `config.loss.triplet` is an entry of `TRIPLETS`."""
-    if rules.triplet not in TRIPLETS:
-        known = ", ".join(TRIPLETS)
-        raise UserError(f"config.loss.triplet: found {rules.triplet!r}, expected one of {known}")
+    choose("config.loss.triplet", rules.triplet, TRIPLETS)
 
 
 def level_ranges(
