@@ -49,6 +49,7 @@ $(PARITY_READY): requirements.lock requirements-parity.txt
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 # Pins everything that pyproject.toml asks for (needs uv).
 lock:

@@ -1,4 +1,4 @@
-"""Trains, evaluates and searches; see README.md.
+"""Trains, evaluates, searches and draws, as `--mode` says; README.md shows every mode.
 
 python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
 """

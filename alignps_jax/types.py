@@ -72,7 +72,7 @@ class Targets:
 class Positives:
     """At most P positive locations in location order, with predictions and targets."""
 
-    mask: Bool[Array, "P"]
+    valid: Bool[Array, "P"]
     distances: Float[Array, "P 4"]
     centerness_logits: Float[Array, "P"]
     embeddings: Float[Array, "P D"]

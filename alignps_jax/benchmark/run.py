@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,7 +24,7 @@ from alignps_jax.benchmark import (
 )
 from alignps_jax.benchmark.measure import Context, FloatRate, Row
 from alignps_jax.benchmark.report import PartResult, Results, TablePrinter, describe_machine
-from alignps_jax.types import UserError
+from alignps_jax.choices import known_name
 
 # By name, in the order in which they run and are reported.
 PARTS: dict[str, Callable[[Context], Iterable[Row]]] = {
@@ -76,10 +75,7 @@ def chosen_parts(what: str | None) -> list[str]:
     """The parts that `--what` asks for, each once, in the order of `PARTS`."""
     asked = list(PARTS) if what is None else [name.strip() for name in what.split(",")]
     for name in asked:
-        if name not in PARTS:
-            near = difflib.get_close_matches(name, PARTS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"--what: found {name!r}, expected some of {', '.join(PARTS)}{hint}")
+        known_name("--what", name, PARTS)
     return [name for name in PARTS if name in asked]
 
 

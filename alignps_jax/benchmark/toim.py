@@ -16,7 +16,7 @@ from alignps_jax.benchmark.network import configured, has_oracle, no_torch_note
 from alignps_jax.benchmark.report import seconds
 from alignps_jax.benchmark.train import CASES, IDENTITIES, PEOPLE, QUICK_CASES, make_step
 from alignps_jax.losses.oim import oim_loss, update_memory
-from alignps_jax.losses.terms import triplet_loss
+from alignps_jax.losses.terms import People, triplet_loss
 from alignps_jax.training.state import POSITIVES_PER_LEVEL
 from alignps_jax.types import OIMMemory, Positives
 
@@ -39,7 +39,7 @@ def rows(context: Context) -> Iterator[Row]:
         notes = [_share(context, times["ours"].median), no_torch_note(context)]
         yield Row(
             part="toim",
-            name=f"{int(positives.mask.sum())} positives in {len(positives.mask)} rows",
+            name=f"{int(positives.valid.sum())} positives in {len(positives.valid)} rows",
             time=times["ours"],
             torch=times.get("torch"),
             goal=GOAL,
@@ -82,7 +82,7 @@ def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
     person = np.minimum(np.arange(size) // POSITIVES_PER_LEVEL, people - 1)
     identity = rng.choice(identities, people, replace=False)[person].astype(np.int32)
     positives = Positives(
-        mask=used,
+        valid=used,
         distances=np.zeros((size, 4), np.float32),
         centerness_logits=np.zeros(size, np.float32),
         embeddings=rng.normal(size=(size, channels)).astype(np.float32),
@@ -104,22 +104,23 @@ def _work(
     loss = configured(context).loss
 
     def toim(memory: OIMMemory, positives: Positives) -> tuple[Float[Array, "P D"], OIMMemory]:
-        people = positives.identity, positives.labelled, positives.mask
+        people = positives.identity, positives.labelled, positives.valid
 
         def total(embeddings: Float[Array, "P D"]) -> Float[Array, ""]:
             oim = oim_loss(
                 embeddings,
                 *people,
                 memory,
-                lut_temperature=loss.lut_temperature,
-                queue_temperature=loss.queue_temperature,
+                inverse_lut_temperature=loss.inverse_lut_temperature,
+                inverse_queue_temperature=loss.inverse_queue_temperature,
                 focal_gamma=loss.oim_focal_gamma,
             )
+            labeled = People(embeddings, positives.identity, positives.valid & positives.labelled)
             triplet = triplet_loss(
-                embeddings,
-                positives.identity,
-                positives.mask & positives.labelled,
+                labeled,
+                labeled,
                 memory.lut,
+                first=0,
                 margin=loss.triplet_margin,
                 first_lut_identity=loss.triplet_first_lut_identity,
             )
@@ -158,7 +159,7 @@ def _torch_function(
     def tensor(array: Array) -> Any:
         return torch.tensor(np.asarray(array), device=context.torch_device)
 
-    used = np.asarray(positives.mask)
+    used = np.asarray(positives.valid)
     embeddings = tensor(positives.embeddings[used]).requires_grad_()
     identity = torch.where(
         tensor(positives.labelled[used]), tensor(positives.identity[used]).long(), -1
@@ -170,7 +171,7 @@ def _torch_function(
 
     def run() -> Any:
         normal = torch.nn.functional.normalize(embeddings, dim=1)
-        total = oim(normal, identity, table.lookup_table, queue.queue, loss.lut_temperature)
+        total = oim(normal, identity, table.lookup_table, queue.queue, loss.inverse_lut_temperature)
         known = identity >= 0
         total = total + triplet(normal[known], identity[known], table.lookup_table)
         gradient = torch.autograd.grad(total, embeddings)

@@ -21,9 +21,10 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from alignps_jax.boxes import iou
 from alignps_jax.evaluation import cbgm
 from alignps_jax.evaluation.detections_io import align_detections, check_detections
-from alignps_jax.evaluation.ranking import Gallery, GallerySearch, iou, published_order
+from alignps_jax.evaluation.ranking import Gallery, GallerySearch, exact, published_order
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol, UserError
 
 
@@ -262,7 +263,7 @@ def found_people(
     if len(people) == 0 or len(boxes) == 0:
         return np.zeros(len(boxes), bool)
     # The release compares IoUs that it stored as float32.
-    overlap = iou(people[:, None], boxes[None]).astype(np.float32)
+    overlap = iou(exact(people)[:, None], exact(boxes)[None]).astype(np.float32)
     person = overlap.argmax(axis=0)
     detection = np.arange(len(boxes))
     mutual = overlap.argmax(axis=1)[person] == detection

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
+from alignps_jax.boxes import iou
 from alignps_jax.evaluation import cbgm
 from alignps_jax.evaluation.detections_io import check_detections, rows_of_images
 from alignps_jax.types import GalleryDetections, SearchProtocol, UserError
@@ -83,8 +84,11 @@ class GallerySearch:
         photo = self.detections.of(int(self.protocol.query_image[query]))
         if photo.start == photo.stop:
             return None
-        box = self.protocol.query_box[query]
-        return photo.start + int(iou(self.detections.boxes[photo], box, extra=1.0).argmax())
+        # The release counts the last pixel of a box here, and nowhere else.
+        last_pixel = np.array([0, 0, 1, 1])
+        boxes = exact(self.detections.boxes[photo]) + last_pixel
+        box = exact(self.protocol.query_box[query]) + last_pixel
+        return photo.start + int(iou(boxes, box).argmax())
 
     def similarities(
         self, queries: Int[np.ndarray, "Q"], query_rows: Int[np.ndarray, "Q"]
@@ -122,7 +126,8 @@ class GallerySearch:
         size = (gallery.target_boxes[:, 2:] - gallery.target_boxes[:, :2]).astype(np.float64)
         needed = np.minimum(0.5, size.prod(axis=1) / (size + 10).prod(axis=1))
         candidates = self.detections.boxes[self.kept_rows[gallery.rows[index]]]
-        fits = iou(candidates, gallery.target_boxes[target]) >= needed[target]
+        overlap = iou(exact(candidates), exact(gallery.target_boxes[target]))
+        fits = overlap >= needed[target]
         index, target = index[fits], target[fits]
         # Where one detection fits, the order of the image's detections does not matter.
         alone = np.bincount(target)[target] == 1
@@ -192,13 +197,6 @@ def published_order(gallery: Gallery, similarity: Float[np.ndarray, "R"]) -> Int
     return order[np.argsort(similarity[order])[::-1]]
 
 
-def iou(
-    a: Float[np.ndarray, "*S 4"], b: Float[np.ndarray, "*S 4"], extra: float = 0.0
-) -> Float[np.ndarray, "*S"]:
-    """IoU of boxes that broadcast; `extra` is added to every width and height; 0 without area."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    low, high = np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])
-    shared = np.maximum(high - low + extra, 0).prod(axis=-1)
-    area_a, area_b = ((box[..., 2:] - box[..., :2] + extra).prod(axis=-1) for box in (a, b))
-    union = area_a + area_b - shared
-    return np.divide(shared, union, out=np.zeros(union.shape), where=union > 0)
+def exact(boxes: Float[np.ndarray, "*N 4"]) -> Float[np.ndarray, "*N 4"]:
+    """The boxes in float64, in which the released evaluation compares overlaps."""
+    return boxes.astype(np.float64)

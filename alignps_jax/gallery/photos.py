@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from alignps_jax.boxes import iou
 from alignps_jax.devices import use_compilation_cache
 from alignps_jax.drawing.rankings import Panel, RankingRow, ranking_picture, result_caption
 from alignps_jax.files import read_image, write_image, write_json
@@ -195,15 +196,12 @@ def find_queries(
             raise UserError(f"{name}: found nobody with a score of {threshold:g} or more")
         return [Query(b, e) for b, e in zip(people.boxes, people.embeddings, strict=True)]
     check_box(box, name, size)
-    x1, y1, x2, y2 = box
-    low = np.maximum(detections.boxes[:, :2], (x1, y1))
-    high = np.minimum(detections.boxes[:, 2:], (x2, y2))
-    shared = np.maximum(high - low, 0).prod(axis=1)
-    areas = (detections.boxes[:, 2:] - detections.boxes[:, :2]).prod(axis=1)
-    overlap = shared / (areas + (x2 - x1) * (y2 - y1) - shared)
+    wanted = np.array(box, np.float32)
+    overlap = iou(detections.boxes, wanted)
     if not (overlap > 0).any():
-        raise UserError(f"--box: nobody was detected inside {x1:g},{y1:g},{x2:g},{y2:g} of {name}")
-    return [Query(np.array(box, np.float32), detections.embeddings[int(overlap.argmax())])]
+        corners = ",".join(f"{corner:g}" for corner in box)
+        raise UserError(f"--box: nobody was detected inside {corners} of {name}")
+    return [Query(wanted, detections.embeddings[int(overlap.argmax())])]
 
 
 def rank(

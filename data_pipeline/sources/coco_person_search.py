@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from alignps_jax.choices import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.source import (
@@ -24,7 +25,6 @@ from data_pipeline.sources.source import (
     quoted,
     reading,
     search_everywhere,
-    unknown_name,
 )
 
 _EXPECTED = "JSON with the lists `images` and `annotations`"
@@ -88,8 +88,7 @@ class CocoPersonSearchSource(Source):
         return self._test[0]
 
     def protocol(self, name: str) -> SearchProtocol:
-        if name not in self.protocols:
-            raise unknown_name("protocol", name, self.protocols)
+        known_name("config.eval.protocols", name, self.protocols)
         path = self.root / "query.json"
         given = path.is_file()
         queries = self._given_queries(path) if given else _first_appearances(self.test)

@@ -63,8 +63,6 @@ def test_prepared_set_holds_the_original_bytes_and_people_clipped_to_the_photo(r
     assert [ids.tolist() for ids in train.annotations.identity] == [[0, -1], [1], []]
     assert [mask.tolist() for mask in train.annotations.labelled] == [[True, False], [True], []]
     assert train.annotations.camera.tolist() == [1, 2, 1]
-    # What the metrics use stays as published.
-    np.testing.assert_array_equal(datasets.load_annotations(data, "train").boxes[0][1, 2], 450)
 
     printed = capsys.readouterr()
     assert "clipped 1 boxes to their photo, dropped 1 outside" in printed.out
@@ -351,8 +349,7 @@ def test_synthetic_is_written_first_and_read_as_cuhk_sysu(tmp_path, capsys):
     assert prepared.train.annotations.num_identities == 8
     assert prepared.test.annotations.num_identities == 9
     assert (prepared.train.sizes == [64, 96]).all()
-    assert datasets.available_protocols(data) == ("TestG50", "all")
-    protocol, everything = datasets.load_protocols(data, ())
+    protocol, everything = datasets.load_test(data, ())[1]
     assert (protocol.name, everything.name) == ("TestG50", "all")
     assert len(protocol.gallery[0]) == 50
     capsys.readouterr()
@@ -362,17 +359,14 @@ def test_synthetic_is_written_first_and_read_as_cuhk_sysu(tmp_path, capsys):
 
 def test_protocols_by_name(root):
     data = fixtures.data_config("prw", root)
-    assert datasets.available_protocols(data) == ("all", "cross_camera")
-    assert [protocol.name for protocol in datasets.load_protocols(data, ())] == list(
-        datasets.available_protocols(data)
-    )
-    names = ("cross_camera", "all")
-    assert tuple(protocol.name for protocol in datasets.load_protocols(data, names)) == names
-    annotations, protocols = datasets.load_test(data, ("all",))
-    assert annotations.names == datasets.load_annotations(data, "test").names
-    assert [protocol.name for protocol in protocols] == ["all"]
-    with pytest.raises(UserError, match="did you mean cross_camera"):
-        datasets.load_protocols(data, ("crosscamera",))
+    annotations, protocols = datasets.load_test(data, ())
+    assert annotations.names == tuple(f"{name}.jpg" for name in TEST)
+    assert [protocol.name for protocol in protocols] == ["all", "cross_camera"]
+    for names in (("all",), ("cross_camera", "all")):
+        protocols = datasets.load_test(data, names)[1]
+        assert tuple(protocol.name for protocol in protocols) == names
+    with pytest.raises(UserError, match="did you mean 'cross_camera'"):
+        datasets.load_test(data, ("crosscamera",))
 
 
 @pytest.mark.parametrize(
@@ -382,16 +376,18 @@ def test_unknown_data_set(tmp_path, name, hint):
     data = fixtures.data_config(name, tmp_path)
     for action in (
         lambda: datasets.prepare(data),
-        lambda: datasets.load_annotations(data, "train"),
-        lambda: datasets.available_protocols(data),
+        lambda: datasets.load_test(data, ()),
     ):
-        with pytest.raises(UserError, match=rf"data.name='{name}'.*; did you mean {hint}\?"):
+        message = rf"config\.data\.name: found '{name}', .*; did you mean '{hint}'\?"
+        with pytest.raises(UserError, match=message):
             action()
 
 
-def test_unknown_split(root):
-    with pytest.raises(UserError, match="split='val': unknown; expected one of train, test"):
-        datasets.load_annotations(fixtures.data_config("prw", root), "val")
+def test_people_are_evaluated_as_published_not_clipped_to_the_photo(tmp_path):
+    people = {"c1s1_000004": [(5, 50, 20, 400, 20)], "c3s1_000005": [(5, 11, 21, 31, 21)]}
+    fixtures.write_prw(tmp_path, TRAIN, people, [(5, 50, 20, 400, 20, "c1s1_000004")])
+    annotations, _ = datasets.load_test(fixtures.data_config("prw", tmp_path), ())
+    np.testing.assert_array_equal(annotations.boxes[0], [[50, 20, 450, 40]])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real PRW slice is not here")

@@ -169,7 +169,11 @@ def test_what_does_not_fit_is_one_line(cuhk, tmp_path):
         (other, {}, r"lacks 24 of the 24 .* first is 's0\.jpg'; its own 20 begin with 'xs0\.jpg'"),
         (file, {"boxes": "ground_truth"}, r"config\.eval\.boxes: found 'ground_truth'"),
         (file, {"score_threshold": float("nan")}, r"config\.eval\.score_threshold: found nan"),
-        (file, {"protocols": ("TestG10",)}, "'TestG10': unknown"),
+        (
+            file,
+            {"protocols": ("TestG10",)},
+            r"config\.eval\.protocols: found 'TestG10', expected one of",
+        ),
         (file, {"context_matching": (3,)}, r"config\.eval\.context_matching: found \(3,\)"),
         (tmp_path / "none.npz", {}, r"none\.npz: no such file"),
     ]

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignps_jax import command_line
 from alignps_jax.drawing import canvas as visualize
 from alignps_jax.drawing.canvas import BLUE, CLOUD_COLORS, GREEN, RED, YELLOW, draw_point_clouds
 from alignps_jax.evaluation.detections_io import save_detections
@@ -19,7 +18,7 @@ from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
 from alignps_jax.types import Detections, GalleryDetections, UserError
 from configs import tiny
-from data_pipeline.datasets import load_annotations
+from data_pipeline.datasets import load_test
 from tests.drawing.canvas_test import extent, grey, has
 
 MAX_PIXELS = 2 * 10**7
@@ -261,7 +260,7 @@ def evaluated(tmp_path_factory):
     config.data.root = str(folder / "data")
     config.eval.protocols = ("TestG50", "all")
     config.lock()
-    people = load_annotations(config.data, "test")
+    people = load_test(config.data, ())[0]
     counts = [len(boxes) for boxes in people.boxes]
     faces = np.random.default_rng(0).normal(size=(100, 16))
     identity = np.where(np.concatenate(people.labelled), np.concatenate(people.identity), 99)
@@ -437,9 +436,3 @@ def test_pictures_go_beside_the_checkpoint(tmp_path):
     for name, folder in (("run", tmp_path / "run" / "figures"), ("x.npz", tmp_path / "figures")):
         wanted = figures.figure_request(str(tmp_path / name), None, None, None, None, None)
         assert wanted.workdir == folder
-
-
-def test_unknown_kinds_name_the_nearest(monkeypatch):
-    monkeypatch.setattr(command_line, "FLAGS", {"what": type("Flag", (), {"value": "similarty"})})
-    with pytest.raises(UserError, match="did you mean 'similarity'"):
-        command_line.choose("what", figures.FIGURES)
