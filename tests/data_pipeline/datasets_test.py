@@ -217,6 +217,67 @@ def test_lost_file_of_a_prepared_set_is_named(root):
         datasets.prepare(data)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"test": [[90, 60], [50, 70]]}', "KeyError: 'train'"),
+        ('{"train": [[90, 60]], "test": []}', "no heights and widths of 3 photos"),
+        ('{"train": [[90, 60], [90], [1, 2]]}', "ValueError"),
+        ('{"train": [[90, 60], [90, 1.5], [1, 2]]}', "no heights and widths of 3 photos"),
+        ('{"train": [[90, 60], [90, -5], [1, 2]]}', "no heights and widths of 3 photos"),
+        ('{"train": [[90, 60], [90, 1e400], [1, 2]]}', "no heights and widths of 3 photos"),
+        (f'{{"train": [[90, 60], [90, {10**400}], [1, 2]]}}', "no heights and widths of 3"),
+        ('{"train": [[90, 60], [90, 4294967297], [1, 2]]}', "no heights and widths of 3 photos"),
+        ('{"train": [[90, 60], [90, 70], [99999, 99999]]}', "at most 100,000,000 .data.max_pix"),
+    ],
+)
+def test_damaged_sizes_are_one_line(root, content, message):
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    next((root / "prepared").rglob("sizes.json")).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        datasets.prepare(data)
+    assert "\n" not in str(error.value)
+    assert str(root / "prepared" / "prw") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "prw-train.array_record-00000-of-00001"])
+@pytest.mark.parametrize("damage", ["empty", "noise", "other"])
+def test_damaged_files_of_a_prepared_set_are_one_line(root, name, damage):
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    path = next((root / "prepared").rglob(name))
+    sound = path.read_bytes()
+    other = path.with_name(name.replace("train", "test")).read_bytes()
+    noise = sound[:100] + np.random.default_rng(0).bytes(len(sound) - 100)
+    path.write_bytes({"empty": b"", "noise": noise, "other": other}[damage])
+    if other == sound:
+        path.write_text('{"splits": [{"name": "test"}]}')
+    with pytest.raises(UserError, match=r"delete") as error:
+        list(datasets.prepare(data).train.jpegs)
+    assert "\n" not in str(error.value)
+    assert str(root / "prepared" / "prw") in str(error.value)
+
+
+def test_people_of_a_prepared_split_are_those_of_its_records(root):
+    data = fixtures.data_config("prw", root)
+    splits = datasets.prepare(data)
+    prw = datasets.DATASETS["prw"](
+        root=root, data_dir=root / "prepared", max_pixels=data.max_pixels
+    )
+    for name in ("train", "test"):
+        people = getattr(splits, name).annotations
+        for row, example in enumerate(prw.as_data_source(split=name)):
+            assert people.names[row] == example["name"].decode()
+            np.testing.assert_array_equal(people.boxes[row], example["boxes"])
+            np.testing.assert_array_equal(people.identity[row], example["identity"])
+            np.testing.assert_array_equal(people.labelled[row], example["labelled"])
+            assert people.camera[row] == example["camera"]
+
+
 def test_killed_preparation_is_not_taken_for_a_complete_one(root, capsys):
     code = f"""
 import os

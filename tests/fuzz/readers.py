@@ -14,6 +14,9 @@ import scipy.io
 from alignps_jax.files import read_image
 from alignps_jax.image_files import read_photo
 from alignps_jax.types import Annotations, SearchProtocol
+from data_pipeline import datasets
+from data_pipeline.datasets import PreparedSplit
+from data_pipeline.pipeline import photo_of
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
 from data_pipeline.sources.mat_structs import (
@@ -29,7 +32,7 @@ from data_pipeline.sources.prw import PrwSource
 from data_pipeline.sources.source import LARGEST_COORDINATE, Source, reading
 from data_pipeline.transforms import decode_jpeg
 from tests.data_pipeline import dataset_fixtures as fixtures
-from tests.fuzz.mutations import damage_image, damage_json, damage_mat, damage_text
+from tests.fuzz.mutations import damage, damage_image, damage_json, damage_mat, damage_text
 from tests.fuzz.runner import Reader
 
 # So that a photo takes at most a third of the memory that a reader may take.
@@ -123,6 +126,28 @@ def _images(folder: Path) -> Sequence[Path]:
     cv2.imwrite(str(folder / "deep.png"), picture.astype(np.uint16) * 99)
     cv2.imwrite(str(folder / "deep.tif"), picture.astype(np.uint16) * 99)
     return sorted(folder.iterdir())
+
+
+def _prepared(folder: Path) -> Sequence[Path]:
+    _prw(folder)
+    for path in (folder / "annotations").glob("*.mat"):
+        fixtures.write_photo(folder / "frames" / path.name.removesuffix(".mat"), 60, 80)
+    datasets.prepare(fixtures.data_config("prw", folder))
+    return sorted(path for path in (folder / "prepared").rglob("*") if path.is_file())
+
+
+def _read_prepared(folder: Path) -> list[PreparedSplit]:
+    prepared = datasets.prepare(fixtures.data_config("prw", folder))
+    return [prepared.train, prepared.test]
+
+
+def _check_prepared(splits: list[PreparedSplit]) -> None:
+    for split in splits:
+        _check_annotations(split.annotations)
+        _check_images([photo_of(split, index) for index in range(len(split.sizes))])
+        for boxes, (height, width) in zip(split.annotations.boxes, split.sizes, strict=True):
+            assert (boxes >= 0).all(), "a box beyond its photo"
+            assert (boxes <= [width, height, width, height]).all(), "a box beyond its photo"
 
 
 def _read_image(path: Path) -> list[np.ndarray]:
@@ -232,5 +257,13 @@ READERS: dict[str, Reader] = {
         read=lambda _, path: _read_image(path),
         check=_check_images,
         damage=damage_image,
+    ),
+    # The threads that read records take room, but no memory.
+    "prepared": Reader(
+        build=_prepared,
+        read=lambda folder, _: _read_prepared(folder),
+        check=_check_prepared,
+        damage=damage,
+        memory=8 << 30,
     ),
 }
