@@ -50,7 +50,8 @@ def search() -> None:
 
 def convert() -> None:
     required("config")
-    convert_released(FLAGS.config, Path(required("source")), Path(required("workdir")))
+    source, workdir = Path(required("source")), Path(required("workdir"))
+    convert_released(FLAGS.config, source, workdir, FLAGS.convention)
 
 
 def export() -> None:

@@ -22,6 +22,9 @@ flags.DEFINE_string("box", None, "search, visualize: x1,y1,x2,y2 of that person,
 flags.DEFINE_string("gallery", None, "search, visualize: folder of photos to search.")
 flags.DEFINE_string("detections", None, "evaluate, visualize: saved detections (.npz).")
 flags.DEFINE_string("source", None, "convert: file of published PyTorch weights.")
+flags.DEFINE_string(
+    "convention", None, "convert: pixels a ResNet-50 expects: torchvision or caffe."
+)
 flags.DEFINE_string("target", None, "export: .pth or .safetensors file to write.")
 flags.DEFINE_string("table", None, "reproduce: table of the paper, 1 to 6 or fig4.")
 flags.DEFINE_integer("seeds", 2, "reproduce: runs of each row.")

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from alignps_jax.npz_files import Field, read_npz
 from alignps_jax.types import GalleryDetections, UserError
 
-# Array name in the file -> (number of dimensions, kinds of dtype, what it holds).
 _FIELDS = {
-    "image_names": (1, "U", "[N] text"),
-    "offsets": (1, "iu", "[N + 1] integers"),
-    "boxes": (2, "fiu", "[M, 4] numbers"),
-    "scores": (1, "fiu", "[M] numbers"),
-    "embeddings": (2, "fiu", "[M, D] numbers"),
+    "image_names": Field(1, "U", "[N] text"),
+    "offsets": Field(1, "iu", "[N + 1] integers"),
+    "boxes": Field(2, "fiu", "[M, 4] numbers"),
+    "scores": Field(1, "fiu", "[M] numbers"),
+    "embeddings": Field(2, "fiu", "[M, D] numbers"),
 }
 # An embedding this close to length one is taken as it is: float32 rounding, not another scale.
 _UNIT_TOLERANCE = 1e-6
-# What NumPy, zipfile and zlib raise on damaged archives (RuntimeError: as if it were encrypted or
-# of an unknown compression), and ValueError on pickled objects.
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
+# Rows that are normalised at a time.
+_ROWS = 1 << 16
 
 
 def save_detections(path: str | os.PathLike[str], detections: GalleryDetections) -> None:
@@ -69,14 +66,16 @@ def load_detections(path: str | os.PathLike[str]) -> GalleryDetections:
         holds Python objects or has the wrong type or shape, or values that `check_detections`
         or the normalisation refuses (NaN, inverted boxes, offsets out of order, zero embeddings).
     """
-    arrays = _read_arrays(Path(path))
+    path = Path(path)
+    arrays = read_npz(path, _FIELDS)
     # Values beyond float32 become infinite here and are refused by name below.
     with np.errstate(over="ignore"):
         boxes, scores, embeddings = (
-            arrays[name].astype(np.float32) for name in ("boxes", "scores", "embeddings")
+            arrays.pop(name).astype(np.float32, copy=False)
+            for name in ("boxes", "scores", "embeddings")
         )
     raw = GalleryDetections(
-        names=tuple(arrays["image_names"].tolist()),
+        names=_names(arrays["image_names"], path),
         offsets=arrays["offsets"].astype(np.int64),
         boxes=boxes,
         scores=scores,
@@ -147,7 +146,11 @@ def unit_embeddings(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "
     """
     lengths = _lengths(embeddings)
     lengths[(np.abs(lengths - 1) <= _UNIT_TOLERANCE) | (lengths == 0)] = 1.0
-    return (embeddings / lengths[:, None]).astype(np.float32)
+    unit = np.empty(embeddings.shape, np.float32)
+    for start in range(0, len(unit), _ROWS):  # the quotients have 64 bits
+        rows = slice(start, start + _ROWS)
+        unit[rows] = embeddings[rows] / lengths[rows, None]
+    return unit
 
 
 def rows_of_images(
@@ -160,40 +163,11 @@ def rows_of_images(
     return rows, new_offsets
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The five arrays, each of the right type and number of dimensions."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected an .npz file with detections")
-    with path.open("rb") as file:
-        if file.read(4) not in (b"PK\x03\x04", b"\x93NUM"):  # NumPy would take it for a pickle
-            raise UserError(f"{path}: not a readable .npz archive, nor any file of NumPy's")
+def _names(stored: np.ndarray, path: Path) -> tuple[str, ...]:
     try:
-        archive = np.load(path, allow_pickle=False)
-    except _UNREADABLE as error:
-        raise UserError(f"{path}: not a readable .npz archive ({_one_line(error)})") from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise UserError(f"{path}: holds one bare array; expected an .npz archive")
-    with archive:
-        return {name: _read_array(archive, name, path) for name in _FIELDS}
-
-
-def _read_array(archive: np.lib.npyio.NpzFile, name: str, path: Path) -> np.ndarray:
-    dimensions, kinds, expected = _FIELDS[name]
-    if name not in archive.files:
-        raise UserError(
-            f"{path}: array {name!r} is missing (found {archive.files!r}); expected {expected}"
-        )
-    try:
-        array = archive[name]
-    except _UNREADABLE as error:
-        raise UserError(f"{path}: array {name!r} cannot be read ({_one_line(error)})") from error
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: {name!r} is not a NumPy array; expected {expected}")
-    if array.dtype.kind not in kinds or array.ndim != dimensions:
-        raise UserError(
-            f"{path}: array {name!r} is {array.dtype} of shape {array.shape}; expected {expected}"
-        )
-    return array
+        return tuple(stored.tolist())
+    except ValueError as error:  # four bytes that are no character
+        raise UserError(f"{path}: array 'image_names' holds what is no text") from error
 
 
 def _check_layout(detections: GalleryDetections, where: str) -> None:
@@ -219,9 +193,9 @@ def _check_layout(detections: GalleryDetections, where: str) -> None:
         raise UserError(
             f"{where}: offsets run from {offsets[0]} to {offsets[-1]}; expected 0 to {rows}"
         )
-    steps = np.diff(offsets)
-    if (steps < 0).any():
-        image = int(np.argmax(steps < 0))
+    falls = offsets[1:] < offsets[:-1]  # a difference could overflow
+    if falls.any():
+        image = int(np.argmax(falls))
         raise UserError(
             f"{where}: offsets fall from {offsets[image]} to {offsets[image + 1]} at image "
             f"{detections.names[image]!r}; expected offsets that never decrease"
@@ -269,7 +243,3 @@ def _normalised(detections: GalleryDetections, where: str) -> Float[np.ndarray, 
     zeros = _lengths(detections.embeddings) == 0
     _refuse_rows(detections, zeros, where, "embeddings", "an embedding of zeros")
     return unit_embeddings(detections.embeddings)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -22,13 +22,14 @@ from alignps_jax.types import OIMMemory, TrainState, UserError, Weights
 from alignps_jax.weights.released_names import (
     LOOKUP_TABLE,
     QUEUE,
+    backbone_origin,
     backbone_tensors,
     from_torch,
     is_only_released,
     released_name,
     to_torch,
 )
-from alignps_jax.weights.tensor_files import Tensors, read_tensors, write_tensors
+from alignps_jax.weights.tensor_files import Tensors, listed, read_tensors, write_tensors
 
 # What the weights of each origin expect of a pixel, as fields of `config.model`.
 CAFFE = {
@@ -43,19 +44,25 @@ TORCHVISION = {
     "pixel_std": (58.395, 57.120, 57.375),
     "stride_in_3x3": True,
 }
+CONVENTIONS = {"torchvision": TORCHVISION, "caffe": CAFFE}
 # Beside the checkpoints: the tensors of a converted file that the model has no place for.
-EXTRAS = "released_only.npz"
+EXTRAS = "released_only.safetensors"
 
 
-def convert_released(config: ConfigDict, source: Path, workdir: Path) -> None:
+def convert_released(
+    config: ConfigDict, source: Path, workdir: Path, convention: str | None = None
+) -> None:
     """Writes a checkpoint (step 0) with the weights of a PyTorch file to `workdir`.
 
-    A released detector becomes a whole checkpoint, memory included, as training writes them; an
-    ImageNet ResNet-50 one of the backbone only, for `config.model.pretrained`.
+    A released detector becomes a complete checkpoint, memory included, as training writes them; an
+    ImageNet ResNet-50 one of the backbone only, for `config.model.pretrained`. `convention`, a key
+    of `CONVENTIONS`, says what pixels a ResNet-50 expects; None trusts what its tensors' names
+    tell, and only that.
 
     Raises:
-      UserError: the file cannot be read, is neither of the two, or does not fit `config`; or
-        there are checkpoints in `workdir` already. Nothing is written then.
+      UserError: the file cannot be read, is neither of the two, does not fit `config`, or does
+        not tell its convention; or there are checkpoints in `workdir` already. Nothing is written
+        then.
     """
     if (workdir / "checkpoints").exists():
         raise UserError(f"--workdir: found checkpoints in {workdir}, expected none")
@@ -64,16 +71,25 @@ def convert_released(config: ConfigDict, source: Path, workdir: Path) -> None:
             f"config.model.backbone: found {config.model.backbone!r}, expected 'resnet50' to "
             f"convert {source}"
         )
+    if convention not in (None, *CONVENTIONS):
+        raise UserError(
+            f"--convention: found {convention!r}, expected one of {', '.join(CONVENTIONS)}"
+        )
     tensors = read_tensors(source)
     if any(name.startswith(("bbox_head.", "neck.")) for name in tensors):
+        if convention not in (None, "caffe"):
+            raise UserError(
+                f"--convention: found {convention!r}, expected 'caffe' or nothing: {source} is a "
+                "released detector, whose convention is known"
+            )
         state, extras = _detector_state(config, tensors, source)
     else:
-        state, extras = _backbone_state(config, tensors, source), {}
+        state, extras = _backbone_state(config, tensors, source, convention), {}
     with Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints:
         checkpoints.save(state, None)
     write_run_info(workdir, config)
     if extras:
-        np.savez(workdir / EXTRAS, **extras)
+        write_tensors(workdir / EXTRAS, extras, {})
     print(f"{len(tensors)} tensors of {source} are now in {workdir}")
     levels = sorted(name for name in extras if not name.endswith("num_batches_tracked"))
     if levels:
@@ -123,12 +139,12 @@ def _extras(checkpoint: Path, tensors: Tensors) -> Tensors:
     files = [folder / EXTRAS for folder in (checkpoint, *checkpoint.absolute().parents[:2])]
     for file in files:
         if file.is_file():
-            with np.load(file, allow_pickle=False) as extras:
-                return {
-                    name: extras[name]
-                    for name in extras.files
-                    if name not in tensors or name.endswith("num_batches_tracked")
-                }
+            return {
+                name: value
+                for name, value in read_tensors(file).items()
+                if is_only_released(name)
+                and (name not in tensors or name.endswith("num_batches_tracked"))
+            }
     return {}
 
 
@@ -147,6 +163,7 @@ def _detector_state(
         for name, value in tensors.items()
         if name not in named and is_only_released(name)
     }
+    _check_extras(config, extras, source)
     used = {name: value for name, value in tensors.items() if name not in extras}
     arrays = _fill(named, template, used, source)
     tail, queue = int(arrays["memory/tail"]), memory.queue.shape[0]
@@ -169,13 +186,23 @@ def _detector_state(
     return state, extras
 
 
-def _backbone_state(config: ConfigDict, tensors: Tensors, source: Path) -> TrainState:
-    """A state of which only the backbone exists.
+def _check_extras(config: ConfigDict, extras: Tensors, source: Path) -> None:
+    """Raises UserError unless the tensors have the shapes and types that training gives them."""
+    full = ConfigDict(config.to_dict())
+    full.model.background_levels = True
+    template = _template(weights_template(build_model(full)))
+    template = {released_name(path): leaf for path, leaf in template.items()}
+    for name in extras:
+        if name.endswith(".num_batches_tracked"):
+            template[name] = jax.ShapeDtypeStruct((), jnp.int32)  # 64 bits in the files
+    named = {name: name for name in extras if name in template}
+    _fill(named, template, extras, source)
 
-    torchvision and timm deliver their classifier with the backbone; in the Caffe-style .pth file
-    there is none, and detectron2 and Caffe2 have names of their own.
-    """
-    is_torchvision = "fc.weight" in tensors and "conv1.weight" in tensors
+
+def _backbone_state(
+    config: ConfigDict, tensors: Tensors, source: Path, convention: str | None
+) -> TrainState:
+    """A state of which only the backbone exists."""
     template = {
         path: leaf
         for path, leaf in _template(weights_template(build_model(config))).items()
@@ -189,13 +216,18 @@ def _backbone_state(config: ConfigDict, tensors: Tensors, source: Path) -> Train
     named = {released_name(path): path for path in template if path not in offsets}
     found = {
         name: value
-        for name, value in backbone_tensors(tensors).items()
+        for name, value in backbone_tensors(tensors, str(source)).items()
         if not name.endswith("num_batches_tracked")
     }
     arrays = _fill(named, template, found, source)
-    kind = "torchvision and timm" if is_torchvision else "Caffe-style"
-    expected = TORCHVISION if is_torchvision else CAFFE
-    check_convention(config, expected, f"{source} ({kind} weights)")
+    known = convention or backbone_origin(tensors)
+    if known is None:
+        raise UserError(
+            f"{source}: its names do not tell what pixels this ResNet-50 was trained on, expected "
+            "--convention=torchvision (RGB, divided by the standard deviation; also timm, DINO, "
+            "MoCo, SwAV) or --convention=caffe (BGR, not divided; MSRA's, and most of detectron2's)"
+        )
+    check_convention(config, CONVENTIONS[known], f"{source} ({known} weights)")
     tree = traverse_util.unflatten_dict(offsets | arrays, sep="/")
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -253,7 +285,8 @@ def _fill(
     """The tensors under our paths, in our layout; `named` gives the path of each.
 
     Raises:
-      UserError: some are missing, unexpected, of the wrong shape or type, or not finite.
+      UserError: some are missing, unexpected, of the wrong shape or type, not finite, or
+        variances below zero.
     """
     common = [name for name in named if name in tensors]
     arrays = {named[name]: from_torch(tensors[name]) for name in common}
@@ -274,10 +307,13 @@ def _fill(
         "wrong shape": shapes,
         "wrong type": types,
         "not finite": [name for name in common if not np.isfinite(tensors[name]).all()],
+        "a negative variance": [
+            name for name in common if name.endswith("running_var") and (tensors[name] < 0).any()
+        ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{what}: {_first(names)}" for what, names in problems.items() if names)
-        raise UserError(f"{source}: does not fit the configured model: {listed}")
+        found = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
+        raise UserError(f"{source}: does not fit the configured model: {found}")
     return {
         path: np.ascontiguousarray(array.astype(template[path].dtype)).reshape(array.shape)
         for path, array in arrays.items()
@@ -286,9 +322,3 @@ def _fill(
 
 def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in (3, 2, 0, 1)) if len(shape) == 4 else shape
-
-
-def _first(names: Iterable[str], count: int = 3) -> str:
-    names = list(names)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

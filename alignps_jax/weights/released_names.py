@@ -6,9 +6,12 @@ Our own names are the paths of a checkpoint's arrays, such as `params/neck/later
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
+
+from alignps_jax.types import UserError
+from alignps_jax.weights.tensor_files import listed
 
 # Applied one after another; levels are numbered from 3 here, from 0 there.
 _RULES = [
@@ -43,7 +46,7 @@ _ONLY_RELEASED = re.compile(
 )
 # detectron2's and Caffe2's names of a ResNet, in terms of torchvision's.
 _BACKBONE_RULES = [
-    (r"^backbone\.", ""),
+    (r"^(module\.)?(encoder_q\.|base_encoder\.|backbone\.)?", ""),  # MoCo, SwAV
     (r"^stem\.", ""),
     (r"^res(\d)\.", lambda found: f"layer{int(found[1]) - 1}."),
     (r"\bconv(\d)\.norm\.", r"bn\1."),
@@ -59,6 +62,11 @@ _BACKBONE_RULES = [
     (r"_[ws]$", ".weight"),
     (r"_b$", ".bias"),
 ]
+# A classifier, and what self-supervised training has beside the backbone.
+_NOT_BACKBONE = re.compile(
+    r"^(fc|fc1000|pred|head|linear|stem\.fc|projection_head|prototypes|predictor)\."
+    r"|^(module\.)?(encoder_k|momentum_encoder)\.|^queue(_ptr)?$"
+)
 
 
 def released_name(path: str) -> str:
@@ -81,15 +89,37 @@ def from_torch(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
-def backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def backbone_origin(names: Collection[str]) -> str | None:
+    """Whose convention the names of an ImageNet ResNet give away: "torchvision", "caffe" or None.
+
+    torchvision and timm deliver their classifier with the backbone. Only Caffe's ResNet has a bias
+    in its first convolution, and Caffe2 has names of its own. detectron2 gives the same names to
+    weights of either origin, and without a classifier (DINO, MoCo, SwAV) nothing tells.
+    """
+    if "conv1.bias" in names or "conv1_w" in names:
+        return "caffe"
+    return "torchvision" if {"fc.weight", "conv1.weight"} <= set(names) else None
+
+
+def backbone_tensors(
+    tensors: Mapping[str, np.ndarray], source: str = "weights"
+) -> dict[str, np.ndarray]:
     """An ImageNet ResNet with its classifier left out, named as in the released models.
 
     A bias of a convolution before a norm is taken over into the norm's mean. A norm that is only
     scale and bias (Caffe2) gets statistics that leave those as they are (with eps 1e-5).
+
+    Raises:
+      UserError: two tensors of `source` come to have the same name.
     """
-    named = {_rename(name, _BACKBONE_RULES): value for name, value in tensors.items()}
-    is_classifier = re.compile(r"^(fc|fc1000|pred|head|linear|stem\.fc)\.")
-    named = {name: value for name, value in named.items() if not is_classifier.search(name)}
+    named: dict[str, np.ndarray] = {}
+    for original, value in tensors.items():
+        name = _rename(original, _BACKBONE_RULES)
+        if _NOT_BACKBONE.search(name):
+            continue
+        if name in named:
+            raise UserError(f"{source}: found two tensors for {listed([name])}, expected one")
+        named[name] = value
     for name in [name for name in named if re.search(r"(^|\.)bn\d\.weight$|\.1\.weight$", name)]:
         norm = name.removesuffix(".weight")
         if f"{norm}.running_mean" not in named:
@@ -97,9 +127,14 @@ def backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
             named[f"{norm}.running_var"] = np.full_like(named[name], 1 - 1e-5)
     for name in [name for name in named if re.search(r"(^|\.)conv\d\.bias$", name)]:
         mean = re.sub(r"conv(\d)\.bias$", r"bn\1.running_mean", name)
-        if mean in named:
-            named[mean] = named[mean] - named.pop(name)
+        if mean in named and _alike(named[mean], named[name]):
+            with np.errstate(over="ignore"):  # found as not finite with the others
+                named[mean] = named[mean] - named.pop(name)
     return {f"backbone.{name}": value for name, value in named.items()}
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
 
 
 def _rename(name: str, rules: Iterable) -> str:

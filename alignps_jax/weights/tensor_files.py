@@ -1,48 +1,38 @@
 """Files of named tensors: PyTorch's .pth, safetensors, and pickled NumPy arrays (detectron2).
 
-Reading never executes code from a file. PyTorch, the optional extra `torch`, reads and writes its
-own format; the others need nothing.
+Reading never executes code from a file, and believes nothing that a file says of its size. PyTorch,
+the optional extra `torch`, reads and writes its own format; the others do without.
 """
 
 from __future__ import annotations
 
 import collections
-import io
-import json
-import math
+import contextlib
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+import re
+import stat
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from alignps_jax.types import UserError
+from alignps_jax.weights.pickled_arrays import ForeignObjectError, PickledArray, load_pickled
 
 Tensors = dict[str, np.ndarray]
 
-_SAFETENSORS_TYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "U8": "u1",
-    "BOOL": "?",
-}
-# What numpy.ndarray.__reduce__ names, in NumPy 1 and 2; none of it acts on anything but memory.
-_ARRAY_PARTS: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),
-    **{
-        (f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: np.ndarray((0,), np.uint8)
-        for core in ("core", "_core")
-    },
-}
+# Older ones have published ways to run code, or to corrupt memory, even from `weights_only` loads.
+_OLDEST_TORCH = (2, 10)
+# safetensors' names of the types that NumPy has.
+_NUMBERS = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
+# All tensors together may be larger than the file, where several share their bytes; so much.
+_MOST_SHARED = 2
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -51,21 +41,28 @@ def read_tensors(path: Path) -> Tensors:
     Of a dictionary with an entry `state_dict` (mmcv) or `model` (detectron2) that entry is read.
 
     Raises:
-      UserError: there is no such file, it is damaged or cut off, holds anything but tensors, or
-        needs PyTorch and PyTorch is not installed.
+      UserError: there is no such file, it is damaged or cut off, holds anything but tensors of
+        finite numbers, or needs a PyTorch that is not installed.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    head, size = _head(path)
     if head[8:9] == b"{":
-        return _read_safetensors(path)
-    if head.startswith((b"PK", b"\x80\x02\x8a\nl\xfc\x9c")):  # zip, or the magic number of old
-        return _named_arrays(path, _load_torch(path))
-    if head.startswith(b"\x80"):
-        return _named_arrays(path, _load_pickled_arrays(path))
-    raise UserError(f"{path}: found an unknown format, expected .pth, .safetensors or .pkl weights")
+        tensors = _read_safetensors(path)
+    elif head.startswith((b"PK", b"\x80\x02\x8a\nl\xfc\x9c")):  # zip, or the old magic number
+        tensors = _named_arrays(path, _load_torch(path, size))
+    elif head.startswith(b"\x80"):
+        tensors = _named_arrays(path, _load_pickled_arrays(path))
+    else:
+        raise UserError(
+            f"{path}: found an unknown format, expected .pth, .safetensors or .pkl weights"
+        )
+    # Tensors of PyTorch can be terabytes of the same few bytes.
+    total = sum(array.nbytes for array in tensors.values())
+    if total > _MOST_SHARED * size:
+        raise UserError(f"{path}: found tensors of {total} bytes in a file of {size} bytes")
+    bad = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+    if bad:
+        raise UserError(f"{path}: not finite: {listed(bad)}")
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
@@ -79,45 +76,97 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[s
     writers = {".pth": _write_torch, ".safetensors": _write_safetensors}
     if path.suffix not in writers:
         raise UserError(f"{path}: found suffix {path.suffix!r}, expected {' or '.join(writers)}")
+    if path.suffix == ".pth":
+        _torch(path)  # or the error would name the temporary file
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writers[path.suffix](temporary, tensors, meta)
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may be no folder that it would be in
+            temporary.unlink()
+
+
+def listed(names: Iterable[str], count: int = 3) -> str:
+    """The first names, as one line whatever is in them, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(_printable(name) for name in names[:count]) + more
+
+
+def _printable(text: str, length: int = 150) -> str:
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def _head(path: Path) -> tuple[bytes, int]:
+    """The first bytes of a file, and its size in bytes."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise UserError(f"{path}: found a folder or a device, expected a file of weights")
+        with path.open("rb") as file:
+            return file.read(16), about.st_size
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
 
 
 def _torch(path: Path) -> ModuleType:
+    oldest = ".".join(map(str, _OLDEST_TORCH))
     try:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path}: PyTorch is not installed, which .pth files need: pip install torch "
-            "(.safetensors files do without)"
+            f"{path}: PyTorch is not installed, which .pth files need: pip install "
+            f"'torch>={oldest}' (.safetensors files do without)"
         ) from error
+    numbers = re.findall(r"\d+", torch.__version__)
+    if tuple(map(int, numbers[:2])) < _OLDEST_TORCH:
+        raise UserError(
+            f"{path}: found PyTorch {torch.__version__}, expected {oldest} or newer: a crafted "
+            f".pth file can run code in an older one: pip install 'torch>={oldest}'"
+        )
     return torch
 
 
-def _load_torch(path: Path) -> Any:
+def _load_torch(path: Path, size: int) -> Any:
     torch = _torch(path)
     try:
+        _check_zip(path, size)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())
         culprit = reason.partition("GLOBAL ")[2].split(" ")[0] or reason[:120]
         raise UserError(
-            f"{path}: found something else than tensors ({culprit}); nothing of it was executed"
+            f"{path}: found something else than tensors ({_printable(culprit)}); nothing of it "
+            "was executed"
         ) from error
     except Exception as error:  # PyTorch documents none of what it raises for a damaged file
         raise _damaged(path, error) from error
 
 
+def _check_zip(path: Path, size: int) -> None:
+    """Raises ValueError for an archive that unpacks to more than it is; PyTorch never packs."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > size:
+        raise ValueError(f"{unpacked} bytes in a file of {size} bytes")
+
+
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-    return UserError(f"{path}: damaged or cut off ({reason})")
+    return UserError(f"{path}: damaged or cut off ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return _printable(" ".join(text.split()))
 
 
 def _named_arrays(path: Path, content: Any) -> Tensors:
@@ -132,34 +181,29 @@ def _named_arrays(path: Path, content: Any) -> Tensors:
 
 
 def _array(path: Path, name: Any, value: Any) -> np.ndarray:
+    if not isinstance(name, str):
+        raise UserError(f"{path}: found a key of type {type(name).__name__}, expected a name")
     try:
-        array = value if isinstance(value, np.ndarray) else value.detach().numpy()
+        array = value.value if isinstance(value, PickledArray) else value.detach().numpy()
+        if array.dtype.kind not in "fiu":
+            raise TypeError
     except (AttributeError, TypeError, RuntimeError) as error:  # not a tensor, bfloat16, sparse
         found = getattr(value, "dtype", type(value).__name__)
-        raise UserError(f"{path}: {name!r}: found {found}, expected a float32 tensor") from error
-    if array.dtype.hasobject:
-        raise UserError(f"{path}: {name!r}: found Python objects, expected numbers")
+        raise UserError(
+            f"{path}: {_printable(name)!r}: found {found}, expected a float32 tensor"
+        ) from error
     return array
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds dictionaries, numbers, strings and NumPy arrays, and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAY_PARTS:
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} ")
-        return _ARRAY_PARTS[module, name]
 
 
 def _load_pickled_arrays(path: Path) -> Any:
     try:
-        return _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle may ask for anything
-        if "GLOBAL " in str(error):
-            culprit = str(error).partition("GLOBAL ")[2].strip()
-            raise UserError(
-                f"{path}: found something else than arrays ({culprit}); nothing of it was executed"
-            ) from error
+        return load_pickled(path.read_bytes())
+    except ForeignObjectError as error:
+        raise UserError(
+            f"{path}: found something else than arrays ({_printable(str(error))}); nothing of it "
+            "was executed"
+        ) from error
+    except (OSError, ValueError, MemoryError) as error:
         raise _damaged(path, error) from error
 
 
@@ -170,48 +214,25 @@ def _write_torch(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[st
 
 
 def _read_safetensors(path: Path) -> Tensors:
-    """8 bytes with the header's length, the header (JSON), and the tensors' bytes."""
-    data = path.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8:end])
-        header.pop("__metadata__", None)
-        return dict(_safetensors_entries(header, memoryview(data)[end:]))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        # Not mapped into memory: that kills the process if the file is cut off while it is read.
+        with safe_open(path, framework="numpy", backend="pread") as file:
+            names = list(file.keys())
+            types = {name: file.get_slice(name).get_dtype() for name in names}
+            other = [name for name in names if types[name] not in _NUMBERS]
+            if other:
+                raise UserError(
+                    f"{path}: {_printable(other[0])!r}: found {types[other[0]]}, expected F32"
+                )
+            return {name: file.get_tensor(name) for name in names}
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise _damaged(path, error) from error
-
-
-def _safetensors_entries(header: dict, body: memoryview) -> Iterator[tuple[str, np.ndarray]]:
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            raise ValueError(f"{name} is {entry['dtype']}")
-        dtype = np.dtype(_SAFETENSORS_TYPES[entry["dtype"]])
-        if not 0 <= begin <= end <= len(body):
-            raise ValueError(f"{name} lies outside the file")
-        if math.prod(entry["shape"]) * dtype.itemsize != end - begin:
-            raise ValueError(f"{name} has {end - begin} bytes for shape {entry['shape']}")
-        yield name, np.frombuffer(body[begin:end], dtype).reshape(entry["shape"])
 
 
 def _write_safetensors(
     path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]
 ) -> None:
-    codes = {np.dtype(dtype): code for code, dtype in _SAFETENSORS_TYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **meta}}
-    end = 0
-    # Widest type first, which keeps every tensor aligned.
-    arrays = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        header[name] = {
-            "dtype": codes[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            file.write(np.ascontiguousarray(array).tobytes())
+    arrays = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in tensors.items()}
+    save_file(arrays, path, {"format": "pt", **meta})

@@ -117,6 +117,11 @@ def replace(field, value):
         (replace("scores", np.array(["x"] * 9)), "'scores' is <U1"),
         (replace("embeddings", np.ones((7, 6))), r"embeddings has shape \(7,\); expected \(9,\)"),
         (replace("embeddings", np.ones((9, 0))), r"embeddings has shape \(9, 0\)"),
+        (  # steps of more than 63 bits, which add up to nine
+            replace("offsets", np.array([0, 2**63 - 1, -2, 2**63 - 3, 9])),
+            "offsets fall from 9223372036854775807 to -2",
+        ),
+        (replace("image_names", np.full(4, 0x7FFFFFFF, "<u4").view("<U1")), "what is no text"),
         (put("boxes", (4, 1), np.nan), "boxes has a value that is not finite at row 4 .*'s2"),
         (put("boxes", (4, 2), -100), "boxes has a box with x2 < x1"),
         (put("scores", 8, np.inf), "scores has a value that is not finite at row 8 .*'s3"),
