@@ -42,7 +42,7 @@ def oim_loss(
     in the mean (Released code).
 
     Args:
-      embeddings: raw; L2-normalised here.
+      embeddings: raw; L2-normalized here.
       identity: row of the table, in [0, L), where `labelled` and `valid`.
       labelled: whether the identity is known.
       valid: False for entries that only fill up P.
@@ -83,7 +83,7 @@ def update_memory(
     """Writes the positives into the memory, one after another, in order.
 
     A labelled positive turns its identity's row into momentum · row + (1 - momentum) · f, with f
-    its L2-normalised embedding; an unlabelled one takes the queue's next slot, circularly.
+    its L2-normalized embedding; an unlabeled one takes the queue's next slot, circularly.
 
     Args:
       memory: the state before.
@@ -96,6 +96,7 @@ def update_memory(
       queue_channels: how many channels of a slot are written, the others keep what they hold (the
         released code writes 64); None writes all.
     """
+    # Gradients never reach the memory: it is a record of embeddings, not a parameter.
     features = lax.stop_gradient(l2_normalize(embeddings))
     tail, queue = _update_queue(memory, features, valid & ~labelled, queue_channels)
     lut = _update_lut(memory.lut, features, identity, valid & labelled, momentum, normalize)

@@ -178,5 +178,5 @@ def _hardest(
 
 
 def _distance(a: Float[Array, "N D"], b: Float[Array, "N D"]) -> Float[Array, "N"]:
-    """Euclidean distance, at least 1e-6, with zero gradient there (released code)."""
+    """Euclidean distance, at least 1e-6, with zero gradient there (Released code)."""
     return jnp.sqrt(jnp.maximum(jnp.sum((a - b) ** 2, axis=1), 1e-12))

@@ -44,7 +44,7 @@ class InputConvention:
     def normalize(
         self, image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"]
     ) -> Float[Array, "B H W 3"]:
-        """RGB bytes to normalised float32, zero beyond each photo's own `size`."""
+        """RGB bytes to normalized float32, zero beyond each photo's own `size`."""
         pixels = image[..., ::-1] if self.channel_order == "BGR" else image
         pixels = (pixels.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
         return hold_zero(pixels, size)
@@ -141,7 +141,7 @@ def _as_it_is(module: type[nn.Module]) -> type[nn.Module]:
 
 
 def build_model(config: ConfigDict) -> AlignPS:
-    """The network of a whole configuration.
+    """The network that a configuration describes.
 
     Raises:
       UserError: a field of `config.model` names something that does not exist.

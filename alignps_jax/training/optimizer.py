@@ -47,7 +47,7 @@ def parameter_labels(params: Any, is_frozen: Callable[[tuple[str, ...]], bool]) 
     """`frozen`, `bias` or `weight` for every parameter.
 
     `bias` are those of plain and DCNv2 main convolutions, not of offset convolutions and of
-    normalisation (released code).
+    normalization (Released code).
     """
     flat = traverse_util.flatten_dict(params)
 
