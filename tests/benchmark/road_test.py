@@ -10,12 +10,12 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-
 from alignps_jax.benchmark import compile as starts
 from alignps_jax.benchmark import data, evaluate, growth, growth_cases, search
 from alignps_jax.benchmark.measure import Context, FloatRate, Timing
 from alignps_jax.benchmark.photos import made_up_split
+from ml_collections import ConfigDict
+
 from alignps_jax.evaluation.metrics import search_metrics
 from alignps_jax.training.monitor import FIRST_STEP
 from alignps_jax.training.step import StepMetrics
