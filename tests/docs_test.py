@@ -16,7 +16,7 @@ LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
 def test_links_lead_to_files():
     links = [(page, path) for page in PAGES for _, path in LINK.findall(page.read_text())]
     assert len(links) > 20
-    assert [] == [(page.name, path) for page, path in links if not (page.parent / path).exists()]
+    assert [(page.name, path) for page, path in links if not (page.parent / path).exists()] == []
 
 
 def test_functions_that_the_readme_links_to_are_in_those_files():
