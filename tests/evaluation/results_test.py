@@ -194,7 +194,7 @@ def test_log_round_trip(tmp_path):
 
 def test_log_of_a_killed_process_goes_on(tmp_path):
     script = (
-        "import os, sys, pathlib; from alignps_jax.report import MetricLog\n"
+        "import os, sys, pathlib; from alignps_jax.log import MetricLog\n"
         "log = MetricLog(pathlib.Path(sys.argv[1]))\n"
         "for step in range(3): log.scalars(step, {'loss': step})\n"
         'log._file.write(b\'{"step": 3, "lo\'); log._file.flush()\n'
