@@ -12,7 +12,7 @@ PARITY_READY := $(PARITY)/.ready
 # Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test fuzz parity golden lint lock clean
+.PHONY: setup demo test fuzz parity benchmark golden lint lock clean
 
 setup: $(READY)
 
@@ -38,6 +38,11 @@ fuzz: setup
 parity: $(PARITY_READY)
 	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/weights/convert_test.py
 
+# Our speed beside PyTorch's and what the machine can do: make benchmark [WHAT=search,growth] [RUNS=5].
+RUNS ?= 5
+benchmark: $(PARITY_READY)
+	$(PARITY)/bin/python -m tests.benchmark --runs=$(RUNS) $(if $(WHAT),--what=$(WHAT))
+
 golden: $(PARITY_READY)
 	$(PARITY)/bin/python -m tests.oracle.make_golden
 
@@ -49,6 +54,7 @@ $(PARITY_READY): requirements.lock requirements-parity.txt
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 # Pins everything that pyproject.toml asks for (needs uv).
 lock:

@@ -1,4 +1,4 @@
-"""Trains, evaluates and searches; see README.md.
+"""Trains, evaluates, searches and draws, as `--mode` says; README.md shows every mode.
 
 python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
 """
@@ -14,11 +14,11 @@ if __name__ == "__main__":
 
 import jax
 
-from alignps_jax.benchmark.run import run_benchmark
 from alignps_jax.checkpoint.store import load_config
 from alignps_jax.command_line import FLAGS, choose, config_file, config_name, parse, required
 from alignps_jax.evaluation.evaluate import evaluate_checkpoint
 from alignps_jax.evaluation.scoring import evaluate_detections
+from alignps_jax.experiments.benchmark.run import run_benchmark
 from alignps_jax.experiments.catalogue import print_catalogue
 from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request

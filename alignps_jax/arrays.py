@@ -21,10 +21,10 @@ def l2_normalize(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
 
 @struct.dataclass
 class Selection:
-    """At most P chosen entries: `index` is 0 where `mask` is False; `dropped` found no room."""
+    """At most P chosen entries: `index` is 0 where `valid` is False; `dropped` found no room."""
 
     index: Int[Array, "P"]
-    mask: Bool[Array, "P"]
+    valid: Bool[Array, "P"]
     dropped: Int[Array, ""]
 
 
@@ -38,9 +38,9 @@ def first_true(flags: Bool[Array, "N"], size: int) -> Selection:
     # The k-th true flag is the first position at which the running count reaches k.
     wanted = jnp.arange(1, size + 1, dtype=jnp.int32)
     index = jnp.searchsorted(count, wanted, side="left").astype(jnp.int32)
-    mask = wanted <= count[-1]
+    valid = wanted <= count[-1]
     return Selection(
-        index=jnp.where(mask, index, 0),
-        mask=mask,
+        index=jnp.where(valid, index, 0),
+        valid=valid,
         dropped=jnp.maximum(count[-1] - size, 0),
     )

@@ -6,34 +6,42 @@ are elementwise over leading axes unless they say otherwise.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+AnyArray = np.ndarray | Array
 
-def area(boxes: Float[Array, "*N 4"]) -> Float[Array, "*N"]:
+
+def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
     """Width times height."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def _intersection(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"]) -> Float[Array, "*N"]:
+def _intersection(a: Float[AnyArray, "*N 4"], b: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
     """Area that two boxes share; leading axes broadcast."""
-    low = jnp.maximum(a[..., :2], b[..., :2])
-    high = jnp.minimum(a[..., 2:], b[..., 2:])
-    sides = jnp.maximum(high - low, 0.0)
+    xp = a.__array_namespace__()
+    low = xp.maximum(a[..., :2], b[..., :2])
+    high = xp.minimum(a[..., 2:], b[..., 2:])
+    sides = xp.maximum(high - low, 0.0)
     return sides[..., 0] * sides[..., 1]
 
 
-def pairwise_iou(a: Float[Array, "N 4"], b: Float[Array, "M 4"]) -> Float[Array, "N M"]:
-    """Intersection over union of every box of `a` with every box of `b`; 0 for two empty boxes."""
-    shared = _intersection(a[:, None], b[None, :])
-    union = area(a)[:, None] + area(b)[None, :] - shared
-    return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1.0), 0.0)
+def iou(a: Float[AnyArray, "*#N 4"], b: Float[AnyArray, "*#N 4"]) -> Float[AnyArray, "*N"]:
+    """Intersection over union of boxes whose leading axes broadcast; 0 for two empty boxes.
+
+    Both are NumPy arrays or both are JAX arrays, and so is the result, in their own precision.
+    """
+    xp = a.__array_namespace__()
+    shared = _intersection(a, b)
+    union = area(a) + area(b) - shared
+    return xp.where(union > 0, shared / xp.where(union > 0, union, 1.0), 0.0)
 
 
 def giou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"], eps: float = 1e-6) -> Float[Array, "*N"]:
-    """Generalised intersection over union of corresponding boxes, in [-1, 1].
+    """Generalized intersection over union of corresponding boxes, in [-1, 1].
 
     Union and enclosing area are at least `eps`, so that values and gradients are finite for empty
-    boxes (released code; Rezatofighi et al., 2019).
+    boxes (Released code; Rezatofighi et al., 2019).
     """
     shared = _intersection(a, b)
     union = jnp.maximum(area(a) + area(b) - shared, eps)
@@ -69,7 +77,7 @@ def clip_boxes(boxes: Float[Array, "*N 4"], size: Int[Array, "2"]) -> Float[Arra
 
 
 def locations(height: int, width: int, stride: int) -> Float[Array, "height*width 2"]:
-    """Image coordinates (x, y) of a level's locations, row by row: the centres of its cells."""
+    """Image coordinates (x, y) of a level's locations, row by row: the centers of its cells."""
     x = (jnp.arange(width, dtype=jnp.float32) + 0.5) * stride
     y = (jnp.arange(height, dtype=jnp.float32) + 0.5) * stride
     grid_y, grid_x = jnp.meshgrid(y, x, indexing="ij")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from alignps_jax.choices import known_name
 from alignps_jax.types import UserError
 
 FLAGS = flags.FLAGS
@@ -61,12 +61,7 @@ def parse(argv: Sequence[str], modes: Collection[str]) -> None:
 
 def choose(flag: str, known: Collection[str]) -> str:
     """The value of a flag that is one of `known`; UserError, with the nearest, if it is not."""
-    found = FLAGS[flag].value
-    if found not in known:
-        near = difflib.get_close_matches(str(found), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"--{flag}: found {found!r}, expected one of {', '.join(known)}{hint}")
-    return found
+    return known_name(f"--{flag}", FLAGS[flag].value, known)
 
 
 def required(flag: str) -> str:

@@ -50,7 +50,7 @@ def split_over_devices(batch: Batch) -> Batch:
 def use_compilation_cache(workdir: Path, checkpoint: Path | None = None) -> None:
     """Keeps compiled programs in `<workdir>/xla_cache`, so that the next start is quick.
 
-    The small ones too: a start compiles hundreds of them, initialisers above all. Where a whole
+    The small ones too: a start compiles hundreds of them, initializers above all. Where a whole
     run is the `checkpoint` that is used, its own cache serves all that is done with it.
     """
     if checkpoint is not None and (checkpoint / "checkpoints").is_dir():

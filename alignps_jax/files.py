@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from alignps_jax.image_files import decode_photo, read_photo
 from alignps_jax.types import UserError
 
 
@@ -40,47 +41,15 @@ def write_json(path: Path, content: object) -> None:
 Image = UInt8[np.ndarray, "H W 3"]
 
 
-def read_image(path: Path) -> Image:
+def read_image(path: Path, max_pixels: int) -> Image:
     """Reads a user's photo as a viewer shows it, with the EXIF orientation applied.
 
     Raises:
-        UserError: the file cannot be read, is not an image, or ends before the image does.
+        UserError: the file cannot be read, is not an image, has more than `max_pixels` pixels
+            (`data.max_pixels`), or ends before the image does.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    # Decoders fill up what is missing of a JPEG with grey; the other formats they refuse.
-    if data.startswith(b"\xff\xd8") and not _jpeg_is_complete(data):
-        raise UserError(f"{path}: the JPEG file is truncated ({len(data)} bytes)")
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    except cv2.error as error:
-        raise UserError(f"{path}: cannot be decoded ({error.err})") from error
-    if image is None:
-        raise UserError(f"{path}: found no complete image, expected a JPEG, PNG or similar file")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _jpeg_is_complete(data: bytes) -> bool:
-    """Whether the end marker of a file's (first) JPEG image is there.
-
-    Segments are jumped over by their length, so that the end of a thumbnail within one does not
-    count; within coded data 0xFF is a marker unless 0x00 or a restart number follows. Whatever
-    a camera appends after the end does not matter.
-    """
-    position = 2
-    while 0 <= (position := data.find(b"\xff", position)) < len(data) - 1:
-        marker = data[position + 1]
-        if marker == 0xD9:
-            return True
-        if marker == 0xFF:  # filling before a marker
-            position += 1
-        elif marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # without length
-            position += 2
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return False
+    data, header = read_photo(path, max_pixels)
+    return decode_photo(data, header, str(path), upright=True)
 
 
 def write_image(path: Path, image: Image) -> None:

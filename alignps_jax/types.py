@@ -72,7 +72,7 @@ class Targets:
 class Positives:
     """At most P positive locations in location order, with predictions and targets."""
 
-    mask: Bool[Array, "P"]
+    valid: Bool[Array, "P"]
     distances: Float[Array, "P 4"]
     centerness_logits: Float[Array, "P"]
     embeddings: Float[Array, "P D"]
@@ -166,7 +166,7 @@ class SearchProtocol:
 class GalleryDetections:
     """Detections of N images laid end to end: image i owns rows offsets[i]:offsets[i + 1].
 
-    Boxes in the photo's pixels, embeddings L2-normalised, rows of an image best score first.
+    Boxes in the photo's pixels, embeddings L2-normalized, rows of an image best score first.
     """
 
     names: tuple[str, ...]

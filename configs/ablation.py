@@ -1,4 +1,4 @@
-"""The synthetic scenes at the scale of docs/ablations.md: a row of a table in minutes on a CPU.
+"""The synthetic scenes at the scale of docs/ablations: a row of a table takes minutes on a CPU.
 
 python launch.py --mode=reproduce --config=configs/ablation.py --table=2
 """
@@ -10,7 +10,7 @@ from configs.variants import apply_variant, variants_for
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """configs/synthetic.py with half the channels and a ninth of the steps; the same variants."""
+    """Halves the channels of configs/synthetic.py and shortens its schedule; same variants."""
     config = synthetic.get_config()
     config.model.backbone_width = 16
     config.model.channels = 32

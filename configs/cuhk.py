@@ -3,8 +3,8 @@
     python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
 
 The paper reports mAP 93.1 and top-1 93.4 with gallery size 100 (Table 6), after 29 hours on one
-V100. Variants follow a colon, such as `configs/cuhk.py:plus` (AlignPS+) or `:released` (the values
-of the released code where they differ from the paper); `--mode=list` prints them all.
+V100. A variant follows a colon: `configs/cuhk.py:plus` is AlignPS+, `:released` has the values of
+the released code where they differ from the paper. `--mode=list` prints them all.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -15,17 +15,18 @@ from configs.variants import apply_variant
 def get_config(variant: str = "") -> ConfigDict:
     """The paper's settings; `variant` names an entry of `configs.variants.VARIANTS`."""
     config = ConfigDict()
-    # Seeds initialisation, shuffling, scales and flips.
+    # Seed of the initial weights, the shuffling, the scales and the flips.
     config.seed = 0
 
     data = config.data = ConfigDict()
-    # cuhk_sysu, prw, coco_person_search or synthetic.
+    # The data set: cuhk_sysu, prw, coco_person_search or synthetic.
     data.name = "cuhk_sysu"
-    # Folder of the data set in its own layout (see README, "Data sets").
+    # Folder of the data set in its own layout (see docs/data.md).
     data.root = "data/CUHK-SYSU"
-    # Where the prepared ArrayRecord files go; unset: `<root>/prepared`.
+    # Folder of the prepared ArrayRecord files; if unset, `<root>/prepared`.
     data.prepared_dir = config_dict.placeholder(str)
-    # (long, short) sides; one pair is drawn per image, the aspect ratio is kept.
+    # Limits (long side, short side) in pixels. Each image draws one pair and is resized to the
+    # largest size within it that keeps the aspect ratio.
     data.train_scales = (
         (667, 400),
         (1000, 600),
@@ -34,15 +35,21 @@ def get_config(variant: str = "") -> ConfigDict:
         (1666, 1000),
         (2000, 1200),
     )
+    # The same limits for evaluation and search.
     data.test_scale = (1500, 900)
+    # Probability that a training image is mirrored.
     data.flip_probability = 0.5
-    # Training images with a side (of the photo) below this many pixels are left out.
+    # Training leaves out photos with a side of fewer pixels than this.
     data.min_side = 32
-    # Threads that decode and resize; 0 does it in the training thread.
+    # Photos with more pixels are refused before they are decoded, here and in searches: a file of a
+    # few hundred bytes can ask for all the memory there is.
+    data.max_pixels = 100_000_000
+    # Threads that decode and resize photos; with 0, the training thread does it.
     data.workers = 8
-    # Batches kept ready ahead of the training step (at least one per worker).
+    # Batches that are ready ahead of the training step (at least one per worker).
     data.prefetch = 4
-    # Shape of the synthetic data set (read only by data.name=synthetic).
+    # Size of the synthetic data set; only data.name=synthetic reads it. Images of one seed and
+    # size are always the same; height and width are in pixels.
     data.synthetic = ConfigDict()
     data.synthetic.seed = 0
     data.synthetic.train_images = 1200
@@ -53,133 +60,149 @@ def get_config(variant: str = "") -> ConfigDict:
     data.synthetic.width = 256
 
     model = config.model = ConfigDict()
-    # resnet50 (ImageNet weights, frozen statistics) or resnet_small (group norm, from scratch).
+    # resnet50 (for ImageNet weights, with frozen statistics) or resnet_small (with group
+    # normalization, for training from scratch).
     model.backbone = "resnet50"
-    # Where the backbone's weights come from at the start of training: a checkpoint of ours, such
-    # as --mode=convert writes from an ImageNet ResNet-50; unset: random weights.
+    # Checkpoint with the backbone's initial weights, such as --mode=convert writes from an
+    # ImageNet ResNet-50; if unset, the initial weights are random.
     model.pretrained = config_dict.placeholder(str)
-    # Channels of its stem; doubled in every stage.
+    # Channels of the backbone's stem; every stage doubles them.
     model.backbone_width = 64
-    # Stages up to this one are never updated (0: stem only, 1: stem and res2; -1: none).
+    # Training never updates the stages up to this one (0: the stem, 1: stem and res2; -1: none).
     model.frozen_stages = 1
     # Backbone stages (3, 4, 5) whose 3x3 convolutions are deformable (DCNv2): AlignPS+.
     model.deform_stages = ()
-    # Width of the neck, hence dimension of the embeddings, and of the head's towers.
+    # Channels of the neck, which is the dimension of the embeddings, and of the head's towers.
     model.channels = 256
-    # The neck: deformable convolutions (False: plain ones) as lateral and output convolutions, and
-    # maps joined by concatenation (False: by addition, as in FPN).
+    # Whether the neck's lateral and its output convolutions are deformable (False: plain), and
+    # whether it joins maps by concatenation (False: by addition, as FPN does).
     model.lateral_deform = True
     model.output_deform = True
     model.concatenate = True
-    # Levels of the pyramid (3 to 7, strides 8 to 128) that people are searched on.
+    # Levels of the pyramid (3 to 7, strides 8 to 128) on which people are found.
     model.levels = (3,)
-    # Where embeddings come from: input (of the head: "re-id first", AlignPS), regression or
-    # classification (on top of that tower: T1, T2 of the paper) or independent (a third tower: T3).
+    # Where embeddings come from: input (the head's input: "re-id first", AlignPS), regression or
+    # classification (the output of that tower: T1, T2 of the paper) or independent (a third tower:
+    # T3).
     model.reid = "input"
-    # Initial offsets of the neck's deformable convolutions: Xavier uniform times this.
+    # Factor on the initial offset weights (Xavier uniform) of the neck's deformable convolutions.
     model.offset_gain = 1.0
     # 3x3 convolutions in each tower of the head; the last one is deformable (DCNv2).
     model.head_convs = 4
-    # Groups of the head's (and of resnet_small's) group normalisation.
+    # Groups of the group normalization in the head (and in resnet_small).
     model.norm_groups = 32
-    # Box distances before training, in strides (release: 0).
+    # Distances from a location to its box's sides before training, in strides (Released code: 0).
     model.initial_distance = 0.0
-    # Also run the head on P4-P7 in training, as pure background (released code).
+    # In training, also run the head on P4 to P7, where every location is background (Released
+    # code).
     model.background_levels = False
-    # float32 or bfloat16 activations; parameters, losses and memory stay float32.
+    # Type of the activations: float32 or bfloat16. Parameters, losses, lookup table and queue are
+    # float32 in any case.
     model.dtype = "float32"
-    # Recompute the activations of each block in the backward pass: less memory, more time.
+    # Recompute the activations of each block in the backward pass: it needs less memory and more
+    # time.
     model.remat = False
-    # Input convention: what the backbone's weights expect of a pixel.
+    # What the backbone's weights expect of a pixel: the order of its channels (BGR or RGB), then
+    # (pixel - pixel_mean) / pixel_std in that order.
     model.channel_order = "BGR"
-    model.pixel_mean = (103.530, 116.280, 123.675)  # in channel order
+    model.pixel_mean = (103.530, 116.280, 123.675)
     model.pixel_std = (1.0, 1.0, 1.0)
-    # Where a stage of resnet50 halves its map: in the 3x3 of its first block (torchvision) or in
-    # the 1x1 before it (Caffe, the release).
+    # Where a stage of resnet50 halves its map: in the 3x3 convolution of its first block (True:
+    # torchvision) or in the 1x1 convolution before it (False: Caffe, Released code).
     model.stride_in_3x3 = False
 
     loss = config.loss = ConfigDict()
+    # Focal loss of the classification: weight of positive locations, and exponent.
     loss.focal_alpha = 0.25
     loss.focal_gamma = 2.0
-    # Centre sampling: half side of the positive region, in strides.
+    # Center sampling: half the side of the square around a box's center in which locations are
+    # positive, in strides.
     loss.center_radius = 1.5
-    # Largest distance, in pixels, from a location to a side of its box: one border between each
-    # level of model.levels and the next.
+    # One border between each level of model.levels and the next, in pixels: a level learns boxes
+    # whose largest distance from the location to a side lies between its borders.
     loss.level_borders = ()
-    # Rows of the lookup table; unset: as many as the training set has identities.
+    # Rows of the lookup table; if unset, as many as the training set has identities.
     loss.lut_size = config_dict.placeholder(int)
+    # Slots of the circular queue of people without identity.
     loss.queue_size = 5000
     # 1 / tau of Eq. (1), for the table and for the queue.
-    loss.lut_temperature = 10.0
-    loss.queue_temperature = 10.0
-    # Exponent of the focal term that is added to OIM.
+    loss.inverse_lut_temperature = 10.0
+    loss.inverse_queue_temperature = 10.0
+    # Exponent of the focal term of the OIM loss (Paper, Sec. 4.2); 0 gives the plain loss.
     loss.oim_focal_gamma = 2.0
-    # Share of the old row that a lookup-table update keeps.
+    # Share of the old row that an update of the lookup table keeps.
     loss.lut_momentum = 0.5
-    # Scale each updated row of the table back to length one (OIM paper; not in the release).
+    # Scale each updated row of the table back to length one (OIM paper; Released code: False).
     loss.normalize_lut = True
-    # Channels of a queue slot that are written; unset: all (the release writes 64).
+    # How many channels of a queue slot are written; if unset, all (Released code: 64).
     loss.queue_channels = config_dict.placeholder(int)
-    # none, batch (TOIM without table entries) or batch_and_lut (TOIM).
+    # Samples of the triplet loss: none (OIM alone), batch (TOIM without table rows) or
+    # batch_and_lut (TOIM).
     loss.triplet = "batch_and_lut"
+    # Margin M of the triplet loss (Paper, Eq. 3).
     loss.triplet_margin = 0.3
-    # Smallest identity whose table row joins the triplet (the release leaves out identity 0).
+    # Smallest identity whose table row joins the triplet (Released code: 1).
     loss.triplet_first_lut_identity = 0
 
     optimizer = config.optimizer = ConfigDict()
-    # sgd (the paper's) or adamw.
+    # sgd (Paper) or adamw.
     optimizer.name = "sgd"
+    # Rate after the warm-up; momentum is the first decay rate (beta 1) of adamw.
     optimizer.learning_rate = 0.001
     optimizer.momentum = 0.9
     optimizer.weight_decay = 5e-4
-    # Learning-rate factor and weight decay of the biases of plain and DCNv2 main convolutions.
+    # Factor on the learning rate, and weight decay, of the biases of plain convolutions and of the
+    # main convolutions of DCNv2.
     optimizer.bias_lr_factor = 1.0
     optimizer.bias_weight_decay = 5e-4
-    # Linear warm-up from this share of the rate over this long ("<number> steps" or "epochs").
+    # The rate rises linearly from the share `warmup_start` during `warmup`, which is
+    # "<number> steps" or "<number> epochs".
     optimizer.warmup = "300 steps"
     optimizer.warmup_start = 1 / 3
-    # When the rate is multiplied by `drop_factor`.
+    # When the rate is multiplied by `drop_factor`, each "<number> steps" or "<number> epochs".
     optimizer.drops = ("16 epochs", "22 epochs")
     optimizer.drop_factor = 0.1
-    # Largest global gradient norm.
+    # Gradients are scaled down to this norm over all parameters.
     optimizer.clip_norm = 35.0
 
     train = config.train = ConfigDict()
-    # Images per step over all devices.
+    # Images per step, over all devices together.
     train.batch_size = 4
     # How long to train: "<number> epochs" or "<number> steps".
     train.duration = "24 epochs"
-    # Static number of positive locations kept per image; more are dropped and counted in the
-    # log. Unset: 9 per level and person of the fullest training image, never exceeded.
+    # Number of positive locations per image that have room; training drops any further ones and
+    # counts them in the log. If unset, the room suffices for the fullest training image.
     train.max_positives = config_dict.placeholder(int)
+    # Steps between two lines of the log, and time between two checkpoints.
     train.log_every_steps = 50
     train.checkpoint_every = "1000 steps"
-    # Evaluate (detection and search) this often, and always at the end.
+    # Time between two evaluations (detection and search); there is always one at the end.
     train.eval_every = "8 epochs"
-    # Latest checkpoints kept, besides the best one by search mAP.
+    # How many of the latest checkpoints stay, besides the best one by search mAP.
     train.keep_checkpoints = 3
 
     evaluation = config.eval = ConfigDict()
-    # Images per step over all devices.
+    # Images per step, over all devices together.
     evaluation.batch_size = 4
-    # Detections below take no part in search and detection metrics.
+    # Detections with a lower score take no part in search and detection metrics.
     evaluation.score_threshold = 0.2
-    # Candidates per image, classification score to be one, IoU of suppression, detections kept.
+    # Candidates of each level of an image, and the classification score that they must exceed.
     evaluation.pre_nms = 1000
     evaluation.min_cls_score = 0.05
+    # IoU above which a better detection suppresses another, and detections kept per image.
     evaluation.nms_iou = 0.5
     evaluation.max_detections = 100
-    # Boxes that are searched: detected, or ground_truth (perfect detection, an upper bound).
+    # Which boxes are searched: detected, or ground_truth (perfect detection, an upper bound).
     evaluation.boxes = "detected"
-    # Weigh similarities by context bipartite graph matching (SeqNet), with k1 gallery images and k2
-    # people of the query photo: (k1, k2); () does without. SeqNet: (10, 3), on PRW (30, 4).
+    # (k1, k2): context bipartite graph matching (SeqNet) with k1 gallery images and k2 people of
+    # the query photo replaces similarities; () does without. SeqNet uses (10, 3), on PRW (30, 4).
     evaluation.context_matching = ()
     # Also evaluate the network as it was before training, for comparison.
     evaluation.untrained_baseline = False
-    # Search protocols to report, the first one picks the best checkpoint; () means all that the
-    # folder has, in this order. cuhk_sysu: TestG100, TestG50, TestG500, TestG1000, TestG2000,
-    # TestG4000, all, occlusion, resolution; synthetic the same by size; prw: all, cross_camera;
-    # coco_person_search: all. See docs/evaluation.md.
+    # Search protocols to report; the first one picks the best checkpoint. () means all that the
+    # folder has, in this order: cuhk_sysu has TestG100, TestG50, TestG500, TestG1000, TestG2000,
+    # TestG4000, all, occlusion and resolution, synthetic has the same by size, prw has all and
+    # cross_camera, coco_person_search has all. See docs/evaluation.md.
     evaluation.protocols = ()
 
     return apply_variant(config, variant)

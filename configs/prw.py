@@ -1,4 +1,4 @@
-"""AlignPS on PRW: what differs from CUHK-SYSU.
+"""AlignPS on PRW: the fields that differ from CUHK-SYSU.
 
     python launch.py --config configs/prw.py --config.data.root=/data/PRW --workdir=runs/prw
 

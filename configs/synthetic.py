@@ -2,7 +2,7 @@
 
 This is what `make demo` runs:
 
-python launch.py --config configs/synthetic.py --workdir=runs/synthetic
+    python launch.py --config configs/synthetic.py --workdir=runs/demo
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     model.frozen_stages = -1
     model.channels = 64
     model.head_convs = 1
-    # From scratch it helps to start on a plain grid and with boxes of a person's size.
+    # A network from scratch learns faster from a plain grid and boxes of a person's size.
     model.offset_gain = 0.0
     model.initial_distance = 3.0
     model.norm_groups = 8
@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     model.pixel_std = (58.0, 58.0, 58.0)
 
     config.loss.queue_size = 100
-    # Rows of the table become means over several photos, not copies of the last one.
+    # A row of the lookup table becomes a mean over several photos, not a copy of the last one.
     config.loss.lut_momentum = 0.9
 
     optimizer = config.optimizer

@@ -1,4 +1,4 @@
-"""Seconds on a CPU, for tests: configs/synthetic.py with fewer, smaller scenes and steps."""
+"""For tests: configs/synthetic.py with fewer and smaller scenes and few steps, seconds on a CPU."""
 
 from ml_collections import ConfigDict
 

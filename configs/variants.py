@@ -12,16 +12,18 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from alignps_jax.choices import known_name
+
 CUHK, PRW = "cuhk_sysu", "prw"
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperRow:
-    """One row of a table of the paper, with its figures in percent (None: the paper has none).
+    """One row of a table of the paper, with its metrics in percent (None: the paper has none).
 
     `table` is "fig4" or "1" to "6", `position` that of the row in it, from 1, `dataset` a
-    `config.data.name`. `inferred`: which of several figures belongs to this row cannot be read
-    from the text at hand; it follows from the paper's prose. `note` is a line for the reader.
+    `config.data.name`. `inferred` is True where the paper's text, not its table, says which of
+    several numbers belongs to the row. `note` is a line for the reader.
     """
 
     table: str
@@ -45,19 +47,19 @@ class Variant:
     rows: tuple[PaperRow, ...] = ()
 
 
-# Region alignment: the three components of AFA (Table 2), without which it is an FPN.
+# Region alignment: without these three components, AFA is an FPN (Paper, Table 2).
 PLAIN_LATERAL = {"model.lateral_deform": False}
 PLAIN_OUTPUT = {"model.output_deform": False}
 SUM = {"model.concatenate": False}
 FPN = PLAIN_LATERAL | PLAIN_OUTPUT | SUM
-# Scale alignment: one level (P3). Without it FCOS's five, or the three that AFA makes (Table 1).
+# Scale alignment: AlignPS finds people on P3 alone, FCOS on five levels (Paper, Table 1).
 FCOS_LEVELS = {"model.levels": (3, 4, 5, 6, 7), "loss.level_borders": (64, 128, 256, 512)}
 P3_P4 = {"model.levels": (3, 4), "loss.level_borders": (128,)}
 P3_P4_P5 = {"model.levels": (3, 4, 5), "loss.level_borders": (128, 256)}
-# Task alignment: "re-id first". Without it, a re-id head beside the detection head.
+# Task alignment: without "re-id first", a re-id head stands beside the detection head.
 PARALLEL = {"model.reid": "independent"}
 
-# What the released code does differently from the paper, apart from the data set's own values.
+# How the released code differs from the paper, apart from the values of a data set.
 RELEASED = {
     "model.background_levels": True,
     "loss.normalize_lut": False,
@@ -72,7 +74,7 @@ PLUS = {"model.deform_stages": (3, 4, 5)}
 
 
 def _figure_4(position: int, label: str, note: str = "") -> PaperRow:
-    """Its values are in the picture only."""
+    """A row of Fig. 4, which shows its values as a picture only."""
     return PaperRow("fig4", position, label, note=note)
 
 
@@ -142,17 +144,17 @@ VARIANTS: dict[str, Variant] = {
         ),
     ),
     "lateral": Variant(
-        "of AFA's components only lateral deformable convolutions",
+        "AFA with lateral deformable convolutions only",
         PLAIN_OUTPUT | SUM,
         (PaperRow("2", 2, "lateral", mAP=90.6, top1=90.8),),
     ),
     "output": Variant(
-        "of AFA's components only output deformable convolutions",
+        "AFA with output deformable convolutions only",
         PLAIN_LATERAL | SUM,
         (PaperRow("2", 3, "output", mAP=91.4, top1=91.9),),
     ),
     "concat": Variant(
-        "of AFA's components only concatenation",
+        "AFA with concatenation only",
         PLAIN_LATERAL | PLAIN_OUTPUT,
         (PaperRow("2", 4, "concat", mAP=84.0, top1=84.1),),
     ),
@@ -224,24 +226,24 @@ VARIANTS: dict[str, Variant] = {
 
 
 def _changed(changes: Mapping[str, Mapping[str, object]]) -> dict[str, Variant]:
-    """`VARIANTS` where some entries, by name, change further fields or to other values."""
+    """`VARIANTS` with further or other changes in the entries that `changes` names."""
     return VARIANTS | {
         name: dataclasses.replace(VARIANTS[name], changes={**VARIANTS[name].changes, **more})
         for name, more in changes.items()
     }
 
 
-# The released PRW models were trained without the triplet, with the table as in the OIM paper.
+# The released PRW models were trained without the triplet and with the table of the OIM paper.
 RELEASED_PRW = {
     "loss.lut_size": 483,
-    "loss.lut_temperature": 15.0,
+    "loss.inverse_lut_temperature": 15.0,
     "loss.normalize_lut": True,
     "loss.triplet": "none",
     "optimizer.weight_decay": 1e-3,
 }
-# Where each level gets a share of the synthetic scenes' people (36 to 150 pixels high in 256x192).
-# The paper's borders would leave all but P3 and P4 without any; borders below a few strides of
-# their level would leave people without a location on any level.
+# These borders give each level a share of the synthetic scenes' people (36 to 150 pixels high in
+# 256x192). With the paper's borders only P3 and P4 would have any; with borders below a few strides
+# of their level, some people would have no location on any level.
 SYNTHETIC_BORDERS = (48, 72, 96, 120)
 
 _VARIANTS_OF = {
@@ -267,14 +269,14 @@ def variants_for(dataset: str) -> dict[str, Variant]:
 
 
 def figures_on(dataset: str) -> str:
-    """The data set whose figures stand beside runs on `dataset`: PRW has its own."""
+    """The data set whose paper metrics stand beside runs on `dataset`: PRW has its own."""
     return PRW if dataset == PRW else CUHK
 
 
 def rows_of(table: str, dataset: str) -> tuple[tuple[str, PaperRow], ...]:
     """The rows of a table in the paper's order, each with the name of its variant.
 
-    Those with figures on `figures_on(dataset)`: on PRW there is Table 6 only.
+    Only rows with metrics on `figures_on(dataset)` count: on PRW that is Table 6.
     """
     rows = [
         (name, row)
@@ -291,11 +293,10 @@ def apply_variant(
     """Returns `config` with the fields of one entry of `variants` replaced.
 
     Raises:
-      ValueError: there is no such variant.
+      UserError: there is no such variant.
     """
-    if variant not in variants:
-        known = ", ".join(sorted(name for name in variants if name))
-        raise ValueError(f"unknown variant {variant!r}; known: {known}")
+    if variant:
+        known_name("variant of the configuration", variant, sorted(filter(None, variants)))
     with config.unlocked():
         for field, value in variants[variant].changes.items():
             config.update_from_flattened_dict({field: value})

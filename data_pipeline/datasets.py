@@ -13,20 +13,18 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from alignps_jax.choices import choose
 from alignps_jax.types import Annotations, SearchProtocol
 from data_pipeline.prepared import SPLITS, PersonSearchBuilder, PreparedSplit
 from data_pipeline.sources.coco_person_search import CocoPersonSearch
 from data_pipeline.sources.cuhk_sysu import CuhkSysu, CuhkSysuSource
 from data_pipeline.sources.prw import Prw
-from data_pipeline.sources.source import Counts, Source, unknown_name
+from data_pipeline.sources.source import Counts
 
 __all__ = [
     "DATASETS",
     "PreparedDataset",
     "PreparedSplit",
-    "available_protocols",
-    "load_annotations",
-    "load_protocols",
     "load_test",
     "prepare",
 ]
@@ -65,40 +63,24 @@ class PreparedDataset:
     test: PreparedSplit
 
 
-def load_annotations(data: ConfigDict, split: str) -> Annotations:
-    """The people of `split` (`train` or `test`) as the published evaluation takes them.
-
-    Reads the annotation files below `data.root`, no image; boxes are not clipped to the photo.
-
-    Raises:
-      UserError: unknown name or split, files missing or not in the expected form.
-    """
-    if split not in SPLITS:
-        raise unknown_name("split", split, SPLITS)
-    source = _source(data)
-    return source.train if split == "train" else source.test
-
-
-def load_protocols(data: ConfigDict, names: Sequence[str]) -> tuple[SearchProtocol, ...]:
-    """The search protocols `names` over the images of the test split; () takes the default ones.
-
-    Raises:
-      UserError: as `load_annotations`, or an unknown protocol.
-    """
-    return _protocols(_source(data), names)
-
-
 def load_test(
     data: ConfigDict, names: Sequence[str]
 ) -> tuple[Annotations, tuple[SearchProtocol, ...]]:
-    """Both of the above for the test split, each annotation file read once; raises as they do."""
-    source = _source(data)
-    return source.test, _protocols(source, names)
+    """The people of the test split and the search protocols `names` over its images.
 
+    Reads the annotation files below `data.root`, no image; boxes are those of the published
+    evaluation, not clipped to the photo.
 
-def available_protocols(data: ConfigDict) -> tuple[str, ...]:
-    """Names of the search protocols that the data set has; raises as `load_annotations`."""
-    return _source(data).protocols
+    Args:
+      data: `config.data`.
+      names: of protocols; () takes the default ones of the data set.
+
+    Raises:
+      UserError: an unknown name, or files that are missing or not in the expected form.
+    """
+    source = _builder_class(data).source_class(data.root)
+    protocols = names or source.default_protocols
+    return source.test, tuple(source.protocol(name) for name in protocols)
 
 
 def prepare(data: ConfigDict) -> PreparedDataset:
@@ -108,12 +90,12 @@ def prepare(data: ConfigDict) -> PreparedDataset:
     the same annotations, prints one line.
 
     Raises:
-      UserError: as `load_annotations`; also an image that is missing or damaged, and a folder
-        that cannot be written.
+      UserError: as `load_test`; also an image that is missing or damaged, and a folder that cannot
+        be written.
     """
     builder_class = _builder_class(data)
     prepared = Path(data.prepared_dir or Path(data.root) / "prepared").expanduser()
-    builder = builder_class(root=data.root, data_dir=prepared)
+    builder = builder_class(root=data.root, data_dir=prepared, max_pixels=data.max_pixels)
     if builder.is_prepared:
         counts = [f"{len(builder.annotations[split].names):,} {split}" for split in SPLITS]
         print(f"{builder.source.title}: {' and '.join(counts)} images in {builder.data_path}")
@@ -127,23 +109,14 @@ def prepare(data: ConfigDict) -> PreparedDataset:
 
 
 def _builder_class(data: ConfigDict) -> type[PersonSearchBuilder]:
-    if data.name not in DATASETS:
-        raise unknown_name("data.name", data.name, tuple(DATASETS))
+    builder_class = choose("config.data.name", data.name, DATASETS)
     if data.name == "synthetic":
         # Imported here, because nothing else needs the module that draws figures.
         from data_pipeline.synthetic import dataset as synthetic
 
         root = Path(data.root).expanduser()
         synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
-    return DATASETS[data.name]
-
-
-def _protocols(source: Source, names: Sequence[str]) -> tuple[SearchProtocol, ...]:
-    return tuple(source.protocol(name) for name in (names or source.default_protocols))
-
-
-def _source(data: ConfigDict) -> Source:
-    return _builder_class(data).source_class(data.root)
+    return builder_class
 
 
 def _summary(builder: PersonSearchBuilder) -> str:

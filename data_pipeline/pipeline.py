@@ -76,7 +76,7 @@ class BatchReader:
             size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
             flip = bool(plan.flips[row])
             batch.index[row] = index
-            transforms.fill_image(batch, row, self._image(index), size, flip)
+            transforms.fill_image(batch, row, photo_of(self.split, index), size, flip)
             transforms.fill_people(batch, row, self.split.annotations, index, size, flip)
         return batch
 
@@ -92,17 +92,6 @@ class BatchReader:
         )
         steps = grain.MapDataset.range(count).map(lambda step: self.read(plan(step)))
         return iter(steps.to_iter_dataset(options))
-
-    def _image(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
-        name = self.split.annotations.names[index]
-        image = transforms.decode_jpeg(self.split.jpegs[index], name)
-        height, width = (int(side) for side in self.split.sizes[index])
-        if image.shape[:2] != (height, width):
-            raise UserError(
-                f"image {name}: decodes to {image.shape[0]}x{image.shape[1]} (height x width), "
-                f"expected {height}x{width} as prepared; prepare the data set again"
-            )
-        return image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +254,17 @@ def make_eval_batches(
     return EvalBatches(_reader(split, data, process_index, process_count), tuple(plans))
 
 
+def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
+    """A photo of a split, RGB.
+
+    Raises:
+      UserError: it cannot be decoded, or has not the size it was prepared with.
+    """
+    height, width = (int(side) for side in split.sizes[index])
+    name = split.annotations.names[index]
+    return transforms.decode_jpeg(split.jpegs[index], name, (height, width))
+
+
 def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> Batch:
     """One photo as the evaluation would see it: a batch of one row, without people.
 
@@ -393,6 +393,7 @@ def _check_settings(data: ConfigDict) -> None:
         ("flip_probability", 0 <= data.flip_probability <= 1, "a number from 0 to 1"),
         ("workers", data.workers >= 0, "0 or more threads"),
         ("prefetch", data.prefetch >= 0, "0 or more batches"),
+        ("max_pixels", data.max_pixels > 0, "1 or more pixels"),
     )
     for field, good, expected in checks:
         if not good:

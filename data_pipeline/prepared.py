@@ -1,8 +1,8 @@
 """The shared TFDS builder: a data set's photos and people as ArrayRecord files.
 
 Records keep the original bytes of the photos. No TensorFlow is involved: the files are written as
-`array_record` and read through `as_data_source`. Beside them lies one file with the photos' sizes
-and the people, so that opening a prepared data set does not read the photos.
+`array_record` and read through `as_data_source`. Beside them lies one file with the photos' sizes,
+so that opening a prepared data set does not read the photos; its people are those of the source.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,67 +26,24 @@ from absl import logging
 from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
+from alignps_jax.image_files import decode_photo, read_photo
 from alignps_jax.types import Annotations, UserError
-from data_pipeline import transforms
+from data_pipeline.records import (
+    SIZES_FILE,
+    PreparedSplit,
+    StoredImages,
+    clip_to_photo,
+    clipped,
+    features,
+    intact,
+    read_sizes,
+)
 from data_pipeline.sources.source import Source
 
 SPLITS = ("train", "test")
 # Images per file; so many encoded photos are held in memory while preparing.
 _SHARD_IMAGES = 256
 _THREADS = min(8, os.cpu_count() or 1)
-_SIDECAR = "annotations.npz"
-_SIDECAR_KEYS = ("names", "sizes", "camera", "counts", "boxes", "identity", "labelled")
-_JPEG_START, _SCAN_START, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
-
-
-@functools.cache
-def features() -> tfds.features.FeaturesDict:
-    """One photo with its G people: boxes `x1, y1, x2, y2` in its pixels, clipped to it.
-
-    `identity` is meaningful where `labelled`; `camera` is 0 where the data set has none.
-    """
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "name": tfds.features.Text(),
-            "height": np.int32,
-            "width": np.int32,
-            "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
-            "identity": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-            "labelled": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
-            "camera": np.int32,
-        }
-    )
-
-
-class StoredImages(Sequence[bytes]):
-    """The encoded photos of a prepared split, by position.
-
-    Readable from several threads at once, and picklable: every process opens the files anew.
-    """
-
-    def __init__(self, records: Sequence[bytes]):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> bytes:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of a split of {len(self)}")
-        example = features().deserialize_example_np(
-            self._records[index], decoders={"image": tfds.decode.SkipDecoding()}
-        )
-        return example["image"]
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedSplit:
-    """N photos: people clipped to them, sizes (height, width), and the encoded bytes."""
-
-    annotations: Annotations
-    sizes: Int[np.ndarray, "N 2"]
-    jpegs: Sequence[bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,18 +76,22 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
       dropped: boxes that it left out because nothing of them lies on the photo.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     source_class: ClassVar[type[Source]]
 
-    def __init__(self, *, root: str | Path, data_dir: str | Path):
-        """Reads the annotations below `root`; the files go below `data_dir`."""
+    def __init__(self, *, root: str | Path, data_dir: str | Path, max_pixels: int):
+        """Reads the annotations below `root`; the files go below `data_dir`.
+
+        A photo of more than `max_pixels` pixels (`data.max_pixels`) is an error.
+        """
+        self._max_pixels = max_pixels
         self.source = self.source_class(root)
         self.annotations = {"train": self.source.train, "test": self.source.test}
         self.clipped = self.dropped = 0
         self._photos: dict[str, list[_Photo]] = {}
         self._bar = tqdm(disable=True)
         config = tfds.core.BuilderConfig(name=fingerprint(self.annotations))
-        with _quiet_tfds():
+        with _quiet_tfds(), intact(Path(data_dir) / self.name / config.name / str(self.VERSION)):
             super().__init__(data_dir=data_dir, config=config, file_format="array_record")
 
     @property
@@ -176,18 +138,23 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         """A prepared split.
 
         Raises:
-          UserError: a file of it is gone.
+          UserError: a file of it is gone or damaged, or a photo has more pixels than allowed.
         """
-        files = [Path(path) for path in self.info.splits[split].filepaths]
-        for path in (*files, Path(self.data_path) / _SIDECAR):
-            if not path.is_file():
-                raise UserError(
-                    f"{path}: no such file, but part of a prepared data set; delete "
-                    f"{self.data_path} to prepare it again"
-                )
-        annotations, sizes = _read_sidecar(Path(self.data_path) / _SIDECAR, split)
-        records = self.as_data_source(split=split).data_source
-        return PreparedSplit(annotations, sizes, StoredImages(records))
+        folder = Path(self.data_path)
+        with intact(folder):
+            files = [Path(path) for path in self.info.splits[split].filepaths]
+            for path in (*files, folder / SIZES_FILE):
+                if not path.is_file():
+                    raise UserError(
+                        f"{path}: no such file, but part of a prepared data set; delete "
+                        f"{folder} to prepare it again"
+                    )
+            people = self.annotations[split]
+            sizes = read_sizes(folder / SIZES_FILE, split, people.names, self._max_pixels)
+            records = self.as_data_source(split=split).data_source
+            if len(records) != len(people.names):
+                raise ValueError(f"{len(records)} {split} records of {len(people.names)} photos")
+        return PreparedSplit(clipped(people, sizes), sizes, StoredImages(records, folder))
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -216,7 +183,9 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
             self._bar.close()
             self._bar = tqdm(desc=f"preparing {split}", total=count, unit="image", disable=None)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
-            read = functools.partial(_read_photo, self.source, self.annotations[split])
+            read = functools.partial(
+                _read_photo, self.source, self.annotations[split], self._max_pixels
+            )
             for index, photo in zip(indices, pool.map(read, indices), strict=True):
                 self.clipped += photo.clipped
                 self.dropped += photo.dropped
@@ -227,7 +196,11 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
         # TFDS calls this with `data_path` set to the folder that it renames when all is done.
         super()._download_and_prepare(*args, **kwargs)
-        _write_sidecar(Path(self.data_path) / _SIDECAR, self._photos)
+        sizes = {
+            split: [(photo.height, photo.width) for photo in photos]
+            for split, photos in self._photos.items()
+        }
+        (Path(self.data_path) / SIZES_FILE).write_text(json.dumps(sizes))
 
     def _check_photos_exist(self) -> None:
         for split in SPLITS:
@@ -255,26 +228,12 @@ def fingerprint(annotations: dict[str, Annotations]) -> str:
     return digest.hexdigest()[:12]
 
 
-def clip_to_photo(
-    boxes: Float[np.ndarray, "G 4"], height: int, width: int
-) -> tuple[Float[np.ndarray, "G 4"], Bool[np.ndarray, "G"]]:
-    """Boxes clipped to a photo, and which of them still have an area."""
-    inside = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
-    return inside, (inside[:, 2:] > inside[:, :2]).all(axis=1)
-
-
-def _read_photo(source: Source, annotations: Annotations, index: int) -> _Photo:
+def _read_photo(source: Source, annotations: Annotations, max_pixels: int, index: int) -> _Photo:
     name = annotations.names[index]
     path = source.image_path(name)
-    try:
-        image = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected an image") from error
-    height, width = transforms.decode_jpeg(image, str(path)).shape[:2]
-    # Some versions of OpenCV fill up what is missing of a JPEG. The end marker must come after
-    # the last scan: an embedded preview has one of its own.
-    if image.startswith(_JPEG_START) and image.rfind(_JPEG_END) < image.rfind(_SCAN_START):
-        raise UserError(f"{path}: truncated JPEG ({len(image)} bytes); expected a complete one")
+    image, header = read_photo(path, max_pixels)
+    decode_photo(image, header, str(path), upright=False)
+    height, width = header.height, header.width
     annotated = source.photo_size(name)
     if annotated not in (None, (height, width)):
         raise UserError(
@@ -294,32 +253,6 @@ def _read_photo(source: Source, annotations: Annotations, index: int) -> _Photo:
         clipped=int((boxes != annotations.boxes[index]).any(axis=1)[keep].sum()),
         dropped=int((~keep).sum()),
     )
-
-
-def _write_sidecar(path: Path, photos: dict[str, list[_Photo]]) -> None:
-    arrays = {}
-    for split, rows in photos.items():
-        arrays[f"{split}/names"] = np.array([photo.name for photo in rows])
-        arrays[f"{split}/sizes"] = np.array([(p.height, p.width) for p in rows], np.int32)
-        arrays[f"{split}/camera"] = np.array([photo.camera for photo in rows], np.int32)
-        arrays[f"{split}/counts"] = np.array([len(photo.boxes) for photo in rows], np.int64)
-        for field in ("boxes", "identity", "labelled"):
-            arrays[f"{split}/{field}"] = np.concatenate([getattr(photo, field) for photo in rows])
-    np.savez_compressed(path, **arrays)
-
-
-def _read_sidecar(path: Path, split: str) -> tuple[Annotations, Int[np.ndarray, "N 2"]]:
-    with np.load(path) as file:
-        arrays = {key: file[f"{split}/{key}"] for key in _SIDECAR_KEYS}
-    ends = np.cumsum(arrays["counts"])[:-1]
-    annotations = Annotations(
-        names=tuple(str(name) for name in arrays["names"]),
-        boxes=tuple(np.split(arrays["boxes"], ends)),
-        identity=tuple(np.split(arrays["identity"], ends)),
-        labelled=tuple(np.split(arrays["labelled"], ends)),
-        camera=arrays["camera"],
-    )
-    return annotations, arrays["sizes"]
 
 
 def _not_writable(folder: Path, error: OSError) -> UserError:

@@ -14,32 +14,35 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from alignps_jax.image_files import decode_photo, not_decodable, read_header
 from alignps_jax.types import Annotations, Batch, UserError
 
 Size = tuple[int, int]  # height, width
 Scale = tuple[int, int]  # long side, short side
 
-# Annotations refer to the pixels as stored, so an orientation tag must not turn them.
-_DECODE_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
-
-def decode_jpeg(jpeg: bytes, name: str) -> UInt8[np.ndarray, "H W 3"]:
+def decode_jpeg(jpeg: bytes, name: str, size: Size) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes an image to RGB (grey ones get three equal channels).
+
+    Annotations refer to the pixels as stored, so an orientation tag does not turn them.
 
     Args:
       jpeg: the encoded image.
       name: what to call it in the error.
+      size: (height, width) that it has; with another one it is not decoded.
 
     Raises:
-      UserError: the bytes are not a complete image.
+      UserError: the bytes are not a complete image, or one of another size.
     """
-    # OpenCV asserts on an empty buffer, and returns None for anything else it cannot read.
-    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), _DECODE_FLAGS) if jpeg else None
-    if image is None:
+    header = read_header(jpeg)
+    if header is None:
+        raise not_decodable(f"image {name}", jpeg)
+    if (header.height, header.width) != size:
         raise UserError(
-            f"image {name}: cannot be decoded ({len(jpeg)} bytes); expected a complete JPEG"
+            f"image {name}: has {header.height}x{header.width} pixels (height x width), expected "
+            f"{size[0]}x{size[1]} as prepared; prepare the data set again"
         )
-    return image
+    return decode_photo(jpeg, header, f"image {name}", upright=False)
 
 
 def is_landscape(size: Size) -> bool:

@@ -26,18 +26,26 @@ def test_area_by_hand():
     assert box_ops.area(jnp.array([[1.0, 2.0, 4.0, 7.0], [3.0, 3.0, 3.0, 9.0]])).tolist() == [15, 0]
 
 
-def test_pairwise_iou_matches_loop():
+@pytest.mark.parametrize(
+    ("kind", "rtol"), [(np.float64, 1e-12), (np.float32, 1e-5), (jnp.float32, 1e-5)]
+)
+def test_iou_of_all_pairs_matches_a_loop(kind, rtol):
     rng = np.random.default_rng(0)
-    a, b = random_boxes(rng, 9), random_boxes(rng, 6)
+    a, b = random_boxes(rng, 9).astype(np.float64), random_boxes(rng, 6).astype(np.float64)
     expected = [[slow_iou(p, q) for q in b] for p in a]
     assert np.max(expected) > 0.1
-    np.testing.assert_allclose(box_ops.pairwise_iou(a, b), expected, rtol=1e-5, atol=1e-7)
+    found = box_ops.iou(kind(a)[:, None], kind(b)[None])
+    assert found.dtype == kind
+    assert isinstance(found, type(kind(a)))
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=1e-7)
+    np.testing.assert_allclose(box_ops.iou(kind(a[:6]), kind(b)), np.diag(expected), rtol=rtol)
 
 
-def test_pairwise_iou_of_identical_touching_and_empty_boxes():
-    a = jnp.array([[0, 0, 2, 4], [2, 0, 3, 4], [1, 1, 1, 1]], jnp.float32)
-    np.testing.assert_array_equal(box_ops.pairwise_iou(a, a), np.diag([1.0, 1.0, 0.0]))
-    assert box_ops.pairwise_iou(a, a[:0]).shape == (3, 0)
+@pytest.mark.parametrize("namespace", [np, jnp])
+def test_iou_of_identical_touching_and_empty_boxes(namespace):
+    a = namespace.array([[0, 0, 2, 4], [2, 0, 3, 4], [1, 1, 1, 1]], namespace.float32)
+    np.testing.assert_array_equal(box_ops.iou(a[:, None], a[None]), np.diag([1.0, 1.0, 0.0]))
+    assert box_ops.iou(a[:, None], a[:0][None]).shape == (3, 0)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ from alignps_jax.checkpoint.arrays import (
     snapshot,
     unsealed,
 )
+from alignps_jax.checkpoint.older import complete
 from alignps_jax.types import TrainState, UserError, Weights
-from configs import cuhk
 
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
@@ -179,17 +179,13 @@ class Checkpoints:
 def load_config(path: Path, which: str | int = "best") -> ConfigDict:
     """The config of a checkpoint, locked, lists as tuples; otherwise as `load_weights`.
 
-    Fields that it has not, because they are newer, take the default of `configs/cuhk.py`, which
-    is what the software did before it had them.
+    Fields that are newer than the checkpoint say what the software did before it had them.
     """
-    folder = _find(path, which)
 
-    def completed(manifest: dict[str, Any]) -> ConfigDict:
-        stored = ConfigDict(_tuples(manifest["config"]))
-        _complete(stored, cuhk.get_config())
-        return stored.lock()
+    def read(manifest: dict[str, Any]) -> ConfigDict:
+        return complete(ConfigDict(_tuples(manifest["config"]))).lock()
 
-    return read_manifest(folder, completed)
+    return read_manifest(_find(path, which), read)
 
 
 def load_weights(path: Path, template: Weights | TrainState, which: str | int = "best") -> Weights:
@@ -289,15 +285,6 @@ def _find(path: Path, which: str | int) -> Path:
     if which not in steps:
         raise UserError(f"{root}: found steps {steps}, expected best, latest or one of them")
     return root / str(which)
-
-
-def _complete(config: ConfigDict, defaults: ConfigDict) -> None:
-    """Adds the fields that `config` lacks, in its sections too."""
-    for field in defaults:
-        if field not in config:
-            config[field] = defaults[field]
-        elif isinstance(defaults[field], ConfigDict):
-            _complete(config[field], defaults[field])
 
 
 def _iterator_file() -> str:

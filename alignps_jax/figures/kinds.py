@@ -9,8 +9,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import load_config
+from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import photos as photo_figures
+from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
 from alignps_jax.files import Image, read_image, write_image
 from alignps_jax.gallery.photos import gallery_photos, parse_box
 from alignps_jax.inference.detector import Detector
@@ -47,11 +49,11 @@ class FigureRequest:
             )
         return next(self.detectors())[1]
 
-    def query_photo(self) -> tuple[Path, Image]:
-        """The query's path and pixels."""
+    def query_photo(self, detector: Detector) -> tuple[Path, Image]:
+        """The query's path and pixels, no more than the detector's configuration allows."""
         if self.query is None:
             raise UserError("--query: missing, expected the photo to draw")
-        return self.query, read_image(self.query)
+        return self.query, read_image(self.query, detector.config.data.max_pixels)
 
     def scenes(self) -> list[Path]:
         """The photos of the gallery but the query, in the order of their names; () without one."""
@@ -105,9 +107,10 @@ def draw_figures(kind: str, request: FigureRequest) -> None:
 
 
 def _sampling_points(request: FigureRequest) -> Pictures:
-    """Fig. 5: where the deformable convolutions look."""
-    path, photo = request.query_photo()
-    picture = photo_figures.sampling_points_picture(request.detector(), path, photo, request.box)
+    """Where the deformable convolutions look (Paper, Fig. 5)."""
+    detector = request.detector()
+    path, photo = request.query_photo(detector)
+    picture = photo_figures.sampling_points_picture(detector, path, photo, request.box)
     yield f"sampling_points-{path.stem}", picture
 
 
@@ -124,38 +127,38 @@ def _detections(request: FigureRequest) -> Pictures:
 
 def _similarity(request: FigureRequest) -> Pictures:
     """Heat maps: how similar every location's embedding is to the query's."""
-    path, photo = request.query_photo()
-    picture = photo_figures.similarity_picture(
-        request.detector(), path, photo, request.box, request.scenes()
-    )
+    detector = request.detector()
+    path, photo = request.query_photo(detector)
+    picture = photo_figures.similarity_picture(detector, path, photo, request.box, request.scenes())
     yield f"similarity-{path.stem}", picture
 
 
 def _comparison(request: FigureRequest) -> Pictures:
-    """Fig. 7: the same queries under several checkpoints."""
+    """The same queries under several checkpoints (Paper, Fig. 7)."""
     if len(request.checkpoints) < 2:
         raise UserError("--checkpoint: found one, expected A,B or A,B,C: those to compare")
     if request.query is None:
-        yield dataset_figures.compared_queries(_data_config(request), request.checkpoints)
+        queries = dataset_figures.compared_queries(_data_config(request), request.checkpoints)
+        yield f"comparison-{queries.protocol}", ranking_picture(queries.rows)
         return
-    path, photo = request.query_photo()
     if request.gallery is None:
         raise UserError("--gallery: missing, expected the folder of photos to search")
     picture = photo_figures.comparison_picture(
-        request.detectors(), path, photo, request.box, request.gallery
+        request.detectors(), request.query, request.box, request.gallery
     )
-    yield f"comparison-{path.stem}", picture
+    yield f"comparison-{request.query.stem}", picture
 
 
 def _gallery_size(request: FigureRequest) -> Pictures:
-    """Fig. 8: mAP against gallery size."""
-    yield "gallery_size", dataset_figures.gallery_sizes(request.checkpoints)
+    """mAP against gallery size (Paper, Fig. 8)."""
+    sizes = dataset_figures.gallery_sizes(request.checkpoints)
+    yield "gallery_size", rendered(gallery_size_plot(sizes))
 
 
 def _precision_recall(request: FigureRequest) -> Pictures:
     """Precision-recall curves of detection, and of search under each protocol."""
-    picture = dataset_figures.precision_recall(_data_config(request), request.checkpoints)
-    yield "precision_recall", picture
+    panels = dataset_figures.precision_recall(_data_config(request), request.checkpoints)
+    yield "precision_recall", rendered(precision_recall_plot(panels))
 
 
 def _data_config(request: FigureRequest) -> ConfigDict:

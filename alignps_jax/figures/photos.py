@@ -31,8 +31,8 @@ from alignps_jax.gallery.photos import (
     check_box,
     find_queries,
     gallery_photos,
+    photos_row,
     rank,
-    ranking_row,
 )
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import (
@@ -47,7 +47,8 @@ from alignps_jax.types import UserError
 LATERAL_LEVELS = (3, 4)
 # More would hide each other.
 MAX_LOCATIONS = 6
-MAX_SCENES = 12
+# Scenes beside the query: with it, four rows of three.
+MAX_SCENES = 11
 # Largest width and height of a photo in a picture, alone and among others.
 _LARGE = (1400, 900)
 _SMALL = (560, 420)
@@ -107,7 +108,7 @@ def _centres(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
 
 def detections_picture(detector: Detector, path: Path) -> Image:
     """A photo with everybody found in it, and how many that are."""
-    photo = read_image(path)
+    photo = read_image(path, detector.config.data.max_pixels)
     threshold = detector.config.eval.score_threshold
     found = above(detector.detect(photo), threshold)
     canvas, factor = fitted(photo, *_LARGE)
@@ -117,10 +118,14 @@ def detections_picture(detector: Detector, path: Path) -> Image:
 
 
 @dataclasses.dataclass(frozen=True)
-class _HeatScene:
-    """A photo below its heat map; `best` is the highest similarity of a person in it."""
+class HeatScene:
+    """A photo below its heat map; `best` is the highest similarity of a person in it.
+
+    The caption has two lines. A photo without people has -1 as its best similarity.
+    """
 
     picture: Image
+    caption: str
     best: float
 
 
@@ -144,17 +149,25 @@ def similarity_picture(
     query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
     picture, factor = _heat(detector, photo, query, _SMALL if scenes else _LARGE)
     draw_box(picture, query.box * factor, YELLOW, 2)
-    found = (
-        _heat_scene(detector, scene, query)
-        for scene in tqdm(
-            scenes, desc="similarity", unit="photo", dynamic_ncols=True, disable=not scenes
-        )
-    )
-    shown = heapq.nlargest(MAX_SCENES - 1, found, key=lambda scene: scene.best)
-    cells = [captioned(picture, f"query\n{path.name}", 2), *(scene.picture for scene in shown)]
+    cells = [captioned(picture, f"query\n{path.name}", 2)]
+    for scene in most_similar_scenes(detector, query, scenes):
+        cells.append(captioned(scene.picture, scene.caption, 2))
     rows = [cells[i : i + _SCENES_PER_ROW] for i in range(0, len(cells), _SCENES_PER_ROW)]
     scale = captioned(heat_scale(_SCALE_WIDTH), "cosine similarity", 1)
     return grid_picture([*rows, [scale]])
+
+
+def most_similar_scenes(
+    detector: Detector, query: Query, scenes: Sequence[Path], limit: int = MAX_SCENES
+) -> list[HeatScene]:
+    """Of some photos the `limit` with the most similar people, best first, each with its heat map.
+
+    Raises:
+      UserError: a photo cannot be read.
+    """
+    progress = tqdm(scenes, desc="similarity", unit="photo", dynamic_ncols=True, disable=not scenes)
+    found = (_heat_scene(detector, scene, query) for scene in progress)
+    return heapq.nlargest(limit, found, key=lambda scene: scene.best)
 
 
 def _heat(
@@ -165,23 +178,22 @@ def _heat(
     return draw_heat(canvas, similarity_map(detector.maps(photo), query.embedding)), factor
 
 
-def _heat_scene(detector: Detector, path: Path, query: Query) -> _HeatScene:
-    photo = read_image(path)
+def _heat_scene(detector: Detector, path: Path, query: Query) -> HeatScene:
+    photo = read_image(path, detector.config.data.max_pixels)
     people = above(detector.detect(photo), detector.config.eval.score_threshold)
     picture, factor = _heat(detector, photo, query, _SMALL)
     if len(people.scores) == 0:
-        return _HeatScene(captioned(picture, f"{path.name}\nnobody found", 2), -1.0)
+        return HeatScene(picture, f"{path.name}\nnobody found", -1.0)
     similarity = people.embeddings @ query.embedding
     person = int(similarity.argmax())
     best = float(similarity[person])
     draw_box(picture, people.boxes[person] * factor, BLUE, 2)
-    return _HeatScene(captioned(picture, f"{path.name}\nbest match {best:.2f}", 2), best)
+    return HeatScene(picture, f"{path.name}\nbest match {best:.2f}", best)
 
 
 def comparison_picture(
     detectors: Iterable[tuple[str, Detector]],
     path: Path,
-    photo: Image,
     box: Sequence[float] | None,
     gallery: Path,
 ) -> Image:
@@ -190,7 +202,6 @@ def comparison_picture(
     Args:
       detectors: label and network; only one at a time is held.
       path: the query photo's file.
-      photo: its pixels.
       box: the person to search; None takes the first network's most confident detection.
       gallery: folder of photos.
 
@@ -201,11 +212,14 @@ def comparison_picture(
     rows = []
     for label, detector in detectors:
         threshold = detector.config.eval.score_threshold
+        max_pixels = detector.config.data.max_pixels
+        photo = read_image(path, max_pixels)
         query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
         box = tuple(float(corner) for corner in query.box)
         found = {
-            scene: above(detector.detect(read_image(scene)), threshold)
+            scene: above(detector.detect(read_image(scene, max_pixels)), threshold)
             for scene in tqdm(scenes, desc=label, unit="photo", dynamic_ncols=True)
         }
-        rows.append(ranking_row(rank([query], path, found)[0], gallery, photo, label))
+        ranking = rank([query], path, found)[0]
+        rows.append(photos_row(ranking, gallery, photo, label, max_pixels))
     return ranking_picture(rows)

@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from alignps_jax.boxes import iou
 from alignps_jax.devices import use_compilation_cache
-from alignps_jax.drawing.rankings import Panel, RankingRow, ranking_picture, result_caption
+from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
 from alignps_jax.files import read_image, write_image, write_json
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.inference.detector import Detector
@@ -69,15 +70,8 @@ def _box(values: Float[np.ndarray, "4"]) -> list[float]:
 
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-
-
 # Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
 MAX_PICTURE_QUERIES = 12
-
-
-PICTURE_RESULTS = 5
-
-
 # Results per query in the JSON file.
 MAX_RESULTS = 1000
 
@@ -107,18 +101,19 @@ def search_photos(
     use_compilation_cache(workdir, checkpoint)
     detector = Detector.from_checkpoint(checkpoint)
     threshold = detector.config.eval.score_threshold
-    photo = read_image(query)
+    max_pixels = detector.config.data.max_pixels
+    photo = read_image(query, max_pixels)
     photos = gallery_photos(gallery, query)
     queries = find_queries(detector.detect(photo), box, threshold, query, photo.shape[:2])
     found = {
-        path: above(detector.detect(read_image(path)), threshold)
+        path: above(detector.detect(read_image(path, max_pixels)), threshold)
         for path in tqdm(photos, desc="search", unit="photo", dynamic_ncols=True)
     }
     rankings = rank(queries, query, found)
     workdir.mkdir(parents=True, exist_ok=True)
     ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
     write_ranking_json(ranking, rankings)
-    write_image(picture, draw_rankings(rankings[:MAX_PICTURE_QUERIES], gallery, photo))
+    write_image(picture, draw_rankings(rankings[:MAX_PICTURE_QUERIES], gallery, photo, max_pixels))
     people = sum(len(detections.scores) for detections in found.values())
     print(
         f"searched {len(queries)} of {query.name} among {people} people (scores >= "
@@ -194,21 +189,21 @@ def find_queries(
             raise UserError(f"{name}: found nobody with a score of {threshold:g} or more")
         return [Query(b, e) for b, e in zip(people.boxes, people.embeddings, strict=True)]
     check_box(box, name, size)
-    x1, y1, x2, y2 = box
-    low = np.maximum(detections.boxes[:, :2], (x1, y1))
-    high = np.minimum(detections.boxes[:, 2:], (x2, y2))
-    shared = np.maximum(high - low, 0).prod(axis=1)
-    areas = (detections.boxes[:, 2:] - detections.boxes[:, :2]).prod(axis=1)
-    overlap = shared / (areas + (x2 - x1) * (y2 - y1) - shared)
+    wanted = np.array(box, np.float32)
+    overlap = iou(detections.boxes, wanted)
     if not (overlap > 0).any():
-        raise UserError(f"--box: nobody was detected inside {x1:g},{y1:g},{x2:g},{y2:g} of {name}")
-    return [Query(np.array(box, np.float32), detections.embeddings[int(overlap.argmax())])]
+        corners = ",".join(f"{corner:g}" for corner in box)
+        raise UserError(f"--box: nobody was detected inside {corners} of {name}")
+    return [Query(wanted, detections.embeddings[int(overlap.argmax())])]
 
 
 def rank(
-    queries: Sequence[Query], photo: Path, found: Mapping[Path, Detections]
+    queries: Sequence[Query],
+    photo: Path,
+    found: Mapping[Path, Detections],
+    max_results: int = MAX_RESULTS,
 ) -> list[QueryRanking]:
-    """For each query the `MAX_RESULTS` people of the gallery that are most similar, best first."""
+    """For each query the `max_results` people of the gallery that are most similar, best first."""
     people = [
         (path.name, box, float(score))
         for path, detections in found.items()
@@ -220,7 +215,7 @@ def rank(
         top_k(
             np.stack([query.embedding for query in queries]),
             np.concatenate([detections.embeddings for detections in found.values()]),
-            min(len(people), MAX_RESULTS),
+            min(len(people), max_results),
         )
     )
     rankings = []
@@ -234,24 +229,27 @@ def rank(
 
 
 def draw_rankings(
-    rankings: Sequence[QueryRanking], gallery: Path, photo: UInt8[np.ndarray, "H W 3"]
+    rankings: Sequence[QueryRanking],
+    gallery: Path,
+    photo: UInt8[np.ndarray, "H W 3"],
+    max_pixels: int,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The queries and their best results."""
-    return ranking_picture(ranking_row(ranking, gallery, photo, "query") for ranking in rankings)
-
-
-def ranking_row(
-    ranking: QueryRanking, gallery: Path, photo: UInt8[np.ndarray, "H W 3"], title: str
-) -> RankingRow:
-    """A query in its photo, below a title, and its best results in those of a folder."""
-    return RankingRow(
-        Panel(photo, ranking.box, f"{title}\n{ranking.image}"),
-        tuple(
-            Panel(
-                read_image(gallery / one.image),
-                one.box,
-                result_caption(number, one.similarity, one.image),
-            )
-            for number, one in enumerate(ranking.results[:PICTURE_RESULTS], start=1)
-        ),
+    """The queries and their first results."""
+    return ranking_picture(
+        photos_row(ranking, gallery, photo, "query", max_pixels) for ranking in rankings
     )
+
+
+def photos_row(
+    ranking: QueryRanking,
+    gallery: Path,
+    photo: UInt8[np.ndarray, "H W 3"],
+    title: str,
+    max_pixels: int,
+) -> PictureRow:
+    """A query in its photo, below a title, and its first results in those of a folder."""
+    results = (
+        Result(read_image(gallery / one.image, max_pixels), one.image, one.box, one.similarity)
+        for one in ranking.results
+    )
+    return picture_row(title, photo, ranking.image, ranking.box, results)

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.arrays import first_true, l2_normalize
-from alignps_jax.boxes import boxes_from_distances, clip_boxes, locations, pairwise_iou
+from alignps_jax.boxes import boxes_from_distances, clip_boxes, iou, locations
 from alignps_jax.types import Detections, Outputs
 
 
@@ -36,7 +36,7 @@ def nms(
     rounds (usually a handful) and its fixed point is the greedy answer, the only one there is.
     """
     earlier = jnp.arange(len(boxes))[:, None] < jnp.arange(len(boxes))[None]
-    suppresses = (pairwise_iou(boxes, boxes) > iou_threshold) & earlier
+    suppresses = (iou(boxes[:, None], boxes[None]) > iou_threshold) & earlier
 
     def apply_rule(keep: Bool[Array, "K"]) -> Bool[Array, "K"]:
         return valid & ~jnp.any(suppresses & keep[:, None], axis=0)
@@ -101,12 +101,12 @@ def detect(
         kept = first_true(nms(boxes[order], valid[order], nms_iou), max_detections)
         index = order[kept.index]
         return Detections(
-            boxes=jnp.where(kept.mask[:, None], boxes[index], 0.0),
-            scores=jnp.where(kept.mask, candidates.score[index], 0.0),
+            boxes=jnp.where(kept.valid[:, None], boxes[index], 0.0),
+            scores=jnp.where(kept.valid, candidates.score[index], 0.0),
             embeddings=jnp.where(
-                kept.mask[:, None], l2_normalize(candidates.embeddings[index]), 0.0
+                kept.valid[:, None], l2_normalize(candidates.embeddings[index]), 0.0
             ),
-            valid=kept.mask,
+            valid=kept.valid,
         )
 
     return jax.vmap(detect_one)(tuple(outputs), size, scale)

@@ -12,10 +12,11 @@ import jax
 from jax import lax
 from ml_collections import ConfigDict
 
+from alignps_jax.choices import choose
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.losses.total import level_ranges
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.types import Batch, Detections, Outputs, UserError
+from alignps_jax.types import Batch, Detections, Outputs
 
 LARGE_PHOTO = 2**17  # pixels
 
@@ -72,7 +73,8 @@ class GroundTruthStep:
     level_borders: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        level_ranges(self.model, self.level_borders)  # raises if they do not fit
+        # Raises if they do not fit.
+        level_ranges(self.model.predicted_levels(train=False), self.level_borders)
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """The batch's own boxes in the photos' pixels, with score 1 and their embeddings."""
@@ -100,8 +102,4 @@ def make_predict_step(
     Raises:
       UserError: there is no such way.
     """
-    name = config.eval.boxes
-    if name not in PREDICT_STEPS:
-        known = ", ".join(PREDICT_STEPS)
-        raise UserError(f"config.eval.boxes: found {name!r}, expected one of {known}")
-    return PREDICT_STEPS[name](model, config)
+    return choose("config.eval.boxes", config.eval.boxes, PREDICT_STEPS)(model, config)

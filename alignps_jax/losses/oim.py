@@ -1,4 +1,4 @@
-"""Online instance matching: the memory, its loss and its update (paper, Sec. 3.3, Eqs. 1 and 2).
+"""Online instance matching: the memory, its loss and its update (Paper, Sec. 3.3, Eqs. 1 and 2).
 
 The memory is an argument and a result, never hidden state.
 """
@@ -26,32 +26,36 @@ def oim_loss(
     embeddings: Float[Array, "P D"],
     identity: Int[Array, "P"],
     labelled: Bool[Array, "P"],
-    mask: Bool[Array, "P"],
+    valid: Bool[Array, "P"],
     memory: OIMMemory,
     *,
-    lut_temperature: float,
-    queue_temperature: float,
+    inverse_lut_temperature: float,
+    inverse_queue_temperature: float,
     focal_gamma: float,
 ) -> Term:
-    """-(1 - p)^gamma log p of each labelled positive; the count is that of all positives.
+    """-(1 - p)^gamma log p of each labeled positive (Paper, Eqs. 1 and 2); counts all positives.
 
-    p is the softmax over the whole memory, at the row of the person's identity. The focal factor
-    follows the paper's Sec. 4.2; that people without identity count in the mean is the released
-    code's.
+        p_i = exp(v_i . f / tau) / (sum_j exp(v_j . f / tau) + sum_k exp(u_k . f / tau))
+
+    with f the L2-normalized embedding, v the rows of the table, u the slots of the queue, i the
+    person's identity. The focal factor is that of Paper, Sec. 4.2; people without identity count
+    in the mean (Released code).
 
     Args:
-      embeddings: raw; L2-normalised here.
-      identity: row of the table, in [0, L), where `labelled` and `mask`.
+      embeddings: raw; L2-normalized here.
+      identity: row of the table, in [0, L), where `labelled` and `valid`.
       labelled: whether the identity is known.
-      mask: False for entries that only fill up P.
+      valid: False for entries that only fill up P.
       memory: the state before this step's update; receives no gradient.
-      lut_temperature: 1 / tau of Eq. 1 for the table's rows.
-      queue_temperature: the same for the queue's.
+      inverse_lut_temperature: 1 / tau of Eq. 1 for the table's rows.
+      inverse_queue_temperature: the same for the queue's slots.
       focal_gamma: 0 gives the plain OIM loss.
     """
-    use = mask & labelled
+    use = valid & labelled
     table = lax.stop_gradient(
-        jnp.concatenate([memory.lut * lut_temperature, memory.queue * queue_temperature])
+        jnp.concatenate(
+            [memory.lut * inverse_lut_temperature, memory.queue * inverse_queue_temperature]
+        )
     )
     # Full precision: a GPU's default for matrix products would be off by 1e-2 in the logits.
     logits = jnp.matmul(l2_normalize(embeddings), table.T, precision=lax.Precision.HIGHEST)
@@ -61,7 +65,7 @@ def oim_loss(
     not_p = jnp.maximum(-jnp.expm1(log_p), 1e-12)
     return Term(
         sum=jnp.sum(-(not_p**focal_gamma) * log_p, where=use),
-        count=jnp.sum(mask, dtype=jnp.float32),
+        count=jnp.sum(valid, dtype=jnp.float32),
     )
 
 
@@ -70,7 +74,7 @@ def update_memory(
     embeddings: Float[Array, "P D"],
     identity: Int[Array, "P"],
     labelled: Bool[Array, "P"],
-    mask: Bool[Array, "P"],
+    valid: Bool[Array, "P"],
     *,
     momentum: float,
     normalize: bool,
@@ -79,22 +83,23 @@ def update_memory(
     """Writes the positives into the memory, one after another, in order.
 
     A labelled positive turns its identity's row into momentum · row + (1 - momentum) · f, with f
-    its L2-normalised embedding; an unlabelled one takes the queue's next slot, circularly.
+    its L2-normalized embedding; an unlabeled one takes the queue's next slot, circularly.
 
     Args:
       memory: the state before.
       embeddings: raw, in location order; on several devices the gathered ones of all of them.
-      identity: in [0, L) where `labelled` and `mask`; anything else is written nowhere.
+      identity: in [0, L) where `labelled` and `valid`; anything else is written nowhere.
       labelled: whether the identity is known.
-      mask: False for entries that only fill up P.
+      valid: False for entries that only fill up P.
       momentum: share of the old row that is kept.
       normalize: scale a row back to length one after every write (OIM paper).
       queue_channels: how many channels of a slot are written, the others keep what they hold (the
         released code writes 64); None writes all.
     """
+    # Gradients never reach the memory: it is a record of embeddings, not a parameter.
     features = lax.stop_gradient(l2_normalize(embeddings))
-    tail, queue = _update_queue(memory, features, mask & ~labelled, queue_channels)
-    lut = _update_lut(memory.lut, features, identity, mask & labelled, momentum, normalize)
+    tail, queue = _update_queue(memory, features, valid & ~labelled, queue_channels)
+    lut = _update_lut(memory.lut, features, identity, valid & labelled, momentum, normalize)
     return OIMMemory(lut=lut, queue=queue, tail=tail)
 
 

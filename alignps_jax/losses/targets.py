@@ -25,7 +25,7 @@ def assign_targets(
     """Assigns to each location of one image the box that it should predict, if any.
 
     A location can be positive for a box when it lies strictly inside both the box and the square
-    of half side `center_radius * stride` around the box's centre (centre sampling), and the
+    of half side `center_radius * stride` around the box's center (center sampling), and the
     largest of its distances to the box's sides, in pixels, is within its level's range (ends
     included). Of several boxes the one with the smallest area wins, of equal ones the first.
 
@@ -72,7 +72,7 @@ def assign_targets(
 
 
 def _centerness(distances: Float[Array, "N 4"]) -> Float[Array, "N"]:
-    """1 at the centre of a box, falling to 0 at its sides; 0 for zero distances."""
+    """1 at the center of a box, falling to 0 at its sides; 0 for zero distances."""
     opposite = distances.reshape(-1, 2, 2)  # [[left, top], [right, bottom]]
     largest = opposite.max(axis=1)
     ratio = opposite.min(axis=1) / jnp.where(largest > 0, largest, 1.0)

@@ -101,7 +101,7 @@ class ResNet(nn.Module):
       depths: blocks per stage (res2 to res5).
       width: channels of the stem, doubled in every stage.
       stem_size: kernel of the stem's convolution.
-      norm: normalisation, called with `name`, then on (map, extent).
+      norm: normalization, called with `name`, then on (map, extent).
       frozen_stages: stages up to res(1 + n) get no gradient; 0 freezes the stem, -1 nothing.
       deform_stages: stages (3, 4, 5) whose 3x3 convolutions are deformable (Table 5).
     """
@@ -155,7 +155,7 @@ class ResNet(nn.Module):
         return stage <= self.frozen_stages
 
 
-# The last normalisation of a block starts at its usual scale: weights come from ImageNet.
+# The last normalization of a block starts at its usual scale: weights come from ImageNet.
 ResNet50 = partial(
     ResNet,
     block=BottleneckBlock,

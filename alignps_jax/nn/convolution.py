@@ -20,14 +20,14 @@ def conv2d(
 ) -> Float[Array, "B h w F"]:
     """A convolution with an odd square kernel and `k // 2` zeros around the map, as in PyTorch.
 
-    1x1 convolutions are written as the matrix products that they are. Of larger ones with stride 1
-    the gradient in the kernel has a rule of its own on CPUs. XLA's moves the batch where the
-    channels were: at the network's shapes it takes 1.5 to 2 times as long as this rule, and of 1x1
-    convolutions 3 to 7 times as long as a product (with stride 2, 8 to 20 times). With few outputs
-    (offsets, scores, boxes) they have a rule for both passes.
+    On CPUs, stride-1 convolutions larger than 1x1 use a kernel gradient of their own, because XLA's
+    transposes batch and channels and is 1.5 to 2 times slower. 1x1 convolutions are matrix
+    products, because XLA's gradient of them is 3 to 20 times slower. Convolutions with few outputs
+    (offsets, scores, boxes) have a rule for both passes.
     """
     if kernel.shape[0] == 1:
-        taken = inputs[:, ::stride, ::stride]
+        # Behind a barrier: XLA's Triton fusion aborts where it meets the stride (H100, A100).
+        taken = inputs if stride == 1 else lax.optimization_barrier(inputs[:, ::stride, ::stride])
         batch, height, width, channels = taken.shape
         return (taken.reshape(-1, channels) @ kernel[0, 0]).reshape(batch, height, width, -1)
     if stride == 1:

@@ -4,18 +4,7 @@ Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear int
 zeros outside the image; the rest is a convolution (Dai et al., "Deformable Convolutional
 Networks", Eq. 2; the mask is that of Zhu et al., "Deformable ConvNets v2", Eq. 1).
 
-How it is computed. The map is a table of rows [B*H*W, C], so every read and write of a corner is
-contiguous. There are two orders, of which the static shape picks one:
-
-- by tiles: some locations of the output at a time, all their samples [locations, 9 * C] times the
-  kernel. What a tile reads and writes stays in the cache.
-- by taps: one tap of all locations at a time. Sampling is linear and acts per location, so it
-  commutes with the projection of a tap's C channels to F: the map is projected, then sampled,
-  which pays where C is much larger than F.
-
-In either the backward pass samples again instead of keeping the samples: memory grows with the
-maps, not with nine times the maps. Only the positions and weights of all samples are there at
-once; JAX differentiates those.
+How samples are taken and multiplied is said in `deform_sampling.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignps_jax.nn.convolution import align_varying_axes
-from alignps_jax.nn.deform_sampling import _corners, _deform_conv, _deform_conv_bwd
+from alignps_jax.nn.deform_sampling import Order, corners, sample_and_multiply
 from alignps_jax.nn.layers import conv
 
 Initializer = Callable[..., Array]
@@ -42,6 +31,7 @@ def deform_conv2d(
     *,
     stride: int = 1,
     padding: int = 1,
+    order: Order | None = None,
 ) -> Float[Array, "B h w F"]:
     """Convolves `inputs` at displaced positions; equals `torchvision.ops.deform_conv2d`.
 
@@ -55,6 +45,8 @@ def deform_conv2d(
       mask: factor of each sample, all ones (DCNv1) if None.
       stride: step between output locations, in pixels of `inputs`.
       padding: zeros around the map, which fixes h and w as in a plain convolution.
+      order: in which order samples are taken and multiplied, which changes rounding only; None
+        takes the one that is fast on the platform.
 
     Returns:
       The output, in the type of `inputs`. Differentiable once in all four arrays. On a pixel
@@ -80,18 +72,15 @@ def deform_conv2d(
     y, x, ky, kx = jnp.meshgrid(*map(jnp.arange, (h, w, kh, kw)), indexing="ij")
     y = (y * stride - padding + ky).reshape(h, w, -1) + offsets[..., 0]
     x = (x * stride - padding + kx).reshape(h, w, -1) + offsets[..., 1]
-    rows, weights = _corners(y, x, (height, width))
+    rows, weights = corners(y, x, (height, width))
     if mask is not None:
         weights = [each * mask.reshape(-1, kh * kw) for each in weights]
 
-    table, kernel, *corners = align_varying_axes(
+    table, kernel, *samples = align_varying_axes(
         inputs.reshape(-1, channels), kernel.reshape(kh * kw, channels, features), *weights, *rows
     )
-    out = _deform_conv(table, tuple(corners[:4]), kernel, tuple(corners[4:]))
+    out = sample_and_multiply(order, table, tuple(samples[:4]), kernel, tuple(samples[4:]))
     return out.reshape(batch, h, w, features)
-
-
-_deform_conv.defvjp(lambda *args: (_deform_conv(*args), args), _deform_conv_bwd)
 
 
 class DeformConv(nn.Module):

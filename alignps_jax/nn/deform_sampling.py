@@ -1,7 +1,22 @@
-"""How a deformable convolution samples and multiplies, and its gradients."""
+"""How a deformable convolution samples and multiplies, and its gradients.
+
+The map is a table of rows [B*H*W, C], so every read and write of a corner is contiguous. There are
+two orders:
+
+- by tiles: some locations of the output at a time, all their samples [locations, 9 * C] times the
+  kernel. What a tile reads and writes stays in the cache.
+- by taps: one tap of all locations at a time. Sampling is linear and acts per location, so it
+  commutes with the projection of a tap's C channels to F: the map is projected, then sampled,
+  which pays where C is larger than F.
+
+In either the backward pass samples again instead of keeping the samples: memory grows with the
+maps, not with nine times the maps. Only the positions and weights of all samples are there at
+once; JAX differentiates those.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -23,11 +38,11 @@ Rows = tuple[Int[Array, "..."], ...]
 Weights = tuple[Float[Array, "..."], ...]
 
 
-# `_neighbours` clips, so that gathers and scatters need not.
+# `_neighbors` clips, so that gathers and scatters need not.
 _IN_BOUNDS = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
-def _corners(
+def corners(
     y: Float[Array, "B h w K"], x: Float[Array, "B h w K"], size: tuple[int, int]
 ) -> tuple[list[Int[Array, "M K"]], list[Float[Array, "M K"]]]:
     """Rows of the table [B*H*W, C] that hold the four pixels around each position, and weights.
@@ -35,16 +50,16 @@ def _corners(
     The weights are bilinear, 0 for pixels outside the image, NaN where a coordinate is.
     """
     image = np.arange(len(y), dtype=np.int32)[:, None, None, None] * size[0]
-    corners = [
+    found = [
         ((image + row) * size[1] + column, row_weight * column_weight)
-        for row, row_weight in _neighbours(y, size[0])
-        for column, column_weight in _neighbours(x, size[1])
+        for row, row_weight in _neighbors(y, size[0])
+        for column, column_weight in _neighbors(x, size[1])
     ]
-    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), corners)
+    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), found)
     return [row for row, _ in flat], [weight for _, weight in flat]
 
 
-def _neighbours(
+def _neighbors(
     position: Float[Array, "B h w K"], size: int
 ) -> list[tuple[Int[Array, "B h w K"], Float[Array, "B h w K"]]]:
     """The pixel at or before and that after each position, along one axis, with linear weights.
@@ -64,38 +79,95 @@ def _neighbours(
     ]
 
 
-@jax.custom_vjp
-def _deform_conv(
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """In which order a deformable convolution samples and multiplies.
+
+    Attributes:
+      by_taps: project the map for one tap, then sample, one tap after another; else sample all
+        taps of `tile` locations, then multiply.
+      tile: how many locations at a time, where not by taps.
+      fenced: keep XLA from fusing a tile's samples with what comes next (see `_behind_branch`).
+      lanes: into how many partial sums an inner product over the channels is split at most.
+    """
+
+    by_taps: bool
+    tile: int
+    fenced: bool = False
+    lanes: int = 1
+
+
+def orders(
+    table_rows: int, locations: int, taps: int, channels: int, features: int
+) -> tuple[Order, Order]:
+    """The order for CPUs, and the one for GPUs and TPUs; the static shape decides.
+
+    By taps no more rows may be multiplied, and far fewer channels must be sampled on CPUs: there a
+    tile stays in the cache, and its inner products in 16 vector lanes. Elsewhere reading a row
+    costs more than multiplying it, a tile's samples may be as large as the map, and 16 lanes would
+    be padded to the 128 of a TPU.
+    """
+    large = -(-locations // taps)
+    fits = table_rows <= locations
+    cpu = Order(fits and channels >= 4 * features, min(256, large), fenced=True, lanes=16)
+    return cpu, Order(fits and channels >= features, large)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sample_and_multiply(
+    order: Order | None,
     table: Float[Array, "R C"],
     weights: Weights,
     kernel: Float[Array, "K C F"],
     rows: Rows,
 ) -> Float[Array, "M F"]:
-    """Sum over the taps of sample(map) @ kernel; M are the locations of the output."""
+    """Sum over the taps of sample(map) @ kernel; M are the locations of the output.
+
+    Args:
+      order: None takes that of `orders` for the platform.
+      table: the map's pixels, row by row.
+      weights: of the four corners of every sample.
+      kernel: of every tap.
+      rows: of the table, where the corners are.
+    """
     args = table, weights, kernel.astype(table.dtype), rows
-    out = (
-        _by_taps(*args) if _project_first(table, kernel, rows) else _run_by_tiles(_by_tiles, *args)
-    )
-    return out.astype(table.dtype)
+    return _run(order, _forward, *args).astype(table.dtype)
 
 
-def _deform_conv_bwd(residuals, d_out):
-    """Cotangents of table, weights and kernel from that of the output [M, F]."""
+def _sample_and_multiply_fwd(order: Order | None, *args: Any) -> tuple[Array, tuple[Any, ...]]:
+    return sample_and_multiply(order, *args), args
+
+
+def _sample_and_multiply_bwd(
+    order: Order | None, residuals: tuple[Any, ...], d_out: Float[Array, "M F"]
+) -> tuple[Any, ...]:
+    """Cotangents of table, weights and kernel."""
     table, weights, kernel, rows = residuals
-    args = table, weights, kernel.astype(table.dtype), rows
-    gradients = (
-        _by_taps_bwd(*args, d_out)
-        if _project_first(table, kernel, rows)
-        else _run_by_tiles(_by_tiles_bwd, *args, d_out)
-    )
-    d_table, d_weights, d_kernel = gradients
+    args = table, weights, kernel.astype(table.dtype), rows, d_out
+    d_table, d_weights, d_kernel = _run(order, _backward, *args)
     return d_table.astype(table.dtype), d_weights, d_kernel.astype(kernel.dtype), None
 
 
-def _project_first(table: Array, kernel: Array, rows: Rows) -> bool:
-    """Whether to go by taps: no more rows are multiplied and far fewer channels sampled."""
-    _, channels, features = kernel.shape
-    return len(table) <= len(rows[0]) and channels >= 4 * features
+sample_and_multiply.defvjp(_sample_and_multiply_fwd, _sample_and_multiply_bwd)
+
+
+def _run(order: Order | None, work: Callable[..., Any], *args: Any) -> Any:
+    """Calls `work` with that order, or with the platform's."""
+    if order is not None:
+        return work(order, *args)
+    table, _, kernel, rows = args[:4]
+    cpu, other = orders(len(table), len(rows[0]), *kernel.shape)
+    return lax.platform_dependent(
+        *args, cpu=functools.partial(work, cpu), default=functools.partial(work, other)
+    )
+
+
+def _forward(order: Order, *args: Any) -> Array:
+    return _by_taps(*args) if order.by_taps else _by_tiles(order, *args)
+
+
+def _backward(order: Order, *args: Any) -> tuple[Any, ...]:
+    return _by_taps_bwd(order, *args) if order.by_taps else _by_tiles_bwd(order, *args)
 
 
 def _by_taps(
@@ -104,7 +176,7 @@ def _by_taps(
     kernel: Float[Array, "K C F"],
     rows: Rows,
 ) -> Float[Array, "M F"]:
-    """`_deform_conv`, one tap of all locations at a time: the map is projected, then sampled."""
+    """`sample_and_multiply` by taps: the map is projected for all locations, then sampled."""
 
     def add_tap(out, tap):
         weights, kernel, rows = tap
@@ -116,6 +188,7 @@ def _by_taps(
 
 
 def _by_taps_bwd(
+    order: Order,
     table: Float[Array, "R C"],
     weights: Weights,
     kernel: Float[Array, "K C F"],
@@ -129,7 +202,7 @@ def _by_taps_bwd(
     def add_tap(d_table, tap):
         weights, kernel, rows = tap
         projected = table @ kernel
-        d_weights = _corner_products(projected, rows, d_out)
+        d_weights = _corner_products(projected, rows, d_out, order.lanes)
         d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
         d_projected = _scatter(d_projected, rows, weights, d_out).astype(table.dtype)
         d_kernel = matmul(transposed, d_projected)
@@ -141,33 +214,17 @@ def _by_taps_bwd(
     return d_table, _transposed(d_weights), d_kernel
 
 
-def _run_by_tiles(by_tiles: Callable[..., Any], *args: Any) -> Any:
-    """Calls `by_tiles` with the size and the `store` that suit the platform.
-
-    On CPUs a tile stays in the cache. Elsewhere its samples are about as large as the map.
-    """
-    locations, taps = args[1][0].shape
-    large = -(-locations // taps)
-    return lax.platform_dependent(
-        *args,
-        cpu=functools.partial(by_tiles, size=min(256, large), store=_behind_branch),
-        default=functools.partial(by_tiles, size=large, store=_call),
-    )
-
-
 def _by_tiles(
+    order: Order,
     table: Float[Array, "R C"],
     weights: Weights,
     kernel: Float[Array, "K C F"],
     rows: Rows,
-    *,
-    size: int,
-    store: Callable[..., Array],
 ) -> Float[Array, "M F"]:
-    """`_deform_conv`, all taps of `size` locations at a time; `store` holds what they sample."""
+    """`sample_and_multiply`, all taps of `order.tile` locations at a time."""
     locations, taps = rows[0].shape
     features = kernel.shape[-1]
-    size = min(size, locations)
+    size, store = min(order.tile, locations), _store(order)
     kernel = kernel.reshape(-1, features)
     corners = jax.tree.map(jnp.ravel, (weights, rows))
 
@@ -187,16 +244,15 @@ def _by_tiles(
 
 
 def _by_tiles_bwd(
+    order: Order,
     table: Float[Array, "R C"],
     weights: Weights,
     kernel: Float[Array, "K C F"],
     rows: Rows,
     d_out: Float[Array, "M F"],
-    *,
-    size: int,
-    store: Callable[..., Array],
 ) -> tuple[Float[Array, "R C"], Weights, Float[Array, "K C F"]]:
-    """Cotangents of table, weights and kernel, all taps of `size` locations at a time."""
+    """Cotangents of table, weights and kernel, all taps of `order.tile` locations at a time."""
+    size, store = order.tile, _store(order)
     taps, channels, features = kernel.shape
     transposed_kernel = kernel.reshape(-1, features).T
     d_out = _split(d_out, size).reshape(-1, size, features)
@@ -208,7 +264,7 @@ def _by_tiles_bwd(
         d_kernel += matmul(transposed, samples.reshape(size, -1))
         d_samples = store(rows, matmul, d_out, transposed_kernel).reshape(-1, channels)
         # Behind a barrier: XLA would store the corners, for `samples` and this to share.
-        d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples)
+        d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples, order.lanes)
         return (_scatter(d_table, rows, weights, d_samples), d_kernel), d_weights
 
     zeros = functools.partial(jnp.zeros_like, table, dtype=jnp.float32)
@@ -231,6 +287,10 @@ def _split(tree: Any, size: int) -> Any:
 
 def _transposed(corners: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(corner.T for corner in corners)
+
+
+def _store(order: Order) -> Callable[..., Array]:
+    return _behind_branch if order.fenced else _call
 
 
 def _call(rows: Rows, function: Callable[..., Array], *args: Array) -> Array:
@@ -274,16 +334,18 @@ def _scatter(
 
 
 def _corner_products(
-    table: Float[Array, "R C"], rows: Rows, values: Float[Array, "M C"]
+    table: Float[Array, "R C"], rows: Rows, values: Float[Array, "M C"], lanes: int
 ) -> tuple[Float[Array, "M"], ...]:
     """Inner product of every value with its four corners, in float32.
 
     One reduction of four operands, so that neither the corners nor the products are stored; and,
-    as no compiler reorders a sum of floats, in `lanes` sums that vector registers hold.
+    as no compiler reorders a sum of floats, in up to `lanes` sums that vector registers hold.
     """
     values = values.astype(jnp.float32)
+    if lanes == 1:
+        return tuple(jnp.sum(values * table.at[r].get(**_IN_BOUNDS), axis=-1) for r in rows)
     locations, channels = values.shape
-    lanes = math.gcd(channels, 16)
+    lanes = math.gcd(channels, lanes)
     products = [values * table.at[r].get(**_IN_BOUNDS) for r in rows]
     products = [p.reshape(locations, channels // lanes, lanes) for p in products]
     zeros = [np.float32(0)] * len(products)

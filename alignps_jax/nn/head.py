@@ -1,4 +1,4 @@
-"""The FCOS head: box, centerness and person score at every location (paper section 3.1)."""
+"""The FCOS head: box, centerness and person score at every location (Paper, Sec. 3.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.deform_conv import ModulatedDeformConv
-from alignps_jax.nn.layers import GroupNorm, centred, conv, hold_zero, valid_mask
+from alignps_jax.nn.layers import GroupNorm, centered, conv, hold_zero, valid_mask
 from alignps_jax.types import Outputs
 
 normal = nn.initializers.normal(0.01)
@@ -61,7 +61,7 @@ class HeadMaps:
 
 
 def input_embedding(maps: HeadMaps, extent: Int[Array, "B 2"]) -> Float[Array, "B h w D"]:
-    """The head's input as it is: "re-id first" (paper section 3.2)."""
+    """The head's input as it is: "re-id first" (Paper, Sec. 3.2)."""
     del extent  # the input is zero outside of it
     return maps.input.astype(jnp.float32)
 
@@ -87,13 +87,13 @@ class PredictedEmbedding(nn.Module):
     ) -> Float[Array, "B h w {self.features}"]:
         x = self.tower(self.select(maps), extent)
         predictor = conv(self.features, 3, kernel_init=normal, dtype=jnp.float32, name="predictor")
-        return centred(hold_zero(predictor(x), extent), extent)
+        return centered(hold_zero(predictor(x), extent), extent)
 
 
 class FCOSHead(nn.Module):
     """Two towers shared by all levels; predictions in float32.
 
-    Box distances start around `initial_distance` strides (released code: 0, where ReLU lets only
+    Box distances start around `initial_distance` strides (Released code: 0, where ReLU lets only
     half of them learn at first).
 
     Attributes:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.nn.convolution import conv2d
 
-# Photos are fed padded to a multiple of this (released code), the largest stride of the backbone.
+# Photos are fed padded to a multiple of this (Released code), the largest stride of the backbone.
 SIZE_MULTIPLE = 32
 
 
@@ -46,13 +46,13 @@ def masked_mean(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[
     return total / count[:, None, None, None]
 
 
-def centred(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B H W C"]:
-    """Maps that are zero outside the valid region, less their mean over it (released code)."""
+def centered(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B H W C"]:
+    """Maps that are zero outside the valid region, less their mean over it (Released code)."""
     return hold_zero(x - masked_mean(x, extent).astype(x.dtype), extent)
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalisation with fixed statistics and affine parameters (collection `frozen`)."""
+    """Batch normalization with fixed statistics and affine parameters (collection `frozen`)."""
 
     epsilon: float = 1e-5
     scale_init: Callable = nn.initializers.ones
@@ -73,7 +73,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation whose statistics run over the valid region only (eps 1e-5)."""
+    """Group normalization whose statistics run over the valid region only (eps 1e-5)."""
 
     groups: int = 32
     epsilon: float = 1e-5
@@ -96,9 +96,9 @@ class GroupNorm(nn.Module):
         x32 = jnp.where(mask, x, 0).astype(jnp.float32)
         mean = group_mean(x32)[:, None, None]
         # Two passes: the variance from squared sums loses digits on maps with a large mean.
-        centred = jnp.where(mask, x32 - mean, 0)
-        factor = scale * lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)[:, None, None]
-        return jnp.where(mask, centred * factor + bias, 0).astype(x.dtype)
+        centered = jnp.where(mask, x32 - mean, 0)
+        factor = scale * lax.rsqrt(group_mean(jnp.square(centered)) + self.epsilon)[:, None, None]
+        return jnp.where(mask, centered * factor + bias, 0).astype(x.dtype)
 
 
 def conv(

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from alignps_jax.choices import choose, known_name
 from alignps_jax.nn.backbone import BasicBlock, BottleneckBlock, ResNet50, ResNetSmall
 from alignps_jax.nn.deform_conv import DeformConv
 from alignps_jax.nn.head import FCOSHead, PredictedEmbedding, Tower, input_embedding
@@ -43,7 +44,7 @@ class InputConvention:
     def normalize(
         self, image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"]
     ) -> Float[Array, "B H W 3"]:
-        """RGB bytes to normalised float32, zero beyond each photo's own `size`."""
+        """RGB bytes to normalized float32, zero beyond each photo's own `size`."""
         pixels = image[..., ::-1] if self.channel_order == "BGR" else image
         pixels = (pixels.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
         return hold_zero(pixels, size)
@@ -95,12 +96,6 @@ class AlignPS(nn.Module):
         return tuple(2**level for level in self.predicted_levels(train))
 
 
-def _choose(table: dict[str, Any], field: str, name: str) -> Any:
-    if name not in table:
-        raise UserError(f"{field}: found {name!r}, expected one of {', '.join(table)}")
-    return table[name]
-
-
 # Given `config.model` and how to wrap the class of a block.
 BACKBONES = {
     "resnet50": lambda model, wrap: partial(
@@ -146,21 +141,19 @@ def _as_it_is(module: type[nn.Module]) -> type[nn.Module]:
 
 
 def build_model(config: ConfigDict) -> AlignPS:
-    """The network of a whole configuration.
+    """The network that a configuration describes.
 
     Raises:
       UserError: a field of `config.model` names something that does not exist.
     """
     model = config.model
-    dtype = _choose(
-        {"float32": "float32", "bfloat16": "bfloat16"}, "config.model.dtype", model.dtype
-    )
+    dtype = known_name("config.model.dtype", model.dtype, ("float32", "bfloat16"))
     # Which activations of a module's inside are kept for the backward pass: none, or all.
     wrap = recomputed if model.remat else _as_it_is
-    backbone = _choose(BACKBONES, "config.model.backbone", model.backbone)(model, wrap)
-    _choose({"BGR": 0, "RGB": 0}, "config.model.channel_order", model.channel_order)
+    backbone = choose("config.model.backbone", model.backbone, BACKBONES)(model, wrap)
+    known_name("config.model.channel_order", model.channel_order, ("BGR", "RGB"))
     levels, background_levels = _levels(model)
-    embedding = _choose(EMBEDDINGS, "config.model.reid", model.reid)
+    embedding = choose("config.model.reid", model.reid, EMBEDDINGS)
     make_tower = wrap(Tower)
     tower = partial(make_tower, model.channels, model.head_convs, model.norm_groups, dtype=dtype)
     deform = deformable(model.offset_gain, wrap(DeformConv))

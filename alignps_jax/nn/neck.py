@@ -1,4 +1,4 @@
-"""Aligned feature aggregation (AFA), paper section 3.2, and the feature pyramid it came from."""
+"""Aligned feature aggregation (AFA; Paper, Sec. 3.2), and the feature pyramid it came from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import centred, conv, hold_zero
+from alignps_jax.nn.layers import centered, conv, hold_zero
 
 FeatureMap = Float[Array, "B h w C"]
 MakeConv = Callable[..., nn.Module]
@@ -45,16 +45,16 @@ class AlignedFeatureAggregation(nn.Module):
     an output convolution; P6 and P7 (FCOS) are convolutions of stride 2 of P5 and ReLU(P6). Only
     what the wanted levels need is made, parameters included.
 
-    The spatial mean of each map of `levels` over the valid region is subtracted (released code;
+    The spatial mean of each map of `levels` over the valid region is subtracted (Released code;
     gradients flow through it). In AlignPS the only one is P3: at once the map of embeddings and
     the input of the head.
 
     Attributes:
       features: channels of every lateral and of every P.
       levels: numbers of the maps to make, ascending in 3..7; level l has stride 2**l.
-      background_levels: further ones, in training only (released code: 4 to 7), mean and all.
-      make_lateral, make_output: constructors of the convolutions (paper: deformable both).
-      join: puts a lateral map and what comes from above it together (paper: concatenation).
+      background_levels: further ones, in training only (Released code: 4 to 7), mean and all.
+      make_lateral, make_output: constructors of the convolutions (Paper: deformable both).
+      join: puts a lateral map and what comes from above it together (Paper: concatenation).
     """
 
     features: int = 256
@@ -75,12 +75,12 @@ class AlignedFeatureAggregation(nn.Module):
         outside the valid region.
         """
         wanted = self.levels
-        # Initialisation makes all parameters, so that training and inference have the same ones.
+        # Initialization makes all parameters, so that training and inference have the same ones.
         if train or self.is_initializing():
             wanted += self.background_levels
         made = self._pyramid(maps, extent, wanted)
         return tuple(
-            centred(made[level], level_extent(extent, level))
+            centered(made[level], level_extent(extent, level))
             if level in self.levels
             else made[level]
             for level in wanted
@@ -91,13 +91,16 @@ class AlignedFeatureAggregation(nn.Module):
     ) -> dict[int, FeatureMap]:
         """The wanted levels, and those that they are made from, before the mean subtraction."""
         levels = range(min(*wanted, 5), 6)
+        # Laterals give every level as many channels, and move what they read (alignment).
         laterals = {
             level: self._conv(self.make_lateral, f"lateral{level}", maps[level - 3], level, extent)
             for level in levels
         }
+        # From the top down, what lies above joins each level: context for embeddings (Sec. 3.2).
         top = {5: laterals[5]}
         for level in reversed(levels[:-1]):
             top[level] = self.join(laterals[level], upsample_nearest(top[level + 1]))
+        # Output convolutions bring the joined channels back to `features`.
         outputs = {level for level in wanted if level < 5} | ({5} if max(wanted) >= 5 else set())
         made = {
             level: self._conv(self.make_output, f"output{level}", top[level], level, extent)

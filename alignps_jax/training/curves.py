@@ -22,7 +22,7 @@ def training_curves(log_path: Path, out_path: Path) -> None:
 
     A step that the log holds twice (training was resumed) counts as its later line says. Noisy
     curves are drawn faintly, with their running mean over them. In the search panel full lines
-    are mAP, one colour per protocol; the broken line is top-1 of the first one.
+    are mAP, one color per protocol; the broken line is top-1 of the first one.
 
     Raises:
         UserError: the log cannot be read, is not a log, or the picture cannot be written.

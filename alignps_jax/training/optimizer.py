@@ -12,6 +12,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from alignps_jax.choices import choose
 from alignps_jax.types import UserError
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
@@ -46,7 +47,7 @@ def parameter_labels(params: Any, is_frozen: Callable[[tuple[str, ...]], bool]) 
     """`frozen`, `bias` or `weight` for every parameter.
 
     `bias` are those of plain and DCNv2 main convolutions, not of offset convolutions and of
-    normalisation (released code).
+    normalization (Released code).
     """
     flat = traverse_util.flatten_dict(params)
 
@@ -84,11 +85,7 @@ def make_optimizer(
     Raises:
       UserError: there is no such rule.
     """
-    if optimizer.name not in RULES:
-        raise UserError(
-            f"config.optimizer.name: found {optimizer.name!r}, expected one of {', '.join(RULES)}"
-        )
-    rule = partial(RULES[optimizer.name], optimizer.momentum)
+    rule = partial(choose("config.optimizer.name", optimizer.name, RULES), optimizer.momentum)
 
     def group(rate_factor: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(

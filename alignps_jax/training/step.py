@@ -1,4 +1,4 @@
-"""One step on one device, for training and for prediction. Only this module knows axis names."""
+"""The training step of one device. Of the method, only this module knows the axis of devices."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from alignps_jax.boxes import locations
 from alignps_jax.devices import AXIS
-from alignps_jax.losses.oim import oim_loss, update_memory
-from alignps_jax.losses.targets import assign_targets
-from alignps_jax.losses.terms import Term, centerness_loss, focal_loss, giou_loss, triplet_loss
-from alignps_jax.losses.total import TRIPLETS, flatten_levels, level_ranges, select_positives
+from alignps_jax.losses.oim import update_memory
+from alignps_jax.losses.terms import Term
+from alignps_jax.losses.total import (
+    assign,
+    check_triplet,
+    flatten_levels,
+    level_ranges,
+    select_positives,
+    total,
+)
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.types import Batch, Outputs, Positives, Targets, TrainState, UserError
+from alignps_jax.types import Batch, TrainState
 
 
 @struct.dataclass
@@ -54,49 +58,56 @@ class TrainStep:
     max_positives: int
 
     def __post_init__(self) -> None:
-        if self.loss.triplet not in TRIPLETS:
-            raise UserError(
-                f"config.loss.triplet: found {self.loss.triplet!r}, "
-                f"expected one of {', '.join(TRIPLETS)}"
-            )
-        level_ranges(self.model, self.loss.level_borders)  # raises if they do not fit
+        check_triplet(self.loss)
+        self.ranges()  # raises if the borders do not fit the levels
+
+    def ranges(self) -> list[tuple[float, float]]:
+        """Smallest and largest extent of what each level predicts, in pixels."""
+        searched, made = (self.model.predicted_levels(train=train) for train in (False, True))
+        return level_ranges(searched, self.loss.level_borders, len(made) - len(searched))
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Updates the state with one device's share of a batch; equal on all devices."""
         gather = partial(jax.tree.map, partial(lax.all_gather, axis_name=AXIS, tiled=True))
 
         def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, ...]]:
-            outputs = self.model.apply(
-                {"params": params, "frozen": state.frozen},
-                batch.image,
-                batch.size,
-                train=True,
-                rngs={"dropout": jax.random.fold_in(state.rng, state.step)},
+            variables = {"params": params, "frozen": state.frozen}
+            outputs = self.model.apply(variables, batch.image, batch.size, train=True)
+            targets = assign(
+                outputs,
+                batch,
+                strides=self.model.strides(train=True),
+                ranges=self.ranges(),
+                center_radius=self.loss.center_radius,
             )
             flat = flatten_levels(outputs)
-            targets = self.assign(outputs, flat, batch)
-            positives, dropped = select_positives(flat, targets, self.max_positives)
-            everyone = gather(positives)
-            terms = self.terms(flat, targets, positives, everyone, state)
-            return sum(terms.values()), (terms, everyone, dropped)
+            # Only positive locations have a box and an identity: a few hundred of ten thousands.
+            mine, dropped = select_positives(flat, targets, self.max_positives)
+            # The hardest pairs and the updates of the table may span devices.
+            everyone = gather(mine)
+            first = lax.axis_index(AXIS) * self.max_positives
+            terms = total(flat, targets, mine, everyone, state.memory, self.loss, first=first)
+            shares = {name: _share(term) for name, term in terms.items()}
+            return sum(shares.values()), (shares, everyone, dropped)
 
         gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(state.params)
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        # After the gradients, and the same on every device (Released code).
         memory = update_memory(
             state.memory,
             everyone.embeddings,
             everyone.identity,
             everyone.labelled,
-            everyone.mask,
+            everyone.valid,
             momentum=self.loss.lut_momentum,
             normalize=self.loss.normalize_lut,
             queue_channels=self.loss.queue_channels,
         )
         metrics = StepMetrics(
             terms=terms,
-            positives=everyone.mask.sum(),
+            positives=everyone.valid.sum(),
             dropped_positives=dropped,
             grad_norm=optax.tree.norm(gradient),
             update_norm=optax.tree.norm(updates),
@@ -107,82 +118,12 @@ class TrainStep:
         )
         return state, metrics
 
-    def assign(self, outputs: tuple[Outputs, ...], flat: Outputs, batch: Batch) -> Targets:
-        """Targets of all locations, `[B, N]`."""
-        shapes = [level.cls_logits.shape[1:] for level in outputs]
-        sizes = [height * width for height, width in shapes]
-        strides = self.model.strides(train=True)
-        ranges = level_ranges(self.model, self.loss.level_borders)
-        points = [locations(*shape, s) for shape, s in zip(shapes, strides, strict=True)]
-        assign = partial(
-            assign_targets,
-            jnp.concatenate(points),
-            jnp.asarray(np.repeat(strides, sizes), jnp.float32),
-            jnp.asarray(np.repeat(ranges, sizes, axis=0), jnp.float32),
-            center_radius=self.loss.center_radius,
-        )
-        return jax.vmap(assign)(
-            flat.valid, batch.boxes, batch.identity, batch.labelled, batch.valid
-        )
 
-    def terms(
-        self,
-        flat: Outputs,
-        targets: Targets,
-        positives: Positives,
-        everyone: Positives,
-        state: TrainState,
-    ) -> dict[str, Float[Array, ""]]:
-        """This device's share of every loss term: the shares of all devices add up to it.
+def _share(term: Term) -> Float[Array, ""]:
+    """A device's share of a loss: the shares of all devices add up to it.
 
-        Counts are summed over the devices before the division, so that the gradients are those
-        of one device that holds the whole batch.
-        """
-        loss = self.loss
-        devices = lax.axis_size(AXIS)
-
-        def share(term: Term) -> Float[Array, ""]:
-            count = lax.psum(lax.stop_gradient(term.count), AXIS)
-            return term.sum / jnp.where(count > 0, count, 1.0)
-
-        cls_sum = focal_loss(
-            flat.cls_logits,
-            targets.positive,
-            flat.valid,
-            alpha=loss.focal_alpha,
-            gamma=loss.focal_gamma,
-        )
-        images = flat.cls_logits.shape[0]
-        predicted, mask = positives.distances, positives.mask
-        box = giou_loss(predicted, positives.target_distances, positives.target_centerness, mask)
-        centerness = centerness_loss(positives.centerness_logits, positives.target_centerness, mask)
-        oim = oim_loss(
-            positives.embeddings,
-            positives.identity,
-            positives.labelled,
-            mask,
-            state.memory,
-            lut_temperature=loss.lut_temperature,
-            queue_temperature=loss.queue_temperature,
-            focal_gamma=loss.oim_focal_gamma,
-        )
-        terms = {
-            "cls": share(Term(sum=cls_sum, count=targets.positive.sum() + images)),
-            "box": share(box),
-            "centerness": share(centerness),
-            "oim": share(oim),
-        }
-        use_triplet, use_lut = TRIPLETS[loss.triplet]
-        if use_triplet:
-            # The hardest pairs may span devices: everybody computes the whole term, and owns
-            # an equal part of it.
-            triplet = triplet_loss(
-                everyone.embeddings,
-                everyone.identity,
-                everyone.mask & everyone.labelled,
-                state.memory.lut if use_lut else None,
-                margin=loss.triplet_margin,
-                first_lut_identity=loss.triplet_first_lut_identity,
-            )
-            terms["triplet"] = triplet.sum / jnp.maximum(triplet.count, 1.0) / devices
-        return terms
+    The count is summed over the devices before the division, so that the gradients are those of
+    one device that holds the complete batch.
+    """
+    count = lax.psum(lax.stop_gradient(term.count), AXIS)
+    return term.sum / jnp.where(count > 0, count, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from alignps_jax.choices import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.source import (
@@ -23,7 +25,6 @@ from data_pipeline.sources.source import (
     quoted,
     reading,
     search_everywhere,
-    unknown_name,
 )
 
 _EXPECTED = "JSON with the lists `images` and `annotations`"
@@ -87,8 +88,7 @@ class CocoPersonSearchSource(Source):
         return self._test[0]
 
     def protocol(self, name: str) -> SearchProtocol:
-        if name not in self.protocols:
-            raise unknown_name("protocol", name, self.protocols)
+        known_name("config.eval.protocols", name, self.protocols)
         path = self.root / "query.json"
         given = path.is_file()
         queries = self._given_queries(path) if given else _first_appearances(self.test)
@@ -211,10 +211,10 @@ def _annotations(path: Path) -> Annotations:
 def _read_json(path: Path) -> tuple[list[_Record], list[_Record]]:
     """The images and the annotations of a file, each with the fields that we need, in range."""
     with reading(path, _EXPECTED), path.open("rb") as file:
-        encoded = file.read(_MAX_BYTES + 1)
-        if len(encoded) > _MAX_BYTES:
-            raise UserError(f"{path}: is larger than {_MAX_BYTES:,} bytes; expected fewer")
-        content = json.loads(encoded.decode())
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_BYTES:
+            raise UserError(f"{path}: has {size:,} bytes; expected at most {_MAX_BYTES:,}")
+        content = json.loads(file.read(size).decode())
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected {_EXPECTED}")
     records = []

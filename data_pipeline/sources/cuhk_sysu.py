@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Int, Shaped
 
+from alignps_jax.choices import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.mat_structs import Structs, cells, class_of, numbers, read_structs, text
@@ -22,7 +23,6 @@ from data_pipeline.sources.source import (
     mat_variable,
     quoted,
     reading,
-    unknown_name,
 )
 
 GALLERY_SIZES = (50, 100, 500, 1000, 2000, 4000)
@@ -115,8 +115,7 @@ class CuhkSysuSource(Source):
         return (main, *(name for name in self.protocols if name != main))
 
     def protocol(self, name: str) -> SearchProtocol:
-        if name not in self.protocols:
-            raise unknown_name("protocol", name, self.protocols)
+        known_name("config.eval.protocols", name, self.protocols)
         if name == "all":
             return self._whole_test_set()
         if name == self.protocols[0]:

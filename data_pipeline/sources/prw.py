@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from alignps_jax.choices import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.mat_structs import cells, matrix, text
@@ -26,7 +27,6 @@ from data_pipeline.sources.source import (
     quoted,
     reading,
     search_everywhere,
-    unknown_name,
 )
 
 # Names that the array of a frame's people goes by, the first one present counts.
@@ -83,8 +83,7 @@ class PrwSource(Source):
         return self._test.annotations
 
     def protocol(self, name: str) -> SearchProtocol:
-        if name not in self.protocols:
-            raise unknown_name("protocol", name, self.protocols)
+        known_name("config.eval.protocols", name, self.protocols)
         protocol, answered = self._search(name)
         path = self.root / "query_info.txt"
         if not answered.any():

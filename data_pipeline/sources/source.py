@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
@@ -182,16 +181,6 @@ def check_pixels(values: Shaped[np.ndarray, "*n"]) -> None:
         raise ValueError(
             f"found the coordinate {values[~sound].flat[0]}, beyond {LARGEST_COORDINATE} pixels"
         )
-
-
-def unknown_name(what: str, name: str, known: Sequence[str]) -> UserError:
-    """An error for a name that is not among the known ones, with near misses."""
-    lower = {entry.lower(): entry for entry in known}
-    close = difflib.get_close_matches(name.lower(), lower, n=3)
-    starting = [entry for entry in lower if name and entry.startswith(name.lower())]
-    near = [lower[entry] for entry in (close or starting)]
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UserError(f"{what}={name!r}: unknown; expected one of {', '.join(known)}{hint}")
 
 
 def image_index(

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from alignps_jax.benchmark import deform_conv, measure, report, run, toim
+from alignps_jax.benchmark.measure import Context, FloatRate, Row, Timing, time_alternating
 from jax import lax
 
 import launch
-from alignps_jax.benchmark import deform_conv, measure, report, run, toim
-from alignps_jax.benchmark.measure import Context, FloatRate, Row, Timing, time_alternating
 from alignps_jax.types import UserError
 from configs import tiny
 

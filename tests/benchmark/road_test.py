@@ -10,19 +10,18 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-
 from alignps_jax.benchmark import compile as starts
 from alignps_jax.benchmark import data, evaluate, growth, growth_cases, search
 from alignps_jax.benchmark.measure import Context, FloatRate, Timing
 from alignps_jax.benchmark.photos import made_up_split
+from ml_collections import ConfigDict
+
 from alignps_jax.evaluation.metrics import search_metrics
 from alignps_jax.training.monitor import FIRST_STEP
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import UserError
 from configs import cuhk, tiny
-from data_pipeline.pipeline import BatchReader, make_train_pipeline
-from data_pipeline.transforms import decode_jpeg
+from data_pipeline.pipeline import BatchReader, make_train_pipeline, photo_of
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ class TestData:
 
     def test_photos_are_of_the_size_asked_for_and_differ(self):
         split = made_up_split(2, (120, 200), people=3)
-        photos = [decode_jpeg(jpeg, "photo") for jpeg in split.jpegs]
+        photos = [photo_of(split, index) for index in range(len(split.jpegs))]
         assert [photo.shape for photo in photos] == [(120, 200, 3)] * 2
         assert np.abs(photos[0].astype(int) - photos[1]).mean() > 10
         for boxes in split.annotations.boxes:

@@ -256,10 +256,8 @@ def test_weights_of_the_best_the_latest_or_one_step(saved, copied):
 
 def test_config_and_versions(tmp_path, saved):
     for path in (saved, saved / "checkpoints", saved / "checkpoints" / "3"):
-        # What the stored config lacks, because it is newer, takes its default.
-        loaded, default = load_config(path).to_dict(), get_config().to_dict()
-        assert loaded["model"] == default["model"] | CONFIG.to_dict()["model"]
-        assert loaded["eval"] == default["eval"]
+        stored = CONFIG.to_dict()["model"]
+        assert load_config(path).to_dict()["model"].items() >= stored.items()
     config = get_config()
     config.model.channels = 77
     with Checkpoints(tmp_path, keep=1, config=config) as checkpoints:
@@ -274,6 +272,20 @@ def test_config_and_versions(tmp_path, saved):
     assert versions["jax"] == jax.__version__
     assert versions["orbax-checkpoint"] != "not installed"
     assert versions["device"] == jax.devices()[0].device_kind
+
+
+def test_config_of_the_first_version_is_completed(tmp_path):
+    """With what that version did, which the defaults of today happen to be."""
+    first = json.loads(Path(__file__).with_name("first_config.json").read_text())
+    with Checkpoints(tmp_path, keep=1, config=ConfigDict(first)) as checkpoints:
+        checkpoints.save(make_state(1), None)
+    loaded = load_config(tmp_path)
+    assert loaded.is_locked
+    for section, today in get_config().to_dict().items():
+        if isinstance(today, dict):
+            assert set(loaded[section]) == set(today), section
+            newer = today.keys() - first[section].keys()
+            assert all(loaded[section][field] == today[field] for field in newer), section
 
 
 @pytest.mark.parametrize(

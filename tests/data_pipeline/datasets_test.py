@@ -12,8 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from alignps_jax.types import UserError
-from data_pipeline import datasets, transforms
+from data_pipeline import datasets
 from data_pipeline import prepared as builder
+from data_pipeline.pipeline import photo_of
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.places import ROOT, SHARED
 
@@ -62,8 +63,6 @@ def test_prepared_set_holds_the_original_bytes_and_people_clipped_to_the_photo(r
     assert [ids.tolist() for ids in train.annotations.identity] == [[0, -1], [1], []]
     assert [mask.tolist() for mask in train.annotations.labelled] == [[True, False], [True], []]
     assert train.annotations.camera.tolist() == [1, 2, 1]
-    # What the metrics use stays as published.
-    np.testing.assert_array_equal(datasets.load_annotations(data, "train").boxes[0][1, 2], 450)
 
     printed = capsys.readouterr()
     assert "clipped 1 boxes to their photo, dropped 1 outside" in printed.out
@@ -92,7 +91,7 @@ def test_second_time_one_line_and_no_writing(root, capsys):
 def test_records_are_an_ordinary_tfds_data_set(root):
     data = fixtures.data_config("prw", root)
     datasets.prepare(data)
-    prw = datasets.DATASETS["prw"](root=root, data_dir=root / "prepared")
+    prw = datasets.DATASETS["prw"](root=root, data_dir=root / "prepared", max_pixels=10**6)
     records = prw.as_data_source(split="train")
     example = records[1]
     assert example["name"] == b"c2s1_000002.jpg"
@@ -154,7 +153,7 @@ def test_stored_images_are_picklable_and_shared_by_threads(root, monkeypatch):
             _ = jpegs[outside]
 
 
-def _fail(root: Path, **fields: str) -> str:
+def _fail(root: Path, **fields: object) -> str:
     """The message of a preparation that must fail and leave nothing complete."""
     data = fixtures.data_config("prw", root)
     data.update(fields)
@@ -176,13 +175,23 @@ def test_truncated_photo_is_named(root, share):
     assert "complete" in message
 
 
-def test_truncated_jpeg_is_noticed_whatever_opencv_makes_of_it(root, monkeypatch):
+def test_truncated_jpeg_is_noticed_whatever_opencv_makes_of_it(root):
     """Some versions of OpenCV fill up the rest; an embedded preview ends with an end marker."""
-    monkeypatch.setattr(transforms, "decode_jpeg", lambda *_: np.zeros((50, 70, 3), np.uint8))
     path = root / "frames" / "c3s1_000005.jpg"
     encoded = path.read_bytes()
     path.write_bytes(encoded[:2] + b"\xff\xe1\x00\x06\xff\xda\xff\xd9" + encoded[2:-2])
     assert f"{path}: truncated JPEG" in _fail(root)
+
+
+def test_photos_with_too_many_pixels_are_named(root):
+    message = _fail(root, max_pixels=100)
+    assert "pixels; expected at most 100 in all (data.max_pixels)" in message
+    assert str(root / "frames") in message
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    data.max_pixels = 100
+    with pytest.raises(UserError, match=r"pixels; expected at most 100 \(data.max_pixels\)"):
+        datasets.prepare(data)
 
 
 def test_missing_photos_are_counted(root):
@@ -208,6 +217,67 @@ def test_lost_file_of_a_prepared_set_is_named(root):
         datasets.prepare(data)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("[" * 100_000, "RecursionError"),
+        ('{"test": [[90, 60], [50, 70]]}', "KeyError: 'train'"),
+        ('{"train": [[90, 60]], "test": []}', "no heights and widths of 3 photos"),
+        ('{"train": [[90, 60], [90], [1, 2]]}', "ValueError"),
+        ('{"train": [[90, 60], [90, 1.5], [1, 2]]}', "no heights and widths of 3 photos"),
+        ('{"train": [[90, 60], [90, -5], [1, 2]]}', "no heights and widths of 3 photos"),
+        ('{"train": [[90, 60], [90, 1e400], [1, 2]]}', "no heights and widths of 3 photos"),
+        (f'{{"train": [[90, 60], [90, {10**400}], [1, 2]]}}', "no heights and widths of 3"),
+        ('{"train": [[90, 60], [90, 4294967297], [1, 2]]}', "no heights and widths of 3 photos"),
+        ('{"train": [[90, 60], [90, 70], [99999, 99999]]}', "at most 100,000,000 .data.max_pix"),
+    ],
+)
+def test_damaged_sizes_are_one_line(root, content, message):
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    next((root / "prepared").rglob("sizes.json")).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        datasets.prepare(data)
+    assert "\n" not in str(error.value)
+    assert str(root / "prepared" / "prw") in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "prw-train.array_record-00000-of-00001"])
+@pytest.mark.parametrize("damage", ["empty", "noise", "other"])
+def test_damaged_files_of_a_prepared_set_are_one_line(root, name, damage):
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    path = next((root / "prepared").rglob(name))
+    sound = path.read_bytes()
+    other = path.with_name(name.replace("train", "test")).read_bytes()
+    noise = sound[:100] + np.random.default_rng(0).bytes(len(sound) - 100)
+    path.write_bytes({"empty": b"", "noise": noise, "other": other}[damage])
+    if other == sound:
+        path.write_text('{"splits": [{"name": "test"}]}')
+    with pytest.raises(UserError, match=r"delete") as error:
+        list(datasets.prepare(data).train.jpegs)
+    assert "\n" not in str(error.value)
+    assert str(root / "prepared" / "prw") in str(error.value)
+
+
+def test_people_of_a_prepared_split_are_those_of_its_records(root):
+    data = fixtures.data_config("prw", root)
+    splits = datasets.prepare(data)
+    prw = datasets.DATASETS["prw"](
+        root=root, data_dir=root / "prepared", max_pixels=data.max_pixels
+    )
+    for name in ("train", "test"):
+        people = getattr(splits, name).annotations
+        for row, example in enumerate(prw.as_data_source(split=name)):
+            assert people.names[row] == example["name"].decode()
+            np.testing.assert_array_equal(people.boxes[row], example["boxes"])
+            np.testing.assert_array_equal(people.identity[row], example["identity"])
+            np.testing.assert_array_equal(people.labelled[row], example["labelled"])
+            assert people.camera[row] == example["camera"]
+
+
 def test_killed_preparation_is_not_taken_for_a_complete_one(root, capsys):
     code = f"""
 import os
@@ -215,9 +285,9 @@ from data_pipeline import datasets
 from data_pipeline import prepared as builder
 from tests.data_pipeline import dataset_fixtures
 read = builder._read_photo
-def die(source, annotations, index):
+def die(source, annotations, max_pixels, index):
     return os._exit(9) if annotations.names[index].startswith("c3") else read(
-        source, annotations, index)
+        source, annotations, max_pixels, index)
 builder._read_photo = die
 datasets.prepare(dataset_fixtures.data_config("prw", {str(root)!r}))
 """
@@ -267,7 +337,7 @@ def test_sizes_are_those_of_the_stored_pixels(tmp_path):
     _write_coco(tmp_path, {"a.jpg": (40, 30), "b.jpg": (40, 30)})
     split = datasets.prepare(data).train
     assert split.sizes.tolist() == [[40, 30], [40, 30]]
-    image = transforms.decode_jpeg(split.jpegs[0], "a.jpg")
+    image = photo_of(split, 0)
     assert image.shape == (40, 30, 3)
 
 
@@ -279,8 +349,7 @@ def test_synthetic_is_written_first_and_read_as_cuhk_sysu(tmp_path, capsys):
     assert prepared.train.annotations.num_identities == 8
     assert prepared.test.annotations.num_identities == 9
     assert (prepared.train.sizes == [64, 96]).all()
-    assert datasets.available_protocols(data) == ("TestG50", "all")
-    protocol, everything = datasets.load_protocols(data, ())
+    protocol, everything = datasets.load_test(data, ())[1]
     assert (protocol.name, everything.name) == ("TestG50", "all")
     assert len(protocol.gallery[0]) == 50
     capsys.readouterr()
@@ -290,17 +359,14 @@ def test_synthetic_is_written_first_and_read_as_cuhk_sysu(tmp_path, capsys):
 
 def test_protocols_by_name(root):
     data = fixtures.data_config("prw", root)
-    assert datasets.available_protocols(data) == ("all", "cross_camera")
-    assert [protocol.name for protocol in datasets.load_protocols(data, ())] == list(
-        datasets.available_protocols(data)
-    )
-    names = ("cross_camera", "all")
-    assert tuple(protocol.name for protocol in datasets.load_protocols(data, names)) == names
-    annotations, protocols = datasets.load_test(data, ("all",))
-    assert annotations.names == datasets.load_annotations(data, "test").names
-    assert [protocol.name for protocol in protocols] == ["all"]
-    with pytest.raises(UserError, match="did you mean cross_camera"):
-        datasets.load_protocols(data, ("crosscamera",))
+    annotations, protocols = datasets.load_test(data, ())
+    assert annotations.names == tuple(f"{name}.jpg" for name in TEST)
+    assert [protocol.name for protocol in protocols] == ["all", "cross_camera"]
+    for names in (("all",), ("cross_camera", "all")):
+        protocols = datasets.load_test(data, names)[1]
+        assert tuple(protocol.name for protocol in protocols) == names
+    with pytest.raises(UserError, match="did you mean 'cross_camera'"):
+        datasets.load_test(data, ("crosscamera",))
 
 
 @pytest.mark.parametrize(
@@ -310,16 +376,18 @@ def test_unknown_data_set(tmp_path, name, hint):
     data = fixtures.data_config(name, tmp_path)
     for action in (
         lambda: datasets.prepare(data),
-        lambda: datasets.load_annotations(data, "train"),
-        lambda: datasets.available_protocols(data),
+        lambda: datasets.load_test(data, ()),
     ):
-        with pytest.raises(UserError, match=rf"data.name='{name}'.*; did you mean {hint}\?"):
+        message = rf"config\.data\.name: found '{name}', .*; did you mean '{hint}'\?"
+        with pytest.raises(UserError, match=message):
             action()
 
 
-def test_unknown_split(root):
-    with pytest.raises(UserError, match="split='val': unknown; expected one of train, test"):
-        datasets.load_annotations(fixtures.data_config("prw", root), "val")
+def test_people_are_evaluated_as_published_not_clipped_to_the_photo(tmp_path):
+    people = {"c1s1_000004": [(5, 50, 20, 400, 20)], "c3s1_000005": [(5, 11, 21, 31, 21)]}
+    fixtures.write_prw(tmp_path, TRAIN, people, [(5, 50, 20, 400, 20, "c1s1_000004")])
+    annotations, _ = datasets.load_test(fixtures.data_config("prw", tmp_path), ())
+    np.testing.assert_array_equal(annotations.boxes[0], [[50, 20, 450, 40]])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real PRW slice is not here")

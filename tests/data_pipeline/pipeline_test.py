@@ -68,6 +68,7 @@ def settings(**changes):
             min_side=20,
             workers=2,
             prefetch=3,
+            max_pixels=10**6,
         )
     )
     data.update(changes)
@@ -495,7 +496,7 @@ class TestErrors:
     def test_an_image_of_another_size_than_prepared(self):
         split = make_split([(40, 60)])
         other = dataclasses.replace(split, sizes=np.array([[60, 40]], np.int32))
-        with pytest.raises(UserError, match=r"s0\.jpg: decodes to 40x60.*expected 60x40"):
+        with pytest.raises(UserError, match=r"s0\.jpg: has 40x60.*expected 60x40"):
             train(other).batch(0)
 
     @pytest.mark.parametrize(

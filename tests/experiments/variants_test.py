@@ -121,7 +121,7 @@ def test_every_variant_builds_and_changes_only_what_it_says(module):
 
 
 def test_an_unknown_variant_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown variant 't4'; known: .*t3"):
+    with pytest.raises(UserError, match=r"found 't4', expected one of .*t3"):
         cuhk.get_config("t4")
 
 

@@ -18,6 +18,8 @@ import time
 import warnings
 from pathlib import Path
 
+import cv2
+
 from tests.fuzz.readers import READERS
 from tests.fuzz.runner import Run
 
@@ -37,7 +39,8 @@ def main() -> int:
     names = arguments.only.split(",")
     if unknown := [name for name in names if name not in READERS]:
         parser.error(f"--only={unknown[0]}: expected some of {', '.join(READERS)}")
-    # The processes do not use JAX's threads.
+    # The processes use neither JAX's threads nor OpenCV's, which are not in them.
+    cv2.setNumThreads(0)
     warnings.filterwarnings("ignore", message=r".*os\.fork\(\)")
     with tempfile.TemporaryDirectory() as folder:
         runs = {

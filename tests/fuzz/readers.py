@@ -6,10 +6,17 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
+import PIL.Image
 import scipy.io
 
+from alignps_jax.files import read_image
+from alignps_jax.image_files import read_photo
 from alignps_jax.types import Annotations, SearchProtocol
+from data_pipeline import datasets
+from data_pipeline.datasets import PreparedSplit
+from data_pipeline.pipeline import photo_of
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
 from data_pipeline.sources.mat_structs import (
@@ -23,9 +30,13 @@ from data_pipeline.sources.mat_structs import (
 )
 from data_pipeline.sources.prw import PrwSource
 from data_pipeline.sources.source import LARGEST_COORDINATE, Source, reading
+from data_pipeline.transforms import decode_jpeg
 from tests.data_pipeline import dataset_fixtures as fixtures
-from tests.fuzz.mutations import damage_json, damage_mat, damage_text
+from tests.fuzz.mutations import damage, damage_image, damage_json, damage_mat, damage_text
 from tests.fuzz.runner import Reader
+
+# So that a photo takes at most a third of the memory that a reader may take.
+_MAX_PIXELS = 10_000_000
 
 # The annotations of both splits, and every protocol.
 _DataSet = tuple[Annotations, Annotations, list[SearchProtocol]]
@@ -93,6 +104,68 @@ def _decoded(body: bytes, depth: int = 0) -> object:
     if kind == "cell" and depth < 50:
         return [_decoded(value, depth + 1) for value in cells(body)]
     return text(body) if kind == "char" else numbers(body)
+
+
+def _images(folder: Path) -> Sequence[Path]:
+    picture = cv2.resize(np.arange(27, dtype=np.uint8).reshape(3, 3, 3) * 9, (40, 30))
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    for number, suffix in enumerate((".jpg", ".png", ".bmp", ".webp", ".tif")):
+        cv2.imwrite(str(folder / f"color{number}{suffix}"), picture)
+        cv2.imwrite(str(folder / f"grey{number}{suffix}"), grey)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    one = PIL.Image.fromarray(picture)
+    one.save(folder / "progressive.jpg", progressive=True, exif=exif)
+    one.convert("CMYK").save(folder / "cmyk.jpg")
+    one.convert("P").save(folder / "palette.png", exif=exif)
+    one.convert("RGBA").save(folder / "opacity.png")
+    one.save(folder / "lossy.webp", quality=50)
+    one.convert("RGBA").save(folder / "opacity.webp", exif=exif)
+    one.convert("1").save(folder / "bits.tif", compression="group4")
+    one.save(folder / "deflate.tif", compression="tiff_deflate")
+    cv2.imwrite(str(folder / "deep.png"), picture.astype(np.uint16) * 99)
+    cv2.imwrite(str(folder / "deep.tif"), picture.astype(np.uint16) * 99)
+    return sorted(folder.iterdir())
+
+
+def _prepared(folder: Path) -> Sequence[Path]:
+    _prw(folder)
+    for path in (folder / "annotations").glob("*.mat"):
+        fixtures.write_photo(folder / "frames" / path.name.removesuffix(".mat"), 60, 80)
+    datasets.prepare(fixtures.data_config("prw", folder))
+    return sorted(path for path in (folder / "prepared").rglob("*") if path.is_file())
+
+
+def _read_prepared(folder: Path) -> list[PreparedSplit]:
+    prepared = datasets.prepare(fixtures.data_config("prw", folder))
+    return [prepared.train, prepared.test]
+
+
+def _check_prepared(splits: list[PreparedSplit]) -> None:
+    for split in splits:
+        _check_annotations(split.annotations)
+        _check_images([photo_of(split, index) for index in range(len(split.sizes))])
+        for boxes, (height, width) in zip(split.annotations.boxes, split.sizes, strict=True):
+            assert (boxes >= 0).all(), "a box beyond its photo"
+            assert (boxes <= [width, height, width, height]).all(), "a box beyond its photo"
+
+
+def _read_image(path: Path) -> list[np.ndarray]:
+    """As a user's photo, and as one of a data set."""
+    shown = read_image(path, _MAX_PIXELS)
+    data, header = read_photo(path, _MAX_PIXELS)
+    stored = decode_jpeg(data, "photo", (header.height, header.width))
+    assert stored.shape[:2] == (header.height, header.width), "the size of the photo"
+    assert shown.shape[:2] in (stored.shape[:2], stored.shape[1::-1]), "the size of the photo"
+    return [shown, stored]
+
+
+def _check_images(images: list[np.ndarray]) -> None:
+    for image in images:
+        assert image.dtype == np.uint8, "the type of the pixels"
+        assert image.ndim == 3, "the shape of a photo"
+        assert image.shape[2] == 3, "the colors of a photo"
+        assert 0 < image.shape[0] * image.shape[1] <= _MAX_PIXELS, "the size of a photo"
 
 
 def _read_source(source: Source) -> _DataSet:
@@ -178,5 +251,19 @@ READERS: dict[str, Reader] = {
         read=lambda folder, _: _read_source(CocoPersonSearchSource(folder)),
         check=_check_data_set,
         damage=damage_json,
+    ),
+    "images": Reader(
+        build=_images,
+        read=lambda _, path: _read_image(path),
+        check=_check_images,
+        damage=damage_image,
+    ),
+    # The threads that read records take room, but no memory.
+    "prepared": Reader(
+        build=_prepared,
+        read=lambda folder, _: _read_prepared(folder),
+        check=_check_prepared,
+        damage=damage,
+        memory=8 << 30,
     ),
 }

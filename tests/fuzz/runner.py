@@ -80,12 +80,12 @@ class Run:
         self._reader = reader
         self._folder = folder
         self._seed = f"{name}/{seed}"
-        self._sound = {path: path.read_bytes() for path in reader.build(folder)}
         self._next = 0
         self._report = folder.parent / f"{name}.findings"
+        self._stderr = folder.parent / f"{name}.stderr"
         # Shared with the process that reads: number of the input, when it began, counts.
         self._state = mmap.mmap(-1, _STATE.size)
-        self._prove()
+        self._sound = self._build(folder.parent / f"{name}.files")
 
     def input(self, number: int) -> tuple[Path, bytes]:
         """The file that input `number` replaces, and its content."""
@@ -97,15 +97,7 @@ class Run:
         """Reads inputs in another process for about so long; adds what happened to the tally."""
         self._report.write_bytes(b"")
         self._state[:] = _STATE.pack(self._next, time.monotonic_ns(), 0, 0)
-        child = os.fork()
-        if not child:
-            try:
-                self._work(time.monotonic() + seconds)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        death = self._watch(child)
+        death = self._watch(self._start(lambda: self._work(time.monotonic() + seconds)))
         for path, sound in self._sound.items():
             path.write_bytes(sound)
         number, _, rejected, accepted = _STATE.unpack(self._state[:])
@@ -123,10 +115,39 @@ class Run:
     def _found(self, number: int, what: str) -> None:
         self.tally.findings.append(Finding(number, self.input(number)[0].name, what))
 
-    def _prove(self) -> None:
-        """The sound files are read and found sound, or nothing that follows would mean much."""
-        for path in self._sound:
-            self._reader.check(self._reader.read(self._folder, path))
+    def _build(self, listed: Path) -> dict[Path, bytes]:
+        """Writes the sound files and reads them, or nothing that follows would mean much.
+
+        In another process: libraries start threads, and a process that this one starts later
+        would be without them.
+        """
+
+        def work() -> None:
+            files = self._reader.build(self._folder)
+            for path in files:
+                self._reader.check(self._reader.read(self._folder, path))
+            listed.write_text("\n".join(map(str, files)))
+
+        if os.waitpid(self._start(work), 0)[1]:
+            raise RuntimeError(f"sound files are not read: {self._last_words()}")
+        paths = map(Path, listed.read_text().split("\n"))
+        return {path: path.read_bytes() for path in paths}
+
+    def _start(self, work: Callable[[], None]) -> int:
+        """Starts a process that does `work` and ends with 0, or with 1 if it raises anything."""
+        child = os.fork()
+        if child:
+            return child
+        try:
+            # Where decoders complain, and where Python says in what it crashed.
+            printed = os.open(self._stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(printed, 1)
+            os.dup2(printed, 2)
+            work()
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+            os._exit(1)
+        os._exit(0)
 
     def _watch(self, child: int) -> str:
         """Waits for the process; says what it died of, "" if it did not."""
@@ -141,7 +162,13 @@ class Run:
                 return f"took more than {self._reader.seconds:g} s"
             time.sleep(0.02)
         code = os.waitstatus_to_exitcode(status)
-        return f"the process ended with {code}" if code else ""
+        return f"the process ended with {code}: {self._last_words()}" if code else ""
+
+    def _last_words(self) -> str:
+        """What the process said when it crashed."""
+        words = self._stderr.read_text("utf-8", "replace")
+        crash = words.rfind("Fatal Python error")
+        return ascii(words[crash:][:600] if crash >= 0 else words[-600:])
 
     def _work(self, until: float) -> None:
         # What numpy only warns of, such as a NaN that becomes an integer, is garbage here.

@@ -69,8 +69,8 @@ def loss(embeddings, identity, labelled, mask, memory, t=10.0, t_queue=7.0, gamm
         labelled,
         mask,
         memory,
-        lut_temperature=t,
-        queue_temperature=t_queue,
+        inverse_lut_temperature=t,
+        inverse_queue_temperature=t_queue,
         focal_gamma=gamma,
     )
 

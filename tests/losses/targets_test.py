@@ -182,8 +182,8 @@ def test_first_true_matches_flatnonzero(share: float, size: int):
     selection = jax.device_get(jax.jit(first_true, static_argnums=1)(flags, size))
     expected = np.flatnonzero(flags)
     kept = min(len(expected), size)
-    assert selection.index.shape == selection.mask.shape == (size,)
-    np.testing.assert_array_equal(selection.mask, np.arange(size) < kept)
+    assert selection.index.shape == selection.valid.shape == (size,)
+    np.testing.assert_array_equal(selection.valid, np.arange(size) < kept)
     np.testing.assert_array_equal(selection.index[:kept], expected[:kept])
     assert not np.any(selection.index[kept:])
     assert selection.dropped == max(len(expected) - size, 0)
@@ -193,5 +193,5 @@ def test_first_true_vmaps():
     flags = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
     selection = jax.vmap(lambda row: first_true(row, 2))(flags)
     assert selection.index.tolist() == [[1, 2], [0, 0], [0, 1]]
-    assert selection.mask.tolist() == [[True, True], [False, False], [True, True]]
+    assert selection.valid.tolist() == [[True, True], [False, False], [True, True]]
     assert selection.dropped.tolist() == [0, 0, 2]

@@ -17,8 +17,9 @@ jit_triplet_loss = jax.jit(losses.triplet_loss)
 
 
 def triplet_loss(embeddings, identity, where, lut, margin=0.3, first_lut_identity=0):
+    people = losses.People(embeddings, identity, where)
     return jit_triplet_loss(
-        embeddings, identity, where, lut, margin=margin, first_lut_identity=first_lut_identity
+        people, people, lut, first=0, margin=margin, first_lut_identity=first_lut_identity
     )
 
 
@@ -231,6 +232,39 @@ class TestTriplet:
         value, gradient = jax.value_and_grad(total)(embeddings)
         assert_all_finite((value, gradient))
         assert value > 0
+
+    @pytest.mark.parametrize("pairs", [2**24, 40])
+    @pytest.mark.parametrize("parts", [1, 2, 4])
+    def test_shares_add_up_to_the_loss_and_gradient_of_everybody(self, parts, pairs):
+        *people, lut = self.sample(5)
+        embeddings, identity, where = (jnp.asarray(x)[:16] for x in people)
+
+        def whole(x):
+            term = triplet_loss(x, identity, where, lut)
+            return term.sum, term.count
+
+        def in_parts(x):
+            everyone = losses.People(x, identity, where)
+            size = len(x) // parts
+            shares = [
+                losses.triplet_loss(
+                    jax.tree.map(lambda v, first=first: v[first : first + size], everyone),
+                    everyone,
+                    lut,
+                    first=first,
+                    margin=0.3,
+                    first_lut_identity=0,
+                    pairs_at_once=pairs,
+                )
+                for first in range(0, len(x), size)
+            ]
+            return sum(share.sum for share in shares), sum(share.count for share in shares)
+
+        expected, gradient = jax.value_and_grad(whole, has_aux=True)(embeddings)
+        found, found_gradient = jax.value_and_grad(in_parts, has_aux=True)(embeddings)
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+        assert found[1] == expected[1] > 0
+        np.testing.assert_allclose(found_gradient, gradient, atol=1e-6)
 
     def test_masked_entries_change_nothing(self):
         embeddings, identity, where, lut = self.sample(3)

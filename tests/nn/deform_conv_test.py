@@ -10,9 +10,8 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from alignps_jax.nn import deform_sampling
 from alignps_jax.nn.deform_conv import DeformConv, ModulatedDeformConv, deform_conv2d
-from alignps_jax.nn.deform_sampling import _behind_branch, _call, _project_first
+from alignps_jax.nn.deform_sampling import Order, orders
 
 # name: (B, H, W, C, F, stride, padding, kernel height and width, with mask)
 CASES = {
@@ -114,25 +113,17 @@ def plain_gradients(name):
     return evaluate(plain, arrays, options)[1]
 
 
-def chosen(rows, locations, channels, features):
-    table, kernel = np.zeros((rows, channels)), np.zeros((9, channels, features))
-    return _project_first(table, kernel, (np.zeros((locations, 9)),) * 4)
-
-
-def force(monkeypatch, project_first):
-    monkeypatch.setattr(deform_sampling, "_project_first", lambda *arrays: project_first)
+# Orders that no platform would choose for shapes as small as these.
+BY_TAPS, BY_TILES = Order(by_taps=True, tile=0), Order(by_taps=False, tile=7)
 
 
 @pytest.mark.parametrize(
-    ("name", "project_first"),
-    [*((name, None) for name in CASES), ("more_features", True), ("fewer_features", False)],
+    ("name", "order"),
+    [*((name, None) for name in CASES), ("more_features", BY_TAPS), ("fewer_features", BY_TILES)],
 )
-def test_equals_loop_finite_differences_and_plain_jax(name, project_first, monkeypatch):
-    if project_first is not None:
-        assert chosen(1, 1, *CASES[name][3:5]) is not project_first
-        force(monkeypatch, project_first)
+def test_equals_loop_finite_differences_and_plain_jax(name, order):
     arrays, options = make_case(name)
-    out, grads = evaluate(deform_conv2d, arrays, options)
+    out, grads = evaluate(deform_conv2d, arrays, options | {"order": order})
     np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
     assert_all_close(grads, plain_gradients(name), atol=5e-5)
 
@@ -149,33 +140,46 @@ def test_equals_loop_finite_differences_and_plain_jax(name, project_first, monke
         np.testing.assert_allclose(np.sum(gradient * direction), expected, atol=2e-3)
 
 
-def test_algorithm_is_chosen_by_shape():
-    assert chosen(rows=100, locations=100, channels=1024, features=256)
-    assert chosen(rows=100, locations=400, channels=2048, features=256)
-    assert not chosen(rows=100, locations=100, channels=512, features=256)
-    assert not chosen(rows=100, locations=100, channels=256, features=256)
-    assert not chosen(rows=400, locations=100, channels=2048, features=256)
+def test_order_is_chosen_by_shape_and_platform():
+    def by_taps(rows, locations, channels, features):
+        cpu, other = orders(rows, locations, 9, channels, features)
+        return cpu.by_taps, other.by_taps
+
+    assert by_taps(rows=100, locations=100, channels=1024, features=256) == (True, True)
+    assert by_taps(rows=100, locations=400, channels=2048, features=256) == (True, True)
+    assert by_taps(rows=100, locations=100, channels=768, features=256) == (False, True)
+    assert by_taps(rows=100, locations=100, channels=256, features=256) == (False, True)
+    assert by_taps(rows=100, locations=100, channels=128, features=256) == (False, False)
+    assert by_taps(rows=400, locations=100, channels=2048, features=256) == (False, False)
 
 
-@pytest.mark.parametrize("store", [_call, _behind_branch])
-@pytest.mark.parametrize("size", [1, 4, 70, 100])
-def test_any_tiles_give_the_same(size, store, monkeypatch):
+@pytest.mark.parametrize(
+    "order",
+    [
+        *(
+            Order(False, tile, fenced=fenced, lanes=lanes)
+            for tile, fenced, lanes in [
+                (1, True, 16),
+                (4, False, 1),
+                (70, True, 1),
+                (100, False, 2),
+            ]
+        ),
+        Order(True, 1, lanes=16),
+        Order(True, 1, lanes=1),
+    ],
+)
+def test_any_order_gives_the_same(order):
     """Those of every platform; 70 is all locations, 100 more than there are."""
     name = "more_features"
     arrays, options = make_case(name)
-
-    def run(by_tiles, *args):
-        return by_tiles(*args, size=size, store=store)
-
-    monkeypatch.setattr(deform_sampling, "_run_by_tiles", run)
-    out, grads = evaluate(deform_conv2d, arrays, options)
+    out, grads = evaluate(deform_conv2d, arrays, options | {"order": order})
     np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
     assert_all_close(grads, plain_gradients(name), atol=5e-5)
 
 
-@pytest.mark.parametrize("project_first", [True, False])
-def test_zero_offsets_are_a_plain_convolution(project_first, monkeypatch):
-    force(monkeypatch, project_first)
+@pytest.mark.parametrize("order", [BY_TAPS, BY_TILES])
+def test_zero_offsets_are_a_plain_convolution(order):
     (inputs, offsets, kernel, _), options = make_case("without_mask")
 
     def convolve(inputs, kernel):
@@ -184,7 +188,9 @@ def test_zero_offsets_are_a_plain_convolution(project_first, monkeypatch):
             inputs, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout
         )
 
-    out, grads = evaluate(deform_conv2d, [inputs, offsets * 0, kernel, None], options)
+    out, grads = evaluate(
+        deform_conv2d, [inputs, offsets * 0, kernel, None], options | {"order": order}
+    )
     expected, (d_inputs, d_kernel) = evaluate(convolve, [inputs, kernel], {})
     np.testing.assert_allclose(out, expected, atol=1e-5)
     assert_all_close([grads[0], grads[2]], [d_inputs, d_kernel], atol=2e-5)
@@ -256,13 +262,12 @@ def test_nan_offsets_show():
     assert np.isnan(out).sum() == out.shape[-1]
 
 
-@pytest.mark.parametrize("project_first", [True, False])
-def test_bfloat16_is_close(project_first, monkeypatch):
-    force(monkeypatch, project_first)
+@pytest.mark.parametrize("order", [BY_TAPS, BY_TILES])
+def test_bfloat16_is_close(order):
     arrays, options = make_case("fewer_features")
     inputs, offsets, kernel, mask = arrays
     low = [inputs.astype(jnp.bfloat16), offsets, kernel, mask]
-    low_results = evaluate(deform_conv2d, low, options)
+    low_results = evaluate(deform_conv2d, low, options | {"order": order})
     results = loop(*arrays, **options), plain_gradients("fewer_features")
     low_results, results = (jax.tree.leaves(r) for r in (low_results, results))
     types = [jnp.bfloat16, *(a.dtype for a in low)]

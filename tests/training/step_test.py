@@ -132,6 +132,6 @@ def test_positives_beyond_the_limit_are_counted():
     )
     positives, dropped = select_positives(flat, targets, limit=4)
     assert dropped == 1
-    assert positives.mask.all()
+    assert positives.valid.all()
     np.testing.assert_array_equal(positives.identity, [1, 2, 5, 6])
     np.testing.assert_allclose(positives.embeddings[3], flat.embeddings[1, 0], rtol=1e-6)

@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(shared_dir, tmp_pa
         (["--mode=trian"], "did you mean 'train'?"),
         (["--confg=x"], "Did you mean: config"),
         (["train"], "found 'train', expected only flags"),
-        (["--config=configs/cuhk.py:pluss"], "unknown variant 'pluss'"),
+        (["--config=configs/cuhk.py:pluss"], "found 'pluss', expected one of"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
         (["--config.data.name=cuhk"], "cuhk_sysu"),
         (["--config.train.duration=3 weeks"], "config.train.duration: found '3 weeks'"),

@@ -187,7 +187,7 @@ def test_what_json_should_not_be(root, content, message):
 def test_larger_json_is_not_read(root):
     with (root / "train.json").open("r+b") as file:
         file.truncate((256 << 20) + 1)
-    with pytest.raises(UserError, match=r"train.json: is larger than 268,435,456 bytes"):
+    with pytest.raises(UserError, match=r"has 268,435,457 bytes; expected at most 268,435,456"):
         _ = CocoPersonSearchSource(root).train
 
 

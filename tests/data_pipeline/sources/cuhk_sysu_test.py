@@ -134,8 +134,8 @@ def test_errors_name_the_file(root):
         return str(error.value)
 
     message = error_of(lambda: CuhkSysuSource(root).protocol("TestG10"))
-    assert "protocol='TestG10'" in message
-    assert "did you mean TestG" in message
+    assert "config.eval.protocols: found 'TestG10', expected one of TestG50" in message
+    assert "did you mean 'TestG" in message
 
     (root / "annotation" / "pool.mat").rename(root / "pool")
     message = error_of(lambda: CuhkSysuSource(root))

@@ -181,7 +181,7 @@ def test_errors_name_the_file(root):
     frame.unlink()
     with pytest.raises(UserError, match=r"c1s1_000020.jpg.mat: no such file"):
         _ = PrwSource(root).train
-    with pytest.raises(UserError, match="did you mean all"):
+    with pytest.raises(UserError, match="did you mean 'all'"):
         PrwSource(root).protocol("al")
     (root / "query_info.txt").unlink()
     with pytest.raises(UserError, match=r"query_info.txt: no such file"):

@@ -11,16 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignps_jax.benchmark.measure import (
-    Context,
-    Row,
-    Timing,
-    peak_memory,
-    plain_conv,
-    program_cost,
-    time_alternating,
-)
+from alignps_jax.experiments.benchmark.measure import Timing, peak_memory, time_in_turns
 from alignps_jax.nn.deform_conv import deform_conv2d
+from tests.benchmark.measure import Context, Row, plain_conv, program_cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +83,7 @@ def _row(
     functions = {"ours": functools.partial(program, *arguments)}
     if context.torch is not None:
         functions["torch"] = _torch_function(context, arrays, backward)
-    times: dict[str, Timing] = time_alternating(functions, runs=context.runs)
+    times: dict[str, Timing] = time_in_turns(functions, runs=context.runs)
     flops = program_cost(*_plain(arrays, backward)).flops
     return Row(
         part="deform_conv",

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignps_jax.benchmark.measure import Context, Row, peak_memory, time_alternating
-from alignps_jax.benchmark.network import configured, has_oracle, no_torch_note
-from alignps_jax.benchmark.report import seconds
-from alignps_jax.benchmark.train import CASES, IDENTITIES, PEOPLE, QUICK_CASES, make_step
+from alignps_jax.experiments.benchmark.measure import peak_memory, time_in_turns
+from alignps_jax.experiments.benchmark.report import seconds
 from alignps_jax.losses.oim import oim_loss, update_memory
-from alignps_jax.losses.terms import triplet_loss
+from alignps_jax.losses.terms import People, triplet_loss
 from alignps_jax.training.state import POSITIVES_PER_LEVEL
 from alignps_jax.types import OIMMemory, Positives
+from tests.benchmark.measure import Context, Row
+from tests.benchmark.network import configured
+from tests.benchmark.train import CASES, IDENTITIES, PEOPLE, QUICK_CASES, Case, make_step
 
 GOAL = "≤ 2% of the training step"
 IMAGES = 4
@@ -33,13 +34,13 @@ def rows(context: Context) -> Iterator[Row]:
         positives, memory = made_up_people(context, room)
         run, peak = _work(context, positives, memory)
         functions = {"ours": run}
-        if has_oracle(context):
+        if context.torch is not None:
             functions["torch"] = _torch_function(context, positives, memory)
-        times = time_alternating(functions, runs=context.runs)
-        notes = [_share(context, times["ours"].median), no_torch_note(context)]
+        times = time_in_turns(functions, runs=context.runs)
+        notes = [share_of_step(context, times["ours"].median, step_seconds), context.torch_note]
         yield Row(
             part="toim",
-            name=f"{int(positives.mask.sum())} positives in {len(positives.mask)} rows",
+            name=f"{int(positives.valid.sum())} positives in {len(positives.valid)} rows",
             time=times["ours"],
             torch=times.get("torch"),
             goal=GOAL,
@@ -48,20 +49,26 @@ def rows(context: Context) -> Iterator[Row]:
         )
 
 
-def _share(context: Context, time: float) -> str:
+def share_of_step(
+    context: Context, time: float, measure_step: Callable[[Context, Case], float]
+) -> str:
     """How much of the first case of part `train` this is; its time is measured once if need be.
 
     A quick run says nothing of a step that it has not met: compiling one takes minutes.
     """
-    case = (QUICK_CASES if context.quick else CASES)[0]
-    name = f"train: {case.title}"
-    if name not in context.shared and not context.quick:
-        step = make_step(configured(context), case)
-        context.shared[name] = time_alternating({"step": step.run}, runs=1)["step"].median
-    if name not in context.shared:
-        return ""
-    step_time = context.shared[name]
+    case, known = (QUICK_CASES if context.quick else CASES)[0], context.step_seconds
+    if case.title not in known:
+        if context.quick:
+            return ""
+        known[case.title] = measure_step(context, case)
+    step_time = known[case.title]
     return f"{time / step_time:.2%} of a training step ({case.title}: {seconds(step_time)})"
+
+
+def step_seconds(context: Context, case: Case) -> float:
+    """What one training step of the case takes."""
+    step = make_step(configured(context), case)
+    return time_in_turns({"step": step.run}, runs=1)["step"].median
 
 
 def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
@@ -82,7 +89,7 @@ def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
     person = np.minimum(np.arange(size) // POSITIVES_PER_LEVEL, people - 1)
     identity = rng.choice(identities, people, replace=False)[person].astype(np.int32)
     positives = Positives(
-        mask=used,
+        valid=used,
         distances=np.zeros((size, 4), np.float32),
         centerness_logits=np.zeros(size, np.float32),
         embeddings=rng.normal(size=(size, channels)).astype(np.float32),
@@ -100,26 +107,27 @@ def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
 def _work(
     context: Context, positives: Positives, memory: OIMMemory
 ) -> tuple[Callable[[], Any], float]:
-    """Losses, gradient and update, going on from the memory that the last run left; its bytes."""
+    """Losses, gradient and update, resuming from the memory that the last run left; its bytes."""
     loss = configured(context).loss
 
     def toim(memory: OIMMemory, positives: Positives) -> tuple[Float[Array, "P D"], OIMMemory]:
-        people = positives.identity, positives.labelled, positives.mask
+        people = positives.identity, positives.labelled, positives.valid
 
         def total(embeddings: Float[Array, "P D"]) -> Float[Array, ""]:
             oim = oim_loss(
                 embeddings,
                 *people,
                 memory,
-                lut_temperature=loss.lut_temperature,
-                queue_temperature=loss.queue_temperature,
+                inverse_lut_temperature=loss.inverse_lut_temperature,
+                inverse_queue_temperature=loss.inverse_queue_temperature,
                 focal_gamma=loss.oim_focal_gamma,
             )
+            labeled = People(embeddings, positives.identity, positives.valid & positives.labelled)
             triplet = triplet_loss(
-                embeddings,
-                positives.identity,
-                positives.mask & positives.labelled,
+                labeled,
+                labeled,
                 memory.lut,
+                first=0,
                 margin=loss.triplet_margin,
                 first_lut_identity=loss.triplet_first_lut_identity,
             )
@@ -158,7 +166,7 @@ def _torch_function(
     def tensor(array: Array) -> Any:
         return torch.tensor(np.asarray(array), device=context.torch_device)
 
-    used = np.asarray(positives.mask)
+    used = np.asarray(positives.valid)
     embeddings = tensor(positives.embeddings[used]).requires_grad_()
     identity = torch.where(
         tensor(positives.labelled[used]), tensor(positives.identity[used]).long(), -1
@@ -170,7 +178,7 @@ def _torch_function(
 
     def run() -> Any:
         normal = torch.nn.functional.normalize(embeddings, dim=1)
-        total = oim(normal, identity, table.lookup_table, queue.queue, loss.lut_temperature)
+        total = oim(normal, identity, table.lookup_table, queue.queue, loss.inverse_lut_temperature)
         known = identity >= 0
         total = total + triplet(normal[known], identity[known], table.lookup_table)
         gradient = torch.autograd.grad(total, embeddings)

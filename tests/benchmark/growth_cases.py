@@ -11,25 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignps_jax.benchmark.evaluate import (
-    THRESHOLD,
-    Simulation,
-    in_all_images,
-    peak_of,
-    simulate_detections,
-    simulate_people,
-)
-from alignps_jax.benchmark.measure import Context, peak_memory
-from alignps_jax.benchmark.search import QUERIES, K, unit_rows
 from alignps_jax.boxes import locations
 from alignps_jax.devices import parallel_train_step, replicate, split_over_devices
 from alignps_jax.evaluation.metrics import search_metrics
+from alignps_jax.experiments.benchmark.measure import peak_memory
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.inference.postprocess import detect
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.losses.oim import oim_loss, update_memory
 from alignps_jax.losses.targets import assign_targets
-from alignps_jax.losses.terms import triplet_loss
+from alignps_jax.losses.terms import People, triplet_loss
 from alignps_jax.nn.model import build_model, init_variables
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.state import POSITIVES_PER_LEVEL, create_state, is_frozen
@@ -37,6 +28,16 @@ from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, OIMMemory, Outputs
 from configs import synthetic
 from data_pipeline.transforms import Size
+from tests.benchmark.evaluate import (
+    THRESHOLD,
+    Simulation,
+    in_all_images,
+    peak_of,
+    simulate_detections,
+    simulate_people,
+)
+from tests.benchmark.measure import Context
+from tests.benchmark.search import QUERIES, K, unit_rows
 
 # The map of a 1500x900 image at stride 8, and the width of the embeddings.
 MAP: Size = (116, 188)
@@ -105,10 +106,8 @@ def triplet(context: Context, people: int) -> Work:
     embeddings, identity = _positives(people)
 
     def loss(embeddings: jax.Array, lut: jax.Array) -> jax.Array:
-        everyone = jnp.ones(len(identity), bool)
-        return triplet_loss(
-            embeddings, identity, everyone, lut, margin=0.3, first_lut_identity=0
-        ).sum
+        everyone = People(embeddings, identity, jnp.ones(len(identity), bool))
+        return triplet_loss(everyone, everyone, lut, first=0, margin=0.3, first_lut_identity=0).sum
 
     lut = unit_rows(jax.random.key(1), IDENTITIES)
     return _compiled(jax.value_and_grad(loss), embeddings, lut)
@@ -161,8 +160,8 @@ def oim(context: Context, identities: int) -> Work:
             labelled,
             everyone,
             memory,
-            lut_temperature=10.0,
-            queue_temperature=10.0,
+            inverse_lut_temperature=10.0,
+            inverse_queue_temperature=10.0,
             focal_gamma=2.0,
         ).sum
 

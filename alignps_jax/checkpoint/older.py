@@ -1,0 +1,46 @@
+"""Configurations that an older version stored: what it did before a field existed."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+# By field, what the software did before it had the field. These are facts about old checkpoints:
+# they stay as they are when a default of `configs/` changes.
+BEFORE = {
+    # There was no limit then; it changes no result and protects from files of today.
+    "data.max_pixels": 100_000_000,
+    "model.levels": (3,),
+    "model.lateral_deform": True,
+    "model.output_deform": True,
+    "model.concatenate": True,
+    "model.reid": "input",
+    "model.offset_gain": 1.0,
+    "model.initial_distance": 0.0,
+    "model.remat": False,
+    "model.stride_in_3x3": False,
+    "data.max_pixels": 100_000_000,
+    "loss.level_borders": (),
+    "optimizer.name": "sgd",
+    "optimizer.drop_factor": 0.1,
+    "eval.boxes": "detected",
+    "eval.context_matching": (),
+}
+# Fields that had another name, without the section.
+RENAMED = {
+    "loss.lut_temperature": "inverse_lut_temperature",
+    "loss.queue_temperature": "inverse_queue_temperature",
+}
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+    """Gives a stored configuration the names of today, and the fields that it lacks."""
+    for path, name in RENAMED.items():
+        section, field = path.split(".")
+        if section in config and field in config[section]:
+            config[section][name] = config[section][field]
+            del config[section][field]
+    for path, value in BEFORE.items():
+        section, field = path.split(".")
+        if section in config and field not in config[section]:
+            config[section][field] = value
+    return config

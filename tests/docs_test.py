@@ -1,0 +1,70 @@
+"""What the pages say is there: links, functions, imports; and the notebook runs."""
+
+import ast
+import importlib
+import re
+
+import pytest
+
+from tests.places import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [page for page in PAGES if "_build" not in page.parts]
+LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
+
+
+def test_links_lead_to_files():
+    links = [(page, path) for page in PAGES for _, path in LINK.findall(page.read_text())]
+    assert len(links) > 20
+    assert [(page.name, path) for page, path in links if not (page.parent / path).exists()] == []
+
+
+def test_functions_that_the_readme_links_to_are_in_those_files():
+    links = [
+        (name.strip("`"), path)
+        for name, path in LINK.findall((ROOT / "README.md").read_text())
+        if path.endswith(".py") and re.fullmatch(r"`\w+`", name)
+    ]
+    assert len(links) > 10
+    for name, path in links:
+        defined = set()
+        for node in ast.parse((ROOT / path).read_text()).body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            defined.add(getattr(node, "name", None))
+            defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+        assert name in defined, f"README.md: {name} is not defined in {path}"
+
+
+def test_imports_of_the_readme_work():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    imports = [
+        node
+        for block in blocks
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    assert imports
+    for node in imports:
+        module = importlib.import_module(node.module)
+        assert all(hasattr(module, alias.name) for alias in node.names), node.module
+
+
+def test_the_notebook_runs():
+    reason = "nbclient is missing: pip install -r requirements.lock"
+    nbclient = pytest.importorskip("nbclient", reason=reason)
+    nbformat = pytest.importorskip("nbformat", reason=reason)
+    pytest.importorskip("ipykernel", reason=reason)
+    notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
+    stored = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(stored), "docs/tour.ipynb: clear the outputs before it is committed"
+
+    executed = nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "docs")}}
+    ).execute()
+
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert re.search(r"[1-9]\d* people, embeddings of 32 numbers", printed)
+    assert "the query among" in printed

@@ -1,0 +1,181 @@
+"""Sizes of photos against Pillow's, limits that hold before anything is decoded, and damage."""
+
+import io
+import os
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+from alignps_jax.image_files import decode_photo, read_header, read_photo
+from alignps_jax.types import UserError
+from tests.places import SHARED
+
+VARIANTS = {
+    "jpeg": ("jpeg", "RGB", {}),
+    "progressive": ("jpeg", "RGB", {"progressive": True}),
+    "grey jpeg": ("jpeg", "L", {}),
+    "cmyk": ("jpeg", "CMYK", {}),
+    "jpeg with exif": ("jpeg", "RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"}),
+    "png": ("png", "RGB", {}),
+    "palette": ("png", "P", {}),
+    "transparent": ("png", "RGBA", {}),
+    "bmp": ("bmp", "RGB", {}),
+    "grey bmp": ("bmp", "L", {}),
+    "webp": ("webp", "RGB", {}),
+    "lossless": ("webp", "RGB", {"lossless": True}),
+    "transparent webp": ("webp", "RGBA", {}),
+    "tiff": ("tiff", "RGB", {}),
+    "lzw": ("tiff", "RGB", {"compression": "tiff_lzw"}),
+    "grey tiff": ("tiff", "L", {}),
+}
+SIZES = ((1, 1), (40, 60), (61, 33), (300, 257))
+
+
+def encoded(variant, height, width):
+    file_format, mode, options = VARIANTS[variant]
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    data = io.BytesIO()
+    PILImage.fromarray(noise).convert(mode).save(data, file_format, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sizes_are_pillows_and_the_decoders(tmp_path, variant, size):
+    path = tmp_path / "a"
+    path.write_bytes(encoded(variant, *size))
+    data, header = read_photo(path, size[0] * size[1])
+    with PILImage.open(path) as image:
+        assert (header.width, header.height) == image.size
+        assert header.format.lower() == image.format.lower()
+    assert data == path.read_bytes()
+    for upright in (False, True):
+        assert decode_photo(data, header, "a", upright=upright).shape == (*size, 3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("side", ["H", "I"])
+def test_tiff_of_either_byte_order(order, side):
+    kind = 3 if side == "H" else 4
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    entries = [
+        struct.pack(f"{order}HHI", tag, kind, 1) + struct.pack(order + side, value).ljust(4, b"\0")
+        for tag, value in ((256, 70), (257, 50))
+    ]
+    head = magic + struct.pack(f"{order}I", 8) + struct.pack(f"{order}H", 2)
+    header = read_header(head + b"".join(entries))
+    assert (header.height, header.width) == (50, 70)
+    assert read_header(head + entries[0]) is None
+    assert read_header(head + entries[0] * 2) is None
+
+
+def test_a_windows_bitmap_from_above_and_an_old_one():
+    top_down = b"BM" + bytes(12) + struct.pack("<Iii", 40, 30, -20)
+    assert (read_header(top_down).height, read_header(top_down).width) == (20, 30)
+    old = b"BM" + bytes(12) + struct.pack("<IHH", 12, 30, 20)
+    assert (read_header(old).height, read_header(old).width) == (20, 30)
+
+
+def test_a_thumbnail_does_not_count():
+    thumbnail, photo = encoded("jpeg", 8, 9), encoded("jpeg", 40, 60)
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    header = read_header(photo[:2] + segment + photo[2:])
+    assert (header.height, header.width) == (40, 60)
+
+
+def _png_of_zeros(height, width):
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + (width + 7) // 8)
+    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(_png_of_zeros(20_000, 20_000))
+    assert path.stat().st_size < 60_000
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"bomb.png: has 20000x20000 pixels; expected at most 100,"):
+        read_photo(path, 100_000_000)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_limit_counts_pixels(tmp_path, variant):
+    path = tmp_path / "a"
+    path.write_bytes(encoded(variant, 40, 60))
+    read_photo(path, 2400)
+    with pytest.raises(UserError, match=r"a: has 60x40 pixels; expected at most 2,399 in all"):
+        read_photo(path, 2399)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.95])
+def test_files_that_end_early(tmp_path, variant, share):
+    path = tmp_path / "a"
+    data = encoded(variant, 300, 257)
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(UserError, match=r"a: .*expected a complete") as error:
+        decode_photo(*read_photo(path, 10**6), str(path), upright=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file_format", ["gif", "ppm", "tga", "jpeg2000", "ico"])
+def test_other_formats_are_refused(tmp_path, file_format):
+    path = tmp_path / "a"
+    PILImage.new("RGB", (32, 32)).save(path, file_format)
+    with pytest.raises(UserError, match=r"expected a complete JPEG, PNG, BMP, WebP or TIFF image"):
+        read_photo(path, 10**6)
+
+
+def test_a_header_that_the_decoder_does_not_see(tmp_path):
+    """What is decoded has the size that was checked, or is refused."""
+    data = encoded("png", 40, 60)
+    header = read_header(encoded("png", 40, 61))
+    with pytest.raises(UserError, match="a: cannot be decoded"):
+        decode_photo(data, header, "a", upright=False)
+    turned = read_header(encoded("png", 60, 40))
+    with pytest.raises(UserError, match="a: cannot be decoded"):
+        decode_photo(data, turned, "a", upright=False)
+
+
+def test_pipes_folders_and_missing_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, message in (
+        ("pipe.jpg", "is no file; expected an image"),
+        ("missing.jpg", "No such file"),
+        (".", "directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_photo(tmp_path / name, 100)
+
+
+def test_a_file_larger_than_its_pixels_is_not_read_in_full(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded("jpeg", 40, 60))
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    data, header = read_photo(path, 2400)
+    assert (header.height, header.width) == (40, 60)
+    assert len(data) < 1 << 27
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real photos are here")
+def test_real_photos():
+    paths = sorted(SHARED.rglob("*.jpg"))
+    assert paths
+    for path in paths:
+        _, header = read_photo(path, 10**8)
+        with PILImage.open(path) as image:
+            assert (header.width, header.height) == image.size
