@@ -23,6 +23,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -234,8 +235,8 @@ def _steps(root: Path) -> list[int]:
 def _best(root: Path) -> int | None:
     scored = [step for step in _steps(root) if (root / str(step) / "metrics").is_dir()]
     scores = {
-        step: reading(root / str(step), lambda step=step: _score(_read_metrics(root / str(step))))
-        for step in scored
+        step: reading(folder, partial(_score, folder))
+        for step, folder in ((step, root / str(step)) for step in scored)
     }
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
@@ -254,8 +255,8 @@ def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
         new.rename(folder / "metrics")
 
 
-def _score(metrics: dict[str, float]) -> float:
-    return metrics["score"]
+def _score(folder: Path) -> float:
+    return _read_metrics(folder)["score"]
 
 
 def _find(path: Path, which: str | int) -> Path:
