@@ -66,9 +66,10 @@ def choose(flag: str, known: Collection[str]) -> str:
 
 def required(flag: str) -> str:
     """The value of a flag that the mode cannot do without; UserError if it is not given."""
-    if FLAGS[flag].value is None:
+    value: str | None = FLAGS[flag].value
+    if value is None:
         raise UserError(f"--{flag}: missing, --mode={FLAGS.mode} needs it")
-    return FLAGS[flag].value
+    return value
 
 
 def config_file() -> str:

@@ -243,8 +243,8 @@ def _steps(root: Path) -> list[int]:
 def _best(root: Path) -> int | None:
     scored = [step for step in _steps(root) if (root / str(step) / "metrics").is_dir()]
     scores = {
-        step: reading(root / str(step), lambda step=step: _score(_read_metrics(root / str(step))))
-        for step in scored
+        step: reading(folder, lambda folder=folder: _score(_read_metrics(folder)))
+        for step, folder in ((step, root / str(step)) for step in scored)
     }
     return max(scores, key=lambda step: (scores[step], step), default=None)
 

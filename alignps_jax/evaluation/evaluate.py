@@ -84,7 +84,8 @@ class Evaluator:
             (batch, self.predict(params, frozen, split_over_devices(batch))) for batch in batches
         )
         # A batch is read back once the next one is under way: the device never waits for us.
-        for (batch, detections), _ in pairwise(chain(dispatched, [None])):
+        ahead: Iterator[tuple[Any, Any]] = pairwise(chain(dispatched, [None]))
+        for (batch, detections), _ in ahead:
             for index, row in _rows(batch, detections):
                 found[index] = row
         detections = collect(self.split.annotations.names, found)
@@ -100,7 +101,8 @@ class Evaluator:
         metrics = {"detection": detection_values(result.detection)}
         metrics |= {name: search_values(search) for name, search in result.searches.items()}
         values = traverse_util.flatten_dict({"eval": metrics}, sep="/")
-        log.scalars(result.step, values)
+        step = int(result.step or 0)
+        log.scalars(step, values)
         names, detections = measured.detections.names, measured.detections
         count = len(names)
         for image in np.unique(np.linspace(0, count - 1, min(EXAMPLE_IMAGES, count)).astype(int)):
@@ -108,7 +110,7 @@ class Evaluator:
             boxes, scores = detections.boxes[rows], detections.scores[rows]
             kept = scores >= result.score_threshold
             picture = draw_detections(photo_of(self.split, image), boxes[kept], scores[kept])
-            log.images(result.step, f"detections/{names[image]}", picture)
+            log.images(step, f"detections/{names[image]}", picture)
 
     def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""

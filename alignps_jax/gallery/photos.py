@@ -194,7 +194,7 @@ def find_queries(
     if not (overlap > 0).any():
         corners = ",".join(f"{corner:g}" for corner in box)
         raise UserError(f"--box: nobody was detected inside {corners} of {name}")
-    return [Query(wanted, detections.embeddings[int(overlap.argmax())])]
+    return [Query(wanted, np.asarray(detections.embeddings[int(overlap.argmax())]))]
 
 
 def rank(

@@ -82,8 +82,9 @@ def train(context: Context) -> list[Work]:
     step = TrainStep(model, optimizer, config.loss, max_positives(config, pipeline))
     params, frozen = simulate.plausible_weights(model)
     state = create_state(config, model, optimizer, config.loss.lut_size)
+    state = dataclasses.replace(state, params=params, frozen=frozen)
     # Donation takes the buffers, so no two leaves may share one.
-    state = devices.replicate(jax.tree.map(jnp.copy, state.replace(params=params, frozen=frozen)))
+    state = devices.replicate(jax.tree.map(jnp.copy, state))
     batch = devices.split_over_devices(pipeline.batch(0))
     program, seconds = compiled(devices.parallel_train_step(step), state, batch)
 
