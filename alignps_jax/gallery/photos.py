@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from alignps_jax.boxes import iou
@@ -93,6 +94,7 @@ class Query:
 
 def search_photos(
     checkpoint: Path,
+    config: ConfigDict,
     query: Path,
     box: Sequence[float] | None,
     gallery: Path,
@@ -100,13 +102,14 @@ def search_photos(
 ) -> None:
     """Searches the person in `box` of a photo, or everybody in it, in a folder of photos.
 
-    Writes `ranking.json` and `ranking.png` to `workdir`.
+    Writes `ranking.json` and `ranking.png` to `workdir`. `config` is what to use the checkpoint
+    with, mostly its own.
 
     Raises:
       UserError: a file cannot be read, or nobody is found in the query photo or its box.
     """
     use_compilation_cache(workdir, checkpoint)
-    detector = Detector.from_checkpoint(checkpoint)
+    detector = Detector.from_checkpoint(checkpoint, config)
     threshold = detector.config.eval.score_threshold
     max_pixels = detector.config.data.max_pixels
     photo = read_image(query, max_pixels)

@@ -100,13 +100,15 @@ def convert_released(
         )
 
 
-def export_released(checkpoint: Path, target: Path) -> None:
+def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = None) -> None:
     """Writes the best checkpoint of a workdir, or one step's folder, in the released naming.
+
+    `config` goes into the file as its metadata (None: the checkpoint's own).
 
     Raises:
       UserError: it holds no AlignPS with a ResNet-50, or `target` cannot be written.
     """
-    config = load_config(checkpoint)
+    config = config or load_config(checkpoint)
     if config.model.backbone != "resnet50":
         raise UserError(
             f"{checkpoint}: found the backbone {config.model.backbone!r}, expected 'resnet50': the "
