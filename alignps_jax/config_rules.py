@@ -82,7 +82,15 @@ def _is_duration(value: object) -> bool:
 
 
 def _is_long(value: object) -> bool:
-    return _is_duration(value) and float(_DURATION.fullmatch(value)[1]) > 0
+    if not _is_duration(value):
+        return False
+    number, unit = _DURATION.fullmatch(value).groups()
+    return (round(float(number)) if unit == "step" else float(number)) > 0
+
+
+def _is_protocol(value: object) -> bool:
+    known = r"TestG\d+|all|occlusion|resolution|cross_camera"
+    return isinstance(value, str) and re.fullmatch(known, value) is not None
 
 
 def _is_context(value: object) -> bool:
@@ -195,7 +203,11 @@ RULES: dict[str, Rule] = {
         _is_context, "() or (k1, k2), the numbers of gallery images and of people, 1 or more"
     ),
     "eval.untrained_baseline": _FLAG,
-    "eval.protocols": _tuple_of(_TEXT, "a tuple of names, such as ('TestG100','all')"),
+    "eval.protocols": _tuple_of(
+        Rule(_is_protocol, ""),
+        "a tuple of TestG<size>, all, occlusion, resolution, cross_camera, "
+        "such as ('TestG100','all')",
+    ),
 }
 
 

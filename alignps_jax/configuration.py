@@ -37,6 +37,11 @@ def train_config(args: Arguments) -> ConfigDict:
             f"--checkpoint: found {args.checkpoint!r} beside --config.model.pretrained="
             f"{config.model.pretrained!r}, expected only one of them"
         )
+    if args.workdir and Path(args.workdir).resolve() == Path(args.checkpoint).resolve():
+        raise UserError(
+            f"--checkpoint: found the run in --workdir itself, {args.workdir}; leave it out to "
+            "resume that run, or choose another --workdir to fine-tune it"
+        )
     with config.unlocked():
         config.model.pretrained = args.checkpoint
     return config

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from alignps_jax.boxes import iou
 from alignps_jax.devices import use_compilation_cache
@@ -18,6 +17,7 @@ from alignps_jax.drawing.rankings import Panel, RankingRow, ranking_picture, res
 from alignps_jax.files import read_image, write_image, write_json
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.inference.detector import Detector
+from alignps_jax.progress import progress
 from alignps_jax.types import Detections, UserError
 
 
@@ -110,6 +110,7 @@ def search_photos(
     """
     use_compilation_cache(workdir, checkpoint)
     detector = Detector.from_checkpoint(checkpoint, config)
+    print(f"checkpoint: step {detector.step} of {checkpoint}")
     threshold = detector.config.eval.score_threshold
     max_pixels = detector.config.data.max_pixels
     photo = read_image(query, max_pixels)
@@ -117,7 +118,7 @@ def search_photos(
     queries = find_queries(detector.detect(photo), box, threshold, query, photo.shape[:2])
     found = {
         path: above(detector.detect(read_image(path, max_pixels)), threshold)
-        for path in tqdm(photos, desc="search", unit="photo", dynamic_ncols=True)
+        for path in progress(photos, desc="search", unit="photo")
     }
     rankings = rank(queries, query, found)
     workdir.mkdir(parents=True, exist_ok=True)
