@@ -24,9 +24,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
 from alignps_jax.image_files import decode_photo, read_photo
+from alignps_jax.progress import progress
 from alignps_jax.types import Annotations, UserError
 from data_pipeline.records import (
     SIZES_FILE,
@@ -91,7 +91,7 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
         self.annotations = {"train": self.source.train, "test": self.source.test}
         self.clipped = self.dropped = 0
         self._photos: dict[str, list[_Photo]] = {}
-        self._bar = tqdm(disable=True)
+        self._bar = progress(desc="", unit="image", disable=True)
         config = tfds.core.BuilderConfig(name=fingerprint(self.annotations))
         with _quiet_tfds(), intact(Path(data_dir) / self.name / config.name / str(self.VERSION)):
             super().__init__(data_dir=data_dir, config=config, file_format="array_record")
@@ -183,7 +183,7 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
         if indices.start == 0:
             count = len(self.annotations[split].names)
             self._bar.close()
-            self._bar = tqdm(desc=f"preparing {split}", total=count, unit="image", disable=None)
+            self._bar = progress(desc=f"preparing {split}", unit="image", total=count)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             read = functools.partial(
                 _read_photo, self.source, self.annotations[split], self._max_pixels

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from alignps_jax.drawing.canvas import (
     BLUE,
@@ -41,6 +40,7 @@ from alignps_jax.inference.location_maps import (
     sampling_points,
     similarity_map,
 )
+from alignps_jax.progress import progress
 from alignps_jax.types import UserError
 
 # Lateral convolutions whose sampling points are shown (Fig. 5).
@@ -218,7 +218,7 @@ def comparison_picture(
         box = tuple(float(corner) for corner in query.box)
         found = {
             scene: above(detector.detect(read_image(scene, max_pixels)), threshold)
-            for scene in tqdm(scenes, desc=label, unit="photo", dynamic_ncols=True)
+            for scene in progress(scenes, desc=label, unit="photo")
         }
         ranking = rank([query], path, found)[0]
         rows.append(photos_row(ranking, gallery, photo, label, max_pixels))

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from alignps_jax.log import MetricLog
+from alignps_jax.progress import progress
 from alignps_jax.training.optimizer import Schedule
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import Batch, UserError
@@ -43,13 +43,8 @@ class Monitor:
         self._schedule: Any = schedule  # of the step, a Python number
         self._total, self._log_every = total, log_every
         self._leads = jax.process_index() == 0
-        self._bar = tqdm(
-            total=total,
-            initial=start,
-            desc="train",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not self._leads,
+        self._bar = progress(
+            desc="train", unit="step", total=total, initial=start, disable=not self._leads
         )
         self._buckets: set[tuple[int, int]] = set()
         self._pending: tuple[int, StepMetrics] | None = None
@@ -119,7 +114,7 @@ class Monitor:
         elapsed = time.perf_counter() - self._since
         loss = float(sum(metrics.terms.values()))
         rate = self._steps * self._pipeline.batch_size / elapsed
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} images/s")
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} images/s", refresh=False)
         values: dict[str, Any] = {"loss": loss} | {
             f"loss/{name}": x for name, x in metrics.terms.items()
         }

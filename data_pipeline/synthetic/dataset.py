@@ -21,8 +21,8 @@ import cv2
 import numpy as np
 import scipy.io
 from jaxtyping import Float
-from tqdm import tqdm
 
+from alignps_jax.progress import progress
 from alignps_jax.types import UserError
 from data_pipeline.synthetic.people import (
     Appearance,
@@ -208,7 +208,7 @@ def _write(
     plan = [*train_plan, *test_plan]
     photos = [
         _draw_photo(images, index, identities, people, known, spec)
-        for index, identities in enumerate(tqdm(plan, desc="drawing", unit="photo"))
+        for index, identities in enumerate(progress(plan, desc="drawing", unit="photo"))
     ]
     train, test = photos[: len(train_plan)], photos[len(train_plan) :]
     _save(folder / "annotation/Images.mat", "Img", _rows([_image_row(photo) for photo in photos]))
