@@ -22,6 +22,7 @@ PAGES = {"README.md": "/index.md", "CHANGELOG.md": "/changelog.md"}
 project = "AlignPS in JAX"
 html_title = project
 html_theme = "furo"
+html_show_copyright = False
 extensions = [
     "myst_nb",
     "sphinx.ext.apidoc",
@@ -36,7 +37,12 @@ suppress_warnings = ["myst.header", "ref.python"]
 default_role = "code"  # `name` in a docstring is code
 
 apidoc_modules = [
-    {"path": str(ROOT / package), "destination": f"api/{package}", "separate_modules": True}
+    {
+        "path": str(ROOT / package),
+        "destination": f"api/{package}",
+        "separate_modules": True,
+        "module_first": True,
+    }
     for package in PACKAGES
 ]
 autodoc_default_options = {"members": True, "show-inheritance": True}
