@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -84,7 +85,7 @@ def _read_page(_: object, page: str, source: list[str]) -> None:
     source[0] = _LINK.sub(lambda link: f"]({_target(str(folder / link[1]))})", source[0])
 
 
-def _read_docstring(*event: object) -> None:
+def _read_docstring(*event: Any) -> None:
     """Docstrings are plain text: what reStructuredText would take amiss is said in its way.
 
     A formula, which stands indented below an empty line, becomes a literal block, and a letter may
@@ -96,7 +97,7 @@ def _read_docstring(*event: object) -> None:
     lines[:] = text.split("\n")
 
 
-def setup(app: object) -> None:
+def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _read_page)
     app.connect("autodoc-process-docstring", _read_docstring, priority=100)  # before napoleon
