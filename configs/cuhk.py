@@ -63,8 +63,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # resnet50 (for ImageNet weights, with frozen statistics) or resnet_small (with group
     # normalization, for training from scratch).
     model.backbone = "resnet50"
-    # Checkpoint with the backbone's initial weights, such as --mode=convert writes from an
-    # ImageNet ResNet-50; if unset, the initial weights are random.
+    # Checkpoint with the initial weights. One that --mode=convert writes from an ImageNet ResNet-50
+    # gives the backbone's; a complete detector gives all that fit, for fine-tuning on other
+    # people. If unset, the initial weights are random.
     model.pretrained = config_dict.placeholder(str)
     # Channels of the backbone's stem; every stage doubles them.
     model.backbone_width = 64
@@ -152,9 +153,9 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer.momentum = 0.9
     optimizer.weight_decay = 5e-4
     # Factor on the learning rate, and weight decay, of the biases of plain convolutions and of the
-    # main convolutions of DCNv2.
+    # main convolutions of DCNv2; if the decay is unset, it is that of the weights.
     optimizer.bias_lr_factor = 1.0
-    optimizer.bias_weight_decay = 5e-4
+    optimizer.bias_weight_decay = config_dict.placeholder(float)
     # The rate rises linearly from the share `warmup_start` during `warmup`, which is
     # "<number> steps" or "<number> epochs".
     optimizer.warmup = "300 steps"
@@ -171,7 +172,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # How long to train: "<number> epochs" or "<number> steps".
     train.duration = "24 epochs"
     # Number of positive locations per image that have room; training drops any further ones and
-    # counts them in the log. If unset, the room suffices for the fullest training image.
+    # counts them in the log. If unset, the room suffices for the fullest training image: with a
+    # center_radius of 1.5, 9 per person and level.
     train.max_positives = config_dict.placeholder(int)
     # Steps between two lines of the log, and time between two checkpoints.
     train.log_every_steps = 50

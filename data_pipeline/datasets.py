@@ -26,6 +26,7 @@ __all__ = [
     "PreparedDataset",
     "PreparedSplit",
     "load_test",
+    "load_train",
     "prepare",
 ]
 
@@ -61,6 +62,11 @@ class PreparedDataset:
 
     train: PreparedSplit
     test: PreparedSplit
+
+
+def load_train(data: ConfigDict) -> Annotations:
+    """The people of the training split; reads and raises as `load_test`."""
+    return _builder_class(data).source_class(data.root).train
 
 
 def load_test(
@@ -108,8 +114,13 @@ def prepare(data: ConfigDict) -> PreparedDataset:
     return PreparedDataset(**{split: builder.open(split) for split in SPLITS})
 
 
+def dataset_class(name: str) -> type[PersonSearchBuilder]:
+    """The entry of `DATASETS`; UserError if there is none."""
+    return choose("config.data.name", name, DATASETS)
+
+
 def _builder_class(data: ConfigDict) -> type[PersonSearchBuilder]:
-    builder_class = choose("config.data.name", data.name, DATASETS)
+    builder_class = dataset_class(data.name)
     if data.name == "synthetic":
         # Imported here, because nothing else needs the module that draws figures.
         from data_pipeline.synthetic import dataset as synthetic

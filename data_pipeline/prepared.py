@@ -24,9 +24,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
 from alignps_jax.image_files import decode_photo, read_photo
+from alignps_jax.progress import progress
 from alignps_jax.types import Annotations, UserError
 from data_pipeline.records import (
     SIZES_FILE,
@@ -62,7 +62,9 @@ class _Photo:
     dropped: int
 
 
-class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type checkers
+    tfds.core.ShardBasedBuilder, skip_registration=True
+):
     """Writes the splits `train` and `test` of a `Source`, in the order of its annotations.
 
     The annotations' fingerprint is the TFDS config: files made from other annotations lie in a
@@ -89,7 +91,7 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         self.annotations = {"train": self.source.train, "test": self.source.test}
         self.clipped = self.dropped = 0
         self._photos: dict[str, list[_Photo]] = {}
-        self._bar = tqdm(disable=True)
+        self._bar = progress(desc="", unit="image", disable=True)
         config = tfds.core.BuilderConfig(name=fingerprint(self.annotations))
         with _quiet_tfds(), intact(Path(data_dir) / self.name / config.name / str(self.VERSION)):
             super().__init__(data_dir=data_dir, config=config, file_format="array_record")
@@ -167,7 +169,7 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         del dl_manager
         self.clipped = self.dropped = 0
         self._photos = {split: [] for split in SPLITS}
-        shards = {}
+        shards: dict[str, list[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]] = {}
         for split in SPLITS:
             count = len(self.annotations[split].names)
             starts = range(0, count, _SHARD_IMAGES)
@@ -181,7 +183,7 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         if indices.start == 0:
             count = len(self.annotations[split].names)
             self._bar.close()
-            self._bar = tqdm(desc=f"preparing {split}", total=count, unit="image", disable=None)
+            self._bar = progress(desc=f"preparing {split}", unit="image", total=count)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             read = functools.partial(
                 _read_photo, self.source, self.annotations[split], self._max_pixels

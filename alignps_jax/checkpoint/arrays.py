@@ -62,7 +62,8 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict], dict[str, dict[str, np
     """The manifest's entry of every leaf, and by item the arrays to store."""
     leaves = _leaves(state)
     host = jax.device_get([jax.random.key_data(x) if _is_key(x) else x for x in leaves.values()])
-    specs, arrays = {}, {"model": {}, "training": {}}
+    specs: dict[str, dict] = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {"model": {}, "training": {}}
     for (path, leaf), array in zip(leaves.items(), host, strict=True):
         array = np.asarray(array, order="C")
         specs[path] = {"type": _type(leaf), "crc32": _checksum(array)}
@@ -106,7 +107,7 @@ def read_arrays(
     handlers = (np.ndarray, _HostArrays(specs))
     registry = ocp.type_handlers.create_type_handler_registry(handlers)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for item in items:
         arrays |= handler.restore(epath.Path(folder / item))
     return arrays
@@ -159,7 +160,7 @@ def _item(path: str) -> str:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _type(leaf: Any) -> str:
@@ -169,7 +170,7 @@ def _type(leaf: Any) -> str:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(array.reshape(-1).view(np.uint8))
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 def read_manifest(folder: Path, part: Callable[[dict[str, Any]], Any]) -> Any:

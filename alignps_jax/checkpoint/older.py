@@ -18,7 +18,6 @@ BEFORE = {
     "model.initial_distance": 0.0,
     "model.remat": False,
     "model.stride_in_3x3": False,
-    "data.max_pixels": 100_000_000,
     "loss.level_borders": (),
     "optimizer.name": "sgd",
     "optimizer.drop_factor": 0.1,

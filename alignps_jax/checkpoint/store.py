@@ -181,11 +181,22 @@ def load_config(path: Path, which: str | int = "best") -> ConfigDict:
 
     Fields that are newer than the checkpoint say what the software did before it had them.
     """
+    return read_manifest(_find(path, which), lambda manifest: _completed(manifest["config"]))
 
-    def read(manifest: dict[str, Any]) -> ConfigDict:
-        return complete(ConfigDict(_tuples(manifest["config"]))).lock()
 
-    return read_manifest(_find(path, which), read)
+def load_run_config(workdir: Path) -> ConfigDict | None:
+    """The config that the run in `workdir` was last started with; None without a run.
+
+    Otherwise as `load_config`. Raises UserError if it is damaged.
+    """
+    file = Path(workdir) / "config.json"
+    if not file.exists():
+        root = Path(workdir) / "checkpoints"
+        return load_config(workdir, "latest") if _steps(root) else None
+    try:
+        return _completed(read_json(file))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read, expected a configuration ({error})") from error
 
 
 def load_weights(path: Path, template: Weights | TrainState, which: str | int = "best") -> Weights:
@@ -243,8 +254,8 @@ def _steps(root: Path) -> list[int]:
 def _best(root: Path) -> int | None:
     scored = [step for step in _steps(root) if (root / str(step) / "metrics").is_dir()]
     scores = {
-        step: reading(root / str(step), lambda step=step: _score(_read_metrics(root / str(step))))
-        for step in scored
+        step: reading(folder, lambda folder=folder: _score(_read_metrics(folder)))
+        for step, folder in ((step, root / str(step)) for step in scored)
     }
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
@@ -270,10 +281,19 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
+def holds_checkpoint(path: Path) -> bool:
+    """Whether `path`, as in `load_weights`, leads to a checkpoint."""
+    return _is_step(path) or bool(_steps(path / "checkpoints") or _steps(path))
+
+
+def _is_step(path: Path) -> bool:
+    return any((path / item).is_dir() for item in ("model", "training", "manifest"))
+
+
 def _find(path: Path, which: str | int) -> Path:
     """The folder of one checkpoint; see `load_weights`."""
     path = Path(path).absolute()
-    if any((path / item).is_dir() for item in ("model", "training", "manifest")):
+    if _is_step(path):
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = sorted(_steps(root))
@@ -285,6 +305,10 @@ def _find(path: Path, which: str | int) -> Path:
     if which not in steps:
         raise UserError(f"{root}: found steps {steps}, expected best, latest or one of them")
     return root / str(which)
+
+
+def _completed(stored: dict[str, Any]) -> ConfigDict:
+    return complete(ConfigDict(_tuples(stored))).lock()
 
 
 def _iterator_file() -> str:

@@ -14,7 +14,6 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jaxtyping import Int
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.devices import (
@@ -33,6 +32,7 @@ from alignps_jax.files import write_image
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
+from alignps_jax.progress import progress
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import PreparedSplit, prepare
 from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
@@ -72,19 +72,16 @@ class Evaluator:
         """
         params, frozen = replicate((params, frozen))
         found: dict[int, Detections] = {}
-        batches = tqdm(
-            self.batches,
-            desc="evaluate",
-            unit="batch",
-            leave=False,
-            dynamic_ncols=True,
-            disable=jax.process_index() != 0,
+        leads = jax.process_index() == 0
+        batches = progress(
+            self.batches, desc="evaluate", unit="batch", leave=False, disable=not leads
         )
         dispatched = (
             (batch, self.predict(params, frozen, split_over_devices(batch))) for batch in batches
         )
         # A batch is read back once the next one is under way: the device never waits for us.
-        for (batch, detections), _ in pairwise(chain(dispatched, [None])):
+        ahead: Iterator[tuple[Any, Any]] = pairwise(chain(dispatched, [None]))
+        for (batch, detections), _ in ahead:
             for index, row in _rows(batch, detections):
                 found[index] = row
         detections = collect(self.split.annotations.names, found)
@@ -100,7 +97,8 @@ class Evaluator:
         metrics = {"detection": detection_values(result.detection)}
         metrics |= {name: search_values(search) for name, search in result.searches.items()}
         values = traverse_util.flatten_dict({"eval": metrics}, sep="/")
-        log.scalars(result.step, values)
+        step = int(result.step or 0)
+        log.scalars(step, values)
         names, detections = measured.detections.names, measured.detections
         count = len(names)
         for image in np.unique(np.linspace(0, count - 1, min(EXAMPLE_IMAGES, count)).astype(int)):
@@ -108,7 +106,7 @@ class Evaluator:
             boxes, scores = detections.boxes[rows], detections.scores[rows]
             kept = scores >= result.score_threshold
             picture = draw_detections(photo_of(self.split, image), boxes[kept], scores[kept])
-            log.images(result.step, f"detections/{names[image]}", picture)
+            log.images(step, f"detections/{names[image]}", picture)
 
     def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""
@@ -131,7 +129,9 @@ class Evaluator:
             yield protocol_row(self.split, protocol, ranking, query, title)
 
 
-def make_evaluator(config: ConfigDict, model: AlignPS, split: PreparedSplit) -> Evaluator:
+def make_evaluator(
+    config: ConfigDict, model: AlignPS, split: PreparedSplit, scorer: Scorer
+) -> Evaluator:
     """An evaluator of `model` on the prepared test split of `config.data`."""
     return Evaluator(
         predict=parallel_predict_step(make_predict_step(model, config)),
@@ -143,7 +143,7 @@ def make_evaluator(config: ConfigDict, model: AlignPS, split: PreparedSplit) -> 
             process_count=jax.process_count(),
         ),
         split=split,
-        scorer=make_scorer(config),
+        scorer=scorer,
     )
 
 
@@ -169,8 +169,10 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     use_compilation_cache(workdir, checkpoint)
     check_batch_size(config, "eval")
     model = build_model(config)
+    make_predict_step(model, config)  # what it refuses, it refuses before the data is prepared
     weights = load_weights(checkpoint, weights_template(model))
-    evaluator = make_evaluator(config, model, prepare(config.data).test)
+    scorer = make_scorer(config)
+    evaluator = make_evaluator(config, model, prepare(config.data).test, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
     workdir.mkdir(parents=True, exist_ok=True)
     evaluator.write(measured, None, workdir)

@@ -290,7 +290,7 @@ def _first_hit(
     best = similarity[matches].max()
     tied = np.count_nonzero(similarity == best)
     if tied == np.count_nonzero(similarity[matches] == best):
-        return np.count_nonzero(similarity > best)
+        return int(np.count_nonzero(similarity > best))
     return int(np.argmax(np.isin(published_order(gallery, similarity), matches)))
 
 
@@ -301,7 +301,7 @@ def found_people(
     if len(people) == 0 or len(boxes) == 0:
         return np.zeros(len(boxes), bool)
     # The release compares IoUs that it stored as float32.
-    overlap = iou(exact(people)[:, None], exact(boxes)[None]).astype(np.float32)
+    overlap = np.asarray(iou(exact(people)[:, None], exact(boxes)[None]), np.float32)
     person = overlap.argmax(axis=0)
     detection = np.arange(len(boxes))
     mutual = overlap.argmax(axis=1)[person] == detection

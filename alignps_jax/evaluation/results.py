@@ -199,7 +199,7 @@ def write_queries_csv(
 def _query_cells(
     protocol: SearchProtocol, search: SearchMetrics, detections: GalleryDetections, query: int
 ) -> tuple[object, ...]:
-    wrong = ("",) * 6
+    wrong: tuple[object, ...] = ("",) * 6
     if search.mistakable[query]:
         row = int(search.wrong_row[query])
         image = int(np.searchsorted(detections.offsets, row, side="right")) - 1

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import load_config
 from alignps_jax.evaluation.cbgm import ContextMatching
 from alignps_jax.evaluation.detections_io import align_detections, load_detections
 from alignps_jax.evaluation.metrics import (
@@ -146,13 +145,11 @@ def context_matching(value: object) -> ContextMatching | None:
     )
 
 
-def evaluate_detections(
-    config: ConfigDict | None, file: Path, workdir: str | Path | None = None
-) -> None:
+def evaluate_detections(config: ConfigDict, file: Path, workdir: str | Path | None = None) -> None:
     """Scores a file of detections of the test images of `config.data`.
 
     Args:
-      config: the configuration; None takes that of the run in whose folder the file lies.
+      config: the configuration.
       file: what `load_detections` reads; it is never written to.
       workdir: where results go; None: `<name of the file>_rescored` beside it.
 
@@ -160,7 +157,6 @@ def evaluate_detections(
       UserError: the file is not one of detections, or not of these images; the data or a field of
         `config.eval` is wrong.
     """
-    config = config or _config_beside(file)
     workdir = Path(workdir or file.with_name(f"{file.stem}_rescored"))
     if config.eval.boxes != "detected":
         raise UserError(
@@ -172,15 +168,6 @@ def evaluate_detections(
     aligned = align_with_split(detections, scorer.annotations.names, file, config)
     result = scorer.score(aligned, None)
     scorer.write(workdir, aligned, result)
-
-
-def _config_beside(file: Path) -> ConfigDict:
-    if not (file.parent / "checkpoints").is_dir():
-        raise UserError(
-            f"--config: missing, and {file.parent}, where the detections lie, is no run's folder "
-            "whose configuration could be taken"
-        )
-    return load_config(file.parent)
 
 
 def align_with_split(

@@ -75,7 +75,7 @@ def gallery_sizes(paths: Sequence[Path]) -> GallerySizes:
     known = [
         Reference(f"{row.label}, paper", _PAPER_GALLERY, row.mAP)
         for _, row in rows_of("6", "cuhk_sysu")
-        if datasets == {"cuhk_sysu"} and _PAPER_GALLERY in galleries
+        if datasets == {"cuhk_sysu"} and _PAPER_GALLERY in galleries and row.mAP is not None
     ]
     maps = {label: one.maps for label, one in zip(labels(paths), saved, strict=True)}
     return GallerySizes(maps, tuple(galleries), tuple(known))

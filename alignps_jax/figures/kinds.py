@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import load_config
 from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import photos as photo_figures
@@ -25,11 +24,11 @@ class FigureRequest:
 
     `checkpoints` (one at least) are workdirs or folders of a step; figures of a whole data set
     read the `detections.npz` or `metrics.json` there, or are given such files themselves.
-    `config` is used instead of the checkpoints' own configuration.
+    `config_of` gives the configuration to use one of the checkpoints with.
     """
 
     checkpoints: tuple[Path, ...]
-    config: ConfigDict | None
+    config_of: Callable[[Path], ConfigDict]
     query: Path | None
     box: tuple[float, ...] | None
     gallery: Path | None
@@ -39,7 +38,7 @@ class FigureRequest:
         """Every checkpoint's label and detector, one after another."""
         names = dataset_figures.labels(self.checkpoints)
         for label, path in zip(names, self.checkpoints, strict=True):
-            yield label, Detector.from_checkpoint(path, self.config)
+            yield label, Detector.from_checkpoint(path, self.config_of(path))
 
     def detector(self) -> Detector:
         """The detector of the only checkpoint."""
@@ -65,7 +64,7 @@ Pictures = Iterator[tuple[str, Image]]
 
 def figure_request(
     checkpoints: str,
-    config: ConfigDict | None,
+    config_of: Callable[[Path], ConfigDict],
     query: str | None,
     box: str | None,
     gallery: str | None,
@@ -82,7 +81,7 @@ def figure_request(
     paths = tuple(Path(name) for name in names)
     return FigureRequest(
         checkpoints=paths,
-        config=config,
+        config_of=config_of,
         query=Path(query) if query else None,
         box=parse_box(box),
         gallery=Path(gallery) if gallery else None,
@@ -98,9 +97,15 @@ def draw_figures(kind: str, request: FigureRequest) -> None:
     """Writes the pictures of a kind, an entry of `FIGURES`, as PNG files and prints their paths.
 
     Raises:
-      UserError: what the kind needs is missing, cannot be read or does not fit together.
+      UserError: what the kind needs is missing, cannot be read or does not fit together; or the
+        kind does not read what was given.
     """
-    for name, picture in FIGURES[kind](request):
+    for name in ("query", "box", "gallery"):
+        if getattr(request, name) is not None and name not in FIGURES[kind].reads:
+            raise UserError(f"--{name}: --what={kind} does not read it")
+    if request.box is not None and request.query is None:
+        raise UserError("--query: missing, expected the photo that --box is in")
+    for name, picture in FIGURES[kind].draw(request):
         path = request.workdir / f"{name}.png"
         write_image(path, picture)
         print(path)
@@ -138,6 +143,8 @@ def _comparison(request: FigureRequest) -> Pictures:
     if len(request.checkpoints) < 2:
         raise UserError("--checkpoint: found one, expected A,B or A,B,C: those to compare")
     if request.query is None:
+        if request.gallery is not None:
+            raise UserError("--query: missing, expected the person to find in --gallery")
         queries = dataset_figures.compared_queries(_data_config(request), request.checkpoints)
         yield f"comparison-{queries.protocol}", ranking_picture(queries.rows)
         return
@@ -163,16 +170,22 @@ def _precision_recall(request: FigureRequest) -> Pictures:
 
 def _data_config(request: FigureRequest) -> ConfigDict:
     """The configuration that says which data set; of several checkpoints the first one's."""
-    if request.config is not None:
-        return request.config
-    return load_config(_folder(request.checkpoints[0]))
+    return request.config_of(_folder(request.checkpoints[0]))
 
 
-FIGURES: dict[str, Callable[[FigureRequest], Pictures]] = {
-    "sampling_points": _sampling_points,
-    "comparison": _comparison,
-    "gallery_size": _gallery_size,
-    "detections": _detections,
-    "similarity": _similarity,
-    "precision_recall": _precision_recall,
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A kind of picture: how it is drawn, and which of query, box and gallery it reads."""
+
+    draw: Callable[[FigureRequest], Pictures]
+    reads: tuple[str, ...] = ()
+
+
+FIGURES: dict[str, Figure] = {
+    "sampling_points": Figure(_sampling_points, ("query", "box")),
+    "comparison": Figure(_comparison, ("query", "box", "gallery")),
+    "gallery_size": Figure(_gallery_size),
+    "detections": Figure(_detections, ("query", "gallery")),
+    "similarity": Figure(_similarity, ("query", "box", "gallery")),
+    "precision_recall": Figure(_precision_recall),
 }

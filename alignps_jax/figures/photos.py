@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from alignps_jax.drawing.canvas import (
     BLUE,
@@ -41,6 +40,7 @@ from alignps_jax.inference.location_maps import (
     sampling_points,
     similarity_map,
 )
+from alignps_jax.progress import progress
 from alignps_jax.types import UserError
 
 # Lateral convolutions whose sampling points are shown (Fig. 5).
@@ -69,7 +69,7 @@ def sampling_points_picture(
         lacks one of the deformable convolutions.
     """
     threshold = detector.config.eval.score_threshold
-    centres = _centres(above(detector.detect(photo), threshold).boxes)
+    centres = _centres(np.asarray(above(detector.detect(photo), threshold).boxes))
     chosen = centres[:MAX_LOCATIONS]
     if box is not None:
         check_box(box, path, photo.shape[:2])
@@ -112,7 +112,7 @@ def detections_picture(detector: Detector, path: Path) -> Image:
     threshold = detector.config.eval.score_threshold
     found = above(detector.detect(photo), threshold)
     canvas, factor = fitted(photo, *_LARGE)
-    drawn = draw_detections(canvas, found.boxes * factor, found.scores)
+    drawn = draw_detections(canvas, np.asarray(found.boxes) * factor, np.asarray(found.scores))
     number = f"{len(found.scores)} found with a score of {threshold:g} or more"
     return grid_picture([[captioned(drawn, f"{path.name}\n{number}", 2)]])
 
@@ -187,7 +187,7 @@ def _heat_scene(detector: Detector, path: Path, query: Query) -> HeatScene:
     similarity = people.embeddings @ query.embedding
     person = int(similarity.argmax())
     best = float(similarity[person])
-    draw_box(picture, people.boxes[person] * factor, BLUE, 2)
+    draw_box(picture, np.asarray(people.boxes[person]) * factor, BLUE, 2)
     return HeatScene(picture, f"{path.name}\nbest match {best:.2f}", best)
 
 
@@ -218,7 +218,7 @@ def comparison_picture(
         box = tuple(float(corner) for corner in query.box)
         found = {
             scene: above(detector.detect(read_image(scene, max_pixels)), threshold)
-            for scene in tqdm(scenes, desc=label, unit="photo", dynamic_ncols=True)
+            for scene in progress(scenes, desc=label, unit="photo")
         }
         ranking = rank([query], path, found)[0]
         rows.append(photos_row(ranking, gallery, photo, label, max_pixels))

@@ -66,8 +66,8 @@ def precision_recall_plot(
     for place, (title, systems) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         for number, (system, curve) in enumerate(systems.items()):
-            style = {"color": f"C{number}", "label": f"{system}: {100 * curve.area:.1f}"}
-            axes.stairs(curve.precision, curve.edges, baseline=None, **style)
+            color, label = f"C{number}", f"{system}: {100 * curve.area:.1f}"
+            axes.stairs(curve.precision, curve.edges, baseline=None, color=color, label=label)
         axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left")

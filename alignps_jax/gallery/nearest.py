@@ -11,7 +11,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from alignps_jax.types import UserError
+from alignps_jax.types import AnyArray, UserError
 
 # Few enough rows that their similarities stay in a CPU's cache, enough to keep a GPU busy.
 CHUNK = 16384
@@ -29,7 +29,7 @@ class Neighbors:
 
 
 def top_k(
-    queries: Float[Array, "Q D"], gallery: Float[Array, "N D"], k: int, chunk: int = CHUNK
+    queries: Float[AnyArray, "Q D"], gallery: Float[AnyArray, "N D"], k: int, chunk: int = CHUNK
 ) -> Neighbors:
     """The k rows of `gallery` with the largest inner product with each query, in float32.
 
@@ -62,7 +62,7 @@ def top_k(
 
 @partial(jax.jit, static_argnames=("k", "chunk"))
 def _top_k(
-    queries: Float[Array, "Q D"], gallery: Float[Array, "N D"], k: int, chunk: int
+    queries: Float[AnyArray, "Q D"], gallery: Float[AnyArray, "N D"], k: int, chunk: int
 ) -> Neighbors:
     """`top_k`, going through the gallery `chunk` rows at a time, the last of which may overlap."""
     count = len(gallery)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jaxtyping import Float, UInt8
-from tqdm import tqdm
+from ml_collections import ConfigDict
 
 from alignps_jax.boxes import iou
 from alignps_jax.devices import use_compilation_cache
@@ -17,6 +17,7 @@ from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, rankin
 from alignps_jax.files import read_image, write_image, write_json
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.inference.detector import Detector
+from alignps_jax.progress import progress
 from alignps_jax.types import Detections, UserError
 
 
@@ -86,6 +87,7 @@ class Query:
 
 def search_photos(
     checkpoint: Path,
+    config: ConfigDict,
     query: Path,
     box: Sequence[float] | None,
     gallery: Path,
@@ -93,13 +95,15 @@ def search_photos(
 ) -> None:
     """Searches the person in `box` of a photo, or everybody in it, in a folder of photos.
 
-    Writes `ranking.json` and `ranking.png` to `workdir`.
+    Writes `ranking.json` and `ranking.png` to `workdir`. `config` is what to use the checkpoint
+    with, mostly its own.
 
     Raises:
       UserError: a file cannot be read, or nobody is found in the query photo or its box.
     """
     use_compilation_cache(workdir, checkpoint)
-    detector = Detector.from_checkpoint(checkpoint)
+    detector = Detector.from_checkpoint(checkpoint, config)
+    print(f"checkpoint: step {detector.step} of {checkpoint}")
     threshold = detector.config.eval.score_threshold
     max_pixels = detector.config.data.max_pixels
     photo = read_image(query, max_pixels)
@@ -107,7 +111,7 @@ def search_photos(
     queries = find_queries(detector.detect(photo), box, threshold, query, photo.shape[:2])
     found = {
         path: above(detector.detect(read_image(path, max_pixels)), threshold)
-        for path in tqdm(photos, desc="search", unit="photo", dynamic_ncols=True)
+        for path in progress(photos, desc="search", unit="photo")
     }
     rankings = rank(queries, query, found)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -194,7 +198,7 @@ def find_queries(
     if not (overlap > 0).any():
         corners = ",".join(f"{corner:g}" for corner in box)
         raise UserError(f"--box: nobody was detected inside {corners} of {name}")
-    return [Query(wanted, detections.embeddings[int(overlap.argmax())])]
+    return [Query(wanted, np.asarray(detections.embeddings[int(overlap.argmax())]))]
 
 
 def rank(

@@ -24,6 +24,7 @@ class Detector:
 
     Attributes:
       config: the configuration of the checkpoint.
+      step: the training step of its weights.
     """
 
     def __init__(self, config: ConfigDict, weights: Weights):
@@ -32,6 +33,7 @@ class Detector:
         inference.model.remat = False
         model = build_model(inference)
         self.config = config
+        self.step = int(weights.step)
         self._weights = weights
         self._predict = jax.jit(PredictStep(model, config.eval))
         self._compute_maps = jax.jit(partial(compute_maps, model))

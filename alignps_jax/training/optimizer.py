@@ -93,9 +93,13 @@ def make_optimizer(
             optax.scale_by_learning_rate(lambda step: rate_factor * schedule(step)),
         )
 
+    weight_decay, bias_weight_decay = optimizer.weight_decay, optimizer.bias_weight_decay
     groups = {
-        "weight": group(1.0, optimizer.weight_decay),
-        "bias": group(optimizer.bias_lr_factor, optimizer.bias_weight_decay),
+        "weight": group(1.0, weight_decay),
+        "bias": group(
+            optimizer.bias_lr_factor,
+            weight_decay if bias_weight_decay is None else bias_weight_decay,
+        ),
         "frozen": optax.set_to_zero(),
     }
     return optax.chain(

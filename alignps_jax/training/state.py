@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,14 +11,22 @@ from ml_collections import ConfigDict
 
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import AlignPS, init_variables
-from alignps_jax.training.pretrained import with_pretrained_backbone
+from alignps_jax.training.pretrained import with_pretrained
 from alignps_jax.types import TrainState, UserError
-from data_pipeline.datasets import PreparedDataset
 from data_pipeline.pipeline import TrainPipeline
 
-# Locations of which centre sampling can make positives of one box on one level: 3 x 3, with 1.5
-# strides. A person whose size is near a border can have them on several levels.
-POSITIVES_PER_LEVEL = 9
+
+def positives_per_level(center_radius: float) -> int:
+    """Locations of one level that center sampling can make positives of one box, at most.
+
+    They lie strictly inside a square whose side is 2 `center_radius` strides: 3 x 3 with 1.5. A
+    person whose size is near a border can have them on several levels.
+    """
+    return math.ceil(2 * center_radius) ** 2
+
+
+# With the paper's radius.
+POSITIVES_PER_LEVEL = positives_per_level(1.5)
 
 
 def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
@@ -26,14 +36,17 @@ def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
 
 def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
     """Static number of positive locations per device."""
-    per_person = POSITIVES_PER_LEVEL * len(config.model.levels)
+    per_person = positives_per_level(config.loss.center_radius) * len(config.model.levels)
     per_image = config.train.max_positives or per_person * pipeline.people
     return per_image * config.train.batch_size // jax.device_count()
 
 
-def lut_size(config: ConfigDict, data: PreparedDataset) -> int:
-    """Rows of the lookup table: as configured, or one per identity of the training set."""
-    found = data.train.annotations.num_identities
+def lut_size(config: ConfigDict, found: int) -> int:
+    """Rows of the lookup table: as configured, or one per `found` identity of the training set.
+
+    Raises:
+      UserError: the configured table is too small.
+    """
     size = found if config.loss.lut_size is None else config.loss.lut_size
     if size < found:
         raise UserError(
@@ -53,7 +66,7 @@ def create_state(
     rng = jax.random.key(config.seed)
     params, frozen = init_variables(model, rng)
     if config.model.pretrained:
-        params, frozen = with_pretrained_backbone(params, frozen, config)
+        params, frozen = with_pretrained(params, frozen, config)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -100,20 +100,23 @@ def convert_released(
         )
 
 
-def export_released(checkpoint: Path, target: Path) -> None:
+def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = None) -> None:
     """Writes the best checkpoint of a workdir, or one step's folder, in the released naming.
+
+    `config` goes into the file as its metadata (None: the checkpoint's own).
 
     Raises:
       UserError: it holds no AlignPS with a ResNet-50, or `target` cannot be written.
     """
-    config = load_config(checkpoint)
+    config = config or load_config(checkpoint)
     if config.model.backbone != "resnet50":
         raise UserError(
             f"{checkpoint}: found the backbone {config.model.backbone!r}, expected 'resnet50': the "
             "released code has no other"
         )
-    folders = ("params", "frozen", "memory")
+    folders = ("step", "params", "frozen", "memory")
     arrays = load_arrays(checkpoint, lambda name: name.split("/")[0] in folders)
+    step = int(arrays.pop("step"))
     if "memory/lut" not in arrays:
         raise UserError(f"{checkpoint}: holds a backbone only, expected a whole AlignPS")
     tensors = {released_name(name): to_torch(array) for name, array in arrays.items()}
@@ -125,8 +128,9 @@ def export_released(checkpoint: Path, target: Path) -> None:
         counter = name.replace("running_var", "num_batches_tracked")
         tensors[counter] = np.zeros((), np.int64)
     tensors |= _extras(checkpoint, tensors)
-    write_tensors(target, tensors, {"exported_by": "alignps_jax", "config": config.to_json()})
-    print(f"{len(tensors)} tensors of {checkpoint} are now in {target}")
+    about = {"exported_by": "alignps_jax", "step": str(step), "config": config.to_json()}
+    write_tensors(target, tensors, about)
+    print(f"{len(tensors)} tensors of step {step} of {checkpoint} are now in {target}")
     if "bbox_head.scales.1.scale" not in tensors:
         print(
             "note: neck.fpn_convs.1-4 and bbox_head.scales.1-4 are missing, as the model was "

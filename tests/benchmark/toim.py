@@ -32,10 +32,10 @@ def rows(context: Context) -> Iterator[Row]:
     """TOIM of a batch of four against a training step of two; with more and more empty rows."""
     for room in ROOMS:
         positives, memory = made_up_people(context, room)
-        run, peak = _work(context, positives, memory)
+        run, peak = make_work(context, positives, memory)
         functions = {"ours": run}
         if context.torch is not None:
-            functions["torch"] = _torch_function(context, positives, memory)
+            functions["torch"] = torch_function(context, positives, memory)
         times = time_in_turns(functions, runs=context.runs)
         notes = [share_of_step(context, times["ours"].median, step_seconds), context.torch_note]
         yield Row(
@@ -104,7 +104,7 @@ def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
     return jax.tree.map(jnp.asarray, (positives, memory))
 
 
-def _work(
+def make_work(
     context: Context, positives: Positives, memory: OIMMemory
 ) -> tuple[Callable[[], Any], float]:
     """Losses, gradient and update, resuming from the memory that the last run left; its bytes."""
@@ -154,7 +154,7 @@ def _work(
     return run, peak_memory(program)
 
 
-def _torch_function(
+def torch_function(
     context: Context, positives: Positives, memory: OIMMemory
 ) -> Callable[[], object]:
     """The same as the released code does it, for the positives that there are."""

@@ -181,8 +181,6 @@ def test_what_does_not_fit_is_one_line(cuhk, tmp_path):
         with pytest.raises(UserError, match=message) as error:
             evaluate_detections(config_for(root, **evaluation), path)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"--config: missing, and .* no run's folder"):
-        evaluate_detections(None, file)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.npz", "other.npz", "part.npz"]
 
 

@@ -94,7 +94,7 @@ def networks(monkeypatch):
 def request(tmp_path, checkpoints="a", query=None, box=None, gallery=None, config=None):
     text = ",".join(str(tmp_path / name) for name in checkpoints.split(","))
     paths = (str(path) if path else None for path in (query, box, gallery))
-    return figures.figure_request(text, config, *paths, str(tmp_path / "out"))
+    return figures.figure_request(text, lambda path: config, *paths, str(tmp_path / "out"))
 
 
 def draw(kind, *args, **options):
@@ -288,7 +288,7 @@ def test_comparison_on_a_protocol(evaluated, tmp_path):
     rows = list(queries.rows)
     assert queries.protocol == "TestG50"
     wanted = figures.figure_request(
-        f"{folder}/good,{folder}/bad", config, None, None, None, str(tmp_path)
+        f"{folder}/good,{folder}/bad", lambda path: config, None, None, None, str(tmp_path)
     )
     figures.draw_figures("comparison", wanted)
     picture = read_image(tmp_path / "comparison-TestG50.png", MAX_PIXELS)
@@ -311,7 +311,7 @@ def test_precision_recall_of_saved_detections(evaluated, tmp_path):
     paths = [folder / "good" / "detections.npz", folder / "bad"]
     panels = dataset_figures.precision_recall(config, paths)
     files = f"{folder}/good/detections.npz,{folder}/bad"
-    wanted = figures.figure_request(files, config, None, None, None, str(tmp_path))
+    wanted = figures.figure_request(files, lambda path: config, None, None, None, str(tmp_path))
     figures.draw_figures("precision_recall", wanted)
     assert read_image(tmp_path / "precision_recall.png", MAX_PIXELS).shape == (600, 1950, 3)
     detection, first, whole = panels.values()
@@ -328,7 +328,9 @@ def test_precision_recall_of_saved_detections(evaluated, tmp_path):
 
 def test_saved_detections_that_are_missing(evaluated, tmp_path):
     folder, config = evaluated
-    wanted = figures.figure_request(f"{folder}/good,{tmp_path}", config, *[None] * 3, str(tmp_path))
+    wanted = figures.figure_request(
+        f"{folder}/good,{tmp_path}", lambda path: config, *[None] * 3, str(tmp_path)
+    )
     with pytest.raises(UserError, match=r"detections\.npz: no such file; --mode=evaluate"):
         figures.draw_figures("precision_recall", wanted)
 
@@ -430,3 +432,17 @@ def test_pictures_go_beside_the_checkpoint(tmp_path):
     for name, folder in (("run", tmp_path / "run" / "figures"), ("x.npz", tmp_path / "figures")):
         wanted = figures.figure_request(str(tmp_path / name), None, None, None, None, None)
         assert wanted.workdir == folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [("gallery_size", "query"), ("precision_recall", "gallery"), ("sampling_points", "gallery")],
+)
+def test_what_a_kind_does_not_read_is_refused(kind, option, tmp_path, photos):
+    with pytest.raises(UserError, match=f"--{option}: --what={kind} does not read it"):
+        draw(kind, tmp_path, **{option: photos})
+
+
+def test_a_box_needs_its_photo(tmp_path, photos):
+    with pytest.raises(UserError, match="--query: missing"):
+        draw("similarity", tmp_path, box="1,2,3,4", gallery=photos)

@@ -64,8 +64,11 @@ def test_labels():
     }
 
 
-def test_updates_equal_a_literal_sgd():
+@pytest.mark.parametrize("bias_decay", [0.0, 0.02, None])
+def test_updates_equal_a_literal_sgd(bias_decay):
+    """An unset decay of biases is that of weights."""
     config = cuhk.get_config("released").optimizer
+    config.bias_weight_decay = bias_decay
     config.learning_rate, config.clip_norm = 0.1, 2.0
     rate = learning_rate_schedule(config, steps_per_epoch=3)
     optimizer = make_optimizer(config, rate, lambda path: path[0] == "stem")
@@ -76,7 +79,10 @@ def test_updates_equal_a_literal_sgd():
         for name in ("stem", "conv")
     }
     factor = {"kernel": 1.0, "bias": config.bias_lr_factor}
-    decay = {"kernel": config.weight_decay, "bias": config.bias_weight_decay}
+    decay = {
+        "kernel": config.weight_decay,
+        "bias": config.weight_decay if bias_decay is None else bias_decay,
+    }
     expected = {leaf: value.astype(np.float64) for leaf, value in params["conv"].items()}
     momentum = {leaf: np.zeros(shape) for leaf, shape in shapes.items()}
 

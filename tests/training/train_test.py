@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alignps_jax.checkpoint.store import load_config
 from alignps_jax.evaluation.scoring import evaluate_detections
 from tests.places import ROOT
 
@@ -175,7 +176,7 @@ def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
     # Without the network, the photos or a --config: the same figures.
     rescored = tmp_path / "rescored"
     saved = whole_run / "detections.npz"
-    evaluate_detections(None, saved, rescored)
+    evaluate_detections(load_config(whole_run), saved, rescored)
     scores = json.loads((rescored / "metrics.json").read_text())
     assert scores | {"checkpoint_step": first["checkpoint_step"]} == first
     queries = (rescored / "queries.csv").read_text()
@@ -202,6 +203,7 @@ def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
 
 def test_a_checkpoint_of_another_network_names_the_parameters(shared_dir, whole_run):
     done = launch(shared_dir, whole_run, "--mode=evaluate", "--config.model.channels=32")
+    assert "note: config.model.channels is 32 as typed" in done.stdout
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "params/" in done.stderr
@@ -228,7 +230,7 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(shared_dir, tmp_pa
         (["--config.train.batchsize=3"], 'Did you mean "batch_size"'),
         (["--config.train.batch_size=three"], "invalid literal"),
         (["--mode=trian"], "did you mean 'train'?"),
-        (["--confg=x"], "Did you mean: config"),
+        (["--confg=x"], "did you mean --config?"),
         (["train"], "found 'train', expected only flags"),
         (["--config=configs/cuhk.py:pluss"], "found 'pluss', expected one of"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
@@ -236,6 +238,8 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(shared_dir, tmp_pa
         (["--config.train.duration=3 weeks"], "config.train.duration: found '3 weeks'"),
         (["--config.train.batch_size=0"], "config.train.batch_size: found 0"),
         (["--mode=search"], "--checkpoint: missing"),
+        (["--query=photo.jpg"], "--query: --mode=train does not read it"),
+        (["--config.model.levels=(3,9)"], "config.model.levels: found (3, 9)"),
         (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere"),
     ],
 )

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, load_weights
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.pretrained import with_pretrained_backbone
+from alignps_jax.training.pretrained import with_pretrained
 from alignps_jax.training.state import create_state, is_frozen
 from alignps_jax.types import UserError
 from alignps_jax.weights.convert import EXTRAS, TORCHVISION, convert_released, export_released
@@ -401,7 +401,7 @@ def test_training_starts_from_imagenet_backbones(kind, tmp_path):
     plus = with_convention(small_config("plus"), {n: config.model[n] for n in TORCHVISION})
     for user in (config, plus):
         user.model.pretrained = str(tmp_path / "out")
-        params, frozen = with_pretrained_backbone(*halves(user), user)
+        params, frozen = with_pretrained(*halves(user), user)
         conv = params["backbone"]["layer3_2"]["conv2"]
         np.testing.assert_array_equal(to_torch(conv["kernel"]), tensors["layer3.2.conv2.weight"])
         assert ("offset" in conv) == (user is plus)
@@ -414,7 +414,7 @@ def test_training_starts_from_imagenet_backbones(kind, tmp_path):
         np.testing.assert_array_equal(params["head"]["cls_predictor"]["kernel"], 0.5)
     wrong.model.pretrained = str(tmp_path / "out")
     with pytest.raises(UserError, match=r"config.model.channel_order.*config.model.pretrained"):
-        with_pretrained_backbone(*halves(wrong), wrong)
+        with_pretrained(*halves(wrong), wrong)
     with pytest.raises(UserError, match="does not fit"):
         load_weights(tmp_path / "out", weights_template(build_model(config)))
     with pytest.raises(UserError, match="holds a backbone only"):
@@ -427,7 +427,7 @@ def test_a_backbone_of_another_width_is_an_error(tmp_path):
     config.model.backbone_width = 8
     config.model.pretrained = str(tmp_path / "out")
     with pytest.raises(UserError, match=r"config.model.pretrained: .* another backbone"):
-        with_pretrained_backbone(*halves(config), config)
+        with_pretrained(*halves(config), config)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
@@ -513,4 +513,4 @@ def test_the_commands(tmp_path):
     assert_equal(read_tensors(target), fake_detector())
     done = launch("--mode=export", f"--checkpoint={tmp_path / 'out'}")
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: --target: missing, --mode=export needs it"
+    assert done.stderr.startswith("error: --target: missing, --mode=export needs it")

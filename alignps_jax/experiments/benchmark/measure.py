@@ -99,7 +99,7 @@ def time_in_turns(
         raise ValueError(f"runs: found {runs}, expected at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(-warmup, runs):
-        for name in list(functions) if turn % 2 == 0 else list(reversed(functions)):
+        for name in list(functions) if turn % 2 == 0 else list(functions)[::-1]:
             start = clock()
             jax.block_until_ready(functions[name]())
             if turn >= 0:

@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -159,7 +160,7 @@ def _table_line(cells: Sequence[str]) -> str:
 
 
 def _part_of(document: dict, row_type: type[Row]) -> PartResult:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {key: Timing(**x) if isinstance(x, dict) else x for key, x in row.items()}
         for row in document["rows"]
     ]

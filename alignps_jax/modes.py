@@ -1,0 +1,84 @@
+"""The modes of `launch.py`: what each makes of the command line."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from alignps_jax.experiments.benchmark.run import run_benchmark
+from alignps_jax.choices import known_name
+from alignps_jax.command_line import Arguments
+from alignps_jax.configuration import checkpoint_config, detections_config, train_config
+from alignps_jax.evaluation.evaluate import evaluate_checkpoint
+from alignps_jax.evaluation.scoring import evaluate_detections
+from alignps_jax.experiments.catalogue import print_catalogue
+from alignps_jax.experiments.reproduce import reproduce_table
+from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
+from alignps_jax.gallery.photos import parse_box, search_photos
+from alignps_jax.training.train import train_and_evaluate
+from alignps_jax.weights.convert import convert_released, export_released
+from configs import cuhk
+
+
+def train(args: Arguments) -> None:
+    train_and_evaluate(train_config(args), Path(args.workdir or f"runs/{args.config_name}"))
+
+
+def evaluate(args: Arguments) -> None:
+    if args.detections:
+        evaluate_detections(detections_config(args), Path(args.detections), args.workdir)
+        return
+    checkpoint = Path(args.checkpoint or args.workdir)
+    workdir = Path(args.workdir or checkpoint)
+    evaluate_checkpoint(checkpoint_config(args, checkpoint), checkpoint, workdir)
+
+
+def search(args: Arguments) -> None:
+    checkpoint, query = Path(args.checkpoint), Path(args.query)
+    workdir = Path(args.workdir or checkpoint / "search" / query.stem)
+    config, box = checkpoint_config(args, checkpoint), parse_box(args.box)
+    search_photos(checkpoint, config, query, box, Path(args.gallery), workdir)
+
+
+def convert(args: Arguments) -> None:
+    source, workdir = Path(args.source), Path(args.workdir)
+    convert_released(args.configuration(), source, workdir, args.convention)
+
+
+def export(args: Arguments) -> None:
+    checkpoint = Path(args.checkpoint)
+    export_released(checkpoint, Path(args.target), checkpoint_config(args, checkpoint))
+
+
+def visualize(args: Arguments) -> None:
+    kind, sources = known_name("--what", args.what, FIGURES), args.detections or args.checkpoint
+    own_config = partial(checkpoint_config, args)
+    optional = (args.query, args.box, args.gallery, args.workdir)
+    draw_figures(kind, figure_request(sources, own_config, *optional))
+
+
+def benchmark(args: Arguments) -> None:
+    config, workdir = args.configuration(cuhk.get_config()), Path(args.workdir or "runs/benchmark")
+    run_benchmark(config, args.what, workdir, runs=args.runs, quick=args.quick)
+
+
+def list_variants(args: Arguments) -> None:
+    config = args.configuration(cuhk.get_config())
+    print_catalogue(args.config_file if args.config else "configs/cuhk.py", config.data.name)
+
+
+def reproduce(args: Arguments) -> None:
+    workdir = Path(args.workdir or f"runs/reproduce-{args.config_name}")
+    reproduce_table(args.configuration(), args.config_name, args.table, args.seeds, workdir)
+
+
+MODES: dict[str, Callable[[Arguments], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "search": search,
+    "convert": convert,
+    "export": export,
+    "visualize": visualize,
+    "benchmark": benchmark,
+    "list": list_variants,
+    "reproduce": reproduce,
+}

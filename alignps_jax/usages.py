@@ -1,0 +1,200 @@
+"""What each mode does, reads and needs: the table behind `--help` and behind its errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+_CONFIG = "configuration file and variant, such as configs/cuhk.py:plus"
+_OTHER_CONFIG = f"{_CONFIG}; default: the configuration of the checkpoint"
+_CHECKPOINT = "workdir of a run (its best step), or the folder of one step"
+_BOX = "x1,y1,x2,y2 of the person in the query photo, in its pixels; default: everybody"
+_PROCESSES = {
+    "coordinator": "runs of several processes: host:port of process 0",
+    "processes": "runs of several processes: how many there are",
+    "process": "runs of several processes: which one this is, from 0",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """A mode as its user sees it.
+
+    Attributes:
+      summary: what it does, in a line.
+      flags: the flags that it reads, and what each means.
+      examples: command lines, without the program.
+      needs: of each of these groups it needs one flag.
+      one_of: of each of these groups it takes no more than one flag.
+    """
+
+    summary: str
+    flags: Mapping[str, str]
+    examples: tuple[str, ...]
+    needs: tuple[tuple[str, ...], ...] = ()
+    one_of: tuple[tuple[str, ...], ...] = ()
+
+
+USAGES: dict[str, Usage] = {
+    "train": Usage(
+        "trains, resumes what --workdir holds, and evaluates the result",
+        {
+            "config": f"{_CONFIG}; default: that of the run in --workdir, else of --checkpoint",
+            "workdir": "where the run lies or goes; default: runs/<name of the configuration>",
+            "checkpoint": "fine-tune this detector (workdir or folder of a step) on other data",
+            **_PROCESSES,
+        },
+        (
+            "--config=configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk",
+            "--workdir=runs/cuhk                         # resumes that run",
+            "--checkpoint=runs/cuhk --config=configs/prw.py --config.data.root=/data/PRW",
+        ),
+        needs=(("config", "workdir"),),
+    ),
+    "evaluate": Usage(
+        "measures detection and search of a checkpoint, or of saved detections",
+        {
+            "config": _OTHER_CONFIG,
+            "checkpoint": f"{_CHECKPOINT}; default: --workdir",
+            "workdir": "where results go; default: the checkpoint's folder",
+            "detections": "saved detections (.npz) to measure instead of a checkpoint",
+            **_PROCESSES,
+        },
+        (
+            "--mode=evaluate --workdir=runs/cuhk",
+            "--mode=evaluate --workdir=runs/cuhk --config.data.root=/elsewhere "
+            "--config.eval.score_threshold=0.3",
+            "--mode=evaluate --detections=runs/cuhk/detections.npz "
+            "--config.eval.context_matching='(10,3)'",
+        ),
+        needs=(("checkpoint", "workdir", "detections"),),
+        one_of=(("checkpoint", "detections"),),
+    ),
+    "search": Usage(
+        "searches a person in a folder of photos",
+        {
+            "config": _OTHER_CONFIG,
+            "checkpoint": _CHECKPOINT,
+            "query": "photo with the person to find",
+            "box": _BOX,
+            "gallery": "folder of photos to search",
+            "workdir": "where results go; default: <checkpoint>/search/<name of the query>",
+        },
+        (
+            "--mode=search --checkpoint=runs/cuhk --query=photo.jpg --box=310,120,390,330 "
+            "--gallery=photos/",
+        ),
+        needs=(("checkpoint",), ("query",), ("gallery",)),
+    ),
+    "convert": Usage(
+        "makes a checkpoint of published PyTorch weights",
+        {
+            "config": _CONFIG,
+            "source": "file of the weights (.pth, .safetensors, .pkl)",
+            "convention": "pixels that a ResNet-50 expects: torchvision or caffe",
+            "workdir": "where the checkpoint goes; holds none yet",
+        },
+        (
+            "--mode=convert --config=configs/cuhk.py:released --source=cuhk_alignps.pth "
+            "--workdir=runs/cuhk_released",
+        ),
+        needs=(("config",), ("source",), ("workdir",)),
+    ),
+    "export": Usage(
+        "writes a checkpoint in the naming of the released PyTorch code",
+        {
+            "config": _OTHER_CONFIG,
+            "checkpoint": _CHECKPOINT,
+            "target": "file to write (.pth or .safetensors)",
+        },
+        ("--mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors",),
+        needs=(("checkpoint",), ("target",)),
+    ),
+    "visualize": Usage(
+        "draws figures: sampling points, rankings, similarity, detections, curves",
+        {
+            "config": f"{_OTHER_CONFIG}s",
+            "what": "kind of figure, such as sampling_points; a wrong one lists them",
+            "checkpoint": f"{_CHECKPOINT}; several: A,B,...",
+            "detections": "saved detections (.npz) instead of a checkpoint; several: A,B,...",
+            "query": "photo to draw, or with the person to find",
+            "box": _BOX,
+            "gallery": "folder of photos",
+            "workdir": "where pictures go; default: <checkpoint>/figures",
+        },
+        (
+            "--mode=visualize --what=sampling_points --checkpoint=runs/cuhk --query=photo.jpg",
+            "--mode=visualize --what=comparison --checkpoint=runs/cuhk,runs/baseline",
+        ),
+        needs=(("checkpoint", "detections"),),
+        one_of=(("checkpoint", "detections"),),
+    ),
+    "benchmark": Usage(
+        "measures speed and memory on this machine",
+        {
+            "config": f"{_CONFIG}; default: configs/cuhk.py",
+            "what": "parts to measure, a,b,...; default: all",
+            "runs": "timed runs of each row; default: 5",
+            "quick": "tiny shapes, only to see that it runs",
+            "workdir": "where the table goes; default: runs/benchmark",
+        },
+        ("--mode=benchmark --what=inference,train",),
+    ),
+    "list": Usage(
+        "lists the variants of a configuration: what each changes, the paper's numbers",
+        {"config": "configuration file; default: configs/cuhk.py"},
+        ("--mode=list", "--mode=list --config=configs/prw.py"),
+    ),
+    "reproduce": Usage(
+        "trains every row of one of the paper's tables, with several seeds",
+        {
+            "config": _CONFIG,
+            "table": "table of the paper, 1 to 6 or fig4",
+            "seeds": "runs of each row; default: 2",
+            "workdir": "where the runs go; default: runs/reproduce-<name of the configuration>",
+            **_PROCESSES,
+        },
+        ("--mode=reproduce --config=configs/ablation.py --table=2",),
+        needs=(("config",), ("table",)),
+    ),
+}
+
+
+def modes_help() -> str:
+    """The modes, one line each."""
+    width = max(map(len, USAGES))
+    return "\n".join(
+        [
+            "Person search with AlignPS. One mode at a time (default: train):",
+            "",
+            *(f"  --mode={mode:{width}}  {usage.summary}" for mode, usage in USAGES.items()),
+            "",
+            "python launch.py --mode=MODE --help lists the flags of a mode, with examples.",
+        ]
+    )
+
+
+def mode_help(mode: str) -> str:
+    """The flags of a mode, with examples."""
+    usage = USAGES[mode]
+    names = {name: f"--{name}" for name in usage.flags} | {"field": "--config.SECTION.FIELD"}
+    width = max(map(len, names.values()))
+    needed = {name for group in usage.needs if len(group) == 1 for name in group}
+    lines = [
+        f"  {names[name]:{width}}  {text}{' (needed)' if name in needed else ''}"
+        for name, text in usage.flags.items()
+    ]
+    field = "value of a field of the configuration; configs/cuhk.py documents all of them"
+    groups = [group for group in usage.needs if len(group) > 1]
+    return "\n".join(
+        [
+            f"--mode={mode} {usage.summary}.",
+            "",
+            *lines,
+            f"  {names['field']:{width}}  {field}",
+            *(f"One of {', '.join(f'--{name}' for name in group)} is needed." for group in groups),
+            "",
+            "Examples:",
+            *(f"  python launch.py {example}" for example in usage.examples),
+        ]
+    )
