@@ -172,7 +172,7 @@ class GalleryDetections:
     """
 
     names: tuple[str, ...]
-    offsets: Int[np.ndarray, "N+1"]
+    offsets: Int[np.ndarray, "N_plus_1"]
     boxes: Float[np.ndarray, "M 4"]
     scores: Float[np.ndarray, "M"]
     embeddings: Float[np.ndarray, "M D"]

@@ -41,7 +41,7 @@ def context_people(
 def rescore(
     similarity: Float[np.ndarray, "R"],
     rows: Int[np.ndarray, "R"],
-    offsets: Int[np.ndarray, "n+1"],
+    offsets: Int[np.ndarray, "n_plus_1"],
     people: Int[np.ndarray, "P"],
     embeddings: Float[np.ndarray, "M D"],
     images: int,

@@ -152,8 +152,8 @@ def unit_embeddings(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "
 
 
 def rows_of_images(
-    offsets: Int[np.ndarray, "N+1"], images: Int[np.ndarray, "n"]
-) -> tuple[Int[np.ndarray, "R"], Int[np.ndarray, "n+1"]]:
+    offsets: Int[np.ndarray, "N_plus_1"], images: Int[np.ndarray, "n"]
+) -> tuple[Int[np.ndarray, "R"], Int[np.ndarray, "n_plus_1"]]:
     """Rows of `images` end to end, and the offsets of these images in that list."""
     counts = offsets[images + 1] - offsets[images]
     new_offsets = np.concatenate([[0], np.cumsum(counts)])
