@@ -6,10 +6,9 @@ are elementwise over leading axes unless they say otherwise.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-AnyArray = np.ndarray | Array
+from alignps_jax.types import AnyArray
 
 
 def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
@@ -17,7 +16,9 @@ def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def _intersection(a: Float[AnyArray, "*N 4"], b: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
+def _intersection(
+    a: Float[AnyArray, "*#N 4"], b: Float[AnyArray, "*#N 4"]
+) -> Float[AnyArray, "..."]:
     """Area that two boxes share; leading axes broadcast."""
     xp = a.__array_namespace__()
     low = xp.maximum(a[..., :2], b[..., :2])
@@ -26,7 +27,7 @@ def _intersection(a: Float[AnyArray, "*N 4"], b: Float[AnyArray, "*N 4"]) -> Flo
     return sides[..., 0] * sides[..., 1]
 
 
-def iou(a: Float[AnyArray, "*#N 4"], b: Float[AnyArray, "*#N 4"]) -> Float[AnyArray, "*N"]:
+def iou(a: Float[AnyArray, "*#N 4"], b: Float[AnyArray, "*#N 4"]) -> Float[AnyArray, "..."]:
     """Intersection over union of boxes whose leading axes broadcast; 0 for two empty boxes.
 
     Both are NumPy arrays or both are JAX arrays, and so is the result, in their own precision.
@@ -43,7 +44,7 @@ def giou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"], eps: float = 1e-6) ->
     Union and enclosing area are at least `eps`, so that values and gradients are finite for empty
     boxes (Released code; Rezatofighi et al., 2019).
     """
-    shared = _intersection(a, b)
+    shared = jnp.asarray(_intersection(a, b))
     union = jnp.maximum(area(a) + area(b) - shared, eps)
     low = jnp.minimum(a[..., :2], b[..., :2])
     high = jnp.maximum(a[..., 2:], b[..., 2:])
@@ -61,8 +62,8 @@ def boxes_from_distances(
 
 
 def distances_to_boxes(
-    locations: Float[Array, "*N 2"], boxes: Float[Array, "*N 4"]
-) -> Float[Array, "*N 4"]:
+    locations: Float[Array, "*#N 2"], boxes: Float[AnyArray, "*#N 4"]
+) -> Float[Array, "..."]:
     """Inverse of `boxes_from_distances`; negative where a location lies beyond a side.
 
     Leading axes broadcast.
@@ -70,7 +71,7 @@ def distances_to_boxes(
     return jnp.concatenate([locations - boxes[..., :2], boxes[..., 2:] - locations], axis=-1)
 
 
-def clip_boxes(boxes: Float[Array, "*N 4"], size: Int[Array, "2"]) -> Float[Array, "*N 4"]:
+def clip_boxes(boxes: Float[Array, "*N 4"], size: Int[AnyArray, "2"]) -> Float[Array, "*N 4"]:
     """Boxes cut to an image of `size` (height, width): x in [0, width], y in [0, height]."""
     height, width = size[0], size[1]
     return jnp.clip(boxes, 0.0, jnp.stack([width, height, width, height]).astype(boxes.dtype))

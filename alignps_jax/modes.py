@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from alignps_jax.benchmark.run import run_benchmark
 from alignps_jax.choices import known_name
 from alignps_jax.command_line import Arguments
 from alignps_jax.configuration import checkpoint_config, detections_config, train_config
 from alignps_jax.evaluation.evaluate import evaluate_checkpoint
 from alignps_jax.evaluation.scoring import evaluate_detections
+from alignps_jax.experiments.benchmark.run import run_benchmark
 from alignps_jax.experiments.catalogue import print_catalogue
 from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request

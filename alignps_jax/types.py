@@ -15,6 +15,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+# On a device, or on the host.
+AnyArray = Array | np.ndarray
+
 
 @struct.dataclass
 class Batch:
@@ -26,15 +29,15 @@ class Batch:
     up the last batch of an evaluation. Boxes are in pixels of the resized image.
     """
 
-    image: UInt8[Array, "B H W 3"]
-    size: Int[Array, "B 2"]
-    scale: Float[Array, "B 2"]
-    index: Int[Array, "B"]
-    present: Bool[Array, "B"]
-    boxes: Float[Array, "B G 4"]
-    identity: Int[Array, "B G"]
-    labelled: Bool[Array, "B G"]
-    valid: Bool[Array, "B G"]
+    image: UInt8[AnyArray, "B H W 3"]
+    size: Int[AnyArray, "B 2"]
+    scale: Float[AnyArray, "B 2"]
+    index: Int[AnyArray, "B"]
+    present: Bool[AnyArray, "B"]
+    boxes: Float[AnyArray, "B G 4"]
+    identity: Int[AnyArray, "B G"]
+    labelled: Bool[AnyArray, "B G"]
+    valid: Bool[AnyArray, "B G"]
 
 
 @struct.dataclass
@@ -86,10 +89,10 @@ class Positives:
 class Detections:
     """The K best detections of each image, best first; boxes in the photo's own pixels."""
 
-    boxes: Float[Array, "*B K 4"]
-    scores: Float[Array, "*B K"]
-    embeddings: Float[Array, "*B K D"]
-    valid: Bool[Array, "*B K"]
+    boxes: Float[AnyArray, "*B K 4"]
+    scores: Float[AnyArray, "*B K"]
+    embeddings: Float[AnyArray, "*B K D"]
+    valid: Bool[AnyArray, "*B K"]
 
 
 @struct.dataclass
@@ -117,7 +120,7 @@ class TrainState:
 class Weights:
     """The part of a `TrainState` that inference needs."""
 
-    step: Int[Array, ""]
+    step: Int[AnyArray, ""]
     params: Any
     frozen: Any
 
@@ -131,9 +134,9 @@ class Annotations:
     """
 
     names: tuple[str, ...]
-    boxes: tuple[Float[np.ndarray, "G 4"], ...]
-    identity: tuple[Int[np.ndarray, "G"], ...]
-    labelled: tuple[Bool[np.ndarray, "G"], ...]
+    boxes: tuple[Float[np.ndarray, "_ 4"], ...]
+    identity: tuple[Int[np.ndarray, "_"], ...]
+    labelled: tuple[Bool[np.ndarray, "_"], ...]
     camera: Int[np.ndarray, "N"]
 
     @property
@@ -157,9 +160,9 @@ class SearchProtocol:
     name: str
     query_image: Int[np.ndarray, "Q"]
     query_box: Float[np.ndarray, "Q 4"]
-    gallery: tuple[Int[np.ndarray, "N"], ...]
-    target_images: tuple[Int[np.ndarray, "T"], ...]
-    target_boxes: tuple[Float[np.ndarray, "T 4"], ...]
+    gallery: tuple[Int[np.ndarray, "_"], ...]
+    target_images: tuple[Int[np.ndarray, "_"], ...]
+    target_boxes: tuple[Float[np.ndarray, "_ 4"], ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ A new experiment is one more entry of `VARIANTS`.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -43,24 +44,27 @@ class Variant:
     """What a variant is, the fields that it changes (dotted names), and its rows of the paper."""
 
     description: str
-    changes: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rows: tuple[PaperRow, ...] = ()
 
 
+# Fields by dotted name, and what they become.
+Changes = dict[str, Any]
+
 # Region alignment: without these three components, AFA is an FPN (Paper, Table 2).
-PLAIN_LATERAL = {"model.lateral_deform": False}
-PLAIN_OUTPUT = {"model.output_deform": False}
-SUM = {"model.concatenate": False}
+PLAIN_LATERAL: Changes = {"model.lateral_deform": False}
+PLAIN_OUTPUT: Changes = {"model.output_deform": False}
+SUM: Changes = {"model.concatenate": False}
 FPN = PLAIN_LATERAL | PLAIN_OUTPUT | SUM
 # Scale alignment: AlignPS finds people on P3 alone, FCOS on five levels (Paper, Table 1).
-FCOS_LEVELS = {"model.levels": (3, 4, 5, 6, 7), "loss.level_borders": (64, 128, 256, 512)}
-P3_P4 = {"model.levels": (3, 4), "loss.level_borders": (128,)}
-P3_P4_P5 = {"model.levels": (3, 4, 5), "loss.level_borders": (128, 256)}
+FCOS_LEVELS: Changes = {"model.levels": (3, 4, 5, 6, 7), "loss.level_borders": (64, 128, 256, 512)}
+P3_P4: Changes = {"model.levels": (3, 4), "loss.level_borders": (128,)}
+P3_P4_P5: Changes = {"model.levels": (3, 4, 5), "loss.level_borders": (128, 256)}
 # Task alignment: without "re-id first", a re-id head stands beside the detection head.
-PARALLEL = {"model.reid": "independent"}
+PARALLEL: Changes = {"model.reid": "independent"}
 
 # How the released code differs from the paper, apart from the values of a data set.
-RELEASED = {
+RELEASED: Changes = {
     "model.background_levels": True,
     "loss.normalize_lut": False,
     "loss.queue_channels": 64,
@@ -70,7 +74,7 @@ RELEASED = {
     "optimizer.bias_weight_decay": 0.0,
     "optimizer.warmup": "500 steps",
 }
-PLUS = {"model.deform_stages": (3, 4, 5)}
+PLUS: Changes = {"model.deform_stages": (3, 4, 5)}
 
 
 def _figure_4(position: int, label: str, note: str = "") -> PaperRow:
@@ -234,7 +238,7 @@ def _changed(changes: Mapping[str, Mapping[str, object]]) -> dict[str, Variant]:
 
 
 # The released PRW models were trained without the triplet and with the table of the OIM paper.
-RELEASED_PRW = {
+RELEASED_PRW: Changes = {
     "loss.lut_size": 483,
     "loss.inverse_lut_temperature": 15.0,
     "loss.normalize_lut": True,

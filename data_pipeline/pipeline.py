@@ -16,7 +16,6 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from alignps_jax.types import Batch, UserError
 from data_pipeline import transforms
@@ -71,7 +70,7 @@ class BatchReader:
         plan = plan.shard(self.process_index, self.process_count)
         batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
         batch.image[~plan.present] = 0
-        for row in np.flatnonzero(plan.present):
+        for row in np.flatnonzero(plan.present).tolist():
             index = int(plan.indices[row])
             size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
             flip = bool(plan.flips[row])
@@ -105,7 +104,7 @@ class TrainPipeline:
 
     reader: BatchReader
     # Usable images by orientation (landscape, portrait), an empty one left out.
-    groups: tuple[Int[np.ndarray, "n"], ...]
+    groups: tuple[Int[np.ndarray, "_"], ...]
     # Resized (height, width) of every image of the split at each of the S training scales.
     sizes: Int[np.ndarray, "N S 2"] = dataclasses.field(repr=False)
     buckets: tuple[Size, ...]
@@ -335,7 +334,7 @@ def _usable_images(split: PreparedSplit, min_side: int) -> Int[np.ndarray, "n"]:
     if not len(usable):
         raise UserError(f"training set: {found}; expected at least one to train on")
     if len(usable) < total:
-        tqdm.write(found)
+        print(found)
     return usable
 
 
@@ -355,7 +354,7 @@ def _rescaled_sizes(split: PreparedSplit, scales: Sequence[Scale]) -> Int[np.nda
     return np.array(sizes, np.int32).reshape(-1, len(scales), 2)
 
 
-def _test_bucket(size: Size, scale: Scale) -> Size:
+def _test_bucket(size: Size | Int[np.ndarray, "2"], scale: Scale) -> Size:
     """The bucket of the test scale that photos of this orientation share."""
     long, short = scale
     full = (short, long) if transforms.is_landscape(size) else (long, short)

@@ -62,7 +62,9 @@ class _Photo:
     dropped: int
 
 
-class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type checkers
+    tfds.core.ShardBasedBuilder, skip_registration=True
+):
     """Writes the splits `train` and `test` of a `Source`, in the order of its annotations.
 
     The annotations' fingerprint is the TFDS config: files made from other annotations lie in a
@@ -167,7 +169,7 @@ class PersonSearchBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
         del dl_manager
         self.clipped = self.dropped = 0
         self._photos = {split: [] for split in SPLITS}
-        shards = {}
+        shards: dict[str, list[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]] = {}
         for split in SPLITS:
             count = len(self.annotations[split].names)
             starts = range(0, count, _SHARD_IMAGES)

@@ -8,6 +8,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -47,7 +48,7 @@ class StoredImages(Sequence[bytes]):
     Readable from several threads at once, and picklable: every process opens the files anew.
     """
 
-    def __init__(self, records: Sequence[bytes], folder: Path):
+    def __init__(self, records: Any, folder: Path):
         """Takes the records, and the folder to name where one is damaged (UserError)."""
         self._records = records
         self._folder = folder
@@ -55,7 +56,8 @@ class StoredImages(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> bytes:
+    def __getitem__(self, index: Any) -> Any:
+        """The bytes of one photo; there are no slices."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a split of {len(self)}")
         with intact(self._folder):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from alignps_jax.image_files import decode_photo, not_decodable, read_header
 from alignps_jax.types import Annotations, Batch, UserError
@@ -45,10 +45,10 @@ def decode_jpeg(jpeg: bytes, name: str, size: Size) -> UInt8[np.ndarray, "H W 3"
     return decode_photo(jpeg, header, f"image {name}", upright=False)
 
 
-def is_landscape(size: Size) -> bool:
+def is_landscape(size: Size | Int[np.ndarray, "2"]) -> bool:
     """Whether the image is wider than high; a square counts as portrait (as released)."""
     height, width = size
-    return width > height
+    return bool(width > height)
 
 
 def rescaled_size(size: Size, scale: Scale) -> Size:
@@ -168,7 +168,7 @@ def fill_image(
     batch: Batch, row: int, image: UInt8[np.ndarray, "H W 3"], size: Size, flip: bool
 ) -> None:
     """Writes an image, resized to `size`, into a row of an empty batch."""
-    place_image(image, batch.image[row], size, flip)
+    place_image(image, np.asarray(batch.image[row]), size, flip)
     batch.size[row] = size
     batch.scale[row] = size[1] / image.shape[1], size[0] / image.shape[0]
     batch.present[row] = True
@@ -178,7 +178,7 @@ def fill_people(
     batch: Batch, row: int, people: Annotations, index: int, size: Size, flip: bool
 ) -> None:
     """Writes the people of image `index` into a row that already has its scale."""
-    boxes = scale_boxes(people.boxes[index], batch.scale[row], size, flip)
+    boxes = scale_boxes(people.boxes[index], np.asarray(batch.scale[row]), size, flip)
     count = len(boxes)
     batch.boxes[row, :count] = boxes
     batch.identity[row, :count] = people.identity[index]

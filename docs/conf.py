@@ -78,6 +78,19 @@ def _read_page(_: object, page: str, source: list[str]) -> None:
     source[0] = _LINK.sub(lambda link: f"]({_target(str(folder / link[1]))})", source[0])
 
 
+def _read_docstring(*event: object) -> None:
+    """Docstrings are plain text: what reStructuredText would take amiss is said in its way.
+
+    A formula, which stands indented below an empty line, becomes a literal block, and a letter may
+    follow a name in backquotes.
+    """
+    lines = event[-1]
+    text = re.sub(r"(`[^`\n]+`)(?=\w)", r"\1\\ ", "\n".join(lines))
+    text = re.sub(r"(?m)^(\S.*)\n\n(?= {4}\S)", r"\1\n\n::\n\n", text)
+    lines[:] = text.split("\n")
+
+
 def setup(app: object) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _read_page)
+    app.connect("autodoc-process-docstring", _read_docstring, priority=100)  # before napoleon

@@ -102,18 +102,17 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path):
 def test_packings_without_a_bound_are_refused(tmp_path):
     for packing in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         path = archive(tmp_path / "a.npz", member("'<f4'", "(1, 3)", b"a" * 12), packing=packing)
-        with pytest.raises(UserError, match="cannot be read .*packed in the way"):
+        with pytest.raises(UserError, match=r"cannot be read .*packed in the way"):
             read_npz(path, FIELDS)
 
 
 def test_arrays_that_are_missing_or_twice_are_named(tmp_path):
     path = archive(tmp_path / "a.npz", b"", "b\n.npy")
-    with pytest.raises(
-        UserError, match=r"array 'a' is missing \(found 'b\\\\n'\); expected \[N, 3]"
-    ):
+    with pytest.raises(UserError, match=r"'a' is missing \(found 'b\\n'\); expected \[N, 3]"):
         read_npz(path, FIELDS)
-    with zipfile.ZipFile(path, "w") as target, pytest.warns(UserWarning, match="Duplicate"):
-        for _ in range(2):
+    with zipfile.ZipFile(path, "w") as target:
+        target.writestr("a.npy", b"")
+        with pytest.warns(UserWarning, match="Duplicate"):
             target.writestr("a.npy", b"")
     with pytest.raises(UserError, match="array 'a' is there twice"):
         read_npz(path, FIELDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable
@@ -18,24 +19,51 @@ from etils import epath
 
 from alignps_jax.types import TrainState, UserError
 
+# The largest JSON file; the manifest of the full model takes a thousandth of it.
+_MAX_JSON = 64 << 20
+# Arrays are at most so much larger than the files that hold them, packed: zeros pack best, but
+# parameters that are trained do not pack at all.
+_MOST_PACKED = 20
+_ALWAYS_ALLOWED = 64 << 20  # bytes
+_MAX_KEY = 1 << 20  # numbers of the keys of a state
+_MANIFEST = ("config", "versions", "arrays")
+
 
 class _HostArrays(ocp.type_handlers.NumpyHandler):
-    """Ends all reads before it raises; those left over would print into a closed event loop."""
+    """Reads nothing that is larger than the manifest says, and ends all reads before it raises.
+
+    Reads that are left over would print into a closed event loop.
+    """
+
+    def __init__(self, specs: dict[str, dict[str, Any]]):
+        super().__init__()
+        self._specs = specs
 
     async def deserialize(self, infos, args=None):
-        read = super().deserialize
-        reads = [read([info], [arg]) for info, arg in zip(infos, args, strict=True)]
+        reads = [self._read(info, arg) for info, arg in zip(infos, args, strict=True)]
         results = await asyncio.gather(*reads, return_exceptions=True)
         for error in (result for result in results if isinstance(result, BaseException)):
             raise error
-        return [array for (array,) in results]
+        return results
+
+    async def _read(self, info, arg) -> np.ndarray:
+        (about,) = await self.metadata([info])
+        spec = self._specs.get(info.name, {})
+        found = f"{np.dtype(about.dtype)}{list(about.shape)}"
+        if "key" not in spec and found != spec.get("type"):
+            raise ValueError(f"{info.name} is {found}, the manifest says {spec.get('type')}")
+        if "key" in spec and math.prod(about.shape) > _MAX_KEY:
+            raise ValueError(f"{info.name} is {found}, no key of random numbers")
+        (array,) = await super().deserialize([info], [arg])
+        return array
 
 
 def snapshot(state: TrainState) -> tuple[dict[str, dict], dict[str, dict[str, np.ndarray]]]:
     """The manifest's entry of every leaf, and by item the arrays to store."""
     leaves = _leaves(state)
     host = jax.device_get([jax.random.key_data(x) if _is_key(x) else x for x in leaves.values()])
-    specs, arrays = {}, {"model": {}, "training": {}}
+    specs: dict[str, dict] = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {"model": {}, "training": {}}
     for (path, leaf), array in zip(leaves.items(), host, strict=True):
         array = np.asarray(array, order="C")
         specs[path] = {"type": _type(leaf), "crc32": _checksum(array)}
@@ -49,7 +77,7 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict], dict[str, dict[str, np
 def restore_arrays(folder: Path, template: Any, items: tuple[str, ...]) -> Any:
     """The template's structure with the arrays of these items of a checkpoint."""
     leaves = _leaves(template)
-    specs = read_manifest(folder, lambda manifest: manifest["arrays"])
+    specs = read_manifest(folder, array_specs)
     found = {path: spec.get("type") for path, spec in specs.items() if _item(path) in items}
     expected = {path: _type(leaf) for path, leaf in leaves.items()}
     differences = [
@@ -62,25 +90,56 @@ def restore_arrays(folder: Path, template: Any, items: tuple[str, ...]) -> Any:
         raise UserError(f"{folder}: does not fit: {'; '.join(differences[:3])}{more}")
 
     def read() -> list[Any]:
-        arrays = read_arrays(folder, items)
+        arrays = read_arrays(folder, items, specs)
         return [like(leaf, arrays, path, specs[path]) for path, leaf in leaves.items()]
 
     return jax.tree.unflatten(jax.tree.structure(template), reading(folder, read))
 
 
-def read_arrays(folder: Path, items: tuple[str, ...]) -> dict[str, np.ndarray]:
-    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _HostArrays()))
+def read_arrays(
+    folder: Path, items: tuple[str, ...], specs: dict[str, dict[str, Any]]
+) -> dict[str, np.ndarray]:
+    """The arrays of these items by path, of the types in `specs`, the manifest's entries.
+
+    Raises ValueError and others where files are damaged.
+    """
+    _check_sizes(folder, items, specs)
+    handlers = (np.ndarray, _HostArrays(specs))
+    registry = ocp.type_handlers.create_type_handler_registry(handlers)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for item in items:
         arrays |= handler.restore(epath.Path(folder / item))
     return arrays
 
 
+def _check_sizes(folder: Path, items: tuple[str, ...], specs: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError for promises that the files cannot keep."""
+    for item in items:
+        files = {file: file.stat().st_size for file in (folder / item).rglob("*") if file.is_file()}
+        big = [file for file, size in files.items() if file.name[:1] == "_" and size > _MAX_JSON]
+        if big:
+            raise ValueError(f"{big[0].name} has {files[big[0]]} bytes, expected {_MAX_JSON}")
+        promised = sum(_bytes(spec["type"]) for path, spec in specs.items() if _item(path) == item)
+        if promised > _MOST_PACKED * sum(files.values()) + _ALWAYS_ALLOWED:
+            raise ValueError(f"{promised} bytes of arrays in {sum(files.values())} of {item}")
+
+
+def _bytes(kind: str) -> int:
+    """The size of an array of a type such as float32[3, 3, 256, 256]."""
+    name, _, shape = kind.partition("[")
+    if name.startswith("key<"):
+        return 0
+    sizes = [int(size) for size in shape.rstrip("]").split(",") if size.strip()]
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"an array of type {kind[:80]}")
+    return math.prod(sizes) * jnp.dtype(name).itemsize
+
+
 def like(leaf: Any, arrays: dict[str, np.ndarray], path: str, spec: dict[str, Any]) -> Any:
     """The stored array as what the template has in its place."""
     empty = 0 in np.shape(leaf)
-    array = np.zeros(leaf.shape, leaf.dtype) if empty else arrays[path]
+    array = np.zeros(leaf.shape, leaf.dtype) if empty else np.asarray(arrays[path])
     if _checksum(array) != spec["crc32"]:
         raise ValueError(f"wrong checksum of {path}")
     if _is_key(leaf):
@@ -101,7 +160,7 @@ def _item(path: str) -> str:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _type(leaf: Any) -> str:
@@ -111,24 +170,66 @@ def _type(leaf: Any) -> str:
 
 
 def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(array.reshape(-1).view(np.uint8))
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
 
 
 def read_manifest(folder: Path, part: Callable[[dict[str, Any]], Any]) -> Any:
-    return reading(folder, lambda: part(read_json(folder / "manifest" / "metadata")))
+    file = folder / "manifest" / "metadata"
+    return reading(folder, lambda: part(unsealed(read_json(file), _MANIFEST)))
+
+
+def array_specs(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By path, the type and checksum of every array (and the kind, of a random key)."""
+    specs = manifest["arrays"]
+    for path, spec in specs.items():
+        if type(spec["type"]) is not str or type(spec["crc32"]) is not int:
+            raise ValueError(f"the manifest's entry of {path[:80]}")
+    return specs
 
 
 def reading(folder: Path, read: Callable[[], Any]) -> Any:
     """What `read` returns; whatever a damaged file makes it raise becomes a UserError."""
     try:
         return read()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-        raise UserError(f"{folder}: damaged checkpoint, delete or replace it ({reason})") from error
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore document none of what they raise
+        raise damaged(folder, error) from error
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+    reason = reason if reason.isprintable() else ascii(reason)
+    return UserError(f"{folder}: damaged checkpoint, delete or replace it ({reason})")
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content, to be stored as JSON, with its checksum."""
+    return {**content, "crc32": _json_checksum(content)}
+
+
+def unsealed(stored: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+    """What was sealed, of which all fields are known; ValueError if it is not as it was.
+
+    Checkpoints of earlier versions have no checksum: then the fields at least have to be right.
+    """
+    content = {key: value for key, value in stored.items() if key != "crc32"}
+    if not content or not set(content) <= set(fields):
+        raise ValueError(f"found {', '.join(content)[:80] or 'nothing'}, expected {fields}")
+    if "crc32" in stored and stored["crc32"] != _json_checksum(content):
+        raise ValueError(f"wrong checksum of {', '.join(content)}")
+    return content
+
+
+def _json_checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def read_json(file: Path) -> Any:
-    return json.loads(file.read_text())
+    size = file.stat().st_size
+    if size > _MAX_JSON:
+        raise ValueError(f"{file.name} has {size} bytes, expected at most {_MAX_JSON}")
+    return json.loads(file.read_text("utf-8"))
 
 
 def _write_json(file: Path, value: Any) -> None:

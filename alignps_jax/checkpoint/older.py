@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 # By field, what the software did before it had the field. These are facts about old checkpoints:
 # they stay as they are when a default of `configs/` changes.
 BEFORE = {
+    # There was no limit then; it changes no result and protects from files of today.
+    "data.max_pixels": 100_000_000,
     "model.levels": (3,),
     "model.lateral_deform": True,
     "model.output_deform": True,
@@ -16,7 +18,6 @@ BEFORE = {
     "model.initial_distance": 0.0,
     "model.remat": False,
     "model.stride_in_3x3": False,
-    "data.max_pixels": 100_000_000,
     "loss.level_borders": (),
     "optimizer.name": "sgd",
     "optimizer.drop_factor": 0.1,

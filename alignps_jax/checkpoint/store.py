@@ -34,13 +34,17 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from alignps_jax.checkpoint.arrays import (
     _write_json,
+    array_specs,
+    damaged,
     like,
     read_arrays,
     read_json,
     read_manifest,
     reading,
     restore_arrays,
+    sealed,
     snapshot,
+    unsealed,
 )
 from alignps_jax.checkpoint.older import complete
 from alignps_jax.types import TrainState, UserError, Weights
@@ -90,8 +94,12 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._root, options=options, handler_registry=registry
             )
+        except UserError:
+            raise
         except OSError as error:
             raise UserError(f"{self._root}: cannot be written ({error.strerror})") from error
+        except Exception as error:  # Orbax reads what it finds there
+            raise damaged(self._root, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -121,7 +129,8 @@ class Checkpoints:
         Raises UserError for an older step than that, and whatever the save before ran into.
         """
         step = int(state.step)
-        metrics = None if score is None or not math.isfinite(score) else {"score": float(score)}
+        is_score = score is not None and math.isfinite(score)
+        metrics = sealed({"score": float(score)}) if is_score else None
         latest = self.latest_step()
         if latest is not None and step < latest:
             raise UserError(f"{self._root}: found step {latest}, expected none after {step}")
@@ -138,8 +147,8 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 **{item: ocp.args.PyTreeSave(flat) for item, flat in arrays.items()},
-                iterator=ocp.args.JsonSave(_pack(iterator_state)),
-                manifest=ocp.args.JsonSave({**self._about, "arrays": specs}),
+                iterator=ocp.args.JsonSave(sealed(_pack(iterator_state))),
+                manifest=ocp.args.JsonSave(sealed({**self._about, "arrays": specs})),
             ),
             metrics=metrics,
             force=True,
@@ -212,10 +221,10 @@ def load_arrays(
     elements are left out.
     """
     folder = _find(path, which)
-    specs = read_manifest(folder, lambda manifest: manifest["arrays"])
+    specs = read_manifest(folder, array_specs)
 
     def read() -> dict[str, np.ndarray]:
-        arrays = read_arrays(folder, ("model", "training"))
+        arrays = read_arrays(folder, ("model", "training"), specs)
         names = [name for name in specs if name in arrays and wanted(name)]
         return {name: like(arrays[name], arrays, name, specs[name]) for name in names}
 
@@ -245,14 +254,15 @@ def _steps(root: Path) -> list[int]:
 def _best(root: Path) -> int | None:
     scored = [step for step in _steps(root) if (root / str(step) / "metrics").is_dir()]
     scores = {
-        step: reading(root / str(step), lambda step=step: _score(_read_metrics(root / str(step))))
-        for step in scored
+        step: reading(folder, lambda folder=folder: _score(_read_metrics(folder)))
+        for step, folder in ((step, root / str(step)) for step in scored)
     }
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
 def _read_metrics(folder: Path) -> dict[str, float]:
-    return read_json(folder / "metrics" / "metrics")  # where Orbax has them
+    file = folder / "metrics" / "metrics"  # where Orbax has them
+    return unsealed(read_json(file), ("score",))
 
 
 def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
@@ -266,6 +276,8 @@ def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
 
 
 def _score(metrics: dict[str, float]) -> float:
+    if type(metrics["score"]) is not float or not math.isfinite(metrics["score"]):
+        raise ValueError("the score is no number")
     return metrics["score"]
 
 
@@ -310,6 +322,7 @@ def _pack(iterator_state: Any) -> dict[str, Any]:
 
 
 def _unpack(packed: dict[str, Any]) -> Any:
+    packed = unsealed(packed, ("bytes", "json"))
     return packed["bytes"].encode("latin-1") if "bytes" in packed else packed["json"]
 
 

@@ -1,9 +1,10 @@
-"""Search results in the manner of the paper's Fig. 7."""
+"""Search results in the manner of Paper, Fig. 7."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -29,19 +30,13 @@ from alignps_jax.drawing.canvas import (
 )
 from alignps_jax.files import Image
 
-# Layout of the search picture, in pixels.
+# Results of a query in a row: more would make each too small to see who it is.
+RESULTS_SHOWN = 5
+# Layout of the picture, in pixels.
 _SCENE_HEIGHT = 170
-
-
 _SCENE_WIDTH = 340  # a wider scene (panorama) is scaled down to this
-
-
 _CROP_HEIGHT = 280
-
-
 _CELL_WIDTH = 200  # a narrower panel gets a margin, so that its caption can be read
-
-
 _CROP_CONTEXT = 0.1  # share of the box's sides that is shown around it
 
 
@@ -59,31 +54,65 @@ class Panel:
 
 
 @dataclasses.dataclass(frozen=True)
-class RankingRow:
-    """A query and what was found for it, most similar first."""
+class Result:
+    """A person that was found: the photo with its name, the box in it, and how similar it is.
+
+    `match` says whether it is the right person, None where no ground truth is known.
+    """
+
+    image: Image
+    name: str
+    box: Float[np.ndarray, "4"]
+    similarity: float
+    match: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureRow:
+    """A query and its first results, most similar first."""
 
     query: Panel
     results: tuple[Panel, ...]
 
 
-def result_caption(rank: int, similarity: float, name: str) -> str:
-    """The caption of the result of a rank (from 1): two lines."""
-    return f"#{rank}  similarity {similarity:.2f}\n{name}"
+def picture_row(
+    title: str,
+    image: Image,
+    name: str,
+    box: Float[np.ndarray, "4"],
+    results: Iterable[Result],
+) -> PictureRow:
+    """The row of a query and its first `RESULTS_SHOWN` results, captions included.
+
+    Args:
+      title: stands above the query, over the name of its photo.
+      image: the query photo.
+      name: of that photo.
+      box: the query in it.
+      results: most similar first; of a generator only those that are shown are made.
+    """
+    panels = (
+        Panel(
+            one.image, one.box, f"#{rank}  similarity {one.similarity:.2f}\n{one.name}", one.match
+        )
+        for rank, one in enumerate(islice(results, RESULTS_SHOWN), start=1)
+    )
+    return PictureRow(Panel(image, box, f"{title}\n{name}"), tuple(panels))
 
 
-def ranking_picture(rows: Iterable[RankingRow], max_results: int = 5) -> Image:
-    """A grid with a row per query: the query, then its first `max_results` results.
+def ranking_picture(rows: Iterable[PictureRow]) -> Image:
+    """A grid with a row per query: the query, then its results.
 
     A panel shows the caption, the person enlarged, and the scene with the person's box. Boxes
     are yellow for the query, green or red for a right or wrong result, blue where that is not
     known. Rows may come from a generator: only their reduced panels are kept.
     """
-    return grid_picture([_row_cells(row, max_results) for row in rows])
+    return grid_picture([_row_cells(row) for row in rows])
 
 
-def _row_cells(row: RankingRow, max_results: int) -> list[Image]:
+def _row_cells(row: PictureRow) -> list[Image]:
     """The row's panels, drawn at their final size; all are equally high."""
-    panels = [row.query, *row.results[:max_results]]
+    panels = [row.query, *row.results]
     caption_lines = max(len(panel.caption.splitlines()) for panel in panels)
     cells = [_panel_cell(row.query, YELLOW, caption_lines)]
     for panel in panels[1:]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def rows_of_images(
 def _names(stored: np.ndarray, path: Path) -> tuple[str, ...]:
     try:
         return tuple(stored.tolist())
-    except ValueError as error:  # four bytes that are no character
+    except (ValueError, SystemError) as error:  # four bytes that are no character
         raise UserError(f"{path}: array 'image_names' holds what is no text") from error
 
 
@@ -201,8 +202,7 @@ def _check_layout(detections: GalleryDetections, where: str) -> None:
             f"{detections.names[image]!r}; expected offsets that never decrease"
         )
     if len(set(detections.names)) != images:
-        seen: set[str] = set()
-        repeated = next(n for n in detections.names if n in seen or seen.add(n))
+        repeated = Counter(detections.names).most_common(1)[0][0]
         raise UserError(f"{where}: image name {repeated!r} occurs twice; expected each name once")
 
 
@@ -214,7 +214,7 @@ def _check_values(detections: GalleryDetections, where: str) -> None:
         ("embeddings", ~np.isfinite(detections.embeddings).all(axis=1)),
     ):
         _refuse_rows(detections, bad, where, field, "a value that is not finite")
-    inverted = (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    inverted = np.any(boxes[:, 2:] < boxes[:, :2], axis=1)
     _refuse_rows(detections, inverted, where, "boxes", "a box with x2 < x1 or y2 < y1")
 
 

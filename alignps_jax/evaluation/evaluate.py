@@ -1,4 +1,4 @@
-"""Inference over a gallery, its figures, and the files that they go into."""
+"""Inference over a gallery, its metrics, and the files that they go into."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.experimental import multihost_utils
-from jaxtyping import Int, UInt8
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import load_weights
@@ -22,9 +23,10 @@ from alignps_jax.devices import (
     use_compilation_cache,
 )
 from alignps_jax.drawing.canvas import draw_detections
-from alignps_jax.drawing.rankings import Panel, RankingRow, ranking_picture, result_caption
-from alignps_jax.evaluation.detections_io import save_detections, unit_embeddings
-from alignps_jax.evaluation.results import EvaluationResult
+from alignps_jax.drawing.rankings import PictureRow, ranking_picture
+from alignps_jax.evaluation.detections_io import check_detections, save_detections, unit_embeddings
+from alignps_jax.evaluation.pictures import protocol_row
+from alignps_jax.evaluation.results import EvaluationResult, detection_values, search_values
 from alignps_jax.evaluation.scoring import Scorer, make_scorer
 from alignps_jax.files import write_image
 from alignps_jax.inference.predict import make_predict_step
@@ -38,7 +40,6 @@ from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
 EXAMPLE_IMAGES = 4
 EXAMPLE_FAILURES = 3
 EXAMPLE_OTHERS = 3
-EXAMPLE_RESULTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,16 @@ class Evaluator:
     scorer: Scorer
 
     def measure(self, params: Any, frozen: Any, step: int) -> Measured:
-        """Runs a network over the test images and computes all figures; in every process."""
+        """Runs a network over the test images and computes all metrics; in every process."""
         detections = self.detect(params, frozen)
         return Measured(self.scorer.score(detections, step), detections)
 
     def detect(self, params: Any, frozen: Any) -> GalleryDetections:
-        """All detections of all test images, whatever their score."""
+        """All detections of all test images, whatever their score.
+
+        Raises:
+          UserError: the network gives something that is not a number.
+        """
         params, frozen = replicate((params, frozen))
         found: dict[int, Detections] = {}
         leads = jax.process_index() == 0
@@ -75,37 +80,33 @@ class Evaluator:
             (batch, self.predict(params, frozen, split_over_devices(batch))) for batch in batches
         )
         # A batch is read back once the next one is under way: the device never waits for us.
-        for (batch, detections), _ in pairwise(chain(dispatched, [None])):
+        ahead: Iterator[tuple[Any, Any]] = pairwise(chain(dispatched, [None]))
+        for (batch, detections), _ in ahead:
             for index, row in _rows(batch, detections):
                 found[index] = row
-        return collect(self.split.annotations.names, found)
+        detections = collect(self.split.annotations.names, found)
+        # Here and where a file is read or written; what computes with them need not look again.
+        check_detections(detections, "detections of the network")
+        return detections
 
     def log(self, measured: Measured, log: MetricLog) -> None:
-        """Writes figures and a few pictures of detections to the log (first process only)."""
+        """Writes metrics and a few pictures of detections to the log (first process only)."""
         if jax.process_index() != 0:
             return
         result = measured.result
-        values = {
-            "eval/detection/recall": result.detection.recall,
-            "eval/detection/AP": result.detection.AP,
-        }
-        for name, search in result.searches.items():
-            for key in ("mAP", "top1", "top5", "top10"):
-                values[f"eval/{name}/{key}"] = getattr(search, key)
-        log.scalars(result.step, values)
+        metrics = {"detection": detection_values(result.detection)}
+        metrics |= {name: search_values(search) for name, search in result.searches.items()}
+        values = traverse_util.flatten_dict({"eval": metrics}, sep="/")
+        step = int(result.step or 0)
+        log.scalars(step, values)
         names, detections = measured.detections.names, measured.detections
         count = len(names)
         for image in np.unique(np.linspace(0, count - 1, min(EXAMPLE_IMAGES, count)).astype(int)):
             rows = detections.of(image)
-            kept = detections.scores[rows] >= result.score_threshold
-            picture = draw_detections(
-                self.photo(image), detections.boxes[rows][kept], detections.scores[rows][kept]
-            )
-            log.images(result.step, f"detections/{names[image]}", picture)
-
-    def photo(self, image: int) -> UInt8[np.ndarray, "H W 3"]:
-        """A test image, RGB."""
-        return photo_of(self.split, image)
+            boxes, scores = detections.boxes[rows], detections.scores[rows]
+            kept = scores >= result.score_threshold
+            picture = draw_detections(photo_of(self.split, image), boxes[kept], scores[kept])
+            log.images(step, f"detections/{names[image]}", picture)
 
     def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""
@@ -118,30 +119,14 @@ class Evaluator:
         write_image(pictures, ranking_picture(self.ranking_rows(trained)))
         print(f"detections  {saved}\nrankings    {pictures}")
 
-    def ranking_rows(self, measured: Measured) -> Iterator[RankingRow]:
-        """Some queries of the first protocol with their best results."""
+    def ranking_rows(self, measured: Measured) -> Iterator[PictureRow]:
+        """Some queries of the first protocol with their first results."""
         protocol, detections = self.scorer.protocols[0], measured.detections
         search = measured.result.searches[protocol.name]
         for query in example_queries(search.worst_first()):
             ranking = self.scorer.rank(detections, query)
-            image = int(protocol.query_image[query])
-            name = detections.names[image]
-            results = [
-                Panel(
-                    self.photo(int(ranking.image[rank])),
-                    ranking.boxes[rank],
-                    result_caption(
-                        rank + 1,
-                        ranking.similarity[rank],
-                        detections.names[int(ranking.image[rank])],
-                    ),
-                    bool(ranking.is_match[rank]),
-                )
-                for rank in range(min(EXAMPLE_RESULTS, len(ranking.row)))
-            ]
-            caption = f"query, AP {search.per_query_ap[query]:.2f}\n{name}"
-            photo = Panel(self.photo(image), protocol.query_box[query], caption)
-            yield RankingRow(photo, tuple(results))
+            title = f"query, AP {search.per_query_ap[query]:.2f}"
+            yield protocol_row(self.split, protocol, ranking, query, title)
 
 
 def make_evaluator(

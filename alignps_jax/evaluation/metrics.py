@@ -1,7 +1,7 @@
-"""The published figures: detection AP and recall, search mAP and top-k.
+"""The published metrics: detection AP and recall, search mAP and top-k.
 
-Search follows the released evaluation of CUHK-SYSU and PRW, which is one and the same but for the
-gallery, and that is the protocol's business. Where the release leaves a case open or crashes:
+Search follows the released evaluations of CUHK-SYSU and PRW, which differ in the gallery only, and
+the protocol says what that is. Where the release leaves a case open or crashes:
 
 - A query photo without detections has no embedding: AP 0, never a hit.
 - A query without a true positive (missed, or nobody to be found): AP 0, never a hit.
@@ -23,30 +23,52 @@ from jaxtyping import Bool, Float, Int
 
 from alignps_jax.boxes import iou
 from alignps_jax.evaluation import cbgm
-from alignps_jax.evaluation.detections_io import align_detections, check_detections
-from alignps_jax.evaluation.ranking import Gallery, GallerySearch, exact, published_order
+from alignps_jax.evaluation.detections_io import align_detections
+from alignps_jax.evaluation.precision_recall import PrecisionRecall, mean_curve, precision_at_hits
+from alignps_jax.evaluation.ranking import (
+    BLOCKS,
+    Blocks,
+    Gallery,
+    GallerySearch,
+    exact,
+    published_order,
+)
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol, UserError
+
+# The metrics by their names in files and in the log, and as people write them.
+DETECTION_METRICS = {"recall": "recall", "AP": "AP"}
+SEARCH_METRICS = {"mAP": "mAP", "top1": "top-1", "top5": "top-5", "top10": "top-10"}
 
 
 @dataclasses.dataclass(frozen=True)
 class DetectionMetrics:
-    """How many people were found (`recall`) and how well (`AP`), both from 0 to 1."""
+    """How many people were found (`recall`) and how well (`AP`), both from 0 to 1.
+
+    `precision` is that at each of the P people found, worst first (`precision_at_hits`).
+    """
 
     recall: float
     AP: float
     num_people: int
     num_detections: int
+    precision: Float[np.ndarray, "P"]
+
+    @property
+    def curve(self) -> PrecisionRecall:
+        """Precision against recall; the area below it is `AP`."""
+        return mean_curve([(self.precision, self.num_people)])
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchMetrics:
-    """Search figures from 0 to 1, and what became of each of the Q queries.
+    """Search metrics from 0 to 1, and what became of each of the Q queries.
 
     `first_hit[q]` is the rank, from 0, of the first true positive, meaningful where `found[q]`.
     `query_row[q]` is the detection that gave the query's embedding, meaningful where
     `detected[q]`. `num_matches[q]` of the `num_targets[q]` gallery images that hold the person
-    have a true positive. `wrong_row[q]` is the most similar gallery detection that is none (the
-    first of equals) and `wrong_similarity[q]` its similarity, meaningful where `mistakable[q]`.
+    have a true positive, and `precision[q]` is that at each of them, worst first. `wrong_row[q]`
+    is the most similar gallery detection that is none (the first of equals) and
+    `wrong_similarity[q]` its similarity, meaningful where `mistakable[q]`.
     """
 
     mAP: float  # noqa: N815 (its name everywhere)
@@ -63,6 +85,16 @@ class SearchMetrics:
     wrong_row: Int[np.ndarray, "Q"]
     wrong_similarity: Float[np.ndarray, "Q"]
     mistakable: Bool[np.ndarray, "Q"]
+    precision: tuple[Float[np.ndarray, "P"], ...]
+
+    @property
+    def curve(self) -> PrecisionRecall:
+        """Precision against recall, mean over the queries; the area below it is `mAP`.
+
+        A query's precision at a recall is that of the ranking down to where the recall is reached,
+        0 if it never is.
+        """
+        return mean_curve(zip(self.precision, self.num_targets.tolist(), strict=True))
 
     def hits(self, k: int) -> Bool[np.ndarray, "Q"]:
         """Which queries have a true positive among their first k detections."""
@@ -107,11 +139,10 @@ def detection_metrics(
     unlabelled people in the others).
 
     Raises:
-      UserError: an image of `annotations` is missing from `detections`, or those are not valid.
+      UserError: an image of `annotations` is missing from `detections`.
     """
-    check_detections(detections, "detections")
     aligned = align_detections(detections, annotations.names, "detections")
-    scores, found, num_people = [], [], 0
+    scores, found, num_people = [np.zeros(0, np.float32)], [np.zeros(0, bool)], 0
     for image, boxes in enumerate(annotations.boxes):
         if labelled_only:
             boxes = boxes[annotations.labelled[image]]
@@ -122,14 +153,15 @@ def detection_metrics(
         scores.append(aligned.scores[rows][kept])
         found.append(found_people(boxes, aligned.boxes[rows][kept], iou_threshold))
         num_people += len(boxes)
-    all_scores = np.concatenate([*scores, np.zeros(0, np.float32)])
-    hit_scores = all_scores[np.concatenate([*found, np.zeros(0, bool)])]
+    all_scores = np.concatenate(scores)
+    precision = precision_at_hits(all_scores[np.concatenate(found)], all_scores)
     people = max(num_people, 1)
     return DetectionMetrics(
-        recall=hit_scores.size / people,
-        AP=float(_precision_at(hit_scores, all_scores).sum()) / people,
+        recall=precision.size / people,
+        AP=float(precision.sum()) / people,
         num_people=num_people,
         num_detections=all_scores.size,
+        precision=precision,
     )
 
 
@@ -139,6 +171,7 @@ def search_metrics(
     *,
     score_threshold: float,
     context: cbgm.ContextMatching | None = None,
+    blocks: Blocks = BLOCKS,
 ) -> SearchMetrics:
     """Search mAP and top-1, -5, -10 of `protocol`, whose image indices are those of `detections`.
 
@@ -147,53 +180,74 @@ def search_metrics(
     an image that holds the person, the most similar detection with IoU >= min(0.5,
     wh / ((w + 10)(h + 10))) is the true positive; w, h are those of the person's box. AP is the
     average precision times the share of images with a true positive. `context` adds SeqNet's
-    bipartite matching.
+    bipartite matching. `blocks` decides on speed only.
 
     Raises:
-      UserError: invalid detections, a protocol without queries, with image indices that
-        `detections` does not have, or with target images that are not in the gallery.
+      UserError: a protocol without queries, with image indices that `detections` does not have, or
+        with target images that are not in the gallery.
     """
-    search = GallerySearch.prepare(protocol, detections, score_threshold, context)
-    Q = len(protocol.query_image)
-    rows = [search.query_row(query) for query in range(Q)]
-    detected = np.array([row is not None for row in rows])
-    query_row = np.array([0 if row is None else row for row in rows])
-    ap, found = np.zeros(Q), np.zeros(Q, bool)
-    first_hit, num_matches = np.zeros(Q, np.int64), np.zeros(Q, np.int64)
-    wrong_row, wrong_similarity = np.zeros(Q, np.int64), np.zeros(Q, np.float32)
-    mistakable = np.zeros(Q, bool)
-    asked = np.flatnonzero(detected)
-    for query, gallery, similarity in search.similarities(asked, query_row[asked]):
-        matches = search.true_positives(gallery, similarity)
-        num_matches[query] = matches.size
-        if matches.size:
-            found[query] = True
-            precision = _precision_at(similarity[matches], similarity)
-            ap[query] = precision.sum() / gallery.target_positions.size
-            first_hit[query] = _first_hit(gallery, similarity, matches)
-        if similarity.size > matches.size:
-            others = similarity.copy()
-            others[matches] = -np.inf
-            best = int(others.argmax())
-            mistakable[query] = True
-            wrong_row[query] = search.kept_rows[gallery.rows[best]]
-            wrong_similarity[query] = others[best]
-    top = {k: float(np.mean(found & (first_hit < k))) for k in (1, 5, 10)}
+    search = GallerySearch.prepare(protocol, detections, score_threshold, context, blocks)
+    rows = [search.query_row(query) for query in range(len(protocol.query_image))]
+    # A query whose photo has no detections has nothing to search with: it stays a failure.
+    outcomes = [_Outcome() for _ in rows]
+    asked = np.array([query for query, row in enumerate(rows) if row is not None], np.int64)
+    asked_rows = np.array([rows[query] for query in asked], np.int64)
+    for query, gallery, similarity in search.similarities(asked, asked_rows):
+        outcomes[query] = _outcome(search, gallery, similarity)
+    num_targets = np.array([len(images) for images in protocol.target_images])
+    # Over all targets, not over the true positives: a person that was not detected in an image of
+    # the gallery could not be found there.
+    ap = np.array([one.precision.sum() for one in outcomes]) / np.maximum(num_targets, 1)
+    found = np.array([one.precision.size > 0 for one in outcomes])
+    first_hit = np.array([one.first_hit for one in outcomes], np.int64)
+    top = {f"top{k}": float(np.mean(found & (first_hit < k))) for k in (1, 5, 10)}
     return SearchMetrics(
         mAP=float(ap.mean()),
-        top1=top[1],
-        top5=top[5],
-        top10=top[10],
+        **top,
         per_query_ap=ap,
         first_hit=first_hit,
         found=found,
-        num_targets=np.array([len(images) for images in protocol.target_images]),
-        num_matches=num_matches,
-        query_row=query_row,
-        detected=detected,
+        num_targets=num_targets,
+        num_matches=np.array([one.precision.size for one in outcomes], np.int64),
+        query_row=np.array([0 if row is None else row for row in rows], np.int64),
+        detected=np.array([row is not None for row in rows]),
+        wrong_row=np.array([one.wrong_row or 0 for one in outcomes], np.int64),
+        wrong_similarity=np.array([one.wrong_similarity for one in outcomes], np.float32),
+        mistakable=np.array([one.wrong_row is not None for one in outcomes]),
+        precision=tuple(one.precision for one in outcomes),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What became of one query; the defaults are those of a query that was not searched."""
+
+    precision: Float[np.ndarray, "P"] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    first_hit: int = 0
+    wrong_row: int | None = None
+    wrong_similarity: float = 0.0
+
+
+def _outcome(
+    search: GallerySearch, gallery: Gallery, similarity: Float[np.ndarray, "R"]
+) -> _Outcome:
+    """How one query fared in its gallery, whose detections have these similarities."""
+    # What is right depends on the similarities too: of several detections on the person, the most
+    # similar one counts, and the others are wrong.
+    matches = search.true_positives(gallery, similarity)
+    # The most similar wrong result tells why a query fails.
+    wrong_row, wrong_similarity = None, 0.0
+    if similarity.size > matches.size:
+        others = similarity.copy()
+        others[matches] = -np.inf
+        best = int(others.argmax())
+        wrong_row, wrong_similarity = search.kept_rows[gallery.rows[best]], others[best]
+    return _Outcome(
+        # AP needs no ranking, only how much scores as well as each hit.
+        precision=precision_at_hits(similarity[matches], similarity),
+        first_hit=_first_hit(gallery, similarity, matches) if matches.size else 0,
         wrong_row=wrong_row,
         wrong_similarity=wrong_similarity,
-        mistakable=mistakable,
     )
 
 
@@ -236,24 +290,8 @@ def _first_hit(
     best = similarity[matches].max()
     tied = np.count_nonzero(similarity == best)
     if tied == np.count_nonzero(similarity[matches] == best):
-        return np.count_nonzero(similarity > best)
+        return int(np.count_nonzero(similarity > best))
     return int(np.argmax(np.isin(published_order(gallery, similarity), matches)))
-
-
-def _precision_at(
-    hit_scores: Float[np.ndarray, "P"], scores: Float[np.ndarray, "R"]
-) -> Float[np.ndarray, "P"]:
-    """Precision among everything that scores at least as much, for each hit (equals together).
-
-    Its mean over the hits is scikit-learn's average precision, hence its sum over the number of
-    things to be found is average precision times recall.
-    """
-    if hit_scores.size == 0:
-        return np.zeros(0)
-    hits = np.sort(hit_scores)
-    above = np.sort(scores[scores >= hits[0]])
-    true = hits.size - np.searchsorted(hits, hits)
-    return true / (above.size - np.searchsorted(above, hits))
 
 
 def found_people(
@@ -263,7 +301,7 @@ def found_people(
     if len(people) == 0 or len(boxes) == 0:
         return np.zeros(len(boxes), bool)
     # The release compares IoUs that it stored as float32.
-    overlap = iou(exact(people)[:, None], exact(boxes)[None]).astype(np.float32)
+    overlap = np.asarray(iou(exact(people)[:, None], exact(boxes)[None]), np.float32)
     person = overlap.argmax(axis=0)
     detection = np.arange(len(boxes))
     mutual = overlap.argmax(axis=1)[person] == detection

@@ -16,14 +16,25 @@ from jaxtyping import Float, Int
 
 from alignps_jax.boxes import iou
 from alignps_jax.evaluation import cbgm
-from alignps_jax.evaluation.detections_io import check_detections, rows_of_images
+from alignps_jax.evaluation.detections_io import rows_of_images
 from alignps_jax.types import GalleryDetections, SearchProtocol, UserError
 
-# Queries and gallery detections per matrix product: small enough to stay in the cache.
-_QUERY_BLOCK = 128
-_GALLERY_BLOCK = 4096
-# Fetching one detection for one query costs as much as this many in a matrix product.
-_GATHER_COST = 16
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How the cosines are computed, which changes the speed and no result.
+
+    `queries` and `gallery` are the rows of one matrix product, few enough that it stays in the
+    cache. Fetching one detection for one query costs as much as `gather_cost` of them in a matrix
+    product.
+    """
+
+    queries: int = 128
+    gallery: int = 4096
+    gather_cost: int = 16
+
+
+BLOCKS = Blocks()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +66,7 @@ class GallerySearch:
     kept_offsets: Int[np.ndarray, "N+1"]
     score_threshold: float
     context: cbgm.ContextMatching | None
+    blocks: Blocks
 
     @classmethod
     def prepare(
@@ -63,9 +75,9 @@ class GallerySearch:
         detections: GalleryDetections,
         score_threshold: float,
         context: cbgm.ContextMatching | None,
+        blocks: Blocks = BLOCKS,
     ) -> GallerySearch:
-        """Checks the input and applies the threshold; raises UserError as `search_metrics` says."""
-        check_detections(detections, "detections")
+        """Applies the threshold; raises UserError for protocols, as `search_metrics` says."""
         if len(protocol.query_image) == 0:
             raise UserError(f"protocol {protocol.name}: has no queries; expected at least one")
         for images in (protocol.query_image, *protocol.gallery):
@@ -77,7 +89,7 @@ class GallerySearch:
                 )
         kept = np.flatnonzero(detections.scores >= float(score_threshold))
         offsets = np.searchsorted(kept, detections.offsets)
-        return cls(protocol, detections, kept, offsets, float(score_threshold), context)
+        return cls(protocol, detections, kept, offsets, float(score_threshold), context, blocks)
 
     def query_row(self, query: int) -> int | None:
         """The detection with the highest IoU (widths + 1) with the query box, if there is any."""
@@ -94,8 +106,8 @@ class GallerySearch:
         self, queries: Int[np.ndarray, "Q"], query_rows: Int[np.ndarray, "Q"]
     ) -> Iterator[tuple[int, Gallery, Float[np.ndarray, "R"]]]:
         """Query after query, its gallery and the similarities in the order of `gallery.rows`."""
-        for first in range(0, len(queries), _QUERY_BLOCK):
-            block = slice(first, first + _QUERY_BLOCK)
+        for first in range(0, len(queries), self.blocks.queries):
+            block = slice(first, first + self.blocks.queries)
             galleries = [self.gallery(query) for query in queries[block]]
             cosines = self._cosines(query_rows[block], [gallery.rows for gallery in galleries])
             for query, row, gallery, cosine in zip(
@@ -143,13 +155,14 @@ class GallerySearch:
         """Cosines with each query's gallery, by whichever of the two ways is less work."""
         embeddings, kept = self.detections.embeddings, self.kept_rows
         queries = embeddings[query_rows].astype(np.float64)
-        if _GATHER_COST * sum(map(len, gallery_rows)) < len(queries) * len(kept):
+        fetched = sum(map(len, gallery_rows))
+        if self.blocks.gather_cost * fetched < len(queries) * len(kept):
             for query, rows in zip(queries, gallery_rows, strict=True):
                 yield (embeddings[kept[rows]].astype(np.float64) @ query).astype(np.float32)
             return
         cosines = np.empty((len(queries), len(kept)), np.float32)
-        for start in range(0, len(kept), _GALLERY_BLOCK):
-            part = slice(start, start + _GALLERY_BLOCK)
+        for start in range(0, len(kept), self.blocks.gallery):
+            part = slice(start, start + self.blocks.gallery)
             cosines[:, part] = queries @ embeddings[kept[part]].astype(np.float64).T
         yield from (row[rows] for row, rows in zip(cosines, gallery_rows, strict=True))
 

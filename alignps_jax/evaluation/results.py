@@ -1,6 +1,6 @@
-"""Result tables, JSON results, and the log of measurements.
+"""What an evaluation reports: the table, `metrics.json` and `queries.csv`.
 
-Files are written atomically: a reader sees the old file or the new one, never half of one.
+A reader of a file sees the old one or the new one, never half of one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from rich.console import Console
 from rich.table import Table
 
 from alignps_jax.evaluation.cbgm import ContextMatching
-from alignps_jax.evaluation.metrics import DetectionMetrics, SearchMetrics
+from alignps_jax.evaluation.metrics import (
+    DETECTION_METRICS,
+    SEARCH_METRICS,
+    DetectionMetrics,
+    SearchMetrics,
+)
 from alignps_jax.files import write_atomically, write_json
 from alignps_jax.types import GalleryDetections, SearchProtocol
 
-# Overlap from which a detection counts as a person of the ground truth (Sec. 4.1 of the paper).
+# Overlap from which a detection counts as a person of the ground truth (Paper, Sec. 4.1).
 IOU_THRESHOLD = 0.5
 # More than a table takes, so that no line of it is ever broken, whatever stdout is.
 _WIDTH = 200
@@ -77,31 +82,31 @@ def print_results(rows: Sequence[ResultRow]) -> None:
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("system")
-    table.add_column("people\nrecall", justify="right")
-    table.add_column("\nAP", justify="right")
-    table.add_column("with id\nrecall", justify="right")
-    table.add_column("\nAP", justify="right")
+    for people in ("people", "with id"):
+        for above, metric in zip((people, ""), DETECTION_METRICS.values(), strict=True):
+            table.add_column(f"{above}\n{metric}", justify="right")
     table.add_column("search\nprotocol")
-    for name in ("mAP", "top-1", "top-5", "top-10"):
-        table.add_column(f"\n{name}", justify="right")
+    for metric in SEARCH_METRICS.values():
+        table.add_column(f"\n{metric}", justify="right")
     for row in rows:
         for cells in _table_lines(row):
             table.add_row(*cells)
-    # Made at each call: the stdout of now decides on colours, and on line or ASCII drawing.
+    # Made at each call: the present stdout decides on colors, and on line or ASCII drawing.
     console = Console(width=_WIDTH, highlight=False, markup=False, emoji=False)
-    console.print(f"\n{rows[0].result.conditions}; figures in percent\n", soft_wrap=True)
+    console.print(f"\n{rows[0].result.conditions}; metrics in percent\n", soft_wrap=True)
     console.print(table)
 
 
 def _table_lines(row: ResultRow) -> Iterable[tuple[str, ...]]:
     """The cells of one system; what holds for all its protocols stands in the first line only."""
-    found, labelled = row.result.detection, row.result.labelled_detection
-    lead = (row.system, *map(_percent, (found.recall, found.AP, labelled.recall, labelled.AP)))
-    if not row.result.searches:
+    result = row.result
+    found = (result.detection, result.labelled_detection)
+    detection = [_percent(x) for one in found for x in detection_values(one).values()]
+    lead = (row.system, *detection)
+    if not result.searches:
         yield lead
-    for name, search in row.result.searches.items():
-        values = (search.mAP, search.top1, search.top5, search.top10)
-        yield (*lead, name, *map(_percent, values))
+    for name, search in result.searches.items():
+        yield (*lead, name, *map(_percent, search_values(search).values()))
         lead = ("",) * len(lead)
 
 
@@ -136,17 +141,20 @@ def write_metrics_json(
 
 def _metrics(result: EvaluationResult) -> dict[str, dict]:
     return {
-        "detection": _detection(result.detection),
-        "detection_labelled": _detection(result.labelled_detection),
-        "search": {
-            name: {key: float(getattr(search, key)) for key in ("mAP", "top1", "top5", "top10")}
-            for name, search in result.searches.items()
-        },
+        "detection": detection_values(result.detection),
+        "detection_labelled": detection_values(result.labelled_detection),
+        "search": {name: search_values(search) for name, search in result.searches.items()},
     }
 
 
-def _detection(found: DetectionMetrics) -> dict[str, float]:
-    return {"recall": float(found.recall), "AP": float(found.AP)}
+def detection_values(found: DetectionMetrics) -> dict[str, float]:
+    """The metrics of `DETECTION_METRICS` by name, as fractions."""
+    return {name: float(getattr(found, name)) for name in DETECTION_METRICS}
+
+
+def search_values(found: SearchMetrics) -> dict[str, float]:
+    """The metrics of `SEARCH_METRICS` by name, as fractions."""
+    return {name: float(getattr(found, name)) for name in SEARCH_METRICS}
 
 
 QUERY_COLUMNS = (
@@ -172,8 +180,8 @@ def write_queries_csv(
     Args:
       path: the file.
       protocols: what was searched.
-      searches: the figures of each, by name.
-      detections: what the figures were computed from.
+      searches: the metrics of each, by name.
+      detections: what the metrics were computed from.
 
     Raises:
       UserError: the file cannot be written.
@@ -191,7 +199,7 @@ def write_queries_csv(
 def _query_cells(
     protocol: SearchProtocol, search: SearchMetrics, detections: GalleryDetections, query: int
 ) -> tuple[object, ...]:
-    wrong = ("",) * 6
+    wrong: tuple[object, ...] = ("",) * 6
     if search.mistakable[query]:
         row = int(search.wrong_row[query])
         image = int(np.searchsorted(detections.offsets, row, side="right")) - 1

@@ -1,4 +1,4 @@
-"""Figures from detections: all that the published evaluations need besides a network's output.
+"""Metrics from detections: all that the published evaluations need besides a network's output.
 
 Only annotations are read, no image and no prepared record.
 """
@@ -13,7 +13,14 @@ from ml_collections import ConfigDict
 
 from alignps_jax.evaluation.cbgm import ContextMatching
 from alignps_jax.evaluation.detections_io import align_detections, load_detections
-from alignps_jax.evaluation.metrics import Ranking, detection_metrics, rank_gallery, search_metrics
+from alignps_jax.evaluation.metrics import (
+    DetectionMetrics,
+    Ranking,
+    SearchMetrics,
+    detection_metrics,
+    rank_gallery,
+    search_metrics,
+)
 from alignps_jax.evaluation.results import (
     EvaluationResult,
     ResultRow,
@@ -40,28 +47,35 @@ class Scorer:
     boxes: str
 
     def score(self, detections: GalleryDetections, step: int | None) -> EvaluationResult:
-        """All figures of the test images' detections; `step` is that of the checkpoint, if any."""
-        threshold = self.score_threshold
-        found, labelled = (
-            detection_metrics(
-                self.annotations, detections, score_threshold=threshold, labelled_only=only
-            )
-            for only in (False, True)
-        )
+        """All metrics of the test images' detections; `step` is that of the checkpoint, if any."""
         return EvaluationResult(
             dataset=self.dataset,
             step=step,
-            score_threshold=threshold,
+            score_threshold=self.score_threshold,
             boxes=self.boxes,
             context=self.context,
-            detection=found,
-            labelled_detection=labelled,
+            detection=self.detection(detections),
+            labelled_detection=self.detection(detections, labelled_only=True),
             searches={
-                protocol.name: search_metrics(
-                    protocol, detections, score_threshold=threshold, context=self.context
-                )
-                for protocol in self.protocols
+                protocol.name: self.search(protocol, detections) for protocol in self.protocols
             },
+        )
+
+    def detection(
+        self, detections: GalleryDetections, labelled_only: bool = False
+    ) -> DetectionMetrics:
+        """How well people were found, all of them or those with an identity only."""
+        return detection_metrics(
+            self.annotations,
+            detections,
+            score_threshold=self.score_threshold,
+            labelled_only=labelled_only,
+        )
+
+    def search(self, protocol: SearchProtocol, detections: GalleryDetections) -> SearchMetrics:
+        """How well the queries of one protocol were found."""
+        return search_metrics(
+            protocol, detections, score_threshold=self.score_threshold, context=self.context
         )
 
     def rank(self, detections: GalleryDetections, query: int) -> Ranking:
@@ -136,7 +150,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: str | Path | No
 
     Args:
       config: the configuration.
-      file: what `alignps_jax.detections_io` reads; it is never written to.
+      file: what `load_detections` reads; it is never written to.
       workdir: where results go; None: `<name of the file>_rescored` beside it.
 
     Raises:

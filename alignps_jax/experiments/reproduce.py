@@ -176,7 +176,7 @@ def markdown(config: ConfigDict, name: str, table: str, rows: Sequence[Reproduce
     counts = {len(row.measured["mAP"].values) for row in rows}
     runs = " or ".join(map(str, sorted(counts)))
     spread = "mean ± sample standard deviation of" if max(counts) > 1 else "of"
-    lines += [
+    notes: list[str | None] = [
         "",
         f"In percent, {spread} {runs} run(s); "
         f"{config.train.duration} of {config.train.batch_size} images on {config.data.name}, "
@@ -184,7 +184,7 @@ def markdown(config: ConfigDict, name: str, table: str, rows: Sequence[Reproduce
         + (" † inferred from the paper's prose." if any(r.paper.inferred for r in rows) else ""),
         *(order_text(metric, rows) for metric in METRICS),
     ]
-    return "\n".join(line for line in lines if line is not None) + "\n"
+    return "\n".join([*lines, *(note for note in notes if note is not None)]) + "\n"
 
 
 def title(table: str) -> str:

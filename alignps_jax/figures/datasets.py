@@ -6,30 +6,28 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from alignps_jax.drawing.rankings import Panel, RankingRow, ranking_picture, result_caption
+from alignps_jax.drawing.rankings import PictureRow
 from alignps_jax.evaluation.detections_io import load_detections
-from alignps_jax.evaluation.metrics import Ranking, SearchMetrics, search_metrics
-from alignps_jax.evaluation.precision_recall import detection_curve, search_curve
+from alignps_jax.evaluation.metrics import SearchMetrics
+from alignps_jax.evaluation.pictures import protocol_row
+from alignps_jax.evaluation.precision_recall import PrecisionRecall
 from alignps_jax.evaluation.scoring import Scorer, align_with_split, make_scorer
-from alignps_jax.figures.plots import Reference, gallery_size_plot, precision_recall_plot
-from alignps_jax.files import Image
-from alignps_jax.gallery.photos import PICTURE_RESULTS
-from alignps_jax.types import GalleryDetections, SearchProtocol, UserError
+from alignps_jax.figures.plots import GallerySizes, Reference
+from alignps_jax.types import GalleryDetections, UserError
 from configs.variants import rows_of
-from data_pipeline.datasets import PreparedSplit, prepare
-from data_pipeline.pipeline import photo_of
+from data_pipeline.datasets import prepare
 
 MAX_COMPARED_ROWS = 9
 # Protocols whose galleries differ in size only.
 _GALLERY = re.compile(r"TestG(\d+)|all")
-# The gallery size of the paper's Table 6; its Fig. 8 gives no numbers.
+# The gallery size of Paper, Table 6; Paper, Fig. 8 gives no numbers.
 _PAPER_GALLERY = "100"
 
 
@@ -42,7 +40,7 @@ class SavedEvaluation:
 
 
 def labels(paths: Sequence[Path]) -> tuple[str, ...]:
-    """Short names of several checkpoints or files; those that two would share are whole paths."""
+    """Short names of several checkpoints or files; the path where two would share one."""
     names = [_label(path.resolve()) for path in paths]
     return tuple(
         name if names.count(name) == 1 else str(path)
@@ -58,10 +56,10 @@ def _label(path: Path) -> str:
     return path.stem if path.suffix in (".npz", ".json") else path.name
 
 
-def gallery_sizes(paths: Sequence[Path]) -> Image:
-    """mAP against gallery size (Fig. 8), a curve per `metrics.json` (or folder with one).
+def gallery_sizes(paths: Sequence[Path]) -> GallerySizes:
+    """mAP against gallery size (Paper, Fig. 8), a curve per `metrics.json` (or folder with one).
 
-    On CUHK-SYSU with what the paper says: figures for gallery size 100 only.
+    On CUHK-SYSU with what the paper says, which is mAP for gallery size 100 only.
 
     Raises:
       UserError: a file is missing or not a result, or has fewer than two gallery sizes; or the
@@ -77,10 +75,10 @@ def gallery_sizes(paths: Sequence[Path]) -> Image:
     known = [
         Reference(f"{row.label}, paper", _PAPER_GALLERY, row.mAP)
         for _, row in rows_of("6", "cuhk_sysu")
-        if datasets == {"cuhk_sysu"} and _PAPER_GALLERY in galleries
+        if datasets == {"cuhk_sysu"} and _PAPER_GALLERY in galleries and row.mAP is not None
     ]
     maps = {label: one.maps for label, one in zip(labels(paths), saved, strict=True)}
-    return gallery_size_plot(maps, galleries, known)
+    return GallerySizes(maps, tuple(galleries), tuple(known))
 
 
 def _file_of(path: Path, name: str) -> Path:
@@ -117,11 +115,16 @@ def _read_metrics(path: Path) -> SavedEvaluation:
     return saved
 
 
-def precision_recall(config: ConfigDict, paths: Sequence[Path]) -> Image:
+def precision_recall(
+    config: ConfigDict, paths: Sequence[Path]
+) -> dict[str, dict[str, PrecisionRecall]]:
     """Precision-recall curves of detection and of search under each of `eval.protocols`.
 
     A curve per `detections.npz` (or folder with one); only annotations are needed besides, no
     photo.
+
+    Returns:
+      Title of the panel -> label of the file -> curve.
 
     Raises:
       UserError: a file is missing, not valid, or of other images.
@@ -130,20 +133,14 @@ def precision_recall(config: ConfigDict, paths: Sequence[Path]) -> Image:
     detections = _saved_detections(scorer, config, paths)
     panels = {
         "detection (area: AP)": {
-            label: detection_curve(
-                scorer.annotations, found, score_threshold=scorer.score_threshold
-            )
-            for label, found in detections.items()
+            label: scorer.detection(found).curve for label, found in detections.items()
         }
     }
     for protocol in scorer.protocols:
         panels[f"search, {protocol.name} (area: mAP)"] = {
-            label: search_curve(
-                protocol, found, score_threshold=scorer.score_threshold, context=scorer.context
-            )
-            for label, found in detections.items()
+            label: scorer.search(protocol, found).curve for label, found in detections.items()
         }
-    return precision_recall_plot(panels)
+    return panels
 
 
 def _saved_detections(
@@ -158,14 +155,22 @@ def _saved_detections(
     }
 
 
-def compared_queries(config: ConfigDict, paths: Sequence[Path]) -> tuple[str, Image]:
-    """Queries of the first protocol under each `detections.npz`, a row for each (Fig. 7).
+@dataclasses.dataclass(frozen=True)
+class ComparedQueries:
+    """Rows of a picture, query by query and for each of them system by system.
+
+    `protocol` is the name of the search protocol.
+    """
+
+    protocol: str
+    rows: Iterator[PictureRow]
+
+
+def compared_queries(config: ConfigDict, paths: Sequence[Path]) -> ComparedQueries:
+    """Queries of the first protocol under each `detections.npz`, a row for each (Paper, Fig. 7).
 
     First come the queries for which some are right at rank one and others are not, those with the
     largest difference of AP first. Right results are green, wrong ones red.
-
-    Returns:
-      A name for the picture, and the picture.
 
     Raises:
       UserError: a file is missing, not valid, or of other images; or the data set is wrong.
@@ -173,26 +178,21 @@ def compared_queries(config: ConfigDict, paths: Sequence[Path]) -> tuple[str, Im
     scorer = make_scorer(config)
     protocol = scorer.protocols[0]
     detections = _saved_detections(scorer, config, paths)
-    metrics = {
-        label: search_metrics(
-            protocol, found, score_threshold=scorer.score_threshold, context=scorer.context
-        )
-        for label, found in detections.items()
-    }
+    metrics = {label: scorer.search(protocol, found) for label, found in detections.items()}
     split = prepare(config.data).test
     count = max(1, MAX_COMPARED_ROWS // len(detections))
     rows = (
-        _row(
+        protocol_row(
             split,
             protocol,
-            scorer.rank(found, int(query)),
-            int(query),
+            scorer.rank(found, query),
+            query,
             f"{label}: AP {100 * metrics[label].per_query_ap[query]:.0f}",
         )
-        for query in most_different(tuple(metrics.values()))[:count]
+        for query in most_different(tuple(metrics.values()))[:count].tolist()
         for label, found in detections.items()
     )
-    return f"comparison-{protocol.name}", ranking_picture(rows)
+    return ComparedQueries(protocol.name, rows)
 
 
 def most_different(metrics: Sequence[SearchMetrics]) -> Int[np.ndarray, "Q"]:
@@ -200,26 +200,3 @@ def most_different(metrics: Sequence[SearchMetrics]) -> Int[np.ndarray, "Q"]:
     right = np.stack([one.hits(1) for one in metrics])
     ranges = np.ptp(np.stack([one.per_query_ap for one in metrics]), axis=0)
     return np.lexsort((-ranges, right.all(axis=0) == right.any(axis=0)))
-
-
-def _row(
-    split: PreparedSplit, protocol: SearchProtocol, ranking: Ranking, query: int, title: str
-) -> RankingRow:
-    """A query of a protocol, below a title, and its best results."""
-    names = split.annotations.names
-
-    def panel(image: int, box: Float[np.ndarray, "4"], caption: str, match: bool | None) -> Panel:
-        return Panel(photo_of(split, image), box, caption, match)
-
-    results = [
-        panel(
-            int(ranking.image[place]),
-            ranking.boxes[place],
-            result_caption(place + 1, ranking.similarity[place], names[int(ranking.image[place])]),
-            bool(ranking.is_match[place]),
-        )
-        for place in range(min(PICTURE_RESULTS, len(ranking.row)))
-    ]
-    image = int(protocol.query_image[query])
-    caption = f"{title}\n{names[image]}"
-    return RankingRow(panel(image, protocol.query_box[query], caption, None), tuple(results))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import photos as photo_figures
+from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
 from alignps_jax.files import Image, read_image, write_image
 from alignps_jax.gallery.photos import gallery_photos, parse_box
 from alignps_jax.inference.detector import Detector
@@ -110,7 +112,7 @@ def draw_figures(kind: str, request: FigureRequest) -> None:
 
 
 def _sampling_points(request: FigureRequest) -> Pictures:
-    """Fig. 5: where the deformable convolutions look."""
+    """Where the deformable convolutions look (Paper, Fig. 5)."""
     detector = request.detector()
     path, photo = request.query_photo(detector)
     picture = photo_figures.sampling_points_picture(detector, path, photo, request.box)
@@ -137,13 +139,14 @@ def _similarity(request: FigureRequest) -> Pictures:
 
 
 def _comparison(request: FigureRequest) -> Pictures:
-    """Fig. 7: the same queries under several checkpoints."""
+    """The same queries under several checkpoints (Paper, Fig. 7)."""
     if len(request.checkpoints) < 2:
         raise UserError("--checkpoint: found one, expected A,B or A,B,C: those to compare")
     if request.query is None:
         if request.gallery is not None:
             raise UserError("--query: missing, expected the person to find in --gallery")
-        yield dataset_figures.compared_queries(_data_config(request), request.checkpoints)
+        queries = dataset_figures.compared_queries(_data_config(request), request.checkpoints)
+        yield f"comparison-{queries.protocol}", ranking_picture(queries.rows)
         return
     if request.gallery is None:
         raise UserError("--gallery: missing, expected the folder of photos to search")
@@ -154,14 +157,15 @@ def _comparison(request: FigureRequest) -> Pictures:
 
 
 def _gallery_size(request: FigureRequest) -> Pictures:
-    """Fig. 8: mAP against gallery size."""
-    yield "gallery_size", dataset_figures.gallery_sizes(request.checkpoints)
+    """mAP against gallery size (Paper, Fig. 8)."""
+    sizes = dataset_figures.gallery_sizes(request.checkpoints)
+    yield "gallery_size", rendered(gallery_size_plot(sizes))
 
 
 def _precision_recall(request: FigureRequest) -> Pictures:
     """Precision-recall curves of detection, and of search under each protocol."""
-    picture = dataset_figures.precision_recall(_data_config(request), request.checkpoints)
-    yield "precision_recall", picture
+    panels = dataset_figures.precision_recall(_data_config(request), request.checkpoints)
+    yield "precision_recall", rendered(precision_recall_plot(panels))
 
 
 def _data_config(request: FigureRequest) -> ConfigDict:

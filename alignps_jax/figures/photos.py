@@ -30,8 +30,8 @@ from alignps_jax.gallery.photos import (
     check_box,
     find_queries,
     gallery_photos,
+    photos_row,
     rank,
-    ranking_row,
 )
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import (
@@ -47,7 +47,8 @@ from alignps_jax.types import UserError
 LATERAL_LEVELS = (3, 4)
 # More would hide each other.
 MAX_LOCATIONS = 6
-MAX_SCENES = 12
+# Scenes beside the query: with it, four rows of three.
+MAX_SCENES = 11
 # Largest width and height of a photo in a picture, alone and among others.
 _LARGE = (1400, 900)
 _SMALL = (560, 420)
@@ -68,7 +69,7 @@ def sampling_points_picture(
         lacks one of the deformable convolutions.
     """
     threshold = detector.config.eval.score_threshold
-    centres = _centres(above(detector.detect(photo), threshold).boxes)
+    centres = _centres(np.asarray(above(detector.detect(photo), threshold).boxes))
     chosen = centres[:MAX_LOCATIONS]
     if box is not None:
         check_box(box, path, photo.shape[:2])
@@ -111,16 +112,20 @@ def detections_picture(detector: Detector, path: Path) -> Image:
     threshold = detector.config.eval.score_threshold
     found = above(detector.detect(photo), threshold)
     canvas, factor = fitted(photo, *_LARGE)
-    drawn = draw_detections(canvas, found.boxes * factor, found.scores)
+    drawn = draw_detections(canvas, np.asarray(found.boxes) * factor, np.asarray(found.scores))
     number = f"{len(found.scores)} found with a score of {threshold:g} or more"
     return grid_picture([[captioned(drawn, f"{path.name}\n{number}", 2)]])
 
 
 @dataclasses.dataclass(frozen=True)
-class _HeatScene:
-    """A photo below its heat map; `best` is the highest similarity of a person in it."""
+class HeatScene:
+    """A photo below its heat map; `best` is the highest similarity of a person in it.
+
+    The caption has two lines. A photo without people has -1 as its best similarity.
+    """
 
     picture: Image
+    caption: str
     best: float
 
 
@@ -144,15 +149,25 @@ def similarity_picture(
     query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
     picture, factor = _heat(detector, photo, query, _SMALL if scenes else _LARGE)
     draw_box(picture, query.box * factor, YELLOW, 2)
-    found = (
-        _heat_scene(detector, scene, query)
-        for scene in progress(scenes, desc="similarity", unit="photo", disable=not scenes)
-    )
-    shown = heapq.nlargest(MAX_SCENES - 1, found, key=lambda scene: scene.best)
-    cells = [captioned(picture, f"query\n{path.name}", 2), *(scene.picture for scene in shown)]
+    cells = [captioned(picture, f"query\n{path.name}", 2)]
+    for scene in most_similar_scenes(detector, query, scenes):
+        cells.append(captioned(scene.picture, scene.caption, 2))
     rows = [cells[i : i + _SCENES_PER_ROW] for i in range(0, len(cells), _SCENES_PER_ROW)]
     scale = captioned(heat_scale(_SCALE_WIDTH), "cosine similarity", 1)
     return grid_picture([*rows, [scale]])
+
+
+def most_similar_scenes(
+    detector: Detector, query: Query, scenes: Sequence[Path], limit: int = MAX_SCENES
+) -> list[HeatScene]:
+    """Of some photos the `limit` with the most similar people, best first, each with its heat map.
+
+    Raises:
+      UserError: a photo cannot be read.
+    """
+    shown = progress(scenes, desc="similarity", unit="photo", disable=not scenes)
+    found = (_heat_scene(detector, scene, query) for scene in shown)
+    return heapq.nlargest(limit, found, key=lambda scene: scene.best)
 
 
 def _heat(
@@ -163,17 +178,17 @@ def _heat(
     return draw_heat(canvas, similarity_map(detector.maps(photo), query.embedding)), factor
 
 
-def _heat_scene(detector: Detector, path: Path, query: Query) -> _HeatScene:
+def _heat_scene(detector: Detector, path: Path, query: Query) -> HeatScene:
     photo = read_image(path, detector.config.data.max_pixels)
     people = above(detector.detect(photo), detector.config.eval.score_threshold)
     picture, factor = _heat(detector, photo, query, _SMALL)
     if len(people.scores) == 0:
-        return _HeatScene(captioned(picture, f"{path.name}\nnobody found", 2), -1.0)
+        return HeatScene(picture, f"{path.name}\nnobody found", -1.0)
     similarity = people.embeddings @ query.embedding
     person = int(similarity.argmax())
     best = float(similarity[person])
-    draw_box(picture, people.boxes[person] * factor, BLUE, 2)
-    return _HeatScene(captioned(picture, f"{path.name}\nbest match {best:.2f}", 2), best)
+    draw_box(picture, np.asarray(people.boxes[person]) * factor, BLUE, 2)
+    return HeatScene(picture, f"{path.name}\nbest match {best:.2f}", best)
 
 
 def comparison_picture(
@@ -206,5 +221,5 @@ def comparison_picture(
             for scene in progress(scenes, desc=label, unit="photo")
         }
         ranking = rank([query], path, found)[0]
-        rows.append(ranking_row(ranking, gallery, photo, label, max_pixels))
+        rows.append(photos_row(ranking, gallery, photo, label, max_pixels))
     return ranking_picture(rows)

@@ -11,15 +11,14 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from alignps_jax.types import UserError
+from alignps_jax.types import AnyArray, UserError
 
-# Gallery rows at a time, a power of two: few enough that their similarities stay in a CPU's cache,
-# enough to keep a GPU busy.
+# Few enough rows that their similarities stay in a CPU's cache, enough to keep a GPU busy.
 CHUNK = 16384
 
 
 @struct.dataclass
-class Neighbours:
+class Neighbors:
     """The k most similar embeddings of each of Q queries, most similar first.
 
     `index` are rows of the gallery.
@@ -29,7 +28,9 @@ class Neighbours:
     similarity: Float[Array, "Q k"]
 
 
-def top_k(queries: Float[Array, "Q D"], gallery: Float[Array, "N D"], k: int) -> Neighbours:
+def top_k(
+    queries: Float[AnyArray, "Q D"], gallery: Float[AnyArray, "N D"], k: int, chunk: int = CHUNK
+) -> Neighbors:
     """The k rows of `gallery` with the largest inner product with each query, in float32.
 
     Of equal similarities the one of the lower index comes first. Nothing of the size of the
@@ -41,6 +42,7 @@ def top_k(queries: Float[Array, "Q D"], gallery: Float[Array, "N D"], k: int) ->
       queries: as many as one likes; embeddings of length one make similarities cosines.
       gallery: the same, in any number.
       k: 1 to N.
+      chunk: rows of the gallery at a time, a power of two; it decides on speed only.
 
     Raises:
       UserError: the arrays are no matrices of equal width, or k is out of range.
@@ -55,18 +57,17 @@ def top_k(queries: Float[Array, "Q D"], gallery: Float[Array, "N D"], k: int) ->
         raise UserError(
             f"gallery search: found k = {k}, expected 1 to {shapes[1][0]}, the size of the gallery"
         )
-    chunk = min(shapes[1][0], max(CHUNK, _power_of_two_from(k)))
-    return _top_k(queries, gallery, k, chunk)
+    return _top_k(queries, gallery, k, min(shapes[1][0], max(chunk, _power_of_two_from(k))))
 
 
 @partial(jax.jit, static_argnames=("k", "chunk"))
 def _top_k(
-    queries: Float[Array, "Q D"], gallery: Float[Array, "N D"], k: int, chunk: int
-) -> Neighbours:
+    queries: Float[AnyArray, "Q D"], gallery: Float[AnyArray, "N D"], k: int, chunk: int
+) -> Neighbors:
     """`top_k`, going through the gallery `chunk` rows at a time, the last of which may overlap."""
     count = len(gallery)
 
-    def search(turn: Int[Array, ""], best: Neighbours) -> Neighbours:
+    def search(turn: Int[Array, ""], best: Neighbors) -> Neighbors:
         start = jnp.minimum(turn * chunk, count - chunk)
         part = lax.dynamic_slice_in_dim(gallery, start, chunk)
         # Full precision: a GPU's default for matrix products is not exact.
@@ -79,9 +80,9 @@ def _top_k(
         # Lower indices come first on either side, and `lax.top_k` prefers what comes first.
         index = jnp.concatenate([best.index, index + start], axis=1)
         similarity, place = lax.top_k(jnp.concatenate([best.similarity, similarity], axis=1), k)
-        return Neighbours(jnp.take_along_axis(index, place, axis=1), similarity)
+        return Neighbors(jnp.take_along_axis(index, place, axis=1), similarity)
 
-    nothing = Neighbours(
+    nothing = Neighbors(
         index=jnp.zeros((len(queries), k), jnp.int32),
         similarity=jnp.full((len(queries), k), -jnp.inf, jnp.float32),
     )
@@ -91,7 +92,7 @@ def _top_k(
 def _candidates(similarity: Float[Array, "C"], k: int) -> tuple[Int[Array, "c"], Float[Array, "c"]]:
     """Places, ascending, among which are the k best, and what stands there.
 
-    The k best lie in the k groups of neighbouring places with the largest maxima (the first ones
+    The k best lie in the k groups of neighboring places with the largest maxima (the first ones
     of equals): each of those holds an element that beats whatever another group has. Maxima cost
     next to nothing, where sorting all places would cost more than the matrix product.
     """

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.boxes import iou
 from alignps_jax.devices import use_compilation_cache
-from alignps_jax.drawing.rankings import Panel, RankingRow, ranking_picture, result_caption
+from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
 from alignps_jax.files import read_image, write_image, write_json
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.inference.detector import Detector
@@ -71,15 +71,8 @@ def _box(values: Float[np.ndarray, "4"]) -> list[float]:
 
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-
-
 # Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
 MAX_PICTURE_QUERIES = 12
-
-
-PICTURE_RESULTS = 5
-
-
 # Results per query in the JSON file.
 MAX_RESULTS = 1000
 
@@ -205,13 +198,16 @@ def find_queries(
     if not (overlap > 0).any():
         corners = ",".join(f"{corner:g}" for corner in box)
         raise UserError(f"--box: nobody was detected inside {corners} of {name}")
-    return [Query(wanted, detections.embeddings[int(overlap.argmax())])]
+    return [Query(wanted, np.asarray(detections.embeddings[int(overlap.argmax())]))]
 
 
 def rank(
-    queries: Sequence[Query], photo: Path, found: Mapping[Path, Detections]
+    queries: Sequence[Query],
+    photo: Path,
+    found: Mapping[Path, Detections],
+    max_results: int = MAX_RESULTS,
 ) -> list[QueryRanking]:
-    """For each query the `MAX_RESULTS` people of the gallery that are most similar, best first."""
+    """For each query the `max_results` people of the gallery that are most similar, best first."""
     people = [
         (path.name, box, float(score))
         for path, detections in found.items()
@@ -223,7 +219,7 @@ def rank(
         top_k(
             np.stack([query.embedding for query in queries]),
             np.concatenate([detections.embeddings for detections in found.values()]),
-            min(len(people), MAX_RESULTS),
+            min(len(people), max_results),
         )
     )
     rankings = []
@@ -242,28 +238,22 @@ def draw_rankings(
     photo: UInt8[np.ndarray, "H W 3"],
     max_pixels: int,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The queries and their best results."""
+    """The queries and their first results."""
     return ranking_picture(
-        ranking_row(ranking, gallery, photo, "query", max_pixels) for ranking in rankings
+        photos_row(ranking, gallery, photo, "query", max_pixels) for ranking in rankings
     )
 
 
-def ranking_row(
+def photos_row(
     ranking: QueryRanking,
     gallery: Path,
     photo: UInt8[np.ndarray, "H W 3"],
     title: str,
     max_pixels: int,
-) -> RankingRow:
-    """A query in its photo, below a title, and its best results in those of a folder."""
-    return RankingRow(
-        Panel(photo, ranking.box, f"{title}\n{ranking.image}"),
-        tuple(
-            Panel(
-                read_image(gallery / one.image, max_pixels),
-                one.box,
-                result_caption(number, one.similarity, one.image),
-            )
-            for number, one in enumerate(ranking.results[:PICTURE_RESULTS], start=1)
-        ),
+) -> PictureRow:
+    """A query in its photo, below a title, and its first results in those of a folder."""
+    results = (
+        Result(read_image(gallery / one.image, max_pixels), one.image, one.box, one.similarity)
+        for one in ranking.results
     )
+    return picture_row(title, photo, ranking.image, ranking.box, results)

@@ -92,7 +92,7 @@ def _is_offset_of_neck(module: nn.Module, method: str) -> bool:
 
 def maps_of_photo(maps: MapOutputs, batch: Batch) -> LocationMaps:
     """The maps of a batch of one image, on the host, cut to the region the network looks at."""
-    maps = jax.device_get(maps)
+    host: Any = jax.device_get(maps)
     bucket = batch.image.shape[1]
     size = np.asarray(batch.size[0])
     extent = -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
@@ -102,13 +102,13 @@ def maps_of_photo(maps: MapOutputs, batch: Batch) -> LocationMaps:
         height, width = -(-extent // stride)
         return array[0, :height, :width].astype(np.float32), stride
 
-    embeddings, strides = zip(*(cut(level.embeddings) for level in maps.outputs), strict=True)
+    embeddings, strides = zip(*(cut(level.embeddings) for level in host.outputs), strict=True)
     return LocationMaps(
         embeddings=tuple(_normalised(embedding) for embedding in embeddings),
         strides=strides,
         offsets={
             name: (cropped := cut(array)[0]).reshape(*cropped.shape[:2], 9, 2)
-            for name, array in maps.offsets.items()
+            for name, array in host.offsets.items()
         },
         size=size,
         scale=np.asarray(batch.scale[0]),

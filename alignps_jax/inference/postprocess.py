@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.arrays import first_true, l2_normalize
 from alignps_jax.boxes import boxes_from_distances, clip_boxes, iou, locations
-from alignps_jax.types import Detections, Outputs
+from alignps_jax.types import AnyArray, Detections, Outputs
 
 
 @struct.dataclass
@@ -56,8 +56,8 @@ def nms(
 
 def detect(
     outputs: Sequence[Outputs],
-    size: Int[Array, "B 2"],
-    scale: Float[Array, "B 2"],
+    size: Int[AnyArray, "B 2"],
+    scale: Float[AnyArray, "B 2"],
     *,
     strides: Sequence[int],
     pre_nms: int,
@@ -88,7 +88,7 @@ def detect(
     """
 
     def detect_one(
-        levels: tuple[Outputs, ...], size: Int[Array, "2"], scale: Float[Array, "2"]
+        levels: tuple[Outputs, ...], size: Int[AnyArray, "2"], scale: Float[AnyArray, "2"]
     ) -> Detections:
         per_level = [
             _level_candidates(level, stride, pre_nms)
@@ -114,9 +114,9 @@ def detect(
 
 def embed_boxes(
     outputs: Sequence[Outputs],
-    boxes: Float[Array, "B G 4"],
-    valid: Bool[Array, "B G"],
-    scale: Float[Array, "B 2"],
+    boxes: Float[AnyArray, "B G 4"],
+    valid: Bool[AnyArray, "B G"],
+    scale: Float[AnyArray, "B 2"],
     *,
     strides: Sequence[int],
     borders: Sequence[float],
@@ -142,9 +142,9 @@ def embed_boxes(
 
     def embed_one(
         levels: tuple[Outputs, ...],
-        boxes: Float[Array, "G 4"],
-        valid: Bool[Array, "G"],
-        scale: Float[Array, "2"],
+        boxes: Float[AnyArray, "G 4"],
+        valid: Bool[AnyArray, "G"],
+        scale: Float[AnyArray, "2"],
     ) -> Detections:
         low, high = boxes[:, :2], boxes[:, 2:]
         level = jnp.searchsorted(jnp.asarray(borders, jnp.float32), (high - low).max(axis=1) / 2)
@@ -165,7 +165,7 @@ def embed_boxes(
 
 
 def _nearest_embeddings(
-    level: Outputs, points: Float[Array, "G 2"], stride: int
+    level: Outputs, points: Float[AnyArray, "G 2"], stride: int
 ) -> Float[Array, "G D"]:
     """Embeddings of one image at the valid locations nearest to points (x, y)."""
     extent = jnp.stack([level.valid.any(axis=0).sum(), level.valid.any(axis=1).sum()])

@@ -45,7 +45,9 @@ class PredictStep:
         return jax.tree.map(lambda x: x[:, 0], found)
 
     def _together(self, params: Any, frozen: Any, batch: Batch) -> Detections:
-        outputs = self.model.apply({"params": params, "frozen": frozen}, batch.image, batch.size)
+        outputs: Any = self.model.apply(
+            {"params": params, "frozen": frozen}, batch.image, batch.size
+        )
         return self.decode(outputs, batch)
 
     def decode(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:
@@ -78,8 +80,11 @@ class GroundTruthStep:
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """The batch's own boxes in the photos' pixels, with score 1 and their embeddings."""
+        outputs: Any = self.model.apply(
+            {"params": params, "frozen": frozen}, batch.image, batch.size
+        )
         return embed_boxes(
-            self.model.apply({"params": params, "frozen": frozen}, batch.image, batch.size),
+            outputs,
             batch.boxes,
             batch.valid,
             batch.scale,
@@ -88,7 +93,7 @@ class GroundTruthStep:
         )
 
 
-PREDICT_STEPS = {
+PREDICT_STEPS: dict[str, Callable[[AlignPS, ConfigDict], Any]] = {
     "detected": lambda model, config: PredictStep(model, config.eval),
     "ground_truth": lambda model, config: GroundTruthStep(model, tuple(config.loss.level_borders)),
 }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.boxes import area, distances_to_boxes
-from alignps_jax.types import Targets
+from alignps_jax.types import AnyArray, Targets
 
 
 def assign_targets(
@@ -15,10 +15,10 @@ def assign_targets(
     strides: Float[Array, "N"],
     ranges: Float[Array, "N 2"],
     location_valid: Bool[Array, "N"],
-    boxes: Float[Array, "G 4"],
-    identity: Int[Array, "G"],
-    labelled: Bool[Array, "G"],
-    box_valid: Bool[Array, "G"],
+    boxes: Float[AnyArray, "G 4"],
+    identity: Int[AnyArray, "G"],
+    labelled: Bool[AnyArray, "G"],
+    box_valid: Bool[AnyArray, "G"],
     *,
     center_radius: float,
 ) -> Targets:

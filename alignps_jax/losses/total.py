@@ -153,9 +153,9 @@ def assign(
       ranges: of every level; see `level_ranges`.
       center_radius: `config.loss.center_radius`, in strides.
     """
-    shapes = [level.cls_logits.shape[1:] for level in outputs]
-    sizes = [height * width for height, width in shapes]
-    points = [locations(*shape, s) for shape, s in zip(shapes, strides, strict=True)]
+    maps = [level.cls_logits for level in outputs]
+    sizes = [x.shape[1] * x.shape[2] for x in maps]
+    points = [locations(x.shape[1], x.shape[2], s) for x, s in zip(maps, strides, strict=True)]
     of_image = partial(
         assign_targets,
         jnp.concatenate(points),

@@ -50,7 +50,7 @@ class BottleneckBlock(nn.Module):
         y = conv_(self.features, 1, stride_1x1, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y, extent // stride_1x1))
         if self.deformable:
-            conv2 = ModulatedDeformConv(
+            conv2: nn.Module = ModulatedDeformConv(
                 self.features, stride=stride_3x3, dtype=self.dtype, name="conv2"
             )
         else:
@@ -83,7 +83,7 @@ class BasicBlock(nn.Module):
         y = conv_(self.features, 3, self.stride, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y, extent))
         if self.deformable:
-            conv2 = ModulatedDeformConv(self.features, dtype=self.dtype, name="conv2")
+            conv2: nn.Module = ModulatedDeformConv(self.features, dtype=self.dtype, name="conv2")
         else:
             conv2 = conv_(self.features, 3, name="conv2")
         y = self.norm(name="bn2")(conv2(y), extent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def align_varying_axes(*arrays: Array) -> tuple[Array, ...]:
     `lax.scan` and `jax.custom_vjp` want that spelled out, arithmetic implies it. Its transpose
     sums the cotangent of a replicated array (the kernel) over the devices.
     """
-    zero = sum(jnp.zeros_like(a, dtype=jnp.float32, shape=()) for a in arrays)
+    zero: Any = sum(jnp.zeros_like(a, dtype=jnp.float32, shape=()) for a in arrays)
     return tuple(a + zero.astype(a.dtype) for a in arrays)
 
 
@@ -127,7 +128,8 @@ def _conv_by_taps(
     projected = matmul(inputs.reshape(-1, channels), _tap_rows(kernel).T)
     projected = projected.reshape(*inputs.shape[:-1], -1)
     taps = zip(jnp.split(projected, side**2, axis=-1), _shifts(side), strict=True)
-    return sum(_shifted(tap, y, x) for tap, (y, x) in taps).astype(inputs.dtype)
+    total: Any = sum(_shifted(tap, y, x) for tap, (y, x) in taps)
+    return total.astype(inputs.dtype)
 
 
 def _conv_by_taps_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:

@@ -39,7 +39,7 @@ Weights = tuple[Float[Array, "..."], ...]
 
 
 # `_neighbors` clips, so that gathers and scatters need not.
-_IN_BOUNDS = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+_IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 def corners(
@@ -293,11 +293,11 @@ def _store(order: Order) -> Callable[..., Array]:
     return _behind_branch if order.fenced else _call
 
 
-def _call(rows: Rows, function: Callable[..., Array], *args: Array) -> Array:
+def _call(rows: Rows, function: Callable[..., Array], *args: Any) -> Array:
     return function(*args)
 
 
-def _behind_branch(rows: Rows, function: Callable[..., Array], *args: Array) -> Array:
+def _behind_branch(rows: Rows, function: Callable[..., Array], *args: Any) -> Array:
     """The function's result, which XLA must not fuse with what comes next: a branch is a border.
 
     What comes next sees the samples in another shape. Fused with it, sampling no longer runs along
@@ -305,7 +305,7 @@ def _behind_branch(rows: Rows, function: Callable[..., Array], *args: Array) -> 
     """
     result = jax.eval_shape(function, *args)
 
-    def never(*args: Array) -> Array:
+    def never(*args: Any) -> Array:
         return jnp.zeros_like(args[0], dtype=result.dtype, shape=result.shape)
 
     return lax.cond(rows[0][0] >= 0, function, never, *args)
@@ -313,9 +313,10 @@ def _behind_branch(rows: Rows, function: Callable[..., Array], *args: Array) -> 
 
 def _sample(table: Float[Array, "R C"], rows: Rows, weights: Weights) -> Float[Array, "M C"]:
     """Weighted sum of the four corners, in float32."""
-    return sum(
+    total: Any = sum(
         w[:, None] * table.at[r].get(**_IN_BOUNDS) for r, w in zip(rows, weights, strict=True)
     )
+    return total
 
 
 def _scatter(

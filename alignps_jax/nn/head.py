@@ -35,7 +35,7 @@ class Tower(nn.Module):
         for index in range(self.num_convs):
             name = f"conv{index}"
             if index == self.num_convs - 1:
-                layer = ModulatedDeformConv(
+                layer: nn.Module = ModulatedDeformConv(
                     self.features, use_bias=True, dtype=self.dtype, name=name
                 )
             else:

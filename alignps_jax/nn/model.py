@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -107,7 +108,7 @@ BACKBONES = {
 }
 
 # Where the embeddings come from (Fig. 6 of the paper), given their dimension and a new tower.
-EMBEDDINGS = {
+EMBEDDINGS: dict[str, Callable[..., Any]] = {
     "input": lambda features, tower: input_embedding,
     "regression": lambda features, tower: PredictedEmbedding(features, attrgetter("regression")),
     "classification": lambda features, tower: PredictedEmbedding(
@@ -200,5 +201,4 @@ def init_variables(model: AlignPS, rng: Array) -> tuple[Params, Params]:
 
 def weights_template(model: AlignPS) -> Weights:
     """Shapes and dtypes of what a checkpoint of `model` holds for inference."""
-    params, frozen = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
-    return Weights(jax.ShapeDtypeStruct((), jnp.int32), params, frozen)
+    return jax.eval_shape(lambda: Weights(jnp.int32(0), *init_variables(model, jax.random.key(0))))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from alignps_jax.nn.deform_conv import DeformConv
 from alignps_jax.nn.layers import centered, conv, hold_zero
 
-FeatureMap = Float[Array, "B h w C"]
+FeatureMap = Float[Array, "B _ _ _"]  # [B, h, w, C], of sizes that differ from map to map
 MakeConv = Callable[..., nn.Module]
 # What a feature pyramid network has in place of a lateral and of an output deformable convolution.
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -28,12 +28,16 @@ def deformable(offset_gain: float, layer: Callable[..., nn.Module] = DeformConv)
     return partial(layer, offset_kernel_init=init)
 
 
-def concatenate(lateral: FeatureMap, above: FeatureMap) -> FeatureMap:
+def concatenate(
+    lateral: Float[Array, "B h w C"], above: Float[Array, "B h w D"]
+) -> Float[Array, "B h w C+D"]:
     """AFA's way to join a level with the ones above it: all channels side by side."""
     return jnp.concatenate([lateral, above], axis=-1)
 
 
-def upsample_nearest(x: FeatureMap, factor: int = 2) -> FeatureMap:
+def upsample_nearest(
+    x: Float[Array, "B h w C"], factor: int = 2
+) -> Float[Array, "B h*{factor} w*{factor} C"]:
     """Every pixel `factor` x `factor` times."""
     return x.repeat(factor, axis=1).repeat(factor, axis=2)
 

@@ -23,7 +23,9 @@ def recomputed(module: type[nn.Module]) -> type[nn.Module]:
     modules at once. A branch that only the incoming gradient decides on stays closed to it.
     """
 
-    class Recomputed(module):
+    base: Any = module
+
+    class Recomputed(base):
         def __call__(self, *inputs: Any) -> jax.Array:
             if self.is_initializing():
                 return super().__call__(*inputs)
@@ -36,7 +38,8 @@ def recomputed(module: type[nn.Module]) -> type[nn.Module]:
             params, others = self.variables["params"], dict(self.variables)
 
             def call(params: Any, others: Any, *inputs: Any) -> jax.Array:
-                return apply({**others, "params": params}, *inputs)
+                output: Any = apply({**others, "params": params}, *inputs)
+                return output
 
             return _computed_twice(call)(params, others, *inputs)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from alignps_jax.log import MetricLog
 from alignps_jax.progress import progress
@@ -38,7 +39,8 @@ class Monitor:
         total: int,
         log_every: int,
     ):
-        self._pipeline, self._schedule, self._log = pipeline, schedule, log
+        self._pipeline, self._log = pipeline, log
+        self._schedule: Any = schedule  # of the step, a Python number
         self._total, self._log_every = total, log_every
         self._leads = jax.process_index() == 0
         self._bar = progress(
@@ -113,7 +115,9 @@ class Monitor:
         loss = float(sum(metrics.terms.values()))
         rate = self._steps * self._pipeline.batch_size / elapsed
         self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} images/s", refresh=False)
-        values = {"loss": loss} | {f"loss/{name}": x for name, x in metrics.terms.items()}
+        values: dict[str, Any] = {"loss": loss} | {
+            f"loss/{name}": x for name, x in metrics.terms.items()
+        }
         values |= {
             "learning_rate": self._schedule(step - 1),
             "grad_norm": metrics.grad_norm,
@@ -129,7 +133,7 @@ class Monitor:
         self.restart_clock()
 
     def _check_finite(self, step: int, metrics: StepMetrics) -> None:
-        named: dict[str, Float[np.ndarray, ""]] = {
+        named: dict[str, Float[Array, ""]] = {
             f"loss/{name}": value for name, value in metrics.terms.items()
         }
         named["grad_norm"] = metrics.grad_norm

@@ -72,7 +72,7 @@ class TrainStep:
 
         def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, ...]]:
             variables = {"params": params, "frozen": state.frozen}
-            outputs = self.model.apply(variables, batch.image, batch.size, train=True)
+            outputs: Any = self.model.apply(variables, batch.image, batch.size, train=True)
             targets = assign(
                 outputs,
                 batch,
@@ -88,7 +88,8 @@ class TrainStep:
             first = lax.axis_index(AXIS) * self.max_positives
             terms = total(flat, targets, mine, everyone, state.memory, self.loss, first=first)
             shares = {name: _share(term) for name, term in terms.items()}
-            return sum(shares.values()), (shares, everyone, dropped)
+            loss: Any = sum(shares.values())
+            return loss, (shares, everyone, dropped)
 
         gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(state.params)
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
@@ -113,8 +114,8 @@ class TrainStep:
             update_norm=optax.tree.norm(updates),
             param_norm=optax.tree.norm(params),
         )
-        state = state.replace(
-            step=state.step + 1, params=params, opt_state=opt_state, memory=memory
+        state = dataclasses.replace(
+            state, step=state.step + 1, params=params, opt_state=opt_state, memory=memory
         )
         return state, metrics
 

@@ -218,7 +218,7 @@ class _Machine:
             raise ValueError(f"an array whose shape is {_kind(shape)}")
         if any(type(size) is not int or not 0 <= size < 2**40 for size in shape):
             raise ValueError("an array whose shape is no list of sizes")
-        stored = np.dtype(dtype.code).newbyteorder(dtype.order)
+        stored = np.dtype(f"{dtype.order}{dtype.code}")
         if math.prod(shape) * stored.itemsize != len(content):
             raise ValueError(f"an array of shape {shape} with {len(content)} bytes"[:200])
         array = np.frombuffer(content, stored) if len(content) else np.zeros(0, stored)

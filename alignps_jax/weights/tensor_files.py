@@ -184,7 +184,7 @@ def _array(path: Path, name: Any, value: Any) -> np.ndarray:
     if not isinstance(name, str):
         raise UserError(f"{path}: found a key of type {type(name).__name__}, expected a name")
     try:
-        array = value.value if isinstance(value, PickledArray) else value.detach().numpy()
+        array: Any = value.value if isinstance(value, PickledArray) else value.detach().numpy()
         if array.dtype.kind not in "fiu":
             raise TypeError
     except (AttributeError, TypeError, RuntimeError) as error:  # not a tensor, bfloat16, sparse

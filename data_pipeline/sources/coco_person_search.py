@@ -240,8 +240,9 @@ def _is_whole(value: object) -> bool:
 
 def _is_coordinate(value: object) -> bool:
     # NaN is not between anything. A number of 400 digits is compared without becoming a float.
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and -LARGEST_COORDINATE <= value <= LARGEST_COORDINATE
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -LARGEST_COORDINATE <= value <= LARGEST_COORDINATE
 
 
 def _is_box(value: object) -> bool:

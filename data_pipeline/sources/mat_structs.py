@@ -79,14 +79,14 @@ class Structs:
         """Takes a matrix apart; ValueError if it is not a struct array (an empty one is)."""
         head = _header(body) if body else _EMPTY
         # MATLAB writes [] for a struct array without entries.
-        if head.kind != "struct" and head.count == 0:
+        if head.kind != "struct" and head.size == 0:
             return cls((), 0, b"", 0, "<")
         _check_class(head, "struct")
         _, length, position = _part(body, head.position, head.order)
         _, names, position = _part(body, position, head.order)
         fields = _field_names(length, names, head.order)
-        _check_promise(head.count, len(fields), len(body) - position)
-        return cls(fields, head.count, body, position, head.order)
+        _check_promise(head.size, len(fields), len(body) - position)
+        return cls(fields, head.size, body, position, head.order)
 
     def __iter__(self) -> Iterator[list[bytes]]:
         """Entry after entry, the values of its fields."""
@@ -156,11 +156,11 @@ def class_of(body: bytes) -> str:
 def cells(body: bytes) -> Iterator[bytes]:
     """The values in a cell array, column after column; none in an empty one of any class."""
     head = _header(body) if body else _EMPTY
-    if head.count == 0:
+    if head.size == 0:
         return
     _check_class(head, "cell")
-    _check_promise(head.count, 1, len(body) - head.position)
-    yield from (value for (value,) in Structs(("",), head.count, body, head.position, head.order))
+    _check_promise(head.size, 1, len(body) - head.position)
+    yield from (value for (value,) in Structs(("",), head.size, body, head.position, head.order))
 
 
 def numbers(body: bytes) -> Shaped[np.ndarray, "n"]:
@@ -182,7 +182,7 @@ def matrix(body: bytes) -> Shaped[np.ndarray, "rows columns"]:
 def text(body: bytes) -> str:
     """The characters of a char array of one row."""
     head = _header(body) if body else _EMPTY
-    if head.count == 0 and head.kind in ("char", "double"):
+    if head.size == 0 and head.kind in ("char", "double"):
         return ""
     _check_class(head, "char")
     kind, data, _ = _part(body, head.position, head.order)
@@ -191,7 +191,7 @@ def text(body: bytes) -> str:
     characters = data.decode(_TEXT[kind][head.order == ">"])
     # MATLAB counts units of UTF-16, SciPy writes the number of characters.
     lengths = (len(characters), len(characters.encode("utf-16-le")) // 2)
-    if head.dims[:-1] != (1,) or head.count not in lengths:
+    if head.dims[:-1] != (1,) or head.size not in lengths:
         raise ValueError(
             f"found {len(characters)} characters in an array of {_times(head.dims)}, not one row "
             "of text"
@@ -206,7 +206,7 @@ class _Header(NamedTuple):
     kind: str
     is_complex: bool
     dims: tuple[int, ...]
-    count: int
+    size: int
     name: str
     position: int
 
@@ -226,9 +226,14 @@ def _header(body: bytes) -> _Header:
     if kind != 5 or len(dims) % 4 or not 2 <= len(dims) // 4 <= _MAX_DIMENSIONS:
         raise ValueError(f"found a size of {len(dims)} bytes and type {kind}")
     sides = _sides(dims, order)
-    name = name.decode()
     return _Header(
-        order, _CLASSES[flags & 0xFF], bool(flags & 0x800), sides, math.prod(sides), name, position
+        order,
+        _CLASSES[flags & 0xFF],
+        bool(flags & 0x800),
+        sides,
+        math.prod(sides),
+        name.decode(),
+        position,
     )
 
 
@@ -266,8 +271,8 @@ def _numbers(body: bytes) -> tuple[_Header, Shaped[np.ndarray, "n"]]:
         raise ValueError(f"found {what}, not of real numbers")
     if kind not in _NUMBERS:
         raise ValueError(f"found numbers of type {kind}")
-    stored = np.dtype(_NUMBERS[kind]).newbyteorder(head.order)
-    if len(data) != head.count * stored.itemsize:
+    stored = np.dtype(f"{head.order}{_NUMBERS[kind]}")
+    if len(data) != head.size * stored.itemsize:
         raise ValueError(
             f"found {len(data)} bytes of {stored.name} in an array of {_times(head.dims)}"
         )
@@ -279,8 +284,8 @@ def _entries(stream: Stream, head: _Header) -> Iterator[dict[str, bytes]]:
     _, length, _ = _part(stream.part(), 0, head.order)
     _, names, _ = _part(stream.part(), 0, head.order)
     fields = _field_names(length, names, head.order)
-    _check_promise(head.count, len(fields), stream.left)
-    for _ in range(head.count):
+    _check_promise(head.size, len(fields), stream.left)
+    for _ in range(head.size):
         yield {field: stream.matrix() for field in fields}
     stream.finish()
 

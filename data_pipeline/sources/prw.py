@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +202,7 @@ def _camera(name: str, path: Path) -> int:
 
 
 def _other_cameras(
-    camera: Int[np.ndarray, "N"], images: Sequence[int]
+    camera: Int[np.ndarray, "N"], images: Int[np.ndarray, "Q"]
 ) -> dict[int, Int[np.ndarray, "M"]]:
     """For each of `images` those of other cameras, one array per camera."""
     galleries = {

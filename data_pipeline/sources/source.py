@@ -211,8 +211,8 @@ def _stays_inside(name: str) -> bool:
 
 
 def contiguous(
-    identity: Sequence[Int[np.ndarray, "G"]], labelled: Sequence[Bool[np.ndarray, "G"]]
-) -> tuple[tuple[Int[np.ndarray, "G"], ...], dict[int, int]]:
+    identity: Sequence[Int[np.ndarray, "_"]], labelled: Sequence[Bool[np.ndarray, "_"]]
+) -> tuple[tuple[Int[np.ndarray, "_"], ...], dict[int, int]]:
     """Renumbers labelled identities 0, 1, ... in the order of their numbers.
 
     Returns the new identities (-1 where not labelled) and the mapping from old to new.
@@ -267,7 +267,7 @@ def search_everywhere(
     return protocol, answered
 
 
-def all_but(num_images: int, images: Sequence[int]) -> dict[int, Int[np.ndarray, "N"]]:
+def all_but(num_images: int, images: Int[np.ndarray, "Q"]) -> dict[int, Int[np.ndarray, "N"]]:
     """For each of `images` all `num_images` images but itself."""
     everything = np.arange(num_images, dtype=np.int32)
     return {int(image): np.delete(everything, int(image)) for image in np.unique(images)}

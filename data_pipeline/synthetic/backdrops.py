@@ -219,12 +219,14 @@ def _gradient(region: np.ndarray, top: Colour, bottom: Colour) -> None:
 def _dull(rng: np.random.Generator) -> Colour:
     """A colour of walls, floors and metal: nearly grey, neither black nor white."""
     grey, tint = rng.integers(70, 190), rng.integers(-22, 23, 3)
-    return tuple(int(channel) for channel in grey + tint)
+    red, green, blue = map(int, grey + tint)
+    return red, green, blue
 
 
 def _light(rng: np.random.Generator) -> Colour:
     """A pale colour, as of the sky."""
-    return tuple(int(channel) for channel in rng.integers(160, 225) + rng.integers(-18, 19, 3))
+    red, green, blue = map(int, rng.integers(160, 225) + rng.integers(-18, 19, 3))
+    return red, green, blue
 
 
 def _green(rng: np.random.Generator) -> Colour:

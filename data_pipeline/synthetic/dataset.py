@@ -251,7 +251,7 @@ def _draw_photo(
         tuple(
             _Person(
                 identity=labels[i],
-                box=tuple(int(value) for value in box),
+                box=_whole(box),
                 hard=bool(box[3] < _HARD_HEIGHT * spec.height or visible < _HARD_VISIBLE),
             )
             for i, box, visible in zip(order, scene.boxes, scene.visible, strict=True)
@@ -259,8 +259,15 @@ def _draw_photo(
     )
 
 
+def _whole(box: Float[np.ndarray, "4"]) -> tuple[int, int, int, int]:
+    x, y, width, height = map(int, box)
+    return x, y, width, height
+
+
 def _image_row(photo: _Photo) -> dict[str, object]:
-    boxes = [{"idlocate": _box(person), "ishard": _scalar(person.hard)} for person in photo.people]
+    boxes: list[dict[str, object]] = [
+        {"idlocate": _box(person), "ishard": _scalar(person.hard)} for person in photo.people
+    ]
     return {"imname": photo.name, "nAppear": _scalar(len(boxes)), "box": _rows(boxes)}
 
 
@@ -279,7 +286,7 @@ def _search_rows(
     """
     holding = [photo for photo in photos if photo.find(identity) is not None]
     others = [photo for photo in photos if photo.find(identity) is None]
-    rows = []
+    rows: list[dict[str, object]] = []
     for query in rng.permutation(len(holding))[:_QUERIES_PER_IDENTITY]:
         matches = [photo for photo in holding if photo is not holding[query]]
         distractors = [others[i] for i in rng.permutation(len(others))]

@@ -295,7 +295,7 @@ class _Figure:
         drop = {"bob": 18, "long": 44}.get(self.person.hair_style)
         if drop is not None:
             y = self.shoulder - 25
-            half = [(10, y - 16), (17, y - 4), (18, y + drop)]
+            half: list[Point] = [(10, y - 16), (17, y - 4), (18, y + drop)]
             self._symmetric(half, self.hair.shaded(0.85))
 
     def _hair_cap(self, centre: Point, radius: float, end: float) -> None:
@@ -311,7 +311,7 @@ class _Figure:
             return
         paint, (x, y) = Paint(self.person.hat_colour), centre
         crown = 27 if self.person.hat == "beanie" else 22
-        half = [(6, y - crown), (13, y - crown + 5), (17, y - 8), (17, y - 5)]
+        half: list[Point] = [(6, y - crown), (13, y - crown + 5), (17, y - 8), (17, y - 5)]
         self._symmetric(half, paint, x)
         if self.person.hat == "cap" and peak == 1:
             self.canvas.ellipse((x, y - 7), (16, 4), paint.shaded(0.75))
@@ -392,4 +392,5 @@ def _reach(start: Point, length: float, angle: float) -> Point:
 
 
 def _darker(colour: Colour, factor: float) -> Colour:
-    return tuple(min(255, int(channel * factor)) for channel in colour)
+    red, green, blue = (min(255, int(channel * factor)) for channel in colour)
+    return red, green, blue

@@ -163,7 +163,12 @@ def sample_pose(rng: np.random.Generator) -> Pose:
     if rng.random() < 0.2:  # one hand raised: a phone, a wave
         side = rng.integers(2)
         arms[side], elbows[side] = rng.uniform(0.3, 0.8), rng.uniform(1.6, 2.3)
-    return Pose(view, *(tuple(map(float, pair)) for pair in (arms, elbows, thighs, knees)))
+    return Pose(view, *(_pair(limbs) for limbs in (arms, elbows, thighs, knees)))
+
+
+def _pair(values: Float[np.ndarray, "2"]) -> tuple[float, float]:
+    first, second = map(float, values)
+    return first, second
 
 
 def _describe(person: Appearance) -> Float[np.ndarray, "D"]:

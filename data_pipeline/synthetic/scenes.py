@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -70,15 +71,14 @@ def draw_scene(
         items.append(_place(sprite, relative, False, ground, slope, (height, width), rng))
     for person in people:
         sprite = draw_person(person, sample_pose(rng), rng)
-        best, best_visible = None, -1.0
+        tried: list[tuple[float, _Item]] = []
         for _ in range(_PLACING_TRIES):
             item = _place(sprite, 1.0, True, ground, slope, (height, width), rng)
             visible = _visible_shares([*items, item], _owners([*items, item], height, width)).min()
-            if visible > best_visible:
-                best, best_visible = item, visible
+            tried.append((float(visible), item))
             if visible >= MIN_VISIBLE:
                 break
-        items.append(best)
+        items.append(max(tried, key=lambda one: one[0])[1])  # of equal ones the first
 
     owners = _owners(items, height, width)
     masks = [owners == index for index, item in enumerate(items) if item.person]
@@ -155,7 +155,7 @@ def _light(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """What the light and the camera do: brightness, cast, gamma, uneven light, blur, noise."""
     height, width = image.shape[:2]
-    lamp = rng.uniform(0.92, 1.06, (3, 4)).astype(np.float32)
+    lamp: Any = rng.uniform(0.92, 1.06, (3, 4)).astype(np.float32)
     cast = rng.uniform(0.95, 1.05, 3)
     brightness, gamma = np.exp(rng.uniform(np.log(0.8), np.log(1.12))), rng.uniform(0.9, 1.12)
     lamp = cv2.resize(lamp, (width, height), interpolation=cv2.INTER_LINEAR)

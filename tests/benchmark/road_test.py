@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alignps_jax.benchmark import compile as starts
-from alignps_jax.benchmark import data, evaluate, growth, growth_cases, search
-from alignps_jax.benchmark.measure import Context, FloatRate, Timing
-from alignps_jax.benchmark.photos import made_up_split
 from alignps_jax.evaluation.metrics import search_metrics
+from alignps_jax.experiments.benchmark.measure import Timing
+from alignps_jax.experiments.benchmark.simulate import made_up_split
 from alignps_jax.training.monitor import FIRST_STEP
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import UserError
 from configs import cuhk, tiny
-from data_pipeline.pipeline import BatchReader, make_train_pipeline, photo_of
+from data_pipeline.pipeline import BatchReader, make_train_pipeline
+from tests.benchmark import compile as starts
+from tests.benchmark import data, evaluate, growth, growth_cases, search
+from tests.benchmark.measure import Context, FloatRate
 
 
 @pytest.fixture
@@ -39,16 +40,6 @@ class TestData:
         assert whole[0].floor == resized.time.median
         assert f"{resized.time.median / whole[0].time.median:.0%} of it" in whole[0].note
         assert [row.name for row in rows[-2:]] == ["a photo, 1 worker", "a photo, 2 workers"]
-
-    def test_photos_are_of_the_size_asked_for_and_differ(self):
-        split = made_up_split(2, (120, 200), people=3)
-        photos = [photo_of(split, index) for index in range(len(split.jpegs))]
-        assert [photo.shape for photo in photos] == [(120, 200, 3)] * 2
-        assert np.abs(photos[0].astype(int) - photos[1]).mean() > 10
-        for boxes in split.annotations.boxes:
-            assert boxes.shape == (3, 4)
-            assert (boxes >= 0).all()
-            assert (boxes[:, 2:] <= (200, 120)).all()
 
     def test_waiting_is_told_from_computing(self):
         """A step of 30 ms that is fed by something that takes 30 ms more for each batch."""
@@ -119,16 +110,15 @@ def test_search_rows(context):
 
 
 class TestCompile:
-    def launcher(self, tmp_path, monkeypatch, text):
+    def launcher(self, tmp_path, text):
         script = tmp_path / "launch.py"
         script.write_text(text)
-        monkeypatch.setattr(starts, "_LAUNCH", script)
+        return script
 
-    def test_a_start_ends_with_the_first_step(self, context, tmp_path, monkeypatch):
+    def test_a_start_ends_with_the_first_step(self, context, tmp_path):
         """The launcher finds a usable configuration, fills the cache, and would go on for long."""
-        self.launcher(
+        launcher = self.launcher(
             tmp_path,
-            monkeypatch,
             "import pathlib, runpy, sys, time\n"
             "flags = dict(flag[2:].split('=') for flag in sys.argv[1:])\n"
             "config = runpy.run_path(flags['config'])['get_config']()\n"
@@ -142,15 +132,15 @@ class TestCompile:
             f"print('train: 0%\\r{FIRST_STEP} after 1.0 s', flush=True)\n"
             "time.sleep(60)\n",
         )
-        cold, warm = starts.rows(context)
+        cold, warm = starts.rows(context, launcher)
         assert 0.5 < cold.time.median < 50
         assert warm.time.median < 50
         assert warm.note.endswith("3.0 MB")
 
-    def test_a_start_that_fails_is_told(self, context, tmp_path, monkeypatch):
-        self.launcher(tmp_path, monkeypatch, "print('error: no')")
+    def test_a_start_that_fails_is_told(self, context, tmp_path):
+        launcher = self.launcher(tmp_path, "print('error: no')")
         with pytest.raises(UserError, match="ended with 'error: no'"):
-            list(starts.rows(context))
+            list(starts.rows(context, launcher))
 
 
 class TestGrowth:
@@ -168,15 +158,14 @@ class TestGrowth:
         series = growth.Series(case, tuple(linear), (5.0, 5.0, 5.0))
         assert series.verdict().endswith("not above linear")
 
-    def test_rows_and_plot(self, context, monkeypatch):
+    def test_rows_and_plot(self, context):
         """Of one case with a program and one without; the picture has a column for each."""
         kept = [case for case in growth.CASES if case.quantity.startswith("gallery")]
         smaller = [
             dataclasses.replace(case, sizes=sizes)
             for case, sizes in zip(kept, ((300, 600), (250, 500)), strict=True)
         ]
-        monkeypatch.setattr(growth, "CASES", smaller)
-        rows = list(growth.rows(context))
+        rows = list(growth.rows(context, smaller))
         assert len(rows) == 4
         assert [bool(row.note) for row in rows] == [False, True, False, True]
         assert rows[1].memory > rows[0].memory

@@ -212,9 +212,16 @@ def test_align_reorders_leaves_out_and_names_the_missing():
         align_detections(detections, [detections.names[0], "lost", "gone"], "d.npz")
 
 
-def test_check_refuses_embeddings_of_other_lengths():
-    detections = make()
-    with pytest.raises(UserError, match="length other than one at row 0"):
-        check_detections(
-            dataclasses.replace(detections, embeddings=detections.embeddings * 2), "model"
-        )
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embeddings": np.full((9, 6), np.nan, np.float32)}, r"embeddings .*not finite.*s0"),
+        ({"scores": np.array([0.5] * 4 + [np.inf] * 5, np.float32)}, r"scores .*not finite.*s2"),
+        ({"embeddings": make().embeddings * 2}, "length other than one at row 0"),
+        ({"offsets": np.array([0, 1, 2, 9])}, "offsets has shape"),
+    ],
+)
+def test_invalid_detections_are_refused(change, message):
+    with pytest.raises(UserError, match=f"^network: .*{message}") as error:
+        check_detections(dataclasses.replace(make(), **change), "network")
+    assert "\n" not in str(error.value)

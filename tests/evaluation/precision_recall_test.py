@@ -1,4 +1,4 @@
-"""Curves against scikit-learn, and their areas against the published figures."""
+"""Curves against scikit-learn, and their areas against the published metrics."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,8 @@ from sklearn.metrics import precision_recall_curve
 
 from alignps_jax.evaluation.cbgm import ContextMatching
 from alignps_jax.evaluation.metrics import detection_metrics, search_metrics
-from alignps_jax.evaluation.precision_recall import (
-    detection_curve,
-    mean_curve,
-    precision_at_hits,
-    search_curve,
-)
-from alignps_jax.types import GalleryDetections, UserError
+from alignps_jax.evaluation.precision_recall import mean_curve, precision_at_hits
+from alignps_jax.types import GalleryDetections
 from tests.evaluation.metrics_test import annotations_of, detect, lay_out, make_frames, protocol_of
 
 
@@ -38,7 +33,7 @@ def test_one_ranking_against_scikit_learn(tied):
 
 def test_mean_of_curves_by_hand():
     # Half, a third (one of three found), and a query without any hit.
-    curve = mean_curve([(np.array([1.0, 0.5]), 2), (np.array([0.25]), 3), (np.zeros(0), 1)])
+    curve = mean_curve([(np.array([0.5, 1.0]), 2), (np.array([0.25]), 3), (np.zeros(0), 1)])
     np.testing.assert_allclose(curve.edges, [0, 1 / 3, 1 / 2, 1])
     np.testing.assert_allclose(curve.precision, [1.25 / 3, 1 / 3, 0.5 / 3])
     assert curve.area == pytest.approx((0.75 + 0.25 / 3 + 0) / 3)
@@ -46,7 +41,7 @@ def test_mean_of_curves_by_hand():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("context", [None, ContextMatching(images=2, people=2)])
-def test_areas_are_the_published_figures(tied, context):
+def test_areas_are_the_published_metrics(tied, context):
     for seed in range(6):
         rng = np.random.default_rng(seed)
         frames = make_frames(rng, 15)
@@ -59,26 +54,21 @@ def test_areas_are_the_published_figures(tied, context):
         ]
         queries = [query for query in queries if any(box is not None for _, box in query[2])]
         protocol = protocol_of(queries, names)
-        curve = search_curve(protocol, detections, score_threshold=0.2, context=context)
         metrics = search_metrics(protocol, detections, score_threshold=0.2, context=context)
-        assert curve.area == pytest.approx(metrics.mAP, abs=1e-12)
-        people = annotations_of(frames)
-        curve = detection_curve(people, detections, score_threshold=0.2)
-        metrics = detection_metrics(people, detections, score_threshold=0.2)
+        assert metrics.curve.area == pytest.approx(metrics.mAP, abs=1e-12)
+        metrics = detection_metrics(annotations_of(frames), detections, score_threshold=0.2)
+        curve = metrics.curve
         assert curve.area == pytest.approx(metrics.AP, abs=1e-12)
         assert curve.edges[np.flatnonzero(curve.precision)[-1] + 1] == metrics.recall
 
 
-def test_no_detections_and_missing_images():
+def test_no_detections():
     frames = make_frames(np.random.default_rng(1), 5)
     names = tuple(frames)
     none = np.zeros((0, 4), np.float32)
     nothing = GalleryDetections(names, np.zeros(6, int), none, none[:, 0], none)
-    curve = detection_curve(annotations_of(frames), nothing, score_threshold=0.0)
-    assert curve.area == 0
+    found = detection_metrics(annotations_of(frames), nothing, score_threshold=0.0)
+    assert found.curve.area == 0
     queries = [(names[0], (0, 0, 9, 9), [(names[1], (0, 0, 9, 9))])]
-    search = search_curve(protocol_of(queries, names), nothing, score_threshold=0.0)
-    np.testing.assert_array_equal(search.precision, [0])
-    other = GalleryDetections(names[1:], np.zeros(5, int), none, none[:, 0], none)
-    with pytest.raises(UserError, match=names[0]):
-        detection_curve(annotations_of(frames), other, score_threshold=0.0)
+    search = search_metrics(protocol_of(queries, names), nothing, score_threshold=0.0)
+    np.testing.assert_array_equal(search.curve.precision, [0])

@@ -23,7 +23,7 @@ from alignps_jax.types import UserError
 
 def search_metrics(mean_ap, top1, top5, top10):
     nothing = np.zeros(0)
-    return SearchMetrics(mean_ap, top1, top5, top10, *[nothing] * 10)
+    return SearchMetrics(mean_ap, top1, top5, top10, *[nothing] * 11)
 
 
 def evaluation(protocols=("TestG50", "TestG100"), factor=1.0, step=41000):
@@ -33,8 +33,8 @@ def evaluation(protocols=("TestG50", "TestG100"), factor=1.0, step=41000):
         score_threshold=0.2,
         boxes="detected",
         context=None,
-        detection=DetectionMetrics(0.903 * factor, 0.812 * factor, 8, 9),
-        labelled_detection=DetectionMetrics(0.95 * factor, 0.6 * factor, 5, 9),
+        detection=DetectionMetrics(0.903 * factor, 0.812 * factor, 8, 9, np.zeros(0)),
+        labelled_detection=DetectionMetrics(0.95 * factor, 0.6 * factor, 5, 9, np.zeros(0)),
         searches={
             name: search_metrics(*(factor * np.array([0.931, 0.9345, 0.98, 1.0]) - 0.01 * i))
             for i, name in enumerate(protocols)
@@ -116,8 +116,8 @@ def test_metrics_json_with_an_untrained_network_and_numpy_numbers(tmp_path):
         np.float32(0.2),
         "detected",
         None,
-        DetectionMetrics(np.float32(0.25), np.float64(0.5), 8, 9),
-        DetectionMetrics(0.5, 1.0, 8, 9),
+        DetectionMetrics(np.float32(0.25), np.float64(0.5), 8, 9, np.zeros(0)),
+        DetectionMetrics(0.5, 1.0, 8, 9, np.zeros(0)),
         {"all": search_metrics(*np.array([0.125, 0.5, 0.25, 0.75], np.float32))},
     )
     report.write_metrics_json(tmp_path / "m.json", evaluation(), untrained)
@@ -194,7 +194,7 @@ def test_log_round_trip(tmp_path):
 
 def test_log_of_a_killed_process_goes_on(tmp_path):
     script = (
-        "import os, sys, pathlib; from alignps_jax.report import MetricLog\n"
+        "import os, sys, pathlib; from alignps_jax.log import MetricLog\n"
         "log = MetricLog(pathlib.Path(sys.argv[1]))\n"
         "for step in range(3): log.scalars(step, {'loss': step})\n"
         'log._file.write(b\'{"step": 3, "lo\'); log._file.flush()\n'

@@ -17,7 +17,7 @@ from configs.cuhk import get_config
 from data_pipeline.sources.mat_structs import Structs, numbers, read_structs, text
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.evaluation import metrics_oracles as oracle
-from tests.evaluation.metrics_test import detect, lay_out, protocol_of
+from tests.evaluation.metrics_test import detect, flat, lay_out, protocol_of
 from tests.places import SHARED
 
 FILES = ("TestG50", "TestG100", "TestG4000", "Occlusion", "Resolution")
@@ -226,18 +226,18 @@ def test_cross_camera_of_prw_against_the_literal_protocol(tmp_path):
         assert abs(metrics["search"][protocol]["top1"] - top[1]) <= 1e-9
 
 
-def test_saved_and_read_again_the_figures_are_the_same(cuhk, tmp_path):
+def test_saved_and_read_again_the_metrics_are_the_same(cuhk, tmp_path):
     root, _, found, _ = cuhk
     scorer = make_scorer(config_for(root))
     detections = lay_out(found, scorer.annotations.names)
     save_detections(tmp_path / "d.npz", detections)
     again = load_detections(tmp_path / "d.npz")
     first, second = scorer.score(detections, 5), scorer.score(again, 5)
-    for name, search in first.searches.items():
-        for field in dataclasses.fields(search):
-            ours, theirs = (getattr(s, field.name) for s in (search, second.searches[name]))
-            np.testing.assert_array_equal(ours, theirs)
-    assert first.detection == second.detection
+    pairs = [(search, second.searches[name]) for name, search in first.searches.items()]
+    for pair in [(first.detection, second.detection), *pairs]:
+        for field in dataclasses.fields(pair[0]):
+            ours, theirs = (flat(getattr(one, field.name)) for one in pair)
+            np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
 
 
 @pytest.mark.skipif(not REAL_PROTOCOL.is_file(), reason="the real TestG100.mat is not here")

@@ -14,6 +14,7 @@ from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import kinds as figures
 from alignps_jax.figures import photos as photo_figures
 from alignps_jax.files import read_image, write_image
+from alignps_jax.gallery.photos import Query
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
 from alignps_jax.types import Detections, GalleryDetections, UserError
@@ -211,25 +212,26 @@ def test_heat_is_where_the_embedding_is(tmp_path, photos, networks):
     assert (photo[300:, 300:, 0] - photo[300:, 300:, 2] > 60)[~has(photo, YELLOW)[300:, 300:]].all()
 
 
-def test_heat_maps_of_a_gallery_best_first(tmp_path, photos, networks, monkeypatch):
+def test_heat_maps_of_a_gallery_best_first(tmp_path, photos, networks):
     similar = {(240, 96): ([[10, 10, 50, 90]], [0.9], [(0.6, 0.8)])}
     networks["a"] = FakeDetector(PEOPLE | similar)
-    captions = []
-    original = photo_figures.captioned
-    monkeypatch.setattr(
-        photo_figures,
-        "captioned",
-        lambda image, text, lines: captions.append(text) or original(image, text, lines),
-    )
-    draw("similarity", tmp_path, query=photos / "query.png", gallery=photos)
-    assert "portrait.png\nbest match 0.60" in captions
-    assert "other.png\nbest match 1.00" in captions
-    assert "tiny.png\nnobody found" in captions
-    monkeypatch.setattr(photo_figures, "MAX_SCENES", 2)
-    one = draw("similarity", tmp_path, query=photos / "query.png", gallery=photos)
-    picture = one["similarity-query.png"]
+    query = Query(np.zeros(4), np.array([1, 0], np.float32))
+    scenes = [photos / f"{name}.png" for name in ("tiny", "portrait", "other")]
+    found = photo_figures.most_similar_scenes(networks["a"], query, scenes)
+    assert [scene.caption for scene in found] == [
+        "other.png\nbest match 1.00",
+        "portrait.png\nbest match 0.60",
+        "tiny.png\nnobody found",
+    ]
+    assert [has(scene.picture, BLUE).any() for scene in found] == [True, True, False]
+    for limit in (0, 1, 2, 9):
+        some = photo_figures.most_similar_scenes(networks["a"], query, scenes, limit)
+        assert [scene.best for scene in some] == [scene.best for scene in found[:limit]]
+    drawn = draw("similarity", tmp_path, query=photos / "query.png", gallery=photos)
+    picture = drawn["similarity-query.png"]
     assert has(picture, BLUE).any()
-    assert picture.shape[1] == 2 * 560 + 36  # the query and the best scene, a landscape
+    # The query, both landscapes and the portrait of 168 pixels, none wider than its column.
+    assert picture.shape[1] == 3 * 560 + 48
 
 
 # Comparisons.
@@ -280,13 +282,11 @@ def evaluated(tmp_path_factory):
     return folder, config
 
 
-def test_comparison_on_a_protocol(evaluated, tmp_path, monkeypatch):
+def test_comparison_on_a_protocol(evaluated, tmp_path):
     folder, config = evaluated
-    rows = []
-    original = dataset_figures.ranking_picture
-    monkeypatch.setattr(
-        dataset_figures, "ranking_picture", lambda r: original(rows.extend(r) or rows)
-    )
+    queries = dataset_figures.compared_queries(config, [folder / "good", folder / "bad"])
+    rows = list(queries.rows)
+    assert queries.protocol == "TestG50"
     wanted = figures.figure_request(
         f"{folder}/good,{folder}/bad", lambda path: config, None, None, None, str(tmp_path)
     )
@@ -306,23 +306,20 @@ def test_comparison_on_a_protocol(evaluated, tmp_path, monkeypatch):
     assert not rows[1].results[0].match
 
 
-def test_precision_recall_of_saved_detections(evaluated, tmp_path, monkeypatch):
+def test_precision_recall_of_saved_detections(evaluated, tmp_path):
     folder, config = evaluated
-    seen = []
-    original = dataset_figures.precision_recall_plot
-    monkeypatch.setattr(
-        dataset_figures, "precision_recall_plot", lambda p: seen.append(p) or original(p)
-    )
+    paths = [folder / "good" / "detections.npz", folder / "bad"]
+    panels = dataset_figures.precision_recall(config, paths)
     files = f"{folder}/good/detections.npz,{folder}/bad"
     wanted = figures.figure_request(files, lambda path: config, None, None, None, str(tmp_path))
     figures.draw_figures("precision_recall", wanted)
     assert read_image(tmp_path / "precision_recall.png", MAX_PIXELS).shape == (600, 1950, 3)
-    detection, first, whole = seen[0].values()
+    detection, first, whole = panels.values()
     assert [set(panel) for panel in (detection, first, whole)] == [{"good", "bad"}] * 3
     assert detection["good"].area == pytest.approx(1)
     assert first["good"].area == pytest.approx(1)
     assert whole["bad"].area < 0.9
-    assert [name.split(" (")[0] for name in seen[0]] == [
+    assert [name.split(" (")[0] for name in panels] == [
         "detection",
         "search, TestG50",
         "search, all",
@@ -361,23 +358,20 @@ def write_metrics(folder, dataset="cuhk_sysu", **maps):
     (folder / "metrics.json").write_text(json.dumps({"dataset": dataset, "search": search}))
 
 
-def test_gallery_sizes_are_sorted_and_the_paper_is_known(tmp_path, monkeypatch):
-    seen = []
-    original = dataset_figures.gallery_size_plot
-    monkeypatch.setattr(
-        dataset_figures, "gallery_size_plot", lambda *args: seen.append(args) or original(*args)
-    )
+def test_gallery_sizes_are_sorted_and_the_paper_is_known(tmp_path):
     write_metrics(tmp_path / "a", TestG4000=0.7, all=0.65, TestG100=0.9, occlusion=0.2)
     write_metrics(tmp_path / "b", TestG50=0.8, TestG100=0.75)
     picture = draw("gallery_size", tmp_path, "a,b/metrics.json")["gallery_size.png"]
     assert picture.shape == (720, 1080, 3)
-    maps, galleries, references = seen[0]
-    assert maps == {"a": {"4000": 0.7, "all": 0.65, "100": 0.9}, "b": {"50": 0.8, "100": 0.75}}
-    assert galleries == ["50", "100", "4000", "all"]
-    assert [(one.gallery, one.mAP) for one in references] == [("100", 93.1), ("100", 94.0)]
+    sizes = dataset_figures.gallery_sizes([tmp_path / "a", tmp_path / "b" / "metrics.json"])
+    assert sizes.maps == {
+        "a": {"4000": 0.7, "all": 0.65, "100": 0.9},
+        "b": {"50": 0.8, "100": 0.75},
+    }
+    assert sizes.galleries == ("50", "100", "4000", "all")
+    assert [(one.gallery, one.mAP) for one in sizes.references] == [("100", 93.1), ("100", 94.0)]
     write_metrics(tmp_path / "c", "synthetic", TestG50=0.8, TestG100=0.75)
-    draw("gallery_size", tmp_path, "c")
-    assert seen[1][2] == []
+    assert dataset_figures.gallery_sizes([tmp_path / "c"]).references == ()
 
 
 @pytest.mark.parametrize(

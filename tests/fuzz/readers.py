@@ -34,6 +34,7 @@ from data_pipeline.transforms import decode_jpeg
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.fuzz.mutations import damage, damage_image, damage_json, damage_mat, damage_text
 from tests.fuzz.runner import Reader
+from tests.fuzz.tensor_readers import TENSOR_READERS
 
 # So that a photo takes at most a third of the memory that a reader may take.
 _MAX_PIXELS = 10_000_000
@@ -267,3 +268,4 @@ READERS: dict[str, Reader] = {
         memory=8 << 30,
     ),
 }
+READERS |= TENSOR_READERS

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from alignps_jax.gallery import nearest as gallery
-from alignps_jax.gallery import photos
 from alignps_jax.gallery.photos import Query, rank
 from alignps_jax.types import Detections, UserError
 
@@ -42,10 +41,9 @@ def whole_numbers(seed, *shape):
         (131, 70),
     ],
 )
-def test_equals_sorting_everything_ties_included(monkeypatch, count, k):
-    monkeypatch.setattr(gallery, "CHUNK", 32)
+def test_equals_sorting_everything_ties_included(count, k):
     queries, embeddings = whole_numbers(count, 4, 3), whole_numbers(k, count, 3)
-    found = gallery.top_k(queries, embeddings, k)
+    found = gallery.top_k(queries, embeddings, k, chunk=32)
     index, similarity = sorted_all(queries, embeddings, k)
     np.testing.assert_array_equal(found.index, index)
     np.testing.assert_array_equal(found.similarity, similarity)
@@ -64,17 +62,15 @@ def test_more_than_a_chunk_of_real_embeddings():
     assert found.index[:, 0].tolist() == [count - 1, 5, gallery.CHUNK]
 
 
-def test_all_equal_gives_the_first(monkeypatch):
-    monkeypatch.setattr(gallery, "CHUNK", 16)
-    found = gallery.top_k(np.ones((2, 3)), np.ones((45, 3)), 20)
+def test_all_equal_gives_the_first():
+    found = gallery.top_k(np.ones((2, 3)), np.ones((45, 3)), 20, chunk=16)
     np.testing.assert_array_equal(found.index, np.tile(np.arange(20), (2, 1)))
 
 
-def test_nothing_similar_is_still_ranked(monkeypatch):
+def test_nothing_similar_is_still_ranked():
     """Negative similarities come before what is searched twice in the last chunk."""
-    monkeypatch.setattr(gallery, "CHUNK", 8)
     embeddings = -np.arange(1, 14, dtype=np.float32)[:, None]
-    found = gallery.top_k(np.ones((1, 1), np.float32), embeddings, 13)
+    found = gallery.top_k(np.ones((1, 1), np.float32), embeddings, 13, chunk=8)
     np.testing.assert_array_equal(found.index[0], np.arange(13))
 
 
@@ -109,8 +105,7 @@ def test_wrong_input(queries, embeddings, k, message):
         gallery.top_k(np.zeros(queries), np.zeros(embeddings), k)
 
 
-def test_people_found_in_photos_are_ranked_for_every_query(monkeypatch):
-    monkeypatch.setattr(photos, "MAX_RESULTS", 4)
+def test_people_found_in_photos_are_ranked_for_every_query():
     people = whole_numbers(0, 7, 3)
     found = {}
     for name, rows in (("a.jpg", slice(0, 3)), ("b.jpg", slice(3, 3)), ("c.jpg", slice(3, 7))):
@@ -119,7 +114,7 @@ def test_people_found_in_photos_are_ranked_for_every_query(monkeypatch):
         valid = np.ones(len(scores), bool)
         found[Path("folder") / name] = Detections(boxes, scores, people[rows], valid)
     queries = [Query(np.full(4, 9.0), row) for row in whole_numbers(1, 2, 3)]
-    rankings = rank(queries, Path("photos/query.jpg"), found)
+    rankings = rank(queries, Path("photos/query.jpg"), found, max_results=4)
     index, similarity = sorted_all(np.stack([query.embedding for query in queries]), people, 4)
     for ranking, rows, values in zip(rankings, index, similarity, strict=True):
         assert ranking.image == "query.jpg"

@@ -1,15 +1,13 @@
-"""What the parts of the benchmark are written with: clocks, rows, operation counts, rates.
+"""What the comparisons are written with: floors, PyTorch, operation counts.
 
-A part is a function from `Context` to an iterable of `Row`s; `run.PARTS` lists them.
+A part is a function from `Context` to an iterable of `Row`s; `__main__.PARTS` lists them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,56 +17,28 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from ml_collections import ConfigDict
+
+from alignps_jax.experiments.benchmark import measure, parts, report
+from alignps_jax.experiments.benchmark.measure import Timing, time_in_turns
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds that several runs of one function took: median, fastest, slowest."""
-
-    median: float
-    low: float
-    high: float
-    runs: int
-
-    @classmethod
-    def of(cls, seconds: Iterable[float]) -> Timing:
-        """Of the runs' seconds, at least one."""
-        seconds = sorted(seconds)
-        return cls(statistics.median(seconds), seconds[0], seconds[-1], len(seconds))
-
-    def divided(self, parts: int) -> Timing:
-        """Of one of so many equal parts."""
-        return Timing(self.median / parts, self.low / parts, self.high / parts, self.runs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One figure of the benchmark.
+class Row(measure.Row):
+    """A figure and what it is compared with.
 
     Attributes:
-      part: name of the part, a key of `run.PARTS`.
-      name: what was timed; unique within its part.
-      time: what it took, in seconds.
       floor: what it takes at least on this machine, in seconds; None if there is no such figure.
       torch: what the same work took in PyTorch, in turns with ours.
       flops: floating-point operations of one run.
       bytes: what one run moves to and from memory (XLA's estimate).
       goal: what the project aims at, in words, with numbers.
-      note: anything else worth knowing, in words.
-      memory: peak memory of one run in bytes: arguments, results and temporaries.
     """
 
-    part: str
-    name: str
-    time: Timing
     floor: float | None = None
     torch: Timing | None = None
     flops: float | None = None
     bytes: float | None = None
     goal: str = ""
-    note: str = ""
-    memory: float | None = None
 
     @property
     def floor_ratio(self) -> float | None:
@@ -86,27 +56,50 @@ class Row:
         return None if self.flops is None else self.flops / self.time.median / 1e12
 
 
+def _written(write: Callable[[Any], str], get: Callable[[Row], Any]) -> Callable[[Row], str]:
+    """A cell that is empty where there is nothing to write."""
+    return lambda row: "" if get(row) is None else write(get(row))
+
+
+def _ratio(value: float) -> str:
+    return f"{report.three_digits(value)}x"
+
+
+COLUMNS: report.Columns = {
+    "time": report.COLUMNS["time"],
+    "range": report.COLUMNS["range"],
+    "floor": _written(report.seconds, lambda row: row.floor),
+    "times floor": _written(_ratio, lambda row: row.floor_ratio),
+    "PyTorch": _written(lambda time: report.seconds(time.median), lambda row: row.torch),
+    "PyTorch / ours": _written(_ratio, lambda row: row.torch_ratio),
+    "TFLOP/s": _written("{:.3f}".format, lambda row: row.tflops),
+    "bytes": _written(report.size, lambda row: row.bytes),
+    "memory": report.COLUMNS["memory"],
+    "goal": lambda row: row.goal,
+    "note": report.COLUMNS["note"],
+}
+
+
 @dataclasses.dataclass(frozen=True)
-class Context:
+class Context(parts.Context):
     """What a part may use.
 
     Attributes:
-      config: the configuration, `configs/cuhk.py` unless another was asked for.
-      runs: timed runs of every function (the median counts).
-      quick: only see that it works: tiny shapes, figures without meaning.
       workdir: where results go; parts may write plots and scratch files there.
       torch: PyTorch, if it and torchvision are installed and run on our kind of device.
       rate: what floors are computed from; ask it right after the timing.
-      shared: median seconds of the rows so far, by "part: name", for other parts.
+      step_seconds: of the training steps so far, by title, for other parts.
     """
 
-    config: ConfigDict
-    runs: int
-    quick: bool
     workdir: Path
     torch: ModuleType | None
     rate: FloatRate
-    shared: dict[str, float] = dataclasses.field(default_factory=dict)
+    step_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def torch_note(self) -> str:
+        """Why there are no figures of PyTorch, or ""."""
+        return "torch: not installed" if self.torch is None else ""
 
     @property
     def torch_device(self) -> str:
@@ -114,7 +107,7 @@ class Context:
         return "cpu" if jax.default_backend() == "cpu" else "cuda"
 
     def finished(self, function: Callable[[], object]) -> Callable[[], object]:
-        """A PyTorch function that returns once the device is done, as `time_alternating` asks."""
+        """A PyTorch function that returns once the device is done, as `time_in_turns` asks."""
 
         def run() -> object:
             result = function()
@@ -123,39 +116,6 @@ class Context:
             return result
 
         return run
-
-
-def time_alternating(
-    functions: Mapping[str, Callable[[], object]],
-    *,
-    runs: int,
-    warmup: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Times functions in turns, so that all of them meet the same disturbances.
-
-    Every round runs each of them once; every second round goes backwards, so that none always
-    follows the same other one.
-
-    Args:
-      functions: by name. A run ends once what it returned is there (JAX computes in the
-        background; of PyTorch's functions see `Context.finished`).
-      runs: timed rounds, at least one.
-      warmup: rounds before them (compilation, caches) that do not count.
-      clock: seconds.
-    """
-    if runs < 1:
-        raise ValueError(f"runs: found {runs}, expected at least 1")
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(-warmup, runs):
-        names = list(functions) if turn % 2 == 0 else list(reversed(functions))
-        for name in names:
-            start = clock()
-            jax.block_until_ready(functions[name]())
-            elapsed = clock() - start
-            if turn >= 0:
-                seconds[name].append(elapsed)
-    return {name: Timing.of(each) for name, each in seconds.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,17 +133,17 @@ class Cost:
 
 
 def program_cost(function: Callable[..., Any], *args: Any) -> Cost:
-    """What a call costs by XLA's analysis of the program before it is optimised.
+    """What a call costs by XLA's analysis of the program before it is optimized.
 
     Arguments may be arrays or `jax.ShapeDtypeStruct`s. XLA counts the body of a loop once; here a
     `lax.scan` counts as often as it runs. The rounds of a `lax.while_loop` are known to nobody:
     it counts once. Bytes are an upper bound, as nothing is fused yet.
     """
     jaxpr = jax.make_jaxpr(function)(*args)
-    return _analyse(jaxpr) + _repetitions(jaxpr.jaxpr)
+    return _analyze(jaxpr) + _repetitions(jaxpr.jaxpr)
 
 
-def _analyse(jaxpr: jex.ClosedJaxpr) -> Cost:
+def _analyze(jaxpr: jex.ClosedJaxpr) -> Cost:
     """XLA's analysis, which counts every loop's body once."""
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in jaxpr.in_avals]
     analysis = jax.jit(jex.jaxpr_as_fun(jaxpr)).lower(*shapes).cost_analysis() or {}
@@ -199,19 +159,8 @@ def _repetitions(jaxpr: jex.Jaxpr) -> Cost:
             cost += rest
             if equation.primitive.name == "scan":
                 body = equation.params["jaxpr"]
-                cost += (_analyse(body) + rest) * (equation.params["length"] - 1)
+                cost += (_analyze(body) + rest) * (equation.params["length"] - 1)
     return cost
-
-
-def peak_memory(compiled: jax.stages.Compiled) -> float:
-    """Bytes that a compiled program needs at most: arguments, results and temporaries."""
-    analysis = compiled.memory_analysis()
-    return float(
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
 
 
 class FloatRate:
@@ -221,8 +170,14 @@ class FloatRate:
     machine it changes from minute to minute.
     """
 
-    def __init__(self, *, runs: int, quick: bool = False):
-        self._runs = runs
+    def __init__(
+        self,
+        *,
+        runs: int,
+        quick: bool = False,
+        timer: Callable[..., Mapping[str, Timing]] = time_in_turns,
+    ):
+        self._runs, self._timer = runs, timer
         on_cpu = jax.default_backend() == "cpu"
         # Side of the square matrices; shape and features of the convolution.
         self._side = 256 if quick else 2048 if on_cpu else 8192
@@ -232,9 +187,7 @@ class FloatRate:
     def __call__(self, dtype: str = "float32") -> float:
         """Floating-point operations per second in this type, that of the median run."""
         programs = self._programs(dtype)
-        times = time_alternating(
-            {name: run for name, (run, _) in programs.items()}, runs=self._runs
-        )
+        times = self._timer({name: run for name, (run, _) in programs.items()}, runs=self._runs)
         return max(flops / times[name].median for name, (_, flops) in programs.items())
 
     def floor(self, flops: float, dtype: str = "float32") -> float:

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignps_jax.benchmark.measure import Context, Row, peak_memory, time_alternating
-from alignps_jax.benchmark.network import configured, has_oracle, no_torch_note
-from alignps_jax.benchmark.report import seconds
-from alignps_jax.benchmark.train import CASES, IDENTITIES, PEOPLE, QUICK_CASES, make_step
+from alignps_jax.experiments.benchmark.measure import peak_memory, time_in_turns
+from alignps_jax.experiments.benchmark.report import seconds
 from alignps_jax.losses.oim import oim_loss, update_memory
 from alignps_jax.losses.terms import People, triplet_loss
 from alignps_jax.training.state import POSITIVES_PER_LEVEL
 from alignps_jax.types import OIMMemory, Positives
+from tests.benchmark.measure import Context, Row
+from tests.benchmark.network import configured
+from tests.benchmark.train import CASES, IDENTITIES, PEOPLE, QUICK_CASES, Case, make_step
 
 GOAL = "≤ 2% of the training step"
 IMAGES = 4
@@ -31,12 +32,12 @@ def rows(context: Context) -> Iterator[Row]:
     """TOIM of a batch of four against a training step of two; with more and more empty rows."""
     for room in ROOMS:
         positives, memory = made_up_people(context, room)
-        run, peak = _work(context, positives, memory)
+        run, peak = make_work(context, positives, memory)
         functions = {"ours": run}
-        if has_oracle(context):
-            functions["torch"] = _torch_function(context, positives, memory)
-        times = time_alternating(functions, runs=context.runs)
-        notes = [_share(context, times["ours"].median), no_torch_note(context)]
+        if context.torch is not None:
+            functions["torch"] = torch_function(context, positives, memory)
+        times = time_in_turns(functions, runs=context.runs)
+        notes = [share_of_step(context, times["ours"].median, step_seconds), context.torch_note]
         yield Row(
             part="toim",
             name=f"{int(positives.valid.sum())} positives in {len(positives.valid)} rows",
@@ -48,20 +49,26 @@ def rows(context: Context) -> Iterator[Row]:
         )
 
 
-def _share(context: Context, time: float) -> str:
+def share_of_step(
+    context: Context, time: float, measure_step: Callable[[Context, Case], float]
+) -> str:
     """How much of the first case of part `train` this is; its time is measured once if need be.
 
     A quick run says nothing of a step that it has not met: compiling one takes minutes.
     """
-    case = (QUICK_CASES if context.quick else CASES)[0]
-    name = f"train: {case.title}"
-    if name not in context.shared and not context.quick:
-        step = make_step(configured(context), case)
-        context.shared[name] = time_alternating({"step": step.run}, runs=1)["step"].median
-    if name not in context.shared:
-        return ""
-    step_time = context.shared[name]
+    case, known = (QUICK_CASES if context.quick else CASES)[0], context.step_seconds
+    if case.title not in known:
+        if context.quick:
+            return ""
+        known[case.title] = measure_step(context, case)
+    step_time = known[case.title]
     return f"{time / step_time:.2%} of a training step ({case.title}: {seconds(step_time)})"
+
+
+def step_seconds(context: Context, case: Case) -> float:
+    """What one training step of the case takes."""
+    step = make_step(configured(context), case)
+    return time_in_turns({"step": step.run}, runs=1)["step"].median
 
 
 def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
@@ -97,10 +104,10 @@ def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
     return jax.tree.map(jnp.asarray, (positives, memory))
 
 
-def _work(
+def make_work(
     context: Context, positives: Positives, memory: OIMMemory
 ) -> tuple[Callable[[], Any], float]:
-    """Losses, gradient and update, going on from the memory that the last run left; its bytes."""
+    """Losses, gradient and update, resuming from the memory that the last run left; its bytes."""
     loss = configured(context).loss
 
     def toim(memory: OIMMemory, positives: Positives) -> tuple[Float[Array, "P D"], OIMMemory]:
@@ -147,7 +154,7 @@ def _work(
     return run, peak_memory(program)
 
 
-def _torch_function(
+def torch_function(
     context: Context, positives: Positives, memory: OIMMemory
 ) -> Callable[[], object]:
     """The same as the released code does it, for the positives that there are."""

@@ -16,9 +16,9 @@ import cv2
 import jax
 from ml_collections import ConfigDict
 
-from alignps_jax.benchmark.measure import Context, Row, Timing, time_alternating
-from alignps_jax.benchmark.photos import made_up_split
 from alignps_jax.devices import parallel_train_step, replicate, split_over_devices
+from alignps_jax.experiments.benchmark.measure import Timing, time_in_turns
+from alignps_jax.experiments.benchmark.simulate import made_up_split
 from alignps_jax.log import MetricLog, read_log
 from alignps_jax.nn.model import build_model
 from alignps_jax.training.monitor import Monitor
@@ -29,6 +29,7 @@ from alignps_jax.types import Batch
 from configs import synthetic
 from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
 from data_pipeline.transforms import Size, decode_jpeg
+from tests.benchmark.measure import Context, Row
 
 # (height, width) of photos: as large as the network takes them, PRW's, and many of CUHK-SYSU's.
 PHOTOS: tuple[Size, ...] = ((900, 1500), (1080, 1920), (600, 800))
@@ -83,7 +84,7 @@ def _one_core(context: Context, size: Size) -> Iterator[Row]:
             pipeline.batch(step)
 
     cv2.setNumThreads(0)  # as in training, where every worker is one thread
-    times = time_alternating(
+    times = time_in_turns(
         {"decode": decode, "resize": decode_and_resize, "all": everything}, runs=context.runs
     )
     times = {name: time.divided(len(work)) for name, time in times.items()}
@@ -118,7 +119,7 @@ def _workers(context: Context, size: Size) -> Iterator[Row]:
 
         return run
 
-    times = time_alternating(
+    times = time_in_turns(
         {str(workers): drain(pipeline) for workers, pipeline in pipelines.items()},
         runs=context.runs,
     )

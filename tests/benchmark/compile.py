@@ -14,17 +14,18 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from alignps_jax.benchmark.measure import Context, Row, Timing
+from alignps_jax.experiments.benchmark.measure import Timing
 from alignps_jax.training.monitor import FIRST_STEP
 from alignps_jax.types import UserError
 from configs import tiny
 from data_pipeline.datasets import prepare
 from data_pipeline.transforms import buckets
+from tests.benchmark.measure import Context, Row
 
-_LAUNCH = Path(__file__).parents[2] / "launch.py"
+LAUNCH = Path(__file__).parents[2] / "launch.py"
 
 
-def rows(context: Context) -> Iterator[Row]:
+def rows(context: Context, launcher: Path = LAUNCH) -> Iterator[Row]:
     """Cold and warm starts of a tiny network and of the configured one.
 
     The configured one trains on a few drawn scenes at its smallest scale: that changes how long a
@@ -36,21 +37,25 @@ def rows(context: Context) -> Iterator[Row]:
     )
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        yield from _starts("configs/tiny.py", tiny.get_config(), root / "tiny", "")
+        yield from _starts("configs/tiny.py", tiny.get_config(), root / "tiny", launcher, "")
         if not context.quick:
             config = ConfigDict(context.config.to_dict())
-            yield from _starts("the configured network", config, root / "configured", epoch)
+            yield from _starts(
+                "the configured network", config, root / "configured", launcher, epoch
+            )
 
 
-def _starts(name: str, config: ConfigDict, folder: Path, note: str) -> Iterator[Row]:
+def _starts(
+    name: str, config: ConfigDict, folder: Path, launcher: Path, note: str
+) -> Iterator[Row]:
     """A start without compiled programs, and one that finds those of the first."""
     _few_scenes(config, folder / "data")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare(config.data)
     _write_config(config, folder / "config.py")
-    cold = _seconds_to_first_step(folder)
+    cold = _seconds_to_first_step(folder, launcher)
     yield Row("compile", f"first step, cold: {name}", _once(cold), note=note)
-    warm = _seconds_to_first_step(folder)
+    warm = _seconds_to_first_step(folder, launcher)
     size = sum(file.stat().st_size for file in (folder / "run" / "xla_cache").rglob("*"))
     yield Row(
         "compile",
@@ -79,13 +84,13 @@ def _write_config(config: ConfigDict, path: Path) -> None:
     )
 
 
-def _seconds_to_first_step(folder: Path) -> float:
+def _seconds_to_first_step(folder: Path, launcher: Path) -> float:
     """From the command to the line that says that the first step is done; training ends there."""
     flags = [f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}"]
     start = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, str(_LAUNCH), *flags],
-        cwd=_LAUNCH.parent,
+        [sys.executable, str(launcher), *flags],
+        cwd=LAUNCH.parent,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

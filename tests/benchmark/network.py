@@ -1,29 +1,25 @@
-"""The whole network for benchmarks: weights, arithmetic, and the same network in PyTorch."""
+"""The complete network for comparisons: its arithmetic, and the same network in PyTorch."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from alignps_jax.benchmark.measure import Context, plain_conv
-from alignps_jax.nn.model import AlignPS, Params, init_variables
+from alignps_jax.nn.deform_conv import DeformConv
+from alignps_jax.nn.model import AlignPS, Params
 from alignps_jax.types import Batch
 from alignps_jax.weights.released_names import released_name, to_torch
 from configs import tiny
-
-# Random weights under which the activations of a ResNet-50 keep a sane size, and offsets are of
-# one or two pixels, as trained ones are: what is read from memory depends on it. Factors.
-_STEM_FACTOR, _RESIDUAL_FACTOR = 1 / 16, 1 / 4
+from tests.benchmark.measure import Context, plain_conv
 
 
 def configured(context: Context, **model: Any) -> ConfigDict:
@@ -32,65 +28,65 @@ def configured(context: Context, **model: Any) -> ConfigDict:
         config = ConfigDict(context.config.to_dict())
     else:
         config = tiny.get_config()
-        if has_oracle(context):  # which has no other backbone
+        if context.torch is not None:  # whose network has no other backbone
             config.model.backbone, config.model.frozen_stages = "resnet50", 1
     config.model.update(model)
     return config
 
 
-def sane_weights(model: AlignPS) -> tuple[Params, Params]:
-    """(params, frozen) of a network that was not trained, but behaves as if it were."""
-    params, frozen = init_variables(model, jax.random.key(0))
-    stem = params["backbone"]["conv1"]
-    stem["kernel"] = stem["kernel"] * _STEM_FACTOR
-    flat = traverse_util.flatten_dict(frozen)
-    factors = {path: _RESIDUAL_FACTOR for path in flat if path[-2:] == ("bn3", "scale")}
-    flat = {path: leaf * factors.get(path, 1.0) for path, leaf in flat.items()}
-    return params, traverse_util.unflatten_dict(flat)
-
-
 @contextlib.contextmanager
 def plain_arithmetic() -> Iterator[None]:
-    """Within it the network is traced with XLA's own convolutions, the deformable ones included.
+    """Within it networks are traced with XLA's own convolutions, the deformable ones included.
 
     `program_cost` of it is then what no implementation can do without: neither interpolation, nor
-    what a backward pass computes a second time.
+    what a backward pass computes a second time. Flax asks the interceptor before each call of a
+    module; parameters stay those of the network.
     """
-    with (
-        mock.patch("alignps_jax.nn.deform_conv.deform_conv2d", _not_displaced),
-        mock.patch("alignps_jax.nn.layers.conv2d", plain_conv),
-    ):
+    with nn.intercept_methods(_as_plain_convolution):
         yield
 
 
-def _not_displaced(
-    inputs: jax.Array,
-    offsets: jax.Array,
-    kernel: jax.Array,
-    mask: jax.Array | None = None,
-    *,
-    stride: int = 1,
-) -> jax.Array:
+def _as_plain_convolution(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    module = context.module
+    if context.method_name != "__call__" or module.is_initializing():
+        return call(*args, **kwargs)
+    if isinstance(module, DeformConv):
+        return _not_displaced(module, *args)
+    if isinstance(module, nn.Conv):
+        return _plain(module, *args)
+    return call(*args, **kwargs)
+
+
+def _plain(module: nn.Conv, inputs: jax.Array) -> jax.Array:
+    params, inputs = module.variables["params"], inputs.astype(module.dtype)
+    kernel = params["kernel"].astype(module.dtype)
+    # The module's convolution knows its stride, the module itself does not.
+    height = jax.eval_shape(module.conv_general_dilated, inputs, kernel).shape[1]
+    out = plain_conv(inputs, kernel, stride=round(inputs.shape[1] / height))
+    return out + params["bias"].astype(module.dtype) if module.use_bias else out
+
+
+def _not_displaced(module: DeformConv, inputs: jax.Array) -> jax.Array:
     """A plain convolution that still needs offsets and mask, hence their gradients."""
-    out = plain_conv(inputs, kernel.astype(inputs.dtype), stride=stride)
+    dtype, stride = module.dtype, module.stride
+    params, inputs = module.variables["params"], inputs.astype(dtype)
+    offset = jax.tree.map(lambda leaf: leaf.astype(dtype), params["offset"])
+    predicted = plain_conv(inputs, offset["kernel"], stride=stride) + offset["bias"]
+    offsets, mask = module.split(predicted.astype(jnp.float32))
     displaced = offsets.sum((3, 4)) if mask is None else offsets.sum((3, 4)) + mask.sum(3)
-    return out + displaced[..., None].astype(out.dtype)
-
-
-def has_oracle(context: Context) -> bool:
-    """Whether PyTorch and the network in it that the tests compare ours with are at hand."""
-    return context.torch is not None and importlib.util.find_spec("tests") is not None
-
-
-def no_torch_note(context: Context) -> str:
-    """Why there are no figures of PyTorch, or ""."""
-    if context.torch is None:
-        return "torch: not installed"
-    return "" if has_oracle(context) else "torch: tests/oracle is not there"
+    out = plain_conv(inputs, params["kernel"].astype(dtype), stride=stride)
+    out += displaced[..., None].astype(dtype)
+    return out + params["bias"].astype(dtype) if module.use_bias else out
 
 
 def torch_network(context: Context, config: ConfigDict, params: Params, frozen: Params) -> Any:
     """The network in PyTorch with our weights, without the levels that ours lacks."""
+    # Only here, as PyTorch need not be installed.
     from tests.oracle.alignps_torch import AlignPS as TorchAlignPS
     from tests.oracle.alignps_torch import Spec
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from alignps_jax.benchmark.measure import Context, Row, time_alternating
 from alignps_jax.evaluation.metrics import detection_metrics, search_metrics
+from alignps_jax.experiments.benchmark.measure import time_in_turns
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol
 from data_pipeline.sources.source import Queries, all_but, search_everywhere
+from tests.benchmark.measure import Context, Row
 
 DIM = 256
 THRESHOLD = 0.2
@@ -57,7 +58,7 @@ def _row(
             search_metrics(protocol, detections, score_threshold=THRESHOLD),
         )
 
-    time = time_alternating({"evaluate": evaluate}, runs=context.runs)["evaluate"]
+    time = time_in_turns({"evaluate": evaluate}, runs=context.runs)["evaluate"]
     above = np.count_nonzero(detections.scores >= THRESHOLD)
     detections_size = detections.embeddings.nbytes + detections.boxes.nbytes
     return Row(

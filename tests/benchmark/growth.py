@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from alignps_jax.benchmark import growth_cases as cases
-from alignps_jax.benchmark.growth_cases import Work
-from alignps_jax.benchmark.measure import Context, Row, Timing, time_alternating
+from alignps_jax.experiments.benchmark.measure import Timing, time_in_turns
 from alignps_jax.files import write_atomically
+from tests.benchmark import growth_cases
+from tests.benchmark.growth_cases import Work
+from tests.benchmark.measure import Context, Row
 
 # Of the fitted exponent; more is called faster than linear. What is linear measures up to this.
 LINEAR = 1.1
@@ -38,14 +39,21 @@ class Case:
 
 
 CASES = (
-    Case("pixels", "inference", cases.inference, (86016, 172032, 344064, 688128), True),
-    Case("people per image", "training step (demo)", cases.training_step, (8, 32, 128), True),
-    Case("people per image", "target assignment", cases.targets, (8, 16, 32, 64, 128)),
-    Case("people per image", "triplet loss, gradient", cases.triplet, (8, 16, 32, 64)),
-    Case("people per image", "decoding, NMS", cases.detections, (8, 16, 32, 64, 128)),
-    Case("identities", "OIM loss, gradient, update", cases.oim, (2000, 4000, 8000, 16000, 32000)),
-    Case("gallery embeddings", "search", cases.search, (62500, 125000, 250000, 500000)),
-    Case("gallery images", "search figures", cases.figures, (1000, 2000, 4000, 8000)),
+    Case("pixels", "inference", growth_cases.inference, (86016, 172032, 344064, 688128), True),
+    Case(
+        "people per image", "training step (demo)", growth_cases.training_step, (8, 32, 128), True
+    ),
+    Case("people per image", "target assignment", growth_cases.targets, (8, 16, 32, 64, 128)),
+    Case("people per image", "triplet loss, gradient", growth_cases.triplet, (8, 16, 32, 64)),
+    Case("people per image", "decoding, NMS", growth_cases.detections, (8, 16, 32, 64, 128)),
+    Case(
+        "identities",
+        "OIM loss, gradient, update",
+        growth_cases.oim,
+        (2000, 4000, 8000, 16000, 32000),
+    ),
+    Case("gallery embeddings", "search", growth_cases.search, (62500, 125000, 250000, 500000)),
+    Case("gallery images", "search figures", growth_cases.figures, (1000, 2000, 4000, 8000)),
 )
 
 
@@ -76,10 +84,10 @@ class Series:
         return f"{found}: {judged}"
 
 
-def rows(context: Context) -> Iterator[Row]:
+def rows(context: Context, cases: Sequence[Case] = CASES) -> Iterator[Row]:
     """One row per case and size; the last one of a case says how it grows. Writes `growth.png`."""
     measured = []
-    for case in CASES:
+    for case in cases:
         if context.quick and case.network:
             continue
         series = measure(context, case)
@@ -103,7 +111,7 @@ def measure(context: Context, case: Case) -> Series:
     if context.quick:
         case = dataclasses.replace(case, sizes=case.sizes[:2])
     work = {str(size): case.prepare(context, size) for size in case.sizes}
-    times = time_alternating({size: one.run for size, one in work.items()}, runs=context.runs)
+    times = time_in_turns({size: one.run for size, one in work.items()}, runs=context.runs)
     series = Series(
         case, tuple(times[size] for size in work), tuple(one.memory for one in work.values())
     )

@@ -13,35 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.benchmark.growth_cases import made_up_batch
-from alignps_jax.benchmark.measure import (
-    Context,
-    Cost,
-    Row,
-    Timing,
-    peak_memory,
-    program_cost,
-    time_alternating,
-)
-from alignps_jax.benchmark.network import (
-    compiled,
-    configured,
-    forward,
-    has_oracle,
-    no_torch_note,
-    on_device,
-    plain_arithmetic,
-    sane_weights,
-    torch_network,
-    torch_pixels,
-)
 from alignps_jax.devices import parallel_train_step, replicate, split_over_devices
+from alignps_jax.experiments.benchmark.measure import Timing, peak_memory, time_in_turns
+from alignps_jax.experiments.benchmark.simulate import plausible_weights
 from alignps_jax.nn.model import build_model
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.state import POSITIVES_PER_LEVEL, create_state, is_frozen
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, TrainState
 from data_pipeline.transforms import Scale, Size, buckets
+from tests.benchmark.growth_cases import made_up_batch
+from tests.benchmark.measure import Context, Cost, Row, program_cost
+from tests.benchmark.network import (
+    compiled,
+    configured,
+    forward,
+    on_device,
+    plain_arithmetic,
+    torch_network,
+    torch_pixels,
+)
 
 IDENTITIES = 5532
 PEOPLE = 6  # per image
@@ -67,7 +58,7 @@ QUICK_CASES = (Case(1, (64, 64)),)
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled training step that goes on from its own state, and the forward pass alone."""
+    """A compiled training step that resumes from its own state, and the forward pass alone."""
 
     run: Callable[[], Any]
     forward: Callable[[], Any]
@@ -84,15 +75,16 @@ def rows(context: Context) -> Iterator[Row]:
     config = configured(context)
     step = make_step(config, first)
     functions = {"step": step.run, "forward": step.forward}
-    if has_oracle(context):
+    if context.torch is not None:
         functions["torch"] = _torch_step(context, config, first)
-    times = time_alternating(functions, runs=context.runs)
+    times = time_in_turns(functions, runs=context.runs)
+    context.step_seconds[first.title] = times["step"].median
     yield _row(context, config, first.title, step, times, GOAL + ", ≥ 4× PyTorch")
     yield from _choices(context, first, step)
     del step, functions
     for case in others:
         step = make_step(config, case)
-        times = time_alternating({"step": step.run, "forward": step.forward}, runs=context.runs)
+        times = time_in_turns({"step": step.run, "forward": step.forward}, runs=context.runs)
         yield _row(context, config, case.title, step, times, GOAL)
 
 
@@ -105,7 +97,7 @@ def _choices(context: Context, case: Case, plain: Step) -> Iterator[Row]:
     for name, (changes, goal) in choices.items():
         config = configured(context, **changes)
         step = make_step(config, case)
-        times = time_alternating({"plain": plain.run, "step": step.run}, runs=context.runs)
+        times = time_in_turns({"plain": plain.run, "step": step.run}, runs=context.runs)
         note = (
             f"{step.memory / plain.memory:.2f}× memory, "
             f"{times['step'].median / times['plain'].median:.2f}× time of the plain step"
@@ -137,7 +129,7 @@ def _row(
     notes = [
         f"the rest is {backward:.2f}× the forward pass",
         f"this process so far at most {resident / 1e9:.1f} GB",
-        no_torch_note(context),
+        context.torch_note,
     ]
     return Row(
         part="train",
@@ -185,7 +177,7 @@ def _step_and_state(config: ConfigDict, case: Case) -> tuple[TrainStep, TrainSta
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1000)
     optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
     state = create_state(config, model, optimizer, IDENTITIES)
-    params, frozen = sane_weights(model)
+    params, frozen = plausible_weights(model)
     positives = POSITIVES_PER_LEVEL * PEOPLE * case.images
     step = TrainStep(model, optimizer, config.loss, positives)
     return step, state.replace(params=params, frozen=frozen)
@@ -206,7 +198,7 @@ def _torch_step(context: Context, config: ConfigDict, case: Case) -> Callable[[]
 
     torch, device = context.torch, context.torch_device
     config.loss.lut_size = IDENTITIES
-    network = torch_network(context, config, *sane_weights(build_model(config))).train()
+    network = torch_network(context, config, *plausible_weights(build_model(config))).train()
     trainer = Trainer(network, weight_decay=config.optimizer.weight_decay, warmup=300, drops=())
     batch = made_up_batch(bucket(case), people=PEOPLE, images=case.images)
     pixels = torch_pixels(context, config, batch)

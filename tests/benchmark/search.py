@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from alignps_jax.benchmark.measure import Context, Row, Timing, peak_memory, time_alternating
+from alignps_jax.experiments.benchmark.measure import Timing, peak_memory, time_in_turns
 from alignps_jax.gallery.nearest import top_k
+from tests.benchmark.measure import Context, Row
 
 GALLERY = 1_000_000
 QUERIES = 100
@@ -36,7 +37,7 @@ def rows(context: Context) -> Iterator[Row]:
             lambda: torch.topk(torch.matmul(mine, all_of_them.T), K)
         )
     times: dict[str, Timing | None] = {"torch": None}
-    times |= time_alternating(functions, runs=context.runs)
+    times |= time_in_turns(functions, runs=context.runs)
     memory = {name: peak_memory(program) for name, program in programs.items()}
     flops = 2.0 * QUERIES * count * DIM
     shape = f"{QUERIES} queries, {count:,} embeddings of {DIM}"

@@ -11,19 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignps_jax.benchmark.evaluate import (
-    THRESHOLD,
-    Simulation,
-    in_all_images,
-    peak_of,
-    simulate_detections,
-    simulate_people,
-)
-from alignps_jax.benchmark.measure import Context, peak_memory
-from alignps_jax.benchmark.search import QUERIES, K, unit_rows
 from alignps_jax.boxes import locations
 from alignps_jax.devices import parallel_train_step, replicate, split_over_devices
 from alignps_jax.evaluation.metrics import search_metrics
+from alignps_jax.experiments.benchmark.measure import peak_memory
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.inference.postprocess import detect
 from alignps_jax.inference.predict import PredictStep
@@ -37,6 +28,16 @@ from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, OIMMemory, Outputs
 from configs import synthetic
 from data_pipeline.transforms import Size
+from tests.benchmark.evaluate import (
+    THRESHOLD,
+    Simulation,
+    in_all_images,
+    peak_of,
+    simulate_detections,
+    simulate_people,
+)
+from tests.benchmark.measure import Context
+from tests.benchmark.search import QUERIES, K, unit_rows
 
 # The map of a 1500x900 image at stride 8, and the width of the embeddings.
 MAP: Size = (116, 188)

@@ -11,16 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignps_jax.benchmark.measure import (
-    Context,
-    Row,
-    Timing,
-    peak_memory,
-    plain_conv,
-    program_cost,
-    time_alternating,
-)
+from alignps_jax.experiments.benchmark.measure import Timing, peak_memory, time_in_turns
 from alignps_jax.nn.deform_conv import deform_conv2d
+from tests.benchmark.measure import Context, Row, plain_conv, program_cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +78,13 @@ def random_arrays(layer: Layer) -> dict[str, np.ndarray]:
 def _row(
     context: Context, layer: Layer, arrays: dict[str, np.ndarray], backward: bool, goal: str
 ) -> Row:
-    function, arguments = _work(arrays, backward)
+    function, arguments = make_work(arrays, backward)
     program = jax.jit(function).lower(*arguments).compile()
     functions = {"ours": functools.partial(program, *arguments)}
     if context.torch is not None:
-        functions["torch"] = _torch_function(context, arrays, backward)
-    times: dict[str, Timing] = time_alternating(functions, runs=context.runs)
-    flops = program_cost(*_plain(arrays, backward)).flops
+        functions["torch"] = torch_function(context, arrays, backward)
+    times: dict[str, Timing] = time_in_turns(functions, runs=context.runs)
+    flops = program_cost(*plain_work(arrays, backward)).flops
     return Row(
         part="deform_conv",
         name=f"{layer.title}, {'forward + backward' if backward else 'forward'}",
@@ -105,7 +98,7 @@ def _row(
     )
 
 
-def _work(
+def make_work(
     arrays: dict[str, np.ndarray], backward: bool
 ) -> tuple[Callable[..., Any], list[jax.Array]]:
     """The function to time, and its arguments."""
@@ -122,7 +115,9 @@ def _work(
     return (forward_backward, [cotangent, *arguments]) if backward else (forward, arguments)
 
 
-def _plain(arrays: dict[str, np.ndarray], backward: bool) -> tuple[Callable[..., Any], Any, ...]:
+def plain_work(
+    arrays: dict[str, np.ndarray], backward: bool
+) -> tuple[Callable[..., Any], Any, ...]:
     """The plain convolution of that shape, and its arguments."""
 
     def forward_backward(inputs: jax.Array, kernel: jax.Array) -> Any:
@@ -132,7 +127,7 @@ def _plain(arrays: dict[str, np.ndarray], backward: bool) -> tuple[Callable[...,
     return forward_backward if backward else plain_conv, arrays["inputs"], arrays["kernel"]
 
 
-def _torch_function(
+def torch_function(
     context: Context, arrays: dict[str, np.ndarray], backward: bool
 ) -> Callable[[], object]:
     """The same work by `torchvision.ops.deform_conv2d`, in its own layout."""

@@ -9,24 +9,23 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
-from alignps_jax.benchmark.growth_cases import made_up_batch
-from alignps_jax.benchmark.measure import Context, Row, peak_memory, program_cost, time_alternating
-from alignps_jax.benchmark.network import (
-    compiled,
-    configured,
-    forward,
-    has_oracle,
-    no_torch_note,
-    on_device,
-    plain_arithmetic,
-    sane_weights,
-    torch_network,
-    torch_pixels,
-)
+from alignps_jax.experiments.benchmark.measure import peak_memory, time_in_turns
+from alignps_jax.experiments.benchmark.simulate import plausible_weights
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.model import build_model
 from alignps_jax.types import Batch
 from data_pipeline.transforms import Size, buckets
+from tests.benchmark.growth_cases import made_up_batch
+from tests.benchmark.measure import Context, Row, program_cost
+from tests.benchmark.network import (
+    compiled,
+    configured,
+    forward,
+    on_device,
+    plain_arithmetic,
+    torch_network,
+    torch_pixels,
+)
 
 SCALE = (1500, 900)
 BATCH = 4
@@ -58,7 +57,7 @@ def rows(context: Context) -> Iterator[Row]:
 
 def _rows(context: Context, name: str, config: ConfigDict, shape: Shape) -> Iterator[Row]:
     model = build_model(config)
-    weights = on_device(sane_weights(model))
+    weights = on_device(plausible_weights(model))
     one, several = (
         on_device(made_up_batch(shape.size, people=1, images=images)) for images in (1, shape.batch)
     )
@@ -68,9 +67,9 @@ def _rows(context: Context, name: str, config: ConfigDict, shape: Shape) -> Iter
         "one": (program := compiled(predict, *weights, one))[1],
         "decode": compiled(predict.decode, outputs, one)[1],
     }
-    if has_oracle(context):
+    if context.torch is not None:
         functions["torch"] = _torch_function(context, config, *weights, one)
-    times = time_alternating(functions, runs=context.runs)
+    times = time_in_turns(functions, runs=context.runs)
     with plain_arithmetic():
         cost = program_cost(partial(forward, model, train=False), *weights, one)
     share = times["decode"].median / times["one"].median
@@ -83,7 +82,7 @@ def _rows(context: Context, name: str, config: ConfigDict, shape: Shape) -> Iter
         flops=cost.flops,
         bytes=cost.bytes,
         goal=GOAL,
-        note=no_torch_note(context),
+        note=context.torch_note,
         memory=peak_memory(program[0]),
     )
     yield Row(
@@ -95,7 +94,7 @@ def _rows(context: Context, name: str, config: ConfigDict, shape: Shape) -> Iter
     )
     program = compiled(predict, *weights, several)
     # In turns with a single image: the ratio is what counts.
-    times = time_alternating({"one": functions["one"], "batch": program[1]}, runs=context.runs)
+    times = time_in_turns({"one": functions["one"], "batch": program[1]}, runs=context.runs)
     ratio = times["batch"].median / shape.batch / times["one"].median
     yield Row(
         part="inference",

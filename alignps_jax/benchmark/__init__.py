@@ -1,1 +1,0 @@
-"""How fast every part is: absolutely, against its floor, and against PyTorch; see `run.py`."""

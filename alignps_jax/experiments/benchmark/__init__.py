@@ -1,0 +1,1 @@
+"""How fast this machine trains, searches and evaluates (`--mode=benchmark`); see `run.py`."""
