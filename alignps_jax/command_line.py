@@ -7,6 +7,7 @@ does with their types.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -94,7 +95,7 @@ class Arguments:
             if self.config:
                 config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
             else:
-                own = base.copy_and_resolve_references().lock()
+                own = copy.deepcopy(base).lock()  # unset fields keep their types
                 config_flags.DEFINE_config_dict("config", own, flag_values=values, sys_argv=words)
             rest = values(["", *words])[1:]
             config = values.config

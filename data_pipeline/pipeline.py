@@ -16,7 +16,6 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from alignps_jax.types import Batch, UserError
 from data_pipeline import transforms
@@ -335,7 +334,7 @@ def _usable_images(split: PreparedSplit, min_side: int) -> Int[np.ndarray, "n"]:
     if not len(usable):
         raise UserError(f"training set: {found}; expected at least one to train on")
     if len(usable) < total:
-        tqdm.write(found)
+        print(found)
     return usable
 
 
