@@ -106,14 +106,13 @@ class OIMMemory:
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes, and what it needs to go on."""
+    """Everything that training changes, and what it needs to resume."""
 
     step: Int[Array, ""]
     params: Any
     frozen: Any
     opt_state: Any
     memory: OIMMemory
-    rng: Array
 
 
 @struct.dataclass
