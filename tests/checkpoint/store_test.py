@@ -390,7 +390,7 @@ def many_arrays(step: int) -> TrainState:
     params = {f"w{i}": np.full((10, 10), 1000 * step + i, np.float32) for i in range(150)}
     lut, queue = np.ones((3, 2), np.float32), np.zeros((0, 2), np.float32)
     memory = OIMMemory(lut, queue, np.int32(step))
-    return TrainState(np.int32(step), params, {}, (), memory, np.array([step, 1], np.uint32))
+    return TrainState(np.int32(step), params, {}, (), memory)
 
 
 def child_stall(workdir: str) -> None:
