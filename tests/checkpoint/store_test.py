@@ -1,4 +1,4 @@
-"""Checkpoints: exact, whole after any kill, and refused where they are damaged or do not fit.
+"""Checkpoints: exact, complete after any kill, and refused where they are damaged or do not fit.
 
 Run as a program (`python -m tests.checkpoint.store_test <child> ...`) this file is the process
 that the tests kill, or that runs on several devices.
