@@ -42,7 +42,7 @@ from data_pipeline.sources.source import Source
 
 SPLITS = ("train", "test")
 # Images per file; so many encoded photos are held in memory while preparing.
-_SHARD_IMAGES = 256
+SHARD_IMAGES = 256
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -81,12 +81,20 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
     VERSION = tfds.core.Version("1.1.0")
     source_class: ClassVar[type[Source]]
 
-    def __init__(self, *, root: str | Path, data_dir: str | Path, max_pixels: int):
+    def __init__(
+        self,
+        *,
+        root: str | Path,
+        data_dir: str | Path,
+        max_pixels: int,
+        shard_images: int = SHARD_IMAGES,
+    ):
         """Reads the annotations below `root`; the files go below `data_dir`.
 
-        A photo of more than `max_pixels` pixels (`data.max_pixels`) is an error.
+        A photo of more than `max_pixels` pixels (`data.max_pixels`) is an error. A file gets at
+        most `shard_images` photos.
         """
-        self._max_pixels = max_pixels
+        self._max_pixels, self._shard_images = max_pixels, shard_images
         self.source = self.source_class(root)
         self.annotations = {"train": self.source.train, "test": self.source.test}
         self.clipped = self.dropped = 0
@@ -172,8 +180,8 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
         shards: dict[str, list[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]] = {}
         for split in SPLITS:
             count = len(self.annotations[split].names)
-            starts = range(0, count, _SHARD_IMAGES)
-            parts = [range(start, min(start + _SHARD_IMAGES, count)) for start in starts]
+            size = self._shard_images
+            parts = [range(start, min(start + size, count)) for start in range(0, count, size)]
             shards[split] = [functools.partial(self._generate_examples, split, p) for p in parts]
         return shards
 

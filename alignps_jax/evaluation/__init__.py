@@ -1,1 +1,1 @@
-"""From detections to the figures of the paper: recall, AP, mAP, top-k."""
+"""From detections to the metrics of the paper: recall, AP, mAP, top-k."""

@@ -1,7 +1,7 @@
 """One query's gallery, its similarities and its true positives, by the published rules.
 
 Similarities are cosines, accumulated in float64 and rounded to float32, the release's type. So
-equal embeddings have equal similarities wherever they stand, and the figures do not depend on
+equal embeddings have equal similarities wherever they stand, and the metrics do not depend on
 blocks or threads; the release's own float32 dot products differ from these in the last bit, which
 can swap two detections only if they are that close.
 """

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from alignps_jax.evaluation.metrics import DETECTION_METRICS, SEARCH_METRICS
 from configs.variants import PaperRow, Variant, figures_on, rows_of, variants_for
 
 TABLES = {
@@ -19,7 +20,8 @@ TABLES = {
     "5": "Table 5: deformable convolutions in the backbone",
     "6": "Table 6: AlignPS and AlignPS+",
 }
-FIGURES = ("recall", "AP", "mAP", "top1")
+# The metrics that the paper's tables have, by name, and as people write them.
+PAPER_METRICS = DETECTION_METRICS | {name: SEARCH_METRICS[name] for name in ("mAP", "top1")}
 # Commands are there to be copied: none is broken, whatever stdout is.
 _WIDTH = 200
 
@@ -36,13 +38,13 @@ def print_catalogue(path: str, dataset: str) -> None:
         console.print(table)
     console.print(
         f"To run one: python launch.py --config={path}:NAME (see README for data and --workdir).\n"
-        f"Figures are the paper's on {figures_on(dataset)}, in percent; † inferred from its prose. "
+        f"Metrics are the paper's on {figures_on(dataset)}, in percent; † inferred from its prose. "
         "Those of Figure 4 are in a picture only."
     )
 
 
 def catalogue(path: str, dataset: str) -> Iterator[Table]:
-    """What `print_catalogue` prints: the paper's tables, then the variants without figures."""
+    """What `print_catalogue` prints: the paper's tables, then the variants without metrics."""
     variants = variants_for(dataset)
     # As wide as the longest, so that the columns of all tables stand below each other.
     width = max(len(command(path, name)) for name in variants)
@@ -55,11 +57,11 @@ def catalogue(path: str, dataset: str) -> Iterator[Table]:
                 row.label,
                 command(path, name),
                 "\n".join(_lines(variants[name], row)),
-                *(_figure(row, figure) for figure in FIGURES),
+                *(_percent(row, metric) for metric in PAPER_METRICS),
             )
         if table.rows:
             yield table
-    rest = _table("Without figures in the paper", width)
+    rest = _table("Without metrics in the paper", width)
     for name, variant in variants.items():
         if name not in listed:
             rest.add_row("", command(path, name), "\n".join(_lines(variant, None)))
@@ -71,7 +73,7 @@ def _table(title: str, command_width: int) -> Table:
     table.add_column("row", width=25)
     table.add_column("to type", width=command_width)
     table.add_column("what it is, and what it changes", width=85)
-    for name in ("recall", "AP", "mAP", "top-1"):
+    for name in PAPER_METRICS.values():
         table.add_column(name, justify="right", width=6)
     return table
 
@@ -93,6 +95,6 @@ def _value(value: object) -> str:
     return repr(value) if isinstance(value, str) else str(value).replace(" ", "")
 
 
-def _figure(row: PaperRow, name: str) -> str:
-    figure = getattr(row, name)
-    return "" if figure is None else f"{figure:.1f}{'†' if row.inferred else ''}"
+def _percent(row: PaperRow, metric: str) -> str:
+    value = getattr(row, metric)
+    return "" if value is None else f"{value:.1f}{'†' if row.inferred else ''}"

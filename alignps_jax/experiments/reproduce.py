@@ -1,4 +1,4 @@
-"""Trains the rows of one of the paper's tables and lays our figures beside the paper's."""
+"""Trains the rows of one of the paper's tables and lays our metrics beside the paper's."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import package_versions
+from alignps_jax.experiments.catalogue import PAPER_METRICS
 from alignps_jax.files import write_atomically, write_json
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
 from configs.variants import PaperRow, apply_variant, rows_of, variants_for
 
-METRICS = ("recall", "AP", "mAP", "top1")
 # What a stored run may differ in from the one that is asked for: where things lie.
 PLACES = ("data.root", "data.prepared_dir")
 
@@ -154,9 +154,9 @@ def reproduced(
     if not runs:
         return None
     protocol = next(iter(runs[0]["search"]))  # the first one counts, as for the best checkpoint
-    figures = [run["detection"] | run["search"][protocol] for run in runs]
+    metrics = [run["detection"] | run["search"][protocol] for run in runs]
     measured = {
-        metric: Measurement(tuple(100 * values[metric] for values in figures)) for metric in METRICS
+        name: Measurement(tuple(100 * values[name] for values in metrics)) for name in PAPER_METRICS
     }
     return ReproducedRow(variant, row, protocol, measured)
 
@@ -170,7 +170,7 @@ def markdown(config: ConfigDict, name: str, table: str, rows: Sequence[Reproduce
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ours = [str(row.measured[metric]) for metric in METRICS]
+        ours = [str(row.measured[metric]) for metric in PAPER_METRICS]
         cells = [row.paper.label, f"`{row.variant or 'default'}`", *ours, *paper_cells(row.paper)]
         lines.append(f"| {' | '.join(cells)} |")
     counts = {len(row.measured["mAP"].values) for row in rows}
@@ -182,7 +182,7 @@ def markdown(config: ConfigDict, name: str, table: str, rows: Sequence[Reproduce
         f"{config.train.duration} of {config.train.batch_size} images on {config.data.name}, "
         f"search with {rows[0].protocol}."
         + (" † inferred from the paper's prose." if any(r.paper.inferred for r in rows) else ""),
-        *(order_text(metric, rows) for metric in METRICS),
+        *(order_text(metric, rows) for metric in PAPER_METRICS),
     ]
     return "\n".join([*lines, *(note for note in notes if note is not None)]) + "\n"
 
@@ -194,12 +194,12 @@ def title(table: str) -> str:
 
 def paper_cells(row: PaperRow) -> list[str]:
     mark = " †" if row.inferred else ""
-    figures = (getattr(row, metric) for metric in METRICS)
-    return ["" if figure is None else f"{figure:g}{mark}" for figure in figures]
+    values = (getattr(row, metric) for metric in PAPER_METRICS)
+    return ["" if value is None else f"{value:g}{mark}" for value in values]
 
 
 def order_text(metric: str, rows: Sequence[ReproducedRow]) -> str | None:
-    """How many pairs of rows come in the paper's order; None if the paper has no two figures."""
+    """How many pairs of rows come in the paper's order; None if the paper has no two values."""
     known = [row for row in rows if getattr(row.paper, metric) is not None]
     pairs = [
         (better, worse)
@@ -246,7 +246,7 @@ def contents(
                 "label": row.paper.label,
                 "variant": row.variant,
                 "measured": {metric: list(m.values) for metric, m in row.measured.items()},
-                "paper": {metric: getattr(row.paper, metric) for metric in METRICS},
+                "paper": {metric: getattr(row.paper, metric) for metric in PAPER_METRICS},
                 "inferred": row.paper.inferred,
             }
             for row in rows

@@ -1,4 +1,4 @@
-"""Plots: the course of a training run, gallery sizes (paper Fig. 8), precision and recall."""
+"""The course of a training run in one picture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from alignps_jax.evaluation.metrics import DETECTION_METRICS
 from alignps_jax.files import write_atomically
 from alignps_jax.log import read_log
 
@@ -46,7 +47,7 @@ def training_curves(log_path: Path, out_path: Path) -> None:
         _plot(axes[3], _percent(curves[f"eval/{protocol}/mAP"]), f"{protocol} mAP", f"C{number}")
     for protocol in protocols[:1]:
         _plot(axes[3], _percent(curves[f"eval/{protocol}/top1"]), f"{protocol} top-1", "C0", "--")
-    for number, metric in enumerate(("recall", "AP")):
+    for number, metric in enumerate(DETECTION_METRICS):
         _plot(axes[4], _percent(curves[f"eval/detection/{metric}"]), metric, f"C{number}")
     _plot(axes[5], curves["images_per_second"], "", smooth=True)
 

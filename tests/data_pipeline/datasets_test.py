@@ -15,6 +15,7 @@ from alignps_jax.types import UserError
 from data_pipeline import datasets
 from data_pipeline import prepared as builder
 from data_pipeline.pipeline import photo_of
+from data_pipeline.sources.prw import Prw
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.places import ROOT, SHARED
 
@@ -139,9 +140,10 @@ def test_fingerprint_depends_on_every_part():
     assert builder.fingerprint({"train": annotations()}) in prints
 
 
-def test_stored_images_are_picklable_and_shared_by_threads(root, monkeypatch):
-    monkeypatch.setattr(builder, "_SHARD_IMAGES", 2)
-    jpegs = datasets.prepare(fixtures.data_config("prw", root)).train.jpegs
+def test_stored_images_are_picklable_and_shared_by_threads(root):
+    prw = Prw(root=root, data_dir=root / "prepared", max_pixels=10**6, shard_images=2)
+    prw.prepare()
+    jpegs = prw.open("train").jpegs
     assert len(list((root / "prepared").rglob("prw-train.array_record-*-of-00002"))) == 2
     expected = [_encoded(root, f"{name}.jpg") for name in TRAIN]
     again = pickle.loads(pickle.dumps(jpegs))

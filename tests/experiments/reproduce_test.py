@@ -5,6 +5,7 @@ import json
 import pytest
 
 from alignps_jax.experiments import reproduce
+from alignps_jax.experiments.catalogue import PAPER_METRICS
 from alignps_jax.experiments.reproduce import (
     Measurement,
     ReproducedRow,
@@ -105,7 +106,7 @@ def test_order_counts_pairs_and_names_clear_reversals():
     oim, without, toim = papers.values()  # 92.4, 92.8, 93.1
 
     def row(paper, *values):
-        measured = dict.fromkeys(reproduce.METRICS, Measurement(values))
+        measured = dict.fromkeys(PAPER_METRICS, Measurement(values))
         return ReproducedRow("", paper, "all", measured)
 
     same = order_text("mAP", [row(oim, 10, 12), row(without, 30, 30), row(toim, 31, 37)])
