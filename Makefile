@@ -15,7 +15,7 @@ PARITY_READY := $(PARITY)/.ready
 # Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test docs fuzz parity benchmark golden lint lock clean
+.PHONY: setup demo test test-newest docs fuzz parity benchmark golden lint lock clean
 
 setup: $(READY)
 
@@ -31,6 +31,29 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The newest Python that is here (3.12 or later, on the PATH or pyenv's), with the lock's newest JAX:
+# the network, the losses, and one small training run.
+NEWEST := .venv-newest
+NEWEST_READY := $(NEWEST)/.ready
+PYTHON_NEWEST ?= $(shell for minor in 16 15 14 13 12; do \
+  for python in python3.$$minor "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*/bin/python; do \
+  "$$python" -c "import sys; sys.exit(sys.version_info[:2] != (3, $$minor))" 2>/dev/null \
+  && echo "$$python" && exit; done; done)
+NEWEST_TESTS := tests/nn/model_test.py tests/losses tests/training/step_test.py \
+  tests/training/train_test.py::test_a_run_writes_what_it_promises
+
+test-newest: $(if $(PYTHON_NEWEST),$(NEWEST_READY))
+ifeq ($(PYTHON_NEWEST),)
+	@echo "test-newest: left out, found no Python 3.12 or newer (make test-newest PYTHON_NEWEST=...)"
+else
+	$(NEWEST)/bin/python -m pytest -n auto --dist loadfile $(NEWEST_TESTS)
+endif
+
+$(NEWEST_READY): requirements.lock pyproject.toml
+	$(PYTHON_NEWEST) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	touch $@
 
 # Damaged files for every reader of files, for so long: make fuzz SECONDS=600 [ONLY=cuhk_mat,images].
 SECONDS ?= 600
@@ -78,4 +101,4 @@ lock:
 	  --constraints requirements.lock --custom-compile-command "make lock" --output-file requirements-docs.lock
 
 clean:
-	rm -rf $(VENV) $(PARITY) docs/_build docs/api runs/demo data/synthetic
+	rm -rf $(VENV) $(PARITY) $(NEWEST) docs/_build docs/api runs/demo data/synthetic
