@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -17,6 +20,12 @@ def l2_normalize(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     usable = square > 1e-24
     return jnp.where(usable, x * lax.rsqrt(jnp.where(usable, square, 1.0)), 0.0)
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path (params/neck/lateral3/kernel), in the tree's order."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 @struct.dataclass

@@ -77,7 +77,7 @@ def clip_boxes(boxes: Float[Array, "*N 4"], size: Int[AnyArray, "2"]) -> Float[A
     return jnp.clip(boxes, 0.0, jnp.stack([width, height, width, height]).astype(boxes.dtype))
 
 
-def locations(height: int, width: int, stride: int) -> Float[Array, "height*width 2"]:
+def locations(height: int, width: int, stride: int) -> Float[Array, "{height}*{width} 2"]:
     """Image coordinates (x, y) of a level's locations, row by row: the centers of its cells."""
     x = (jnp.arange(width, dtype=jnp.float32) + 0.5) * stride
     y = (jnp.arange(height, dtype=jnp.float32) + 0.5) * stride

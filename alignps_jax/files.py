@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -14,8 +16,12 @@ from alignps_jax.image_files import decode_photo, read_photo
 from alignps_jax.types import UserError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file as a whole, making its folder where needed.
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary file to write, which becomes `path` when the block ends without an error.
+
+    A reader of `path` sees the old file or the new one, never half of one. The folder is made
+    where needed.
 
     Raises:
         UserError: the file cannot be written.
@@ -24,18 +30,27 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(data)
+            yield temporary
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def write_json(path: Path, content: object) -> None:
-    """Writes `content`, indented, as a whole; UserError if the file cannot be written."""
-    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a complete file, as `complete_file` does; raises the same."""
+    with complete_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, content: object, allow_nan: bool = False) -> None:
+    """Writes `content`, indented, as a complete file; UserError if it cannot be written.
+
+    NaN and infinity, for which JSON has no names, are a ValueError without `allow_nan`.
+    """
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=allow_nan) + "\n").encode())
 
 
 Image = UInt8[np.ndarray, "H W 3"]
@@ -53,7 +68,7 @@ def read_image(path: Path, max_pixels: int) -> Image:
 
 
 def write_image(path: Path, image: Image) -> None:
-    """Writes a PNG or JPEG file (by its suffix), as a whole or not at all.
+    """Writes a PNG or JPEG file (by its suffix), complete or not at all.
 
     Raises:
         UserError: the suffix is not .png, .jpg or .jpeg, the picture is too large for the format,

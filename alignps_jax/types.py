@@ -106,14 +106,13 @@ class OIMMemory:
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes, and what it needs to go on."""
+    """Everything that training changes, and what it needs to resume."""
 
     step: Int[Array, ""]
     params: Any
     frozen: Any
     opt_state: Any
     memory: OIMMemory
-    rng: Array
 
 
 @struct.dataclass
@@ -173,7 +172,7 @@ class GalleryDetections:
     """
 
     names: tuple[str, ...]
-    offsets: Int[np.ndarray, "N+1"]
+    offsets: Int[np.ndarray, "N_plus_1"]
     boxes: Float[np.ndarray, "M 4"]
     scores: Float[np.ndarray, "M"]
     embeddings: Float[np.ndarray, "M D"]

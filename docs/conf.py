@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,6 +23,7 @@ PAGES = {"README.md": "/index.md", "CHANGELOG.md": "/changelog.md"}
 project = "AlignPS in JAX"
 html_title = project
 html_theme = "furo"
+html_show_copyright = False
 extensions = [
     "myst_nb",
     "sphinx.ext.apidoc",
@@ -36,7 +38,12 @@ suppress_warnings = ["myst.header", "ref.python"]
 default_role = "code"  # `name` in a docstring is code
 
 apidoc_modules = [
-    {"path": str(ROOT / package), "destination": f"api/{package}", "separate_modules": True}
+    {
+        "path": str(ROOT / package),
+        "destination": f"api/{package}",
+        "separate_modules": True,
+        "module_first": True,
+    }
     for package in PACKAGES
 ]
 autodoc_default_options = {"members": True, "show-inheritance": True}
@@ -78,7 +85,7 @@ def _read_page(_: object, page: str, source: list[str]) -> None:
     source[0] = _LINK.sub(lambda link: f"]({_target(str(folder / link[1]))})", source[0])
 
 
-def _read_docstring(*event: object) -> None:
+def _read_docstring(*event: Any) -> None:
     """Docstrings are plain text: what reStructuredText would take amiss is said in its way.
 
     A formula, which stands indented below an empty line, becomes a literal block, and a letter may
@@ -90,7 +97,7 @@ def _read_docstring(*event: object) -> None:
     lines[:] = text.split("\n")
 
 
-def setup(app: object) -> None:
+def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _read_page)
     app.connect("autodoc-process-docstring", _read_docstring, priority=100)  # before napoleon

@@ -1,1 +1,1 @@
-"""Checkpoints: complete or not there at all, and complete without the run that wrote them."""
+"""Checkpoints: complete or not there at all, and readable without the run that wrote them."""

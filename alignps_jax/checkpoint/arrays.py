@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.older import NO_LONGER_READ
 from alignps_jax.types import TrainState, UserError
 
 # The largest JSON file; the manifest of the full model takes a thousandth of it.
@@ -60,15 +61,13 @@ class _HostArrays(ocp.type_handlers.NumpyHandler):
 
 def snapshot(state: TrainState) -> tuple[dict[str, dict], dict[str, dict[str, np.ndarray]]]:
     """The manifest's entry of every leaf, and by item the arrays to store."""
-    leaves = _leaves(state)
-    host = jax.device_get([jax.random.key_data(x) if _is_key(x) else x for x in leaves.values()])
+    leaves = leaves_by_path(state)
+    host = jax.device_get(list(leaves.values()))
     specs: dict[str, dict] = {}
     arrays: dict[str, dict[str, np.ndarray]] = {"model": {}, "training": {}}
     for (path, leaf), array in zip(leaves.items(), host, strict=True):
         array = np.asarray(array, order="C")
         specs[path] = {"type": _type(leaf), "crc32": _checksum(array)}
-        if _is_key(leaf):
-            specs[path]["key"] = str(jax.random.key_impl(leaf))
         if array.size:
             arrays[_item(path)][path] = array
     return specs, arrays
@@ -76,9 +75,13 @@ def snapshot(state: TrainState) -> tuple[dict[str, dict], dict[str, dict[str, np
 
 def restore_arrays(folder: Path, template: Any, items: tuple[str, ...]) -> Any:
     """The template's structure with the arrays of these items of a checkpoint."""
-    leaves = _leaves(template)
+    leaves = leaves_by_path(template)
     specs = read_manifest(folder, array_specs)
-    found = {path: spec.get("type") for path, spec in specs.items() if _item(path) in items}
+    found = {
+        path: spec.get("type")
+        for path, spec in specs.items()
+        if _item(path) in items and path not in NO_LONGER_READ
+    }
     expected = {path: _type(leaf) for path, leaf in leaves.items()}
     differences = [
         f"{path}: found {found.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
@@ -142,25 +145,13 @@ def like(leaf: Any, arrays: dict[str, np.ndarray], path: str, spec: dict[str, An
     array = np.zeros(leaf.shape, leaf.dtype) if empty else np.asarray(arrays[path])
     if _checksum(array) != spec["crc32"]:
         raise ValueError(f"wrong checksum of {path}")
-    if _is_key(leaf):
-        return jax.random.wrap_key_data(jnp.array(array), impl=spec["key"])
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return jnp.array(array)
     return array if isinstance(leaf, np.ndarray) else type(leaf)(array[()])
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by path (params/neck/lateral3/kernel) in the tree's order."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def _item(path: str) -> str:
     return "model" if path.split("/")[0] in ("step", "params", "frozen") else "training"
-
-
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _type(leaf: Any) -> str:
@@ -230,10 +221,3 @@ def read_json(file: Path) -> Any:
     if size > _MAX_JSON:
         raise ValueError(f"{file.name} has {size} bytes, expected at most {_MAX_JSON}")
     return json.loads(file.read_text("utf-8"))
-
-
-def _write_json(file: Path, value: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, file)

@@ -1,4 +1,4 @@
-"""Configurations that an older version stored: what it did before a field existed."""
+"""Checkpoints of older versions: what they did before a field existed, what nobody reads now."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ RENAMED = {
     "loss.lut_temperature": "inverse_lut_temperature",
     "loss.queue_temperature": "inverse_queue_temperature",
 }
+# Arrays that older checkpoints hold: `rng` was for dropout, which the network has not.
+NO_LONGER_READ = ("rng",)
 
 
 def complete(config: ConfigDict) -> ConfigDict:

@@ -1,10 +1,10 @@
-"""Checkpoints: whole or not there at all, and complete without the run that wrote them.
+"""Checkpoints: complete or not there at all, and readable without the run that wrote them.
 
 Orbax writes `<workdir>/checkpoints/<step>/` in the background under a temporary name and renames
 it once complete, so a killed run leaves nothing half written behind. A step's folder holds
 
     model/      step, params and frozen: all that inference needs
-    training/   opt_state, memory and rng
+    training/   opt_state and memory
     iterator/   state of the data iterator, one file per process
     metrics/    the score, where there is one
     manifest/   config, package versions; dtype, shape and checksum of every array
@@ -33,7 +33,6 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from alignps_jax.checkpoint.arrays import (
-    _write_json,
     array_specs,
     damaged,
     like,
@@ -47,6 +46,7 @@ from alignps_jax.checkpoint.arrays import (
     unsealed,
 )
 from alignps_jax.checkpoint.older import complete
+from alignps_jax.files import write_json
 from alignps_jax.types import TrainState, UserError, Weights
 
 _PACKAGES = (
@@ -112,14 +112,9 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint."""
+        """Step of the newest complete checkpoint."""
         self.wait()
         return max(_steps(self._root), default=None)
-
-    def best_step(self) -> int | None:
-        """Step of the checkpoint with the highest score (the newest of equals), None without."""
-        self.wait()
-        return _best(self._root)
 
     def save(self, state: TrainState, iterator_state: Any, score: float | None = None) -> None:
         """Copies the state, which may be donated afterwards, and writes it in the background.
@@ -242,8 +237,10 @@ def package_versions() -> dict[str, str]:
 def write_run_info(workdir: Path, config: ConfigDict) -> None:
     """Writes `config.json` and `versions.json` for people to read (process 0 only)."""
     if jax.process_index() == 0:
-        _write_json(Path(workdir) / "config.json", json.loads(config.to_json()))
-        _write_json(Path(workdir) / "versions.json", package_versions())
+        # A field may be infinite, such as a gradient norm that is not clipped.
+        content = json.loads(config.to_json())
+        write_json(Path(workdir) / "config.json", content, allow_nan=True)
+        write_json(Path(workdir) / "versions.json", package_versions())
 
 
 def _steps(root: Path) -> list[int]:
@@ -268,7 +265,7 @@ def _read_metrics(folder: Path) -> dict[str, float]:
 def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
     """Adds metrics to a checkpoint, at once: a metrics folder without its file is damage."""
     new = folder / "metrics.new"
-    _write_json(new / "metrics", metrics)
+    write_json(new / "metrics", metrics)
     if (folder / "metrics").is_dir():
         os.replace(new / "metrics", folder / "metrics" / "metrics")
     else:

@@ -19,11 +19,6 @@ class ContextMatching:
     people: int
 
 
-# SeqNet's settings.
-CUHK_SYSU = ContextMatching(images=10, people=3)
-PRW = ContextMatching(images=30, people=4)
-
-
 def context_people(
     detections: GalleryDetections,
     image: int,
@@ -31,7 +26,7 @@ def context_people(
     score_threshold: float,
     limit: int,
 ) -> Int[np.ndarray, "P"]:
-    """Rows of the query and of the most confident other people of its photo, `limit` in all.
+    """Rows of the query and of the best-scored other people of its photo, `limit` in all.
 
     Only detections with a score of at least `score_threshold` count as other people, as in the
     gallery; the query itself always counts.
@@ -46,7 +41,7 @@ def context_people(
 def rescore(
     similarity: Float[np.ndarray, "R"],
     rows: Int[np.ndarray, "R"],
-    offsets: Int[np.ndarray, "n+1"],
+    offsets: Int[np.ndarray, "n_plus_1"],
     people: Int[np.ndarray, "P"],
     embeddings: Float[np.ndarray, "M D"],
     images: int,

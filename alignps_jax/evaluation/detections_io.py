@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from alignps_jax.files import complete_file
 from alignps_jax.npz_files import Field, read_npz
 from alignps_jax.types import GalleryDetections, UserError
 
@@ -27,32 +28,28 @@ _ROWS = 1 << 16
 
 
 def save_detections(path: str | os.PathLike[str], detections: GalleryDetections) -> None:
-    """Writes `detections` to `path` in one step: a reader never sees half a file.
+    """Writes `detections` to `path`, complete or not at all.
 
     The file holds `image_names` [N] text, `offsets` [N + 1] int64, `boxes` [M, 4] float32 (x1, y1,
     x2, y2 in the photo's pixels), `scores` [M] float32 and `embeddings` [M, D] float32.
 
     Raises:
-      UserError: the detections are not valid (`check_detections`), or the folder does not exist.
+      UserError: the detections are not valid (`check_detections`), the folder does not exist or
+        the file cannot be written.
     """
     path = Path(path)
     check_detections(detections, str(path))
     if not path.parent.is_dir():
         raise UserError(f"{path}: folder {path.parent} does not exist; expected an existing folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                image_names=np.array(detections.names, dtype=np.str_),
-                offsets=detections.offsets.astype(np.int64),
-                boxes=detections.boxes.astype(np.float32),
-                scores=detections.scores.astype(np.float32),
-                embeddings=detections.embeddings.astype(np.float32),
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with complete_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            image_names=np.array(detections.names, dtype=np.str_),
+            offsets=detections.offsets.astype(np.int64),
+            boxes=detections.boxes.astype(np.float32),
+            scores=detections.scores.astype(np.float32),
+            embeddings=detections.embeddings.astype(np.float32),
+        )
 
 
 def load_detections(path: str | os.PathLike[str]) -> GalleryDetections:
@@ -155,8 +152,8 @@ def unit_embeddings(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "
 
 
 def rows_of_images(
-    offsets: Int[np.ndarray, "N+1"], images: Int[np.ndarray, "n"]
-) -> tuple[Int[np.ndarray, "R"], Int[np.ndarray, "n+1"]]:
+    offsets: Int[np.ndarray, "N_plus_1"], images: Int[np.ndarray, "n"]
+) -> tuple[Int[np.ndarray, "R"], Int[np.ndarray, "n_plus_1"]]:
     """Rows of `images` end to end, and the offsets of these images in that list."""
     counts = offsets[images + 1] - offsets[images]
     new_offsets = np.concatenate([[0], np.cumsum(counts)])

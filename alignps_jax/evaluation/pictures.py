@@ -22,13 +22,10 @@ def protocol_row(
       title: stands above the query.
     """
     names = split.annotations.names
+    found = zip(ranking.image, ranking.boxes, ranking.similarity, ranking.is_match, strict=True)
     results = (
-        Result(
-            photo_of(split, int(image)), names[int(image)], box, float(similarity), bool(is_match)
-        )
-        for image, box, similarity, is_match in zip(
-            ranking.image, ranking.boxes, ranking.similarity, ranking.is_match, strict=True
-        )
+        Result(photo_of(split, image), names[image], box, float(similarity), bool(is_match))
+        for image, box, similarity, is_match in found
     )
     image = int(protocol.query_image[query])
     box = protocol.query_box[query]

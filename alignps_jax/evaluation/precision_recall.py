@@ -17,7 +17,7 @@ from jaxtyping import Float
 class PrecisionRecall:
     """A curve of E steps: `precision[e]` holds for recalls from `edges[e]` to `edges[e + 1]`."""
 
-    edges: Float[np.ndarray, "E+1"]
+    edges: Float[np.ndarray, "E_plus_1"]
     precision: Float[np.ndarray, "E"]
 
     @property

@@ -46,7 +46,7 @@ class Gallery:
     """
 
     rows: Int[np.ndarray, "R"]
-    offsets: Int[np.ndarray, "n+1"]
+    offsets: Int[np.ndarray, "n_plus_1"]
     target_positions: Int[np.ndarray, "T"]
     target_boxes: Float[np.ndarray, "T 4"]
 
@@ -63,7 +63,7 @@ class GallerySearch:
     protocol: SearchProtocol
     detections: GalleryDetections
     kept_rows: Int[np.ndarray, "K"]
-    kept_offsets: Int[np.ndarray, "N+1"]
+    kept_offsets: Int[np.ndarray, "N_plus_1"]
     score_threshold: float
     context: cbgm.ContextMatching | None
     blocks: Blocks

@@ -165,8 +165,8 @@ def most_similar_scenes(
     Raises:
       UserError: a photo cannot be read.
     """
-    shown = progress(scenes, desc="similarity", unit="photo", disable=not scenes)
-    found = (_heat_scene(detector, scene, query) for scene in shown)
+    photos = progress(scenes, desc="similarity", unit="photo", disable=not scenes)
+    found = (_heat_scene(detector, scene, query) for scene in photos)
     return heapq.nlargest(limit, found, key=lambda scene: scene.best)
 
 

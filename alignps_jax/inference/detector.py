@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from alignps_jax.checkpoint.store import load_config, load_weights
 from alignps_jax.inference.location_maps import LocationMaps, compute_maps, maps_of_photo
 from alignps_jax.inference.predict import PredictStep
-from alignps_jax.nn.model import build_model, weights_template
+from alignps_jax.nn.model import AlignPS, build_model, weights_template
 from alignps_jax.types import Detections, Weights
 from data_pipeline.pipeline import single_image_batch
 
@@ -27,11 +27,7 @@ class Detector:
       step: the training step of its weights.
     """
 
-    def __init__(self, config: ConfigDict, weights: Weights):
-        # The same network; there is no backward pass to recompute anything in.
-        inference = config.copy_and_resolve_references()
-        inference.model.remat = False
-        model = build_model(inference)
+    def __init__(self, config: ConfigDict, model: AlignPS, weights: Weights):
         self.config = config
         self.step = int(weights.step)
         self._weights = weights
@@ -50,7 +46,11 @@ class Detector:
           UserError: there is none, it is damaged, or it does not fit `config`.
         """
         config = config or load_config(Path(path))
-        return cls(config, load_weights(Path(path), weights_template(build_model(config))))
+        # The same network and weights: there is no backward pass to recompute anything in.
+        inference = config.copy_and_resolve_references()
+        inference.model.remat = False
+        model = build_model(inference)
+        return cls(config, model, load_weights(Path(path), weights_template(model)))
 
     def detect(self, image: UInt8[np.ndarray, "H W 3"]) -> Detections:
         """All detections of an RGB photo by the released code's inference rule, best first.

@@ -16,7 +16,7 @@ from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, conv, hold_zero
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
+def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Maximum of 3x3 windows with stride 2 and padding 1, of a map without negative values.
 
     Zeros are then as good a padding as -inf. Written as maxima of shifted maps, whose backward

@@ -63,8 +63,7 @@ def create_state(
     num_identities: int,
 ) -> TrainState:
     """The state before the first step, decided by `config.seed` and `config.model.pretrained`."""
-    rng = jax.random.key(config.seed)
-    params, frozen = init_variables(model, rng)
+    params, frozen = init_variables(model, jax.random.key(config.seed))
     if config.model.pretrained:
         params, frozen = with_pretrained(params, frozen, config)
     return TrainState(
@@ -73,5 +72,4 @@ def create_state(
         frozen=frozen,
         opt_state=optimizer.init(params),
         memory=init_memory(num_identities, config.loss.queue_size, config.model.channels),
-        rng=rng,
     )

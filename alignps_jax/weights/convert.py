@@ -12,6 +12,7 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, write_run_info
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import build_model, weights_template
@@ -160,7 +161,7 @@ def _detector_state(
     check_convention(config, CAFFE, str(source))
     model = build_model(config)
     memory = _memory_template(config, tensors)
-    template = {**_template(weights_template(model)), **_paths({"memory": memory})}
+    template = {**_template(weights_template(model)), **leaves_by_path({"memory": memory})}
     named = {released_name(path): path for path in template}
     extras = {
         name: value
@@ -185,7 +186,6 @@ def _detector_state(
         frozen=tree["frozen"],
         opt_state=optimizer.init(tree["params"]),
         memory=OIMMemory(**tree["memory"]),
-        rng=jax.random.key(config.seed),
     )
     return state, extras
 
@@ -239,7 +239,6 @@ def _backbone_state(
         frozen=tree["frozen"],
         opt_state=(),
         memory=init_memory(0, 0, config.model.channels),
-        rng=jax.random.key(config.seed),
     )
 
 
@@ -272,12 +271,7 @@ def _memory_template(config: ConfigDict, tensors: Tensors) -> OIMMemory:
 
 
 def _template(weights: Weights) -> dict[str, jax.ShapeDtypeStruct]:
-    return _paths({"params": weights.params, "frozen": weights.frozen})
-
-
-def _paths(tree: dict) -> dict[str, jax.ShapeDtypeStruct]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return leaves_by_path({"params": weights.params, "frozen": weights.frozen})
 
 
 def _fill(

@@ -7,8 +7,6 @@ the optional extra `torch`, reads and writes its own format; the others do witho
 from __future__ import annotations
 
 import collections
-import contextlib
-import os
 import pickle
 import re
 import stat
@@ -68,7 +66,7 @@ def read_tensors(path: Path) -> Tensors:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
     """Writes .pth (a dictionary of `meta` and `state_dict`, as mmcv's) or .safetensors.
 
-    The file is there whole or not at all.
+    The file is complete or not there at all.
 
     Raises:
       UserError: another suffix, a folder that cannot be written, or no PyTorch for .pth.
@@ -78,16 +76,11 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[s
         raise UserError(f"{path}: found suffix {path.suffix!r}, expected {' or '.join(writers)}")
     if path.suffix == ".pth":
         _torch(path)  # or the error would name the temporary file
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writers[path.suffix](temporary, tensors, meta)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with complete_file(path) as temporary:
+            writers[path.suffix](temporary, tensors, meta)
+    except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
-    finally:
-        with contextlib.suppress(OSError):  # it may be no folder that it would be in
-            temporary.unlink()
 
 
 def listed(names: Iterable[str], count: int = 3) -> str:

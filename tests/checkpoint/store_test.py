@@ -1,7 +1,7 @@
-"""Checkpoints: exact, whole after any kill, and refused where they are damaged or do not fit.
+"""Checkpoints: exact, complete after any kill, and refused where they are damaged or do not fit.
 
-Run as a program (`python -m tests.checkpoint_test <child> ...`) this file is the process that the
-tests kill, or that runs on several devices.
+Run as a program (`python -m tests.checkpoint.store_test <child> ...`) this file is the process
+that the tests kill, or that runs on several devices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ import pytest
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import Checkpoints, load_config, load_weights, write_run_info
+from alignps_jax.checkpoint.store import (
+    Checkpoints,
+    load_arrays,
+    load_config,
+    load_weights,
+    write_run_info,
+)
 from alignps_jax.types import OIMMemory, TrainState, UserError, Weights
 from configs.cuhk import get_config
 from tests.places import ROOT
@@ -57,17 +63,11 @@ def make_state(step: int, queue: int = 5) -> TrainState:
             queue=jnp.asarray(rng.normal(size=(queue, 4)), jnp.float32),
             tail=jnp.int32(step % 5),
         ),
-        rng=jax.random.key(step),
     )
 
 
 def as_bytes(tree) -> list[tuple[str, tuple[int, ...], bytes]]:
-    leaves = jax.tree.leaves(tree)
-    keys = [jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
-    data = [jax.random.key_data(x) if key else x for x, key in zip(leaves, keys, strict=True)]
-    return [
-        (str(x.dtype), x.shape, np.asarray(d).tobytes()) for x, d in zip(leaves, data, strict=True)
-    ]
+    return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
 
 
 def assert_same(found, expected) -> None:
@@ -81,6 +81,11 @@ def open_checkpoints(workdir: Path, keep: int = 2) -> Checkpoints:
 
 def steps_in(workdir: Path) -> list[str]:
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def best_step(workdir: Path) -> int:
+    """The step that readers take for the best."""
+    return int(load_arrays(workdir, lambda name: name == "step")["step"])
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +116,14 @@ def test_round_trip_is_exact(tmp_path, queue, abstract):
     assert iterator_state == {"position": [1, {"a": None}]}
 
 
-def test_host_leaves_and_raw_keys_come_back_as_they_were(tmp_path):
+def test_host_leaves_come_back_as_they_were(tmp_path):
     state = make_state(1).replace(
-        rng=jax.random.PRNGKey(3),
         frozen={"numpy": np.arange(3.0), "int": 2**40, "float": 0.1, "scalar": np.float64(0.1)},
     )
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, bytes(range(256)))
         restored, iterator_state = checkpoints.restore(state)
     assert iterator_state == bytes(range(256))
-    assert_same(restored.rng, state.rng)
     frozen = restored.frozen
     assert frozen["int"] == 2**40
     assert frozen["float"] == 0.1
@@ -128,6 +131,18 @@ def test_host_leaves_and_raw_keys_come_back_as_they_were(tmp_path):
         *(np.ndarray, int, float, np.float64)
     ]
     np.testing.assert_array_equal(frozen["numpy"], np.arange(3.0))
+
+
+def test_a_checkpoint_of_the_time_of_random_keys_is_read(tmp_path):
+    """Its `training` holds `rng` besides; with_rng.zip was written by that version."""
+    shutil.unpack_archive(Path(__file__).with_name("with_rng.zip"), tmp_path)
+    assert best_step(tmp_path) == 1
+    with open_checkpoints(tmp_path) as checkpoints:
+        restored, iterator_state = checkpoints.restore(jax.eval_shape(lambda: make_state(0)))
+        assert_same(restored, make_state(1))
+        assert iterator_state == {"position": 7}
+        checkpoints.save(make_state(2), None)
+        assert_same(checkpoints.restore(make_state(0))[0], make_state(2))
 
 
 def test_the_next_step_may_take_the_buffers_and_the_iterator_state(tmp_path):
@@ -154,15 +169,14 @@ def test_keeps_the_latest_and_the_best(tmp_path):
     kept = []
     with open_checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None
-        assert checkpoints.best_step() is None
         for step, score in scores.items():
             checkpoints.save(make_state(step), None, score)
             assert checkpoints.latest_step() == step
             kept.append([int(name) for name in steps_in(tmp_path)])
-        assert checkpoints.best_step() == 5
+        assert best_step(tmp_path) == 5
     assert kept == [*([1], [1, 2], [2, 3], [3, 4], [4, 5], [5, 6], [5, 6, 7], [5, 7, 8], [5, 8, 9])]
     with open_checkpoints(tmp_path, keep=1) as checkpoints:
-        assert (checkpoints.latest_step(), checkpoints.best_step()) == (9, 5)
+        assert (checkpoints.latest_step(), best_step(tmp_path)) == (9, 5)
         checkpoints.save(make_state(10), None)
     assert steps_in(tmp_path) == ["10", "5"]
 
@@ -173,10 +187,11 @@ def test_a_score_can_follow_its_checkpoint(tmp_path):
         checkpoints.save(make_state(1), {"position": -1}, score=0.5)
         checkpoints.save(make_state(1), {"position": -1}, score=0.6)
         checkpoints.save(make_state(1), {"position": -1})
-        assert checkpoints.best_step() == 1
+        assert best_step(tmp_path) == 1
         checkpoints.save(make_state(2), {"position": 2}, score=0.55)
         checkpoints.save(make_state(3), {"position": 3})
-        assert checkpoints.best_step() == 1
+        checkpoints.wait()
+        assert best_step(tmp_path) == 1
         assert checkpoints.restore(make_state(0), 1)[1] == {"position": 1}
     assert steps_in(tmp_path) == ["1", "3"]
 
@@ -211,7 +226,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(saved):
         ),
         "memory/queue: found float32[5, 4], expected float32[0, 4]": make_state(0, queue=0),
         "step: found int32[], expected uint32[]": state.replace(step=jnp.uint32(0)),
-        "rng: found key<fry>[], expected uint32[2]": state.replace(rng=jax.random.PRNGKey(0)),
         "params/head/scale: found bfloat16[], expected nothing; params/neck": (
             state.replace(params={}, opt_state=())
         ),
@@ -306,7 +320,7 @@ def test_damage_is_found(saved, tmp_path, damage):
         try:
             with open_checkpoints(workdir) as checkpoints:
                 restored, iterator_state = checkpoints.restore(make_state(0))
-                best = checkpoints.best_step()
+                best = best_step(workdir)
         except UserError as error:
             errors[name] = str(error)
         else:
@@ -338,14 +352,14 @@ def test_a_half_deleted_old_checkpoint_is_cleared_away(copied):
     for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "manifest/metadata"):
         (copied / "checkpoints" / "1" / name).unlink()
     with open_checkpoints(copied) as checkpoints:
-        assert (checkpoints.latest_step(), checkpoints.best_step()) == (3, 2)
+        assert (checkpoints.latest_step(), best_step(copied)) == (3, 2)
         checkpoints.save(make_state(4), None)
         checkpoints.save(make_state(5), None)
     assert steps_in(copied) == ["2", "4", "5"]
 
 
 def start(child: str, *arguments: object, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.checkpoint_test", child, *map(str, arguments)]
+    command = [sys.executable, "-m", "tests.checkpoint.store_test", child, *map(str, arguments)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
@@ -376,7 +390,7 @@ def many_arrays(step: int) -> TrainState:
     params = {f"w{i}": np.full((10, 10), 1000 * step + i, np.float32) for i in range(150)}
     lut, queue = np.ones((3, 2), np.float32), np.zeros((0, 2), np.float32)
     memory = OIMMemory(lut, queue, np.int32(step))
-    return TrainState(np.int32(step), params, {}, (), memory, np.array([step, 1], np.uint32))
+    return TrainState(np.int32(step), params, {}, (), memory)
 
 
 def child_stall(workdir: str) -> None:
@@ -465,9 +479,9 @@ def child_process(workdir: str, port: str, index: str) -> None:
                 assert not state.memory.lut.is_fully_addressable
             position = {"process": int(index), "position": step}
             checkpoints.save(state, position, score=0.5 if step == 1 else None)
-        assert (checkpoints.latest_step(), checkpoints.best_step()) == (3, 1)
+        assert (checkpoints.latest_step(), best_step(Path(workdir))) == (3, 1)
         checkpoints.save(state, None, score=0.6)
-        assert checkpoints.best_step() == 3
+        assert best_step(Path(workdir)) == 3
         restored, iterator_state = checkpoints.restore(many_arrays(0))
     assert_same(restored, many_arrays(3))
     assert iterator_state == {"process": int(index), "position": 3}

@@ -291,7 +291,7 @@ class TestEpochs:
     def test_the_same_in_another_process(self):
         """No salt of Python's hashes, no global random state."""
         code = (
-            "from tests.pipeline_test import *;"
+            "from tests.data_pipeline.pipeline_test import *;"
             "p = train(make_split(mixed_sizes(5, 4)));"
             "print(*epoch_indices(p, 2).ravel(), *p.plan(7).sizes.ravel(), *p.plan(7).flips)"
         )

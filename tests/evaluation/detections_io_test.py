@@ -188,7 +188,7 @@ def test_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match=r"d\.npz: cannot be written \(No space"):
         save_detections(path, make(seed=1))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -230,8 +230,8 @@ def test_heat_maps_of_a_gallery_best_first(tmp_path, photos, networks):
     drawn = draw("similarity", tmp_path, query=photos / "query.png", gallery=photos)
     picture = drawn["similarity-query.png"]
     assert has(picture, BLUE).any()
-    # The query, both landscapes and the portrait of 168 pixels, none wider than its column.
-    assert picture.shape[1] == 3 * 560 + 48
+    # The query, the other landscape, and the portrait beside them; the tiny one in a second row.
+    assert picture.shape[1] == 2 * 560 + 168 + 48
 
 
 # Comparisons.

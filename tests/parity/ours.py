@@ -116,7 +116,6 @@ def first_state(
         frozen=weights.frozen,
         opt_state=optimizer.init(weights.params),
         memory=memory,
-        rng=jax.random.key(0),
     )
     mesh = Mesh(np.array(jax.local_devices()[:1]), (AXIS,))
     return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))

@@ -169,8 +169,8 @@ BAD_SOURCES = {
         "a negative variance: backbone.bn1.running_var",
     ),
     "shape of what only training has": (
-        changed(**{"neck.fpn_convs.1.conv.weight": np.ones((8, 8, 3, 5), np.float32)}),
-        re.escape("wrong shape: neck.fpn_convs.1.conv.weight [8, 8, 3, 5] instead of [8, 8, 3, 3]"),
+        changed(**{"neck.fpn_convs.3.conv.weight": np.ones((8, 8, 3, 5), np.float32)}),
+        re.escape("wrong shape: neck.fpn_convs.3.conv.weight [8, 8, 3, 5] instead of [8, 8, 3, 3]"),
     ),
     "type of a count": (
         changed(**{"backbone.bn1.num_batches_tracked": np.ones((), np.float32)}),

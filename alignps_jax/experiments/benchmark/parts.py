@@ -80,8 +80,8 @@ def train(context: Context) -> list[Work]:
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1000)
     optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
     step = TrainStep(model, optimizer, config.loss, max_positives(config, pipeline))
-    params, frozen = simulate.plausible_weights(model)
     state = create_state(config, model, optimizer, config.loss.lut_size)
+    params, frozen = simulate.as_if_trained(state.params, state.frozen)
     state = dataclasses.replace(state, params=params, frozen=frozen)
     # Donation takes the buffers, so no two leaves may share one.
     state = devices.replicate(jax.tree.map(jnp.copy, state))

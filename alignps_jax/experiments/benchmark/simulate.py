@@ -22,9 +22,14 @@ _JPEG_QUALITY = (cv2.IMWRITE_JPEG_QUALITY, 92)
 
 def plausible_weights(model: AlignPS) -> tuple[Params, Params]:
     """(params, frozen) of a network that was not trained, but behaves as if it were."""
-    params, frozen = init_variables(model, jax.random.key(0))
+    return as_if_trained(*init_variables(model, jax.random.key(0)))
+
+
+def as_if_trained(params: Params, frozen: Params) -> tuple[Params, Params]:
+    """Initial (params, frozen) times what makes them plausible."""
     stem = params["backbone"]["conv1"]
-    stem["kernel"] = stem["kernel"] * _STEM_FACTOR
+    stem = {**stem, "kernel": stem["kernel"] * _STEM_FACTOR}
+    params = {**params, "backbone": {**params["backbone"], "conv1": stem}}
     flat = traverse_util.flatten_dict(frozen)
     factors = {path: _RESIDUAL_FACTOR for path in flat if path[-2:] == ("bn3", "scale")}
     flat = {path: leaf * factors.get(path, 1.0) for path, leaf in flat.items()}
