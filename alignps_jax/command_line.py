@@ -102,7 +102,7 @@ class Arguments:
             if self.config:
                 config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
             else:
-                own = copy.deepcopy(base).lock()  # unset fields keep their types
+                own = copy.deepcopy(base or ConfigDict()).lock()  # unset fields keep their types
                 config_flags.DEFINE_config_dict("config", own, flag_values=values, sys_argv=words)
             rest = values(["", *words])[1:]
             config: Any = values["config"].value
