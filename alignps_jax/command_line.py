@@ -13,6 +13,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -22,13 +23,19 @@ from alignps_jax.config_rules import check_config
 from alignps_jax.types import UserError
 from alignps_jax.usages import USAGES, Usage, mode_help, modes_help
 
+# A str, or None where the flag is not given; `parse` sees to it that a mode has what it needs.
+Text = Any
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
-_KINDS = {int: flags.DEFINE_integer, str: flags.DEFINE_string, bool: flags.DEFINE_bool}
+_KINDS: dict[Any, Any] = {
+    int: flags.DEFINE_integer,
+    str: flags.DEFINE_string,
+    bool: flags.DEFINE_bool,
+}
 _EXPECTED = {int: "an integer", str: "a value", bool: "true or false"}
 
 
-def _flag(kind: type = str, default: object = None) -> dataclasses.Field:
+def _flag(kind: type = str, default: object = None) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind})
 
 
@@ -41,22 +48,22 @@ class Arguments:
     """
 
     mode: str = _flag(str, "train")
-    config: str | None = _flag()
-    workdir: str | None = _flag()
-    checkpoint: str | None = _flag()
-    detections: str | None = _flag()
-    query: str | None = _flag()
+    config: Text = _flag()
+    workdir: Text = _flag()
+    checkpoint: Text = _flag()
+    detections: Text = _flag()
+    query: Text = _flag()
     box: str | None = _flag()
-    gallery: str | None = _flag()
-    source: str | None = _flag()
+    gallery: Text = _flag()
+    source: Text = _flag()
     convention: str | None = _flag()
-    target: str | None = _flag()
-    table: str | None = _flag()
+    target: Text = _flag()
+    table: Text = _flag()
     seeds: int = _flag(int, 2)
     what: str | None = _flag()
     runs: int = _flag(int, 5)
     quick: bool = _flag(bool, False)
-    coordinator: str | None = _flag()
+    coordinator: Text = _flag()
     processes: int | None = _flag(int)
     process: int | None = _flag(int)
     overrides: tuple[str, ...] = ()
@@ -95,10 +102,10 @@ class Arguments:
             if self.config:
                 config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
             else:
-                own = copy.deepcopy(base).lock()  # unset fields keep their types
+                own = copy.deepcopy(base or ConfigDict()).lock()  # unset fields keep their types
                 config_flags.DEFINE_config_dict("config", own, flag_values=values, sys_argv=words)
             rest = values(["", *words])[1:]
-            config = values.config
+            config: Any = values["config"].value
             if not hasattr(config, "lock"):  # a file that cannot be loaded fails here at last
                 raise TypeError(f"found {type(config).__name__}, expected a ConfigDict")
         except (AttributeError, KeyError) as error:
@@ -130,7 +137,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     given = {name for name in FLAGS if values[name].present}
     mode = values.mode
     known_name("--mode", mode, USAGES)
-    found = {name: values[name].value for name in FLAGS}
+    found: dict[str, Any] = {name: values[name].value for name in FLAGS}
     if len(words) < len(argv) - 1:
         text = mode_help(mode) if "mode" in given else modes_help()
         return Arguments(**found, help=text)
@@ -144,7 +151,8 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words without, and those of, the flags that set a field of the configuration."""
-    plain, overrides = [], []
+    plain: list[str] = []
+    overrides: list[str] = []
     value_follows = False
     for word in words:
         is_flag = re.match(r"--?[A-Za-z]", word) is not None
@@ -170,7 +178,7 @@ def _parse_plain(words: Sequence[str]) -> flags.FlagValues:
             f"--{error.flagname}: no such flag, expected one of --{', --'.join(FLAGS)}{hint}"
         ) from error
     except flags.IllegalFlagValueError as error:
-        name, value = re.match(r"flag --(\w+)=(.*?): ", str(error)).groups()
+        name, value = re.findall(r"^flag --(\w+)=(.*?): ", str(error), flags=re.DOTALL)[0]
         expected = _EXPECTED[FLAGS[name].metadata["kind"]]
         raise UserError(f"--{name}: found {value!r}, expected {expected}") from error
     except (flags.Error, OSError) as error:
@@ -207,7 +215,7 @@ def _example(usage: Usage) -> str:
     return f"for example: python launch.py {usage.examples[0]}"
 
 
-def _check_processes(found: Mapping[str, object]) -> None:
+def _check_processes(found: Mapping[str, Any]) -> None:
     """Raises UserError unless the three flags of a multi-process run fit together."""
     names = ("coordinator", "processes", "process")
     missing = [f"--{name}" for name in names if found[name] is None]

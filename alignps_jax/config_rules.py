@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -24,15 +25,15 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
 class Rule:
     """Whether a value is one for a field, and what is expected in words."""
 
-    check: Callable[[object], bool]
+    check: Callable[[Any], bool]
     expected: str
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     # math.isfinite raises for integers that are too large for a float.
     return (isinstance(value, float) and math.isfinite(value)) or (
         _is_integer(value) and abs(value) < 2**63
@@ -60,7 +61,7 @@ def _unset_or(rule: Rule) -> Rule:
 
 
 def _tuple_of(rule: Rule, expected: str, *, length: int | None = None, least: int = 0) -> Rule:
-    def check(value: object) -> bool:
+    def check(value: Any) -> bool:
         if not isinstance(value, tuple) or len(value) < least:
             return False
         return (length is None or len(value) == length) and all(map(rule.check, value))
@@ -68,32 +69,32 @@ def _tuple_of(rule: Rule, expected: str, *, length: int | None = None, least: in
     return Rule(check, expected)
 
 
-def _ascending(values: object) -> bool:
+def _ascending(values: Any) -> bool:
     return all(low < high for low, high in pairwise(values))
 
 
-def _is_scale(value: object) -> bool:
+def _is_scale(value: Any) -> bool:
     pair = isinstance(value, tuple) and len(value) == 2 and all(map(_is_integer, value))
     return pair and 2**15 >= value[0] >= value[1] >= 1
 
 
-def _is_duration(value: object) -> bool:
+def _is_duration(value: Any) -> bool:
     return isinstance(value, str) and _DURATION.fullmatch(value) is not None
 
 
-def _is_long(value: object) -> bool:
+def _is_long(value: Any) -> bool:
     if not _is_duration(value):
         return False
-    number, unit = _DURATION.fullmatch(value).groups()
+    number, unit = _DURATION.findall(value)[0]
     return (round(float(number)) if unit == "step" else float(number)) > 0
 
 
-def _is_protocol(value: object) -> bool:
+def _is_protocol(value: Any) -> bool:
     known = r"TestG\d+|all|occlusion|resolution|cross_camera"
     return isinstance(value, str) and re.fullmatch(known, value) is not None
 
 
-def _is_context(value: object) -> bool:
+def _is_context(value: Any) -> bool:
     numbers = value if isinstance(value, tuple) else (None,)
     return len(numbers) in (0, 2) and all(_is_integer(k) and k > 0 for k in numbers)
 
@@ -184,7 +185,9 @@ RULES: dict[str, Rule] = {
     "optimizer.warmup_start": _SHARE,
     "optimizer.drops": _tuple_of(_SPAN, f"a tuple of {_DURATION_TEXT}"),
     "optimizer.drop_factor": _NOT_NEGATIVE,
-    "optimizer.clip_norm": _POSITIVE,
+    "optimizer.clip_norm": Rule(
+        lambda x: _POSITIVE.check(x) or x == math.inf, "a number above 0; inf clips nothing"
+    ),
     "train.batch_size": _integer(1),
     "train.duration": _LONG,
     "train.max_positives": _unset_or(_integer(1)),
@@ -231,7 +234,7 @@ def check_config(config: ConfigDict) -> None:
     _check_together(found)
 
 
-def _check_together(found: Mapping[str, object]) -> None:
+def _check_together(found: Mapping[str, Any]) -> None:
     """What fields must be to one another."""
     channels, width = found["model.channels"], found["model.backbone_width"]
     groups = found["model.norm_groups"]

@@ -58,12 +58,14 @@ def progress(
       stream: where to write.
     """
     stream = stream or sys.stderr
-    common = {"desc": desc, "unit": unit, "total": total, "initial": initial, "leave": leave}
+    common: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial}
+    common["leave"] = leave
     if stream.isatty():
         return tqdm(iterable, file=stream, dynamic_ncols=True, disable=disable, **common)
+    lines: Any = _Lines(stream)
     return tqdm(
         iterable,
-        file=_Lines(stream),
+        file=lines,
         bar_format=_LINE,
         delay=SECONDS_PER_LINE,
         mininterval=SECONDS_PER_LINE,

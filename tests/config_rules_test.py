@@ -89,7 +89,7 @@ WRONG = {
     "optimizer.warmup_start": SHARES,
     "optimizer.drops": ("3 steps", None, *((span,) for span in SPANS)),
     "optimizer.drop_factor": NOT_NEGATIVE,
-    "optimizer.clip_norm": TEMPERATURES,
+    "optimizer.clip_norm": (0.0, -1.0, NAN, "1", None),
     "train.batch_size": COUNT,
     "train.duration": LONG,
     "train.max_positives": (-3, *COUNT),

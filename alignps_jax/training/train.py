@@ -180,13 +180,14 @@ def best_of(last: Measured, checkpoints: Checkpoints, run: Run, workdir: Path) -
 
     That is the one with the highest search mAP on the test split, as is common on these data sets.
     """
-    best = checkpoints.best_step()
-    if best in (None, last.result.step):
+    checkpoints.wait()
+    best = load_weights(workdir, weights_template(run.step.model))
+    step = int(best.step)
+    if step == last.result.step:
         return last
     if jax.process_index() == 0:
-        print(f"best: step {best}, by search mAP on the test split; last: {last.result.step}")
-    weights = load_weights(workdir, weights_template(run.step.model), best)
-    return run.evaluator.measure(weights.params, weights.frozen, best)
+        print(f"best: step {step}, by search mAP on the test split; last: {last.result.step}")
+    return run.evaluator.measure(best.params, best.frozen, step)
 
 
 @dataclasses.dataclass(frozen=True)
