@@ -23,6 +23,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,8 +125,9 @@ class Checkpoints:
         Raises UserError for an older step than that, and whatever the save before ran into.
         """
         step = int(state.step)
-        is_score = score is not None and math.isfinite(score)
-        metrics = sealed({"score": float(score)}) if is_score else None
+        metrics = None
+        if score is not None and math.isfinite(score):
+            metrics = sealed({"score": float(score)})
         latest = self.latest_step()
         if latest is not None and step < latest:
             raise UserError(f"{self._root}: found step {latest}, expected none after {step}")
@@ -249,10 +251,11 @@ def _steps(root: Path) -> list[int]:
 
 
 def _best(root: Path) -> int | None:
-    scored = [step for step in _steps(root) if (root / str(step) / "metrics").is_dir()]
+    folders = {step: root / str(step) for step in _steps(root)}
     scores = {
-        step: reading(folder, lambda folder=folder: _score(_read_metrics(folder)))
-        for step, folder in ((step, root / str(step)) for step in scored)
+        step: reading(folder, partial(_score_in, folder))
+        for step, folder in folders.items()
+        if (folder / "metrics").is_dir()
     }
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
@@ -270,6 +273,10 @@ def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
         os.replace(new / "metrics", folder / "metrics" / "metrics")
     else:
         new.rename(folder / "metrics")
+
+
+def _score_in(folder: Path) -> float:
+    return _score(_read_metrics(folder))
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from alignps_jax.files import complete_file
 from alignps_jax.types import UserError
 from alignps_jax.weights.pickled_arrays import ForeignObjectError, PickledArray, load_pickled
 
