@@ -74,8 +74,8 @@ class MetricLog:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab")
-            whole = self._path.read_bytes().rfind(b"\n") + 1
-            self._file.truncate(whole)
+            complete = self._path.read_bytes().rfind(b"\n") + 1
+            self._file.truncate(complete)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
 
@@ -96,7 +96,7 @@ class MetricLog:
         self._close_tensorboard()
 
     def truncate_after(self, step: int) -> None:
-        """Removes what was measured after `step`, for training that goes on from there.
+        """Removes what was measured after `step`, for training that resumes there.
 
         Raises:
             UserError: the log holds a line that is not one of a log.

@@ -1,4 +1,4 @@
-"""Pictures: detections, search results in the manner of the paper's Fig. 7, and what they share.
+"""Pictures: detections, search results in the manner of Paper, Fig. 7, and what they share.
 
 Images are RGB `uint8`, layout HWC; boxes are x1, y1, x2, y2 in pixels of their image.
 """
@@ -37,7 +37,7 @@ def draw_detections(
 ) -> Image:
     """A copy of the photo with the boxes and their scores; lines and letters grow with it.
 
-    The most confident detection is drawn last, over the others.
+    The detection with the best score is drawn last, over the others.
     """
     canvas = np.ascontiguousarray(image).copy()
     short_side = min(canvas.shape[:2])
@@ -167,7 +167,7 @@ def shortened(text: str, width: int) -> str:
     return ""
 
 
-# Told apart from each other, and from the green of people's centres.
+# Told apart from each other, and from the green of people's centers.
 CLOUD_COLORS: tuple[Color, ...] = (
     (255, 60, 200),
     (0, 225, 255),
@@ -182,16 +182,16 @@ def draw_point_clouds(
     image: Image,
     clouds: Sequence[Float[np.ndarray, "N 2"]],
     origins: Sequence[Float[np.ndarray, "2"]],
-    centres: Float[np.ndarray, "K 2"],
+    centers: Float[np.ndarray, "K 2"],
 ) -> Image:
-    """A copy of the image with points, each cloud in a colour of its own.
+    """A copy of the image with points, each cloud in a color of its own.
 
     Args:
       image: the photo.
       clouds: points x, y in pixels of the image (the middle of the first pixel is 0.5, 0.5);
         those beyond it are not seen.
-      origins: a point per cloud that gets a ring of its colour.
-      centres: points that are marked in green, over all others.
+      origins: a point per cloud that gets a ring of its color.
+      centers: points that are marked in green, over all others.
     """
     canvas = np.ascontiguousarray(image).copy()
     radius = max(3.0, min(canvas.shape[:2]) / 250)
@@ -203,9 +203,9 @@ def draw_point_clouds(
     for origin, color in zip(origins, colors, strict=True):
         for width, shade in ((1.6, BLACK), (0.9, color)):
             _draw_dot(canvas, origin, 3 * radius, shade, thickness=round(width * radius))
-    for centre in centres:
-        _draw_dot(canvas, centre, 1.8 * radius, BLACK)
-        _draw_dot(canvas, centre, 1.5 * radius, GREEN)
+    for center in centers:
+        _draw_dot(canvas, center, 1.8 * radius, BLACK)
+        _draw_dot(canvas, center, 1.5 * radius, GREEN)
     return canvas
 
 
@@ -236,7 +236,7 @@ def draw_heat(image: Image, heat: Float[np.ndarray, "h w"]) -> Image:
 
 
 def heat_scale(width: int) -> Image:
-    """The colours of `draw_heat` from 0 to 1, with numbers below."""
+    """The colors of `draw_heat` from 0 to 1, with numbers below."""
     bar = draw_heat(np.full((16, width, 3), 128, np.uint8), np.linspace(0, 1, width)[None])
     scale = np.concatenate([bar, np.full((LINE_HEIGHT, width, 3), 255, np.uint8)])
     for value in np.linspace(0, 1, 6):

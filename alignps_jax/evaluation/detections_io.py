@@ -62,7 +62,7 @@ def load_detections(path: str | os.PathLike[str]) -> GalleryDetections:
     Raises:
       UserError: no such file, not an .npz archive or a damaged one, an array that is missing,
         holds Python objects or has the wrong type or shape, or values that `check_detections`
-        or the normalisation refuses (NaN, inverted boxes, offsets out of order, zero embeddings).
+        or the normalization refuses (NaN, inverted boxes, offsets out of order, zero embeddings).
     """
     path = Path(path)
     arrays = read_npz(path, _FIELDS)
@@ -88,7 +88,7 @@ def load_detections(path: str | os.PathLike[str]) -> GalleryDetections:
         offsets=raw.offsets,
         boxes=raw.boxes[order],
         scores=raw.scores[order],
-        embeddings=_normalised(raw, str(path))[order],
+        embeddings=_normalized(raw, str(path))[order],
     )
 
 
@@ -236,7 +236,7 @@ def _lengths(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M"]:
     return np.sqrt(np.einsum("md,md->m", embeddings, embeddings, dtype=np.float64))
 
 
-def _normalised(detections: GalleryDetections, where: str) -> Float[np.ndarray, "M D"]:
+def _normalized(detections: GalleryDetections, where: str) -> Float[np.ndarray, "M D"]:
     zeros = _lengths(detections.embeddings) == 0
     _refuse_rows(detections, zeros, where, "embeddings", "an embedding of zeros")
     return unit_embeddings(detections.embeddings)

@@ -62,7 +62,7 @@ def reproduce_table(config: ConfigDict, name: str, table: str, seeds: int, workd
     """Runs every row of `table` with seeds `config.seed`, `config.seed + 1`, ...
 
     Runs lie in `<workdir>/<variant>/seed<number>`: tables share those that they have in common, a
-    finished run is not run again, and an interrupted one goes on. `table<table>.md` and `.json`
+    finished run is not run again, and an interrupted one is resumed. `table<table>.md` and `.json`
     are written after each.
 
     Args:
@@ -81,7 +81,7 @@ def reproduce_table(config: ConfigDict, name: str, table: str, seeds: int, workd
     if seeds < 1:
         raise UserError(f"--seeds: found {seeds}, expected at least 1")
     numbers = range(config.seed, config.seed + seeds)
-    # All rows once before any of them twice: a table that is cut short is whole sooner.
+    # All rows once before any of them twice: a table that is cut short is complete sooner.
     for done, (seed, (variant, row)) in enumerate(itertools.product(numbers, rows)):
         print(f"table {table}, run {done + 1} of {seeds * len(rows)}: {row.label}, seed {seed}")
         run_row(variant_config(config, variant, seed), run_folder(workdir, variant, seed))
@@ -105,7 +105,7 @@ def run_folder(workdir: Path, variant: str, seed: int) -> Path:
 
 
 def run_row(config: ConfigDict, folder: Path) -> None:
-    """Trains and evaluates, unless that is done; goes on where it was interrupted."""
+    """Trains and evaluates, unless that is done; resumes an interrupted run."""
     if (folder / "config.json").exists():
         refuse_other_settings(config, folder)
     if not (folder / "metrics.json").exists():

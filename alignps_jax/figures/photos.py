@@ -43,7 +43,7 @@ from alignps_jax.inference.location_maps import (
 from alignps_jax.progress import progress
 from alignps_jax.types import UserError
 
-# Lateral convolutions whose sampling points are shown (Fig. 5).
+# Lateral convolutions whose sampling points are shown (Paper, Fig. 5).
 LATERAL_LEVELS = (3, 4)
 # More would hide each other.
 MAX_LOCATIONS = 6
@@ -59,23 +59,23 @@ _SCALE_WIDTH = 400
 def sampling_points_picture(
     detector: Detector, path: Path, photo: Image, box: Sequence[float] | None
 ) -> Image:
-    """Where the neck's deformable convolutions look from some locations (Fig. 5).
+    """Where the neck's deformable convolutions look from some locations (Paper, Fig. 5).
 
-    The locations are the centre of `box`, without one those of the most confident detections;
-    each has a colour of its own. The centres of all detections are green.
+    The locations are the center of `box`, without one those of the detections with the best scores;
+    each has a color of its own. The centers of all detections are green.
 
     Raises:
       UserError: nobody is found and there is no box, the box is beyond the photo, or the network
         lacks one of the deformable convolutions.
     """
     threshold = detector.config.eval.score_threshold
-    centres = _centres(np.asarray(above(detector.detect(photo), threshold).boxes))
-    chosen = centres[:MAX_LOCATIONS]
+    centers = _centers(np.asarray(above(detector.detect(photo), threshold).boxes))
+    chosen = centers[:MAX_LOCATIONS]
     if box is not None:
         check_box(box, path, photo.shape[:2])
         height, width = photo.shape[:2]
         visible = np.clip(np.array(box), 0, (width, height, width, height))
-        chosen = _centres(visible[None])
+        chosen = _centers(visible[None])
     if len(chosen) == 0:
         raise UserError(
             f"{path}: found nobody with a score of {threshold:g} or more; expected somebody, or "
@@ -93,16 +93,16 @@ def sampling_points_picture(
             canvas,
             [cloud.xy[cloud.used] * factor for cloud in points],
             [origin * factor for origin in origins],
-            centres * factor,
+            centers * factor,
         )
         title = f"({letter}) lateral C{level} + output"
-        legend = "rings: locations, green: centres of people"
+        legend = "rings: locations, green: centers of people"
         panels.append(captioned(drawn, f"{title}\n{legend}", 2))
     portrait = photo.shape[0] > photo.shape[1]
     return grid_picture([panels] if portrait else [[panel] for panel in panels])
 
 
-def _centres(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
+def _centers(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
@@ -138,7 +138,7 @@ def similarity_picture(
 ) -> Image:
     """How similar the embedding of every location of some photos is to the query's.
 
-    The query is the person in `box`, without one the most confident detection. It has a yellow
+    The query is the person in `box`, without one the detection with the best score. It has a yellow
     box, the most similar person of each scene a blue one. Of many scenes those with the most
     similar people are shown, best first.
 
@@ -197,12 +197,12 @@ def comparison_picture(
     box: Sequence[float] | None,
     gallery: Path,
 ) -> Image:
-    """The same query in the same photos under several networks, a row for each (Fig. 7).
+    """The same query in the same photos under several networks, a row for each (Paper, Fig. 7).
 
     Args:
       detectors: label and network; only one at a time is held.
       path: the query photo's file.
-      box: the person to search; None takes the first network's most confident detection.
+      box: the person to search; None takes the detection with the best score of the first network.
       gallery: folder of photos.
 
     Raises:

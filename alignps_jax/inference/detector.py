@@ -19,6 +19,13 @@ from alignps_jax.types import Detections, Weights
 from data_pipeline.pipeline import single_image_batch
 
 
+def inference_model(config: ConfigDict) -> AlignPS:
+    """The network that training builds, but without a backward pass to recompute anything in."""
+    inference = config.copy_and_resolve_references()
+    inference.model.remat = False
+    return build_model(inference)
+
+
 class Detector:
     """Finds the people of a photo and gives each an embedding.
 
@@ -46,10 +53,7 @@ class Detector:
           UserError: there is none, it is damaged, or it does not fit `config`.
         """
         config = config or load_config(Path(path))
-        # The same network and weights: there is no backward pass to recompute anything in.
-        inference = config.copy_and_resolve_references()
-        inference.model.remat = False
-        model = build_model(inference)
+        model = inference_model(config)
         return cls(config, model, load_weights(Path(path), weights_template(model)))
 
     def detect(self, image: UInt8[np.ndarray, "H W 3"]) -> Detections:

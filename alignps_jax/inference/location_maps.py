@@ -1,9 +1,9 @@
 """What the network computes at every location of a photo, and what can be seen in it.
 
-The sampling points of the neck's deformable convolutions (paper Fig. 5) and the similarity of
+The sampling points of the neck's deformable convolutions (Paper, Fig. 5) and the similarity of
 every location's embedding to a query. Level l of the pyramid has stride 2**l: its location
 (column, row) covers the input's pixels from 2**l * column to 2**l * (column + 1), and stands for
-their centre, as in the head.
+their center, as in the head.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def maps_of_photo(maps: MapOutputs, batch: Batch) -> LocationMaps:
 
     embeddings, strides = zip(*(cut(level.embeddings) for level in host.outputs), strict=True)
     return LocationMaps(
-        embeddings=tuple(_normalised(embedding) for embedding in embeddings),
+        embeddings=tuple(_normalized(embedding) for embedding in embeddings),
         strides=strides,
         offsets={
             name: (cropped := cut(array)[0]).reshape(*cropped.shape[:2], 9, 2)
@@ -115,7 +115,7 @@ def maps_of_photo(maps: MapOutputs, batch: Batch) -> LocationMaps:
     )
 
 
-def _normalised(vectors: Float[np.ndarray, "h w D"]) -> Float[np.ndarray, "h w D"]:
+def _normalized(vectors: Float[np.ndarray, "h w D"]) -> Float[np.ndarray, "h w D"]:
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
 

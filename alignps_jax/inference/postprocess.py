@@ -65,7 +65,7 @@ def detect(
     nms_iou: float,
     max_detections: int,
 ) -> Detections:
-    """The detections of a batch of images (released code).
+    """The detections of a batch of images (Released code).
 
     Per image: the `pre_nms` locations of each level with the highest classification probability
     times centerness; their boxes, clipped to the image and scaled back to the photo; those with a
@@ -121,10 +121,10 @@ def embed_boxes(
     strides: Sequence[int],
     borders: Sequence[float],
 ) -> Detections:
-    """Given boxes as if they had been detected: with score 1, and the embedding at their centre.
+    """Given boxes as if they had been detected: with score 1, and the embedding at their center.
 
-    That is the one of the location nearest to the box's centre (of two, the right or lower one),
-    on the level that the centre belongs to in training: the first whose border reaches half of
+    That is the one of the location nearest to the box's center (of two, the right or lower one),
+    on the level that the center belongs to in training: the first whose border reaches half of
     the box's longer side.
 
     Args:

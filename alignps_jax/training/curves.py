@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +15,29 @@ from matplotlib.ticker import MaxNLocator
 
 from alignps_jax.evaluation.metrics import DETECTION_METRICS
 from alignps_jax.files import write_atomically
-from alignps_jax.log import read_log
+from alignps_jax.log import LogLine, read_log
 
 
 def training_curves(log_path: Path, out_path: Path) -> None:
-    """Draws the log of a training run: losses, gradient norm, learning rate, evaluations, speed.
-
-    A step that the log holds twice (training was resumed) counts as its later line says. Noisy
-    curves are drawn faintly, with their running mean over them. In the search panel full lines
-    are mAP, one color per protocol; the broken line is top-1 of the first one.
+    """Draws the log of a training run into a PNG file (`curves_figure`).
 
     Raises:
         UserError: the log cannot be read, is not a log, or the picture cannot be written.
     """
+    data = io.BytesIO()
+    curves_figure(read_log(log_path)).savefig(data, format="png")
+    write_atomically(out_path, data.getvalue())
+
+
+def curves_figure(lines: Sequence[LogLine]) -> Figure:
+    """Losses, gradient norm, learning rate, evaluations and speed of a training run.
+
+    A step that the log holds twice (training was resumed) counts as its later line says. Noisy
+    curves are drawn faintly, with their running mean over them. In the search panel full lines
+    are mAP, one color per protocol; the broken line is top-1 of the first one.
+    """
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in read_log(log_path):
+    for line in lines:
         for name, value in line.values.items():
             curves[name][line.step] = value
     names = list(curves)
@@ -55,9 +63,7 @@ def training_curves(log_path: Path, out_path: Path) -> None:
     titles = ("losses", "gradient norm", "learning rate", "search (%)", "detection (%)")
     for panel, title in zip(axes, (*titles, "images per second"), strict=True):
         _finish(panel, title, last_step)
-    data = io.BytesIO()
-    figure.savefig(data, format="png")
-    write_atomically(out_path, data.getvalue())
+    return figure
 
 
 def _percent(curve: Mapping[int, float]) -> dict[int, float]:
@@ -86,7 +92,7 @@ def _plot(
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over up to `window` values; at the ends over those that there are."""
+    """Centered mean over up to `window` values; at the ends over those that there are."""
     ones = np.ones(window)
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 

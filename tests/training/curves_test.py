@@ -1,6 +1,5 @@
 """Plots, judged by their lines."""
 
-import matplotlib
 import numpy as np
 import pytest
 
@@ -13,6 +12,7 @@ from alignps_jax.figures.plots import (
     rendered,
 )
 from alignps_jax.files import read_image
+from alignps_jax.log import read_log
 from alignps_jax.training import curves
 from alignps_jax.types import UserError
 
@@ -32,23 +32,17 @@ def test_curves_of_one_point_none_or_some(tmp_path):
         assert read_image(out, MAX_PIXELS).shape == (900, 1600, 3)
 
 
-def lines_of_figure(monkeypatch, log, out):
-    """What was plotted, by label: steps and values of the last curve of that label."""
-    seen = {}
-    original = matplotlib.figure.Figure.savefig
-
-    def spy(figure, *args, **kwargs):
-        for axes in figure.axes:
-            for line in axes.lines:
-                seen[axes.get_title(), line.get_label()] = line.get_xdata(), line.get_ydata()
-        return original(figure, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", spy)
-    curves.training_curves(log, out)
-    return seen
+def lines_of_figure(log):
+    """What is plotted, by label: steps and values of the last curve of that label."""
+    figure = curves.curves_figure(read_log(log))
+    return {
+        (axes.get_title(), line.get_label()): (line.get_xdata(), line.get_ydata())
+        for axes in figure.axes
+        for line in axes.lines
+    }
 
 
-def test_later_lines_of_a_step_win_and_evaluations_are_in_percent(tmp_path, monkeypatch):
+def test_later_lines_of_a_step_win_and_evaluations_are_in_percent(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text(
         '{"step": 10, "loss": 1.0, "loss/oim": 0.25}\n{"step": 20, "loss": 9.0}\n'
@@ -56,7 +50,7 @@ def test_later_lines_of_a_step_win_and_evaluations_are_in_percent(tmp_path, monk
         ' "eval/detection/AP": 0.3}\n'
         '{"step": 20, "loss": 2.0}\n{"step": 15, "loss": 4.0}\n{"step": 30, "loss": null}\n'
     )
-    seen = lines_of_figure(monkeypatch, log, tmp_path / "curves.png")
+    seen = lines_of_figure(log)
     steps, values = seen["losses", "total"]
     np.testing.assert_array_equal(steps, [10, 15, 20])
     np.testing.assert_array_equal(values, [1, 4, 2])
