@@ -63,7 +63,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     """
     use_compilation_cache(workdir)
     run = make_run(config)
-    pipeline, plan, evaluator = run.pipeline, run.plan, run.evaluator
+    pipeline, plan, evaluator, schedule = run.pipeline, run.plan, run.evaluator, run.schedule
     step_fn = parallel_train_step(run.step)
     with (
         Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
@@ -84,7 +84,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
             return measured
 
         with Monitor(
-            pipeline, run.schedule, log, start=start, total=plan.total, log_every=plan.log_every
+            pipeline, schedule, log, start=start, total=plan.total, log_every=plan.log_every
         ) as monitor:
             for step in range(start + 1, plan.total + 1):
                 batch = monitor.next_batch(batches)
@@ -104,9 +104,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
                     evaluate(state)
                     monitor.restart_clock()
         trained = best_of(evaluate(state), checkpoints, run, workdir)
-    untrained = None
-    if config.eval.untrained_baseline:
-        untrained = evaluator.measure(run.initial.params, run.initial.frozen, 0)
+    before = config.eval.untrained_baseline
+    untrained = evaluator.measure(run.initial.params, run.initial.frozen, 0) if before else None
     evaluator.write(trained, untrained, workdir)
     if jax.process_index() == 0:
         curves = workdir / "curves.png"
