@@ -8,7 +8,7 @@ its peers' batches. Grain reads in threads: OpenCV lets them run side by side, l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import cv2
@@ -19,6 +19,12 @@ from ml_collections import ConfigDict
 
 from alignps_jax.types import Batch, UserError
 from data_pipeline import transforms
+from data_pipeline.trainable import (
+    orientations,
+    rescaled_sizes,
+    usable_images,
+    with_trainable_boxes,
+)
 from data_pipeline.transforms import Scale, Size
 
 if TYPE_CHECKING:  # inference on single photos needs none of what reads data sets
@@ -211,12 +217,12 @@ def make_train_pipeline(
     _check_batch_size("train.batch_size", batch_size, process_count)
     if seed < 0:
         raise UserError(f"seed: found {seed}, expected a number that is not negative")
-    split = _with_trainable_boxes(split)
-    usable = _usable_images(split, data.min_side)
+    split = with_trainable_boxes(split)
+    usable = usable_images(split, data.min_side)
     return TrainPipeline(
         reader=_reader(split, data, process_index, process_count),
-        groups=tuple(group for group in _orientations(split, usable) if len(group)),
-        sizes=_rescaled_sizes(split, data.train_scales),
+        groups=tuple(group for group in orientations(split, usable) if len(group)),
+        sizes=rescaled_sizes(split, data.train_scales),
         buckets=transforms.buckets(data.train_scales),
         flip_probability=data.flip_probability,
         seed=seed,
@@ -235,9 +241,9 @@ def make_eval_batches(
     """Plans one pass over a split; see `make_train_pipeline` for arguments and errors."""
     _check_settings(data)
     _check_batch_size("eval.batch_size", batch_size, process_count)
-    sizes = _rescaled_sizes(split, [data.test_scale])[:, 0]
+    sizes = rescaled_sizes(split, [data.test_scale])[:, 0]
     plans = []
-    for group in _orientations(split, np.arange(len(sizes))):
+    for group in orientations(split, np.arange(len(sizes))):
         for start in range(0, len(group), batch_size):
             indices = group[start : start + batch_size]
             missing = batch_size - len(indices)
@@ -298,60 +304,6 @@ def _reader(
         workers=data.workers,
         prefetch=data.prefetch,
     )
-
-
-def _with_trainable_boxes(split: PreparedSplit) -> PreparedSplit:
-    """The split without the boxes that cannot be trained on."""
-    people = split.annotations
-    keep = [
-        transforms.trainable_boxes(boxes, (int(height), int(width)))
-        for boxes, (height, width) in zip(people.boxes, split.sizes, strict=True)
-    ]
-
-    def kept(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-        return tuple(array[mask] for array, mask in zip(arrays, keep, strict=True))
-
-    annotations = dataclasses.replace(
-        people,
-        boxes=kept(people.boxes),
-        identity=kept(people.identity),
-        labelled=kept(people.labelled),
-    )
-    return dataclasses.replace(split, annotations=annotations)
-
-
-def _usable_images(split: PreparedSplit, min_side: int) -> Int[np.ndarray, "n"]:
-    """Images with people and with no side below `min_side`; says how many are not."""
-    total = len(split.annotations.names)
-    empty = np.array([len(boxes) == 0 for boxes in split.annotations.boxes], bool)
-    small = (split.sizes < min_side).any(axis=1)
-    usable = np.flatnonzero(~empty & ~small)
-    found = (
-        f"{total - len(usable)} of {total} images left out of training "
-        f"({int(empty.sum())} without a usable box, {int((small & ~empty).sum())} with a side "
-        f"below {min_side} pixels)"
-    )
-    if not len(usable):
-        raise UserError(f"training set: {found}; expected at least one to train on")
-    if len(usable) < total:
-        print(found)
-    return usable
-
-
-def _orientations(
-    split: PreparedSplit, indices: Int[np.ndarray, "n"]
-) -> tuple[Int[np.ndarray, "l"], Int[np.ndarray, "p"]]:
-    """Splits images into landscape and portrait, in the given order."""
-    landscape = np.array([transforms.is_landscape(split.sizes[i]) for i in indices], bool)
-    return indices[landscape], indices[~landscape]
-
-
-def _rescaled_sizes(split: PreparedSplit, scales: Sequence[Scale]) -> Int[np.ndarray, "N S 2"]:
-    sizes = [
-        [transforms.rescaled_size((int(height), int(width)), scale) for scale in scales]
-        for height, width in split.sizes
-    ]
-    return np.array(sizes, np.int32).reshape(-1, len(scales), 2)
 
 
 def _test_bucket(size: Size | Int[np.ndarray, "2"], scale: Scale) -> Size:

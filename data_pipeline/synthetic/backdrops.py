@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float
 
-from data_pipeline.synthetic.figures import Canvas, Paint, Sprite
+from data_pipeline.synthetic.canvas import Canvas, Paint, Sprite
 from data_pipeline.synthetic.people import Colour, pick, sample_colour
 
 # Things people stand among: name -> height relative to a person at the same distance.

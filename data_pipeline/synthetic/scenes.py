@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from data_pipeline.synthetic.backdrops import draw_backdrop, draw_thing
-from data_pipeline.synthetic.figures import Sprite, draw_person
+from data_pipeline.synthetic.canvas import Sprite
+from data_pipeline.synthetic.figures import draw_person
 from data_pipeline.synthetic.people import Appearance, sample_pose
 
 # Heights of people, as shares of the photo's height (36 to 150 pixels of 192).

@@ -15,8 +15,9 @@ from alignps_jax.types import UserError
 from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
 from data_pipeline.synthetic import dataset as synthetic
 from data_pipeline.synthetic import scenes as synthetic_scenes
+from data_pipeline.synthetic.canvas import Sprite
 from data_pipeline.synthetic.dataset import SyntheticSpec, write_synthetic
-from data_pipeline.synthetic.figures import Sprite, draw_person
+from data_pipeline.synthetic.figures import draw_person
 from data_pipeline.synthetic.people import (
     describe_all,
     sample_appearances,
