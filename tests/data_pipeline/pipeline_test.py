@@ -15,7 +15,7 @@ from alignps_jax.types import Annotations, UserError
 from data_pipeline import transforms
 from data_pipeline.pipeline import make_eval_batches, make_train_pipeline, single_image_batch
 from data_pipeline.transforms import buckets
-from tests.places import SHARED
+from tests.places import ROOT, SHARED
 
 FRAMES = SHARED / "prw_sample" / "frames"
 SCALES = ((64, 40), (96, 60), (150, 90))

@@ -400,7 +400,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
 def test_a_kill_leaves_no_root(tmp_path):
     spec = dataclasses.replace(SPEC, train_images=5000)
     code = (
-        "import pathlib, data_pipeline.synthetic as s;"
+        "import pathlib, data_pipeline.synthetic.dataset as s;"
         f"s.write_synthetic(pathlib.Path({str(tmp_path / 'set')!r}), s.{spec!r})"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
