@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from alignps_jax.inference import predict
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.model import build_model, init_variables
 from alignps_jax.types import UserError
@@ -86,12 +87,12 @@ def test_large_photos_one_by_one_give_the_same(monkeypatch):
     config.eval.min_cls_score = 0.0
     batch = random_batch(np.random.default_rng(5), images=3)
 
-    def predict(smallest):
+    def compiled(smallest):
         monkeypatch.setattr(predict, "LARGE_PHOTO", smallest)
         program = jax.jit(PredictStep(model, config.eval)).lower(params, frozen, batch)
         return program.as_text(), program.compile()(params, frozen, batch)
 
-    (plain, together), (mapped, one_by_one) = predict(2**30), predict(1)
+    (plain, together), (mapped, one_by_one) = compiled(2**30), compiled(1)
     assert mapped.count("stablehlo.while") > plain.count("stablehlo.while")
     assert together.valid.sum(1).min() > 5
     np.testing.assert_array_equal(one_by_one.valid, together.valid)
