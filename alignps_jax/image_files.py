@@ -77,7 +77,7 @@ def read_photo(path: Path, max_pixels: int) -> tuple[bytes, ImageHeader]:
             f"{path}: has {header.width}x{header.height} pixels; expected at most "
             f"{max_pixels:,} in all (data.max_pixels)"
         )
-    # Decoders fill up what is missing of a JPEG with grey; the other formats they refuse.
+    # Decoders fill up what is missing of a JPEG with gray; the other formats they refuse.
     if header.format == "JPEG" and not _jpeg_is_complete(data):
         raise UserError(f"{path}: truncated JPEG ({len(data)} bytes); expected a complete one")
     return data, header
@@ -86,7 +86,7 @@ def read_photo(path: Path, max_pixels: int) -> tuple[bytes, ImageHeader]:
 def decode_photo(
     data: bytes, header: ImageHeader, name: str, *, upright: bool
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of an image file, RGB (grey ones get three equal channels).
+    """The pixels of an image file, RGB (gray ones get three equal channels).
 
     Args:
       data: the content of the file.

@@ -36,7 +36,7 @@ class Batch:
     present: Bool[AnyArray, "B"]
     boxes: Float[AnyArray, "B G 4"]
     identity: Int[AnyArray, "B G"]
-    labelled: Bool[AnyArray, "B G"]
+    labeled: Bool[AnyArray, "B G"]
     valid: Bool[AnyArray, "B G"]
 
 
@@ -61,14 +61,14 @@ class Targets:
     """Training targets of N locations of one image (vmap adds the batch).
 
     `positive` locations carry `distances` (left, top, right, bottom in stride units),
-    `centerness`, and the `identity` and `labelled` of their box.
+    `centerness`, and the `identity` and `labeled` of their box.
     """
 
     positive: Bool[Array, "*B N"]
     distances: Float[Array, "*B N 4"]
     centerness: Float[Array, "*B N"]
     identity: Int[Array, "*B N"]
-    labelled: Bool[Array, "*B N"]
+    labeled: Bool[Array, "*B N"]
 
 
 @struct.dataclass
@@ -82,7 +82,7 @@ class Positives:
     target_distances: Float[Array, "P 4"]
     target_centerness: Float[Array, "P"]
     identity: Int[Array, "P"]
-    labelled: Bool[Array, "P"]
+    labeled: Bool[Array, "P"]
 
 
 @struct.dataclass
@@ -97,7 +97,7 @@ class Detections:
 
 @struct.dataclass
 class OIMMemory:
-    """Lookup table of labelled identities and circular queue of unlabelled people."""
+    """Lookup table of labeled identities and circular queue of unlabeled people."""
 
     lut: Float[Array, "L D"]
     queue: Float[Array, "Q D"]
@@ -128,23 +128,23 @@ class Weights:
 class Annotations:
     """The people of one split, image by image (host side, numpy).
 
-    `identity[i]` is contiguous from 0 within the split and meaningful where `labelled[i]`.
+    `identity[i]` is contiguous from 0 within the split and meaningful where `labeled[i]`.
     `camera` is the camera's number (0 where the data set has none).
     """
 
     names: tuple[str, ...]
     boxes: tuple[Float[np.ndarray, "_ 4"], ...]
     identity: tuple[Int[np.ndarray, "_"], ...]
-    labelled: tuple[Bool[np.ndarray, "_"], ...]
+    labeled: tuple[Bool[np.ndarray, "_"], ...]
     camera: Int[np.ndarray, "N"]
 
     @property
     def num_identities(self) -> int:
-        """1 + the largest labelled identity (0 without any)."""
-        labelled = [
-            ids[mask] for ids, mask in zip(self.identity, self.labelled, strict=True) if mask.any()
+        """1 + the largest labeled identity (0 without any)."""
+        labeled = [
+            ids[mask] for ids, mask in zip(self.identity, self.labeled, strict=True) if mask.any()
         ]
-        return int(np.concatenate(labelled).max()) + 1 if labelled else 0
+        return int(np.concatenate(labeled).max()) + 1 if labeled else 0
 
 
 @dataclasses.dataclass(frozen=True)

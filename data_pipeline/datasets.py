@@ -43,7 +43,7 @@ class SyntheticSource(CuhkSysuSource):
 
 
 class Synthetic(CuhkSysu):
-    """Generated photos of coloured figures, made by `data_pipeline.synthetic`."""
+    """Generated photos of colored figures, made by `data_pipeline.synthetic`."""
 
     source_class = SyntheticSource
 
@@ -136,7 +136,7 @@ def _summary(builder: PersonSearchBuilder) -> str:
     protocol = source.default_protocols[0]
     found = Counts(
         train_images=len(source.train.names),
-        train_identities=_num_labelled_identities(source.train),
+        train_identities=_num_labeled_identities(source.train),
         test_images=len(source.test.names),
         queries=len(source.protocol(protocol).query_image),
     )
@@ -165,6 +165,6 @@ def _summary(builder: PersonSearchBuilder) -> str:
     return "\n".join(lines)
 
 
-def _num_labelled_identities(annotations: Annotations) -> int:
-    pairs = zip(annotations.identity, annotations.labelled, strict=True)
+def _num_labeled_identities(annotations: Annotations) -> int:
+    pairs = zip(annotations.identity, annotations.labeled, strict=True)
     return len(np.unique(np.concatenate([ids[mask] for ids, mask in pairs])))

@@ -56,7 +56,7 @@ class _Photo:
     width: int
     boxes: Float[np.ndarray, "G 4"]
     identity: Int[np.ndarray, "G"]
-    labelled: Bool[np.ndarray, "G"]
+    labeled: Bool[np.ndarray, "G"]
     camera: int
     clipped: int
     dropped: int
@@ -232,7 +232,7 @@ def fingerprint(annotations: dict[str, Annotations]) -> str:
     for split, people in annotations.items():
         digest.update(repr((split, people.names)).encode())
         counts = np.array([len(boxes) for boxes in people.boxes], np.int64)
-        for rows in ([counts, people.camera], people.boxes, people.identity, people.labelled):
+        for rows in ([counts, people.camera], people.boxes, people.identity, people.labeled):
             for array in rows:
                 digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:12]
@@ -258,7 +258,7 @@ def _read_photo(source: Source, annotations: Annotations, max_pixels: int, index
         width=width,
         boxes=boxes[keep],
         identity=annotations.identity[index][keep],
-        labelled=annotations.labelled[index][keep],
+        labeled=annotations.labeled[index][keep],
         camera=int(annotations.camera[index]),
         clipped=int((boxes != annotations.boxes[index]).any(axis=1)[keep].sum()),
         dropped=int((~keep).sum()),

@@ -26,7 +26,7 @@ _MAX_SIZES_BYTES = 64 << 20
 def features() -> tfds.features.FeaturesDict:
     """One photo with its G people: boxes `x1, y1, x2, y2` in its pixels, clipped to it.
 
-    `identity` is meaningful where `labelled`; `camera` is 0 where the data set has none.
+    `identity` is meaningful where `labeled`; `camera` is 0 where the data set has none.
     """
     return tfds.features.FeaturesDict(
         {
@@ -36,7 +36,7 @@ def features() -> tfds.features.FeaturesDict:
             "width": np.int32,
             "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
             "identity": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-            "labelled": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+            "labeled": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
             "camera": np.int32,
         }
     )
@@ -98,7 +98,7 @@ def clipped(people: Annotations, sizes: Int[np.ndarray, "N 2"]) -> Annotations:
         people,
         boxes=kept([boxes for boxes, _ in inside]),
         identity=kept(people.identity),
-        labelled=kept(people.labelled),
+        labeled=kept(people.labeled),
     )
 
 

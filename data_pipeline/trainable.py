@@ -32,7 +32,7 @@ def with_trainable_boxes(split: PreparedSplit) -> PreparedSplit:
         people,
         boxes=kept(people.boxes),
         identity=kept(people.identity),
-        labelled=kept(people.labelled),
+        labeled=kept(people.labeled),
     )
     return dataclasses.replace(split, annotations=annotations)
 

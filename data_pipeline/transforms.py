@@ -22,7 +22,7 @@ Scale = tuple[int, int]  # long side, short side
 
 
 def decode_jpeg(jpeg: bytes, name: str, size: Size) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes an image to RGB (grey ones get three equal channels).
+    """Decodes an image to RGB (gray ones get three equal channels).
 
     Annotations refer to the pixels as stored, so an orientation tag does not turn them.
 
@@ -159,7 +159,7 @@ def empty_batch(rows: int, bucket: Size, people: int) -> Batch:
         present=np.zeros(rows, bool),
         boxes=np.zeros((rows, people, 4), np.float32),
         identity=np.zeros((rows, people), np.int32),
-        labelled=np.zeros((rows, people), bool),
+        labeled=np.zeros((rows, people), bool),
         valid=np.zeros((rows, people), bool),
     )
 
@@ -182,5 +182,5 @@ def fill_people(
     count = len(boxes)
     batch.boxes[row, :count] = boxes
     batch.identity[row, :count] = people.identity[index]
-    batch.labelled[row, :count] = people.labelled[index]
+    batch.labeled[row, :count] = people.labeled[index]
     batch.valid[row, :count] = True

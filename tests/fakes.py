@@ -20,7 +20,7 @@ MAX_POSITIVES = 40
 def random_batch(
     rng: np.random.Generator, images: int = 4, people: int = 4, bucket: tuple[int, int] = (96, 128)
 ) -> Batch:
-    """Noise images of different sizes in one bucket, with labelled and unlabelled people."""
+    """Noise images of different sizes in one bucket, with labeled and unlabeled people."""
     height, width = bucket
     size = np.stack(
         [
@@ -40,7 +40,7 @@ def random_batch(
         present=np.ones(images, bool),
         boxes=np.concatenate([corner, corner + extent], -1).astype(np.float32),
         identity=rng.integers(0, NUM_IDENTITIES, (images, people)).astype(np.int32),
-        labelled=rng.random((images, people)) < 0.7,
+        labeled=rng.random((images, people)) < 0.7,
         valid=rng.random((images, people)) < 0.9,
     )
 

@@ -82,7 +82,7 @@ def test_inference(name):
 
 
 def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimiser; its state holds the last gradient beside its own."""
+    """The optimizer; its state holds the last gradient beside its own."""
 
     def update(gradient, state, params):
         updates, inner = optimizer.update(gradient, state[1], params)

@@ -17,20 +17,20 @@ from tests.places import SHARED
 VARIANTS = {
     "jpeg": ("jpeg", "RGB", {}),
     "progressive": ("jpeg", "RGB", {"progressive": True}),
-    "grey jpeg": ("jpeg", "L", {}),
+    "gray jpeg": ("jpeg", "L", {}),
     "cmyk": ("jpeg", "CMYK", {}),
     "jpeg with exif": ("jpeg", "RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"}),
     "png": ("png", "RGB", {}),
     "palette": ("png", "P", {}),
     "transparent": ("png", "RGBA", {}),
     "bmp": ("bmp", "RGB", {}),
-    "grey bmp": ("bmp", "L", {}),
+    "gray bmp": ("bmp", "L", {}),
     "webp": ("webp", "RGB", {}),
     "lossless": ("webp", "RGB", {"lossless": True}),
     "transparent webp": ("webp", "RGBA", {}),
     "tiff": ("tiff", "RGB", {}),
     "lzw": ("tiff", "RGB", {"compression": "tiff_lzw"}),
-    "grey tiff": ("tiff", "L", {}),
+    "gray tiff": ("tiff", "L", {}),
 }
 SIZES = ((1, 1), (40, 60), (61, 33), (300, 257))
 

@@ -113,7 +113,7 @@ def _readable_on(color: Color) -> Color:
 
 
 def grid_picture(grid: Sequence[Sequence[Image]]) -> Image:
-    """Rows of cells on white, with a grey line between rows, which may differ in length.
+    """Rows of cells on white, with a gray line between rows, which may differ in length.
 
     A row is as high as its highest cell, a column as wide as its widest one.
     """
@@ -224,15 +224,15 @@ def _draw_dot(
 
 
 def draw_heat(image: Image, heat: Float[np.ndarray, "h w"]) -> Image:
-    """The image in grey, tinted by values from 0 to 1; `heat` covers it at any resolution."""
+    """The image in gray, tinted by values from 0 to 1; `heat` covers it at any resolution."""
     height, width = image.shape[:2]
     heat = cv2.resize(np.clip(heat, 0, 1).astype(np.float32), (width, height))
-    grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[..., None]
+    gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[..., None]
     colors = cv2.applyColorMap(np.round(255 * heat).astype(np.uint8), cv2.COLORMAP_TURBO)
     colors = cv2.cvtColor(colors, cv2.COLOR_BGR2RGB)
     # Where nothing is similar the scene itself is to be seen.
     weight = 0.25 + 0.45 * heat[..., None]
-    return np.round((1 - weight) * grey + weight * colors).astype(np.uint8)
+    return np.round((1 - weight) * gray + weight * colors).astype(np.uint8)
 
 
 def heat_scale(width: int) -> Image:

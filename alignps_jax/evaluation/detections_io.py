@@ -23,7 +23,7 @@ _FIELDS = {
 }
 # An embedding this close to length one is taken as it is: float32 rounding, not another scale.
 _UNIT_TOLERANCE = 1e-6
-# Rows that are normalised at a time.
+# Rows that are normalized at a time.
 _ROWS = 1 << 16
 
 

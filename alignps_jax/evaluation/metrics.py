@@ -128,15 +128,15 @@ def detection_metrics(
     *,
     score_threshold: float,
     iou_threshold: float = 0.5,
-    labelled_only: bool = False,
+    labeled_only: bool = False,
 ) -> DetectionMetrics:
     """Detection recall and AP as SeqNet's evaluation computes them.
 
     A detection finds a person if their IoU reaches `iou_threshold` and each is the other's best
     (the first of equals). AP is the average precision of the detections with a score of at least
-    `score_threshold`, times recall; 0 without people or detections. `labelled_only` counts only
+    `score_threshold`, times recall; 0 without people or detections. `labeled_only` counts only
     people with an identity, and leaves out images that have none (but not the detections of
-    unlabelled people in the others).
+    unlabeled people in the others).
 
     Raises:
       UserError: an image of `annotations` is missing from `detections`.
@@ -144,8 +144,8 @@ def detection_metrics(
     aligned = align_detections(detections, annotations.names, "detections")
     scores, found, num_people = [np.zeros(0, np.float32)], [np.zeros(0, bool)], 0
     for image, boxes in enumerate(annotations.boxes):
-        if labelled_only:
-            boxes = boxes[annotations.labelled[image]]
+        if labeled_only:
+            boxes = boxes[annotations.labeled[image]]
             if len(boxes) == 0:
                 continue
         rows = aligned.of(image)

@@ -39,7 +39,7 @@ class EvaluationResult:
 
     `step` is the training step of its checkpoint (None: detections from a file),
     `score_threshold` the score below which detections were left out, `boxes` where boxes came
-    from, `context` the context matching, `labelled_detection` the finding of people with an
+    from, `context` the context matching, `labeled_detection` the finding of people with an
     identity only, `searches` maps a protocol's name to its result.
     """
 
@@ -49,7 +49,7 @@ class EvaluationResult:
     boxes: str
     context: ContextMatching | None
     detection: DetectionMetrics
-    labelled_detection: DetectionMetrics
+    labeled_detection: DetectionMetrics
     searches: Mapping[str, SearchMetrics]
 
     @property
@@ -100,7 +100,7 @@ def print_results(rows: Sequence[ResultRow]) -> None:
 def _table_lines(row: ResultRow) -> Iterable[tuple[str, ...]]:
     """The cells of one system; what holds for all its protocols stands in the first line only."""
     result = row.result
-    found = (result.detection, result.labelled_detection)
+    found = (result.detection, result.labeled_detection)
     detection = [_percent(x) for one in found for x in detection_values(one).values()]
     lead = (row.system, *detection)
     if not result.searches:
@@ -142,7 +142,7 @@ def write_metrics_json(
 def _metrics(result: EvaluationResult) -> dict[str, dict]:
     return {
         "detection": detection_values(result.detection),
-        "detection_labelled": detection_values(result.labelled_detection),
+        "detection_labelled": detection_values(result.labeled_detection),
         "search": {name: search_values(search) for name, search in result.searches.items()},
     }
 

@@ -55,21 +55,21 @@ class Scorer:
             boxes=self.boxes,
             context=self.context,
             detection=self.detection(detections),
-            labelled_detection=self.detection(detections, labelled_only=True),
+            labeled_detection=self.detection(detections, labeled_only=True),
             searches={
                 protocol.name: self.search(protocol, detections) for protocol in self.protocols
             },
         )
 
     def detection(
-        self, detections: GalleryDetections, labelled_only: bool = False
+        self, detections: GalleryDetections, labeled_only: bool = False
     ) -> DetectionMetrics:
         """How well people were found, all of them or those with an identity only."""
         return detection_metrics(
             self.annotations,
             detections,
             score_threshold=self.score_threshold,
-            labelled_only=labelled_only,
+            labeled_only=labeled_only,
         )
 
     def search(self, protocol: SearchProtocol, detections: GalleryDetections) -> SearchMetrics:

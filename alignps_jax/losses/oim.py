@@ -25,7 +25,7 @@ def init_memory(num_identities: int, queue_size: int, dim: int) -> OIMMemory:
 def oim_loss(
     embeddings: Float[Array, "P D"],
     identity: Int[Array, "P"],
-    labelled: Bool[Array, "P"],
+    labeled: Bool[Array, "P"],
     valid: Bool[Array, "P"],
     memory: OIMMemory,
     *,
@@ -43,15 +43,15 @@ def oim_loss(
 
     Args:
       embeddings: raw; L2-normalized here.
-      identity: row of the table, in [0, L), where `labelled` and `valid`.
-      labelled: whether the identity is known.
+      identity: row of the table, in [0, L), where `labeled` and `valid`.
+      labeled: whether the identity is known.
       valid: False for entries that only fill up P.
       memory: the state before this step's update; receives no gradient.
       inverse_lut_temperature: 1 / tau of Eq. 1 for the table's rows.
       inverse_queue_temperature: the same for the queue's slots.
       focal_gamma: 0 gives the plain OIM loss.
     """
-    use = valid & labelled
+    use = valid & labeled
     table = lax.stop_gradient(
         jnp.concatenate(
             [memory.lut * inverse_lut_temperature, memory.queue * inverse_queue_temperature]
@@ -73,7 +73,7 @@ def update_memory(
     memory: OIMMemory,
     embeddings: Float[Array, "P D"],
     identity: Int[Array, "P"],
-    labelled: Bool[Array, "P"],
+    labeled: Bool[Array, "P"],
     valid: Bool[Array, "P"],
     *,
     momentum: float,
@@ -82,14 +82,14 @@ def update_memory(
 ) -> OIMMemory:
     """Writes the positives into the memory, one after another, in order.
 
-    A labelled positive turns its identity's row into momentum · row + (1 - momentum) · f, with f
+    A labeled positive turns its identity's row into momentum · row + (1 - momentum) · f, with f
     its L2-normalized embedding; an unlabeled one takes the queue's next slot, circularly.
 
     Args:
       memory: the state before.
       embeddings: raw, in location order; on several devices the gathered ones of all of them.
-      identity: in [0, L) where `labelled` and `valid`; anything else is written nowhere.
-      labelled: whether the identity is known.
+      identity: in [0, L) where `labeled` and `valid`; anything else is written nowhere.
+      labeled: whether the identity is known.
       valid: False for entries that only fill up P.
       momentum: share of the old row that is kept.
       normalize: scale a row back to length one after every write (OIM paper).
@@ -98,8 +98,8 @@ def update_memory(
     """
     # Gradients never reach the memory: it is a record of embeddings, not a parameter.
     features = lax.stop_gradient(l2_normalize(embeddings))
-    tail, queue = _update_queue(memory, features, valid & ~labelled, queue_channels)
-    lut = _update_lut(memory.lut, features, identity, valid & labelled, momentum, normalize)
+    tail, queue = _update_queue(memory, features, valid & ~labeled, queue_channels)
+    lut = _update_lut(memory.lut, features, identity, valid & labeled, momentum, normalize)
     return OIMMemory(lut=lut, queue=queue, tail=tail)
 
 

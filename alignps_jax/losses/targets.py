@@ -17,7 +17,7 @@ def assign_targets(
     location_valid: Bool[Array, "N"],
     boxes: Float[AnyArray, "G 4"],
     identity: Int[AnyArray, "G"],
-    labelled: Bool[AnyArray, "G"],
+    labeled: Bool[AnyArray, "G"],
     box_valid: Bool[AnyArray, "G"],
     *,
     center_radius: float,
@@ -36,8 +36,8 @@ def assign_targets(
         lower end is above its upper one takes none (a level of pure background).
       location_valid: False for locations that are padding; they are never positive.
       boxes: pixels of the image; G is at least 1.
-      identity: meaningful where `labelled`.
-      labelled: whether the person's identity is known.
+      identity: meaningful where `labeled`.
+      labeled: whether the person's identity is known.
       box_valid: False for entries that only fill up G.
 
     Returns:
@@ -67,7 +67,7 @@ def assign_targets(
         distances=own,
         centerness=_centerness(own),
         identity=jnp.where(positive, identity[best], 0),
-        labelled=positive & labelled[best],
+        labeled=positive & labeled[best],
     )
 
 

@@ -78,7 +78,7 @@ def total(
         "oim": oim_loss(
             mine.embeddings,
             mine.identity,
-            mine.labelled,
+            mine.labeled,
             valid,
             memory,
             inverse_lut_temperature=rules.inverse_lut_temperature,
@@ -101,7 +101,7 @@ def total(
 
 
 def _labeled(positives: Positives) -> People:
-    valid = positives.valid & positives.labelled
+    valid = positives.valid & positives.labeled
     return People(positives.embeddings, positives.identity, valid)
 
 
@@ -164,7 +164,7 @@ def assign(
         center_radius=center_radius,
     )
     valid = flatten_levels(outputs).valid
-    return jax.vmap(of_image)(valid, batch.boxes, batch.identity, batch.labelled, batch.valid)
+    return jax.vmap(of_image)(valid, batch.boxes, batch.identity, batch.labeled, batch.valid)
 
 
 def flatten_levels(outputs: Sequence[Outputs]) -> Outputs:
@@ -192,6 +192,6 @@ def select_positives(
         target_distances=take(targets.distances),
         target_centerness=take(targets.centerness),
         identity=take(targets.identity),
-        labelled=take(targets.labelled),
+        labeled=take(targets.labeled),
     )
     return positives, chosen.dropped

@@ -100,7 +100,7 @@ class TrainStep:
             state.memory,
             everyone.embeddings,
             everyone.identity,
-            everyone.labelled,
+            everyone.labeled,
             everyone.valid,
             momentum=self.loss.lut_momentum,
             normalize=self.loss.normalize_lut,

@@ -126,9 +126,9 @@ class CocoPersonSearchSource(Source):
     def _test(self) -> tuple[Annotations, dict[int, int]]:
         """The test images and the new number of each person_id."""
         split = _annotations(self.root / "test.json")
-        identity, number = contiguous(split.identity, split.labelled)
+        identity, number = contiguous(split.identity, split.labeled)
         return (
-            Annotations(split.names, split.boxes, identity, split.labelled, split.camera),
+            Annotations(split.names, split.boxes, identity, split.labeled, split.camera),
             number,
         )
 
@@ -169,8 +169,8 @@ def _queries(images: Sequence[int], boxes: Sequence[np.ndarray], people: Sequenc
 def _first_appearances(test: Annotations) -> Queries:
     """Every identity once, where it is seen first."""
     first: dict[int, tuple[int, np.ndarray]] = {}
-    for image, labelled in enumerate(test.labelled):
-        for row in np.flatnonzero(labelled):
+    for image, labeled in enumerate(test.labeled):
+        for row in np.flatnonzero(labeled):
             first.setdefault(int(test.identity[image][row]), (image, test.boxes[image][row]))
     people = sorted(first)
     return _queries([first[p][0] for p in people], [first[p][1] for p in people], people)
@@ -203,7 +203,7 @@ def _annotations(path: Path) -> Annotations:
         names=names,
         boxes=tuple(np.array(row, np.float32).reshape(-1, 4) for row in boxes),
         identity=ids,
-        labelled=tuple(row >= 0 for row in ids),
+        labeled=tuple(row >= 0 for row in ids),
         camera=np.zeros(len(names), np.int32),
     )
 

@@ -42,7 +42,7 @@ class CuhkSysuSource(Source):
     identities are the entries of `Train.mat`, in its order. Test images are those of `pool.mat`,
     in its order; their identities are the people of the queries, in the order in which the
     smallest `TestG` file asks for them (all of these files ask for the same people, and list
-    every image that holds them). A labelled box is found among the boxes of its image by its
+    every image that holds them). A labeled box is found among the boxes of its image by its
     coordinates; whoever is not found so has no label. Boxes are `x, y, w, h` as int32.
 
     Protocols: `TestG50` to `TestG4000` (those in the folder), `all` (the smallest gallery, then
@@ -163,7 +163,7 @@ class CuhkSysuSource(Source):
         labels: Sequence[tuple[int, Float[np.ndarray, "4"], int]],
         path: Path,
     ) -> Annotations:
-        """The boxes of the images, labelled with (image, box, identity) where they are found."""
+        """The boxes of the images, labeled with (image, box, identity) where they are found."""
         boxes = tuple(self._boxes[name] for name in names)
         identity = tuple(np.full(len(rows), -1, np.int32) for rows in boxes)
         strays = [
@@ -173,7 +173,7 @@ class CuhkSysuSource(Source):
         ]
         if strays:
             logging.warning(
-                "%s: %d labelled boxes, the first in %s, are not among the boxes of Images.mat; "
+                "%s: %d labeled boxes, the first in %s, are not among the boxes of Images.mat; "
                 "these people stay without identity",
                 path,
                 len(strays),
@@ -183,7 +183,7 @@ class CuhkSysuSource(Source):
             names=tuple(names),
             boxes=boxes,
             identity=identity,
-            labelled=tuple(ids >= 0 for ids in identity),
+            labeled=tuple(ids >= 0 for ids in identity),
             camera=np.zeros(len(names), np.int32),
         )
 

@@ -119,15 +119,15 @@ class PrwSource(Source):
             names = tuple(f"{text(frame)}.jpg" for frame in cells(frames))
         image_index(names, path)
         people = [self._read_frame(name) for name in names]
-        labelled = tuple(rows[:, 0] >= 0 for rows in people)
-        identity, number = contiguous([rows[:, 0].astype(np.int64) for rows in people], labelled)
+        labeled = tuple(rows[:, 0] >= 0 for rows in people)
+        identity, number = contiguous([rows[:, 0].astype(np.int64) for rows in people], labeled)
         boxes = tuple(_published_boxes(rows[:, 1:]) for rows in people)
         sound = tuple((rows[:, 2:] > rows[:, :2]).all(axis=1) for rows in boxes)
         annotations = Annotations(
             names=names,
             boxes=tuple(rows[keep] for rows, keep in zip(boxes, sound, strict=True)),
             identity=tuple(ids[keep] for ids, keep in zip(identity, sound, strict=True)),
-            labelled=tuple(mask[keep] for mask, keep in zip(labelled, sound, strict=True)),
+            labeled=tuple(mask[keep] for mask, keep in zip(labeled, sound, strict=True)),
             camera=np.array([_camera(name, path) for name in names], np.int32),
         )
         return _Split(annotations, number)

@@ -211,17 +211,17 @@ def _stays_inside(name: str) -> bool:
 
 
 def contiguous(
-    identity: Sequence[Int[np.ndarray, "_"]], labelled: Sequence[Bool[np.ndarray, "_"]]
+    identity: Sequence[Int[np.ndarray, "_"]], labeled: Sequence[Bool[np.ndarray, "_"]]
 ) -> tuple[tuple[Int[np.ndarray, "_"], ...], dict[int, int]]:
-    """Renumbers labelled identities 0, 1, ... in the order of their numbers.
+    """Renumbers labeled identities 0, 1, ... in the order of their numbers.
 
-    Returns the new identities (-1 where not labelled) and the mapping from old to new.
+    Returns the new identities (-1 where not labeled) and the mapping from old to new.
     """
-    used = [ids[mask] for ids, mask in zip(identity, labelled, strict=True)]
+    used = [ids[mask] for ids, mask in zip(identity, labeled, strict=True)]
     known = np.unique(np.concatenate([np.zeros(0, np.int64), *used]))
     renumbered = tuple(
         np.where(mask, np.searchsorted(known, ids), -1).astype(np.int32)
-        for ids, mask in zip(identity, labelled, strict=True)
+        for ids, mask in zip(identity, labeled, strict=True)
     )
     return renumbered, {int(old): new for new, old in enumerate(known)}
 
@@ -279,8 +279,8 @@ def _appearances(
     """Images of each identity in ascending order, and its first box in each."""
     images: list[list[int]] = [[] for _ in range(test.num_identities)]
     boxes: list[list[np.ndarray]] = [[] for _ in images]
-    for image, labelled in enumerate(test.labelled):
-        for row in np.flatnonzero(labelled):
+    for image, labeled in enumerate(test.labeled):
+        for row in np.flatnonzero(labeled):
             identity = int(test.identity[image][row])
             if image not in images[identity][-1:]:
                 images[identity].append(image)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from data_pipeline.synthetic.canvas import Canvas, Paint, Sprite
-from data_pipeline.synthetic.people import Colour, pick, sample_colour
+from data_pipeline.synthetic.people import Color, pick, sample_color
 
 # Things people stand among: name -> height relative to a person at the same distance.
 THINGS = {
@@ -42,7 +42,7 @@ def draw_backdrop(
 def draw_thing(rng: np.random.Generator) -> tuple[Sprite, float]:
     """A random thing and its height relative to a person's."""
     name = pick(rng, tuple(THINGS))
-    main, other = Paint(_dull(rng) if rng.random() < 0.5 else sample_colour(rng)), Paint(_dull(rng))
+    main, other = Paint(_dull(rng) if rng.random() < 0.5 else sample_color(rng)), Paint(_dull(rng))
     leaves, dark = Paint(_green(rng)), Paint((35, 35, 38))
     size = _THING_HEIGHT
     canvas = Canvas(size, int(size * 2.4))
@@ -109,7 +109,7 @@ def _street(rng: np.random.Generator, image: np.ndarray, ground: int) -> None:
     while left < width:
         right = left + int(width * rng.uniform(0.12, 0.35))
         top = int(ground * rng.uniform(0, 0.5))
-        image[top:ground, left:right] = sample_colour(rng) if rng.random() < 0.3 else _dull(rng)
+        image[top:ground, left:right] = sample_color(rng) if rng.random() < 0.3 else _dull(rng)
         pane, step = _dull(rng), max(6, int(height * rng.uniform(0.05, 0.11)))
         for y in range(top + step // 2, ground - step, int(step * 1.5)):
             for x in range(left + step // 2, right - step // 2, step * 2):
@@ -127,7 +127,7 @@ def _street(rng: np.random.Generator, image: np.ndarray, ground: int) -> None:
 def _brick_wall(rng: np.random.Generator, image: np.ndarray, ground: int) -> None:
     """A wall of bricks or tiles above a floor."""
     width = image.shape[1]
-    image[:ground] = sample_colour(rng) if rng.random() < 0.4 else _dull(rng)
+    image[:ground] = sample_color(rng) if rng.random() < 0.4 else _dull(rng)
     joint, row = _dull(rng), int(rng.integers(6, 16))
     brick = int(row * rng.uniform(1, 3))
     for index, y in enumerate(range(0, ground, row)):
@@ -142,9 +142,9 @@ def _park(rng: np.random.Generator, image: np.ndarray, ground: int) -> None:
     height, width = image.shape[:2]
     _gradient(image[:ground], (235, 200, 150), (240, 235, 225))
     for _ in range(rng.integers(8, 20)):
-        centre = (int(rng.integers(width)), int(ground * rng.uniform(0.4, 1)))
+        center = (int(rng.integers(width)), int(ground * rng.uniform(0.4, 1)))
         radius = int(height * rng.uniform(0.05, 0.14))
-        cv2.circle(image, centre, radius, _green(rng), -1, cv2.LINE_AA)
+        cv2.circle(image, center, radius, _green(rng), -1, cv2.LINE_AA)
     _gradient(image[ground:], _green(rng), _green(rng))
     start, end = rng.uniform(0.2, 0.8) * width, rng.uniform(-0.2, 0.9) * width
     path = [(start, ground), (start + 8, ground), (end + width * 0.5, height), (end, height)]
@@ -158,13 +158,11 @@ def _room(rng: np.random.Generator, image: np.ndarray, ground: int) -> None:
     for _ in range(rng.integers(2, 6)):
         x, y = int(rng.integers(width)), int(ground * rng.uniform(0, 0.6))
         size = (int(width * rng.uniform(0.05, 0.2)), int(ground * rng.uniform(0.2, 0.7)))
-        cv2.rectangle(
-            image, (x, y), (x + size[0], min(y + size[1], ground)), sample_colour(rng), -1
-        )
+        cv2.rectangle(image, (x, y), (x + size[0], min(y + size[1], ground)), sample_color(rng), -1)
     shelf = int(rng.integers(width))
     for _ in range(rng.integers(0, 40)):  # goods on the shelf, no bigger than a torso
         x, y = shelf + int(rng.integers(width // 3)), int(ground * rng.uniform(0, 0.9))
-        cv2.rectangle(image, (x, y), (x + 5, min(y + 9, ground)), sample_colour(rng), -1)
+        cv2.rectangle(image, (x, y), (x + 5, min(y + 9, ground)), sample_color(rng), -1)
     _perspective_floor(rng, image, ground)
 
 
@@ -174,15 +172,15 @@ def _plaza(rng: np.random.Generator, image: np.ndarray, ground: int) -> None:
     _gradient(image[:ground], _light(rng), _light(rng))
     for x in range(0, width, max(6, width // 24)):
         top = int(ground * rng.uniform(0.45, 0.95))
-        colour = sample_colour(rng) if rng.random() < 0.3 else _dull(rng)
-        image[top:ground, x : x + int(rng.integers(4, max(5, width // 16)))] = colour
+        color = sample_color(rng) if rng.random() < 0.3 else _dull(rng)
+        image[top:ground, x : x + int(rng.integers(4, max(5, width // 16)))] = color
     _perspective_floor(rng, image, ground)
 
 
 def _haze(rng: np.random.Generator, image: np.ndarray, ground: int) -> None:
-    """Nothing but blurred blobs of colour."""
+    """Nothing but blurred blobs of color."""
     height, width = image.shape[:2]
-    blobs = np.array([[sample_colour(rng) for _ in range(6)] for _ in range(5)], np.float32)
+    blobs = np.array([[sample_color(rng) for _ in range(6)] for _ in range(5)], np.float32)
     calm = 0.5 * blobs + 0.5 * np.array(_dull(rng), np.float32)
     image[:] = np.clip(cv2.resize(calm, (width, height), interpolation=cv2.INTER_CUBIC), 0, 255)
     image[ground:] = image[ground:] // 2 + np.array(_light(rng), np.uint8) // 2
@@ -210,25 +208,25 @@ def _cloud(
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def _gradient(region: np.ndarray, top: Colour, bottom: Colour) -> None:
+def _gradient(region: np.ndarray, top: Color, bottom: Color) -> None:
     """Fills a region (in place) with a vertical gradient."""
     share = np.linspace(0, 1, len(region))[:, None, None]
     region[:] = np.array(top) * (1 - share) + np.array(bottom) * share
 
 
-def _dull(rng: np.random.Generator) -> Colour:
-    """A colour of walls, floors and metal: nearly grey, neither black nor white."""
-    grey, tint = rng.integers(70, 190), rng.integers(-22, 23, 3)
-    red, green, blue = map(int, grey + tint)
+def _dull(rng: np.random.Generator) -> Color:
+    """A color of walls, floors and metal: nearly gray, neither black nor white."""
+    gray, tint = rng.integers(70, 190), rng.integers(-22, 23, 3)
+    red, green, blue = map(int, gray + tint)
     return red, green, blue
 
 
-def _light(rng: np.random.Generator) -> Colour:
-    """A pale colour, as of the sky."""
+def _light(rng: np.random.Generator) -> Color:
+    """A pale color, as of the sky."""
     red, green, blue = map(int, rng.integers(160, 225) + rng.integers(-18, 19, 3))
     return red, green, blue
 
 
-def _green(rng: np.random.Generator) -> Colour:
-    """A colour of leaves and grass."""
+def _green(rng: np.random.Generator) -> Color:
+    """A color of leaves and grass."""
     return int(rng.integers(30, 80)), int(rng.integers(80, 160)), int(rng.integers(40, 115))

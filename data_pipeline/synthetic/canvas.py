@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from data_pipeline.synthetic.people import Colour, Point
+from data_pipeline.synthetic.people import Color, Point
 
 _ANGLES = np.linspace(0, 2 * math.pi, 16, endpoint=False)
 _CIRCLE = np.stack((np.cos(_ANGLES), np.sin(_ANGLES)), axis=1)
@@ -17,9 +17,9 @@ _CIRCLE = np.stack((np.cos(_ANGLES), np.sin(_ANGLES)), axis=1)
 
 @dataclasses.dataclass(frozen=True)
 class Sprite:
-    """A cut-out: colour premultiplied with alpha (0 where alpha is 0), both `uint8`."""
+    """A cut-out: color premultiplied with alpha (0 where alpha is 0), both `uint8`."""
 
-    colour: UInt8[np.ndarray, "h w 3"]
+    color: UInt8[np.ndarray, "h w 3"]
     alpha: UInt8[np.ndarray, "h w"]
 
     def resized(self, height: int) -> Sprite:
@@ -29,33 +29,33 @@ class Sprite:
         method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
         size = (width, height)
         return Sprite(
-            cv2.resize(self.colour, size, interpolation=method),
+            cv2.resize(self.color, size, interpolation=method),
             cv2.resize(self.alpha, size, interpolation=method),
         )
 
 
 class Canvas:
-    """Colour and coverage that polygons are painted on; black where nothing is."""
+    """Color and coverage that polygons are painted on; black where nothing is."""
 
     def __init__(self, height: int, width: int) -> None:
-        self.colour = np.zeros((height, width, 3), np.uint8)
+        self.color = np.zeros((height, width, 3), np.uint8)
         self.alpha = np.zeros((height, width), np.uint8)
 
     def polygon(self, points: np.ndarray | list[Point], paint: Paint) -> None:
         """Fills one polygon and draws its edge a little darker, so that parts stand apart."""
         corners = [np.round(np.asarray(points)).astype(np.int32)]
         if paint.texture is None:
-            cv2.fillPoly(self.colour, corners, paint.colour)
+            cv2.fillPoly(self.color, corners, paint.color)
         else:
             mask = np.zeros_like(self.alpha)
             cv2.fillPoly(mask, corners, 255)
-            cv2.copyTo(paint.texture, mask, self.colour)
-        cv2.polylines(self.colour, corners, True, darker(paint.colour, 0.72), 1)
+            cv2.copyTo(paint.texture, mask, self.color)
+        cv2.polylines(self.color, corners, True, darker(paint.color, 0.72), 1)
         cv2.fillPoly(self.alpha, corners, 255)
 
-    def ellipse(self, centre: Point, radii: Point, paint: Paint) -> None:
+    def ellipse(self, center: Point, radii: Point, paint: Paint) -> None:
         """Fills an upright ellipse."""
-        self.polygon(_CIRCLE * radii + centre, paint)
+        self.polygon(_CIRCLE * radii + center, paint)
 
     def limb(self, start: Point, end: Point, radii: Point, paint: Paint) -> None:
         """Fills the hull of two circles: a piece of arm or leg."""
@@ -66,22 +66,22 @@ class Canvas:
         """What has been painted, without the empty border."""
         x, y, width, height = cv2.boundingRect(self.alpha)
         window = (slice(y, y + height), slice(x, x + width))
-        return Sprite(self.colour[window], self.alpha[window])
+        return Sprite(self.color[window], self.alpha[window])
 
 
 @dataclasses.dataclass(frozen=True)
 class Paint:
-    """A colour, or a texture of the canvas' size whose main colour it is."""
+    """A color, or a texture of the canvas' size whose main color it is."""
 
-    colour: Colour
+    color: Color
     texture: UInt8[np.ndarray, "H W 3"] | None = None
 
     def shaded(self, factor: float) -> Paint:
         """The same paint in the shade (factor below 1)."""
         texture = None if self.texture is None else cv2.convertScaleAbs(self.texture, alpha=factor)
-        return Paint(darker(self.colour, factor), texture)
+        return Paint(darker(self.color, factor), texture)
 
 
-def darker(colour: Colour, factor: float) -> Colour:
-    red, green, blue = (min(255, int(channel * factor)) for channel in colour)
+def darker(color: Color, factor: float) -> Color:
+    red, green, blue = (min(255, int(channel * factor)) for channel in color)
     return red, green, blue

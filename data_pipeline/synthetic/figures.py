@@ -30,10 +30,10 @@ def draw_person(person: Appearance, pose: Pose, rng: np.random.Generator) -> Spr
     else:
         figure.draw_profile()
     sprite = canvas.cropped()
-    colour, alpha = _shade(sprite.colour, rng), sprite.alpha
+    color, alpha = _shade(sprite.color, rng), sprite.alpha
     if pose.view == "right":
-        colour, alpha = cv2.flip(colour, 1), cv2.flip(alpha, 1)
-    return Sprite(colour, alpha)
+        color, alpha = cv2.flip(color, 1), cv2.flip(alpha, 1)
+    return Sprite(color, alpha)
 
 
 class _Figure:
@@ -49,7 +49,7 @@ class _Figure:
         shift = (int(rng.integers(CANVAS_HEIGHT)), int(rng.integers(CANVAS_WIDTH)))
         self.top = _cloth(person.top, self.shoulder, shift)
         self.bottoms = _cloth(person.bottoms, self.hip, shift)
-        self.bag = Paint(person.bag_colour)
+        self.bag = Paint(person.bag_color)
 
     def draw_facing(self) -> None:
         """Seen from the front or the back."""
@@ -174,35 +174,35 @@ class _Figure:
 
     def _draw_head(self, back: bool) -> None:
         person, canvas = self.person, self.canvas
-        centre = (_CENTRE, self.shoulder - 25)
+        center = (_CENTRE, self.shoulder - 25)
         canvas.limb((_CENTRE, self.shoulder + 1), (_CENTRE, self.shoulder - 14), (7, 7), self.skin)
-        canvas.ellipse(centre, (14, 18), self.skin)
+        canvas.ellipse(center, (14, 18), self.skin)
         if not back:
-            self._draw_face(centre)
+            self._draw_face(center)
         if person.hair_style != "bald":
             if back:
                 drop = {"short": 4, "bun": 6, "tail": 8, "bob": 16, "long": 42}[person.hair_style]
-                self._hair_cap(centre, 15.5, centre[1] + drop)
+                self._hair_cap(center, 15.5, center[1] + drop)
             else:
-                self._hair_cap(centre, 15, centre[1] - 8)
+                self._hair_cap(center, 15, center[1] - 8)
             if person.hair_style == "bun":
-                canvas.ellipse((_CENTRE, centre[1] - 20), (7, 6), self.hair)
+                canvas.ellipse((_CENTRE, center[1] - 20), (7, 6), self.hair)
             if person.hair_style == "tail" and back:
-                tail = (_CENTRE, centre[1] + 40)
-                canvas.limb((_CENTRE, centre[1]), tail, (5, 3), self.hair)
-        self._draw_hat(centre, 0 if back else 1)
+                tail = (_CENTRE, center[1] + 40)
+                canvas.limb((_CENTRE, center[1]), tail, (5, 3), self.hair)
+        self._draw_hat(center, 0 if back else 1)
 
     def _draw_profile_head(self) -> None:
         person, canvas = self.person, self.canvas
-        centre = (_CENTRE - 3, self.shoulder - 25)
+        center = (_CENTRE - 3, self.shoulder - 25)
         canvas.limb((_CENTRE, self.shoulder + 1), (_CENTRE, self.shoulder - 14), (7, 6), self.skin)
-        canvas.ellipse(centre, (15, 18), self.skin)
-        nose = [(centre[0] - 14, centre[1] - 3), (centre[0] - 19, centre[1] + 4)]
-        canvas.polygon([*nose, (centre[0] - 13, centre[1] + 6)], self.skin)
-        canvas.ellipse((centre[0] - 9, centre[1] - 3), (1.5, 2), Paint((40, 40, 45)))
+        canvas.ellipse(center, (15, 18), self.skin)
+        nose = [(center[0] - 14, center[1] - 3), (center[0] - 19, center[1] + 4)]
+        canvas.polygon([*nose, (center[0] - 13, center[1] + 6)], self.skin)
+        canvas.ellipse((center[0] - 9, center[1] - 3), (1.5, 2), Paint((40, 40, 45)))
         if person.hair_style != "bald":
             drop = {"short": 2, "bun": 2, "tail": 2, "bob": 16, "long": 42}[person.hair_style]
-            x, y = centre
+            x, y = center
             outline = [(x - 12, y - 12), (x - 7, y - 18), (x + 3, y - 20), (x + 12, y - 16)]
             outline += [(x + 17, y - 4), (x + 17, y + drop), (x + 5, y + drop), (x + 3, y - 6)]
             canvas.polygon([*outline, (x - 6, y - 8)], self.hair)
@@ -210,10 +210,10 @@ class _Figure:
                 canvas.ellipse((x + 17, y - 12), (7, 7), self.hair)
             if person.hair_style == "tail":
                 canvas.limb((x + 16, y - 4), (x + 24, y + 36), (5, 3), self.hair)
-        self._draw_hat(centre, 2)
+        self._draw_hat(center, 2)
 
-    def _draw_face(self, centre: Point) -> None:
-        x, y = centre
+    def _draw_face(self, center: Point) -> None:
+        x, y = center
         for side in (-1, 1):
             self.canvas.ellipse((x + side * 6, y - 1), (1.8, 1.8), Paint((40, 40, 45)))
         self.canvas.polygon(
@@ -229,18 +229,18 @@ class _Figure:
             half: list[Point] = [(10, y - 16), (17, y - 4), (18, y + drop)]
             self._symmetric(half, self.hair.shaded(0.85))
 
-    def _hair_cap(self, centre: Point, radius: float, end: float) -> None:
+    def _hair_cap(self, center: Point, radius: float, end: float) -> None:
         """Hair from the crown down to the line y = end."""
-        y = centre[1]
+        y = center[1]
         half = [(radius * 0.5, y - 20), (radius * 0.9, y - 15), (radius + 1, y - 6)]
         half += [(radius + 1, end), (radius * 0.6, end + 2)]
         self._symmetric(half, self.hair)
 
-    def _draw_hat(self, centre: Point, peak: int) -> None:
+    def _draw_hat(self, center: Point, peak: int) -> None:
         """`peak`: 0 hidden behind the head, 1 towards the viewer, 2 towards the left edge."""
         if self.person.hat == "none":
             return
-        paint, (x, y) = Paint(self.person.hat_colour), centre
+        paint, (x, y) = Paint(self.person.hat_color), center
         crown = 27 if self.person.hat == "beanie" else 22
         half: list[Point] = [(6, y - crown), (13, y - crown + 5), (17, y - 8), (17, y - 5)]
         self._symmetric(half, paint, x)
@@ -278,7 +278,7 @@ class _Figure:
 def _cloth(garment: Garment, origin: float, shift: tuple[int, int]) -> Paint:
     """Paint of a garment whose pattern starts at row `origin` and hangs a little differently."""
     if garment.pattern == "plain":
-        return Paint(garment.colour)
+        return Paint(garment.color)
     period = garment.period
     # Bands keep their place on the body; what repeats sideways may shift with the cloth.
     y, x = _ROWS - int(origin) + shift[0] % 7, _COLUMNS + shift[1] % period
@@ -302,19 +302,19 @@ def _cloth(garment: Garment, origin: float, shift: tuple[int, int]) -> Paint:
             raise ValueError(f"unknown pattern {garment.pattern!r}")
     which = np.broadcast_to(second, (CANVAS_HEIGHT, CANVAS_WIDTH)).astype(np.uint8)
     palette = np.zeros((256, 1, 3), np.uint8)
-    palette[:2, 0] = garment.colour, garment.second
-    return Paint(garment.colour, cv2.LUT(cv2.merge([which] * 3), palette))
+    palette[:2, 0] = garment.color, garment.second
+    return Paint(garment.color, cv2.LUT(cv2.merge([which] * 3), palette))
 
 
 def _shade(
-    colour: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
+    color: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
     """More or less light than others in the scene have, most of it from one side, and folds."""
     slope = np.linspace(-1, 1, 7) * rng.uniform(-0.12, 0.12)
     coarse = rng.uniform(0.82, 1.1) * (rng.uniform(0.88, 1.1, (9, 7)) + slope)
-    size = colour.shape[1::-1]
+    size = color.shape[1::-1]
     factor = cv2.resize(coarse.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    return cv2.multiply(colour, cv2.merge([factor] * 3), dtype=cv2.CV_8U)
+    return cv2.multiply(color, cv2.merge([factor] * 3), dtype=cv2.CV_8U)
 
 
 def _reach(start: Point, length: float, angle: float) -> Point:

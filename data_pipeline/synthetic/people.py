@@ -1,7 +1,7 @@
 """People of the synthetic data set: what belongs to an identity, and what changes.
 
 `Appearance` is all that belongs to an identity (clothes, hair, bag, build). `Pose` is what
-changes from photo to photo (side seen, limb angles). Colours are BGR, as OpenCV stores them.
+changes from photo to photo (side seen, limb angles). Colors are BGR, as OpenCV stores them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import cv2
 import numpy as np
 from jaxtyping import Float
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Point = tuple[float, float]
 
 PATTERNS = ("plain", "bands", "stripes", "checks", "dots", "halves", "diagonal", "chest")
 VIEWS = ("front", "back", "left", "right")
-_SKINS: tuple[Colour, ...] = ((188, 208, 240), (150, 185, 228), (105, 145, 198), (62, 92, 145))
-_HAIRS: tuple[Colour, ...] = (
+_SKINS: tuple[Color, ...] = ((188, 208, 240), (150, 185, 228), (105, 145, 198), (62, 92, 145))
+_HAIRS: tuple[Color, ...] = (
     (24, 22, 22),
     (32, 48, 76),
     (52, 86, 128),
@@ -27,16 +27,16 @@ _HAIRS: tuple[Colour, ...] = (
     (42, 74, 168),
     (170, 172, 176),
 )
-_LEATHERS: tuple[Colour, ...] = ((30, 30, 32), (38, 62, 100), (225, 228, 230), (60, 70, 170))
+_LEATHERS: tuple[Color, ...] = ((30, 30, 32), (38, 62, 100), (225, 228, 230), (60, 70, 170))
 
 
 @dataclasses.dataclass(frozen=True)
 class Garment:
-    """Cloth: a pattern of two colours; `period` is its repeat in canvas pixels."""
+    """Cloth: a pattern of two colors; `period` is its repeat in canvas pixels."""
 
     pattern: str
-    colour: Colour
-    second: Colour
+    color: Color
+    second: Color
     period: int
 
 
@@ -44,20 +44,20 @@ class Garment:
 class Appearance:
     """What makes a person recognisable, the same in every photo."""
 
-    skin: Colour
-    hair: Colour
+    skin: Color
+    hair: Color
     hair_style: str  # bald, short, bob, long, bun or tail
     hat: str  # none, cap or beanie
-    hat_colour: Colour
+    hat_color: Color
     top: Garment
     top_length: str  # waist, hip or coat
     sleeves: str  # none, short or long
-    inner: Colour | None  # shirt under an open jacket, seen from the front
+    inner: Color | None  # shirt under an open jacket, seen from the front
     bottoms: Garment
     bottoms_kind: str  # trousers, shorts, skirt or dress
-    shoes: Colour
+    shoes: Color
     bag: str  # none, backpack, shoulder or hand
-    bag_colour: Colour
+    bag_color: Color
     bag_on_left: bool  # the person's own left
     width: float
     legs: float
@@ -78,8 +78,8 @@ class Pose:
     knees: Point
 
 
-def sample_colour(rng: np.random.Generator) -> Colour:
-    """A cloth colour: a quarter greys from black to white, the rest spread over all hues."""
+def sample_color(rng: np.random.Generator) -> Color:
+    """A cloth color: a quarter grays from black to white, the rest spread over all hues."""
     if rng.random() < 0.25:
         saturation, value = rng.uniform(0, 0.1), rng.choice((0.1, 0.35, 0.6, 0.92))
     else:
@@ -92,7 +92,7 @@ def sample_appearance(rng: np.random.Generator) -> Appearance:
     """One random person."""
     top = _sample_garment(rng, plain=0.3)
     kind = pick(rng, ("trousers", "shorts", "skirt", "dress"), (0.5, 0.18, 0.2, 0.12))
-    plain_bottoms = Garment("plain", sample_colour(rng), sample_colour(rng), 30)
+    plain_bottoms = Garment("plain", sample_color(rng), sample_color(rng), 30)
     bottoms = top if kind == "dress" else plain_bottoms
     if kind == "skirt" and rng.random() < 0.4:
         bottoms = _sample_garment(rng, plain=0.0)
@@ -103,16 +103,16 @@ def sample_appearance(rng: np.random.Generator) -> Appearance:
         hair=pick(rng, _HAIRS),
         hair_style=pick(rng, ("bald", "short", "bob", "long", "bun", "tail")),
         hat=pick(rng, ("none", "cap", "beanie"), (0.7, 0.15, 0.15)),
-        hat_colour=sample_colour(rng),
+        hat_color=sample_color(rng),
         top=top,
         top_length="waist" if kind == "dress" else length,
         sleeves="long" if jacket else pick(rng, ("none", "short", "long"), (0.15, 0.4, 0.45)),
-        inner=sample_colour(rng) if jacket else None,
+        inner=sample_color(rng) if jacket else None,
         bottoms=bottoms,
         bottoms_kind=kind,
-        shoes=sample_colour(rng),
+        shoes=sample_color(rng),
         bag=pick(rng, ("none", "backpack", "shoulder", "hand"), (0.4, 0.25, 0.2, 0.15)),
-        bag_colour=sample_colour(rng) if rng.random() < 0.6 else pick(rng, _LEATHERS),
+        bag_color=sample_color(rng) if rng.random() < 0.6 else pick(rng, _LEATHERS),
         bag_on_left=bool(rng.random() < 0.5),
         width=float(rng.uniform(0.84, 1.25)),
         legs=float(rng.uniform(0.92, 1.08)),
@@ -175,29 +175,29 @@ def _describe(person: Appearance) -> Float[np.ndarray, "D"]:
     """Numbers whose distances follow how much people differ to the eye, big areas first."""
     jacket = person.inner is not None
     areas = (
-        (person.top.colour, 1.0),
-        (person.top.colour if person.top.pattern == "plain" else person.top.second, 0.7),
-        (person.bottoms.colour, 0.9),
-        (person.inner if jacket else person.top.colour, 0.3),
-        (person.hat_colour if person.hat != "none" else person.hair, 0.4),
+        (person.top.color, 1.0),
+        (person.top.color if person.top.pattern == "plain" else person.top.second, 0.7),
+        (person.bottoms.color, 0.9),
+        (person.inner if jacket else person.top.color, 0.3),
+        (person.hat_color if person.hat != "none" else person.hair, 0.4),
         (person.shoes, 0.15),
-        (person.bag_colour if person.bag != "none" else person.top.colour, 0.25),
+        (person.bag_color if person.bag != "none" else person.top.color, 0.25),
     )
-    pixels = np.array([[colour for colour, _ in areas]], np.uint8)
+    pixels = np.array([[color for color, _ in areas]], np.uint8)
     lab = cv2.cvtColor(pixels, cv2.COLOR_BGR2Lab)[0].astype(np.float64) / 255
-    colours = lab * np.array([weight for _, weight in areas])[:, None]
+    colors = lab * np.array([weight for _, weight in areas])[:, None]
     kinds = [0.15 * (person.top.pattern == name) for name in PATTERNS]
     kinds += [0.1 * (person.bottoms_kind == name) for name in ("trousers", "shorts", "skirt")]
-    return np.concatenate((colours.ravel(), kinds))
+    return np.concatenate((colors.ravel(), kinds))
 
 
 def _sample_garment(rng: np.random.Generator, plain: float) -> Garment:
-    """A garment of two colours that can be told apart."""
+    """A garment of two colors that can be told apart."""
     pattern = "plain" if rng.random() < plain else pick(rng, PATTERNS[1:])
-    colour, second = sample_colour(rng), sample_colour(rng)
-    while np.abs(np.subtract(colour, second)).max() < 90:
-        second = sample_colour(rng)
-    return Garment(pattern, colour, second, int(rng.choice((20, 30, 40))))
+    color, second = sample_color(rng), sample_color(rng)
+    while np.abs(np.subtract(color, second)).max() < 90:
+        second = sample_color(rng)
+    return Garment(pattern, color, second, int(rng.choice((20, 30, 40))))
 
 
 def pick(rng: np.random.Generator, options: tuple, weights: tuple[float, ...] | None = None):

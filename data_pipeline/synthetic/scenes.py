@@ -137,7 +137,7 @@ def _compose(image: Float[np.ndarray, "H W 3"], items: Sequence[_Item]) -> None:
         for layer in (_shadow(item), item):
             outside, inside = layer.window(height, width)
             cover = layer.sprite.alpha[inside].astype(np.float32)[..., None] * (1 / 255)
-            image[outside] = image[outside] * (1 - cover) + layer.sprite.colour[inside]
+            image[outside] = image[outside] * (1 - cover) + layer.sprite.color[inside]
 
 
 def _shadow(item: _Item) -> _Item:
@@ -165,7 +165,7 @@ def _light(
     lit = cv2.LUT(lit, np.clip(levels, 0, 255).astype(np.uint8)[:, None])
     if rng.random() < 0.3:
         lit = cv2.GaussianBlur(lit, (3, 3), rng.uniform(0.4, 0.9))
-    # Evenly distributed noise around 0, up to 2 to 7 grey levels: much cheaper than normal.
+    # Evenly distributed noise around 0, up to 2 to 7 gray levels: much cheaper than normal.
     noise, strength = rng.integers(0, 256, image.shape, np.uint8), rng.uniform(2, 7) / 128
     return cv2.addWeighted(lit, 1, noise, strength, -128 * strength)
 

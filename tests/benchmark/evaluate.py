@@ -95,7 +95,7 @@ def simulate_people(size: Simulation) -> Annotations:
         names=tuple(f"{number}.jpg" for number in range(size.images)),
         boxes=per_image(boxes.astype(np.float32)),
         identity=per_image(identity),
-        labelled=per_image(identity >= 0),
+        labeled=per_image(identity >= 0),
         camera=np.zeros(size.images, np.int32),
     )
 
@@ -143,8 +143,8 @@ def in_all_images(people: Annotations, size: Simulation) -> SearchProtocol:
     """As PRW's: every query is searched in all other images."""
     rows = [
         (image, person)
-        for image, labelled in enumerate(people.labelled)
-        for person in np.flatnonzero(labelled)
+        for image, labeled in enumerate(people.labeled)
+        for person in np.flatnonzero(labeled)
     ]
     rng = np.random.default_rng(3)
     chosen = [rows[number] for number in rng.permutation(len(rows))[: size.queries]]

@@ -86,7 +86,7 @@ def training_step(context: Context, people: int) -> Work:
 
 
 def targets(context: Context, people: int) -> Work:
-    """Centre sampling on the map of a large image."""
+    """Center sampling on the map of a large image."""
     height, width = MAP
     batch = made_up_batch((height * STRIDE, width * STRIDE), people=people, images=1)
     count = height * width
@@ -97,7 +97,7 @@ def targets(context: Context, people: int) -> Work:
         jnp.full(count, STRIDE, jnp.float32),
         jnp.tile(jnp.array([0.0, jnp.inf]), (count, 1)),
         jnp.ones(count, bool),
-        *(jnp.asarray(x[0]) for x in (batch.boxes, batch.identity, batch.labelled, batch.valid)),
+        *(jnp.asarray(x[0]) for x in (batch.boxes, batch.identity, batch.labeled, batch.valid)),
     )
 
 
@@ -145,7 +145,7 @@ def detections(context: Context, people: int) -> Work:
 def oim(context: Context, identities: int) -> Work:
     """The OIM loss of a batch's positives, its gradient, and the update of the memory."""
     embeddings, identity = _positives(people=8)
-    labelled = jnp.arange(len(identity)) % 2 == 0
+    labeled = jnp.arange(len(identity)) % 2 == 0
     everyone = jnp.ones(len(identity), bool)
     memory = OIMMemory(
         lut=unit_rows(jax.random.key(1), identities),
@@ -157,7 +157,7 @@ def oim(context: Context, identities: int) -> Work:
         return oim_loss(
             embeddings,
             identity,
-            labelled,
+            labeled,
             everyone,
             memory,
             inverse_lut_temperature=10.0,
@@ -171,7 +171,7 @@ def oim(context: Context, identities: int) -> Work:
             memory,
             embeddings,
             identity,
-            labelled,
+            labeled,
             everyone,
             momentum=0.5,
             normalize=True,
@@ -218,7 +218,7 @@ def made_up_batch(bucket: Size, *, people: int, images: int) -> Batch:
         present=np.ones(images, bool),
         boxes=np.concatenate([corner, corner + extent], axis=2).astype(np.float32),
         identity=rng.integers(0, IDENTITIES, (images, people)).astype(np.int32),
-        labelled=rng.random((images, people)) < 0.5,
+        labeled=rng.random((images, people)) < 0.5,
         valid=np.ones((images, people), bool),
     )
 

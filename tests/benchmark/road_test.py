@@ -84,7 +84,7 @@ class TestEvaluate:
         assert len(people.names) == 50
         assert min(map(len, people.boxes)) >= 1
         assert sum(map(len, people.boxes)) == 170
-        assert sum(labelled.sum() for labelled in people.labelled) == 80
+        assert sum(labeled.sum() for labeled in people.labeled) == 80
         protocol = evaluate.with_gallery_size(people, size, 12)
         for query, gallery in enumerate(protocol.gallery):
             assert len(set(gallery.tolist())) == 12

@@ -72,7 +72,7 @@ def step_seconds(context: Context, case: Case) -> float:
 
 
 def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
-    """Positive locations of `PEOPLE` per image, two thirds of them labelled, and a full memory.
+    """Positive locations of `PEOPLE` per image, two thirds of them labeled, and a full memory.
 
     The rows have room for that many people per image; the rest is masked.
     """
@@ -96,7 +96,7 @@ def made_up_people(context: Context, room: int) -> tuple[Positives, OIMMemory]:
         target_distances=np.zeros((size, 4), np.float32),
         target_centerness=np.zeros(size, np.float32),
         identity=identity,
-        labelled=(person % 3 > 0) & used,
+        labeled=(person % 3 > 0) & used,
     )
     memory = OIMMemory(
         lut=unit(identities), queue=unit(queue_size), tail=np.array(queue_size - 2, np.int32)
@@ -111,7 +111,7 @@ def make_work(
     loss = configured(context).loss
 
     def toim(memory: OIMMemory, positives: Positives) -> tuple[Float[Array, "P D"], OIMMemory]:
-        people = positives.identity, positives.labelled, positives.valid
+        people = positives.identity, positives.labeled, positives.valid
 
         def total(embeddings: Float[Array, "P D"]) -> Float[Array, ""]:
             oim = oim_loss(
@@ -122,7 +122,7 @@ def make_work(
                 inverse_queue_temperature=loss.inverse_queue_temperature,
                 focal_gamma=loss.oim_focal_gamma,
             )
-            labeled = People(embeddings, positives.identity, positives.valid & positives.labelled)
+            labeled = People(embeddings, positives.identity, positives.valid & positives.labeled)
             triplet = triplet_loss(
                 labeled,
                 labeled,
@@ -169,7 +169,7 @@ def torch_function(
     used = np.asarray(positives.valid)
     embeddings = tensor(positives.embeddings[used]).requires_grad_()
     identity = torch.where(
-        tensor(positives.labelled[used]), tensor(positives.identity[used]).long(), -1
+        tensor(positives.labeled[used]), tensor(positives.identity[used]).long(), -1
     )
     table = SimpleNamespace(lookup_table=tensor(memory.lut))
     queue = SimpleNamespace(queue=tensor(memory.queue), tail=tensor(memory.tail))

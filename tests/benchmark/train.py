@@ -202,7 +202,7 @@ def _torch_step(context: Context, config: ConfigDict, case: Case) -> Callable[[]
     trainer = Trainer(network, weight_decay=config.optimizer.weight_decay, warmup=300, drops=())
     batch = made_up_batch(bucket(case), people=PEOPLE, images=case.images)
     pixels = torch_pixels(context, config, batch)
-    identity = np.where(batch.labelled, batch.identity, -1)
+    identity = np.where(batch.labeled, batch.identity, -1)
     people = [
         (torch.tensor(boxes, device=device), torch.tensor(who, device=device))
         for boxes, who in zip(batch.boxes, identity, strict=True)

@@ -62,7 +62,7 @@ def test_prepared_set_holds_the_original_bytes_and_people_clipped_to_the_photo(r
     # The second box lies beside the photo, and its identity goes with it.
     np.testing.assert_array_equal(train.annotations.boxes[1], [[1, 2, 31, 42]])
     assert [ids.tolist() for ids in train.annotations.identity] == [[0, -1], [1], []]
-    assert [mask.tolist() for mask in train.annotations.labelled] == [[True, False], [True], []]
+    assert [mask.tolist() for mask in train.annotations.labeled] == [[True, False], [True], []]
     assert train.annotations.camera.tolist() == [1, 2, 1]
 
     printed = capsys.readouterr()
@@ -100,7 +100,7 @@ def test_records_are_an_ordinary_tfds_data_set(root):
     assert (example["height"], example["width"], example["camera"]) == (90, 60, 2)
     np.testing.assert_array_equal(example["boxes"], [[1, 2, 31, 42]])
     assert example["identity"].tolist() == [1]
-    assert example["labelled"].tolist() == [True]
+    assert example["labeled"].tolist() == [True]
     assert prw.info.splits["test"].num_examples == 2
     assert isinstance(prw, tfds.core.DatasetBuilder)
 
@@ -117,12 +117,12 @@ def test_changed_annotations_are_prepared_anew_beside_the_old_ones(root):
 
 
 def test_fingerprint_depends_on_every_part():
-    def annotations(name="a", box=1.0, identity=0, labelled=True, camera=0, second=0):
+    def annotations(name="a", box=1.0, identity=0, labeled=True, camera=0, second=0):
         return datasets.Annotations(
             names=(name, "b"),
             boxes=(np.full((1 - second, 4), box), np.full((second, 4), box)),
             identity=(np.full(1 - second, identity), np.full(second, identity)),
-            labelled=(np.full(1 - second, labelled), np.full(second, labelled)),
+            labeled=(np.full(1 - second, labeled), np.full(second, labeled)),
             camera=np.array([camera, 0]),
         )
 
@@ -130,7 +130,7 @@ def test_fingerprint_depends_on_every_part():
         {"name": "c"},
         {"box": 2.0},
         {"identity": 1},
-        {"labelled": False},
+        {"labeled": False},
         {"camera": 1},
         {"second": 1},
     ]
@@ -276,7 +276,7 @@ def test_people_of_a_prepared_split_are_those_of_its_records(root):
             assert people.names[row] == example["name"].decode()
             np.testing.assert_array_equal(people.boxes[row], example["boxes"])
             np.testing.assert_array_equal(people.identity[row], example["identity"])
-            np.testing.assert_array_equal(people.labelled[row], example["labelled"])
+            np.testing.assert_array_equal(people.labeled[row], example["labeled"])
             assert people.camera[row] == example["camera"]
 
 
@@ -307,13 +307,13 @@ def _write_coco(root: Path, sizes: dict[str, tuple[int, int]]) -> None:
     fixtures.write_json(root / "test.json", train)
 
 
-def test_png_and_grey_photos(tmp_path):
+def test_png_and_gray_photos(tmp_path):
     encoded = fixtures.write_photo(tmp_path / "images" / "a.png", 40, 30)
-    grey = cv2.imencode(".jpg", np.full((20, 50), 77, np.uint8))[1].tobytes()
-    (tmp_path / "images" / "b.jpg").write_bytes(grey)
+    gray = cv2.imencode(".jpg", np.full((20, 50), 77, np.uint8))[1].tobytes()
+    (tmp_path / "images" / "b.jpg").write_bytes(gray)
     _write_coco(tmp_path, {"a.png": (40, 30), "b.jpg": (20, 50)})
     split = datasets.prepare(fixtures.data_config("coco_person_search", tmp_path)).train
-    assert list(split.jpegs) == [encoded, grey]
+    assert list(split.jpegs) == [encoded, gray]
     assert split.sizes.tolist() == [[40, 30], [20, 50]]
     np.testing.assert_array_equal(split.annotations.boxes[1], [[5, 6, 35, 20]])
     (tmp_path / "images" / "a.png").write_bytes(encoded[:-30])

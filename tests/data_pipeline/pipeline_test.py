@@ -19,7 +19,7 @@ from tests.places import ROOT, SHARED
 
 FRAMES = SHARED / "prw_sample" / "frames"
 SCALES = ((64, 40), (96, 60), (150, 90))
-FIELDS = ("image", "size", "scale", "index", "present", "boxes", "identity", "labelled", "valid")
+FIELDS = ("image", "size", "scale", "index", "present", "boxes", "identity", "labeled", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,12 @@ def make_split(sizes, boxes=None, seed=0):
         if boxes is None:
             corner = rng.uniform(0, 10, (rng.integers(1, 4), 2))
             people.append(np.hstack([corner, corner + rng.uniform(3, 15, corner.shape)]))
-    labelled = tuple(rng.random(len(b)) < 0.6 for b in people)
+    labeled = tuple(rng.random(len(b)) < 0.6 for b in people)
     annotations = Annotations(
         names=tuple(f"s{i}.jpg" for i in range(len(sizes))),
         boxes=tuple(np.asarray(b, np.float32) for b in people),
         identity=tuple(rng.integers(0, 9, len(b)).astype(np.int32) for b in people),
-        labelled=labelled,
+        labeled=labeled,
         camera=np.zeros(len(sizes), np.int32),
     )
     return FakeSplit(annotations, np.array(sizes, np.int32).reshape(-1, 2), tuple(images))
@@ -126,7 +126,7 @@ class TestTrainContents:
             "present": ((rows,), np.bool_),
             "boxes": ((rows, people, 4), np.float32),
             "identity": ((rows, people), np.int32),
-            "labelled": ((rows, people), np.bool_),
+            "labeled": ((rows, people), np.bool_),
             "valid": ((rows, people), np.bool_),
         }
         for field, (shape, dtype) in expected.items():
@@ -173,10 +173,10 @@ class TestTrainContents:
                     batch.identity[row, :count], mixed.annotations.identity[index]
                 )
                 np.testing.assert_array_equal(
-                    batch.labelled[row, :count], mixed.annotations.labelled[index]
+                    batch.labeled[row, :count], mixed.annotations.labeled[index]
                 )
                 assert batch.valid[row].tolist() == [True] * count + [False] * (8 - count)
-                assert not batch.labelled[row, count:].any()
+                assert not batch.labeled[row, count:].any()
         assert 0 < sum(flips) < len(flips)
         assert used == {0, 1, 2}
 
@@ -212,7 +212,7 @@ class TestTrainContents:
             batch.boxes[0, 0], np.array(good) * np.tile(batch.scale[0], 2), rtol=1e-6
         )
         assert batch.identity[0, 0] == split.annotations.identity[0][1]
-        assert batch.labelled[0, 0] == split.annotations.labelled[0][1]
+        assert batch.labeled[0, 0] == split.annotations.labeled[0][1]
 
     def test_names(self, mixed):
         pipeline = train(mixed)
@@ -535,7 +535,7 @@ def test_real_frames_at_the_papers_scales():
         names=tuple(path.name for path in paths),
         boxes=tuple(boxes),
         identity=tuple(np.zeros(1, np.int32) for _ in paths),
-        labelled=tuple(np.ones(1, bool) for _ in paths),
+        labeled=tuple(np.ones(1, bool) for _ in paths),
         camera=np.zeros(len(paths), np.int32),
     )
     sizes = np.array([[1080, 1920]] * len(paths), np.int32)

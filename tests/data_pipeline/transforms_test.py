@@ -36,7 +36,7 @@ def with_orientation_tag(jpeg, orientation):
 
 
 def bilinear(image, height, width):
-    """Half-pixel-centre bilinear resampling, pixel by pixel, edges repeated."""
+    """Half-pixel-center bilinear resampling, pixel by pixel, edges repeated."""
     out = np.zeros((height, width, 3))
     for row in range(height):
         for column in range(width):
@@ -74,7 +74,7 @@ class TestDecode:
         assert respected.shape == (40, 20, 3)  # the tag is one that OpenCV understands
         np.testing.assert_array_equal(decode(turned), decode(plain))
 
-    def test_grey_gets_three_channels(self):
+    def test_gray_gets_three_channels(self):
         ok, data = cv2.imencode(".jpg", random_image(2, 16, 24)[..., 0])
         assert ok
         image = decode(data.tobytes())
@@ -251,7 +251,7 @@ class TestRows:
             names=("a",),
             boxes=(np.array([[1, 2, 11, 22], [5, 5, 9, 9]], np.float32),),
             identity=(np.array([4, 0], np.int32),),
-            labelled=(np.array([True, False]),),
+            labeled=(np.array([True, False]),),
             camera=np.zeros(1, np.int32),
         )
         transforms.fill_image(batch, 1, random_image(7, 20, 30), (60, 90), False)
@@ -263,6 +263,6 @@ class TestRows:
         np.testing.assert_array_equal(batch.scale[1], [3, 3])
         np.testing.assert_array_equal(batch.boxes[1, :2], [[3, 6, 33, 60], [15, 15, 27, 27]])
         assert batch.valid[1].tolist() == [True] * 2 + [False] * 6
-        assert batch.labelled[1].tolist() == [True] + [False] * 7
+        assert batch.labeled[1].tolist() == [True] + [False] * 7
         assert batch.identity[1].tolist() == [4] + [0] * 7
         assert not batch.valid[0].any()

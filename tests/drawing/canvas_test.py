@@ -26,12 +26,12 @@ MAX_PIXELS = 2 * 10**7
 PHOTOS = SHARED / "photos"
 
 
-def grey(height, width, value=90):
+def gray(height, width, value=90):
     return np.full((height, width, 3), value, np.uint8)
 
 
 def has(image, color):
-    """Pixels of exactly this colour."""
+    """Pixels of exactly this color."""
     return (image == np.array(color, np.uint8)).all(-1)
 
 
@@ -42,7 +42,7 @@ def extent(mask):
 
 
 def panel(match=None, height=240, width=320, box=(40, 30, 80, 130), caption="x.jpg", value=90):
-    return Panel(grey(height, width, value), np.array(box, float), caption, match)
+    return Panel(gray(height, width, value), np.array(box, float), caption, match)
 
 
 # Detections.
@@ -50,7 +50,7 @@ def panel(match=None, height=240, width=320, box=(40, 30, 80, 130), caption="x.j
 
 @pytest.mark.parametrize(("height", "width"), [(240, 320), (1080, 1920), (2400, 1200)])
 def test_boxes_are_drawn_where_they_are(height, width):
-    image = grey(height, width)
+    image = gray(height, width)
     box = np.array([[width * 0.25, height * 0.4, width * 0.75, height * 0.9]], np.float32)
     drawn = visualize.draw_detections(image, box, np.array([0.873]))
     assert drawn.shape == image.shape
@@ -72,7 +72,7 @@ def test_boxes_are_drawn_where_they_are(height, width):
 def test_lines_and_labels_grow_with_the_image():
     def label_height_and_line(scale):
         drawn = visualize.draw_detections(
-            grey(240 * scale, 320 * scale),
+            gray(240 * scale, 320 * scale),
             scale * np.array([[100.0, 100, 200, 200]]),
             np.array([0.5]),
         )
@@ -89,7 +89,7 @@ def test_lines_and_labels_grow_with_the_image():
 
 def test_label_stays_within_the_image():
     box = np.array([[305.0, 0, 319, 60]])
-    drawn = visualize.draw_detections(grey(240, 320), box, np.array([0.5]))
+    drawn = visualize.draw_detections(gray(240, 320), box, np.array([0.5]))
     x1, y1, x2, _ = extent(has(drawn, visualize.GREEN))
     assert x1 < 303  # the label reaches beyond the narrow box, to the left
     assert (y1, x2) == (0, 319)
@@ -97,7 +97,7 @@ def test_label_stays_within_the_image():
 
 def test_boxes_beyond_the_image_keep_their_four_sides():
     box = np.array([[-50.0, -20, 5000, 900]])
-    mask = has(visualize.draw_detections(grey(600, 800), box, np.array([0.5])), visualize.GREEN)
+    mask = has(visualize.draw_detections(gray(600, 800), box, np.array([0.5])), visualize.GREEN)
     assert mask[-1, 100:-2].all()
     assert mask[100:-2, -1].all()
     assert mask[100:-2, 0].all()
@@ -105,7 +105,7 @@ def test_boxes_beyond_the_image_keep_their_four_sides():
 
 
 def test_no_detections_and_odd_boxes():
-    image = grey(50, 60)
+    image = gray(50, 60)
     none = visualize.draw_detections(image, np.zeros((0, 4)), np.zeros(0))
     np.testing.assert_array_equal(none, image)
     odd = np.array([[10.0, 10, 10, 10], [20, 20, 5, 5], [100, 100, 120, 120]])
@@ -115,9 +115,9 @@ def test_no_detections_and_odd_boxes():
 
 def test_the_most_confident_detection_is_on_top():
     boxes = np.array([[100.0, 100, 150, 180], [101, 101, 151, 181]])
-    one = visualize.draw_detections(grey(240, 320), boxes[:1], np.array([0.9]))
-    both = visualize.draw_detections(grey(240, 320), boxes, np.array([0.9, 0.1]))
-    swapped = visualize.draw_detections(grey(240, 320), boxes[::-1], np.array([0.1, 0.9]))
+    one = visualize.draw_detections(gray(240, 320), boxes[:1], np.array([0.9]))
+    both = visualize.draw_detections(gray(240, 320), boxes, np.array([0.9, 0.1]))
+    swapped = visualize.draw_detections(gray(240, 320), boxes[::-1], np.array([0.1, 0.9]))
     np.testing.assert_array_equal(both, swapped)
     np.testing.assert_array_equal(both[85:99, 100:120], one[85:99, 100:120])
 
@@ -125,7 +125,7 @@ def test_the_most_confident_detection_is_on_top():
 # The search picture.
 
 
-def test_colours_tell_query_right_wrong_and_unknown():
+def test_colors_tell_query_right_wrong_and_unknown():
     row = PictureRow(panel(), (panel(True), panel(False), panel(None)))
     picture = ranking_picture([row])
     colors = (visualize.YELLOW, visualize.GREEN, visualize.RED, visualize.BLUE)
@@ -176,7 +176,7 @@ def test_no_rows():
 
 
 def test_a_small_person_is_shown_enlarged():
-    image = grey(1080, 1920)
+    image = gray(1080, 1920)
     image[500:560, 900:920] = (10, 20, 200)  # 20 x 60 pixels of 1920 x 1080
     result = Panel(image, np.array([900.0, 500, 920, 560]), "x.jpg", True)
     picture = ranking_picture([PictureRow(panel(), (result,))])
@@ -227,9 +227,9 @@ def test_a_row_shows_the_first_results_and_makes_no_others(count):
         for number in range(count):
             made.append(number)
             box = np.full(4, float(number))
-            yield Result(grey(5, 6), f"{number}.jpg", box, np.float32(0.876), number % 2 == 0)
+            yield Result(gray(5, 6), f"{number}.jpg", box, np.float32(0.876), number % 2 == 0)
 
-    row = picture_row("a title", grey(7, 8), "query.jpg", np.zeros(4), results())
+    row = picture_row("a title", gray(7, 8), "query.jpg", np.zeros(4), results())
     assert row.query.caption == "a title\nquery.jpg"
     assert row.query.image.shape == (7, 8, 3)
     assert made == list(range(min(count, RESULTS_SHOWN)))
@@ -265,7 +265,7 @@ def encoded(image, file_format="jpeg", **options):
     return data.getvalue()
 
 
-def test_png_round_trip_and_jpeg_colours(tmp_path):
+def test_png_round_trip_and_jpeg_colors(tmp_path):
     image = photo()
     write_image(tmp_path / "new" / "a.png", image)
     np.testing.assert_array_equal(read_image(tmp_path / "new" / "a.png", MAX_PIXELS), image)
@@ -287,7 +287,7 @@ def test_unwritable_pictures(tmp_path, name):
 
 def test_a_picture_too_large_for_jpeg_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="70000"):
-        write_image(tmp_path / "a.jpg", grey(70000, 2))
+        write_image(tmp_path / "a.jpg", gray(70000, 2))
     assert not list(tmp_path.iterdir())
 
 

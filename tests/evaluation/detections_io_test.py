@@ -58,7 +58,7 @@ def test_round_trip_is_bit_for_bit(tmp_path, counts):
     assert [p.name for p in tmp_path.iterdir()] == ["d.npz"]
 
 
-def test_foreign_file_is_sorted_and_normalised(tmp_path):
+def test_foreign_file_is_sorted_and_normalized(tmp_path):
     detections = make(counts=(4, 0, 6))
     rng = np.random.default_rng(1)
     shuffle = np.concatenate([rng.permutation(4), 4 + rng.permutation(6)])

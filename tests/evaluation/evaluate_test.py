@@ -27,7 +27,7 @@ def test_boxes_are_chosen_by_name():
 
 
 def test_what_is_collected_survives_a_file_bit_for_bit(tmp_path):
-    """Also embeddings that a device normalised less exactly than the file format asks for."""
+    """Also embeddings that a device normalized less exactly than the file format asks for."""
     rng = np.random.default_rng(0)
     found = {}
     for image in (2, 0, 1):

@@ -1,7 +1,7 @@
 """The published evaluation protocols, one loop at a time, from their description.
 
 Nothing here is shared with `alignps_jax.metrics`: plain dictionaries in, scikit-learn's average
-precision and normalisation, float32 dot products image by image. `found` maps an image name to
+precision and normalization, float32 dot products image by image. `found` maps an image name to
 (boxes [n, 4], scores [n], embeddings [n, D]). Where the released scripts crash, the case is decided
 as the documentation of `alignps_jax.metrics` says.
 """

@@ -46,11 +46,11 @@ def unit(vectors):
 def embed(rng, identity, tied):
     """Embeddings [n, 16]. Tied ones are exact in float32 however they are summed."""
     if tied:
-        centres = np.sign(np.random.default_rng(7).normal(size=(9, 16))) / 4
+        centers = np.sign(np.random.default_rng(7).normal(size=(9, 16))) / 4
         flips = np.where(rng.random((len(identity), 16)) < 0.03, -1, 1)
-        return (centres[identity % 9] * flips).astype(np.float32)
-    centres = np.random.default_rng(7).normal(size=(99, 16))
-    return unit(centres[identity % 99] + 0.7 * rng.normal(size=(len(identity), 16)))
+        return (centers[identity % 9] * flips).astype(np.float32)
+    centers = np.random.default_rng(7).normal(size=(99, 16))
+    return unit(centers[identity % 99] + 0.7 * rng.normal(size=(len(identity), 16)))
 
 
 def detect(rng, people, tied, false_alarms=3):
@@ -350,7 +350,7 @@ def annotations_of(frames):
         names=tuple(frames),
         boxes=tuple(np.array(list(p.values()), np.float32).reshape(-1, 4) for p in people),
         identity=identity,
-        labelled=tuple(ids < 7 for ids in identity),
+        labeled=tuple(ids < 7 for ids in identity),
         camera=np.array([camera for camera, _ in frames.values()]),
     )
 
@@ -367,12 +367,12 @@ def test_detection_equals_published_protocol(tied, threshold, iou_threshold):
         names = [*rng.permutation(list(frames)), "unknown.jpg"]
         detections = lay_out({**found, "unknown.jpg": found[next(iter(found))]}, names)
         annotations = annotations_of(frames)
-        for labelled_only in (False, True):
+        for labeled_only in (False, True):
             people = {
-                name: [box for i, box in persons.items() if i < 7 or not labelled_only]
+                name: [box for i, box in persons.items() if i < 7 or not labeled_only]
                 for name, (_, persons) in frames.items()
             }
-            if labelled_only:
+            if labeled_only:
                 people = {name: boxes for name, boxes in people.items() if boxes}
             recall, ap = oracle.detection(people, found, threshold, iou_threshold)
             ours = detection_metrics(
@@ -380,7 +380,7 @@ def test_detection_equals_published_protocol(tied, threshold, iou_threshold):
                 detections,
                 score_threshold=threshold,
                 iou_threshold=iou_threshold,
-                labelled_only=labelled_only,
+                labeled_only=labeled_only,
             )
             assert abs(ours.recall - recall) <= 1e-9
             assert abs(ours.AP - ap) <= 1e-9
@@ -396,7 +396,7 @@ def test_detection_without_people_or_detections_is_zero():
     someone = annotations_of({name: (1, {0: (1, 2, 3, 4)}) for name in detections.names})
     result = detection_metrics(someone, detections, score_threshold=1.0)
     assert (result.recall, result.AP, result.num_people, result.num_detections) == (0, 0, 4, 0)
-    result = detection_metrics(someone, detections, score_threshold=1.0, labelled_only=True)
+    result = detection_metrics(someone, detections, score_threshold=1.0, labeled_only=True)
     assert result.num_people == 4
 
 

@@ -34,7 +34,7 @@ def evaluation(protocols=("TestG50", "TestG100"), factor=1.0, step=41000):
         boxes="detected",
         context=None,
         detection=DetectionMetrics(0.903 * factor, 0.812 * factor, 8, 9, np.zeros(0)),
-        labelled_detection=DetectionMetrics(0.95 * factor, 0.6 * factor, 5, 9, np.zeros(0)),
+        labeled_detection=DetectionMetrics(0.95 * factor, 0.6 * factor, 5, 9, np.zeros(0)),
         searches={
             name: search_metrics(*(factor * np.array([0.931, 0.9345, 0.98, 1.0]) - 0.01 * i))
             for i, name in enumerate(protocols)

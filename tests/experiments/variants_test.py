@@ -277,8 +277,8 @@ def slow_levels(boxes, levels, borders, height, width, radius):
             best, owner = np.inf, -1
             for g, (x1, y1, x2, y2) in enumerate(boxes):
                 sides = (x - x1, y - y1, x2 - x, y2 - y)
-                off_centre = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2))
-                inside = min(sides) > 0 and off_centre < radius * stride
+                off_center = max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2))
+                inside = min(sides) > 0 and off_center < radius * stride
                 area = (x2 - x1) * (y2 - y1)
                 if inside and edges[k] <= max(sides) <= edges[k + 1] and area < best:
                     best, owner = area, g

@@ -20,7 +20,7 @@ from alignps_jax.inference.location_maps import LocationMaps
 from alignps_jax.types import Detections, GalleryDetections, UserError
 from configs import tiny
 from data_pipeline.datasets import load_test
-from tests.drawing.canvas_test import extent, grey, has
+from tests.drawing.canvas_test import extent, gray, has
 
 MAX_PIXELS = 2 * 10**7
 
@@ -78,7 +78,7 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     sizes = {"query": (160, 240), "other": (160, 240), "portrait": (240, 96), "tiny": (4, 6)}
     for name, size in sizes.items():
-        write_image(folder / f"{name}.png", grey(*size))
+        write_image(folder / f"{name}.png", gray(*size))
     return folder
 
 
@@ -118,7 +118,7 @@ def test_sampling_points_are_drawn_where_they_are(tmp_path, photos, networks, ca
     assert picture.shape == (2 * panel + 3 * visualize.GAP + 1 + visualize.GAP, 1350 + 24, 3)
     first = picture[HEAD : HEAD + 900, 12:-12]
     second = picture[-visualize.GAP - 900 : -visualize.GAP, 12:-12]
-    # The centres of both boxes: green, in both panels.
+    # The centers of both boxes: green, in both panels.
     for x, y in ((100, 70), (180, 100)):
         for part in (first, second):
             assert tuple(part[round(y * factor), round(x * factor)]) == GREEN
@@ -150,7 +150,7 @@ def test_sampling_points_of_a_box_and_of_portraits(tmp_path, photos, networks):
     networks["a"] = FakeDetector()
     with pytest.raises(UserError, match="found nobody"):
         draw("sampling_points", tmp_path, query=photos / "portrait.png")
-    # What is visible of the box is x 40 to 56: its centre is (48, 100).
+    # What is visible of the box is x 40 to 56: its center is (48, 100).
     options = {"query": photos / "portrait.png", "box": "40,80,56,120"}
     picture = draw("sampling_points", tmp_path, **options)["sampling_points-portrait.png"]
     assert picture.shape == (HEAD + 900 + visualize.GAP, 2 * 360 + 3 * visualize.GAP, 3)
@@ -169,10 +169,10 @@ def test_sampling_points_beyond_the_photo_and_of_plain_networks(tmp_path, photos
         draw("sampling_points", tmp_path, query=photos / "query.png", box="0,0,9,9")
 
 
-def test_points_far_outside_and_more_clouds_than_colours():
+def test_points_far_outside_and_more_clouds_than_colors():
     far = np.array([[1e30, 5.0], [-1e9, 1e12], [np.inf, 0]])
     none = np.zeros((0, 2))
-    image = grey(50, 60)
+    image = gray(50, 60)
     np.testing.assert_array_equal(draw_point_clouds(image, [far], far[:1], none), image)
     clouds = [np.array([[6.0 * number, 25.0]]) for number in range(1, 9)]
     drawn = draw_point_clouds(image, clouds, [far[0]] * 8, none)
@@ -265,7 +265,7 @@ def evaluated(tmp_path_factory):
     people = load_test(config.data, ())[0]
     counts = [len(boxes) for boxes in people.boxes]
     faces = np.random.default_rng(0).normal(size=(100, 16))
-    identity = np.where(np.concatenate(people.labelled), np.concatenate(people.identity), 99)
+    identity = np.where(np.concatenate(people.labeled), np.concatenate(people.identity), 99)
     for name, noise in (("good", 0.02), ("bad", 3.0)):
         rng = np.random.default_rng(1)
         embeddings = faces[identity] + noise * rng.normal(size=(len(identity), 16))

@@ -109,10 +109,10 @@ def _decoded(body: bytes, depth: int = 0) -> object:
 
 def _images(folder: Path) -> Sequence[Path]:
     picture = cv2.resize(np.arange(27, dtype=np.uint8).reshape(3, 3, 3) * 9, (40, 30))
-    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    gray = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     for number, suffix in enumerate((".jpg", ".png", ".bmp", ".webp", ".tif")):
         cv2.imwrite(str(folder / f"color{number}{suffix}"), picture)
-        cv2.imwrite(str(folder / f"grey{number}{suffix}"), grey)
+        cv2.imwrite(str(folder / f"grey{number}{suffix}"), gray)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     one = PIL.Image.fromarray(picture)
@@ -193,14 +193,14 @@ def _check_annotations(split: Annotations) -> None:
     count = len(split.names)
     assert len(set(split.names)) == count, "two images of a name"
     assert split.camera.shape == (count,), "cameras of some images"
-    columns = (split.boxes, split.identity, split.labelled)
+    columns = (split.boxes, split.identity, split.labeled)
     assert all(len(column) == count for column in columns), "people of some images"
-    for boxes, identity, labelled in zip(*columns, strict=True):
+    for boxes, identity, labeled in zip(*columns, strict=True):
         _check_boxes(boxes)
         assert (boxes[:, 2:] > boxes[:, :2]).all(), "a box without extent"
-        assert identity.shape == labelled.shape == (len(boxes),), "identities of some boxes"
+        assert identity.shape == labeled.shape == (len(boxes),), "identities of some boxes"
         assert identity.dtype == np.int32, "the type of the identities"
-        assert (identity[labelled] >= 0).all(), "a labelled person without identity"
+        assert (identity[labeled] >= 0).all(), "a labeled person without identity"
 
 
 def _check_protocol(protocol: SearchProtocol, images: int) -> None:

@@ -116,8 +116,8 @@ def test_points_are_what_the_convolutions_read(level):
                 unused += 1
                 assert (read == 0).all()
             elif read.sum() > 1 - 1e-5:  # nothing beyond the map's border
-                centre = np.array([(columns * read).sum(), (rows * read).sum()]) / read.sum()
-                np.testing.assert_allclose(points.xy[number], (centre + 0.5) * factor, atol=2e-3)
+                center = np.array([(columns * read).sum(), (rows * read).sum()]) / read.sum()
+                np.testing.assert_allclose(points.xy[number], (center + 0.5) * factor, atol=2e-3)
                 compared += 1
     assert compared > 250
     assert unused > 5
@@ -155,7 +155,7 @@ def test_similarity_map():
     query = np.array([1.0, 0, 0])
     heat = similarity_map(make_maps(embeddings=(fine, coarse), strides=(8, 16)), query)
     assert heat.shape == (93, 122)
-    # Bilinear around the centre (60, 36) of the one similar location; else the other level.
+    # Bilinear around the center (60, 36) of the one similar location; else the other level.
     y, x = (np.arange(side) + 0.5 for side in heat.shape)
     expected = np.outer(np.maximum(1 - abs(y - 36) / 8, 0), np.maximum(1 - abs(x - 60) / 8, 0))
     np.testing.assert_allclose(heat, np.maximum(expected, 0.125), atol=1e-6)

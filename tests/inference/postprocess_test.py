@@ -35,7 +35,7 @@ def test_nms_matches_loop(seed: int, threshold: float):
 
 
 def test_nms_of_a_long_chain():
-    """Each box overlaps only its neighbours, so that every answer waits for the one before."""
+    """Each box overlaps only its neighbors, so that every answer waits for the one before."""
     x = np.arange(41, dtype=np.float32)
     boxes = np.stack([x, 0 * x, x + 2, 0 * x + 1], axis=1)
     keep = jit_nms(boxes, np.ones(41, bool), 0.3)

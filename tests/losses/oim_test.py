@@ -27,8 +27,8 @@ def sample(seed: int, count: int = 24):
     rng = np.random.default_rng(seed)
     embeddings = rng.normal(size=(count, D)).astype(np.float32) * 4
     identity = rng.integers(0, L - 1, count)  # the last identity is absent, others repeat
-    labelled, mask = rng.random(count) < 0.6, rng.random(count) < 0.8
-    return embeddings, np.where(labelled, identity, -1), labelled, mask, rng
+    labeled, mask = rng.random(count) < 0.6, rng.random(count) < 0.8
+    return embeddings, np.where(labeled, identity, -1), labeled, mask, rng
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -36,9 +36,9 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / length if length > 0 else x
 
 
-def slow_loss(embeddings, identity, labelled, mask, memory, t, t_queue, gamma):
+def slow_loss(embeddings, identity, labeled, mask, memory, t, t_queue, gamma):
     total = 0.0
-    for f, i, known, used in zip(embeddings, identity, labelled, mask, strict=True):
+    for f, i, known, used in zip(embeddings, identity, labeled, mask, strict=True):
         if known and used:
             f = unit(f.astype(np.float64))
             scores = [t * f @ row for row in np.asarray(memory.lut)]
@@ -48,10 +48,10 @@ def slow_loss(embeddings, identity, labelled, mask, memory, t, t_queue, gamma):
     return total
 
 
-def slow_update(memory, embeddings, identity, labelled, mask, momentum, normalize, channels):
+def slow_update(memory, embeddings, identity, labeled, mask, momentum, normalize, channels):
     lut, queue = np.array(memory.lut, np.float64), np.array(memory.queue, np.float64)
     tail = int(memory.tail)
-    for f, i, known, used in zip(embeddings, identity, labelled, mask, strict=True):
+    for f, i, known, used in zip(embeddings, identity, labeled, mask, strict=True):
         f = unit(f.astype(np.float64))
         if used and known:
             lut[i] = momentum * lut[i] + (1 - momentum) * f
@@ -62,11 +62,11 @@ def slow_update(memory, embeddings, identity, labelled, mask, momentum, normaliz
     return lut, queue, tail
 
 
-def loss(embeddings, identity, labelled, mask, memory, t=10.0, t_queue=7.0, gamma=2.0):
+def loss(embeddings, identity, labeled, mask, memory, t=10.0, t_queue=7.0, gamma=2.0):
     return oim_loss(
         embeddings,
         identity,
-        labelled,
+        labeled,
         mask,
         memory,
         inverse_lut_temperature=t,
@@ -106,9 +106,9 @@ def test_loss_of_empty_memory_is_that_of_guessing():
 
 
 def test_loss_gradient_matches_finite_differences():
-    embeddings, identity, labelled, mask, rng = sample(1, count=6)
+    embeddings, identity, labeled, mask, rng = sample(1, count=6)
     memory = filled_memory(rng)
-    rest = (identity, labelled, mask, memory)
+    rest = (identity, labeled, mask, memory)
     gradient = jax.grad(lambda x: loss(x, *rest, 3.0, 2.0).sum)(jnp.asarray(embeddings))
     step = 1e-5
     for index in np.ndindex(embeddings.shape):
@@ -140,15 +140,15 @@ def test_loss_gives_the_memory_no_gradient():
 
 
 def test_loss_mask_is_slicing_and_all_masked_is_zero():
-    embeddings, identity, labelled, mask, rng = sample(3)
+    embeddings, identity, labeled, mask, rng = sample(3)
     memory = filled_memory(rng)
-    masked = loss(np.where(mask[:, None], embeddings, 0), identity, labelled, mask, memory)
-    sliced = loss(embeddings[mask], identity[mask], labelled[mask], mask[mask], memory)
+    masked = loss(np.where(mask[:, None], embeddings, 0), identity, labeled, mask, memory)
+    sliced = loss(embeddings[mask], identity[mask], labeled[mask], mask[mask], memory)
     np.testing.assert_allclose(masked.sum, sliced.sum, rtol=1e-6)
     assert masked.count == sliced.count
 
     def total(x):
-        return loss(x, identity, labelled, np.zeros_like(mask), memory).sum
+        return loss(x, identity, labeled, np.zeros_like(mask), memory).sum
 
     for x in (embeddings, np.zeros_like(embeddings)):
         value, gradient = jax.value_and_grad(total)(jnp.asarray(x))
@@ -156,9 +156,9 @@ def test_loss_mask_is_slicing_and_all_masked_is_zero():
         assert not np.any(gradient)
 
 
-def test_unlabelled_count_but_add_nothing():
-    embeddings, identity, labelled, mask, rng = sample(4)
-    term = loss(embeddings, identity, np.zeros_like(labelled), mask, filled_memory(rng))
+def test_unlabeled_count_but_add_nothing():
+    embeddings, identity, labeled, mask, rng = sample(4)
+    term = loss(embeddings, identity, np.zeros_like(labeled), mask, filled_memory(rng))
     assert (term.sum, term.count) == (0, mask.sum())
 
 
@@ -185,18 +185,18 @@ def test_three_positives_of_one_identity_by_hand():
     assert not np.any(result.lut[0])
 
 
-@pytest.mark.parametrize("unlabelled", [4, 5, 6, 13])
-def test_queue_wraps_and_the_last_ones_win(unlabelled: int):
-    embeddings, identity, labelled, _, rng = sample(unlabelled)
+@pytest.mark.parametrize("unlabeled", [4, 5, 6, 13])
+def test_queue_wraps_and_the_last_ones_win(unlabeled: int):
+    embeddings, identity, labeled, _, rng = sample(unlabeled)
     memory = filled_memory(rng)
-    mask = np.zeros_like(labelled)
-    mask[rng.permutation(24)[:unlabelled]] = True
-    positives = (embeddings, identity, np.zeros_like(labelled), mask)
+    mask = np.zeros_like(labeled)
+    mask[rng.permutation(24)[:unlabeled]] = True
+    positives = (embeddings, identity, np.zeros_like(labeled), mask)
     result = update(memory, *positives)
     _, queue, tail = slow_update(memory, *positives, 0.5, False, None)
     np.testing.assert_allclose(result.queue, queue, atol=1e-6)
     np.testing.assert_array_equal(result.lut, memory.lut)
-    assert result.tail == tail == (3 + unlabelled) % Q
+    assert result.tail == tail == (3 + unlabeled) % Q
 
 
 def test_queue_of_no_slots():
@@ -207,15 +207,15 @@ def test_queue_of_no_slots():
 
 
 def test_all_masked_changes_nothing():
-    embeddings, identity, labelled, _, rng = sample(6)
+    embeddings, identity, labeled, _, rng = sample(6)
     memory = filled_memory(rng)
-    result = update(memory, embeddings, identity, labelled, np.zeros(len(embeddings), bool))
+    result = update(memory, embeddings, identity, labeled, np.zeros(len(embeddings), bool))
     jax.tree.map(np.testing.assert_array_equal, result, memory)
 
 
 def test_identities_out_of_range_are_written_nowhere():
-    embeddings, _, labelled, _, rng = sample(7)
-    memory, flags = filled_memory(rng), np.ones_like(labelled)
+    embeddings, _, labeled, _, rng = sample(7)
+    memory, flags = filled_memory(rng), np.ones_like(labeled)
     identity = rng.choice([-1, L, L + 100, -L], 24)
     result = update(memory, embeddings, identity, flags, flags)
     jax.tree.map(np.testing.assert_array_equal, result, memory)
@@ -235,12 +235,12 @@ def test_zero_embeddings_leave_zero_rows_zero():
 
 
 def test_update_in_two_halves_is_the_update_of_the_whole():
-    embeddings, identity, labelled, mask, rng = sample(8)
+    embeddings, identity, labeled, mask, rng = sample(8)
     memory = filled_memory(rng)
-    whole = update(memory, embeddings, identity, labelled, mask, normalize=True)
+    whole = update(memory, embeddings, identity, labeled, mask, normalize=True)
     halves = memory
     for part in (slice(0, 12), slice(12, None)):
         halves = update(
-            halves, embeddings[part], identity[part], labelled[part], mask[part], normalize=True
+            halves, embeddings[part], identity[part], labeled[part], mask[part], normalize=True
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, halves)

@@ -25,7 +25,7 @@ def level(height: int, width: int, stride: int, extent: tuple[float, float] = FU
 
 
 def assign(points, strides, ranges, boxes, *, valid=None, **people) -> Targets:
-    """`assign_targets` with every box a labelled person of its own unless told otherwise."""
+    """`assign_targets` with every box a labeled person of its own unless told otherwise."""
     boxes = np.asarray(boxes, np.float32)
     result = assign_jit(
         points,
@@ -34,7 +34,7 @@ def assign(points, strides, ranges, boxes, *, valid=None, **people) -> Targets:
         np.ones(len(points), bool) if valid is None else valid,
         boxes,
         people.get("identity", np.arange(len(boxes)) + 10),
-        people.get("labelled", np.ones(len(boxes), bool)),
+        people.get("labeled", np.ones(len(boxes), bool)),
         people.get("box_valid", np.ones(len(boxes), bool)),
         center_radius=1.5,
     )
@@ -59,7 +59,7 @@ def slow_assignment(points, strides, ranges, valid, boxes, box_valid, radius):
     return chosen
 
 
-def test_locations_are_cell_centres_row_by_row():
+def test_locations_are_cell_centers_row_by_row():
     expected = [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12]]
     assert locations(2, 3, 8).tolist() == expected
 
@@ -72,7 +72,7 @@ def test_assignment_matches_loop_on_two_levels(seed: int):
     corner = rng.uniform([0, 0], [80, 40], (12, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(3, 70, (12, 2))], 1).astype(np.float32)
     valid, box_valid = rng.random(len(points)) < 0.9, rng.random(12) < 0.8
-    identity, labelled = rng.integers(0, 90, 12), rng.random(12) < 0.5
+    identity, labeled = rng.integers(0, 90, 12), rng.random(12) < 0.5
     result = assign(
         points,
         strides,
@@ -80,7 +80,7 @@ def test_assignment_matches_loop_on_two_levels(seed: int):
         boxes,
         valid=valid,
         identity=identity,
-        labelled=labelled,
+        labeled=labeled,
         box_valid=box_valid,
     )
 
@@ -92,24 +92,24 @@ def test_assignment_matches_loop_on_two_levels(seed: int):
     for i, g in enumerate(chosen):
         if g < 0:
             assert not np.any(result.distances[i])
-            assert (result.centerness[i], result.identity[i], result.labelled[i]) == (0, 0, False)
+            assert (result.centerness[i], result.identity[i], result.labeled[i]) == (0, 0, False)
             continue
         (x, y), (x1, y1, x2, y2) = points[i], boxes[g]
         left, top, right, bottom = (v / strides[i] for v in (x - x1, y - y1, x2 - x, y2 - y))
         np.testing.assert_allclose(result.distances[i], [left, top, right, bottom], rtol=1e-5)
         ratio = min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom)
         np.testing.assert_allclose(result.centerness[i], np.sqrt(ratio), rtol=1e-5)
-        assert (result.identity[i], result.labelled[i]) == (identity[g], labelled[g])
+        assert (result.identity[i], result.labeled[i]) == (identity[g], labeled[g])
 
 
-def test_centre_sampling_boundary_is_open():
+def test_center_sampling_boundary_is_open():
     points, strides, ranges = level(9, 9, 8)
-    # Centre (36, 36), on a location: 12 px in both directions excludes x = 24, 48.
+    # Center (36, 36), on a location: 12 px in both directions excludes x = 24, 48.
     result = assign(points, strides, ranges, [[0, 0, 72, 72]])
     assert points[result.positive].tolist() == [
         [x, y] for y in (28.0, 36.0, 44.0) for x in (28.0, 36.0, 44.0)
     ]
-    # Centre (32, 32), between locations: x = 20 and x = 44 lie exactly on the boundary.
+    # Center (32, 32), between locations: x = 20 and x = 44 lie exactly on the boundary.
     result = assign(points, strides, ranges, [[0, 0, 64, 64]])
     assert points[result.positive].tolist() == [[28, 28], [36, 28], [28, 36], [36, 36]]
 

@@ -169,13 +169,13 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
 
 
-class LabelledMemory(nn.Module):
+class LabeledMemory(nn.Module):
     def __init__(self, size: int, channels: int):
         super().__init__()
         self.register_buffer("lookup_table", torch.zeros(size, channels))
 
 
-class UnlabelledMemory(nn.Module):
+class UnlabeledMemory(nn.Module):
     def __init__(self, size: int, channels: int):
         super().__init__()
         self.register_buffer("queue", torch.zeros(size, channels))
@@ -197,8 +197,8 @@ class Head(nn.Module):
         self.conv_reg = nn.Conv2d(channels, 4, 3, 1, 1)
         self.conv_centerness = nn.Conv2d(channels, 1, 3, 1, 1)
         self.scales = nn.ModuleList([Scale() for _ in STRIDES])
-        self.labeled_matching_layer = LabelledMemory(spec.lut_size, channels)
-        self.unlabeled_matching_layer = UnlabelledMemory(spec.queue_size, channels)
+        self.labeled_matching_layer = LabeledMemory(spec.lut_size, channels)
+        self.unlabeled_matching_layer = UnlabeledMemory(spec.queue_size, channels)
 
     def forward(self, x: Tensor, level: int) -> dict[str, Tensor]:
         cls = box = x
@@ -223,7 +223,7 @@ class AlignPS(nn.Module):
         self.bbox_head = Head(spec)
 
     def forward(self, pixels: Tensor, train: bool = False) -> tuple[list, dict[str, Tensor]]:
-        """Outputs of every level, and the stages by name, for normalised pixels [B, 3, H, W]."""
+        """Outputs of every level, and the stages by name, for normalized pixels [B, 3, H, W]."""
         maps = self.backbone(pixels)
         levels, laterals = self.neck(maps[1:], train)
         outputs = [self.bbox_head(x, level) for level, x in enumerate(levels)]
@@ -233,7 +233,7 @@ class AlignPS(nn.Module):
 
 
 def locations(height: int, width: int, stride: int) -> Tensor:
-    """[height * width, 2], x and y of the cells' centres, row by row."""
+    """[height * width, 2], x and y of the cells' centers, row by row."""
     y = torch.arange(height).repeat_interleave(width)
     x = torch.arange(width).repeat(height)
     return torch.stack([x, y], 1) * stride + stride // 2

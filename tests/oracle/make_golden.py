@@ -13,7 +13,7 @@ import torch
 from tests.oracle import alignps_torch, golden
 from tests.oracle.random_weights import random_state_dict
 from tests.oracle.training_torch import Trainer, remember, spec_of
-from tests.parity.common import nhwc, normalise
+from tests.parity.common import nhwc, normalize
 
 
 def oracle(name: str, gentle: bool) -> alignps_torch.AlignPS:
@@ -29,7 +29,7 @@ def inference(name: str) -> dict[str, np.ndarray]:
     """The outputs and detections of one image."""
     with torch.no_grad():
         image = golden.image()
-        outputs, stages = oracle(name, gentle=False)(normalise(image[None], image.shape[:2]))
+        outputs, stages = oracle(name, gentle=False)(normalize(image[None], image.shape[:2]))
         detections = alignps_torch.detect(outputs[0], image.shape[:2], (1.0, 1.0))
     arrays = {key: nhwc(outputs[0][key]) for key in ("cls", "box", "centerness")}
     arrays |= {key: nhwc(stages[key]) for key in ("C5", "lateral5", "P3")}
@@ -45,7 +45,7 @@ def training(name: str) -> dict[str, np.ndarray]:
     batches = []
     for scene in golden.scenes():
         boxes, ids = torch.from_numpy(scene.boxes).double(), torch.from_numpy(scene.ids)
-        pixels = normalise(scene.images, scene.size, "float64")
+        pixels = normalize(scene.images, scene.size, "float64")
         batches.append((pixels, list(zip(boxes, ids, strict=True))))
     remember(model, batches)
     arrays = {f"before/{key}": value.clone().numpy() for key, value in memory(model).items()}

@@ -43,7 +43,7 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int, gentle: bool) -> np.nd
         value = 0.1 * normal
     elif len(shape) == 4:
         value = normal * _gain(module, gentle) / math.sqrt(math.prod(shape[1:]))
-    elif leaf == "weight":  # of a normalisation
+    elif leaf == "weight":  # of a normalization
         value = ((0.2 if gentle else 0.4) if module.endswith("bn3") else 1) * (1 + 0.1 * normal)
     else:
         offset = {"bbox_head.conv_cls": -2.0, "bbox_head.conv_reg": 4.0}.get(module, 0.0)

@@ -11,12 +11,12 @@ from alignps_jax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Two BGR images of one size with people; `identity` counts where `labelled`."""
+    """Two BGR images of one size with people; `identity` counts where `labeled`."""
 
     images: np.ndarray
     boxes: np.ndarray
     identity: np.ndarray
-    labelled: np.ndarray
+    labeled: np.ndarray
 
     @property
     def size(self) -> tuple[int, int]:
@@ -25,7 +25,7 @@ class Scene:
     @property
     def ids(self) -> np.ndarray:
         """Identities as the oracle wants them: -1 for people without one."""
-        return np.where(self.labelled, self.identity, -1)
+        return np.where(self.labeled, self.identity, -1)
 
     def batch(self) -> Batch:
         """As our pipeline delivers it: RGB, in the bucket of multiples of 32."""
@@ -39,8 +39,8 @@ class Scene:
             present=np.ones(count, bool),
             boxes=self.boxes,
             identity=self.identity,
-            labelled=self.labelled,
-            valid=np.ones(self.labelled.shape, bool),
+            labeled=self.labeled,
+            valid=np.ones(self.labeled.shape, bool),
         )
 
 
@@ -61,5 +61,5 @@ def make_scene(seed: int, identities: int, size: tuple[int, int]) -> Scene:
         images=fine[:, : size[0], : size[1]],
         boxes=boxes,
         identity=identity,
-        labelled=np.array([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]], bool),
+        labeled=np.array([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1]], bool),
     )

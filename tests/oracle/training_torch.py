@@ -22,10 +22,10 @@ def assign(height: int, width: int, boxes: Tensor) -> list[tuple[int, int, Tenso
     for index, (x, y) in enumerate(locations(height, width, stride).tolist()):
         best = None
         for person, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-            centre_x, centre_y, radius = (x1 + x2) / 2, (y1 + y2) / 2, 1.5 * stride
-            inside = max(x1, centre_x - radius) < x < min(x2, centre_x + radius) and max(
-                y1, centre_y - radius
-            ) < y < min(y2, centre_y + radius)
+            center_x, center_y, radius = (x1 + x2) / 2, (y1 + y2) / 2, 1.5 * stride
+            inside = max(x1, center_x - radius) < x < min(x2, center_x + radius) and max(
+                y1, center_y - radius
+            ) < y < min(y2, center_y + radius)
             if inside and (best is None or areas[person] < areas[best]):
                 best = person
         if best is not None:
@@ -58,7 +58,7 @@ def focal(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def triplet(embeddings: Tensor, identity: Tensor, lut: Tensor) -> Tensor:
-    """Batch-hard, margin 0.3, over labelled embeddings and their table rows (not identity 0's)."""
+    """Batch-hard, margin 0.3, over labeled embeddings and their table rows (not identity 0's)."""
     with_row = identity > 0
     samples = torch.cat([embeddings, lut[identity[with_row]]])
     identity = torch.cat([identity, identity[with_row]])
@@ -87,7 +87,7 @@ def oim(embeddings: Tensor, identity: Tensor, lut: Tensor, queue: Tensor, t: flo
 
 
 def losses(model: AlignPS, pixels: Tensor, people: People) -> tuple[dict, Tensor, Tensor]:
-    """Every loss term, and the embeddings (normalised) and identities of the positives."""
+    """Every loss term, and the embeddings (normalized) and identities of the positives."""
     outputs, _ = model(pixels, train=True)
     first, spec, zero = outputs[0], model.spec, pixels.sum() * 0
     flat_cls = [
@@ -121,8 +121,8 @@ def losses(model: AlignPS, pixels: Tensor, people: People) -> tuple[dict, Tensor
         "oim": oim(embeddings, identity, lut, queue, spec.lut_temperature),
     }
     if spec.triplet:
-        labelled = identity >= 0
-        terms["triplet"] = triplet(embeddings[labelled], identity[labelled], lut)
+        labeled = identity >= 0
+        terms["triplet"] = triplet(embeddings[labeled], identity[labeled], lut)
     return terms, embeddings.detach(), identity
 
 

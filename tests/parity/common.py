@@ -99,10 +99,10 @@ def released_pixels(image: np.ndarray, scale: tuple[int, int]) -> tuple[torch.Te
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
     size = int(height * factor + 0.5), int(width * factor + 0.5)
     image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return normalise(image[None], image.shape[:2]), size, (size[1] / width, size[0] / height)
+    return normalize(image[None], image.shape[:2]), size, (size[1] / width, size[0] / height)
 
 
-def normalise(images: np.ndarray, size: tuple[int, int], dtype: str = "float32") -> torch.Tensor:
+def normalize(images: np.ndarray, size: tuple[int, int], dtype: str = "float32") -> torch.Tensor:
     """BGR images of one size to mean-free pixels, zero up to a multiple of 32."""
     height, width = size
     padding = ((0, 0), (0, -height % 32), (0, -width % 32), (0, 0))
@@ -122,7 +122,7 @@ def make_batch(
     boxes = scene.boxes.astype(dtype)
     people = zip(torch.from_numpy(boxes), torch.from_numpy(scene.ids), strict=True)
     batch = scene.batch().replace(boxes=boxes)
-    return batch, normalise(scene.images, scene.size, dtype), list(people)
+    return batch, normalize(scene.images, scene.size, dtype), list(people)
 
 
 def memory_errors(oracle: alignps_torch.AlignPS, memory: OIMMemory) -> dict[str, float]:

@@ -59,9 +59,9 @@ def test_torchvision_weights_and_pixels(tmp_path):
 
     @jax.jit
     def run(params, frozen):
-        normalised = model.convention.normalize(image[None], size)
+        normalized = model.convention.normalize(image[None], size)
         variables = {"params": params["backbone"], "frozen": frozen["backbone"]}
-        return model.backbone.apply(variables, normalised, size)
+        return model.backbone.apply(variables, normalized, size)
 
     for level, found in enumerate(run(state.params, state.frozen)):
         error = relative_error(found, expected[level + 1])

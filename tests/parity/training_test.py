@@ -1,4 +1,4 @@
-"""The training step and the optimiser against the PyTorch oracle (`make parity`).
+"""The training step and the optimizer against the PyTorch oracle (`make parity`).
 
 Every comparison is a process of its own: one for each precision.
 """

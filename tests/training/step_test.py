@@ -68,7 +68,7 @@ def test_four_devices_with_one_image_equal_one_device_with_four(case):
     for name, value in expected_metrics.terms.items():
         assert value > 0, name
         assert relative_error(found_metrics.terms[name], value) <= 1e-5, name
-    # Without momentum yet, the trace of the optimiser holds the clipped, decayed gradients.
+    # Without momentum yet, the trace of the optimizer holds the clipped, decayed gradients.
     for found_leaf, leaf in zip(
         jax.tree.leaves((found.params, found.opt_state)),
         jax.tree.leaves((expected.params, expected.opt_state)),
@@ -128,7 +128,7 @@ def test_positives_beyond_the_limit_are_counted():
         distances=rng.normal(size=(2, 6, 4)),
         centerness=rng.random((2, 6)),
         identity=np.arange(12).reshape(2, 6),
-        labelled=positive,
+        labeled=positive,
     )
     positives, dropped = select_positives(flat, targets, limit=4)
     assert dropped == 1

@@ -45,7 +45,7 @@ def made_up_people(images: int, size: Size, *, people: int, identities: int) -> 
         names=tuple(f"photo-{number}.jpg" for number in range(images)),
         boxes=tuple(boxes.astype(np.float32)),
         identity=tuple(rng.integers(0, identities, (images, people), dtype=np.int32)),
-        labelled=tuple(np.tile(np.arange(people) % 2 == 0, (images, 1))),
+        labeled=tuple(np.tile(np.arange(people) % 2 == 0, (images, 1))),
         camera=np.zeros(images, np.int32),
     )
 

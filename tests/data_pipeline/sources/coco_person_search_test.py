@@ -47,7 +47,7 @@ def test_training_identities_keep_their_numbers(root):
     np.testing.assert_array_equal(train.boxes[0], [[5, 6, 12, 14], [-4, 6, 13, 24]])
     np.testing.assert_array_equal(train.boxes[1], [[1.5, 2, 11.5, 22], [30, 2, 40, 22]])
     assert [ids.tolist() for ids in train.identity] == [[-1, 0], [3, -1]]
-    assert [mask.tolist() for mask in train.labelled] == [[False, True], [True, False]]
+    assert [mask.tolist() for mask in train.labeled] == [[False, True], [True, False]]
     assert train.num_identities == 4
 
 

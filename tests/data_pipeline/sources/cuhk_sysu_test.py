@@ -55,7 +55,7 @@ def test_training_split_is_what_the_pool_leaves_with_identities_in_file_order(ro
     np.testing.assert_array_equal(train.boxes[1], [[5, 6, 12, 14], [1, 2, 251, 92]])
     np.testing.assert_array_equal(train.boxes[2], [[10, 20, 40, 60], [300, 100, 320, 150]])
     assert [ids.tolist() for ids in train.identity] == [[1], [-1, 0], [-1, 0]]
-    assert [mask.tolist() for mask in train.labelled] == [[True], [False, True], [False, True]]
+    assert [mask.tolist() for mask in train.labeled] == [[True], [False, True], [False, True]]
     assert train.num_identities == 2
     assert train.camera.tolist() == [0, 0, 0]
     assert {rows.dtype for rows in train.boxes} == {np.dtype(np.float32)}
@@ -118,13 +118,13 @@ def test_people_of_two_queries_share_an_identity_by_name(tmp_path):
     ]
 
 
-def test_labelled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_path, caplog):
+def test_labeled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_path, caplog):
     train = {"p1": [("s9.jpg", (1, 2, 3, 4)), ("s10.jpg", (11, 12, 13, 14))]}
     fixtures.write_cuhk(tmp_path, IMAGES, POOL, train, {"TestG50": SMALL})
     with caplog.at_level("WARNING", "absl"):
         annotations = CuhkSysuSource(tmp_path).train
-    assert [mask.sum() for mask in annotations.labelled] == [1, 0, 0]
-    assert "1 labelled boxes, the first in s9.jpg" in caplog.text
+    assert [mask.sum() for mask in annotations.labeled] == [1, 0, 0]
+    assert "1 labeled boxes, the first in s9.jpg" in caplog.text
 
 
 def test_errors_name_the_file(root):

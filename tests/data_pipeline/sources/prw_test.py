@@ -45,7 +45,7 @@ def test_annotations(root):
     assert train.names == tuple(f"{name}.jpg" for name in TRAIN)
     # Numbers in the order of the data set's: 3 (its box has no width), 7, 932.
     assert [ids.tolist() for ids in train.identity] == [[-1, 2], [1], []]
-    assert [mask.tolist() for mask in train.labelled] == [[False, True], [True], []]
+    assert [mask.tolist() for mask in train.labeled] == [[False, True], [True], []]
     # x + w is cut after the sum; negative x and y become 0 before it (as published).
     np.testing.assert_array_equal(train.boxes[0], [[10, 20, 40, 60], [50, 60, 121, 140]])
     np.testing.assert_array_equal(train.boxes[1], [[0, 0, 30, 40]])

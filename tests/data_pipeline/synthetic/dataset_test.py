@@ -208,9 +208,9 @@ def test_boxes_lie_in_the_photo_and_sizes_vary(root):
     heights = np.sort(every[:, 3])
     assert heights[-1] / heights[0] >= 4
     # Some people have no identity, most have one.
-    labelled = sum(len(scenes) for scenes in _train_scenes(root).values())
+    labeled = sum(len(scenes) for scenes in _train_scenes(root).values())
     in_training = sum(counts[: SPEC.train_images])
-    assert 0.6 * in_training < labelled < in_training
+    assert 0.6 * in_training < labeled < in_training
 
 
 def test_reader_finds_everybody(root):
@@ -218,23 +218,21 @@ def test_reader_finds_everybody(root):
     assert source.train.num_identities == SPEC.train_identities
     assert source.test.num_identities == SPEC.test_identities
     assert source.protocols == ("TestG50", "TestG100", "all")
-    labelled = sum(int(mask.sum()) for mask in source.train.labelled)
-    assert labelled == sum(len(scenes) for scenes in _train_scenes(root).values())
+    labeled = sum(int(mask.sum()) for mask in source.train.labeled)
+    assert labeled == sum(len(scenes) for scenes in _train_scenes(root).values())
 
 
-def test_torso_colour_belongs_to_the_identity(root):
-    colours, identities = [], []
+def test_torso_color_belongs_to_the_identity(root):
+    colors, identities = [], []
     for identity, scenes in _train_scenes(root).items():
         for name, (x, y, w, h) in scenes:
             if h < 0.2 * SPEC.height:
                 continue
             image = cv2.cvtColor(cv2.imread(str(root / "Image/SSM" / name)), cv2.COLOR_BGR2Lab)
             torso = image[y + h // 4 : y + h // 2, x + w // 4 : x + w - w // 4]
-            colours.append(torso.reshape(-1, 3).astype(float).mean(axis=0))
+            colors.append(torso.reshape(-1, 3).astype(float).mean(axis=0))
             identities.append(identity)
-    distance = np.linalg.norm(
-        np.subtract.outer(colours, colours).diagonal(axis1=1, axis2=3), axis=2
-    )
+    distance = np.linalg.norm(np.subtract.outer(colors, colors).diagonal(axis1=1, axis2=3), axis=2)
     same = np.equal.outer(identities, identities)
     other = ~same
     np.fill_diagonal(same, False)
@@ -264,7 +262,7 @@ def test_figures_stay_inside_their_canvas():
         sprite = draw_person(person, sample_pose(rng), rng)
         assert 190 < sprite.alpha.shape[0] < 285
         assert sprite.alpha.shape[1] < 225
-        assert not sprite.colour[sprite.alpha == 0].any()
+        assert not sprite.color[sprite.alpha == 0].any()
 
 
 def test_visible_share_and_owner_of_overlapping_cutouts():
