@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from alignps_jax.types import Batch, Detections, TrainState
+from alignps_jax.types import Batch, Detections, TrainState, UserError
 
 AXIS = "device"
 
@@ -47,13 +49,45 @@ def split_over_devices(batch: Batch) -> Batch:
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 
-def use_compilation_cache(workdir: Path, checkpoint: Path | None = None) -> None:
-    """Keeps compiled programs in `<workdir>/xla_cache`, so that the next start is quick.
+def use_compilation_cache(folder: Path) -> None:
+    """Keeps compiled programs in `folder`, so that the next start is quick.
 
-    The small ones too: a start compiles hundreds of them, initializers above all. Where a whole
-    run is the `checkpoint` that is used, its own cache serves all that is done with it.
+    The small ones too: a start compiles hundreds of them, initializers above all. Programs are
+    native code: whoever can write there decides what runs. Training keeps them in its own workdir;
+    everything that reads other people's folders takes `own_cache`.
     """
-    if checkpoint is not None and (checkpoint / "checkpoints").is_dir():
-        workdir = checkpoint
-    jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "xla_cache"))
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def own_cache() -> Path:
+    """The folder of this user's compiled programs, made if it is missing; nobody else can write it.
+
+    It is `$XDG_CACHE_HOME/alignps_jax/xla`, by default below `~/.cache`.
+
+    Raises:
+      UserError: the folder cannot be made, is somebody else's, or others can write to it.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    folder = root / "alignps_jax" / "xla"
+    try:
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            about = path.stat()
+            if about.st_uid != os.getuid():
+                raise UserError(
+                    f"{path}: found a folder of user {about.st_uid}, expected your own "
+                    f"(user {os.getuid()}) for compiled programs; set XDG_CACHE_HOME"
+                )
+            if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise UserError(
+                    f"{path}: found a folder that others can write to, expected one for compiled "
+                    f"programs that only you can (chmod 700 {path})"
+                )
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: no folder for compiled programs can be made there "
+            f"({error.strerror}); set XDG_CACHE_HOME"
+        ) from error
+    return folder

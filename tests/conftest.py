@@ -1,6 +1,9 @@
 """Settings of all tests, in place before JAX starts; subprocesses inherit them."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Four simulated devices. Compilation takes most of the time of these tests and running next to
 # none, so code is compiled quickly instead of well.
@@ -13,3 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Compiled programs of evaluation and search: for all processes of these tests, and gone with them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="alignps-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.devices import (
+    own_cache,
     parallel_predict_step,
     replicate,
     split_over_devices,
@@ -166,7 +167,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     Raises:
       UserError: there is no such checkpoint, it does not fit `config`, or the data is wrong.
     """
-    use_compilation_cache(workdir, checkpoint)
+    use_compilation_cache(own_cache())
     check_batch_size(config, "eval")
     model = build_model(config)
     make_predict_step(model, config)  # what it refuses, it refuses before the data is prepared

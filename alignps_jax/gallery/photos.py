@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from alignps_jax.boxes import iou
-from alignps_jax.devices import use_compilation_cache
+from alignps_jax.devices import own_cache, use_compilation_cache
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
 from alignps_jax.files import read_image, write_image, write_json
 from alignps_jax.gallery.nearest import top_k
@@ -101,7 +101,7 @@ def search_photos(
     Raises:
       UserError: a file cannot be read, or nobody is found in the query photo or its box.
     """
-    use_compilation_cache(workdir, checkpoint)
+    use_compilation_cache(own_cache())
     detector = Detector.from_checkpoint(checkpoint, config)
     print(f"checkpoint: step {detector.step} of {checkpoint}")
     threshold = detector.config.eval.score_threshold

@@ -61,7 +61,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
       UserError: something is wrong with the configuration, the data or an earlier checkpoint.
       SystemExit: SIGTERM came and the state was saved (exit code 0).
     """
-    use_compilation_cache(workdir)
+    use_compilation_cache(workdir / "xla_cache")
     run = make_run(config)
     pipeline, plan, evaluator, schedule = run.pipeline, run.plan, run.evaluator, run.schedule
     step_fn = parallel_train_step(run.step)
