@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from alignps_jax.devices import AXIS
 from alignps_jax.experiments.catalogue import TABLES, catalogue, command, print_catalogue
-from alignps_jax.losses.total import flatten_levels, level_ranges
+from alignps_jax.losses.total import assign
 from alignps_jax.nn.head import HeadMaps
 from alignps_jax.nn.model import build_model, init_variables
 from alignps_jax.training.step import TrainStep
@@ -115,9 +115,7 @@ def test_every_variant_builds_and_changes_only_what_it_says(module):
         assert flat(config) == flat(default) | dict(variant.changes), name
         model = build_model(config)
         step = TrainStep(model, None, config.loss, max_positives=1)
-        assert len(level_ranges(step.model, config.loss.level_borders)) == len(
-            model.strides(train=True)
-        )
+        assert len(step.ranges()) == len(model.strides(train=True))
 
 
 def test_an_unknown_variant_names_the_known_ones():
@@ -263,7 +261,8 @@ def test_one_step_on_two_levels_reaches_every_parameter():
     before = traverse_util.flatten_dict(state.params, sep="/")
     for path, leaf in traverse_util.flatten_dict(after.params, sep="/").items():
         assert np.isfinite(leaf).all(), path
-        assert not np.array_equal(leaf, before[path]), path
+        # The bias of P6 goes with the mean that is subtracted: rounding alone moves it.
+        assert path == "neck/output6/bias" or not np.array_equal(leaf, before[path]), path
 
 
 def slow_levels(boxes, levels, borders, height, width, radius):
@@ -301,8 +300,13 @@ def test_people_go_to_the_level_of_their_size(levels):
     size = np.full_like(batch.size, (192, 256))
     batch = batch.replace(size=size, valid=np.ones_like(batch.valid))
     outputs = tuple(blank_outputs(-(-192 // 2**level), -(-256 // 2**level)) for level in levels)
-    assign = jax.jit(lambda outputs, batch: step.assign(outputs, flatten_levels(outputs), batch))
-    found = jax.device_get(assign(outputs, batch))
+    fixed = partial(
+        assign,
+        strides=step.model.strides(train=True),
+        ranges=step.ranges(),
+        center_radius=config.loss.center_radius,
+    )
+    found = jax.device_get(jax.jit(fixed)(outputs, batch))
     for image in range(2):
         chosen = slow_levels(batch.boxes[image], levels, config.loss.level_borders, 192, 256, 1.5)
         np.testing.assert_array_equal(found.positive[image], chosen >= 0)
