@@ -1,8 +1,7 @@
 """From a prepared split to batches: what is in a batch is planned first, then decoded in threads.
 
-A plan is a pure, cheap function of (split, configuration, seed, step), so a resumed run sees the
-batches of an uninterrupted one, and every process knows the shape of its peers' batches. Grain
-reads in threads: OpenCV lets them run side by side, like processes.
+A plan is a pure, cheap function of (split, configuration, seed, step): a resumed run sees the same
+batches, and a process knows the shapes of its peers'. Grain reads in threads, as OpenCV allows.
 """
 
 from __future__ import annotations

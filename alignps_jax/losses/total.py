@@ -68,10 +68,9 @@ def total(
         alpha=rules.focal_alpha,
         gamma=rules.focal_gamma,
     )
-    images = len(outputs.cls_logits)
     weight, valid = mine.target_centerness, mine.valid
     terms = {
-        "cls": Term(sum=classified, count=targets.positive.sum() + images),
+        "cls": Term(sum=classified, count=targets.positive.sum() + len(outputs.valid)),
         "box": giou_loss(mine.distances, mine.target_distances, weight, valid),
         "centerness": centerness_loss(mine.centerness_logits, weight, valid),
         # Re-id (TOIM, Paper, Sec. 3.3): every person against the whole memory ...

@@ -33,11 +33,7 @@ from alignps_jax.nn.convolution import matmul
 
 # Of the four pixels around every sample: rows of the table, and weights. [M, K], or part of it.
 Rows = tuple[Int[Array, "..."], ...]
-
-
 Weights = tuple[Float[Array, "..."], ...]
-
-
 # `_neighbors` clips, so that gathers and scatters need not.
 _IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
