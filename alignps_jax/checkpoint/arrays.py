@@ -179,7 +179,7 @@ def array_specs(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def reading(folder: Path, read: Callable[[], Any]) -> Any:
-    """What `read` returns; whatever a damaged file makes it raise becomes a UserError."""
+    """Returns what `read` returns; an error that a damaged file causes becomes a UserError."""
     try:
         return read()
     except UserError:
@@ -200,7 +200,7 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(stored: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-    """What was sealed, of which all fields are known; ValueError if it is not as it was.
+    """Returns what was sealed; ValueError if it changed since, or holds other fields than these.
 
     Checkpoints of earlier versions have no checksum: then the fields at least have to be right.
     """

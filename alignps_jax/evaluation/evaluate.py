@@ -66,7 +66,7 @@ class Evaluator:
         return Measured(self.scorer.score(detections, step), detections)
 
     def detect(self, params: Any, frozen: Any) -> GalleryDetections:
-        """All detections of all test images, whatever their score.
+        """All detections of all test images, those with low scores too.
 
         Raises:
           UserError: the network gives something that is not a number.

@@ -29,7 +29,7 @@ from alignps_jax.types import GalleryDetections, SearchProtocol
 
 # Overlap from which a detection counts as a person of the ground truth (Paper, Sec. 4.1).
 IOU_THRESHOLD = 0.5
-# More than a table takes, so that no line of it is ever broken, whatever stdout is.
+# Wider than any table, so that no line is ever broken, on a terminal or in a file.
 _WIDTH = 200
 
 
