@@ -25,7 +25,7 @@ class Batch:
 
     `size` is the valid height and width of each image inside the bucket (the pixels that came
     from the photo), `scale` the factors (x, y) by which the photo's coordinates were multiplied.
-    `index` is the image's position in its split. `present` is False for the rows that only fill
+    `index` is the image's position in its split. `valid_image` is False for the rows that only fill
     up the last batch of an evaluation. Boxes are in pixels of the resized image.
     """
 
@@ -33,7 +33,7 @@ class Batch:
     size: Int[AnyArray, "B 2"]
     scale: Float[AnyArray, "B 2"]
     index: Int[AnyArray, "B"]
-    present: Bool[AnyArray, "B"]
+    valid_image: Bool[AnyArray, "B"]
     boxes: Float[AnyArray, "B G 4"]
     identity: Int[AnyArray, "B G"]
     labeled: Bool[AnyArray, "B G"]

@@ -36,20 +36,20 @@ class BatchPlan:
 
     `indices` are positions in the split, `sizes` the (height, width) to resize each image to,
     `flips` which are mirrored, `bucket` the (height, width) that all are padded to. Rows that are
-    not `present` stay empty.
+    not `valid` stay empty.
     """
 
     indices: Int[np.ndarray, "B"]
     sizes: Int[np.ndarray, "B 2"]
     flips: Bool[np.ndarray, "B"]
-    present: Bool[np.ndarray, "B"]
+    valid: Bool[np.ndarray, "B"]
     bucket: Size
 
     def shard(self, process_index: int, process_count: int) -> BatchPlan:
         """The rows of one process: the global batch in equal, consecutive parts."""
         share = len(self.indices) // process_count
         rows = slice(process_index * share, (process_index + 1) * share)
-        per_row = ("indices", "sizes", "flips", "present")
+        per_row = ("indices", "sizes", "flips", "valid")
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in per_row})
 
 
@@ -74,8 +74,8 @@ class BatchReader:
         """
         plan = plan.shard(self.process_index, self.process_count)
         batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
-        batch.image[~plan.present] = 0
-        for row in np.flatnonzero(plan.present).tolist():
+        batch.image[~plan.valid] = 0
+        for row in np.flatnonzero(plan.valid).tolist():
             index = int(plan.indices[row])
             size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
             flip = bool(plan.flips[row])
@@ -147,7 +147,7 @@ class TrainPipeline:
             indices=indices,
             sizes=sizes,
             flips=epoch_flips[position],
-            present=np.ones(len(indices), bool),
+            valid=np.ones(len(indices), bool),
             bucket=transforms.smallest_bucket((int(height), int(width)), self.buckets),
         )
 
@@ -174,7 +174,7 @@ class EvalBatches:
     """Every image of a split once, at the test scale: landscape first, each in split order.
 
     Every process gets the same number of batches. The last one of each orientation is filled up
-    with rows that are not `present`.
+    with rows that are not valid.
     """
 
     reader: BatchReader
@@ -251,7 +251,7 @@ def make_eval_batches(
                     indices=np.pad(indices, (0, missing)),
                     sizes=np.pad(sizes[indices], ((0, missing), (0, 0))),
                     flips=np.zeros(batch_size, bool),
-                    present=np.arange(batch_size) < len(indices),
+                    valid=np.arange(batch_size) < len(indices),
                     bucket=_test_bucket(tuple(split.sizes[indices[0]]), data.test_scale),
                 )
             )

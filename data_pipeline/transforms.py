@@ -156,7 +156,7 @@ def empty_batch(rows: int, bucket: Size, people: int) -> Batch:
         size=np.full((rows, 2), bucket, np.int32),
         scale=np.ones((rows, 2), np.float32),
         index=np.zeros(rows, np.int32),
-        present=np.zeros(rows, bool),
+        valid_image=np.zeros(rows, bool),
         boxes=np.zeros((rows, people, 4), np.float32),
         identity=np.zeros((rows, people), np.int32),
         labeled=np.zeros((rows, people), bool),
@@ -171,7 +171,7 @@ def fill_image(
     place_image(image, np.asarray(batch.image[row]), size, flip)
     batch.size[row] = size
     batch.scale[row] = size[1] / image.shape[1], size[0] / image.shape[0]
-    batch.present[row] = True
+    batch.valid_image[row] = True
 
 
 def fill_people(

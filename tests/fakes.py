@@ -37,7 +37,7 @@ def random_batch(
         size=size,
         scale=np.ones((images, 2), np.float32),
         index=np.arange(images, dtype=np.int32),
-        present=np.ones(images, bool),
+        valid_image=np.ones(images, bool),
         boxes=np.concatenate([corner, corner + extent], -1).astype(np.float32),
         identity=rng.integers(0, NUM_IDENTITIES, (images, people)).astype(np.int32),
         labeled=rng.random((images, people)) < 0.7,

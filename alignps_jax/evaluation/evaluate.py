@@ -206,9 +206,9 @@ def collect(names: Sequence[str], found: dict[int, Detections]) -> GalleryDetect
 def _rows(batch: Batch, detections: Detections) -> Iterator[tuple[int, Detections]]:
     """(image index, its detections) of all images of a batch, those of other processes included."""
     flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), detections)
-    gathered = (batch.index, batch.present, flat)
+    gathered = (batch.index, batch.valid_image, flat)
     if jax.process_count() > 1:
         gathered = multihost_utils.process_allgather(gathered, tiled=True)
-    index, present, flat = gathered
-    for row in np.flatnonzero(present):
+    index, valid, flat = gathered
+    for row in np.flatnonzero(valid):
         yield int(index[row]), jax.tree.map(lambda x, row=row: x[row], flat)

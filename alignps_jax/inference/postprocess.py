@@ -153,11 +153,11 @@ def embed_boxes(
             for outputs, stride in zip(levels, strides, strict=True)
         ]
         embeddings = jnp.stack(nearest)[level, jnp.arange(len(boxes))]
-        mask = valid[:, None]
+        counts = valid[:, None]
         return Detections(
-            boxes=jnp.where(mask, boxes / jnp.tile(scale, 2), 0.0),
+            boxes=jnp.where(counts, boxes / jnp.tile(scale, 2), 0.0),
             scores=valid.astype(jnp.float32),
-            embeddings=jnp.where(mask, l2_normalize(embeddings), 0.0),
+            embeddings=jnp.where(counts, l2_normalize(embeddings), 0.0),
             valid=valid,
         )
 

@@ -35,8 +35,8 @@ def valid_mask(extent: Int[Array, "B 2"], height: int, width: int) -> Bool[Array
 
 def hold_zero(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B H W C"]:
     """`x` with zeros outside the valid region."""
-    mask = valid_mask(extent, x.shape[1], x.shape[2])
-    return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
+    valid = valid_mask(extent, x.shape[1], x.shape[2])
+    return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
 
 def masked_mean(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B 1 1 C"]:
@@ -86,19 +86,19 @@ class GroupNorm(nn.Module):
         B, H, W, C = x.shape
         scale = self.param("scale", self.scale_init, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
-        mask = valid_mask(extent, H, W)[..., None]
-        count = jnp.maximum(mask.sum((1, 2)), 1) * (C // self.groups)
+        valid = valid_mask(extent, H, W)[..., None]
+        count = jnp.maximum(valid.sum((1, 2)), 1) * (C // self.groups)
 
         def group_mean(values: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
             per_channel = values.sum((1, 2)).reshape(B, self.groups, -1)
             return jnp.repeat(per_channel.sum(-1) / count, C // self.groups, axis=-1)
 
-        x32 = jnp.where(mask, x, 0).astype(jnp.float32)
+        x32 = jnp.where(valid, x, 0).astype(jnp.float32)
         mean = group_mean(x32)[:, None, None]
         # Two passes: the variance from squared sums loses digits on maps with a large mean.
-        centered = jnp.where(mask, x32 - mean, 0)
+        centered = jnp.where(valid, x32 - mean, 0)
         factor = scale * lax.rsqrt(group_mean(jnp.square(centered)) + self.epsilon)[:, None, None]
-        return jnp.where(mask, centered * factor + bias, 0).astype(x.dtype)
+        return jnp.where(valid, centered * factor + bias, 0).astype(x.dtype)
 
 
 def conv(

@@ -215,7 +215,7 @@ def made_up_batch(bucket: Size, *, people: int, images: int) -> Batch:
         size=np.full((images, 2), bucket, np.int32),
         scale=np.ones((images, 2), np.float32),
         index=np.arange(images, dtype=np.int32),
-        present=np.ones(images, bool),
+        valid_image=np.ones(images, bool),
         boxes=np.concatenate([corner, corner + extent], axis=2).astype(np.float32),
         identity=rng.integers(0, IDENTITIES, (images, people)).astype(np.int32),
         labeled=rng.random((images, people)) < 0.5,

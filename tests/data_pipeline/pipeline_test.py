@@ -19,7 +19,7 @@ from tests.places import ROOT, SHARED
 
 FRAMES = SHARED / "prw_sample" / "frames"
 SCALES = ((64, 40), (96, 60), (150, 90))
-FIELDS = ("image", "size", "scale", "index", "present", "boxes", "identity", "labeled", "valid")
+FIELDS = ("image", "size", "scale", "index", "valid_image", "boxes", "identity", "labeled", "valid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ class TestTrainContents:
             "size": ((rows, 2), np.int32),
             "scale": ((rows, 2), np.float32),
             "index": ((rows,), np.int32),
-            "present": ((rows,), np.bool_),
+            "valid_image": ((rows,), np.bool_),
             "boxes": ((rows, people, 4), np.float32),
             "identity": ((rows, people), np.int32),
             "labeled": ((rows, people), np.bool_),
@@ -139,7 +139,7 @@ class TestTrainContents:
         flips, used = [], set()
         for step in range(12):
             batch = pipeline.batch(step)
-            assert batch.present.all()
+            assert batch.valid_image.all()
             for row, index in enumerate(batch.index):
                 bgr = cv2.imdecode(np.frombuffer(mixed.jpegs[index], np.uint8), cv2.IMREAD_COLOR)
                 photo_height, photo_width = bgr.shape[:2]
@@ -402,8 +402,8 @@ class TestEvaluation:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_every_image_once_in_order(self, mixed, workers):
         batches = list(make_eval_batches(mixed, settings(workers=workers), batch_size=4))
-        assert [int(batch.present.sum()) for batch in batches] == [4, 4, 3, 4, 2]
-        seen = np.concatenate([batch.index[batch.present] for batch in batches])
+        assert [int(batch.valid_image.sum()) for batch in batches] == [4, 4, 3, 4, 2]
+        seen = np.concatenate([batch.index[batch.valid_image] for batch in batches])
         wide = mixed.sizes[:, 1] > mixed.sizes[:, 0]
         np.testing.assert_array_equal(seen, [*np.flatnonzero(wide), *np.flatnonzero(~wide)])
 
@@ -414,7 +414,7 @@ class TestEvaluation:
 
     def test_pixels_and_way_back_to_the_photo(self, mixed):
         for batch in make_eval_batches(mixed, settings(), batch_size=4):
-            for row in np.flatnonzero(batch.present):
+            for row in np.flatnonzero(batch.valid_image):
                 index = batch.index[row]
                 bgr = cv2.imdecode(np.frombuffer(mixed.jpegs[index], np.uint8), cv2.IMREAD_COLOR)
                 s = min(96 / max(bgr.shape[:2]), 60 / min(bgr.shape[:2]))
@@ -427,7 +427,7 @@ class TestEvaluation:
 
     def test_filling_rows_are_absent(self, mixed):
         last = list(make_eval_batches(mixed, settings(), batch_size=4))[-1]
-        assert last.present.tolist() == [True, True, False, False]
+        assert last.valid_image.tolist() == [True, True, False, False]
         assert not last.image[2:].any()
         assert not last.valid[2:].any()
         np.testing.assert_array_equal(last.size[2:], [last.image.shape[1:3]] * 2)
@@ -451,7 +451,7 @@ class TestEvaluation:
     def test_images_without_people_or_small_stay(self):
         split = make_split([(40, 60), (10, 60)], [[], []])
         batches = list(make_eval_batches(split, settings(), batch_size=4))
-        assert batches[0].present.sum() == 2
+        assert batches[0].valid_image.sum() == 2
         assert not batches[0].valid.any()
 
     def test_can_be_iterated_again(self, mixed):
@@ -464,7 +464,7 @@ class TestEvaluation:
             index = int(batch.index[0])
             bgr = cv2.imdecode(np.frombuffer(mixed.jpegs[index], np.uint8), cv2.IMREAD_COLOR)
             single = single_image_batch(bgr[..., ::-1], settings())
-            for field in ("image", "size", "scale", "present"):
+            for field in ("image", "size", "scale", "valid_image"):
                 np.testing.assert_array_equal(getattr(single, field), getattr(batch, field))
             assert not single.valid.any()
 

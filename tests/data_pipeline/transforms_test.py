@@ -240,7 +240,7 @@ class TestRows:
         batch = transforms.empty_batch(3, (32, 64), 8)
         assert batch.image.shape == (3, 32, 64, 3)
         assert batch.image.dtype == np.uint8
-        assert not batch.present.any()
+        assert not batch.valid_image.any()
         assert not batch.valid.any()
         np.testing.assert_array_equal(batch.size, [[32, 64]] * 3)
 
@@ -259,7 +259,7 @@ class TestRows:
         assert (batch.image[0] == 7).all()
         assert not batch.image[1, 60:].any()
         assert not batch.image[1, :, 90:].any()
-        assert batch.present.tolist() == [False, True]
+        assert batch.valid_image.tolist() == [False, True]
         np.testing.assert_array_equal(batch.scale[1], [3, 3])
         np.testing.assert_array_equal(batch.boxes[1, :2], [[3, 6, 33, 60], [15, 15, 27, 27]])
         assert batch.valid[1].tolist() == [True] * 2 + [False] * 6

@@ -36,7 +36,7 @@ class Scene:
             size=np.tile(np.int32(self.size), (count, 1)),
             scale=np.ones((count, 2), np.float32),
             index=np.arange(count, dtype=np.int32),
-            present=np.ones(count, bool),
+            valid_image=np.ones(count, bool),
             boxes=self.boxes,
             identity=self.identity,
             labeled=self.labeled,
