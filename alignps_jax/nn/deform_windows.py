@@ -14,7 +14,6 @@ pixel inside, with weight 0, as `deform_sampling.corners` has them.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,10 +31,9 @@ SQUARE = SIDE * SIDE
 BLOCK = 2 * SQUARE
 # A window is three rows of four squares.
 WINDOW = 3 * 4 * SQUARE
-# VMEM is 128 MiB on v5e and v6e, 64 MiB on v5p and TPU7x; the compiler's default is 16 MiB.
-VMEM_LIMIT = 56 * 2**20
-# Of that, what a chunk of the channels has weights for, in float32; their gradient takes the same.
-WEIGHT_BYTES = 10 * 2**20
+LANES = 128
+# How much VMEM a chip has is known only where JAX sees one; v5p and TPU7x have 64 MiB, v5e and v6e 128.
+VMEM = 64 * 2**20
 
 
 class MapSize(NamedTuple):
@@ -108,6 +106,34 @@ def _corners_of_samples(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> 
     return tuple(jnp.moveaxis(x.reshape(len(x), -1, 4), 2, 0))
 
 
+def _vmem() -> int:
+    """Bytes of VMEM that a kernel may take."""
+    return (pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else VMEM) * 7 // 8
+
+
+def chunk_of(size: MapSize, kernel: tuple[int, int, int]) -> int | None:
+    """How many channels the kernels work on at a time: as many as fit into VMEM, if any do.
+
+    Args:
+      size: of the map.
+      kernel: taps, channels, features.
+    """
+    taps, channels, features = kernel
+    _, _, wide = size.blocks
+    # In float32: weights and their gradient twice, as the next ones are on their way; the map's
+    # cotangent; the window twice, and as a value; its cotangent, and some matrices as large.
+    per_channel = 4 * taps * features + 3 * (wide + 2) * BLOCK + 6 * WINDOW + 2 * features
+    rest = 4 * WINDOW * BLOCK + 4 * BLOCK * features
+    parts = [chunk for chunk in range(channels, 0, -1) if channels % chunk == 0]
+    fitting = (
+        chunk
+        for chunk in parts
+        if (chunk == channels or chunk % LANES == 0)
+        and 4 * (chunk * per_channel + rest) <= _vmem()
+    )
+    return next(fitting, None)
+
+
 class _Grid:
     """The steps of a kernel, and what it sees of each array.
 
@@ -117,10 +143,10 @@ class _Grid:
 
     def __init__(self, size: MapSize, kernel: Float[Array, "K C F"], flush: int = 0) -> None:
         self.taps, channels, self.features = kernel.shape
-        self.chunk = channels
-        while self.taps * self.chunk * self.features * 4 > WEIGHT_BYTES and self.chunk % 256 == 0:
-            self.chunk //= 2
-        self.chunks = channels // self.chunk
+        chunk = chunk_of(size, kernel.shape)
+        if chunk is None:
+            raise ValueError(f"kernel {kernel.shape} on map {tuple(size)} takes too much VMEM")
+        self.chunk, self.chunks = chunk, channels // chunk
         self.images, self.high, self.wide = self.blocks = size.blocks
         self.steps = self.chunks, self.images, self.high + flush, self.wide + flush
 
@@ -175,7 +201,7 @@ class _Grid:
 
     def call(self, kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
         order = ("arbitrary",) * len(self.steps)
-        params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM_LIMIT)
+        params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=_vmem())
         return pl.pallas_call(kernel, grid=self.steps, compiler_params=params, **options)
 
 
@@ -358,7 +384,19 @@ def _is_at(samples: Float[Array, "8 L"], place: int) -> Bool[Array, "_ _ _ _ L"]
     return (along[0] * SIDE + along[1]).astype(jnp.float32) == samples[place]
 
 
-_dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+def _dot(left: Array, right: Array, dimensions: Any) -> Array:
+    """The product in float32, as precise as JAX is configured; Mosaic knows two precisions."""
+    exact = left.dtype == jnp.float32 and jax.config.jax_default_matmul_precision not in (
+        None,
+        "default",
+        "bfloat16",
+    )
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    return lax.dot_general(
+        left, right, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
 # Over which dimension of the left and of the right factor a product sums.
 _ROWS_COLUMNS = (((1,), (0,)), ((), ()))
 _COLUMNS_COLUMNS = (((0,), (0,)), ((), ()))
