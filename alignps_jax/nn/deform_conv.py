@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignps_jax.nn.convolution import align_varying_axes
-from alignps_jax.nn.deform_sampling import Order, corners, sample_and_multiply
+from alignps_jax.nn.deform_sampling import (
+    Order,
+    Windows,
+    corners,
+    orders,
+    sample_and_multiply,
+)
+from alignps_jax.nn.deform_windows import MapSize
 from alignps_jax.nn.layers import conv
 
 Initializer = Callable[..., Array]
@@ -31,7 +38,7 @@ def deform_conv2d(
     *,
     stride: int = 1,
     padding: int = 1,
-    order: Order | None = None,
+    order: Order | Windows | None = None,
 ) -> Float[Array, "B h w F"]:
     """Convolves `inputs` at displaced positions; equals `torchvision.ops.deform_conv2d`.
 
@@ -79,7 +86,11 @@ def deform_conv2d(
     table, kernel, *samples = align_varying_axes(
         inputs.reshape(-1, channels), kernel.reshape(kh * kw, channels, features), *weights, *rows
     )
-    out = sample_and_multiply(order, table, tuple(samples[:4]), kernel, tuple(samples[4:]))
+    if order is None:
+        size = MapSize(batch, height, width)
+        same = (h, w) == (height, width) and stride == 1
+        found = orders(size, batch * h * w, kh * kw, channels, features, same=same)
+    out = sample_and_multiply(order or found, table, tuple(samples[:4]), kernel, tuple(samples[4:]))
     return out.reshape(batch, h, w, features)
 
 

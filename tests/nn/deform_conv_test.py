@@ -11,7 +11,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from alignps_jax.nn.deform_conv import DeformConv, ModulatedDeformConv, deform_conv2d
-from alignps_jax.nn.deform_sampling import Order, orders
+from alignps_jax.nn.deform_sampling import Order, Windows, orders
+from alignps_jax.nn.deform_windows import MapSize
 
 # name: (B, H, W, C, F, stride, padding, kernel height and width, with mask)
 CASES = {
@@ -142,8 +143,9 @@ def test_equals_loop_finite_differences_and_plain_jax(name, order):
 
 def test_order_is_chosen_by_shape_and_platform():
     def by_taps(rows, locations, channels, features):
-        cpu, other = orders(rows, locations, 9, channels, features)
-        return cpu.by_taps, other.by_taps
+        found = orders(MapSize(1, 1, rows), locations, 9, channels, features, same=False)
+        assert found.tpu == found.gpu
+        return found.cpu.by_taps, found.gpu.by_taps
 
     assert by_taps(rows=100, locations=100, channels=1024, features=256) == (True, True)
     assert by_taps(rows=100, locations=400, channels=2048, features=256) == (True, True)
@@ -151,6 +153,20 @@ def test_order_is_chosen_by_shape_and_platform():
     assert by_taps(rows=100, locations=100, channels=256, features=256) == (False, True)
     assert by_taps(rows=100, locations=100, channels=128, features=256) == (False, False)
     assert by_taps(rows=400, locations=100, channels=2048, features=256) == (False, False)
+
+
+def test_tpus_take_windows_where_they_fit():
+    def tpu(size, channels=256):
+        found = orders(size, np.prod(size), 9, channels, 256, same=True)
+        return found.tpu if found.tpu != found.gpu else None
+
+    size = MapSize(4, 152, 252)
+    assert isinstance(tpu(size), Windows)
+    assert tpu(size).size == size
+    assert not tpu(size).interpret
+    # No more channels than VMEM has room for, and no part of 2000 fills whole lanes.
+    assert isinstance(tpu(size, 2048), Windows)
+    assert tpu(size, 2000) is None
 
 
 @pytest.mark.parametrize(
