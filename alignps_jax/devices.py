@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -101,6 +102,11 @@ def parallel_predict_step(
     """
     used = devices or jax.local_devices()
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), devices=used)
+
+
+def sum_over_devices(devices: Devices) -> Callable[[Any], Any]:
+    """Adds up arrays with a leading axis of these devices; the sum is on all of them."""
+    return jax.pmap(partial(lax.psum, axis_name=AXIS), axis_name=AXIS, devices=devices)
 
 
 def replicate(tree: Any, devices: Devices | None = None) -> Any:
