@@ -96,9 +96,9 @@ def measure_scaling(config: ConfigDict, steps: Sequence[Case], target: Path, *, 
     Raises:
       UserError: `target` holds something else, or cannot be written.
     """
-    config, counts = usable(config), device_counts(jax.device_count())
-    note = machine_line()
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    config, devices = usable(config), devices or jax.devices()
+    counts, note = device_counts(len(devices)), machine_line()
+    if devices[0].platform == "cpu" and len(devices) > 1:
         note = f"{SIMULATED}\n\n{note}"
     table = Table(target, _row_of, _COLUMNS, note)
     table.print_header()
@@ -109,7 +109,7 @@ def measure_scaling(config: ConfigDict, steps: Sequence[Case], target: Path, *, 
             for count, batch in pairs:
                 if (count, batch) not in known:
                     this = dataclasses.replace(case, batch=batch)
-                    known[count, batch] = _try(config, this, jax.devices()[:count], runs)
+                    known[count, batch] = _try(config, this, devices[:count], runs)
                 row = _row(config, case, scaling, count, batch, known[count, batch])
                 first = first or (row.measured if count == 1 else None)
                 if first and row.measured:
@@ -218,7 +218,9 @@ def scaling_plot(rows: Iterable[Row], note: str) -> Figure:
             ideal = [rates[0] / counts[0] * count for count in counts]
             axes.plot(counts, ideal, ":", color=f"C{color}")
         axes.set(title=title, xlabel="devices", ylabel="images/s", xscale="log", yscale="log")
-        axes.set_xticks(counts, map(str, counts), minor=False)
+        axes.set_xticks(counts, map(str, counts))
+        for setter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            setter("{x:g}")
         axes.grid(alpha=0.3)
         axes.legend()
     if note.startswith(SIMULATED):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 from ml_collections import ConfigDict
 
 from alignps_jax.experiments.scaling.cases import cases, parse_scale
@@ -36,10 +35,8 @@ def run_scaling(
       target: the JSON file; tables and plots go beside it.
 
     Raises:
-      UserError: an argument is wrong, a compiler is not installed, there are several processes.
+      UserError: an argument is wrong, or a compiler is not installed.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"--processes: found {jax.process_count()}, --mode=scaling expects 1")
     batch = config.train.batch_size if batch is None else batch
     for name, value in (("batch", batch), ("runs", runs)):
         if value < 1:
