@@ -88,7 +88,9 @@ def scalings(batch: int, counts: Sequence[int]) -> dict[str, list[tuple[int, int
     }
 
 
-def measure_scaling(config: ConfigDict, steps: Sequence[Case], target: Path, *, runs: int) -> None:
+def measure_scaling(
+    config: ConfigDict, steps: Sequence[Case], target: Path, *, runs: int, devices: Devices
+) -> None:
     """Measures every step on 1, 2, 4, ... all devices; prints rows, and keeps them in `target`.
 
     What does not fit into memory is a row as well.
@@ -96,7 +98,7 @@ def measure_scaling(config: ConfigDict, steps: Sequence[Case], target: Path, *, 
     Raises:
       UserError: `target` holds something else, or cannot be written.
     """
-    config, devices = usable(config), devices or jax.devices()
+    config = usable(config)
     counts, note = device_counts(len(devices)), machine_line()
     if devices[0].platform == "cpu" and len(devices) > 1:
         note = f"{SIMULATED}\n\n{note}"

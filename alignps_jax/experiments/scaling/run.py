@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from alignps_jax.experiments.scaling.cases import cases, parse_scale
@@ -45,6 +46,6 @@ def run_scaling(
         raise UserError(f"--target: found {str(target)!r}, expected a file that ends in .json")
     steps = cases(config, what or "inference,train", parse_scale(scale), batch)
     if topology is None:
-        measure_scaling(config, steps, target, runs=runs)
+        measure_scaling(config, steps, target, runs=runs, devices=jax.devices())
     else:
         run_gate(config, parse_topologies(topology), steps, target)
