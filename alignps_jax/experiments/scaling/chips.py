@@ -18,7 +18,7 @@ from alignps_jax.choices import choose
 from alignps_jax.types import UserError
 
 _GIB = 2.0**30
-INSTALL = ".venv/bin/pip install --requirement requirements-aot.lock"
+_INSTALL = "make setup-accelerators, then .venv-aot/bin/python launch.py --mode=scaling ..."
 # How a child process finds the compilers but no devices.
 _TPU_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -191,7 +191,7 @@ def _topology(name: str) -> Topology:
         expected = f"{chip_name}: and its shape, such as {chip_name}:{examples[chip.platform]}"
         raise UserError(f"--topology: found {name!r}, expected {expected}")
     if not _installed(chip.platform):
-        raise UserError(f"--topology: the compiler for {name} is not installed; try {INSTALL}")
+        raise UserError(f"--topology: the compiler for {name} is not installed here; {_INSTALL}")
     return Topology(name, chip, shape)
 
 
