@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from alignps_jax.experiments.benchmark.report import seconds as seconds_text
 from alignps_jax.experiments.benchmark.report import size, three_digits
 from alignps_jax.experiments.scaling.cases import Case, usable
 from alignps_jax.experiments.scaling.chips import Chip, Topology
@@ -28,6 +29,10 @@ from alignps_jax.experiments.scaling.table import Table
 _COMPILE = (sys.executable, "-m", "alignps_jax.experiments.scaling.compile")
 _ROOT = Path(__file__).parents[3]
 _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+_NOTE = (
+    "Compiled ahead of time; nothing ran. Estimates are no measurements: they are the cycles of the "
+    "TPU's compiler, or arithmetic and bytes over what a GPU's data sheet promises."
+)
 # What a compiler's complaint begins with, the most telling first.
 _COMPLAINTS = (
     r"Used [\d.]+[KMGT] of [\d.]+[KMGT] hbm.*?(?=\. |$)",
@@ -42,7 +47,7 @@ _COMPLAINTS = (
 class Row:
     """A step on a topology: what its program is like, or the `problem` of compiling it.
 
-    Memory and bytes are those of one device, seconds those of the compiler or estimates.
+    Memory and bytes are those of one device, `estimates` seconds by kind of work (`seconds`).
     """
 
     topology: str
@@ -68,13 +73,20 @@ class Row:
     collective_counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
     cycles: Mapping[str, float] = dataclasses.field(default_factory=dict)
     most_cycles: float = 0.0
-    dominates: str = ""
+    estimates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What was compiled for what: a later row of the same replaces this one."""
         case = self.step, tuple(self.size), self.batch, self.dtype
         return self.topology, *case, "" if self.step == "inference" else self.parallel
+
+    @property
+    def dominates(self) -> str:
+        """What takes most of the estimated time, with its share of all of it."""
+        total = sum(self.estimates.values())
+        name = max(self.estimates, key=self.estimates.__getitem__, default="")
+        return f"{name} ({self.estimates[name] / total:.0%})" if total else ""
 
 
 def run_gate(
@@ -87,7 +99,7 @@ def run_gate(
     Raises:
       UserError: `target` holds something else, or cannot be written.
     """
-    table = Table(target, Row, _COLUMNS)
+    table = Table(target, Row, _COLUMNS, _NOTE)
     table.print_header()
     for topology in topologies:
         for case in steps:
@@ -117,7 +129,7 @@ def compile_row(
     if row.chip_memory is not None and row.peak_memory > row.chip_memory:
         problem = f"does not fit: {size(row.peak_memory)} of {size(row.chip_memory)}"
         row = dataclasses.replace(row, problem=problem)
-    return dataclasses.replace(row, dominates=dominant(row, topology.chip))
+    return dataclasses.replace(row, estimates=seconds(row, topology.chip))
 
 
 def _ask(request: Request, command: Sequence[str]) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def _ask(request: Request, command: Sequence[str]) -> dict[str, Any]:
     if done.returncode > 0:
         return {"problem": said}
     name = signal.Signals(-done.returncode).name
-    return {"problem": f"{said}\nthe compiler ended with {name}", "signal": name}
+    return {"problem": f"{said}\nthe compiler ended with {name}"}
 
 
 def _complaint(said: str) -> str:
@@ -167,11 +179,11 @@ def _versions() -> str:
 def seconds(row: Row, chip: Chip) -> dict[str, float]:
     """Estimated seconds of what a step does, none of which was measured.
 
-    TPU: the cycles of its compiler. GPU: arithmetic at the peak, each kernel's bytes at the
-    bandwidth, and what all-reduces send at the speed of the links.
+    TPU: the cycles of its compiler (at 1 GHz if the clock is not known). GPU: arithmetic at the
+    peak, each kernel's bytes at the bandwidth, and what all-reduces send at the speed of the links.
     """
     if row.cycles:
-        return {kind: cycles / (chip.clock or 1.0) for kind, cycles in row.cycles.items()}
+        return {kind: cycles / (chip.clock or 1e9) for kind, cycles in row.cycles.items()}
     if not chip.peak or chip.bandwidth is None:
         return {}
     found = {"arithmetic": row.flops / chip.peak[row.dtype]}
@@ -181,21 +193,16 @@ def seconds(row: Row, chip: Chip) -> dict[str, float]:
     return found
 
 
-def dominant(row: Row, chip: Chip) -> str:
-    """What takes most of the estimated time, with its share of all of it."""
-    parts = seconds(row, chip)
-    if not parts:
-        return ""
-    name = max(parts, key=parts.__getitem__)
-    return f"{name} ({parts[name] / sum(parts.values()):.0%})"
-
-
 def _estimate(row: Row) -> str:
-    """Cycles of a TPU; of other chips, what arithmetic alone and memory alone would take."""
-    if not row.cycles:
-        return ""
-    least, most = sum(row.cycles.values()) / 1e6, row.most_cycles / 1e6
-    return f"{least:.0f}M" if most < 1.005 * least else f"{least:.0f}M to {most:.0f}M"
+    """Cycles of a TPU; of a GPU, what arithmetic, memory and collectives would take alone."""
+    if row.cycles:
+        least, most = sum(row.cycles.values()) / 1e6, row.most_cycles / 1e6
+        return f"{least:.0f}M" + (f" to {most:.0f}M" if most > 1.005 * least else "") + " cycles"
+    sums: dict[str, float] = {}
+    for kind, value in row.estimates.items():
+        name = kind.partition(" ")[0]
+        sums[name] = sums.get(name, 0.0) + value
+    return ", ".join(f"{name} {seconds_text(value)}" for name, value in sums.items())
 
 
 def _of_memory(row: Row) -> str:
@@ -226,7 +233,7 @@ _COLUMNS = {
     "bytes": _if_compiled(lambda row: size(sum(row.bytes.values()))),
     "kernels": _if_compiled(lambda row: f"{row.kernels:,}"),
     "collectives": _collectives,
-    "cycles": _estimate,
+    "estimate": _estimate,
     "dominates": lambda row: row.dominates,
     "date": lambda row: row.date,
 }
