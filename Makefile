@@ -93,6 +93,7 @@ accelerators: $(AOT_READY)
 	$(GATE) $(ALL_CHIPS) --what=inference --batch=1 --config.model.dtype=bfloat16
 	$(GATE) $(ALL_CHIPS) --what=train --batch=4
 	$(GATE) $(ALL_CHIPS) --what=train --batch=4 --config.model.dtype=bfloat16
+	$(GATE) $(ALL_CHIPS) --what=train --batch=4 --config.train.parallel=shard_map --topology=h100:8
 
 accelerators-short: $(AOT_READY)
 	$(GATE) --topology=h100:8,v5e:2x4 --scale=667x400 --batch=1 --target=runs/scaling/short.json

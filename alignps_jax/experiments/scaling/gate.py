@@ -30,7 +30,7 @@ _COMPILE = (sys.executable, "-m", "alignps_jax.experiments.scaling.compile")
 _ROOT = Path(__file__).parents[3]
 _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 _NOTE = (
-    "Compiled ahead of time; nothing ran. Estimates are no measurements: they are the cycles of the "
+    "Compiled ahead of time; nothing ran. Estimates are no measurements: they are cycles of the "
     "TPU's compiler, or arithmetic and bytes over what a GPU's data sheet promises."
 )
 # What a compiler's complaint begins with, the most telling first.
