@@ -175,6 +175,7 @@ def test_topologies():
         (["--topology=cpu:2", "--scale=600x1000"], "--scale: found '600x1000', expected"),
         (["--topology=cpu:2", "--batch=0"], "--batch: found 0, expected 1 or more"),
         (["--runs=0"], "--runs: found 0, expected 1 or more"),
+        (["--topology=cpu:2", "--config.train.parallel=map"], "config.train.parallel: found 'map'"),
         (["--target=here.txt"], "--target: found 'here.txt', expected a file that ends in .json"),
     ],
 )
@@ -281,6 +282,8 @@ def test_rows_stay_until_they_are_replaced(tmp_path):
     assert target.with_suffix(".md").read_text().splitlines()[2:] == [
         "|  | 12 |",
         "| ValueError: b | 0 |",
+        "",
+        again.origin,
     ]
 
 
@@ -305,7 +308,7 @@ def test_the_gate_compiles_for_devices_that_are_not_here(tmp_path, capsys):
     assert row["flops"] > 1e6
     assert row["kernels"] > 10
     assert row["peak_memory"] > 2 * 64 * 64 * 3
-    assert f"jax {jax.__version__}" in row["versions"]
+    assert f"jax {jax.__version__}" in row["origin"]
     assert "compiles" in capsys.readouterr().out
 
 

@@ -56,8 +56,7 @@ class Row:
     batch: int
     dtype: str
     parallel: str
-    date: str
-    versions: str
+    origin: str
     problem: str = ""
     devices: int = 0
     trace_seconds: float = 0.0
@@ -100,7 +99,7 @@ def run_gate(
       UserError: `target` holds something else, or cannot be written.
     """
     table = Table(target, Row, _COLUMNS, _NOTE)
-    table.print_header()
+    print(_NOTE, flush=True)
     for topology in topologies:
         for case in steps:
             table.add(compile_row(config, topology, case))
@@ -118,8 +117,7 @@ def compile_row(
         batch=case.batch,
         dtype=config.model.dtype,
         parallel=config.train.parallel,
-        date=datetime.date.today().isoformat(),
-        versions=_versions(),
+        origin=f"{datetime.date.today().isoformat()}: {_versions()}.",
         chip_memory=topology.chip.memory,
     )
     answer = _ask(Request(usable(config).to_dict(), topology, case), command)
@@ -235,5 +233,4 @@ _COLUMNS = {
     "collectives": _collectives,
     "estimate": _estimate,
     "dominates": lambda row: row.dominates,
-    "date": lambda row: row.date,
 }

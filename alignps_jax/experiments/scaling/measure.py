@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Row:
     scaling: str
     devices: int
     batch: int
+    origin: str
     problem: str = ""
     measured: Measured | None = None
     efficiency: float | None = None
@@ -99,39 +100,46 @@ def measure_scaling(
       UserError: `target` holds something else, or cannot be written.
     """
     config = usable(config)
-    counts, note = device_counts(len(devices)), machine_line()
-    if devices[0].platform == "cpu" and len(devices) > 1:
-        note = f"{SIMULATED}\n\n{note}"
-    table = Table(target, _row_of, _COLUMNS, note)
-    table.print_header()
+    simulated = devices[0].platform == "cpu" and len(devices) > 1
+    origin = f"{machine_line()}.{f' {SIMULATED}' if simulated else ''}"
+    print(origin, flush=True)
+    table = Table(target, _row_of, _COLUMNS)
     for case in steps:
-        known: dict[tuple[int, int], Measured | str] = {}
-        for scaling, pairs in scalings(case.batch, counts).items():
-            first: Measured | None = None
-            for count, batch in pairs:
-                if (count, batch) not in known:
-                    this = dataclasses.replace(case, batch=batch)
-                    known[count, batch] = _try(config, this, devices[:count], runs)
-                row = _row(config, case, scaling, count, batch, known[count, batch])
-                first = first or (row.measured if count == 1 else None)
-                if first and row.measured:
-                    efficiency = row.measured.rate / (count * first.rate)
-                    row = dataclasses.replace(row, efficiency=efficiency)
-                table.add(row)
+        for row in _rows(config, case, devices, runs, origin):
+            table.add(row)
     plot = target.with_suffix(".png")
     with complete_file(plot) as temporary:
-        scaling_plot(table.rows.values(), note).savefig(temporary, format="png")
+        scaling_plot(table.rows.values()).savefig(temporary, format="png")
     table.say_where()
     print(f"plot        {plot}")
 
 
-def _row(
-    config: ConfigDict, case: Case, scaling: str, count: int, batch: int, found: Measured | str
-) -> Row:
-    row = Row(case.step, case.size, config.model.dtype, scaling, count, batch)
-    if isinstance(found, str):
-        return dataclasses.replace(row, problem=found)
-    return dataclasses.replace(row, measured=found)
+def _rows(
+    config: ConfigDict, case: Case, devices: Devices, runs: int, origin: str
+) -> Iterator[Row]:
+    """Weak and strong scaling of one step, one measurement after the other."""
+    known: dict[tuple[int, int], dict[str, Any]] = {}
+    for scaling, pairs in scalings(case.batch, device_counts(len(devices))).items():
+        alone = 0.0
+        for count, batch in pairs:
+            if (count, batch) not in known:
+                this = dataclasses.replace(case, batch=batch)
+                known[count, batch] = _try(config, this, devices[:count], runs)
+            row = Row(
+                step=case.step,
+                size=case.size,
+                dtype=config.model.dtype,
+                scaling=scaling,
+                devices=count,
+                batch=batch,
+                origin=origin,
+                **known[count, batch],
+            )
+            if row.measured:
+                alone = row.measured.rate if count == 1 else alone
+                efficiency = row.measured.rate / (count * alone) if alone else None
+                row = dataclasses.replace(row, efficiency=efficiency)
+            yield row
 
 
 def _row_of(measured: dict[str, Any] | None = None, **fields: Any) -> Row:
@@ -139,13 +147,14 @@ def _row_of(measured: dict[str, Any] | None = None, **fields: Any) -> Row:
     return Row(measured=Measured(**measured) if measured else None, **fields)
 
 
-def _try(config: ConfigDict, case: Case, devices: Devices, runs: int) -> Measured | str:
+def _try(config: ConfigDict, case: Case, devices: Devices, runs: int) -> dict[str, Any]:
+    """What was measured, or the problem of doing so, as fields of a row."""
     try:
-        return measure(config, case, devices, runs=runs)
+        return {"measured": measure(config, case, devices, runs=runs)}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return f"does not fit: {str(error).splitlines()[0][:160]}"
+        return {"problem": f"does not fit: {str(error).splitlines()[0][:160]}"}
 
 
 def measure(config: ConfigDict, case: Case, devices: Devices, *, runs: int) -> Measured:
@@ -203,7 +212,7 @@ def _sum_seconds(arriving: float, devices: Devices, runs: int) -> float:
     return time_in_turns({"sum": lambda: add(arrays)}, runs=runs)["sum"].median
 
 
-def scaling_plot(rows: Iterable[Row], note: str) -> Figure:
+def scaling_plot(rows: Collection[Row]) -> Figure:
     """Images a second against devices, a panel per step; dotted, what no loss would be."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
@@ -225,7 +234,7 @@ def scaling_plot(rows: Iterable[Row], note: str) -> Figure:
             setter("{x:g}")
         axes.grid(alpha=0.3)
         axes.legend()
-    if note.startswith(SIMULATED):
+    if any(row.origin.endswith(SIMULATED) for row in rows):
         figure.suptitle("simulated CPU devices: times mean nothing")
     return figure
 
