@@ -12,10 +12,15 @@ DOCS_READY := $(VENV)/.docs-ready
 PARITY := .venv-parity
 PARITY_READY := $(PARITY)/.ready
 
+# The environment with the compilers for accelerators that are not here: some 450 MB to download.
+AOT := .venv-aot
+AOT_READY := $(AOT)/.ready
+
 # Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test test-newest docs fuzz parity benchmark golden lint lock clean
+.PHONY: setup demo test test-newest docs fuzz parity benchmark accelerators accelerators-short \
+  setup-accelerators golden lint lock clean
 
 setup: $(READY)
 
@@ -79,6 +84,27 @@ RUNS ?= 5
 benchmark: $(PARITY_READY)
 	$(PARITY)/bin/python -m tests.benchmark --runs=$(RUNS) $(if $(WHAT),--what=$(WHAT))
 
+# Inference and the paper's largest training step, compiled for chips that are not here: an hour or
+# two. The short form (small images) takes a quarter of an hour. docs/scaling.md has results.
+GATE = $(AOT)/bin/python launch.py --mode=scaling --config=configs/cuhk.py
+ALL_CHIPS := --topology=h100:8,a100:1,v100:1,v5e:2x4 --target=runs/scaling/gate.json
+accelerators: $(AOT_READY)
+	$(GATE) $(ALL_CHIPS) --what=inference --batch=1
+	$(GATE) $(ALL_CHIPS) --what=inference --batch=1 --config.model.dtype=bfloat16
+	$(GATE) $(ALL_CHIPS) --what=train --batch=4
+	$(GATE) $(ALL_CHIPS) --what=train --batch=4 --config.model.dtype=bfloat16
+	$(GATE) $(ALL_CHIPS) --what=train --batch=4 --config.train.parallel=shard_map --topology=h100:8
+
+accelerators-short: $(AOT_READY)
+	$(GATE) --topology=h100:8,v5e:2x4 --scale=667x400 --batch=1 --target=runs/scaling/short.json
+
+setup-accelerators: $(AOT_READY)
+
+$(AOT_READY): requirements-aot.lock
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-aot.lock
+	touch $@
+
 golden: $(PARITY_READY)
 	$(PARITY)/bin/python -m tests.oracle.make_golden
 
@@ -99,6 +125,8 @@ lock:
 	  --custom-compile-command "make lock" --output-file requirements.lock
 	uv pip compile --quiet --universal --python-version 3.11 --extra docs pyproject.toml \
 	  --constraints requirements.lock --custom-compile-command "make lock" --output-file requirements-docs.lock
+	uv pip compile --quiet --universal --python-version 3.11 --extra aot pyproject.toml \
+	  --constraints requirements.lock --custom-compile-command "make lock" --output-file requirements-aot.lock
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(NEWEST) docs/_build docs/api runs/demo data/synthetic
+	rm -rf $(VENV) $(PARITY) $(NEWEST) $(AOT) docs/_build docs/api runs/demo data/synthetic

@@ -190,6 +190,7 @@ RULES: dict[str, Rule] = {
     ),
     "train.batch_size": _integer(1),
     "train.duration": _LONG,
+    "train.parallel": _TEXT,
     "train.max_positives": _unset_or(_integer(1)),
     "train.log_every_steps": _integer(1),
     "train.checkpoint_every": _LONG,

@@ -4,48 +4,120 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from alignps_jax.choices import choose
 from alignps_jax.types import Batch, Detections, TrainState, UserError
 
 AXIS = "device"
 
 
-def parallel_train_step(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Any]],
-) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
+Step = Callable[[TrainState, Batch], tuple[TrainState, Any]]
+Devices = Sequence[jax.Device]
+
+
+def parallel_train_step(step: Step, how: str = "pmap", devices: Devices | None = None) -> Step:
     """`step` over all devices of all processes; the batch has a leading axis of local devices.
 
     The state goes in and out as ordinary replicated arrays (`replicate` makes them so first) and
-    its buffers are reused.
+    its buffers are reused. All ways give the same result to the last bit.
+
+    Args:
+      step: what one device does with its share of the batch.
+      how: `config.train.parallel`, an entry of `PARALLEL`.
+      devices: the devices to use, or to compile for, instead of all.
+
+    Raises:
+      UserError: there is no such way.
     """
+    return choose("config.train.parallel", how, PARALLEL)(step, devices)
+
+
+def _with_pmap(step: Step, devices: Devices | None) -> Step:
     return jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0
+        step,
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=(None, None),
+        devices=devices,
+        donate_argnums=0,
     )
 
 
+def _with_shard_map(step: Step, devices: Devices | None) -> Step:
+    """The same step under `jit` and a mesh."""
+    # In the order of pmap: the devices of a process side by side.
+    found = devices or sorted(jax.devices(), key=lambda device: device.process_index)
+    mesh = Mesh(np.array(found), (AXIS,))
+    everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+
+    def on_one_device(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        return step(state, jax.tree.map(partial(jnp.squeeze, axis=0), batch))
+
+    # Unchecked, because the step itself says what is summed over the devices.
+    mapped = jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=(everywhere, split),
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    whole, parts = (NamedSharding(mesh, spec) for spec in (everywhere, split))
+    program = jax.jit(mapped, in_shardings=(whole, parts), out_shardings=whole, donate_argnums=0)
+    if jax.process_count() == 1:
+        return program
+
+    def on_all_processes(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        specs = everywhere, split
+        arguments = multihost_utils.host_local_array_to_global_array((state, batch), mesh, specs)
+        out = program(*arguments)
+        return multihost_utils.global_array_to_host_local_array(out, mesh, everywhere)
+
+    return on_all_processes
+
+
+# How a step comes to run on all devices (`config.train.parallel`).
+PARALLEL: dict[str, Callable[[Step, Devices | None], Step]] = {
+    "pmap": _with_pmap,
+    "shard_map": _with_shard_map,
+}
+
+
 def parallel_predict_step(
-    step: Callable[[Any, Any, Batch], Detections],
+    step: Callable[[Any, Any, Batch], Detections], devices: Devices | None = None
 ) -> Callable[[Any, Any, Batch], Detections]:
-    """`step` over this process's devices; batch and detections have a leading device axis."""
-    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), devices=jax.local_devices())
+    """`step` over this process's devices, or those given.
+
+    Batch and detections have a leading device axis.
+    """
+    used = devices or jax.local_devices()
+    return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), devices=used)
 
 
-def replicate(tree: Any) -> Any:
-    """Puts a copy on every local device, which is what buffer donation under pmap asks for."""
-    mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
+def sum_over_devices(devices: Devices) -> Callable[[Any], Any]:
+    """Adds up arrays with a leading axis of these devices; the sum is on all of them."""
+    return jax.pmap(partial(lax.psum, axis_name=AXIS), axis_name=AXIS, devices=devices)
+
+
+def replicate(tree: Any, devices: Devices | None = None) -> Any:
+    """Puts a copy on every local device, or those given, which is what buffer donation asks for."""
+    mesh = Mesh(np.array(devices or jax.local_devices()), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def split_over_devices(batch: Batch) -> Batch:
-    """Adds the leading axis of local devices."""
-    devices = jax.local_device_count()
+def split_over_devices(batch: Batch, devices: int | None = None) -> Batch:
+    """Adds the leading axis: of all local devices, or of so many."""
+    devices = devices or jax.local_device_count()
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 

@@ -12,6 +12,7 @@ from alignps_jax.evaluation.scoring import evaluate_detections
 from alignps_jax.experiments.benchmark.run import run_benchmark
 from alignps_jax.experiments.catalogue import print_catalogue
 from alignps_jax.experiments.reproduce import reproduce_table
+from alignps_jax.experiments.scaling.run import run_scaling
 from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
 from alignps_jax.gallery.photos import parse_box, search_photos
 from alignps_jax.training.train import train_and_evaluate
@@ -61,6 +62,19 @@ def benchmark(args: Arguments) -> None:
     run_benchmark(config, args.what, workdir, runs=args.runs, quick=args.quick)
 
 
+def scaling(args: Arguments) -> None:
+    default = f"runs/scaling/{'gate' if args.topology else 'measured'}.json"
+    run_scaling(
+        args.configuration(cuhk.get_config()),
+        args.topology,
+        what=args.what,
+        scale=args.scale,
+        batch=args.batch,
+        runs=args.runs,
+        target=Path(args.target or default),
+    )
+
+
 def list_variants(args: Arguments) -> None:
     config = args.configuration(cuhk.get_config())
     print_catalogue(args.config_file if args.config else "configs/cuhk.py", config.data.name)
@@ -79,6 +93,7 @@ MODES: dict[str, Callable[[Arguments], None]] = {
     "export": export,
     "visualize": visualize,
     "benchmark": benchmark,
+    "scaling": scaling,
     "list": list_variants,
     "reproduce": reproduce,
 }

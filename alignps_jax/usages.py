@@ -140,6 +140,26 @@ USAGES: dict[str, Usage] = {
         },
         ("--mode=benchmark --what=inference,train",),
     ),
+    "scaling": Usage(
+        "compiles for chips that are not here, or measures 1, 2, 4, ... of the devices that are",
+        {
+            "config": f"{_CONFIG}; default: configs/cuhk.py",
+            "topology": "chips to compile for, a,b,...: v5e:2x4, v6e:2x2, v5p:2x2x1, h100:8, "
+            "a100:1, v100:1, cpu:8; without it, measures",
+            "what": "inference, train, epoch (training on every bucket: hours for a TPU), a,b,...; "
+            "default: inference,train",
+            "scale": "<long>x<short> in pixels; default: the test and the largest training scale",
+            "batch": "images of each device; default: config.train.batch_size",
+            "runs": "measuring: timed runs of each row; default: 5",
+            "target": "JSON file; tables and plots go beside it; default: runs/scaling/gate.json, "
+            "or measured.json",
+        },
+        (
+            "--mode=scaling --config=configs/cuhk.py --topology=v5e:2x4,h100:8,v100:1 --batch=1",
+            "--mode=scaling --what=epoch --topology=h100:8 --config.model.dtype=bfloat16",
+            "--mode=scaling --what=train --batch=4 --scale=1000x600",
+        ),
+    ),
     "list": Usage(
         "lists the variants of a configuration: what each changes, the paper's numbers",
         {"config": "configuration file; default: configs/cuhk.py"},

@@ -92,6 +92,7 @@ WRONG = {
     "optimizer.clip_norm": (0.0, -1.0, NAN, "1", None),
     "train.batch_size": COUNT,
     "train.duration": LONG,
+    "train.parallel": (*NAMES, "map"),
     "train.max_positives": (-3, *COUNT),
     "train.log_every_steps": COUNT,
     "train.checkpoint_every": LONG,

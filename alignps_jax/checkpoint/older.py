@@ -21,6 +21,7 @@ BEFORE = {
     "loss.level_borders": (),
     "optimizer.name": "sgd",
     "optimizer.drop_factor": 0.1,
+    "train.parallel": "pmap",
     "eval.boxes": "detected",
     "eval.context_matching": (),
 }

@@ -34,10 +34,15 @@ def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
     return path[0] == "backbone" and model.backbone.is_frozen(path[1:])
 
 
+def positives_per_image(config: ConfigDict, people: int) -> int:
+    """Positive locations of an image that have room, if it has room for so many people."""
+    per_person = positives_per_level(config.loss.center_radius) * len(config.model.levels)
+    return config.train.max_positives or per_person * people
+
+
 def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
     """Static number of positive locations per device."""
-    per_person = positives_per_level(config.loss.center_radius) * len(config.model.levels)
-    per_image = config.train.max_positives or per_person * pipeline.people
+    per_image = positives_per_image(config, pipeline.people)
     return per_image * config.train.batch_size // jax.device_count()
 
 

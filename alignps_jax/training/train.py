@@ -17,8 +17,10 @@ from alignps_jax.checkpoint.store import (
     load_weights,
     write_run_info,
 )
+from alignps_jax.choices import known_name
 from alignps_jax.config_rules import check_config
 from alignps_jax.devices import (
+    PARALLEL,
     parallel_train_step,
     replicate,
     split_over_devices,
@@ -64,7 +66,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     use_compilation_cache(workdir / "xla_cache")
     run = make_run(config)
     pipeline, plan, evaluator, schedule = run.pipeline, run.plan, run.evaluator, run.schedule
-    step_fn = parallel_train_step(run.step)
+    step_fn = parallel_train_step(run.step, config.train.parallel)
     with (
         Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
         MetricLog(log_folder(workdir)) as log,
@@ -157,6 +159,7 @@ def rehearse(config: ConfigDict) -> AlignPS:
     check_config(config)
     check_batch_size(config, "train")
     check_batch_size(config, "eval")
+    known_name("config.train.parallel", config.train.parallel, PARALLEL)
     dataset_class(config.data.name)
     model = build_model(config)
     make_step(config, model, steps_per_epoch=1, positives=1)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import socket
 import subprocess
+from pathlib import Path
+
+import pytest
 
 from tests.training.train_test import ROOT, command, environment, link_cache, losses
 
@@ -14,25 +17,35 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    short = ("--config.train.duration=3 steps", "--config.train.checkpoint_every=3 steps")
-    alone = tmp_path / "alone"
-    link_cache(tmp_path, alone)
+SHORT = ("--config.train.duration=3 steps", "--config.train.checkpoint_every=3 steps")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run of one process with one device."""
+    shared = tmp_path_factory.mktemp("shared")
+    workdir = shared / "alone"
+    link_cache(shared, workdir)
     subprocess.run(
-        command(tmp_path, alone, *short),
+        command(shared, workdir, *SHORT),
         cwd=ROOT,
         env=environment(1),
         check=True,
         capture_output=True,
         timeout=600,
     )
-    together = tmp_path / "together"
+    return workdir
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_two_processes_give_the_losses_of_one(alone, parallel):
+    shared, together = alone.parent, alone.with_name(parallel)
+    link_cache(shared, together)
+    flags = (*SHORT, f"--config.train.parallel={parallel}")
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
     processes = [
         subprocess.Popen(
-            command(
-                tmp_path, together, *short, coordinator, "--processes=2", f"--process={number}"
-            ),
+            command(shared, together, *flags, coordinator, "--processes=2", f"--process={number}"),
             cwd=ROOT,
             env=environment(2),
             stdout=subprocess.PIPE,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,16 @@ def test_killed_at_any_moment_it_goes_on_and_gives_the_same_losses(shared_dir, w
     done = launch(shared_dir, workdir)
     assert done.returncode == 0, done.stderr
     assert kills > 0
+    assert losses(workdir) == losses(whole_run)
+
+
+def test_shard_map_resumes_what_pmap_began_and_gives_the_same_losses(shared_dir, whole_run):
+    workdir = shared_dir / "resumed"
+    shutil.copytree(whole_run, workdir, symlinks=True)
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    done = launch(shared_dir, workdir, "--config.train.parallel=shard_map")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step 4" in done.stdout
     assert losses(workdir) == losses(whole_run)
 
 

@@ -151,11 +151,12 @@ class Report:
         rows = zip([row.name for row in part.rows], *columns.values(), strict=True)
         warnings = "" if part.complete else "\n\n**Cut short.**"
         warnings += "\n\n**Quick run: figures without meaning.**" if part.quick else ""
-        table = "\n".join(_table_line(line) for line in (["", *columns], rule, *rows))
+        table = "\n".join(table_line(line) for line in (["", *columns], rule, *rows))
         return f"## {name}{warnings}\n\n{table}\n\n{part.machine}.\n"
 
 
-def _table_line(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
