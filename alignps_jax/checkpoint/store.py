@@ -54,6 +54,8 @@ _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
     "opencv-python-headless",
 )
+# Of a run: its configuration, and what it was run with.
+RUN_INFO = ("config.json", "versions.json")
 
 
 class Checkpoints:
@@ -186,7 +188,7 @@ def load_run_config(workdir: Path) -> ConfigDict | None:
 
     Otherwise as `load_config`. Raises UserError if it is damaged.
     """
-    file = Path(workdir) / "config.json"
+    file = Path(workdir) / RUN_INFO[0]
     if not file.exists():
         root = Path(workdir) / "checkpoints"
         return load_config(workdir, "latest") if _steps(root) else None
@@ -237,12 +239,13 @@ def package_versions() -> dict[str, str]:
 
 
 def write_run_info(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json` and `versions.json` for people to read (process 0 only)."""
+    """Writes the files of `RUN_INFO` for people to read (process 0 only)."""
     if jax.process_index() == 0:
         # A field may be infinite, such as a gradient norm that is not clipped.
         content = json.loads(config.to_json())
-        write_json(Path(workdir) / "config.json", content, allow_nan=True)
-        write_json(Path(workdir) / "versions.json", package_versions())
+        config_file, versions_file = (Path(workdir) / name for name in RUN_INFO)
+        write_json(config_file, content, allow_nan=True)
+        write_json(versions_file, package_versions())
 
 
 def _steps(root: Path) -> list[int]:

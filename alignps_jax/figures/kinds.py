@@ -12,7 +12,7 @@ from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import photos as photo_figures
 from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
-from alignps_jax.files import Image, read_image, write_image
+from alignps_jax.files import Image, check_outputs, read_image, write_image
 from alignps_jax.gallery.photos import gallery_photos, parse_box
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
@@ -97,14 +97,15 @@ def draw_figures(kind: str, request: FigureRequest) -> None:
     """Writes the pictures of a kind, an entry of `FIGURES`, as PNG files and prints their paths.
 
     Raises:
-      UserError: what the kind needs is missing, cannot be read or does not fit together; or the
-        kind does not read what was given.
+      UserError: what the kind needs is missing, cannot be read or does not fit together; the
+        kind does not read what was given; or the folder cannot be written.
     """
     for name in ("query", "box", "gallery"):
         if getattr(request, name) is not None and name not in FIGURES[kind].reads:
             raise UserError(f"--{name}: --what={kind} does not read it")
     if request.box is not None and request.query is None:
         raise UserError("--query: missing, expected the photo that --box is in")
+    check_outputs(request.workdir / f"{kind}.png")
     for name, picture in FIGURES[kind].draw(request):
         path = request.workdir / f"{name}.png"
         write_image(path, picture)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from alignps_jax.boxes import iou
 from alignps_jax.devices import own_cache, use_compilation_cache
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
-from alignps_jax.files import read_image, write_image, write_json
+from alignps_jax.files import check_outputs, read_image, write_image, write_json
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.inference.detector import Detector
 from alignps_jax.progress import progress
@@ -101,6 +101,8 @@ def search_photos(
     Raises:
       UserError: a file cannot be read, or nobody is found in the query photo or its box.
     """
+    ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
+    check_outputs(ranking, picture)
     use_compilation_cache(own_cache())
     detector = Detector.from_checkpoint(checkpoint, config)
     print(f"checkpoint: step {detector.step} of {checkpoint}")
@@ -114,8 +116,6 @@ def search_photos(
         for path in progress(photos, desc="search", unit="photo")
     }
     rankings = rank(queries, query, found)
-    workdir.mkdir(parents=True, exist_ok=True)
-    ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
     write_ranking_json(ranking, rankings)
     write_image(picture, draw_rankings(rankings[:MAX_PICTURE_QUERIES], gallery, photo, max_pixels))
     people = sum(len(detections.scores) for detections in found.values())
