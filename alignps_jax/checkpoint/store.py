@@ -47,6 +47,7 @@ from alignps_jax.checkpoint.arrays import (
     unsealed,
 )
 from alignps_jax.checkpoint.older import complete
+from alignps_jax.checkpoint.places import is_step, steps_in
 from alignps_jax.files import write_json
 from alignps_jax.types import TrainState, UserError, Weights
 
@@ -117,7 +118,7 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
         self.wait()
-        return max(_steps(self._root), default=None)
+        return max(steps_in(self._root), default=None)
 
     def save(self, state: TrainState, iterator_state: Any, score: float | None = None) -> None:
         """Copies the state, which may be donated afterwards, and writes it in the background.
@@ -191,7 +192,7 @@ def load_run_config(workdir: Path) -> ConfigDict | None:
     file = Path(workdir) / RUN_INFO[0]
     if not file.exists():
         root = Path(workdir) / "checkpoints"
-        return load_config(workdir, "latest") if _steps(root) else None
+        return load_config(workdir, "latest") if steps_in(root) else None
     try:
         return _completed(read_json(file))
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -248,13 +249,8 @@ def write_run_info(workdir: Path, config: ConfigDict) -> None:
         write_json(versions_file, package_versions())
 
 
-def _steps(root: Path) -> list[int]:
-    entries = root.iterdir() if root.is_dir() else ()
-    return [int(entry.name) for entry in entries if entry.name.isdigit() and entry.is_dir()]
-
-
 def _best(root: Path) -> int | None:
-    folders = {step: root / str(step) for step in _steps(root)}
+    folders = {step: root / str(step) for step in steps_in(root)}
     scores = {
         step: reading(folder, partial(_score_in, folder))
         for step, folder in folders.items()
@@ -288,22 +284,13 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
-def holds_checkpoint(path: Path) -> bool:
-    """Whether `path`, as in `load_weights`, leads to a checkpoint."""
-    return _is_step(path) or bool(_steps(path / "checkpoints") or _steps(path))
-
-
-def _is_step(path: Path) -> bool:
-    return any((path / item).is_dir() for item in ("model", "training", "manifest"))
-
-
 def _find(path: Path, which: str | int) -> Path:
     """The folder of one checkpoint; see `load_weights`."""
     path = Path(path).absolute()
-    if _is_step(path):
+    if is_step(path):
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(_steps(root))
+    steps = sorted(steps_in(root))
     if not steps:
         raise UserError(f"{path}: found no checkpoint, expected a run's workdir or part of it")
     if which in ("best", "latest"):

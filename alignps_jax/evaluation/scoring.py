@@ -149,7 +149,7 @@ def context_matching(value: object) -> ContextMatching | None:
     )
 
 
-def evaluate_detections(config: ConfigDict, file: Path, workdir: str | Path | None = None) -> None:
+def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = None) -> None:
     """Scores a file of detections of the test images of `config.data`.
 
     Args:
@@ -161,7 +161,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: str | Path | No
       UserError: the file is not one of detections, or not of these images; the data or a field of
         `config.eval` is wrong; the results cannot be written, which is found out first.
     """
-    workdir = Path(workdir or file.with_name(f"{file.stem}_rescored"))
+    workdir = workdir or file.with_name(f"{file.stem}_rescored")
     check_outputs(workdir / METRICS, workdir / QUERIES)
     if config.eval.boxes != "detected":
         raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import photos as photo_figures
@@ -85,7 +86,7 @@ def figure_request(
         query=Path(query) if query else None,
         box=parse_box(box),
         gallery=Path(gallery) if gallery else None,
-        workdir=Path(workdir) if workdir else _folder(paths[0]) / "figures",
+        workdir=Path(workdir) if workdir else results_folder(_folder(paths[0])) / "figures",
     )
 
 
