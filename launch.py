@@ -3,6 +3,7 @@
 python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
 """
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +19,9 @@ from alignps_jax.types import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one mode; returns the exit code: 0, or 2 after bad input."""
+    """Runs one mode; returns the exit code: 0, 2 after bad input, 3 where photos were skipped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         args = parse(argv)
         if args.help:
@@ -32,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         MODES[args.mode](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return 0
 
 

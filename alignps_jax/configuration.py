@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import holds_checkpoint, load_config, load_run_config
+from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.store import load_config, load_run_config
 from alignps_jax.command_line import Arguments
 from alignps_jax.types import UserError
 from configs import cuhk

@@ -1,8 +1,9 @@
-"""Complete files, and photos."""
+"""Complete files, whether they could be written, and photos."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -37,6 +38,45 @@ def complete_file(path: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+# So much of a disk is free where a result is to go, or it counts as full.
+_PROBE_BYTES = 4096
+
+
+def check_outputs(*paths: Path) -> None:
+    """Finds out, before the work, whether its results can be written; leaves nothing behind.
+
+    Args:
+        paths: the files to be written later; their folders need not exist.
+
+    Raises:
+        UserError: a path is a folder, its folder is a file, or it cannot be written.
+    """
+    for path in paths:
+        try:
+            _check_output(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _check_output(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: found a folder, expected a file to write or nothing there")
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
+    nearest = path.parents[len(missing)]
+    if not nearest.is_dir():
+        raise UserError(f"{nearest}: found a file, expected a folder for {path.name}")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(_PROBE_BYTES))
+    finally:
+        with contextlib.suppress(OSError):  # not made after all
+            probe.unlink()
+        with contextlib.suppress(OSError):  # not made, or somebody else has files there by now
+            for folder in missing:
+                folder.rmdir()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

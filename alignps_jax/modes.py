@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from alignps_jax.checkpoint.places import check_lasting, is_step, results_folder
 from alignps_jax.choices import known_name
 from alignps_jax.command_line import Arguments
 from alignps_jax.configuration import checkpoint_config, detections_config, train_config
@@ -21,21 +22,25 @@ from configs import cuhk
 
 
 def train(args: Arguments) -> None:
-    train_and_evaluate(train_config(args), Path(args.workdir or f"runs/{args.config_name}"))
+    workdir = Path(args.workdir or f"runs/{args.config_name}")
+    check_lasting("--workdir", workdir)
+    train_and_evaluate(train_config(args), workdir)
 
 
 def evaluate(args: Arguments) -> None:
     if args.detections:
-        evaluate_detections(detections_config(args), Path(args.detections), args.workdir)
+        file, folder = Path(args.detections), Path(args.workdir) if args.workdir else None
+        check_lasting("--workdir", folder or file.parent)
+        evaluate_detections(detections_config(args), file, folder)
         return
     checkpoint = Path(args.checkpoint or args.workdir)
-    workdir = Path(args.workdir or checkpoint)
-    evaluate_checkpoint(checkpoint_config(args, checkpoint), checkpoint, workdir)
+    config = checkpoint_config(args, checkpoint)
+    evaluate_checkpoint(config, checkpoint, _results_folder(args, checkpoint))
 
 
 def search(args: Arguments) -> None:
     checkpoint, query = Path(args.checkpoint), Path(args.query)
-    workdir = Path(args.workdir or checkpoint / "search" / query.stem)
+    workdir = _results_folder(args, checkpoint, "search", query.stem)
     config, box = checkpoint_config(args, checkpoint), parse_box(args.box)
     search_photos(checkpoint, config, query, box, Path(args.gallery), workdir)
 
@@ -46,15 +51,19 @@ def convert(args: Arguments) -> None:
 
 
 def export(args: Arguments) -> None:
-    checkpoint = Path(args.checkpoint)
-    export_released(checkpoint, Path(args.target), checkpoint_config(args, checkpoint))
+    checkpoint, target = Path(args.checkpoint), Path(args.target)
+    check_lasting("--target", target)
+    export_released(checkpoint, target, checkpoint_config(args, checkpoint))
 
 
 def visualize(args: Arguments) -> None:
     kind, sources = known_name("--what", args.what, FIGURES), args.detections or args.checkpoint
     own_config = partial(checkpoint_config, args)
-    optional = (args.query, args.box, args.gallery, args.workdir)
-    draw_figures(kind, figure_request(sources, own_config, *optional))
+    request = figure_request(sources, own_config, args.query, args.box, args.gallery, args.workdir)
+    check_lasting("--workdir", request.workdir)
+    if not args.workdir:
+        _say_where(request.checkpoints[0], request.workdir)
+    draw_figures(kind, request)
 
 
 def benchmark(args: Arguments) -> None:
@@ -83,6 +92,21 @@ def list_variants(args: Arguments) -> None:
 def reproduce(args: Arguments) -> None:
     workdir = Path(args.workdir or f"runs/reproduce-{args.config_name}")
     reproduce_table(args.configuration(), args.config_name, args.table, args.seeds, workdir)
+
+
+def _results_folder(args: Arguments, checkpoint: Path, *below: str) -> Path:
+    """Where results of the checkpoint go: --workdir, else a lasting place of the checkpoint's."""
+    if args.workdir and args.checkpoint:
+        check_lasting("--workdir", Path(args.workdir))
+        return Path(args.workdir)
+    folder = results_folder(checkpoint)
+    _say_where(checkpoint, folder)
+    return folder.joinpath(*below)
+
+
+def _say_where(checkpoint: Path, folder: Path) -> None:
+    if is_step(checkpoint):
+        print(f"results go to {folder}, because training deletes the folders of steps in time")
 
 
 MODES: dict[str, Callable[[Arguments], None]] = {

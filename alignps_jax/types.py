@@ -9,7 +9,7 @@ counts is said by a boolean array, never by a special value.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import struct
@@ -183,4 +183,12 @@ class GalleryDetections:
 
 
 class UserError(ValueError):
-    """Bad input: one clear line for the user; `launch.py` prints it and exits with code 2."""
+    """Bad input: one clear line for the user; `launch.py` prints it and exits with its code."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class IncompleteError(UserError):
+    """The work is done and its results are written, but for a part of the input."""
+
+    exit_code = 3

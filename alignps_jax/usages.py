@@ -56,7 +56,7 @@ USAGES: dict[str, Usage] = {
         {
             "config": _OTHER_CONFIG,
             "checkpoint": f"{_CHECKPOINT}; default: --workdir",
-            "workdir": "where results go; default: the checkpoint's folder",
+            "workdir": "where results go; default: that of the run; of one step: <run>/step_<step>",
             "detections": "saved detections (.npz) to measure instead of a checkpoint",
             **_PROCESSES,
         },
@@ -78,7 +78,7 @@ USAGES: dict[str, Usage] = {
             "query": "photo with the person to find",
             "box": _BOX,
             "gallery": "folder of photos to search",
-            "workdir": "where results go; default: <checkpoint>/search/<name of the query>",
+            "workdir": "where results go; default: <run>/search/<name of the query>",
         },
         (
             "--mode=search --checkpoint=runs/cuhk --query=photo.jpg --box=310,120,390,330 "
@@ -120,7 +120,7 @@ USAGES: dict[str, Usage] = {
             "query": "photo to draw, or with the person to find",
             "box": _BOX,
             "gallery": "folder of photos",
-            "workdir": "where pictures go; default: <checkpoint>/figures",
+            "workdir": "where pictures go; default: <run>/figures",
         },
         (
             "--mode=visualize --what=sampling_points --checkpoint=runs/cuhk --query=photo.jpg",

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.choices import choose
 from alignps_jax.types import Annotations, SearchProtocol
+from data_pipeline.leftovers import clear_leftovers
 from data_pipeline.prepared import SPLITS, PersonSearchBuilder, PreparedSplit
 from data_pipeline.sources.coco_person_search import CocoPersonSearch
 from data_pipeline.sources.cuhk_sysu import CuhkSysu, CuhkSysuSource
@@ -93,7 +94,8 @@ def prepare(data: ConfigDict) -> PreparedDataset:
     """Opens the prepared data set; the first time, writes it below `data.prepared_dir`.
 
     Prints what was found, beside the published figures where there are some; a later call, with
-    the same annotations, prints one line.
+    the same annotations and photos, prints one line. Photos count as the same while their names,
+    sizes in bytes and times of the last change are.
 
     Raises:
       UserError: as `load_test`; also an image that is missing or damaged, and a folder that cannot
@@ -102,13 +104,15 @@ def prepare(data: ConfigDict) -> PreparedDataset:
     builder_class = _builder_class(data)
     prepared = Path(data.prepared_dir or Path(data.root) / "prepared").expanduser()
     builder = builder_class(root=data.root, data_dir=prepared, max_pixels=data.max_pixels)
+    for line in clear_leftovers(builder.folder):
+        print(f"  {line}")
     if builder.is_prepared:
         counts = [f"{len(builder.annotations[split].names):,} {split}" for split in SPLITS]
         print(f"{builder.source.title}: {' and '.join(counts)} images in {builder.data_path}")
     else:
         print(f"{builder.source.title}: preparing {builder.data_path}", flush=True)
-        for folder in builder.leftovers:
-            print(f"  {folder}: left by an interrupted preparation, can be deleted")
+        for folder in builder.outdated:
+            print(f"  {folder}: made from other annotations or photos; stays until you delete it")
         builder.prepare()
         print(_summary(builder), flush=True)
     return PreparedDataset(**{split: builder.open(split) for split in SPLITS})

@@ -14,8 +14,9 @@ import hashlib
 import io
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from alignps_jax.image_files import decode_photo, read_photo
 from alignps_jax.progress import progress
 from alignps_jax.types import Annotations, UserError
+from data_pipeline.leftovers import sign
 from data_pipeline.records import (
     SIZES_FILE,
     PreparedSplit,
@@ -67,7 +69,7 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
 ):
     """Writes the splits `train` and `test` of a `Source`, in the order of its annotations.
 
-    The annotations' fingerprint is the TFDS config: files made from other annotations lie in a
+    The fingerprint of annotations and photos is the TFDS config: files made from others lie in a
     folder of their own, and are never taken for these. TFDS writes to a folder with another name
     and renames it at the end, so an interrupted preparation is never taken for a complete one.
     (A shard-based builder, because it streams: TFDS's generator-based ones hold a split that is
@@ -100,19 +102,28 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
         self.clipped = self.dropped = 0
         self._photos: dict[str, list[_Photo]] = {}
         self._bar = progress(desc="", unit="image", disable=True)
-        config = tfds.core.BuilderConfig(name=fingerprint(self.annotations))
+        config = tfds.core.BuilderConfig(name=self._fingerprint())
         with _quiet_tfds(), intact(Path(data_dir) / self.name / config.name / str(self.VERSION)):
             super().__init__(data_dir=data_dir, config=config, file_format="array_record")
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the files are there, complete, and made from these annotations."""
+        """Whether the files are there, complete, and made from these annotations and photos."""
         return self.data_path.exists()
 
     @property
-    def leftovers(self) -> list[Path]:
-        """Folders that preparations left when they were killed (or that one still writes to)."""
-        return sorted(Path(self.data_path).parent.glob("incomplete.*"))
+    def folder(self) -> Path:
+        """Where this data set's prepared files lie, whatever they were made from."""
+        return Path(self.data_path).parents[1]
+
+    @property
+    def outdated(self) -> list[Path]:
+        """Complete prepared files that were made from other annotations or photos."""
+        return sorted(
+            path
+            for path in self.folder.glob(f"*/{self.VERSION}")
+            if path.is_dir() and path != Path(self.data_path)
+        )
 
     def prepare(self) -> None:
         """`download_and_prepare` without TFDS's own messages.
@@ -205,12 +216,25 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
 
     def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
         # TFDS calls this with `data_path` set to the folder that it renames when all is done.
+        sign(Path(self.data_path))
         super()._download_and_prepare(*args, **kwargs)
         sizes = {
             split: [(photo.height, photo.width) for photo in photos]
             for split, photos in self._photos.items()
         }
         (Path(self.data_path) / SIZES_FILE).write_text(json.dumps(sizes))
+        if self._fingerprint() != self.builder_config.name:
+            raise UserError(
+                f"{self.source.root}: found photos that changed while they were prepared; start "
+                "again once they stay as they are"
+            )
+
+    def _fingerprint(self) -> str:
+        photos = {
+            split: photo_files(self.source, people.names)
+            for split, people in self.annotations.items()
+        }
+        return fingerprint(self.annotations, photos)
 
     def _check_photos_exist(self) -> None:
         for split in SPLITS:
@@ -226,11 +250,34 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
                 )
 
 
-def fingerprint(annotations: dict[str, Annotations]) -> str:
-    """Twelve hexadecimal digits that stand for the annotations of all splits."""
+# (Size in bytes, time of the last change in nanoseconds) of a photo; None: there is none.
+PhotoFile = tuple[int, int] | None
+
+
+def photo_files(source: Source, names: Sequence[str]) -> list[PhotoFile]:
+    """What the file system says of each photo, which is where `Source.image_path` finds it."""
+    folders = [os.path.join(source.root, folder) for folder in source.photo_folders]
+    return [_photo_file(folders, name) for name in names]
+
+
+def _photo_file(folders: Sequence[str], name: str) -> PhotoFile:
+    for folder in folders:
+        try:
+            about = os.stat(f"{folder}/{name}")
+        except (OSError, ValueError):  # no path at all
+            continue
+        if stat.S_ISREG(about.st_mode):
+            return about.st_size, about.st_mtime_ns
+    return None
+
+
+def fingerprint(
+    annotations: Mapping[str, Annotations], photos: Mapping[str, Sequence[PhotoFile]]
+) -> str:
+    """Twelve hexadecimal digits that stand for the annotations and photos of all splits."""
     digest = hashlib.sha256()
     for split, people in annotations.items():
-        digest.update(repr((split, people.names)).encode())
+        digest.update(repr((split, people.names, photos[split])).encode())
         counts = np.array([len(boxes) for boxes in people.boxes], np.int64)
         for rows in ([counts, people.camera], people.boxes, people.identity, people.labeled):
             for array in rows:

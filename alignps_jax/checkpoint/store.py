@@ -47,6 +47,7 @@ from alignps_jax.checkpoint.arrays import (
     unsealed,
 )
 from alignps_jax.checkpoint.older import complete
+from alignps_jax.checkpoint.places import is_step, steps_in
 from alignps_jax.files import write_json
 from alignps_jax.types import TrainState, UserError, Weights
 
@@ -54,6 +55,8 @@ _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
     "opencv-python-headless",
 )
+# Of a run: its configuration, and what it was run with.
+RUN_INFO = ("config.json", "versions.json")
 
 
 class Checkpoints:
@@ -115,7 +118,7 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
         self.wait()
-        return max(_steps(self._root), default=None)
+        return max(steps_in(self._root), default=None)
 
     def save(self, state: TrainState, iterator_state: Any, score: float | None = None) -> None:
         """Copies the state, which may be donated afterwards, and writes it in the background.
@@ -186,10 +189,10 @@ def load_run_config(workdir: Path) -> ConfigDict | None:
 
     Otherwise as `load_config`. Raises UserError if it is damaged.
     """
-    file = Path(workdir) / "config.json"
+    file = Path(workdir) / RUN_INFO[0]
     if not file.exists():
         root = Path(workdir) / "checkpoints"
-        return load_config(workdir, "latest") if _steps(root) else None
+        return load_config(workdir, "latest") if steps_in(root) else None
     try:
         return _completed(read_json(file))
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -237,21 +240,17 @@ def package_versions() -> dict[str, str]:
 
 
 def write_run_info(workdir: Path, config: ConfigDict) -> None:
-    """Writes `config.json` and `versions.json` for people to read (process 0 only)."""
+    """Writes the files of `RUN_INFO` for people to read (process 0 only)."""
     if jax.process_index() == 0:
         # A field may be infinite, such as a gradient norm that is not clipped.
         content = json.loads(config.to_json())
-        write_json(Path(workdir) / "config.json", content, allow_nan=True)
-        write_json(Path(workdir) / "versions.json", package_versions())
-
-
-def _steps(root: Path) -> list[int]:
-    entries = root.iterdir() if root.is_dir() else ()
-    return [int(entry.name) for entry in entries if entry.name.isdigit() and entry.is_dir()]
+        config_file, versions_file = (Path(workdir) / name for name in RUN_INFO)
+        write_json(config_file, content, allow_nan=True)
+        write_json(versions_file, package_versions())
 
 
 def _best(root: Path) -> int | None:
-    folders = {step: root / str(step) for step in _steps(root)}
+    folders = {step: root / str(step) for step in steps_in(root)}
     scores = {
         step: reading(folder, partial(_score_in, folder))
         for step, folder in folders.items()
@@ -285,22 +284,13 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics["score"]
 
 
-def holds_checkpoint(path: Path) -> bool:
-    """Whether `path`, as in `load_weights`, leads to a checkpoint."""
-    return _is_step(path) or bool(_steps(path / "checkpoints") or _steps(path))
-
-
-def _is_step(path: Path) -> bool:
-    return any((path / item).is_dir() for item in ("model", "training", "manifest"))
-
-
 def _find(path: Path, which: str | int) -> Path:
     """The folder of one checkpoint; see `load_weights`."""
     path = Path(path).absolute()
-    if _is_step(path):
+    if is_step(path):
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(_steps(root))
+    steps = sorted(steps_in(root))
     if not steps:
         raise UserError(f"{path}: found no checkpoint, expected a run's workdir or part of it")
     if which in ("best", "latest"):

@@ -75,8 +75,14 @@ def clipped(box: Float[np.ndarray, "4"], width: int, height: int) -> tuple[int, 
 
 def text_size(text: str, scale: float) -> tuple[int, int, int]:
     """Width, height above the base line and below it."""
-    (width, height), below = cv2.getTextSize(text, _FONT, scale, _text_thickness(scale))
+    text, thickness = _drawable(text), _text_thickness(scale)
+    (width, height), below = cv2.getTextSize(text, _FONT, scale, thickness)
     return width, height, below
+
+
+def _drawable(text: str) -> str:
+    """The text without what is no character, as names of files may have; OpenCV crashes on it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _text_thickness(scale: float) -> int:
@@ -85,9 +91,8 @@ def _text_thickness(scale: float) -> int:
 
 def put_text(canvas: Image, text: str, x: int, baseline: int, color: Color, scale: float) -> None:
     """Writes into `canvas`; x and baseline are the pixel where the text begins."""
-    cv2.putText(
-        canvas, text, (x, baseline), _FONT, scale, color, _text_thickness(scale), cv2.LINE_AA
-    )
+    text, thickness = _drawable(text), _text_thickness(scale)
+    cv2.putText(canvas, text, (x, baseline), _FONT, scale, color, thickness, cv2.LINE_AA)
 
 
 def draw_label(

@@ -28,8 +28,8 @@ from alignps_jax.drawing.rankings import PictureRow, ranking_picture
 from alignps_jax.evaluation.detections_io import check_detections, save_detections, unit_embeddings
 from alignps_jax.evaluation.pictures import protocol_row
 from alignps_jax.evaluation.results import EvaluationResult, detection_values, search_values
-from alignps_jax.evaluation.scoring import Scorer, make_scorer
-from alignps_jax.files import write_image
+from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
+from alignps_jax.files import check_outputs, write_image
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
@@ -37,6 +37,10 @@ from alignps_jax.progress import progress
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import PreparedSplit, prepare
 from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
+
+# The files that `Evaluator.write` writes.
+DETECTIONS, RANKINGS = "detections.npz", "rankings.png"
+OUTPUTS = (METRICS, QUERIES, DETECTIONS, RANKINGS)
 
 EXAMPLE_IMAGES = 4
 EXAMPLE_FAILURES = 3
@@ -113,7 +117,7 @@ class Evaluator:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""
         if jax.process_index() != 0:
             return
-        saved, pictures = workdir / "detections.npz", workdir / "rankings.png"
+        saved, pictures = workdir / DETECTIONS, workdir / RANKINGS
         save_detections(saved, trained.detections)
         baseline = untrained.result if untrained is not None else None
         self.scorer.write(workdir, trained.detections, trained.result, baseline)
@@ -165,8 +169,11 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     """Evaluates the best checkpoint of a run, or one step's folder, on `config.data`.
 
     Raises:
-      UserError: there is no such checkpoint, it does not fit `config`, or the data is wrong.
+      UserError: there is no such checkpoint, it does not fit `config`, the data is wrong, or
+        `workdir` cannot be written; all that is found before the evaluation.
     """
+    if jax.process_index() == 0:
+        check_outputs(*(workdir / name for name in OUTPUTS))
     use_compilation_cache(own_cache())
     check_batch_size(config, "eval")
     model = build_model(config)

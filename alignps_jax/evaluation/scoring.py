@@ -28,8 +28,12 @@ from alignps_jax.evaluation.results import (
     write_metrics_json,
     write_queries_csv,
 )
+from alignps_jax.files import check_outputs
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol, UserError
 from data_pipeline.datasets import load_test
+
+# The files that `Scorer.write` writes.
+METRICS, QUERIES = "metrics.json", "queries.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Scorer:
         if untrained is not None:
             rows.append(ResultRow("untrained", untrained))
         print_results(rows)
-        metrics, queries = workdir / "metrics.json", workdir / "queries.csv"
+        metrics, queries = workdir / METRICS, workdir / QUERIES
         write_metrics_json(metrics, result, untrained)
         write_queries_csv(queries, self.protocols, result.searches, detections)
         print(f"metrics     {metrics}\nqueries     {queries}")
@@ -145,7 +149,7 @@ def context_matching(value: object) -> ContextMatching | None:
     )
 
 
-def evaluate_detections(config: ConfigDict, file: Path, workdir: str | Path | None = None) -> None:
+def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = None) -> None:
     """Scores a file of detections of the test images of `config.data`.
 
     Args:
@@ -155,9 +159,10 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: str | Path | No
 
     Raises:
       UserError: the file is not one of detections, or not of these images; the data or a field of
-        `config.eval` is wrong.
+        `config.eval` is wrong; the results cannot be written, which is found out first.
     """
-    workdir = Path(workdir or file.with_name(f"{file.stem}_rescored"))
+    workdir = workdir or file.with_name(f"{file.stem}_rescored")
+    check_outputs(workdir / METRICS, workdir / QUERIES)
     if config.eval.boxes != "detected":
         raise UserError(
             f"config.eval.boxes: found {config.eval.boxes!r}, expected 'detected' with "

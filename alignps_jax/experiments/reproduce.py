@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import package_versions
 from alignps_jax.experiments.catalogue import PAPER_METRICS
-from alignps_jax.files import write_atomically, write_json
+from alignps_jax.files import check_outputs, write_atomically, write_json
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
 from configs.variants import PaperRow, apply_variant, rows_of, variants_for
@@ -73,7 +73,8 @@ def reproduce_table(config: ConfigDict, name: str, table: str, seeds: int, workd
       workdir: where all of it goes.
 
     Raises:
-      UserError: there is no such table, or a run in `workdir` had other settings.
+      UserError: there is no such table, a run in `workdir` had other settings, or nothing can be
+        written there.
     """
     rows = rows_of(table, config.data.name)
     if not rows:
@@ -82,7 +83,13 @@ def reproduce_table(config: ConfigDict, name: str, table: str, seeds: int, workd
         raise UserError(f"--seeds: found {seeds}, expected at least 1")
     numbers = range(config.seed, config.seed + seeds)
     # All rows once before any of them twice: a table that is cut short is complete sooner.
-    for done, (seed, (variant, row)) in enumerate(itertools.product(numbers, rows)):
+    runs = list(itertools.product(numbers, rows))
+    for seed, (variant, _) in runs:  # what the last run would end with ends the first one
+        folder = run_folder(workdir, variant, seed)
+        refuse_other_settings(variant_config(config, variant, seed), folder)
+    if jax.process_index() == 0:
+        check_outputs(*(workdir / f"table{table}.{suffix}" for suffix in ("md", "json")))
+    for done, (seed, (variant, row)) in enumerate(runs):
         print(f"table {table}, run {done + 1} of {seeds * len(rows)}: {row.label}, seed {seed}")
         run_row(variant_config(config, variant, seed), run_folder(workdir, variant, seed))
         text = write_table(config, name, table, numbers, workdir)
@@ -106,17 +113,17 @@ def run_folder(workdir: Path, variant: str, seed: int) -> Path:
 
 def run_row(config: ConfigDict, folder: Path) -> None:
     """Trains and evaluates, unless that is done; resumes an interrupted run."""
-    if (folder / "config.json").exists():
-        refuse_other_settings(config, folder)
     if not (folder / "metrics.json").exists():
         train_and_evaluate(config, folder)
         jax.clear_caches()  # the next row is another network: nothing of this one is used again
 
 
 def refuse_other_settings(config: ConfigDict, folder: Path) -> None:
-    """Raises UserError if the run in `folder` is not one of `config`."""
+    """Raises UserError if there is a run in `folder`, and it is not one of `config`."""
+    if not (folder / "config.json").exists():
+        return
     asked = flatten(json.loads(config.to_json()))
-    found = flatten(json.loads((folder / "config.json").read_text()))
+    found = flatten(_read(folder / "config.json"))
     for field in sorted(asked.keys() | found.keys()):
         if field not in PLACES and asked.get(field) != found.get(field):
             raise UserError(
@@ -128,6 +135,17 @@ def refuse_other_settings(config: ConfigDict, folder: Path) -> None:
 def flatten(fields: dict[str, Any]) -> dict[str, object]:
     """Nested fields by their dotted names."""
     return traverse_util.flatten_dict(fields, sep=".")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a run left in a JSON file of its folder."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error}), expected what a run wrote") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: found {type(content).__name__}, expected what a run wrote")
+    return content
 
 
 def write_table(
@@ -150,7 +168,7 @@ def reproduced(
 ) -> ReproducedRow | None:
     """What the finished runs of a row reached, in percent; None if none is finished."""
     files = [run_folder(workdir, variant, seed) / "metrics.json" for seed in seeds]
-    runs = [json.loads(file.read_text()) for file in files if file.exists()]
+    runs = [_read(file) for file in files if file.exists()]
     if not runs:
         return None
     protocol = next(iter(runs[0]["search"]))  # the first one counts, as for the best checkpoint

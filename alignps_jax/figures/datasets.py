@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.drawing.rankings import PictureRow
 from alignps_jax.evaluation.detections_io import load_detections
 from alignps_jax.evaluation.metrics import SearchMetrics
@@ -82,8 +83,8 @@ def gallery_sizes(paths: Sequence[Path]) -> GallerySizes:
 
 
 def _file_of(path: Path, name: str) -> Path:
-    """The path if it is a file, else the file of that name in the folder."""
-    found = path if path.is_file() else path / name
+    """The path if it is a file, else the one of that name among the checkpoint's results."""
+    found = path if path.is_file() else results_folder(path) / name
     if not found.is_file():
         raise UserError(f"{found}: no such file; --mode=evaluate --checkpoint={path} writes it")
     return found

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import photos as photo_figures
 from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
-from alignps_jax.files import Image, read_image, write_image
-from alignps_jax.gallery.photos import gallery_photos, parse_box
+from alignps_jax.files import Image, check_outputs, read_image, write_image
+from alignps_jax.gallery.photos import GalleryReader, gallery_photos, parse_box
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
 
@@ -85,7 +87,7 @@ def figure_request(
         query=Path(query) if query else None,
         box=parse_box(box),
         gallery=Path(gallery) if gallery else None,
-        workdir=Path(workdir) if workdir else _folder(paths[0]) / "figures",
+        workdir=Path(workdir) if workdir else results_folder(_folder(paths[0])) / "figures",
     )
 
 
@@ -97,14 +99,16 @@ def draw_figures(kind: str, request: FigureRequest) -> None:
     """Writes the pictures of a kind, an entry of `FIGURES`, as PNG files and prints their paths.
 
     Raises:
-      UserError: what the kind needs is missing, cannot be read or does not fit together; or the
-        kind does not read what was given.
+      IncompleteError: all is drawn, but some photos of the gallery could not be read.
+      UserError: what the kind needs is missing, cannot be read or does not fit together; the
+        kind does not read what was given; or the folder cannot be written.
     """
     for name in ("query", "box", "gallery"):
         if getattr(request, name) is not None and name not in FIGURES[kind].reads:
             raise UserError(f"--{name}: --what={kind} does not read it")
     if request.box is not None and request.query is None:
         raise UserError("--query: missing, expected the photo that --box is in")
+    check_outputs(request.workdir / f"{kind}.png")
     for name, picture in FIGURES[kind].draw(request):
         path = request.workdir / f"{name}.png"
         write_image(path, picture)
@@ -121,21 +125,28 @@ def _sampling_points(request: FigureRequest) -> Pictures:
 
 def _detections(request: FigureRequest) -> Pictures:
     """Everybody found in a photo, in each photo of a folder, or in both."""
-    photos = [request.query] if request.query else []
-    photos += request.scenes()
-    if not photos:
+    if not request.query and not request.gallery:
         raise UserError("--query: missing, expected a photo (or a folder as --gallery) to draw")
+    scenes, reader = request.scenes(), GalleryReader()
     detector = request.detector()
-    for path in photos:
-        yield f"detections-{path.name}", photo_figures.detections_picture(detector, path)
+    photos = reader.read(scenes, detector.config.data.max_pixels)
+    if request.query:
+        photos = itertools.chain([request.query_photo(detector)], photos)
+    for path, photo in photos:
+        yield f"detections-{path.name}", photo_figures.detections_picture(detector, path, photo)
+    reader.finish()
 
 
 def _similarity(request: FigureRequest) -> Pictures:
     """Heat maps: how similar every location's embedding is to the query's."""
     detector = request.detector()
     path, photo = request.query_photo(detector)
-    picture = photo_figures.similarity_picture(detector, path, photo, request.box, request.scenes())
+    reader = GalleryReader()
+    picture = photo_figures.similarity_picture(
+        detector, path, photo, request.box, request.scenes(), reader
+    )
     yield f"similarity-{path.stem}", picture
+    reader.finish()
 
 
 def _comparison(request: FigureRequest) -> Pictures:
@@ -150,10 +161,12 @@ def _comparison(request: FigureRequest) -> Pictures:
         return
     if request.gallery is None:
         raise UserError("--gallery: missing, expected the folder of photos to search")
+    reader = GalleryReader()
     picture = photo_figures.comparison_picture(
-        request.detectors(), request.query, request.box, request.gallery
+        request.detectors(), request.query, request.box, request.gallery, reader
     )
     yield f"comparison-{request.query.stem}", picture
+    reader.finish()
 
 
 def _gallery_size(request: FigureRequest) -> Pictures:

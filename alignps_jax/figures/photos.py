@@ -25,6 +25,7 @@ from alignps_jax.drawing.canvas import (
 from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.files import Image, read_image
 from alignps_jax.gallery.photos import (
+    GalleryReader,
     Query,
     above,
     check_box,
@@ -106,9 +107,8 @@ def _centers(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
-def detections_picture(detector: Detector, path: Path) -> Image:
+def detections_picture(detector: Detector, path: Path, photo: Image) -> Image:
     """A photo with everybody found in it, and how many that are."""
-    photo = read_image(path, detector.config.data.max_pixels)
     threshold = detector.config.eval.score_threshold
     found = above(detector.detect(photo), threshold)
     canvas, factor = fitted(photo, *_LARGE)
@@ -135,6 +135,7 @@ def similarity_picture(
     photo: Image,
     box: Sequence[float] | None,
     scenes: Sequence[Path],
+    reader: GalleryReader,
 ) -> Image:
     """How similar the embedding of every location of some photos is to the query's.
 
@@ -143,14 +144,14 @@ def similarity_picture(
     similar people are shown, best first.
 
     Raises:
-      UserError: a photo cannot be read, or nobody is found in the query photo or its box.
+      UserError: no scene can be read, or nobody is found in the query photo or its box.
     """
     threshold = detector.config.eval.score_threshold
     query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
     picture, factor = _heat(detector, photo, query, _SMALL if scenes else _LARGE)
     draw_box(picture, query.box * factor, YELLOW, 2)
     cells = [captioned(picture, f"query\n{path.name}", 2)]
-    for scene in most_similar_scenes(detector, query, scenes):
+    for scene in most_similar_scenes(detector, query, scenes, reader):
         cells.append(captioned(scene.picture, scene.caption, 2))
     rows = [cells[i : i + _SCENES_PER_ROW] for i in range(0, len(cells), _SCENES_PER_ROW)]
     scale = captioned(heat_scale(_SCALE_WIDTH), "cosine similarity", 1)
@@ -158,15 +159,20 @@ def similarity_picture(
 
 
 def most_similar_scenes(
-    detector: Detector, query: Query, scenes: Sequence[Path], limit: int = MAX_SCENES
+    detector: Detector,
+    query: Query,
+    scenes: Sequence[Path],
+    reader: GalleryReader,
+    limit: int = MAX_SCENES,
 ) -> list[HeatScene]:
     """Of some photos the `limit` with the most similar people, best first, each with its heat map.
 
     Raises:
-      UserError: a photo cannot be read.
+      UserError: `reader` can read none of them.
     """
-    photos = progress(scenes, desc="similarity", unit="photo", disable=not scenes)
-    found = (_heat_scene(detector, scene, query) for scene in photos)
+    shown = progress(scenes, desc="similarity", unit="photo", disable=not scenes)
+    photos = reader.read(shown, detector.config.data.max_pixels)
+    found = (_heat_scene(detector, path, photo, query) for path, photo in photos)
     return heapq.nlargest(limit, found, key=lambda scene: scene.best)
 
 
@@ -178,8 +184,7 @@ def _heat(
     return draw_heat(canvas, similarity_map(detector.maps(photo), query.embedding)), factor
 
 
-def _heat_scene(detector: Detector, path: Path, query: Query) -> HeatScene:
-    photo = read_image(path, detector.config.data.max_pixels)
+def _heat_scene(detector: Detector, path: Path, photo: Image, query: Query) -> HeatScene:
     people = above(detector.detect(photo), detector.config.eval.score_threshold)
     picture, factor = _heat(detector, photo, query, _SMALL)
     if len(people.scores) == 0:
@@ -196,6 +201,7 @@ def comparison_picture(
     path: Path,
     box: Sequence[float] | None,
     gallery: Path,
+    reader: GalleryReader,
 ) -> Image:
     """The same query in the same photos under several networks, a row for each (Paper, Fig. 7).
 
@@ -204,9 +210,11 @@ def comparison_picture(
       path: the query photo's file.
       box: the person to search; None takes the detection with the best score of the first network.
       gallery: folder of photos.
+      reader: reads them.
 
     Raises:
-      UserError: a photo cannot be read, or nobody is found in the query photo or its box.
+      UserError: the query or no photo of the gallery can be read, or nobody is found in the query
+        photo or its box.
     """
     scenes = gallery_photos(gallery, path)
     rows = []
@@ -217,8 +225,8 @@ def comparison_picture(
         query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
         box = tuple(float(corner) for corner in query.box)
         found = {
-            scene: above(detector.detect(read_image(scene, max_pixels)), threshold)
-            for scene in progress(scenes, desc=label, unit="photo")
+            scene: above(detector.detect(image), threshold)
+            for scene, image in reader.read(progress(scenes, desc=label, unit="photo"), max_pixels)
         }
         ranking = rank([query], path, found)[0]
         rows.append(photos_row(ranking, gallery, photo, label, max_pixels))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -14,11 +15,11 @@ from ml_collections import ConfigDict
 from alignps_jax.boxes import iou
 from alignps_jax.devices import own_cache, use_compilation_cache
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
-from alignps_jax.files import read_image, write_image, write_json
+from alignps_jax.files import Image, check_outputs, read_image, write_image, write_json
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.inference.detector import Detector
 from alignps_jax.progress import progress
-from alignps_jax.types import Detections, UserError
+from alignps_jax.types import Detections, IncompleteError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,29 +100,33 @@ def search_photos(
     with, mostly its own.
 
     Raises:
-      UserError: a file cannot be read, or nobody is found in the query photo or its box.
+      UserError: the query photo or no photo of the gallery can be read, nobody is found in the
+        query photo or its box, or the results cannot be written.
+      IncompleteError: all is done, but some photos of the gallery could not be read.
     """
+    ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
+    check_outputs(ranking, picture)
+    max_pixels, threshold = config.data.max_pixels, config.eval.score_threshold
+    photo = read_image(query, max_pixels)
+    if box is not None:
+        check_box(box, query, photo.shape[:2])
+    photos = gallery_photos(gallery, query)
     use_compilation_cache(own_cache())
     detector = Detector.from_checkpoint(checkpoint, config)
     print(f"checkpoint: step {detector.step} of {checkpoint}")
-    threshold = detector.config.eval.score_threshold
-    max_pixels = detector.config.data.max_pixels
-    photo = read_image(query, max_pixels)
-    photos = gallery_photos(gallery, query)
     queries = find_queries(detector.detect(photo), box, threshold, query, photo.shape[:2])
+    reader, shown = GalleryReader(), progress(photos, desc="search", unit="photo")
     found = {
-        path: above(detector.detect(read_image(path, max_pixels)), threshold)
-        for path in progress(photos, desc="search", unit="photo")
+        path: above(detector.detect(image), threshold)
+        for path, image in reader.read(shown, max_pixels)
     }
     rankings = rank(queries, query, found)
-    workdir.mkdir(parents=True, exist_ok=True)
-    ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
     write_ranking_json(ranking, rankings)
     write_image(picture, draw_rankings(rankings[:MAX_PICTURE_QUERIES], gallery, photo, max_pixels))
     people = sum(len(detections.scores) for detections in found.values())
     print(
         f"searched {len(queries)} of {query.name} among {people} people (scores >= "
-        f"{threshold:g}) in {len(photos)} photos of {gallery}"
+        f"{threshold:g}) in {len(found)} photos of {gallery}"
     )
     for person in rankings:
         if person.results:
@@ -129,6 +134,57 @@ def search_photos(
             corners = ", ".join(f"{x:.0f}" for x in person.box)
             print(f"  ({corners}): best match {best.image}, similarity {best.similarity:.3f}")
     print(f"ranking  {ranking}\npicture  {picture}")
+    reader.finish()
+
+
+class GalleryReader:
+    """Reads the photos of a gallery; one that cannot be read costs nothing but itself.
+
+    Attributes:
+      skipped: why each photo that could not be read could not, in a line.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: dict[Path, str] = {}
+        self._read: set[Path] = set()
+
+    def read(self, photos: Iterable[Path], max_pixels: int) -> Iterator[tuple[Path, Image]]:
+        """The photos that can be read and have no more pixels than that, each with its pixels.
+
+        Raises:
+          UserError: there is none.
+        """
+        for path in photos:
+            try:
+                image = read_image(path, max_pixels)
+            except UserError as error:
+                self.skipped[path] = str(error)
+                continue
+            self._read.add(path)
+            yield path, image
+        if self.skipped and not self._read:
+            first = next(iter(self.skipped.values()))
+            raise UserError(
+                f"--gallery: found no photo that can be read among {len(self.skipped):,}, expected "
+                f"at least one; the first: {first}"
+            )
+
+    def finish(self) -> None:
+        """Lists the photos that were skipped; to be called when all results are written.
+
+        Raises:
+          IncompleteError: there are any.
+        """
+        if not self.skipped:
+            return
+        print("skipped:")
+        for reason in self.skipped.values():
+            print(f"  {reason}")
+        raise IncompleteError(
+            f"--gallery: skipped {len(self.skipped):,} of "
+            f"{len(self._read.union(self.skipped)):,} photos, which are listed above; the results "
+            "are complete without them"
+        )
 
 
 def parse_box(text: str | None) -> tuple[float, ...] | None:
@@ -160,16 +216,24 @@ def check_box(box: Sequence[float], name: Path, size: tuple[int, int]) -> None:
 
 def gallery_photos(gallery: Path, query: Path) -> list[Path]:
     """The photos of a folder, by name, without the query photo itself."""
-    if not gallery.is_dir():
-        raise UserError(f"--gallery: {gallery} is not a folder")
+    try:
+        names = sorted(os.listdir(gallery))
+    except OSError as error:
+        raise UserError(
+            f"--gallery: found {gallery}, which cannot be read ({error.strerror}), expected a "
+            "folder of photos"
+        ) from error
+    itself = os.path.realpath(query)
     photos = [
-        path
-        for path in sorted(gallery.iterdir())
-        if path.suffix.lower() in PHOTO_SUFFIXES and path.resolve() != query.resolve()
+        gallery / name
+        for name in names
+        if Path(name).suffix.lower() in PHOTO_SUFFIXES
+        and os.path.realpath(gallery / name) != itself
     ]
     if not photos:
         raise UserError(
-            f"--gallery: found no photos in {gallery}, expected {', '.join(PHOTO_SUFFIXES)} files"
+            f"--gallery: found no photos in {gallery}, expected {', '.join(PHOTO_SUFFIXES)} files "
+            "besides the query"
         )
     return photos
 

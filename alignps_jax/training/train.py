@@ -27,6 +27,7 @@ from alignps_jax.devices import (
     use_compilation_cache,
 )
 from alignps_jax.evaluation.evaluate import (
+    OUTPUTS,
     Evaluator,
     Measured,
     check_batch_size,
@@ -34,6 +35,7 @@ from alignps_jax.evaluation.evaluate import (
     score_of,
 )
 from alignps_jax.evaluation.scoring import make_scorer
+from alignps_jax.files import check_outputs
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
@@ -52,6 +54,8 @@ from alignps_jax.types import TrainState, UserError
 from data_pipeline.datasets import PreparedDataset, dataset_class, load_train, prepare
 from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
 
+CURVES = "curves.png"
+
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     """Trains as `config` says, resuming from what `workdir` holds, and evaluates the result.
@@ -63,6 +67,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
       UserError: something is wrong with the configuration, the data or an earlier checkpoint.
       SystemExit: SIGTERM came and the state was saved (exit code 0).
     """
+    if jax.process_index() == 0:
+        check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))
     use_compilation_cache(workdir / "xla_cache")
     run = make_run(config)
     pipeline, plan, evaluator, schedule = run.pipeline, run.plan, run.evaluator, run.schedule
@@ -110,7 +116,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     untrained = evaluator.measure(run.initial.params, run.initial.frozen, 0) if before else None
     evaluator.write(trained, untrained, workdir)
     if jax.process_index() == 0:
-        curves = workdir / "curves.png"
+        curves = workdir / CURVES
         training_curves(workdir / "log.jsonl", curves)
         print(f"curves      {curves}")
 

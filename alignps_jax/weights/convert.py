@@ -13,7 +13,14 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, write_run_info
+from alignps_jax.checkpoint.store import (
+    RUN_INFO,
+    Checkpoints,
+    load_arrays,
+    load_config,
+    write_run_info,
+)
+from alignps_jax.files import check_outputs
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -30,7 +37,13 @@ from alignps_jax.weights.released_names import (
     released_name,
     to_torch,
 )
-from alignps_jax.weights.tensor_files import Tensors, listed, read_tensors, write_tensors
+from alignps_jax.weights.tensor_files import (
+    Tensors,
+    check_target,
+    listed,
+    read_tensors,
+    write_tensors,
+)
 
 # What the weights of each origin expect of a pixel, as fields of `config.model`.
 CAFFE = {
@@ -76,6 +89,7 @@ def convert_released(
         raise UserError(
             f"--convention: found {convention!r}, expected one of {', '.join(CONVENTIONS)}"
         )
+    check_outputs(*(workdir / name for name in ("checkpoints", *RUN_INFO, EXTRAS)))
     tensors = read_tensors(source)
     if any(name.startswith(("bbox_head.", "neck.")) for name in tensors):
         if convention not in (None, "caffe"):
@@ -109,6 +123,7 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
     Raises:
       UserError: it holds no AlignPS with a ResNet-50, or `target` cannot be written.
     """
+    check_target(target)
     config = config or load_config(checkpoint)
     if config.model.backbone != "resnet50":
         raise UserError(

@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from alignps_jax.files import complete_file
+from alignps_jax.files import check_outputs, complete_file
 from alignps_jax.types import UserError
 from alignps_jax.weights.pickled_arrays import ForeignObjectError, PickledArray, load_pickled
 
@@ -70,18 +70,27 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[s
     The file is complete or not there at all.
 
     Raises:
-      UserError: another suffix, a folder that cannot be written, or no PyTorch for .pth.
+      UserError: as `check_target`.
     """
-    writers = {".pth": _write_torch, ".safetensors": _write_safetensors}
-    if path.suffix not in writers:
-        raise UserError(f"{path}: found suffix {path.suffix!r}, expected {' or '.join(writers)}")
-    if path.suffix == ".pth":
-        _torch(path)  # or the error would name the temporary file
+    check_target(path)  # or an error would name the temporary file
     try:
         with complete_file(path) as temporary:
-            writers[path.suffix](temporary, tensors, meta)
+            _WRITERS[path.suffix](temporary, tensors, meta)
     except (RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def check_target(path: Path) -> None:
+    """Finds out whether `write_tensors` could write this file; leaves nothing behind.
+
+    Raises:
+      UserError: another suffix, a folder that cannot be written, or no PyTorch for .pth.
+    """
+    if path.suffix not in _WRITERS:
+        raise UserError(f"{path}: found suffix {path.suffix!r}, expected {' or '.join(_WRITERS)}")
+    if path.suffix == ".pth":
+        _torch(path)
+    check_outputs(path)
 
 
 def listed(names: Iterable[str], count: int = 3) -> str:
@@ -230,3 +239,6 @@ def _write_safetensors(
 ) -> None:
     arrays = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in tensors.items()}
     save_file(arrays, path, {"format": "pt", **meta})
+
+
+_WRITERS = {".pth": _write_torch, ".safetensors": _write_safetensors}

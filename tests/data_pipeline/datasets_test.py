@@ -1,5 +1,6 @@
 """The data sets by name, and preparing them for real (TFDS, ArrayRecord) from miniature folders."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -77,8 +78,6 @@ def test_second_time_one_line_and_no_writing(root, capsys):
     first = datasets.prepare(data)
     files = {path: path.stat().st_mtime_ns for path in (root / "prepared").rglob("*")}
     capsys.readouterr()
-    # Photos are not looked at again.
-    (root / "frames").rename(root / "elsewhere")
     second = datasets.prepare(data)
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
@@ -134,10 +133,17 @@ def test_fingerprint_depends_on_every_part():
         {"camera": 1},
         {"second": 1},
     ]
-    prints = {builder.fingerprint({"train": annotations(**kinds)}) for kinds in [{}, *variants]}
+    photos = [(7, 10), (8, 10)]
+    prints = {
+        builder.fingerprint({"train": annotations(**kinds)}, {"train": photos})
+        for kinds in [{}, *variants]
+    }
     assert len(prints) == 7
-    assert builder.fingerprint({"test": annotations()}) not in prints
-    assert builder.fingerprint({"train": annotations()}) in prints
+    assert builder.fingerprint({"test": annotations()}, {"test": photos}) not in prints
+    assert builder.fingerprint({"train": annotations()}, {"train": photos}) in prints
+    for others in ([(6, 10), (8, 10)], [(7, 10), (8, 11)], [(7, 10), None], [(8, 10), (7, 10)]):
+        prints.add(builder.fingerprint({"train": annotations()}, {"train": others}))
+    assert len(prints) == 11
 
 
 def test_stored_images_are_picklable_and_shared_by_threads(root):
@@ -298,7 +304,64 @@ datasets.prepare(dataset_fixtures.data_config("prw", {str(root)!r}))
     assert len(list(root.rglob("incomplete.*"))) == 1
     prepared = datasets.prepare(fixtures.data_config("prw", root))
     assert list(prepared.test.jpegs) == [_encoded(root, f"{name}.jpg") for name in TEST]
-    assert "left by an interrupted preparation" in capsys.readouterr().out
+    assert "removed, process" in capsys.readouterr().out
+    assert not list(root.rglob("incomplete.*"))
+
+
+def _replaced(path: Path) -> None:
+    """Another photo of the same size in bytes."""
+    other = bytearray(path.read_bytes())
+    other[-3] ^= 1
+    path.write_bytes(other)
+
+
+def _restored(path: Path) -> None:
+    """Another photo with the time of the old one, as archives give it."""
+    about = path.stat()
+    fixtures.write_photo(path, 50, 70, seed=99)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [_replaced, _restored, Path.touch])
+def test_changed_photos_are_never_served_from_old_records(root, change, capsys):
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    before = _encoded(root, "c1s1_000004.jpg")
+    change(root / "frames" / "c1s1_000004.jpg")
+    capsys.readouterr()
+    jpegs = datasets.prepare(data).test.jpegs
+    assert jpegs[0] == _encoded(root, "c1s1_000004.jpg")
+    assert (jpegs[0] == before) == (change is Path.touch)
+    assert "made from other annotations or photos; stays until" in capsys.readouterr().out
+    assert len(list((root / "prepared" / "prw").iterdir())) == 2
+
+
+def test_photos_that_are_gone_are_missed_although_they_are_prepared(root):
+    data = fixtures.data_config("prw", root)
+    datasets.prepare(data)
+    (root / "frames" / "c1s1_000004.jpg").unlink()
+    with pytest.raises(UserError, match=r"c1s1_000004\.jpg: no such image"):
+        datasets.prepare(data)
+
+
+def test_photos_that_change_during_the_preparation_are_an_error(root):
+    # The last photo is read long after the first one was.
+    path = root / "frames" / "c1s1_000001.jpg"
+
+    class Changing(Prw.source_class):
+        def photo_size(self, name):
+            if name.startswith("c3"):
+                path.touch()
+            return super().photo_size(name)
+
+    class ChangingPrw(Prw):
+        source_class = Changing
+
+    prw = ChangingPrw(root=root, data_dir=root / "prepared", max_pixels=10**6)
+    with pytest.raises(UserError, match="found photos that changed while they were prepared"):
+        prw.prepare()
+    assert not list(root.rglob("dataset_info.json"))
+    assert not list(root.rglob("incomplete.*"))
 
 
 def _write_coco(root: Path, sizes: dict[str, tuple[int, int]]) -> None:

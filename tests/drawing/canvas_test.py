@@ -375,3 +375,9 @@ def test_missing_image_and_folder(tmp_path):
         read_image(tmp_path / "a.jpg", MAX_PIXELS)
     with pytest.raises(UserError, match="directory"):
         read_image(tmp_path, MAX_PIXELS)
+
+
+def test_names_that_are_no_text_are_drawn():
+    # OpenCV ends the process on halves of surrogate pairs.
+    strip = visualize.captioned(gray(10, 200), "a\udcff\ud800b.jpg\nsecond", 2)
+    np.testing.assert_array_equal(strip, visualize.captioned(gray(10, 200), "a??b.jpg\nsecond", 2))

@@ -14,10 +14,10 @@ from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import kinds as figures
 from alignps_jax.figures import photos as photo_figures
 from alignps_jax.files import read_image, write_image
-from alignps_jax.gallery.photos import Query
+from alignps_jax.gallery.photos import GalleryReader, Query
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
-from alignps_jax.types import Detections, GalleryDetections, UserError
+from alignps_jax.types import Detections, GalleryDetections, IncompleteError, UserError
 from configs import tiny
 from data_pipeline.datasets import load_test
 from tests.drawing.canvas_test import extent, gray, has
@@ -194,6 +194,25 @@ def test_detections_of_all_photos(tmp_path, photos, networks):
     assert not has(pictures["detections-portrait.png.png"], GREEN).any()
 
 
+@pytest.mark.parametrize(
+    ("kind", "checkpoints"), [("detections", "a"), ("similarity", "a"), ("comparison", "a,b")]
+)
+def test_a_damaged_photo_costs_only_itself(kind, checkpoints, tmp_path, photos, networks, capsys):
+    networks |= {name: FakeDetector(PEOPLE) for name in "ab"}
+    options = {"query": photos / "query.png", "gallery": photos}
+    good = draw(kind, tmp_path, checkpoints, **options)
+    (photos / "damaged.jpg").write_bytes(b"\xff\xd8 no photo")
+    with pytest.raises(IncompleteError, match=r"^--gallery: skipped 1 of 4 photos"):
+        draw(kind, tmp_path, checkpoints, **options)
+    assert f"  {photos / 'damaged.jpg'}: cannot be decoded" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(good)
+    for path in (photos / name for name in ("other.png", "portrait.png", "tiny.png")):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"found no photo that can be read among 4") as error:
+        draw(kind, tmp_path, checkpoints, **options)
+    assert error.value.exit_code == 2
+
+
 def test_heat_is_where_the_embedding_is(tmp_path, photos, networks):
     networks["a"] = FakeDetector(PEOPLE, spot=(8, 12))
     picture = draw("similarity", tmp_path, query=photos / "query.png")["similarity-query.png"]
@@ -217,7 +236,7 @@ def test_heat_maps_of_a_gallery_best_first(tmp_path, photos, networks):
     networks["a"] = FakeDetector(PEOPLE | similar)
     query = Query(np.zeros(4), np.array([1, 0], np.float32))
     scenes = [photos / f"{name}.png" for name in ("tiny", "portrait", "other")]
-    found = photo_figures.most_similar_scenes(networks["a"], query, scenes)
+    found = photo_figures.most_similar_scenes(networks["a"], query, scenes, GalleryReader())
     assert [scene.caption for scene in found] == [
         "other.png\nbest match 1.00",
         "portrait.png\nbest match 0.60",
@@ -225,7 +244,9 @@ def test_heat_maps_of_a_gallery_best_first(tmp_path, photos, networks):
     ]
     assert [has(scene.picture, BLUE).any() for scene in found] == [True, True, False]
     for limit in (0, 1, 2, 9):
-        some = photo_figures.most_similar_scenes(networks["a"], query, scenes, limit)
+        some = photo_figures.most_similar_scenes(
+            networks["a"], query, scenes, GalleryReader(), limit
+        )
         assert [scene.best for scene in some] == [scene.best for scene in found[:limit]]
     drawn = draw("similarity", tmp_path, query=photos / "query.png", gallery=photos)
     picture = drawn["similarity-query.png"]

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from alignps_jax.experiments.benchmark.measure import Row, Timing
-from alignps_jax.files import write_atomically, write_json
+from alignps_jax.files import check_outputs, write_atomically, write_json
 from alignps_jax.types import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "opencv-python-headless")
@@ -101,11 +101,12 @@ class Report:
       row_type: the type of the rows.
 
     Raises:
-      UserError: the file holds something else.
+      UserError: the file holds something else, or cannot be written.
     """
 
     def __init__(self, path: Path, columns: Columns = COLUMNS, row_type: type[Row] = Row):
         self.path, self._columns = path, columns
+        check_outputs(path, path.with_suffix(".md"))
         try:
             parts = json.loads(path.read_text())["parts"] if path.exists() else {}
             self.parts = {name: _part_of(part, row_type) for name, part in parts.items()}
