@@ -3,12 +3,15 @@
 python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
 from alignps_jax.large_pages import restart_with_large_pages
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback out of an import
     restart_with_large_pages()  # before the slow imports
 
 import jax
@@ -18,7 +21,7 @@ from alignps_jax.types import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one mode; returns the exit code: 0, or 2 after bad input."""
+    """Runs one mode; returns the exit code: 0, 2 after bad input, 130 after Ctrl-C."""
     try:
         args = parse(argv)
         if args.help:
@@ -29,7 +32,12 @@ def main(argv: Sequence[str]) -> int:
 
         if args.coordinator:
             jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         MODES[args.mode](args)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -63,6 +63,7 @@ class Arguments:
     what: str | None = _flag()
     runs: int = _flag(int, 5)
     quick: bool = _flag(bool, False)
+    accept_changes: bool = _flag(bool, False)
     coordinator: Text = _flag()
     processes: int | None = _flag(int)
     process: int | None = _flag(int)

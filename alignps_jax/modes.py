@@ -20,7 +20,8 @@ from configs import cuhk
 
 
 def train(args: Arguments) -> None:
-    train_and_evaluate(train_config(args), Path(args.workdir or f"runs/{args.config_name}"))
+    workdir = Path(args.workdir or f"runs/{args.config_name}")
+    train_and_evaluate(train_config(args), workdir, accept_changes=args.accept_changes)
 
 
 def evaluate(args: Arguments) -> None:

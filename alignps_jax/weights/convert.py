@@ -13,6 +13,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.lock import WorkdirLock
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, write_run_info
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import build_model, weights_template
@@ -86,7 +87,10 @@ def convert_released(
         state, extras = _detector_state(config, tensors, source)
     else:
         state, extras = _backbone_state(config, tensors, source, convention), {}
-    with Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints:
+    with (
+        WorkdirLock(workdir),
+        Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
+    ):
         checkpoints.save(state, None)
     write_run_info(workdir, config)
     if extras:
