@@ -4,12 +4,15 @@ python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --w
 """
 
 import io
+import signal
 import sys
 from collections.abc import Sequence
 
 from alignps_jax.large_pages import restart_with_large_pages
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback out of an import
     restart_with_large_pages()  # before the slow imports
 
 import jax
@@ -19,7 +22,10 @@ from alignps_jax.types import UserError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one mode; returns the exit code: 0, 2 after bad input, 3 where photos were skipped."""
+    """Runs one mode; returns the exit code.
+
+    0, 2 after bad input, 3 where photos were skipped, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
@@ -32,7 +38,12 @@ def main(argv: Sequence[str]) -> int:
 
         if args.coordinator:
             jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         MODES[args.mode](args)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -66,6 +66,7 @@ class Arguments:
     topology: str | None = _flag()
     scale: str | None = _flag()
     batch: int | None = _flag(int)
+    accept_changes: bool = _flag(bool, False)
     coordinator: Text = _flag()
     processes: int | None = _flag(int)
     process: int | None = _flag(int)

@@ -18,6 +18,19 @@ from alignps_jax.types import UserError
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes an error of the system in the block one clear line that names `path`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
     """Gives a temporary file to write, which becomes `path` when the block ends without an error.
 
@@ -28,7 +41,7 @@ def complete_file(path: Path) -> Iterator[Path]:
         UserError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -36,8 +49,6 @@ def complete_file(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 # So much of a disk is free where a result is to go, or it counts as full.

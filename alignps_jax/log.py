@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
-from alignps_jax.files import write_atomically
+from alignps_jax.files import write_atomically, writing
 from alignps_jax.types import UserError
+
+_FLUSH_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,57 +34,65 @@ class LogLine:
 
 
 def read_log(path: Path) -> tuple[LogLine, ...]:
-    """Reads a log that `MetricLog` wrote; a last line that was cut off is left out.
+    """Reads a log that `MetricLog` wrote.
+
+    A last line that was cut off is left out in silence, since every kill can leave one; a damaged
+    line is left out with a note on stdout.
 
     Raises:
-        UserError: the file cannot be read, or a line is not one of a log.
+        UserError: the file cannot be read, or none of its lines is one of a log.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     lines = data.split(b"\n")[:-1]
-    return tuple(_parse_line(path, number, line) for number, line in enumerate(lines, start=1))
+    parsed = [_parse_line(line) for line in lines]
+    damaged = [number for number, line in enumerate(parsed, start=1) if line is None]
+    if damaged:
+        number = damaged[0]
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        found = (
+            f"{path}, line {number}{more}: found {lines[number - 1][:60]!r}, expected "
+            '{"step": ..., "<name>": ...}'
+        )
+        if len(damaged) == len(lines):
+            raise UserError(found)
+        print(f"note: {found}; left out")
+    return tuple(line for line in parsed if line is not None)
 
 
-def _parse_line(path: Path, number: int, line: bytes) -> LogLine:
+def _parse_line(line: bytes) -> LogLine | None:
+    """None for what is no line of a log."""
     try:
         content = json.loads(line)
         step = content.pop("step")
         values = {
             name: math.nan if value is None else float(value) for name, value in content.items()
         }
-    except (ValueError, TypeError, AttributeError, KeyError):
-        step, values = None, {}
-    if not isinstance(step, int):
-        raise UserError(
-            f'{path}, line {number}: found {line[:60]!r}, expected {{"step": ..., "<name>": ...}}'
-        )
-    return LogLine(step, values)
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+        return None
+    return LogLine(step, values) if type(step) is int else None
 
 
 class MetricLog:
     """Appends measurements to `<workdir>/log.jsonl` and to TensorBoard files beside it.
 
-    Every line is on disk when `scalars` returns, so a killed process loses none; a line that it
-    was just writing is dropped when the log is opened again. A context manager.
+    Every line is with the system when `scalars` returns, so a killed process loses none; a line
+    that it was just writing is dropped when the log is opened again. A context manager.
 
-    Raises:
-        UserError: the working folder cannot be written.
+    All methods raise UserError, with the file's name, where it cannot be written.
     """
 
     def __init__(self, workdir: Path) -> None:
         self._path = workdir / "log.jsonl"
-        self._tensorboard_dir = workdir / "tensorboard"
-        self._tensorboard: SummaryWriter | None = None
-        self._purge_step: int | None = None
-        try:
+        self._tensorboard = TensorBoard(workdir / "tensorboard")
+        with writing(self._path):
             workdir.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab")
+            # Unbuffered: what could not be written is not tried once more when the file is closed.
+            self._file = self._path.open("ab", buffering=0)
             complete = self._path.read_bytes().rfind(b"\n") + 1
             self._file.truncate(complete)
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot be written ({error.strerror})") from error
 
     def __enter__(self) -> MetricLog:
         return self
@@ -88,31 +103,42 @@ class MetricLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Writes out what TensorBoard still holds and closes the files."""
         self._file.close()
-        self._close_tensorboard()
+        # After an error, the same full disk may say the same again.
+        with contextlib.suppress(*([UserError] if error else [])):
+            self._tensorboard.close()
 
-    def truncate_after(self, step: int) -> None:
+    def flush(self) -> None:
+        """Writes out what TensorBoard still holds."""
+        self._tensorboard.flush()
+
+    def truncate_after(self, step: int, *, again: str = "") -> None:
         """Removes what was measured after `step`, for training that resumes there.
 
-        Raises:
-            UserError: the log holds a line that is not one of a log.
+        Of the lines of `step` itself, those go whose names begin with `again`: what they say is
+        measured once more. Damaged lines go, with a note.
         """
-        # Lines without their ends, which is how `read_log` counts them.
+        self._file.close()
         lines = self._path.read_bytes().split(b"\n")[:-1]
+        parsed = [_parse_line(line) for line in lines]
+        damaged = [number for number, line in enumerate(parsed, start=1) if line is None]
+        if damaged:
+            numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+            print(f"note: {self._path}: removed what is no line of a log (line {numbers})")
+
+        def stays(line: LogLine) -> bool:
+            repeated = again and any(name.startswith(again) for name in line.values)
+            return line.step < step or (line.step == step and not repeated)
+
         kept = [
             line
-            for line, parsed in zip(lines, read_log(self._path), strict=True)
-            if parsed.step <= step
+            for line, content in zip(lines, parsed, strict=True)
+            if content is not None and stays(content)
         ]
-        self._file.close()
         write_atomically(self._path, b"".join(line + b"\n" for line in kept))
-        self._file = self._path.open("ab")
-        self._close_tensorboard()
-        self._purge_step = step + 1
+        with writing(self._path):
+            self._file = self._path.open("ab", buffering=0)
+        self._tensorboard.purge_after(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line; values that are not finite become `null` there."""
@@ -120,29 +146,73 @@ class MetricLog:
         line = {"step": int(step)} | {
             name: value if math.isfinite(value) else None for name, value in numbers.items()
         }
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        writer = self._writer()
+        rest = memoryview(json.dumps(line, allow_nan=False).encode() + b"\n")
+        with writing(self._path):
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[self._file.write(rest) :]
         for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
+            self._tensorboard.add(step, summary.scalar(name, value))
 
     def images(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
         """Shows an RGB picture in TensorBoard."""
-        self._writer().add_image(name, image, step, dataformats="HWC")
+        self._tensorboard.add(step, summary.image(name, image, dataformats="HWC"))
 
-    def _writer(self) -> SummaryWriter:
-        """The TensorBoard writer; events from `purge_step` on of earlier runs are hidden."""
-        if self._tensorboard is None:
-            self._tensorboard = SummaryWriter(
-                str(self._tensorboard_dir),
-                purge_step=self._purge_step,
-                flush_secs=10,
-                # Files are named by the second; two of one second would empty each other.
-                filename_suffix=f".{time.time_ns()}",
-            )
-        return self._tensorboard
 
-    def _close_tensorboard(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+class TensorBoard:
+    """Event files for TensorBoard, written by the thread that measures.
+
+    tensorboardX's own writer has a thread for that, whose errors reach nobody: when the disk is
+    full, training would wait for it forever.
+
+    All methods raise UserError where a file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: RecordWriter | None = None
+        self._purge_step: int | None = None
+        self._flushed = time.monotonic()
+
+    def add(self, step: int, content: Any) -> None:
+        """Adds a `Summary` of tensorboardX."""
+        if self._file is None:
+            self._open()
+        self._write(Event(step=int(step), summary=content))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def purge_after(self, step: int) -> None:
+        """Hides what earlier files have of later steps, and begins a new file."""
+        self.close()
+        self._purge_step = step + 1
+
+    def flush(self) -> None:
+        """Writes out what is in memory."""
+        if self._file is not None:
+            with writing(self._folder):
+                self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Writes out what is in memory, and closes the file."""
+        file, self._file = self._file, None
+        if file is not None:
+            with writing(self._folder):
+                file.close()
+
+    def _open(self) -> None:
+        # Named by the nanosecond: two of one moment would empty each other.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{time.time_ns()}"
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = RecordWriter(str(self._folder / name))
+        self._write(Event(file_version="brain.Event:2"))
+        if self._purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(step=self._purge_step, session_log=start))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        assert self._file is not None
+        with writing(self._folder):
+            self._file.write(event.SerializeToString())

@@ -24,7 +24,7 @@ from configs import cuhk
 def train(args: Arguments) -> None:
     workdir = Path(args.workdir or f"runs/{args.config_name}")
     check_lasting("--workdir", workdir)
-    train_and_evaluate(train_config(args), workdir)
+    train_and_evaluate(train_config(args), workdir, accept_changes=args.accept_changes)
 
 
 def evaluate(args: Arguments) -> None:

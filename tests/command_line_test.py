@@ -51,7 +51,7 @@ def test_help_of_a_mode_lists_its_flags_and_examples(mode, capsys):
 @pytest.mark.parametrize("mode", USAGES)
 def test_a_flag_that_a_mode_does_not_read_names_those_that_do(mode):
     for name in FLAGS.keys() - USAGES[mode].flags.keys() - {"mode"}:
-        word = "--quick" if name == "quick" else f"--{name}=1"
+        word = f"--{name}" if name in ("quick", "accept_changes") else f"--{name}=1"
         with pytest.raises(UserError) as caught:
             arguments(f"--mode={mode}", word)
         message = str(caught.value)

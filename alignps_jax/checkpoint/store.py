@@ -120,6 +120,11 @@ class Checkpoints:
         self.wait()
         return max(steps_in(self._root), default=None)
 
+    def has_score(self, step: int) -> bool:
+        """Whether the checkpoint of a step has its score."""
+        self.wait()
+        return (self._root / str(step) / "metrics").is_dir()
+
     def save(self, state: TrainState, iterator_state: Any, score: float | None = None) -> None:
         """Copies the state, which may be donated afterwards, and writes it in the background.
 

@@ -1,15 +1,13 @@
-"""What watches over the training loop: progress, finite losses, and requests to stop."""
+"""What watches over the training loop: progress, and finite losses."""
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from alignps_jax.log import MetricLog
@@ -27,6 +25,9 @@ class Monitor:
     """Shows and logs the training steps, and stops at what is not finite; a context manager.
 
     Only the first process shows progress; all of them check and log.
+
+    Attributes:
+      compiles: whether the last batch is the first of its shape, for which the step is compiled.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Monitor:
         self._bar = progress(
             desc="train", unit="step", total=total, initial=start, disable=not self._leads
         )
+        self.compiles = False
         self._buckets: set[tuple[int, int]] = set()
         self._pending: tuple[int, StepMetrics] | None = None
         self._start: float | None = time.perf_counter()
@@ -67,7 +69,8 @@ class Monitor:
         batch = next(batches)
         self._waited += time.perf_counter() - start
         height, width = batch.image.shape[1:3]
-        if (height, width) not in self._buckets:
+        self.compiles = (height, width) not in self._buckets
+        if self.compiles:
             self._buckets.add((height, width))
             self.say(
                 f"compiling the training step for {height}x{width} images "
@@ -144,29 +147,3 @@ class Monitor:
                 f"step {step}: {', '.join(bad)} not finite, on the images {', '.join(images)}; "
                 "training stops, the last checkpoint stays"
             )
-
-
-class Interrupt:
-    """Notices SIGTERM, so that the loop can save and leave; a context manager."""
-
-    # In a multi-process run all processes must agree on the step after which they stop.
-    AGREE_EVERY = 10
-
-    def __enter__(self) -> Interrupt:
-        self._wanted = False
-        self._previous = signal.signal(signal.SIGTERM, self._notice)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-
-    def _notice(self, *_: object) -> None:
-        self._wanted = True
-
-    def wanted(self, step: int) -> bool:
-        """Whether to stop after this step; the same in all processes."""
-        if jax.process_count() == 1:
-            return self._wanted
-        if step % self.AGREE_EVERY:
-            return False
-        return bool(multihost_utils.process_allgather(np.array(self._wanted)).any())

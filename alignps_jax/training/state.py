@@ -66,10 +66,15 @@ def create_state(
     model: AlignPS,
     optimizer: optax.GradientTransformation,
     num_identities: int,
+    *,
+    pretrained: bool = True,
 ) -> TrainState:
-    """The state before the first step, decided by `config.seed` and `config.model.pretrained`."""
+    """The state before the first step, decided by `config.seed` and `config.model.pretrained`.
+
+    Without `pretrained`, nothing is read: a state of the same structure, shapes and types.
+    """
     params, frozen = init_variables(model, jax.random.key(config.seed))
-    if config.model.pretrained:
+    if pretrained and config.model.pretrained:
         params, frozen = with_pretrained(params, frozen, config)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -1,186 +1,186 @@
-"""Training, from the start or from the last whole checkpoint, and the evaluation after it."""
+"""Training, from the start or from the last complete checkpoint, and the evaluation after it."""
 
 from __future__ import annotations
 
-import dataclasses
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import (
     Checkpoints,
-    load_config,
+    holds_checkpoint,
     load_weights,
     write_run_info,
 )
-from alignps_jax.choices import known_name
-from alignps_jax.config_rules import check_config
 from alignps_jax.devices import (
-    PARALLEL,
     parallel_train_step,
     replicate,
     split_over_devices,
     use_compilation_cache,
 )
-from alignps_jax.evaluation.evaluate import (
-    OUTPUTS,
-    Evaluator,
-    Measured,
-    check_batch_size,
-    make_evaluator,
-    score_of,
-)
-from alignps_jax.evaluation.scoring import make_scorer
+from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, score_of
 from alignps_jax.files import check_outputs
-from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.log import MetricLog
-from alignps_jax.nn.model import AlignPS, build_model, weights_template
+from alignps_jax.nn.model import weights_template
 from alignps_jax.training.curves import training_curves
-from alignps_jax.training.monitor import Interrupt, Monitor
-from alignps_jax.training.optimizer import (
-    Schedule,
-    learning_rate_schedule,
-    make_optimizer,
-    steps_of,
-)
-from alignps_jax.training.pretrained import check_pretrained
-from alignps_jax.training.state import create_state, is_frozen, lut_size, max_positives
-from alignps_jax.training.step import TrainStep
+from alignps_jax.training.interrupt import Interrupt
+from alignps_jax.training.monitor import Monitor
+from alignps_jax.training.resume import check_changes, restore
+from alignps_jax.training.run import Run, make_run, rehearse
+from alignps_jax.training.writer import one_writer
 from alignps_jax.types import TrainState, UserError
-from data_pipeline.datasets import PreparedDataset, dataset_class, load_train, prepare
-from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
 
 CURVES = "curves.png"
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
+def train_and_evaluate(config: ConfigDict, workdir: Path, accept_changes: bool = False) -> None:
     """Trains as `config` says, resuming from what `workdir` holds, and evaluates the result.
 
     Everything that can be wrong is found before the data set is prepared, and a run that is refused
-    stays as it is.
+    stays as it is. With `accept_changes`, a run resumes with other settings than it was begun with.
 
     Raises:
-      UserError: something is wrong with the configuration, the data or an earlier checkpoint.
-      SystemExit: SIGTERM came and the state was saved (exit code 0).
+      UserError: something is wrong with the configuration, the data or an earlier checkpoint, or
+        another run writes to `workdir`.
+      SystemExit: SIGTERM or Ctrl-C came, and the state was saved (exit code 143 or 130).
     """
     if jax.process_index() == 0:
         check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))
     use_compilation_cache(workdir / "xla_cache")
-    run = make_run(config)
-    pipeline, plan, evaluator, schedule = run.pipeline, run.plan, run.evaluator, run.schedule
-    step_fn = parallel_train_step(run.step, config.train.parallel)
-    with (
-        Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
-        MetricLog(log_folder(workdir)) as log,
-        Interrupt() as interrupt,
-    ):
-        batches = pipeline.iterator(plan.total)
-        state = restore(run.initial, batches, checkpoints, log, config, workdir)
-        write_run_info(workdir, config)
+    with one_writer(workdir) as writer, Interrupt(writer) as interrupt:
+        model = rehearse(config, resumes=holds_checkpoint(workdir))
+        check_changes(config, workdir, accept_changes)
+        run = make_run(config, model)
+        with (
+            Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
+            MetricLog(log_folder(workdir)) as log,
+        ):
+            training = Training(run, checkpoints, log, interrupt)
+            state = training.begin(workdir)
+            write_run_info(workdir, config)
+            measured = training.evaluate(training.steps(state))
+            trained = best_of(measured, checkpoints, run, workdir)
+        untrained = measure_untrained(run) if config.eval.untrained_baseline else None
+        run.evaluator.write(trained, untrained, workdir)
+        if jax.process_index() == 0:
+            curves = workdir / CURVES
+            training_curves(workdir / "log.jsonl", curves)
+            print(f"curves      {curves}")
+
+
+class Training:
+    """The loop over the training steps, with all that accompanies it."""
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, log: MetricLog, interrupt: Interrupt):
+        self._run, self._checkpoints = run, checkpoints
+        self._log, self._interrupt = log, interrupt
+        self._batches = run.pipeline.iterator(run.plan.total)
+        self._step = parallel_train_step(run.step, run.parallel)
+
+    def begin(self, workdir: Path) -> TrainState:
+        """The state to start from, with batches and log brought to its step.
+
+        An evaluation that was due there, but did not come to its score, is made up for.
+        """
+        plan, checkpoints = self._run.plan, self._checkpoints
+        state = restore(self._run.template, self._batches, checkpoints)
+        if state is None:
+            self._log.truncate_after(-1)
+            return _on_devices(self._run.initial())
+        step = int(state.step)
+        due = plan.evaluates_at(step) and not checkpoints.has_score(step)
+        last = step >= plan.total  # evaluated in any case
+        self._log.truncate_after(step, again="eval/" if due or last else "")
+        if jax.process_index() == 0:
+            print(f"resuming from step {step} in {workdir}", flush=True)
+        state = _on_devices(state)
+        if due and not last:
+            self.evaluate(state)
+        return state
+
+    def steps(self, state: TrainState) -> TrainState:
+        """Trains from `state` to the last step."""
+        plan, checkpoints, interrupt = self._run.plan, self._checkpoints, self._interrupt
         start = int(state.step)
-        # Donation takes the buffers of `state`; those of `run.initial` are needed again.
-        state = replicate(jax.tree.map(jnp.copy, state))
-
-        def evaluate(state: TrainState) -> Measured:
-            measured = evaluator.measure(state.params, state.frozen, int(state.step))
-            evaluator.log(measured, log)
-            checkpoints.save(state, batches.get_state(), score=score_of(measured.result))
-            return measured
-
+        interrupt.idle(self._saved(start))
         with Monitor(
-            pipeline, schedule, log, start=start, total=plan.total, log_every=plan.log_every
+            self._run.pipeline,
+            self._run.schedule,
+            self._log,
+            start=start,
+            total=plan.total,
+            log_every=plan.log_every,
         ) as monitor:
             for step in range(start + 1, plan.total + 1):
-                batch = monitor.next_batch(batches)
-                state, metrics = step_fn(state, split_over_devices(batch))
+                position = self._batches.get_state()
+                batch = monitor.next_batch(self._batches)
+                if monitor.compiles and step > start + 1:
+                    self._prepare_to_compile(monitor, state, position)
+                state, metrics = self._step(state, split_over_devices(batch))
+                if step == start + 1:
+                    # All processes are past their compilation then, and will ask together.
+                    jax.block_until_ready(metrics)
+                interrupt.busy()
                 monitor.record(step, metrics)
                 stop = interrupt.wanted(step)
-                evaluate_now = step % plan.eval_every == 0 and step < plan.total
-                if stop or evaluate_now or step % plan.checkpoint_every == 0 or step == plan.total:
+                if stop or plan.saves_at(step):
                     # A state is saved only once its loss is known to be finite.
                     monitor.flush()
-                    checkpoints.save(state, batches.get_state())
+                    checkpoints.save(state, self._batches.get_state())
                 if stop:
-                    checkpoints.wait()
-                    monitor.say(f"SIGTERM: step {step} is saved; the same command resumes from it")
-                    raise SystemExit(0)
-                if evaluate_now:
-                    evaluate(state)
+                    interrupt.stop(self._saved(step)())
+                if plan.evaluates_at(step) and step < plan.total:
+                    self.evaluate(state)
+                    interrupt.busy()
                     monitor.restart_clock()
-        trained = best_of(evaluate(state), checkpoints, run, workdir)
-    before = config.eval.untrained_baseline
-    untrained = evaluator.measure(run.initial.params, run.initial.frozen, 0) if before else None
-    evaluator.write(trained, untrained, workdir)
-    if jax.process_index() == 0:
-        curves = workdir / CURVES
-        training_curves(workdir / "log.jsonl", curves)
-        print(f"curves      {curves}")
+        return state
+
+    def evaluate(self, state: TrainState) -> Measured:
+        """Evaluates a state that is saved, and adds its score to the checkpoint."""
+        step = int(state.step)
+        self._interrupt.idle(self._saved(step))
+        measured = self._run.evaluator.measure(state.params, state.frozen, step)
+        self._run.evaluator.log(measured, self._log)
+        self._checkpoints.save(state, self._batches.get_state(), score=score_of(measured.result))
+        return measured
+
+    def _prepare_to_compile(self, monitor: Monitor, state: TrainState, position: Any) -> None:
+        """Lets a request to stop end the compiler, which would not listen for minutes.
+
+        The call that compiles takes the state's buffers, so it is a copy that would be saved. With
+        several processes, all have to take part in that; they wait for the compiler.
+        """
+        monitor.flush()
+        if jax.process_count() > 1:
+            return
+        copy = jax.device_get(state)
+
+        def save() -> str:
+            self._checkpoints.save(copy, position)
+            return self._saved(int(copy.step))()
+
+        self._interrupt.idle(save)
+
+    def _saved(self, step: int) -> Callable[[], str]:
+        """Waits until all that was measured and saved is written, and says so."""
+
+        def finish() -> str:
+            self._log.flush()
+            self._checkpoints.wait()
+            if step == 0:
+                return "nothing is lost; the same command starts again"
+            return f"step {step} is saved; the same command resumes from it"
+
+        return finish
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a configuration becomes before the first step."""
-
-    pipeline: TrainPipeline
-    plan: Plan
-    schedule: Schedule
-    step: TrainStep
-    initial: TrainState
-    evaluator: Evaluator
-
-
-def make_run(config: ConfigDict) -> Run:
-    """Checks the configuration, then prepares the data, and builds all that training takes.
-
-    Raises:
-      UserError: as `train_and_evaluate`.
-    """
-    model = rehearse(config)
-    scorer = make_scorer(config)
-    rows = lut_size(config, load_train(config.data).num_identities)
-    data = prepare(config.data)
-    pipeline = make_pipeline(config, data)
-    steps_per_epoch = pipeline.steps_per_epoch
-    schedule, step = make_step(config, model, steps_per_epoch, max_positives(config, pipeline))
-    return Run(
-        pipeline=pipeline,
-        plan=make_plan(config, steps_per_epoch),
-        schedule=schedule,
-        step=step,
-        initial=create_state(config, model, step.optimizer, rows),
-        evaluator=make_evaluator(config, model, data.test, scorer),
-    )
-
-
-def rehearse(config: ConfigDict) -> AlignPS:
-    """Builds all that needs no data, so that what is wrong costs a second; returns the network.
-
-    Raises:
-      UserError: a field of the configuration is wrong, or the weights to start from do not fit.
-    """
-    check_config(config)
-    check_batch_size(config, "train")
-    check_batch_size(config, "eval")
-    known_name("config.train.parallel", config.train.parallel, PARALLEL)
-    dataset_class(config.data.name)
-    model = build_model(config)
-    make_step(config, model, steps_per_epoch=1, positives=1)
-    make_predict_step(model, config)
-    check_pretrained(config)
-    return model
-
-
-def make_step(
-    config: ConfigDict, model: AlignPS, steps_per_epoch: int, positives: int
-) -> tuple[Schedule, TrainStep]:
-    """The learning rate's course, and the training step with its optimizer."""
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch)
-    optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
-    return schedule, TrainStep(model, optimizer, config.loss, positives)
+def _on_devices(state: TrainState) -> TrainState:
+    """A copy whose buffers the training step may take."""
+    return replicate(jax.tree.map(jnp.copy, state))
 
 
 def best_of(last: Measured, checkpoints: Checkpoints, run: Run, workdir: Path) -> Measured:
@@ -198,68 +198,15 @@ def best_of(last: Measured, checkpoints: Checkpoints, run: Run, workdir: Path) -
     return run.evaluator.measure(best.params, best.frozen, step)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The durations of `config.train` in steps."""
-
-    total: int
-    checkpoint_every: int
-    eval_every: int
-    log_every: int
-
-
-def make_plan(config: ConfigDict, steps_per_epoch: int) -> Plan:
-    """Reads the durations; UserError if one is malformed or comes to no step at all."""
-
-    def steps(name: str) -> int:
-        found = steps_of(f"config.train.{name}", config.train[name], steps_per_epoch)
-        if found < 1:
-            raise UserError(f"config.train.{name}: found {config.train[name]!r}, which is no step")
-        return found
-
-    return Plan(
-        total=steps("duration"),
-        checkpoint_every=steps("checkpoint_every"),
-        eval_every=steps("eval_every"),
-        log_every=config.train.log_every_steps,
-    )
-
-
-def make_pipeline(config: ConfigDict, data: PreparedDataset) -> TrainPipeline:
-    """The training batches of this process."""
-    return make_train_pipeline(
-        data.train,
-        config.data,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def restore(
-    initial: TrainState,
-    batches: grain.DatasetIterator,
-    checkpoints: Checkpoints,
-    log: MetricLog,
-    config: ConfigDict,
-    workdir: Path,
-) -> TrainState:
-    """The state of the newest whole checkpoint, with batches and log brought to the same step."""
-    latest = checkpoints.latest_step()
-    if latest is None:
-        log.truncate_after(-1)
-        return initial
-    before = load_config(workdir, latest).to_dict()
-    for section, fields in config.to_dict().items():
-        if fields != before.get(section):
-            print(f"note: config.{section} is not what {workdir} was started with")
-    state, iterator_state = checkpoints.restore(initial)
-    if iterator_state is not None:  # converted weights have seen no data
-        batches.set_state(iterator_state)
-    log.truncate_after(latest)
-    print(f"resuming from step {latest} in {workdir}")
-    return state
+def measure_untrained(run: Run) -> Measured | None:
+    """The evaluation of the network as it was before training; None if that cannot be had."""
+    try:
+        initial = run.initial()
+    except UserError as error:
+        # A resumed run does without the weights that it started from.
+        print(f"note: no evaluation of the network before training ({error})")
+        return None
+    return run.evaluator.measure(initial.params, initial.frozen, 0)
 
 
 def log_folder(workdir: Path) -> Path:

@@ -13,6 +13,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.lock import WorkdirLock
 from alignps_jax.checkpoint.store import (
     RUN_INFO,
     Checkpoints,
@@ -100,7 +101,10 @@ def convert_released(
         state, extras = _detector_state(config, tensors, source)
     else:
         state, extras = _backbone_state(config, tensors, source, convention), {}
-    with Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints:
+    with (
+        WorkdirLock(workdir),
+        Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
+    ):
         checkpoints.save(state, None)
     write_run_info(workdir, config)
     if extras:

@@ -237,15 +237,72 @@ def test_truncating_to_the_start_empties_the_log(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == (LogLine(1, {"loss": 2.0}),)
 
 
-@pytest.mark.parametrize("line", ["hello", "[1]", '{"loss": 1}', '{"step": 1, "loss": "x"}', ""])
-def test_a_foreign_line_is_named(tmp_path, line):
+DAMAGED = ["hello", "[1]", '{"loss": 1}', '{"step": 1, "loss": "x"}', "", "\0" * 80]
+DAMAGED += ['{"step": true}', '{"step": 1, "loss": 1' + 400 * "0" + "}", "[" * 100_000]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_costs_that_line_and_a_note(tmp_path, line, capsys):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"log\.jsonl, line 2") as error:
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n{"step": 3}\n')
+    assert [line.step for line in read_log(path)] == [1, 2, 3]
+    note = capsys.readouterr().out
+    assert note.startswith(f"note: {path}, line 2: found ")
+    assert len(note.splitlines()) == 1
+    with MetricLog(tmp_path) as log:
+        log.truncate_after(2)
+        log.scalars(3, {"loss": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 3.0}\n'
+    assert "no line of a log (line 2)" in capsys.readouterr().out
+
+
+def test_a_file_without_any_line_of_a_log_is_none(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("hello\n{}\n")
+    with pytest.raises(UserError, match=r"log\.jsonl, line 1 \(and 1 more\): found b'hello'"):
         read_log(path)
-    assert "\n" not in str(error.value)
-    with MetricLog(tmp_path) as log, pytest.raises(UserError, match="line 2"):
-        log.truncate_after(1)
+
+
+def test_what_is_measured_again_replaces_its_line(tmp_path):
+    with MetricLog(tmp_path) as log:
+        log.scalars(1, {"eval/all/mAP": 0.1})
+        log.scalars(2, {"loss": 1.0})
+        log.scalars(2, {"eval/all/mAP": 0.5})
+        log.truncate_after(2, again="eval/")
+        log.scalars(2, {"eval/all/mAP": 0.6})
+    assert [line.values for line in read_log(tmp_path / "log.jsonl")] == [
+        {"eval/all/mAP": 0.1},
+        {"loss": 1.0},
+        {"eval/all/mAP": 0.6},
+    ]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    """With a limit on the size of files; Python does not die of its signal."""
+    script = (
+        "import pathlib, resource, sys; import numpy as np\n"
+        "from alignps_jax.log import MetricLog; from alignps_jax.types import UserError\n"
+        "folder, what = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "try:\n"
+        "  with MetricLog(folder) as log:\n"
+        "    log.scalars(1, {'loss': 1})\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "    if what == 'log':\n"
+        "      for step in range(2, 9): log.scalars(step, {'loss': step})\n"
+        "    noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), 'uint8')\n"
+        "    log.images(2, 'noise', noise)\n"
+        "except UserError as error: print(error)\n"
+    )
+    for what, name in (("log", "log.jsonl"), ("tensorboard", "tensorboard")):
+        folder = tmp_path / what
+        command = [sys.executable, "-c", script, str(folder), what]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stderr == ""
+        assert done.stdout == f"{folder / name}: cannot be written (File too large)\n"
+    with MetricLog(tmp_path / "log") as log:
+        log.scalars(9, {"loss": 9})
+    steps = [line.step for line in read_log(tmp_path / "log" / "log.jsonl")]
+    assert steps == [1, 2, 3, 4, 9]
 
 
 def test_missing_log_and_unwritable_workdir(tmp_path):

@@ -153,7 +153,7 @@ def log_lines(workdir: Path) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
-def test_sigterm_saves_and_leaves_with_exit_code_zero(shared_dir):
+def test_sigterm_saves_and_leaves_with_its_exit_code(shared_dir):
     workdir = shared_dir / "terminated"
     link_cache(shared_dir, workdir)
     duration = ("--config.train.duration=400 steps", "--config.train.checkpoint_every=1000 steps")
@@ -169,10 +169,42 @@ def test_sigterm_saves_and_leaves_with_exit_code_zero(shared_dir):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    assert process.returncode == 143, output
     assert "SIGTERM: step" in output
     (step,) = [path.name for path in (workdir / "checkpoints").iterdir()]
     assert int(step) == max(losses(workdir))
+
+
+def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_while_it_compiles(shared_dir, tmp_path):
+    process = subprocess.Popen(
+        command(shared_dir, tmp_path),  # without compiled programs
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while "compiling" not in process.stdout.readline():
+        assert process.poll() is None
+    files = sorted(tmp_path.rglob("*.jsonl")), (tmp_path / "checkpoints").stat().st_mtime_ns
+    second = subprocess.run(
+        command(shared_dir, tmp_path), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert second.returncode == 2
+    assert f"(process {process.pid} on {os.uname().nodename}, started " in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+    assert second.stdout == ""
+    assert files == (
+        sorted(tmp_path.rglob("*.jsonl")),
+        (tmp_path / "checkpoints").stat().st_mtime_ns,
+    )
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert time.monotonic() - start < 5
+    assert output.splitlines()[-1] == "Ctrl-C: nothing is lost; the same command starts again"
+    assert not (tmp_path / "writer.lock").exists()
 
 
 def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):

@@ -1,0 +1,229 @@
+"""A run that is stopped anywhere and resumed leaves the log and the scores of one that is not.
+
+The loop is the real one, with a network of one number; every place where a run can be stopped is
+tried, by an exception that nothing handles.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from alignps_jax.checkpoint.store import Checkpoints, load_arrays
+from alignps_jax.devices import AXIS
+from alignps_jax.log import MetricLog
+from alignps_jax.training.interrupt import Interrupt
+from alignps_jax.training.resume import FREE, FREE_SECTIONS, check_changes
+from alignps_jax.training.run import Plan, Run, rehearse
+from alignps_jax.training.step import StepMetrics
+from alignps_jax.training.train import Training, measure_untrained
+from alignps_jax.training.writer import Writer
+from alignps_jax.types import OIMMemory, TrainState, UserError
+from configs import cuhk, tiny
+from tests.data_pipeline.pipeline_test import make_split, mixed_sizes, train
+
+PLAN = Plan(total=11, checkpoint_every=3, eval_every=4, log_every=1)
+# mAP by step: the best is neither the first nor the last.
+SCORES = {4: 0.5, 8: 0.75, 11: 0.25}
+
+
+class Killed(BaseException):
+    """The moment at which a run ends."""
+
+
+def step(state: TrainState, batch) -> tuple[TrainState, StepMetrics]:
+    """Adds up the pixels, so that a batch that is left out or seen twice would show."""
+    total = lax.psum(jnp.sum(batch.image.astype(jnp.float32)), AXIS) / 1e6
+    weight = state.params["w"] * 0.9 + total
+    number = jnp.float32(1)
+    metrics = StepMetrics({"cls": weight}, number, number, number, number, number)
+    return state.replace(step=state.step + 1, params={"w": weight}), metrics
+
+
+def initial() -> TrainState:
+    memory = OIMMemory(jnp.ones((3, 2)), jnp.ones((2, 2)), jnp.int32(0))
+    return TrainState(jnp.int32(0), {"w": jnp.float32(0)}, {}, (), memory)
+
+
+class Evaluator:
+    """Measures `SCORES`; stops the run where it is told to."""
+
+    def __init__(self, stop: str = ""):
+        self._stop = stop
+
+    def _moment(self, name: str) -> None:
+        if self._stop == name:
+            raise Killed
+
+    def measure(self, params, frozen, step):
+        self._moment(f"measuring {step}")
+        search = types.SimpleNamespace(mAP=SCORES.get(step, 0.0))
+        return types.SimpleNamespace(
+            result=types.SimpleNamespace(step=step, searches={"all": search}), w=float(params["w"])
+        )
+
+    def log(self, measured, log):
+        step = measured.result.step
+        self._moment(f"before the line of {step}")
+        log.scalars(step, {"eval/all/mAP": SCORES[step], "eval/w": measured.w})
+        self._moment(f"after the line of {step}")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return train(make_split(mixed_sizes(11, 6)), batch_size=4)
+
+
+def go(pipeline, workdir: Path, stop: str = "") -> None:
+    """Trains until the end, or until the moment `stop`."""
+    run = Run(
+        pipeline=pipeline,
+        plan=PLAN,
+        schedule=lambda step: 0.1,
+        step=step,
+        evaluator=Evaluator(stop),
+        initial=initial,
+        template=jax.eval_shape(initial),
+    )
+    with (
+        Interrupt(Writer(workdir, lambda: None, several=False)) as interrupt,
+        Checkpoints(workdir, keep=2, config=tiny.get_config()) as checkpoints,
+        MetricLog(workdir) as log,
+    ):
+        training = Training(run, checkpoints, log, interrupt)
+        training.evaluate(training.steps(training.begin(workdir)))
+
+
+def results(workdir: Path) -> tuple[list[dict], dict[int, float | None], int]:
+    """The log without what depends on the clock, the checkpoints with scores, the best one."""
+    lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name in ("images_per_second", "data_wait"):
+            line.pop(name, None)
+    scores = {}
+    for folder in (workdir / "checkpoints").iterdir():
+        file = folder / "metrics" / "metrics"
+        scores[int(folder.name)] = json.loads(file.read_text())["score"] if file.exists() else None
+    return lines, scores, int(load_arrays(workdir, lambda name: name == "step")["step"])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipeline, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    go(pipeline, workdir)
+    found = results(workdir)
+    assert [line["step"] for line in found[0]] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 11]
+    assert found[1:] == ({8: 0.75, 9: None, 11: 0.25}, 8)
+    return found
+
+
+MOMENTS = [
+    f"{moment} {step}"
+    for step in SCORES
+    for moment in ("measuring", "before the line of", "after the line of")
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_evaluation_that_was_cut_short_is_made_up_for(pipeline, uninterrupted, tmp_path, moment):
+    with pytest.raises(Killed):
+        go(pipeline, tmp_path, moment)
+    go(pipeline, tmp_path)
+    assert results(tmp_path) == uninterrupted
+
+
+def test_a_finished_run_stays_as_it_is(pipeline, uninterrupted, tmp_path):
+    go(pipeline, tmp_path)
+    go(pipeline, tmp_path)
+    assert results(tmp_path) == uninterrupted
+
+
+def test_a_damaged_line_of_the_log_costs_that_line(pipeline, uninterrupted, tmp_path, capsys):
+    with pytest.raises(Killed):
+        go(pipeline, tmp_path, "measuring 8")
+    file = tmp_path / "log.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:2], b"\0" * 40 + b"\n", *lines[3:]]))
+    go(pipeline, tmp_path)
+    assert f"note: {file}: removed what is no line of a log (line 3)" in capsys.readouterr().out
+    expected = [line for line in uninterrupted[0] if line["step"] != 3]
+    assert results(tmp_path) == (expected, *uninterrupted[1:])
+
+
+def test_initial_weights_are_not_read_again(pipeline, uninterrupted, tmp_path, capsys):
+    with pytest.raises(Killed):
+        go(pipeline, tmp_path, "measuring 8")
+
+    def gone() -> TrainState:
+        raise UserError("config.model.pretrained: gone")
+
+    run = Run(pipeline, PLAN, lambda step: 0.1, step, Evaluator(), gone, jax.eval_shape(initial))
+    with (
+        Interrupt(Writer(tmp_path, lambda: None, several=False)) as interrupt,
+        Checkpoints(tmp_path, keep=2, config=tiny.get_config()) as checkpoints,
+        MetricLog(tmp_path) as log,
+    ):
+        training = Training(run, checkpoints, log, interrupt)
+        training.evaluate(training.steps(training.begin(tmp_path)))
+    assert results(tmp_path) == uninterrupted
+    assert measure_untrained(run) is None
+    assert "note: no evaluation of the network before training" in capsys.readouterr().out
+    config = tiny.get_config()
+    config.model.pretrained = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"config\.model\.pretrained"):
+        rehearse(config)
+    rehearse(config, resumes=True)
+
+
+@pytest.fixture(scope="module")
+def begun(pipeline, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("begun")
+    with Checkpoints(workdir, keep=1, config=tiny.get_config()) as checkpoints:
+        checkpoints.save(initial().replace(step=np.int32(3)), None)
+    return workdir
+
+
+def test_changes_that_training_feels_are_named_one_by_one(begun, tmp_path, capsys):
+    config = tiny.get_config()
+    check_changes(config, begun, accepted=False)
+    assert capsys.readouterr().out == ""
+    config.train.batch_size, config.optimizer.drops = 8, ("1 epochs",)
+    config.train.duration = "500 steps"
+    check_changes(config, tmp_path, accepted=False)  # nothing there to resume
+    with pytest.raises(UserError) as error:
+        check_changes(config, begun, accepted=False)
+    message = str(error.value)
+    assert message.startswith(f"{begun}: its last checkpoint was trained otherwise: config.")
+    assert "config.train.batch_size: found 8, expected 4" in message
+    assert "config.optimizer.drops: found ('1 epochs',), expected ('20 steps',)" in message
+    assert "duration" not in message
+    assert "--accept_changes" in message
+    assert "\n" not in message
+    check_changes(config, begun, accepted=True)
+    notes = capsys.readouterr().out.splitlines()
+    assert "note: config.train.batch_size is now 8, before 4" in notes
+    assert "note: config.train.duration is now '500 steps', before '6 steps'" in notes
+    assert len(notes) == 3
+
+
+def test_changes_that_training_cannot_feel_need_no_flag(begun, capsys):
+    config = tiny.get_config()
+    config.data.root, config.data.workers, config.eval.nms_iou = "/elsewhere", 0, 0.25
+    config.model.pretrained = "gone"
+    check_changes(config, begun, accepted=False)
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_the_table_of_free_fields_names_fields():
+    config = cuhk.get_config()
+    for name in FREE:
+        section, field = name.split(".")
+        assert field in config[section], name
+    assert set(FREE_SECTIONS) <= set(config)
