@@ -72,8 +72,8 @@ def _equation(equation: core.JaxprEqn, operands: list[Any], bits: int) -> Sequen
             params[key] = _rounded_body(value, bits)
         elif isinstance(value, tuple) and any(isinstance(x, core.ClosedJaxpr) for x in value):
             params[key] = tuple(_rounded_body(branch, bits) for branch in value)
-    subfunctions, params = equation.primitive.get_bind_params(params)
-    results = equation.primitive.bind(*subfunctions, *operands, **params)
+    params = equation.primitive.get_bind_params(params)
+    results = equation.primitive.bind(*operands, **params)
     return results if equation.primitive.multiple_results else [results]
 
 
