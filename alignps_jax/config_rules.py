@@ -153,6 +153,7 @@ RULES: dict[str, Rule] = {
     "model.initial_distance": _FINITE,
     "model.background_levels": _FLAG,
     "model.dtype": _TEXT,
+    "model.precision": _TEXT,
     "model.remat": _FLAG,
     "model.channel_order": _TEXT,
     "model.pixel_mean": _tuple_of(_FINITE, "three numbers, in channel order", length=3),
@@ -202,6 +203,7 @@ RULES: dict[str, Rule] = {
     "eval.min_cls_score": _SHARE,
     "eval.nms_iou": _SHARE,
     "eval.max_detections": _integer(1),
+    "eval.precision": _TEXT,
     "eval.boxes": _TEXT,
     "eval.context_matching": Rule(
         _is_context, "() or (k1, k2), the numbers of gallery images and of people, 1 or more"

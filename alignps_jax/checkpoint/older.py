@@ -17,11 +17,14 @@ BEFORE = {
     "model.offset_gain": 1.0,
     "model.initial_distance": 0.0,
     "model.remat": False,
+    "model.precision": "fast",
     "model.stride_in_3x3": False,
     "loss.level_borders": (),
     "optimizer.name": "sgd",
     "optimizer.drop_factor": 0.1,
     "train.parallel": "pmap",
+    # Everything that was measured then was measured on CPUs.
+    "eval.precision": "exact",
     "eval.boxes": "detected",
     "eval.context_matching": (),
 }

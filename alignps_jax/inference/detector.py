@@ -39,7 +39,7 @@ class Detector:
         self.step = int(weights.step)
         self._weights = weights
         self._predict = jax.jit(PredictStep(model, config.eval))
-        self._compute_maps = jax.jit(partial(compute_maps, model))
+        self._compute_maps = jax.jit(partial(compute_maps, model, config.eval.precision))
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, config: ConfigDict | None = None) -> Self:

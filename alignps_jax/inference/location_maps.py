@@ -20,6 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.nn.layers import SIZE_MULTIPLE
+from alignps_jax.nn.precision import products_in
 from alignps_jax.types import Batch, Outputs, UserError
 
 # (y, x) steps from a location to the nine taps of a 3x3 convolution, row by row.
@@ -72,15 +73,18 @@ class SamplingPoints:
     used: Bool[np.ndarray, "81"]
 
 
-def compute_maps(model: nn.Module, params: Any, frozen: Any, batch: Batch) -> MapOutputs:
+def compute_maps(
+    model: nn.Module, precision: str, params: Any, frozen: Any, batch: Batch
+) -> MapOutputs:
     """Runs the network and keeps what its offset convolutions say on the way."""
-    outputs, captured = model.apply(
-        {"params": params, "frozen": frozen},
-        batch.image,
-        batch.size,
-        capture_intermediates=_is_offset_of_neck,
-        mutable=["intermediates"],
-    )
+    with products_in(precision):
+        outputs, captured = model.apply(
+            {"params": params, "frozen": frozen},
+            batch.image,
+            batch.size,
+            capture_intermediates=_is_offset_of_neck,
+            mutable=["intermediates"],
+        )
     neck = captured.get("intermediates", {}).get("neck", {})
     offsets = {name: layer["offset"]["__call__"][0] for name, layer in neck.items()}
     return MapOutputs(outputs, offsets)

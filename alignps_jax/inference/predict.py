@@ -12,10 +12,11 @@ import jax
 from jax import lax
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import choose
+from alignps_jax.choices import choose, known_name
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.losses.total import level_ranges
 from alignps_jax.nn.model import AlignPS
+from alignps_jax.nn.precision import PRECISIONS, products_in
 from alignps_jax.types import Batch, Detections, Outputs
 
 LARGE_PHOTO = 2**17  # pixels
@@ -27,6 +28,9 @@ class PredictStep:
 
     model: AlignPS
     evaluation: ConfigDict
+
+    def __post_init__(self) -> None:
+        known_name("config.eval.precision", self.evaluation.precision, PRECISIONS)
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """Boxes in the photos' own pixels, best first.
@@ -45,9 +49,10 @@ class PredictStep:
         return jax.tree.map(lambda x: x[:, 0], found)
 
     def _together(self, params: Any, frozen: Any, batch: Batch) -> Detections:
-        outputs: Any = self.model.apply(
-            {"params": params, "frozen": frozen}, batch.image, batch.size
-        )
+        with products_in(self.evaluation.precision):
+            outputs: Any = self.model.apply(
+                {"params": params, "frozen": frozen}, batch.image, batch.size
+            )
         return self.decode(outputs, batch)
 
     def decode(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:
@@ -68,21 +73,25 @@ class PredictStep:
 class GroundTruthStep:
     """The people of the ground truth, as a perfect detector would find them.
 
-    An upper bound of the search by `model`; `level_borders` is that of `config.loss`.
+    An upper bound of the search by `model`; `level_borders` is that of `config.loss`, `precision`
+    that of `config.eval`.
     """
 
     model: AlignPS
     level_borders: tuple[float, ...]
+    precision: str
 
     def __post_init__(self) -> None:
+        known_name("config.eval.precision", self.precision, PRECISIONS)
         # Raises if they do not fit.
         level_ranges(self.model.predicted_levels(train=False), self.level_borders)
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """The batch's own boxes in the photos' pixels, with score 1 and their embeddings."""
-        outputs: Any = self.model.apply(
-            {"params": params, "frozen": frozen}, batch.image, batch.size
-        )
+        with products_in(self.precision):
+            outputs: Any = self.model.apply(
+                {"params": params, "frozen": frozen}, batch.image, batch.size
+            )
         return embed_boxes(
             outputs,
             batch.boxes,
@@ -95,7 +104,9 @@ class GroundTruthStep:
 
 PREDICT_STEPS: dict[str, Callable[[AlignPS, ConfigDict], Any]] = {
     "detected": lambda model, config: PredictStep(model, config.eval),
-    "ground_truth": lambda model, config: GroundTruthStep(model, tuple(config.loss.level_borders)),
+    "ground_truth": lambda model, config: GroundTruthStep(
+        model, tuple(config.loss.level_borders), config.eval.precision
+    ),
 }
 
 

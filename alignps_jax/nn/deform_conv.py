@@ -99,7 +99,8 @@ class DeformConv(nn.Module):
 
     Parameters: `kernel` [3, 3, C, features], `bias` [features] if `use_bias`, and the `offset`
     convolution, whose channels are y0, x0, y1, x1, ... of the taps in row-major order, in pixels
-    of the map. Parameters are float32, activations `dtype`. Initially the offsets are zero.
+    of the map. Parameters and offsets are float32, activations `dtype`. Initially the
+    offsets are zero.
     """
 
     features: int
@@ -122,12 +123,13 @@ class DeformConv(nn.Module):
             3,
             self.stride,
             use_bias=True,
-            dtype=self.dtype,
+            # An offset of 20 pixels in bfloat16 is a multiple of 1/8 pixel.
+            dtype=jnp.float32,
             kernel_init=self.offset_kernel_init,
             bias_init=self.offset_bias_init,
             name="offset",
         )(inputs)
-        offsets, mask = self.split(predicted.astype(jnp.float32))
+        offsets, mask = self.split(predicted)
         kernel = self.param("kernel", self.kernel_init, (3, 3, inputs.shape[-1], self.features))
         out = deform_conv2d(inputs, offsets, kernel, mask, stride=self.stride)
         if self.use_bias:

@@ -128,8 +128,7 @@ def chunk_of(size: MapSize, kernel: tuple[int, int, int]) -> int | None:
     fitting = (
         chunk
         for chunk in parts
-        if (chunk == channels or chunk % LANES == 0)
-        and 4 * (chunk * per_channel + rest) <= _vmem()
+        if (chunk == channels or chunk % LANES == 0) and 4 * (chunk * per_channel + rest) <= _vmem()
     )
     return next(fitting, None)
 

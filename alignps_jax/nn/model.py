@@ -27,6 +27,7 @@ from alignps_jax.nn.neck import (
     plain_lateral,
     plain_output,
 )
+from alignps_jax.nn.precision import PRECISIONS
 from alignps_jax.nn.recompute import recomputed
 from alignps_jax.types import Outputs, UserError, Weights
 
@@ -149,6 +150,7 @@ def build_model(config: ConfigDict) -> AlignPS:
     """
     model = config.model
     dtype = known_name("config.model.dtype", model.dtype, ("float32", "bfloat16"))
+    known_name("config.model.precision", model.precision, PRECISIONS)
     # Which activations of a module's inside are kept for the backward pass: none, or all.
     wrap = recomputed if model.remat else _as_it_is
     backbone = choose("config.model.backbone", model.backbone, BACKBONES)(model, wrap)

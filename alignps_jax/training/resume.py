@@ -10,7 +10,8 @@ import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import Checkpoints, holds_checkpoint, load_config
+from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.store import Checkpoints, load_config
 from alignps_jax.types import TrainState, UserError
 
 # Fields that change no training step: where things lie, how fast they are read, what is measured

@@ -99,7 +99,7 @@ def make_step(
     """The learning rate's course, and the training step with its optimizer."""
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch)
     optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
-    return schedule, TrainStep(model, optimizer, config.loss, positives)
+    return schedule, TrainStep(model, optimizer, config.loss, positives, config.model.precision)
 
 
 @dataclasses.dataclass(frozen=True)

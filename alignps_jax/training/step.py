@@ -26,6 +26,7 @@ from alignps_jax.losses.total import (
     total,
 )
 from alignps_jax.nn.model import AlignPS
+from alignps_jax.nn.precision import products_in
 from alignps_jax.types import Batch, TrainState
 
 
@@ -50,12 +51,14 @@ class TrainStep:
       optimizer: updates of the parameters.
       loss: `config.loss`.
       max_positives: static number of positive locations per device.
+      precision: of the network's products, an entry of `PRECISIONS`.
     """
 
     model: AlignPS
     optimizer: optax.GradientTransformation
     loss: ConfigDict
     max_positives: int
+    precision: str = "fast"
 
     def __post_init__(self) -> None:
         check_triplet(self.loss)
@@ -91,7 +94,8 @@ class TrainStep:
             loss: Any = sum(shares.values())
             return loss, (shares, everyone, dropped)
 
-        gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(state.params)
+        with products_in(self.precision):
+            gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(state.params)
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import (
     Checkpoints,
-    holds_checkpoint,
     load_weights,
     write_run_info,
 )

@@ -79,7 +79,9 @@ def train(context: Context) -> list[Work]:
     model = build_model(config)
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1000)
     optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
-    step = TrainStep(model, optimizer, config.loss, max_positives(config, pipeline))
+    step = TrainStep(
+        model, optimizer, config.loss, max_positives(config, pipeline), config.model.precision
+    )
     state = create_state(config, model, optimizer, config.loss.lut_size)
     params, frozen = simulate.as_if_trained(state.params, state.frozen)
     state = dataclasses.replace(state, params=params, frozen=frozen)

@@ -18,8 +18,8 @@ from alignps_jax.experiments.benchmark.simulate import as_if_trained, plausible_
 from alignps_jax.inference.detector import inference_model
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import build_model
-from alignps_jax.training.state import create_state, positives_per_image
 from alignps_jax.training.run import make_step
+from alignps_jax.training.state import create_state, positives_per_image
 from alignps_jax.types import Batch, TrainState, UserError
 from data_pipeline.transforms import Scale, Size, buckets, empty_batch
 

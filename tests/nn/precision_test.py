@@ -1,0 +1,82 @@
+"""Which products accelerators may round, and which stay float32."""
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignps_jax.devices import AXIS
+from alignps_jax.inference.predict import PredictStep
+from alignps_jax.nn.deform_conv import DeformConv
+from configs import tiny
+from tests.benchmark.precision import rounded
+from tests.fakes import random_batch, train_setup
+from tests.nn.model_test import tiny_model
+
+
+def precisions(program):
+    """How often each precision stands in a lowered program's products and convolutions."""
+    return Counter(re.findall(r"precision(?:_config)? = \[.*?(DEFAULT|HIGHEST)", program.as_text()))
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_inference_multiplies_as_configured(precision):
+    config, model, params, frozen = tiny_model()
+    config.eval.precision = precision
+    batch = random_batch(np.random.default_rng(0), images=1)
+    found = precisions(jax.jit(PredictStep(model, config.eval)).lower(params, frozen, batch))
+    asked, other = ("HIGHEST", "DEFAULT") if precision == "exact" else ("DEFAULT", "HIGHEST")
+    assert found[asked] > 20
+    assert found[other] == 0
+
+
+def test_offsets_of_a_bfloat16_network_are_float32():
+    module = DeformConv(4, dtype=jnp.bfloat16, offset_bias_init=jax.nn.initializers.constant(20.03))
+    inputs = jnp.ones((1, 5, 6, 3), jnp.bfloat16)
+    variables = module.init(jax.random.key(0), inputs)
+    _, captured = module.apply(variables, inputs, capture_intermediates=True)
+    offsets = captured["intermediates"]["offset"]["__call__"][0]
+    assert offsets.dtype == jnp.float32
+    np.testing.assert_allclose(offsets, 20.03, rtol=1e-6)
+
+
+def test_training_multiplies_as_configured_and_gradients_too():
+    _, step, state = train_setup(tiny.get_config(), devices=1)
+    batch = jax.tree.map(lambda x: x[None], random_batch(np.random.default_rng(0)))
+
+    def found(precision):
+        one = dataclasses.replace(step, precision=precision)
+        on_axis = jax.vmap(one, axis_name=AXIS, in_axes=(None, 0), out_axes=None, axis_size=1)
+        return precisions(jax.jit(on_axis).lower(state, batch))
+
+    fast, exact = found("fast"), found("exact")
+    assert 0 < fast["HIGHEST"] < 20 < fast["DEFAULT"]  # the losses' similarities
+    assert exact["HIGHEST"] == fast["HIGHEST"] + fast["DEFAULT"]
+    assert exact["DEFAULT"] == 0
+
+
+def test_simulated_rounding_reaches_every_product():
+    rng = np.random.default_rng(4)
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 7), (7, 3)))
+
+    def function(a, b):
+        once = jax.nn.relu(a) @ b
+        looped = jax.lax.map(lambda row: row @ b, a)
+        chosen = jax.lax.cond(a[0, 0] > -9, lambda x: x @ b, lambda x: x @ b + 1, a)
+        exact = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return once, looped, jax.jit(jnp.matmul)(a, b), chosen, exact
+
+    def bfloat16(x):
+        return np.asarray(x, jnp.bfloat16).astype(np.float32)
+
+    once, looped, called, chosen, exact = rounded(function, 7)(a, b)
+    expected = bfloat16(a) @ bfloat16(b)
+    for found in (looped, called, chosen):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(once, bfloat16(np.maximum(a, 0)) @ bfloat16(b), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(exact, a @ b, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected - a @ b).max() > 1e-3
