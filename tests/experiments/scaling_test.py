@@ -141,7 +141,7 @@ def test_arithmetic_by_hand():
     assert counted(loop, (4, 4)) == 6 * 2 * 4**3
 
     def either(x):
-        return lax.cond(x.sum() > 0, lambda x: x @ x, lambda x: x, x)
+        return lax.cond(x.sum() > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     assert counted(either, (4, 4)) == 2 * 4**3
 
@@ -258,6 +258,7 @@ def test_estimates_by_hand():
     }
     assert gate.seconds(row, H100.chip) == pytest.approx(expected)
     assert row.dominates == "arithmetic (71%)"
+    assert row.products == "float32 fast"  # as training multiplies
     cycles = {"products": 3e6, "gathers": 6e6}
     row = compiled(f"print({json.dumps(ANSWER | {'cycles': cycles})!r})", H100)
     assert row.dominates == "gathers (67%)"
