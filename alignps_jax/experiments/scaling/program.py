@@ -96,11 +96,6 @@ class Work:
             for kind, value in getattr(other, name).items():
                 getattr(self, name)[kind] += times * value
 
-    @property
-    def weight(self) -> tuple[float, float]:
-        """Cycles, and bytes where there are none: what is more work has the larger one."""
-        return sum(self.cycles.values()), sum(self.bytes.values())
-
 
 def array_bytes(text: str) -> float:
     """Bytes of all arrays of a type, such as `(f32[2,3]{1,0}, pred[])`."""
@@ -136,12 +131,20 @@ def work_of(text: str, choose: Callable[..., Any] = min) -> Work:
     Of the branches of a conditional the cheaper one counts; with `choose=max`, the dearer one.
     """
     computations, entry = parse(text)
-    return _Reader(computations, choose).work(entry)
+    return _Reader(computations, choose, by_cycles="estimated_cycles" in text).work(entry)
 
 
 class _Reader:
-    def __init__(self, computations: Mapping[str, Computation], choose: Callable[..., Any]):
+    """Adds up computations; branches are compared by cycles, or else by bytes."""
+
+    def __init__(
+        self,
+        computations: Mapping[str, Computation],
+        choose: Callable[..., Any],
+        by_cycles: bool,
+    ):
         self._computations, self._choose = computations, choose
+        self._weights = "cycles" if by_cycles else "bytes"
 
     def work(self, name: str) -> Work:
         total, scope = Work(), self._computations.get(name, {})
@@ -154,10 +157,13 @@ class _Reader:
                 case "conditional":
                     names = re.findall(r"%([\w.\-]+)", " ".join(_BRANCHES.findall(line.text)))
                     branches = [self.work(each) for each in names or line.called]
-                    total.add(self._choose(branches, key=lambda work: work.weight))
+                    total.add(self._choose(branches, key=self._weight))
                 case opcode if opcode not in _FREE:
                     total.add(self._kernel(line, scope))
         return total
+
+    def _weight(self, work: Work) -> float:
+        return sum(getattr(work, self._weights).values())
 
     def _trips(self, loop: Instruction) -> int:
         """How often a loop runs: as annotated, or N of `i < N`; 1 if the text does not tell."""
@@ -230,22 +236,26 @@ class _Reader:
         cycles = 0.0
         body, types = self._body(line, scope)
         for each in body:
-            if each.opcode == "gather":
+            if each.opcode == "fusion" and each is not line:
+                cycles += self._rows(each, types)
+            elif each.opcode == "gather":
                 sizes = re.search(r"slice_sizes=\{([\d,]*)\}", each.text)
                 taken = sum(_elements(sides) for _, sides in _ARRAY.findall(each.type))
                 near = "S(1)" in _type(types, each.operands[0])
                 rows = taken / (_elements(sizes[1]) if sizes else 1)
                 cycles += rows * (_GATHER_FROM_VMEM if near else _GATHER)
-            elif each.opcode == "scatter":  # operands, indices, updates
-                indices = _type(types, each.operands[len(each.operands) // 2])
-                found, axis = (
-                    _ARRAY.search(indices),
-                    re.search(r"index_vector_dim=(\d+)", each.text),
-                )
-                sides = [int(side) for side in found[2].split(",") if side] if found else []
-                vector = int(axis[1]) if axis else len(sides)
-                cycles += _SCATTER * math.prod(sides[:vector] + sides[vector + 1 :])
+            elif each.opcode == "scatter":
+                cycles += _SCATTER * _places(each, types)
         return cycles
+
+
+def _places(scatter: Instruction, types: Computation) -> int:
+    """How many rows a scatter adds; its arguments are operands, indices, updates."""
+    indices = _ARRAY.search(_type(types, scatter.operands[len(scatter.operands) // 2]))
+    axis = re.search(r"index_vector_dim=(\d+)", scatter.text)
+    sides = [int(side) for side in indices[2].split(",") if side] if indices else []
+    vector = int(axis[1]) if axis else len(sides)
+    return math.prod(sides[:vector] + sides[vector + 1 :])
 
 
 def _kind(line: Instruction, opcodes: set[str]) -> str:
