@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn import deform_gathers, deform_windows
+from alignps_jax.nn.deform_blocks import MapSize, inside_windows
 from alignps_jax.nn.deform_gathers import Order, Rows, Weights
-from alignps_jax.nn.deform_windows import MapSize
 
 
 def corners(
@@ -170,7 +170,7 @@ def _inside_or(
 ) -> Any:
     rows = args[3]
     return lax.cond(
-        deform_windows.inside_windows(order.size, rows),
+        inside_windows(order.size, rows),
         functools.partial(inside, order.size, interpret=order.interpret),
         functools.partial(outside, order.otherwise),
         *args,
