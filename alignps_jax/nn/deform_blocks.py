@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
 # A block is two squares side by side: as many locations as a vector register has lanes (128).
@@ -20,6 +21,9 @@ SQUARE = SIDE * SIDE
 BLOCK = 2 * SQUARE
 # A window is three rows of four squares.
 WINDOW = 3 * 4 * SQUARE
+LANES = 128
+# Of v5p and TPU7x, where JAX sees no chip to ask, as ahead of time; v5e and v6e have 128 MiB.
+VMEM = 64 * 2**20
 
 
 class MapSize(NamedTuple):
@@ -98,3 +102,31 @@ def squares(size: MapSize, table: Float[Array, "M C"]) -> list[Float[Array, "B h
     """The map, once for each array that `deform_windows.forward` reads a window from."""
     images, high, wide = size.blocks
     return [to_blocks(size, table).reshape(images, high, 2 * wide, SQUARE, -1)] * 9
+
+
+def usable_vmem() -> int:
+    """Bytes of VMEM that a kernel may take."""
+    return (pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else VMEM) * 7 // 8
+
+
+def chunk_of(size: MapSize, kernel: tuple[int, int, int]) -> int | None:
+    """How many channels the kernels work on at a time: as many as fit into VMEM, if any do.
+
+    Args:
+      size: of the map.
+      kernel: taps, channels, features.
+    """
+    taps, channels, features = kernel
+    _, _, wide = size.blocks
+    # In float32: weights and their gradient twice, as the next ones are on their way; the map's
+    # cotangent; the window twice, and as a value; its cotangent, and some matrices as large.
+    per_channel = 4 * taps * features + 3 * (wide + 2) * BLOCK + 6 * WINDOW + 2 * features
+    rest = 4 * WINDOW * BLOCK + 4 * BLOCK * features
+    parts = [chunk for chunk in range(channels, 0, -1) if channels % chunk == 0]
+    fitting = (
+        chunk
+        for chunk in parts
+        if (chunk == channels or chunk % LANES == 0)
+        and 4 * (chunk * per_channel + rest) <= usable_vmem()
+    )
+    return next(fitting, None)

@@ -13,6 +13,7 @@ of a 3x3 convolution may be -7 to 7 pixels, without 7 itself.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,43 +31,14 @@ from alignps_jax.nn.deform_blocks import (
     WINDOW,
     Corners,
     MapSize,
+    chunk_of,
     from_blocks,
     pack_samples,
     squares,
     to_blocks,
     unpack_corners,
+    usable_vmem,
 )
-
-LANES = 128
-# Of v5p and TPU7x, where JAX sees no chip to ask, as ahead of time; v5e and v6e have 128 MiB.
-VMEM = 64 * 2**20
-
-
-def _vmem() -> int:
-    """Bytes of VMEM that a kernel may take."""
-    return (pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else VMEM) * 7 // 8
-
-
-def chunk_of(size: MapSize, kernel: tuple[int, int, int]) -> int | None:
-    """How many channels the kernels work on at a time: as many as fit into VMEM, if any do.
-
-    Args:
-      size: of the map.
-      kernel: taps, channels, features.
-    """
-    taps, channels, features = kernel
-    _, _, wide = size.blocks
-    # In float32: weights and their gradient twice, as the next ones are on their way; the map's
-    # cotangent; the window twice, and as a value; its cotangent, and some matrices as large.
-    per_channel = 4 * taps * features + 3 * (wide + 2) * BLOCK + 6 * WINDOW + 2 * features
-    rest = 4 * WINDOW * BLOCK + 4 * BLOCK * features
-    parts = [chunk for chunk in range(channels, 0, -1) if channels % chunk == 0]
-    fitting = (
-        chunk
-        for chunk in parts
-        if (chunk == channels or chunk % LANES == 0) and 4 * (chunk * per_channel + rest) <= _vmem()
-    )
-    return next(fitting, None)
 
 
 class _Grid:
@@ -134,12 +106,26 @@ class _Grid:
         shape = self.taps, self.chunk, self.features
         return pl.BlockSpec(shape, lambda c, b, i, j: (0, c, 0))
 
-    def call(self, kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
-        params = pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_vmem(),
+    def call(
+        self, kernel: Callable[..., None], products: tuple[int, int], **options: Any
+    ) -> Callable[..., Any]:
+        """The kernel; `products` of a tap with windows, and with weights, are its cost."""
+        blocks, channels = math.prod(self.blocks), self.chunk * self.chunks
+        each = 2 * BLOCK * (products[0] * WINDOW + products[1] * self.features)
+        return pl.pallas_call(
+            kernel,
+            grid=self.steps,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary", "arbitrary", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=usable_vmem(),
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=blocks * self.taps * channels * each,
+                transcendentals=0,
+                bytes_accessed=4 * blocks * channels * (WINDOW + BLOCK),
+            ),
+            **options,
         )
-        return pl.pallas_call(kernel, grid=self.steps, compiler_params=params, **options)
 
 
 def forward(
@@ -155,6 +141,7 @@ def forward(
     grid = _Grid(size, kernel)
     out = grid.call(
         _forward_kernel,
+        products=(1, 1),
         in_specs=[grid.block(grid.taps, 8, BLOCK), grid.weights(), *grid.window()],
         out_specs=grid.partial(BLOCK, grid.features),
         out_shape=_result(table, (grid.chunks, *grid.blocks, BLOCK, grid.features)),
@@ -190,6 +177,7 @@ def backward(
     result = functools.partial(_result, table)
     d_map, d_corners, d_kernel = grid.call(
         functools.partial(_backward_kernel, grid.high, grid.wide),
+        products=(3, 2),
         in_specs=[
             grid.block(grid.taps, 8, BLOCK),
             grid.weights(),
