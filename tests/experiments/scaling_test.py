@@ -92,6 +92,15 @@ def test_a_program_by_hand():
     assert work.bytes["elementwise"] == 16 * 2 * 10 * 64 * 4
 
 
+def test_kernels_of_our_own_count_by_their_arithmetic():
+    line = (
+        '  ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{,"cost_estimate":{"flops":"262144","bytes":"1"}}}'
+    )
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n{line}\n}}\n"
+    assert work_of(text).cycles == {"own kernels": 2}
+
+
 def test_bytes_of_types():
     assert array_bytes("f32[2,3]{1,0}") == 24
     assert array_bytes("(bf16[4]{0:T(8,128)(2,1)S(1)}, pred[], /*index=5*/s64[2]{0})") == 8 + 1 + 16

@@ -41,6 +41,10 @@ _PRODUCTS = re.compile(r'custom_call_target="__(cudnn|cublas)')
 _OWN = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
 # Cycles a row on a v5e, for which its compiler gives no estimate (docs/scaling.md says more).
 _GATHER_FROM_VMEM, _GATHER, _SCATTER = 4.5, 12.0, 22.0
+# Nor for Pallas kernels: a v5e multiplies and adds so much in a cycle (4 x 128 x 128 pairs), and
+# ours do little that does not wait for that.
+_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_FLOPS = 131_072.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +203,9 @@ class _Reader:
         work.bytes[kind] = self._traffic(line, scope)
         estimate = _CYCLES.search(line.text)
         rows = self._rows(line, scope) if kind in ("gathers", "scatters") else 0.0
-        work.cycles[kind] = max(float(estimate[1]) if estimate else 0.0, rows)
+        own = _COST.search(line.text)
+        kernel = float(own[1]) / _FLOPS if own else 0.0
+        work.cycles[kind] = max(float(estimate[1]) if estimate else 0.0, rows, kernel)
         return work
 
     def _body(self, line: Instruction, scope: Computation) -> tuple[list[Instruction], Computation]:
