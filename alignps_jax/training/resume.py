@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,15 @@ def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
 
 
 def restore(
-    template: TrainState, batches: grain.DatasetIterator, checkpoints: Checkpoints
+    template: Callable[[], TrainState], batches: grain.DatasetIterator, checkpoints: Checkpoints
 ) -> TrainState | None:
     """The state of the newest complete checkpoint, with the batches brought to the same step.
 
-    None where there is no checkpoint. `template` may be abstract.
+    None where there is no checkpoint. What `template` gives may be abstract.
     """
     if checkpoints.latest_step() is None:
         return None
-    state, iterator_state = checkpoints.restore(template)
+    state, iterator_state = checkpoints.restore(template())
     if iterator_state is not None:  # converted weights have seen no data
         batches.set_state(iterator_state)
     return state

@@ -44,7 +44,7 @@ class Run:
     # Makes the state before the first step; what is pretrained is read only then.
     initial: Callable[[], TrainState]
     # Its structure, shapes and types.
-    template: TrainState
+    template: Callable[[], TrainState]
 
 
 def make_run(config: ConfigDict, model: AlignPS) -> Run:
@@ -68,7 +68,7 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         parallel=config.train.parallel,
         evaluator=make_evaluator(config, model, data.test, scorer),
         initial=initial,
-        template=jax.eval_shape(partial(initial, pretrained=False)),
+        template=partial(jax.eval_shape, partial(initial, pretrained=False)),
     )
 
 

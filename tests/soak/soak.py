@@ -20,6 +20,9 @@ FLAGS = (
     f"--config.train.eval_every={EVAL_EVERY} steps",
     f"--config.train.checkpoint_every={SAVE_EVERY} steps",
     "--config.train.keep_checkpoints=2",
+    # A network of few parts: most of a start is their tracing.
+    *("--noconfig.model.lateral_deform", "--noconfig.model.output_deform"),
+    *("--config.model.head_convs=0", "--noconfig.model.concatenate", "--config.loss.triplet=none"),
 )
 # A finished or ended start takes no longer, on the slowest machine.
 PATIENCE = 900.0

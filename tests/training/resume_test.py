@@ -90,7 +90,7 @@ def go(pipeline, workdir: Path, stop: str = "") -> None:
         step=step,
         evaluator=Evaluator(stop),
         initial=initial,
-        template=jax.eval_shape(initial),
+        template=lambda: jax.eval_shape(initial),
     )
     with (
         Interrupt(Writer(workdir, lambda: None, several=False)) as interrupt,
@@ -164,7 +164,9 @@ def test_initial_weights_are_not_read_again(pipeline, uninterrupted, tmp_path, c
     def gone() -> TrainState:
         raise UserError("config.model.pretrained: gone")
 
-    run = Run(pipeline, PLAN, lambda step: 0.1, step, Evaluator(), gone, jax.eval_shape(initial))
+    run = Run(
+        pipeline, PLAN, lambda step: 0.1, step, Evaluator(), gone, lambda: jax.eval_shape(initial)
+    )
     with (
         Interrupt(Writer(tmp_path, lambda: None, several=False)) as interrupt,
         Checkpoints(tmp_path, keep=2, config=tiny.get_config()) as checkpoints,
