@@ -83,12 +83,15 @@ def pipeline():
 
 def go(pipeline, workdir: Path, stop: str = "") -> None:
     """Trains until the end, or until the moment `stop`."""
+    evaluator = Evaluator(stop)
     run = Run(
         pipeline=pipeline,
         plan=PLAN,
         schedule=lambda step: 0.1,
         step=step,
-        evaluator=Evaluator(stop),
+        parallel="pmap",
+        evaluator=evaluator,
+        selector=evaluator,
         initial=initial,
         template=lambda: jax.eval_shape(initial),
     )
@@ -164,8 +167,17 @@ def test_initial_weights_are_not_read_again(pipeline, uninterrupted, tmp_path, c
     def gone() -> TrainState:
         raise UserError("config.model.pretrained: gone")
 
+    evaluator = Evaluator()
     run = Run(
-        pipeline, PLAN, lambda step: 0.1, step, Evaluator(), gone, lambda: jax.eval_shape(initial)
+        pipeline=pipeline,
+        plan=PLAN,
+        schedule=lambda step: 0.1,
+        step=step,
+        parallel="pmap",
+        evaluator=evaluator,
+        selector=evaluator,
+        initial=gone,
+        template=lambda: jax.eval_shape(initial),
     )
     with (
         Interrupt(Writer(tmp_path, lambda: None, several=False)) as interrupt,
