@@ -19,7 +19,7 @@ AOT_READY := $(AOT)/.ready
 # Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test test-newest docs fuzz parity benchmark accelerators accelerators-short \
+.PHONY: setup demo test test-newest docs fuzz soak parity benchmark accelerators accelerators-short \
   setup-accelerators golden lint lock clean
 
 setup: $(READY)
@@ -64,6 +64,11 @@ $(NEWEST_READY): requirements.lock pyproject.toml
 SECONDS ?= 600
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --seconds=$(SECONDS) $(if $(ONLY),--only=$(ONLY))
+
+# Training runs that are killed at random moments, crowded, and out of room: make soak [KILLS=200].
+KILLS ?= 200
+soak: setup
+	$(BIN)/python -m tests.soak --kills=$(KILLS)
 
 # The pages and the API reference, as docs/_build/html/index.html; a warning is an error.
 docs: $(DOCS_READY)

@@ -3,6 +3,7 @@
 python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
 """
 
+import errno
 import io
 import signal
 import sys
@@ -19,6 +20,9 @@ import jax
 
 from alignps_jax.command_line import parse
 from alignps_jax.types import UserError
+
+# What the system says where there is no room, wherever in the code it says so.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,6 +51,12 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = error.filename or "a file"
+        print(f"error: {place}: cannot be written ({error.strerror})", file=sys.stderr)
+        return UserError.exit_code
     return 0
 
 

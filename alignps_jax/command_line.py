@@ -119,7 +119,8 @@ class Arguments:
             raise UserError(f"command line: {_one_line(str(error))}") from error
         except Exception as error:  # the file is a program: it can raise anything
             message = _one_line(f"{type(error).__name__}: {error}")
-            raise UserError(f"--config: {self.config_file} fails with {message}") from error
+            source = self.config_file if self.config else "the stored configuration"
+            raise UserError(f"--config: {source} fails with {message}") from error
         _refuse_words(rest)
         check_config(config)
         return config
@@ -185,7 +186,7 @@ def _parse_plain(words: Sequence[str]) -> flags.FlagValues:
         name, value = re.findall(r"^flag --(\w+)=(.*?): ", str(error), flags=re.DOTALL)[0]
         expected = _EXPECTED[FLAGS[name].metadata["kind"]]
         raise UserError(f"--{name}: found {value!r}, expected {expected}") from error
-    except (flags.Error, OSError) as error:
+    except (flags.Error, OSError, ValueError) as error:  # ValueError: --noquick=1
         raise UserError(f"command line: {_one_line(str(error))}") from error
     _refuse_words(rest)
     return values

@@ -119,8 +119,9 @@ def _typed(stored: ConfigDict, source: str) -> ConfigDict:
     try:
         with config.unlocked():
             _take(config, stored)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: its configuration is not one ({error})") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(f"{source}: its configuration is not one ({found})") from error
     return config
 
 

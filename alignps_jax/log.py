@@ -23,6 +23,7 @@ from alignps_jax.files import write_atomically, writing
 from alignps_jax.types import UserError
 
 _FLUSH_SECONDS = 10.0
+_MAX_STEP = 2**31  # of which the training step counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +68,18 @@ def _parse_line(line: bytes) -> LogLine | None:
     try:
         content = json.loads(line)
         step = content.pop("step")
-        values = {
-            name: math.nan if value is None else float(value) for name, value in content.items()
-        }
+        values = {name: _measurement(value) for name, value in content.items()}
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
         return None
-    return LogLine(step, values) if type(step) is int else None
+    return LogLine(step, values) if type(step) is int and 0 <= step < _MAX_STEP else None
+
+
+def _measurement(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if type(value) not in (int, float) or math.isinf(value):
+        raise ValueError(f"{value!r} is no measurement")
+    return float(value)
 
 
 class MetricLog:

@@ -9,11 +9,16 @@ counts is said by a boolean array, never by a special value.
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
+
+# Control characters but the line end, other line ends, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LONGEST_MESSAGE = 1400
 
 # On a device, or on the host.
 AnyArray = Array | np.ndarray
@@ -183,9 +188,19 @@ class GalleryDetections:
 
 
 class UserError(ValueError):
-    """Bad input: one clear line for the user; `launch.py` prints it and exits with its code."""
+    """Bad input: one clear line for the user; `launch.py` prints it and exits with its code.
+
+    Names and values in the message come from files and command lines. What a terminal would act on
+    instead of showing it, and what is no character, is escaped here; an endless message is cut.
+    """
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str):
+        shown = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], message)
+        if len(shown) > _LONGEST_MESSAGE:
+            shown = f"{shown[: _LONGEST_MESSAGE - 300]} ... {shown[-290:]}"
+        super().__init__(shown)
 
 
 class IncompleteError(UserError):

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.choices import choose
-from alignps_jax.types import Annotations, SearchProtocol
+from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.leftovers import clear_leftovers
 from data_pipeline.prepared import SPLITS, PersonSearchBuilder, PreparedSplit
 from data_pipeline.sources.coco_person_search import CocoPersonSearch
@@ -130,7 +130,11 @@ def _builder_class(data: ConfigDict) -> type[PersonSearchBuilder]:
         from data_pipeline.synthetic import dataset as synthetic
 
         root = Path(data.root).expanduser()
-        synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
+        try:
+            synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"config.data.root: {root} cannot be written ({reason})") from error
     return builder_class
 
 

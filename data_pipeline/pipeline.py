@@ -213,7 +213,6 @@ def make_train_pipeline(
     Raises:
       UserError: no image can be trained on, or a setting is out of range.
     """
-    _check_settings(data)
     _check_batch_size("train.batch_size", batch_size, process_count)
     if seed < 0:
         raise UserError(f"seed: found {seed}, expected a number that is not negative")
@@ -239,7 +238,6 @@ def make_eval_batches(
     process_count: int = 1,
 ) -> EvalBatches:
     """Plans one pass over a split; see `make_train_pipeline` for arguments and errors."""
-    _check_settings(data)
     _check_batch_size("eval.batch_size", batch_size, process_count)
     sizes = rescaled_sizes(split, [data.test_scale])[:, 0]
     plans = []
@@ -328,24 +326,3 @@ def _check_batch_size(field: str, batch_size: int, process_count: int) -> None:
             f"{field}: found {batch_size}, expected a positive multiple of the number of "
             f"processes ({process_count})"
         )
-
-
-def _check_settings(data: ConfigDict) -> None:
-    """Raises UserError for the first field of the `data` section that makes no sense."""
-
-    def is_scale(scale: object) -> bool:
-        return isinstance(scale, tuple | list) and len(scale) == 2 and scale[0] >= scale[1] >= 1
-
-    pair = "(long, short) in pixels with long >= short >= 1"
-    scales = data.train_scales
-    checks = (
-        ("train_scales", len(scales) > 0 and all(map(is_scale, scales)), f"pairs {pair}"),
-        ("test_scale", is_scale(data.test_scale), f"a pair {pair}"),
-        ("flip_probability", 0 <= data.flip_probability <= 1, "a number from 0 to 1"),
-        ("workers", data.workers >= 0, "0 or more threads"),
-        ("prefetch", data.prefetch >= 0, "0 or more batches"),
-        ("max_pixels", data.max_pixels > 0, "1 or more pixels"),
-    )
-    for field, good, expected in checks:
-        if not good:
-            raise UserError(f"data.{field}: found {data[field]!r}, expected {expected}")

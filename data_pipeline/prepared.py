@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,6 +153,11 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
                     f"{self.data_path}: another process prepared the same data set; start again"
                 ) from error
             raise _not_writable(folder, error) from error
+        except RuntimeError as error:  # of the C++ that writes records
+            found = re.search(r"write\(\) failed: ([^;]+); writing", str(error))
+            if found is None:
+                raise
+            raise _not_writable(folder, OSError(0, found[1])) from error
         finally:
             self._bar.close()
 

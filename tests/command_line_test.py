@@ -85,6 +85,8 @@ def test_every_missing_flag_is_one_line(mode):
         (["--workdir"], "Missing value for flag --workdir"),
         (["--mode=benchmark", "--runs=many"], "--runs: found 'many', expected an integer"),
         (["--mode=benchmark", "--quick=maybe"], "--quick: found 'maybe', expected true or false"),
+        (["--mode=benchmark", "--noquick=1"], "command line: --noquick=1 does not take an arg"),
+        (["--\udcff=1"], r"--.udcff: no such flag"),
         (["--workdir=x", "y"], "found 'y', expected only flags"),
         (
             ["--mode=evaluate", "--checkpoint=x", "--detections=y"],

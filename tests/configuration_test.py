@@ -111,6 +111,26 @@ def test_training_resumes_with_the_configuration_of_its_run(run, own, tmp_path):
         train_config(arguments(f"--workdir={tmp_path / 'nowhere'}"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"seed": 0', '"seed": {}'),
+        ('"lut_momentum": 0.9', '"lut_momentum": "\\u001b[2J"'),
+        ('"lut_momentum": 0.9', f'"lut_momentum": 1{"0" * 400}'),
+        ('"seed": 0', f'"seed": {"[" * 500}{"]" * 500}'),
+        ('"seed": 0', '"seed": 0, "data": 3'),
+    ],
+)
+def test_a_damaged_configuration_of_a_run_is_one_line(old, new, tmp_path):
+    write_run_info(tmp_path, tiny.get_config())
+    text = json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert old in text
+    (tmp_path / "config.json").write_text(text.replace(old, new))
+    with pytest.raises(UserError) as error:
+        train_config(arguments(f"--workdir={tmp_path}"))
+    assert str(error.value).isprintable()
+
+
 def test_fine_tuning_names_the_detector(run, tmp_path):
     new, source = f"--workdir={tmp_path}", f"--checkpoint={run}"
     assert train_config(arguments(new, source)).model.deform_stages == (3, 4, 5)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,31 @@ _MAX_KEY = 1 << 20  # numbers of the keys of a state
 _MANIFEST = ("config", "versions", "arrays")
 
 
+class _CompleteWrites(ocp.type_handlers.NumpyHandler):
+    """Ends all writes before it raises what one of them ran into, such as a full disk.
+
+    Writes that are left over would print into a closed event loop.
+    """
+
+    async def _background_serialize(self, values, infos, args=None):
+        one = super()._background_serialize
+        rows = zip(values, infos, args or [None] * len(values), strict=True)
+        writes = [one([value], [info], arg and [arg]) for value, info, arg in rows]
+        _raise_first(await asyncio.gather(*writes, return_exceptions=True))
+
+
+def _raise_first(results: list[Any]) -> None:
+    for error in (result for result in results if isinstance(result, BaseException)):
+        raise error
+
+
+def array_writer() -> ocp.PyTreeCheckpointHandler:
+    """What Orbax writes the arrays of a checkpoint with."""
+    handlers = (np.ndarray, _CompleteWrites())
+    registry = ocp.type_handlers.create_type_handler_registry(handlers)
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 class _HostArrays(ocp.type_handlers.NumpyHandler):
     """Reads nothing that is larger than the manifest says, and ends all reads before it raises.
 
@@ -43,8 +70,7 @@ class _HostArrays(ocp.type_handlers.NumpyHandler):
     async def deserialize(self, infos, args=None):
         reads = [self._read(info, arg) for info, arg in zip(infos, args, strict=True)]
         results = await asyncio.gather(*reads, return_exceptions=True)
-        for error in (result for result in results if isinstance(result, BaseException)):
-            raise error
+        _raise_first(results)
         return results
 
     async def _read(self, info, arg) -> np.ndarray:
@@ -186,6 +212,20 @@ def reading(folder: Path, read: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # Orbax and TensorStore document none of what they raise
         raise damaged(folder, error) from error
+
+
+def system_reason(error: BaseException | None) -> str | None:
+    """What the system said (such as "No space left on device"); None if nothing of it is known.
+
+    TensorStore hides the number of the system's error in the text of its own.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return os.strerror(error.errno)
+        if found := re.search(r"os_error_code='(\d+)'", str(error)):
+            return os.strerror(int(found[1]))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def damaged(folder: Path, error: Exception) -> UserError:

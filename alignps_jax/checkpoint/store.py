@@ -16,15 +16,15 @@ the format has none over the values: it restores a flipped bit there without com
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -35,6 +35,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from alignps_jax.checkpoint.arrays import (
     array_specs,
+    array_writer,
     damaged,
     like,
     read_arrays,
@@ -44,10 +45,12 @@ from alignps_jax.checkpoint.arrays import (
     restore_arrays,
     sealed,
     snapshot,
+    system_reason,
     unsealed,
 )
 from alignps_jax.checkpoint.older import complete
 from alignps_jax.checkpoint.places import is_step, steps_in
+from alignps_jax.checkpoint.scores import best_step, score_in, write_metrics
 from alignps_jax.files import write_json
 from alignps_jax.types import TrainState, UserError, Weights
 
@@ -83,18 +86,20 @@ class Checkpoints:
             _iterator_file(), multiprocessing_options=every_process
         )
         registry.add("iterator", ocp.args.JsonSave, iterator)
+        for item in ("model", "training"):
+            registry.add(item, ocp.args.PyTreeSave, array_writer())
         latest = preservation_policy.LatestN(keep)
         best = preservation_policy.BestN(
-            get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=score_in, n=1, keep_checkpoints_without_metrics=False
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=_score,
+            best_fn=score_in,
             preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
             cleanup_tmp_directories=True,
         )
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            _best(self._root)
+            best_step(self._root)
             self._manager = ocp.CheckpointManager(
                 self._root, options=options, handler_registry=registry
             )
@@ -108,12 +113,39 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except UserError:
+            if error is None:  # a disk that is full says so again
+                raise
 
     def wait(self) -> None:
-        """Returns when no save is under way; raises what went wrong with the last one."""
-        self._manager.wait_until_finished()
+        """Returns when no save is under way.
+
+        Raises UserError, with what the system says, if the last one could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore have many for the same
+            reason = system_reason(error)
+            if reason is None or isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{self._root}: cannot be written ({reason}); complete checkpoints stay, and the "
+                "same command resumes from the last one"
+            ) from error
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -130,7 +162,8 @@ class Checkpoints:
 
         `iterator_state` is bytes or JSON. `score`: higher is better; one that is not finite
         counts as none. If the newest checkpoint is of this very step, it only gets the score.
-        Raises UserError for an older step than that, and whatever the save before ran into.
+        Raises UserError for an older step than that, and if this one or the save before it cannot
+        be written.
         """
         step = int(state.step)
         metrics = None
@@ -143,21 +176,22 @@ class Checkpoints:
             # The barriers keep other processes from seeing the score early, or not yet.
             ocp.multihost.sync_global_processes("before_score")
             if metrics and jax.process_index() == 0:
-                _write_metrics(self._root / str(step), metrics)
+                write_metrics(self._root / str(step), metrics)
             ocp.multihost.sync_global_processes("after_score")
             self._manager.reload()
             return
         specs, arrays = snapshot(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{item: ocp.args.PyTreeSave(flat) for item, flat in arrays.items()},
-                iterator=ocp.args.JsonSave(sealed(_pack(iterator_state))),
-                manifest=ocp.args.JsonSave(sealed({**self._about, "arrays": specs})),
-            ),
-            metrics=metrics,
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{item: ocp.args.PyTreeSave(flat) for item, flat in arrays.items()},
+                    iterator=ocp.args.JsonSave(sealed(_pack(iterator_state))),
+                    manifest=ocp.args.JsonSave(sealed({**self._about, "arrays": specs})),
+                ),
+                metrics=metrics,
+                force=True,
+            )
 
     def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, Any]:
         """State and iterator state of a step, by default the newest.
@@ -254,41 +288,6 @@ def write_run_info(workdir: Path, config: ConfigDict) -> None:
         write_json(versions_file, package_versions())
 
 
-def _best(root: Path) -> int | None:
-    folders = {step: root / str(step) for step in steps_in(root)}
-    scores = {
-        step: reading(folder, partial(_score_in, folder))
-        for step, folder in folders.items()
-        if (folder / "metrics").is_dir()
-    }
-    return max(scores, key=lambda step: (scores[step], step), default=None)
-
-
-def _read_metrics(folder: Path) -> dict[str, float]:
-    file = folder / "metrics" / "metrics"  # where Orbax has them
-    return unsealed(read_json(file), ("score",))
-
-
-def _write_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    """Adds metrics to a checkpoint, at once: a metrics folder without its file is damage."""
-    new = folder / "metrics.new"
-    write_json(new / "metrics", metrics)
-    if (folder / "metrics").is_dir():
-        os.replace(new / "metrics", folder / "metrics" / "metrics")
-    else:
-        new.rename(folder / "metrics")
-
-
-def _score_in(folder: Path) -> float:
-    return _score(_read_metrics(folder))
-
-
-def _score(metrics: dict[str, float]) -> float:
-    if type(metrics["score"]) is not float or not math.isfinite(metrics["score"]):
-        raise ValueError("the score is no number")
-    return metrics["score"]
-
-
 def _find(path: Path, which: str | int) -> Path:
     """The folder of one checkpoint; see `load_weights`."""
     path = Path(path).absolute()
@@ -299,7 +298,7 @@ def _find(path: Path, which: str | int) -> Path:
     if not steps:
         raise UserError(f"{path}: found no checkpoint, expected a run's workdir or part of it")
     if which in ("best", "latest"):
-        best = _best(root) if which == "best" else None
+        best = best_step(root) if which == "best" else None
         which = steps[-1] if best is None else best
     if which not in steps:
         raise UserError(f"{root}: found steps {steps}, expected best, latest or one of them")
@@ -333,5 +332,7 @@ def _tuples(value: Any) -> Any:
 
 
 def _is_worth_logging(record: logging.LogRecord) -> bool:
-    """A filter that drops what Orbax logs below errors."""
-    return record.levelno >= logging.ERROR or "orbax" not in Path(record.pathname).parts
+    """A filter that drops what Orbax logs below errors, and what it raises besides."""
+    if "orbax" not in Path(record.pathname).parts:
+        return True
+    return record.levelno >= logging.ERROR and not record.exc_info

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignps_jax.nn.convolution import align_varying_axes
+from alignps_jax.nn.deform_blocks import MapSize
 from alignps_jax.nn.deform_sampling import (
     Order,
     Windows,
@@ -24,7 +25,6 @@ from alignps_jax.nn.deform_sampling import (
     orders,
     sample_and_multiply,
 )
-from alignps_jax.nn.deform_windows import MapSize
 from alignps_jax.nn.layers import conv
 
 Initializer = Callable[..., Array]

@@ -18,8 +18,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn import deform_gathers, deform_windows
+from alignps_jax.nn.deform_blocks import MapSize, chunk_of, inside_windows
 from alignps_jax.nn.deform_gathers import Order, Rows, Weights
-from alignps_jax.nn.deform_windows import MapSize
 
 
 def corners(
@@ -103,7 +103,7 @@ def orders(
     fits = np.prod(size) <= locations
     cpu = Order(bool(fits) and channels >= 4 * features, min(256, large), fenced=True, lanes=16)
     other = Order(bool(fits) and channels >= features, large)
-    windows = same and deform_windows.chunk_of(size, (taps, channels, features)) is not None
+    windows = same and chunk_of(size, (taps, channels, features)) is not None
     return Orders(cpu, other, Windows(size, other) if windows else other)
 
 
@@ -170,7 +170,7 @@ def _inside_or(
 ) -> Any:
     rows = args[3]
     return lax.cond(
-        deform_windows.inside_windows(order.size, rows),
+        inside_windows(order.size, rows),
         functools.partial(inside, order.size, interpret=order.interpret),
         functools.partial(outside, order.otherwise),
         *args,

@@ -6,131 +6,39 @@ locations of a block sample lies in its window, 24 x 32 pixels around it: the sa
 matrix, which has the weights of the pixels in every sample, times the window. The transpose of that
 matrix takes the gradients back. All of it stays in the chip's vector memory (VMEM).
 
-All corners of all samples must be inside the windows (`inside_windows`): the offsets of a 3x3
-convolution may be -7 to 7 pixels, without 7 itself. Corners outside the image count as the nearest
-pixel inside, with weight 0, as `deform_sampling.corners` has them.
+All corners of all samples must be inside the windows (`deform_blocks.inside_windows`): the offsets
+of a 3x3 convolution may be -7 to 7 pixels, without 7 itself.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-# A block is two squares side by side: as many locations as a vector register has lanes (128).
-SIDE = 8
-SQUARE = SIDE * SIDE
-BLOCK = 2 * SQUARE
-# A window is three rows of four squares.
-WINDOW = 3 * 4 * SQUARE
-LANES = 128
-# How much VMEM a chip has is known only where JAX sees one; v5p and TPU7x have 64 MiB, v5e and v6e 128.
-VMEM = 64 * 2**20
-
-
-class MapSize(NamedTuple):
-    """Of the map, and of the output: one location for each pixel."""
-
-    images: int
-    height: int
-    width: int
-
-    @property
-    def blocks(self) -> tuple[int, int, int]:
-        return self.images, -(-self.height // SIDE), -(-self.width // (2 * SIDE))
-
-
-Corners = Sequence[Array]  # four of [M, K]: what `deform_sampling` calls rows, or weights
-
-
-def inside_windows(size: MapSize, rows: Corners) -> Bool[Array, ""]:
-    """Whether every corner is in the window of its location."""
-    # The second and third corner are in the rows and columns of the first and fourth.
-    places = [_place(size, rows[0]), _place(size, rows[3])]
-    inside = [
-        (place >= 0) & (place < side)
-        for place_of_corner in places
-        for place, side in zip(place_of_corner, (3 * SIDE, 4 * SIDE), strict=True)
-    ]
-    return jnp.all(functools.reduce(jnp.logical_and, inside))
-
-
-def _place(size: MapSize, row: Int[Array, "M K"]) -> tuple[Int[Array, "M K"], Int[Array, "M K"]]:
-    """Row and column in its location's window of a row of the table."""
-    _, y, x = np.indices(size, np.int32).reshape(3, -1, 1)
-    first_y, first_x = y // SIDE * SIDE - SIDE, x // (2 * SIDE) * (2 * SIDE) - SIDE
-    row = row % (size.height * size.width)
-    return row // size.width - first_y, row % size.width - first_x
-
-
-def _to_blocks(size: MapSize, x: Float[Array, "M N"]) -> Float[Array, "B high wide L N"]:
-    """Locations block by block, square by square, with zeros where a block leaves the map."""
-    images, high, wide = size.blocks
-    x = x.reshape(*size, -1)
-    x = jnp.pad(
-        x,
-        [(0, 0), (0, high * SIDE - size.height), (0, wide * 2 * SIDE - size.width), (0, 0)],
-    )
-    x = x.reshape(images, high, SIDE, wide * 2, SIDE, -1).swapaxes(2, 3)
-    return x.reshape(images, high, wide, BLOCK, -1)
-
-
-def _from_blocks(size: MapSize, x: Float[Array, "B high wide L N"]) -> Float[Array, "M N"]:
-    """The inverse of `_to_blocks`."""
-    images, high, wide = size.blocks
-    x = x.reshape(images, high, 2 * wide, SIDE, SIDE, -1).swapaxes(2, 3)
-    x = x.reshape(images, high * SIDE, wide * 2 * SIDE, -1)[:, : size.height, : size.width]
-    return x.reshape(-1, x.shape[-1])
-
-
-def _samples(size: MapSize, weights: Corners, rows: Corners) -> Float[Array, "B high wide K 8 L"]:
-    """Of every sample: rows, then columns of the first and fourth corner, and the weights."""
-    (row, column), (last_row, last_column) = _place(size, rows[0]), _place(size, rows[3])
-    places = [x.astype(jnp.float32) for x in (row, last_row, column, last_column)]
-    x = jnp.stack([*places, *weights], axis=-1)
-    x = _to_blocks(size, x.reshape(len(x), -1)).swapaxes(3, 4)
-    return x.reshape(*size.blocks, -1, 8, BLOCK)
-
-
-def _corners_of_samples(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> tuple[Array, ...]:
-    """Four [M, K] of what belongs to the corners."""
-    x = _from_blocks(size, x.reshape(*size.blocks, -1, BLOCK).swapaxes(3, 4))
-    return tuple(jnp.moveaxis(x.reshape(len(x), -1, 4), 2, 0))
-
-
-def _vmem() -> int:
-    """Bytes of VMEM that a kernel may take."""
-    return (pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else VMEM) * 7 // 8
-
-
-def chunk_of(size: MapSize, kernel: tuple[int, int, int]) -> int | None:
-    """How many channels the kernels work on at a time: as many as fit into VMEM, if any do.
-
-    Args:
-      size: of the map.
-      kernel: taps, channels, features.
-    """
-    taps, channels, features = kernel
-    _, _, wide = size.blocks
-    # In float32: weights and their gradient twice, as the next ones are on their way; the map's
-    # cotangent; the window twice, and as a value; its cotangent, and some matrices as large.
-    per_channel = 4 * taps * features + 3 * (wide + 2) * BLOCK + 6 * WINDOW + 2 * features
-    rest = 4 * WINDOW * BLOCK + 4 * BLOCK * features
-    parts = [chunk for chunk in range(channels, 0, -1) if channels % chunk == 0]
-    fitting = (
-        chunk
-        for chunk in parts
-        if (chunk == channels or chunk % LANES == 0) and 4 * (chunk * per_channel + rest) <= _vmem()
-    )
-    return next(fitting, None)
+from alignps_jax.nn.deform_blocks import (
+    BLOCK,
+    SIDE,
+    SQUARE,
+    WINDOW,
+    Corners,
+    MapSize,
+    chunk_of,
+    from_blocks,
+    pack_samples,
+    squares,
+    to_blocks,
+    unpack_corners,
+    usable_vmem,
+)
 
 
 class _Grid:
@@ -142,7 +50,7 @@ class _Grid:
 
     def __init__(self, size: MapSize, kernel: Float[Array, "K C F"], flush: int = 0) -> None:
         self.taps, channels, self.features = kernel.shape
-        chunk = chunk_of(size, kernel.shape)
+        chunk = chunk_of(size, (self.taps, channels, self.features))
         if chunk is None:
             raise ValueError(f"kernel {kernel.shape} on map {tuple(size)} takes too much VMEM")
         self.chunk, self.chunks = chunk, channels // chunk
@@ -198,10 +106,26 @@ class _Grid:
         shape = self.taps, self.chunk, self.features
         return pl.BlockSpec(shape, lambda c, b, i, j: (0, c, 0))
 
-    def call(self, kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
-        order = ("arbitrary",) * len(self.steps)
-        params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=_vmem())
-        return pl.pallas_call(kernel, grid=self.steps, compiler_params=params, **options)
+    def call(
+        self, kernel: Callable[..., None], products: tuple[int, int], **options: Any
+    ) -> Callable[..., Any]:
+        """The kernel; `products` of a tap with windows, and with weights, are its cost."""
+        blocks, channels = math.prod(self.blocks), self.chunk * self.chunks
+        each = 2 * BLOCK * (products[0] * WINDOW + products[1] * self.features)
+        return pl.pallas_call(
+            kernel,
+            grid=self.steps,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary", "arbitrary", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=usable_vmem(),
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=blocks * self.taps * channels * each,
+                transcendentals=0,
+                bytes_accessed=4 * blocks * channels * (WINDOW + BLOCK),
+            ),
+            **options,
+        )
 
 
 def forward(
@@ -217,12 +141,13 @@ def forward(
     grid = _Grid(size, kernel)
     out = grid.call(
         _forward_kernel,
+        products=(1, 1),
         in_specs=[grid.block(grid.taps, 8, BLOCK), grid.weights(), *grid.window()],
         out_specs=grid.partial(BLOCK, grid.features),
         out_shape=_result(table, (grid.chunks, *grid.blocks, BLOCK, grid.features)),
         interpret=interpret,
-    )(_samples(size, weights, rows), kernel, *_squares(size, table))
-    return _from_blocks(size, out.sum(0))
+    )(pack_samples(size, weights, rows), kernel, *squares(size, table))
+    return from_blocks(size, out.sum(0))
 
 
 def _forward_kernel(samples: Any, kernel: Any, *refs: Any) -> None:
@@ -252,6 +177,7 @@ def backward(
     result = functools.partial(_result, table)
     d_map, d_corners, d_kernel = grid.call(
         functools.partial(_backward_kernel, grid.high, grid.wide),
+        products=(3, 2),
         in_specs=[
             grid.block(grid.taps, 8, BLOCK),
             grid.weights(),
@@ -270,12 +196,12 @@ def backward(
         ],
         interpret=interpret,
     )(
-        _samples(size, weights, rows),
+        pack_samples(size, weights, rows),
         kernel,
-        _to_blocks(size, d_out.astype(table.dtype)),
-        *_squares(size, table),
+        to_blocks(size, d_out.astype(table.dtype)),
+        *squares(size, table),
     )
-    return _from_blocks(size, d_map), _corners_of_samples(size, d_corners.sum(0)), d_kernel
+    return from_blocks(size, d_map), unpack_corners(size, d_corners.sum(0)), d_kernel
 
 
 def _backward_kernel(
@@ -384,13 +310,8 @@ def _is_at(samples: Float[Array, "8 L"], place: int) -> Bool[Array, "_ _ _ _ L"]
 
 
 def _dot(left: Array, right: Array, dimensions: Any) -> Array:
-    """The product in float32, as precise as JAX is configured; Mosaic knows two precisions."""
-    exact = left.dtype == jnp.float32 and jax.config.jax_default_matmul_precision not in (
-        None,
-        "default",
-        "bfloat16",
-    )
-    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    """The product in float32; of float32 factors, as precise as JAX is configured."""
+    precision = None if left.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         left, right, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
@@ -404,12 +325,6 @@ _ROWS_ROWS = (((1,), (1,)), ((), ()))
 
 def _read_window(refs: Sequence[Any]) -> Float[Array, "P C"]:
     return jnp.concatenate([ref[...].reshape(-1, ref.shape[-1]) for ref in refs])
-
-
-def _squares(size: MapSize, table: Float[Array, "M C"]) -> list[Float[Array, "B high w 64 C"]]:
-    """The map once for each block shape of `_Grid.window`."""
-    images, high, wide = size.blocks
-    return [_to_blocks(size, table).reshape(images, high, 2 * wide, SQUARE, -1)] * 9
 
 
 def _result(like: Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

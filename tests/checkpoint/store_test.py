@@ -6,9 +6,11 @@ that the tests kill, or that runs on several devices.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -25,6 +27,7 @@ import pytest
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.arrays import system_reason
 from alignps_jax.checkpoint.store import (
     Checkpoints,
     load_arrays,
@@ -365,10 +368,10 @@ def start(child: str, *arguments: object, **environment: str) -> subprocess.Pope
     return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
 
 
-def kill_after(process: subprocess.Popen, line: str, seconds: float = 0.0) -> None:
-    """Kills a child so long after it printed this line."""
+def kill_after(process: subprocess.Popen, line: str, seconds: float = 0.0, times: int = 1) -> None:
+    """Kills a child so long after it printed this line so many times."""
     read = []
-    while line not in read:
+    while read.count(line) < times:
         read.append(process.stdout.readline().strip())
         assert read[-1] or process.poll() is None, "\n".join(read)
     time.sleep(seconds)
@@ -429,7 +432,8 @@ def test_kill_while_saving(tmp_path):
     assert leftovers[0].startswith("2.")
     steps, chance = [1], random.Random(0)
     for _ in range(2):
-        kill_after(start("train", tmp_path), "saving", 0.3 * chance.random())
+        # A second save begins when the first is complete.
+        kill_after(start("train", tmp_path), "saving", 0.3 * chance.random(), times=2)
         steps.append(max(int(name) for name in steps_in(tmp_path) if name.isdigit()))
     assert steps == sorted(steps)
     assert steps[-1] > 1
@@ -440,6 +444,49 @@ def test_kill_while_saving(tmp_path):
         checkpoints.save(many_arrays(steps[-1] + 1), None)
     assert all(name.isdigit() for name in steps_in(tmp_path))
     assert len(steps_in(tmp_path)) <= 3
+
+
+def child_full(workdir: str) -> None:
+    """Saves 1, then more than files may hold."""
+    limit = resource.RLIMIT_FSIZE
+    with open_checkpoints(Path(workdir)) as checkpoints:
+        checkpoints.save(many_arrays(1), {"position": 1}, score=0.5)
+        checkpoints.wait()
+        resource.setrlimit(limit, (1000, resource.getrlimit(limit)[1]))
+        try:
+            checkpoints.save(many_arrays(2), {"position": 2})
+            checkpoints.wait()
+        except UserError as error:
+            print(error)
+        resource.setrlimit(limit, (resource.getrlimit(limit)[1],) * 2)
+        checkpoints.save(many_arrays(3), {"position": 3})
+    print(*(name for name in steps_in(Path(workdir)) if name.isdigit()))
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
+    """With a limit on the size of files, which the system reports as it does a full disk."""
+    (output,) = outputs_of(start("full", tmp_path))
+    first, last = output.splitlines()
+    assert first == (
+        f"{tmp_path}/checkpoints: cannot be written (File too large); complete checkpoints stay, "
+        "and the same command resumes from the last one"
+    )
+    assert last == "1 3"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded"),
+        (ValueError("Failed to write: No space [os_error_code='28']"), "No space left on device"),
+        (ValueError("something else"), None),
+    ],
+)
+def test_the_reason_is_what_the_system_says(error, reason):
+    assert system_reason(error) == reason
+    outer = RuntimeError("Orbax")
+    outer.__cause__ = error
+    assert system_reason(outer) == reason
 
 
 def child_devices(workdir: str) -> None:

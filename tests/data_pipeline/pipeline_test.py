@@ -498,23 +498,6 @@ class TestErrors:
         with pytest.raises(UserError, match=r"s0\.jpg: has 40x60.*expected 60x40"):
             train(other).batch(0)
 
-    @pytest.mark.parametrize(
-        ("field", "value"),
-        [
-            ("train_scales", ()),
-            ("train_scales", ((40, 64),)),
-            ("train_scales", ((64, 40, 3),)),
-            ("train_scales", (64, 40)),
-            ("test_scale", (64, 0)),
-            ("flip_probability", 1.5),
-            ("workers", -1),
-            ("prefetch", -2),
-        ],
-    )
-    def test_settings_out_of_range(self, mixed, field, value):
-        with pytest.raises(UserError, match=rf"data\.{field}: found .* expected"):
-            train(mixed, **{field: value})
-
     def test_batch_that_cannot_be_shared(self, mixed):
         with pytest.raises(UserError, match=r"train\.batch_size: found 4.*\(3\)"):
             train(mixed, processes=(0, 3))

@@ -243,6 +243,8 @@ def test_truncating_to_the_start_empties_the_log(tmp_path):
 
 
 DAMAGED = ["hello", "[1]", '{"loss": 1}', '{"step": 1, "loss": "x"}', "", "\0" * 80]
+DAMAGED += ['{"step": -1}', '{"step": 9999999999}', '{"step": 1, "loss": -Infinity}']
+DAMAGED += ['{"step": 1, "loss": "1"}', '{"step": 1, "loss": true}']
 DAMAGED += ['{"step": true}', '{"step": 1, "loss": 1' + 400 * "0" + "}", "[" * 100_000]
 
 

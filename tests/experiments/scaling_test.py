@@ -92,6 +92,15 @@ def test_a_program_by_hand():
     assert work.bytes["elementwise"] == 16 * 2 * 10 * 64 * 4
 
 
+def test_kernels_of_our_own_count_by_their_arithmetic():
+    line = (
+        '  ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", '
+        'backend_config={"custom_call_config":{,"cost_estimate":{"flops":"262144","bytes":"1"}}}'
+    )
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n{line}\n}}\n"
+    assert work_of(text).cycles == {"own kernels": 2}
+
+
 def test_bytes_of_types():
     assert array_bytes("f32[2,3]{1,0}") == 24
     assert array_bytes("(bf16[4]{0:T(8,128)(2,1)S(1)}, pred[], /*index=5*/s64[2]{0})") == 8 + 1 + 16
@@ -141,7 +150,7 @@ def test_arithmetic_by_hand():
     assert counted(loop, (4, 4)) == 6 * 2 * 4**3
 
     def either(x):
-        return lax.cond(x.sum() > 0, lambda x: x @ x, lambda x: x, x)
+        return lax.cond(x.sum() > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     assert counted(either, (4, 4)) == 2 * 4**3
 
@@ -207,6 +216,8 @@ def test_steps():
     assert cases(config, "train", parse_scale("1000x600"), 1)[0].size == (608, 1024)
 
 
+# A network that compiles quickly.
+QUICK = {"lateral_deform": False, "output_deform": False, "head_convs": 0}
 TWO = Topology("cpu:2", CHIPS["cpu"], (2,))
 H100 = Topology("h100:8", CHIPS["h100"], (8,))
 STEP = Case("train", (608, 1024), 4)
@@ -258,6 +269,7 @@ def test_estimates_by_hand():
     }
     assert gate.seconds(row, H100.chip) == pytest.approx(expected)
     assert row.dominates == "arithmetic (71%)"
+    assert row.products == "float32 fast"  # as training multiplies
     cycles = {"products": 3e6, "gathers": 6e6}
     row = compiled(f"print({json.dumps(ANSWER | {'cycles': cycles})!r})", H100)
     assert row.dominates == "gathers (67%)"
@@ -299,9 +311,10 @@ def test_a_file_of_something_else_stays(tmp_path, text):
 def test_the_gate_compiles_for_devices_that_are_not_here(tmp_path, capsys):
     target = tmp_path / "gate.json"
     flags = ["--topology=cpu:3", "--what=inference", "--scale=64x64", "--batch=2"]
+    fields = [f"--config.model.{name}={value}" for name, value in QUICK.items()]
     with flagsaver.flagsaver():
         argv = ["launch.py", "--mode=scaling", "--config=configs/tiny.py", f"--target={target}"]
-        assert launch.main([*argv, *flags]) == 0
+        assert launch.main([*argv, *flags, *fields]) == 0
     (row,) = json.loads(target.read_text())["rows"]
     assert row["problem"] == ""
     assert (row["devices"], row["batch"], row["size"]) == (3, 2, [64, 64])
@@ -325,7 +338,9 @@ def test_counts_and_shares_of_devices():
 def test_measured_on_simulated_devices(tmp_path, capsys):
     target = tmp_path / "measured.json"
     step = Case("inference", (64, 64), 1)
-    measure.measure_scaling(tiny.get_config(), [step], target, runs=2, devices=jax.devices()[:2])
+    config = tiny.get_config()
+    config.model.update(QUICK)
+    measure.measure_scaling(config, [step], target, runs=2, devices=jax.devices()[:2])
     assert measure.SIMULATED in capsys.readouterr().out
     rows = json.loads(target.read_text())["rows"]
     assert [(row["scaling"], row["devices"], row["batch"]) for row in rows] == [

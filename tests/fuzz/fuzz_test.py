@@ -46,22 +46,29 @@ def _raise(error):
     raise error
 
 
+class UnclearError(UserError):
+    """Says what it was made with, as it is."""
+
+    def __init__(self, message):
+        ValueError.__init__(self, message)
+
+
 @pytest.mark.parametrize(
     ("read", "what"),
     [
         (lambda *_: _raise(KeyError("a\nb")), r"KeyError: .*fuzz_test.py"),
         (lambda *_: _raise(UserError("two\nlines")), r"not one clear line: 'two\\nlines'"),
-        (lambda *_: _raise(UserError("\x1b[2J")), r"not one clear line: '\\x1b"),
-        (lambda *_: _raise(UserError("x" * 9999)), r"not one clear line: 'xxx"),
+        (lambda *_: _raise(UnclearError("\x1b[2J")), r"not one clear line: '\\x1b"),
+        (lambda *_: _raise(UnclearError("x" * 9999)), r"not one clear line: 'xxx"),
         (lambda *_: bytearray(300 << 20), "MemoryError"),
         (lambda *_: warnings.warn("NaN", RuntimeWarning, stacklevel=1), "RuntimeWarning: NaN"),
         (lambda *_: os.kill(os.getpid(), signal.SIGKILL), "the process ended with -9"),
         (lambda *_: sys.exit(0), "the process ended with 1: .*SystemExit"),
-        (lambda *_: signal.pause(), "took more than 0.2 s"),
+        (lambda *_: signal.pause(), "took more than 1 s"),
     ],
 )
 def test_failures_are_found(tmp_path, read, what, capfd):
-    fuzzed = run(tmp_path, read, seconds=0.2)
+    fuzzed = run(tmp_path, read, seconds=1.0)
     fuzzed.batch(0.3)
     capfd.readouterr()
     assert fuzzed.tally.findings

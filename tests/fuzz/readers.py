@@ -33,6 +33,7 @@ from data_pipeline.sources.source import LARGEST_COORDINATE, Source, reading
 from data_pipeline.transforms import decode_jpeg
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.fuzz.mutations import damage, damage_image, damage_json, damage_mat, damage_text
+from tests.fuzz.run_readers import RUN_READERS
 from tests.fuzz.runner import Reader
 from tests.fuzz.tensor_readers import TENSOR_READERS
 
@@ -268,4 +269,4 @@ READERS: dict[str, Reader] = {
         memory=8 << 30,
     ),
 }
-READERS |= TENSOR_READERS
+READERS |= TENSOR_READERS | RUN_READERS

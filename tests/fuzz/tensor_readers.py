@@ -18,7 +18,7 @@ from tests.fuzz.mutations import damage, damage_json
 from tests.fuzz.runner import Reader
 
 
-def _tensors() -> Tensors:
+def some_tensors() -> Tensors:
     rng = np.random.default_rng(0)
     return {
         "conv1.weight": rng.standard_normal((4, 3, 3, 3)).astype(np.float32),
@@ -30,12 +30,16 @@ def _tensors() -> Tensors:
 
 
 def _safetensors(folder: Path) -> Sequence[Path]:
-    write_tensors(folder / "a.safetensors", _tensors(), {"by": "test"})
+    write_tensors(folder / "a.safetensors", some_tensors(), {"by": "test"})
     return [folder / "a.safetensors"]
 
 
 def _pickles(folder: Path) -> Sequence[Path]:
-    content = {"model": _tensors() | {"big": np.ones(3, ">f4")}, "__author__": "é", "n": [1, 0.5]}
+    content = {
+        "model": some_tensors() | {"big": np.ones(3, ">f4")},
+        "__author__": "é",
+        "n": [1, 0.5],
+    }
     for protocol in (2, 3, 4, 5):
         (folder / f"{protocol}.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     return sorted(folder.iterdir())
@@ -59,7 +63,7 @@ def _npz(folder: Path) -> Sequence[Path]:
     return sorted(folder.iterdir())
 
 
-def _check_tensors(tensors: Tensors) -> None:
+def check_tensors(tensors: Tensors) -> None:
     for name, array in tensors.items():
         assert isinstance(name, str), "a name that is no text"
         assert array.dtype.kind in "fiu", "a tensor of no numbers"
@@ -139,13 +143,13 @@ TENSOR_READERS: dict[str, Reader] = {
     "safetensors": Reader(
         build=_safetensors,
         read=lambda _, path: read_tensors(path),
-        check=_check_tensors,
+        check=check_tensors,
         damage=damage_safetensors,
     ),
     "pickles": Reader(
         build=_pickles,
         read=lambda _, path: read_tensors(path),
-        check=_check_tensors,
+        check=check_tensors,
         damage=damage_pickle,
     ),
     "npz": Reader(

@@ -10,9 +10,9 @@ from flax import linen as nn
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from alignps_jax.nn.deform_blocks import MapSize
 from alignps_jax.nn.deform_conv import DeformConv, ModulatedDeformConv, deform_conv2d
 from alignps_jax.nn.deform_sampling import Order, Windows, orders
-from alignps_jax.nn.deform_windows import MapSize
 
 # name: (B, H, W, C, F, stride, padding, kernel height and width, with mask)
 CASES = {

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from alignps_jax.nn.deform_blocks import MapSize, chunk_of, inside_windows
 from alignps_jax.nn.deform_conv import deform_conv2d
 from alignps_jax.nn.deform_gathers import Order
 from alignps_jax.nn.deform_sampling import Windows, corners
-from alignps_jax.nn.deform_windows import MapSize, chunk_of, inside_windows
 
 GATHERS = Order(by_taps=True, tile=0)
 

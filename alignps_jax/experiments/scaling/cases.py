@@ -148,3 +148,10 @@ def _batch(case: Case, devices: int) -> Batch:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((devices, case.batch, *x.shape[1:]), x.dtype), one
     )
+
+
+# How each step multiplies float32 numbers: exact or fast.
+PRECISION: dict[str, Callable[[ConfigDict], str]] = {
+    "inference": lambda config: config.eval.precision,
+    "train": lambda config: config.model.precision,
+}

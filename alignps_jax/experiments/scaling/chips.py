@@ -78,8 +78,8 @@ class Chip:
     Attributes:
       platform: tpu, cuda or cpu.
       memory: bytes that a program can have; None if it is not known.
-      peak: floating point operations a second, by the type of the activations, at JAX's default
-        precision (float32 is TF32 on an A100 or H100, one pass of bfloat16 on a TPU).
+      peak: floating point operations a second, by how products are computed: bfloat16, or float32
+        `fast` (TF32 on an A100 or H100) or `exact`. A TPU's compiler knows better.
       bandwidth: bytes a second of the memory.
       link: bytes a second to the other chips, in one direction.
       clock: cycles a second, where the compiler estimates cycles and the clock is known.
@@ -97,28 +97,27 @@ class Chip:
     target: GpuTarget | None = None
 
 
-def _gpu(peak: tuple[float, float], link: float, target: GpuTarget) -> Chip:
-    by_type = {"float32": peak[0], "bfloat16": peak[1]}
-    return Chip("cuda", target.memory, by_type, target.bandwidth, link, target=target)
+def _gpu(exact: float, fast: float, bfloat16: float, link: float, target: GpuTarget) -> Chip:
+    peak = {"float32 exact": exact, "float32 fast": fast, "bfloat16": bfloat16}
+    return Chip("cuda", target.memory, peak, target.bandwidth, link, target=target)
 
 
-def _tpu(memory: float, peak: float, bandwidth: float, clock: float | None, **more: Any) -> Chip:
-    by_type = {"float32": peak, "bfloat16": peak}
-    return Chip("tpu", memory * _GIB, by_type, bandwidth, clock=clock, **more)
+def _tpu(memory: float, clock: float | None, dimensions: int = 2) -> Chip:
+    return Chip("tpu", memory * _GIB, clock=clock, dimensions=dimensions)
 
 
 # fmt: off
 CHIPS: dict[str, Chip] = {
-    "v5e": _tpu(15.75, 197e12, 819e9, 1.5e9),
-    "v6e": _tpu(31.25, 918e12, 1640e9, None),
-    "v5p": _tpu(95.0, 459e12, 2765e9, 1.75e9, dimensions=3),
-    "h100": _gpu((494.7e12, 989.4e12), 450e9, GpuTarget(
+    "v5e": _tpu(15.75, 1.5e9),
+    "v6e": _tpu(31.25, None),
+    "v5p": _tpu(95.0, 1.75e9, dimensions=3),
+    "h100": _gpu(66.9e12, 494.7e12, 989.4e12, 450e9, GpuTarget(
         "NVIDIA H100 80GB HBM3", "major: 9 feature_extension: ACCELERATED_FEATURES", 132, 128,
         3352320000000, 52428800, 1.98, 84942979072, 233472, 232448)),
-    "a100": _gpu((156e12, 312e12), 300e9, GpuTarget(
+    "a100": _gpu(19.5e12, 156e12, 312e12, 300e9, GpuTarget(
         "NVIDIA A100-SXM4-80GB", "major: 8", 108, 64,
         2039040000000, 41943040, 1.41, 85100068864, 167936, 166912)),
-    "v100": _gpu((15.7e12, 15.7e12), 150e9, GpuTarget(  # knows no bfloat16
+    "v100": _gpu(15.7e12, 15.7e12, 15.7e12, 150e9, GpuTarget(  # knows neither of the others
         "Tesla V100-SXM2-16GB", "major: 7", 80, 64,
         898048000000, 6291456, 1.53, 16935682048, 98304, 98304)),
     "cpu": Chip("cpu"),

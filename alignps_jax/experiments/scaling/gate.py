@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.experiments.benchmark.report import seconds as seconds_text
 from alignps_jax.experiments.benchmark.report import size, three_digits
-from alignps_jax.experiments.scaling.cases import Case, usable
+from alignps_jax.experiments.scaling.cases import PRECISION, Case, usable
 from alignps_jax.experiments.scaling.chips import Chip, Topology
 from alignps_jax.experiments.scaling.compile import Request
 from alignps_jax.experiments.scaling.table import Table
@@ -55,6 +55,7 @@ class Row:
     size: tuple[int, int]
     batch: int
     dtype: str
+    precision: str
     parallel: str
     origin: str
     problem: str = ""
@@ -77,8 +78,13 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """What was compiled for what: a later row of the same replaces this one."""
-        case = self.step, tuple(self.size), self.batch, self.dtype
+        case = self.step, tuple(self.size), self.batch, self.products
         return self.topology, *case, "" if self.step == "inference" else self.parallel
+
+    @property
+    def products(self) -> str:
+        """How products are computed."""
+        return f"float32 {self.precision}" if self.dtype == "float32" else self.dtype
 
     @property
     def dominates(self) -> str:
@@ -116,6 +122,7 @@ def compile_row(
         size=case.size,
         batch=case.batch,
         dtype=config.model.dtype,
+        precision=PRECISION[case.step](config),
         parallel=config.train.parallel,
         origin=f"{datetime.date.today().isoformat()}: {_versions()}.",
         chip_memory=topology.chip.memory,
@@ -184,7 +191,7 @@ def seconds(row: Row, chip: Chip) -> dict[str, float]:
         return {kind: cycles / (chip.clock or 1e9) for kind, cycles in row.cycles.items()}
     if not chip.peak or chip.bandwidth is None:
         return {}
-    found = {"arithmetic": row.flops / chip.peak[row.dtype]}
+    found = {"arithmetic": row.flops / chip.peak[row.products]}
     found |= {f"memory of {kind}": moved / chip.bandwidth for kind, moved in row.bytes.items()}
     if chip.link is not None and row.collectives:
         found["collectives"] = 2 * sum(row.collectives.values()) / chip.link
@@ -223,7 +230,7 @@ _COLUMNS = {
     "topology": lambda row: row.topology,
     "step": lambda row: f"{row.step} {row.size[1]}×{row.size[0]}",
     "batch": lambda row: str(row.batch),
-    "type": lambda row: row.dtype + (" shard_map" if row.parallel == "shard_map" else ""),
+    "type": lambda row: row.products + (" shard_map" if row.parallel == "shard_map" else ""),
     "result": lambda row: row.problem or "compiles",
     "compile": _if_compiled(lambda row: f"{row.trace_seconds + row.compile_seconds:.0f} s"),
     "peak memory": _if_compiled(_of_memory),

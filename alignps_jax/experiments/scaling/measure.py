@@ -40,7 +40,7 @@ class Measured:
     Attributes:
       rate: images a second over all devices, waiting for data included.
       data_wait: share of the time in which the step waits for its batch.
-      memory: peak bytes of a device, by its own account or else by the compiler's.
+      memory: peak bytes that the program needs on a device, by the compiler's account.
       collective_bytes: bytes that arrive at a device in a step.
       collective_seconds: how long a sum of so many bytes over the devices takes by itself.
     """
@@ -166,12 +166,11 @@ def measure(config: ConfigDict, case: Case, devices: Devices, *, runs: int) -> M
     arriving = 0.0
     if len(devices) > 1:  # one device sends nothing, whatever the program says
         arriving = float(sum(work_of(program.as_text() or "").collectives.values()))
-    stats = devices[0].memory_stats() or {}
     return Measured(
         compile_seconds=compile_seconds,
         rate=runs * case.batch * len(devices) / taken,
         data_wait=waited / taken,
-        memory=stats.get("peak_bytes_in_use") or peak_memory(program) or 0.0,
+        memory=peak_memory(program) or 0.0,
         collective_bytes=arriving,
         collective_seconds=_sum_seconds(arriving, devices, runs),
     )

@@ -41,6 +41,10 @@ _PRODUCTS = re.compile(r'custom_call_target="__(cudnn|cublas)')
 _OWN = re.compile(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"')
 # Cycles a row on a v5e, for which its compiler gives no estimate (docs/scaling.md says more).
 _GATHER_FROM_VMEM, _GATHER, _SCATTER = 4.5, 12.0, 22.0
+# Nor for Pallas kernels: a v5e multiplies and adds so much in a cycle (4 x 128 x 128 pairs), and
+# ours do little that does not wait for that.
+_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_FLOPS = 131_072.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +100,6 @@ class Work:
             for kind, value in getattr(other, name).items():
                 getattr(self, name)[kind] += times * value
 
-    @property
-    def weight(self) -> tuple[float, float]:
-        """Cycles, and bytes where there are none: what is more work has the larger one."""
-        return sum(self.cycles.values()), sum(self.bytes.values())
-
 
 def array_bytes(text: str) -> float:
     """Bytes of all arrays of a type, such as `(f32[2,3]{1,0}, pred[])`."""
@@ -136,12 +135,20 @@ def work_of(text: str, choose: Callable[..., Any] = min) -> Work:
     Of the branches of a conditional the cheaper one counts; with `choose=max`, the dearer one.
     """
     computations, entry = parse(text)
-    return _Reader(computations, choose).work(entry)
+    return _Reader(computations, choose, by_cycles="estimated_cycles" in text).work(entry)
 
 
 class _Reader:
-    def __init__(self, computations: Mapping[str, Computation], choose: Callable[..., Any]):
+    """Adds up computations; branches are compared by cycles, or else by bytes."""
+
+    def __init__(
+        self,
+        computations: Mapping[str, Computation],
+        choose: Callable[..., Any],
+        by_cycles: bool,
+    ):
         self._computations, self._choose = computations, choose
+        self._weights = "cycles" if by_cycles else "bytes"
 
     def work(self, name: str) -> Work:
         total, scope = Work(), self._computations.get(name, {})
@@ -154,10 +161,13 @@ class _Reader:
                 case "conditional":
                     names = re.findall(r"%([\w.\-]+)", " ".join(_BRANCHES.findall(line.text)))
                     branches = [self.work(each) for each in names or line.called]
-                    total.add(self._choose(branches, key=lambda work: work.weight))
+                    total.add(self._choose(branches, key=self._weight))
                 case opcode if opcode not in _FREE:
                     total.add(self._kernel(line, scope))
         return total
+
+    def _weight(self, work: Work) -> float:
+        return sum(getattr(work, self._weights).values())
 
     def _trips(self, loop: Instruction) -> int:
         """How often a loop runs: as annotated, or N of `i < N`; 1 if the text does not tell."""
@@ -193,7 +203,9 @@ class _Reader:
         work.bytes[kind] = self._traffic(line, scope)
         estimate = _CYCLES.search(line.text)
         rows = self._rows(line, scope) if kind in ("gathers", "scatters") else 0.0
-        work.cycles[kind] = max(float(estimate[1]) if estimate else 0.0, rows)
+        own = _COST.search(line.text)
+        kernel = float(own[1]) / _FLOPS if own else 0.0
+        work.cycles[kind] = max(float(estimate[1]) if estimate else 0.0, rows, kernel)
         return work
 
     def _body(self, line: Instruction, scope: Computation) -> tuple[list[Instruction], Computation]:
@@ -230,22 +242,26 @@ class _Reader:
         cycles = 0.0
         body, types = self._body(line, scope)
         for each in body:
-            if each.opcode == "gather":
+            if each.opcode == "fusion" and each is not line:
+                cycles += self._rows(each, types)
+            elif each.opcode == "gather":
                 sizes = re.search(r"slice_sizes=\{([\d,]*)\}", each.text)
                 taken = sum(_elements(sides) for _, sides in _ARRAY.findall(each.type))
                 near = "S(1)" in _type(types, each.operands[0])
                 rows = taken / (_elements(sizes[1]) if sizes else 1)
                 cycles += rows * (_GATHER_FROM_VMEM if near else _GATHER)
-            elif each.opcode == "scatter":  # operands, indices, updates
-                indices = _type(types, each.operands[len(each.operands) // 2])
-                found, axis = (
-                    _ARRAY.search(indices),
-                    re.search(r"index_vector_dim=(\d+)", each.text),
-                )
-                sides = [int(side) for side in found[2].split(",") if side] if found else []
-                vector = int(axis[1]) if axis else len(sides)
-                cycles += _SCATTER * math.prod(sides[:vector] + sides[vector + 1 :])
+            elif each.opcode == "scatter":
+                cycles += _SCATTER * _places(each, types)
         return cycles
+
+
+def _places(scatter: Instruction, types: Computation) -> int:
+    """How many rows a scatter adds; its arguments are operands, indices, updates."""
+    indices = _ARRAY.search(_type(types, scatter.operands[len(scatter.operands) // 2]))
+    axis = re.search(r"index_vector_dim=(\d+)", scatter.text)
+    sides = [int(side) for side in indices[2].split(",") if side] if indices else []
+    vector = int(axis[1]) if axis else len(sides)
+    return math.prod(sides[:vector] + sides[vector + 1 :])
 
 
 def _kind(line: Instruction, opcodes: set[str]) -> str:

@@ -1,0 +1,132 @@
+"""How a map, its locations and their samples are laid out in blocks, for `deform_windows.py`.
+
+Corners outside the image count as the nearest pixel inside, with weight 0, as
+`deform_sampling.corners` has them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+# A block is two squares side by side: as many locations as a vector register has lanes (128).
+SIDE = 8
+SQUARE = SIDE * SIDE
+BLOCK = 2 * SQUARE
+# A window is three rows of four squares.
+WINDOW = 3 * 4 * SQUARE
+LANES = 128
+# Of v5p and TPU7x, where JAX sees no chip to ask, as ahead of time; v5e and v6e have 128 MiB.
+VMEM = 64 * 2**20
+
+
+class MapSize(NamedTuple):
+    """Of the map, and of the output: one location for each pixel."""
+
+    images: int
+    height: int
+    width: int
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        return self.images, -(-self.height // SIDE), -(-self.width // (2 * SIDE))
+
+
+Corners = Sequence[Array]  # four of [M, K]: what `deform_sampling` calls rows, or weights
+
+
+def inside_windows(size: MapSize, rows: Corners) -> Bool[Array, ""]:
+    """Whether every corner is in the window of its location."""
+    # The second and third corner are in the rows and columns of the first and fourth.
+    places = [_place(size, rows[0]), _place(size, rows[3])]
+    inside = [
+        (place >= 0) & (place < side)
+        for place_of_corner in places
+        for place, side in zip(place_of_corner, (3 * SIDE, 4 * SIDE), strict=True)
+    ]
+    return jnp.all(functools.reduce(jnp.logical_and, inside))
+
+
+def _place(size: MapSize, row: Int[Array, "M K"]) -> tuple[Int[Array, "M K"], Int[Array, "M K"]]:
+    """Row and column in its location's window of a row of the table."""
+    y, x = (lax.broadcasted_iota(jnp.int32, size, axis).reshape(-1, 1) for axis in (1, 2))
+    first_y, first_x = y // SIDE * SIDE - SIDE, x // (2 * SIDE) * (2 * SIDE) - SIDE
+    row = row % (size.height * size.width)
+    return row // size.width - first_y, row % size.width - first_x
+
+
+def to_blocks(size: MapSize, x: Float[Array, "M N"]) -> Float[Array, "B high wide L N"]:
+    """Locations block by block, square by square, with zeros where a block leaves the map."""
+    images, high, wide = size.blocks
+    x = x.reshape(*size, -1)
+    x = jnp.pad(
+        x,
+        [(0, 0), (0, high * SIDE - size.height), (0, wide * 2 * SIDE - size.width), (0, 0)],
+    )
+    x = x.reshape(images, high, SIDE, wide * 2, SIDE, -1).swapaxes(2, 3)
+    return x.reshape(images, high, wide, BLOCK, -1)
+
+
+def from_blocks(size: MapSize, x: Float[Array, "B high wide L N"]) -> Float[Array, "M N"]:
+    """The inverse of `to_blocks`."""
+    images, high, wide = size.blocks
+    x = x.reshape(images, high, 2 * wide, SIDE, SIDE, -1).swapaxes(2, 3)
+    x = x.reshape(images, high * SIDE, wide * 2 * SIDE, -1)[:, : size.height, : size.width]
+    return x.reshape(-1, x.shape[-1])
+
+
+def pack_samples(
+    size: MapSize, weights: Corners, rows: Corners
+) -> Float[Array, "B high wide K 8 L"]:
+    """Of every sample: rows, then columns of the first and fourth corner, and the weights."""
+    (row, column), (last_row, last_column) = _place(size, rows[0]), _place(size, rows[3])
+    places = [x.astype(jnp.float32) for x in (row, last_row, column, last_column)]
+    x = jnp.stack([*places, *weights], axis=-1)
+    x = to_blocks(size, x.reshape(len(x), -1)).swapaxes(3, 4)
+    return x.reshape(*size.blocks, -1, 8, BLOCK)
+
+
+def unpack_corners(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> tuple[Array, ...]:
+    """Four [M, K] of what belongs to the corners."""
+    x = from_blocks(size, x.reshape(*size.blocks, -1, BLOCK).swapaxes(3, 4))
+    return tuple(jnp.moveaxis(x.reshape(len(x), -1, 4), 2, 0))
+
+
+def squares(size: MapSize, table: Float[Array, "M C"]) -> list[Float[Array, "B high w 64 C"]]:
+    """The map, once for each array that `deform_windows.forward` reads a window from."""
+    images, high, wide = size.blocks
+    return [to_blocks(size, table).reshape(images, high, 2 * wide, SQUARE, -1)] * 9
+
+
+def usable_vmem() -> int:
+    """Bytes of VMEM that a kernel may take."""
+    return (pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else VMEM) * 7 // 8
+
+
+def chunk_of(size: MapSize, kernel: tuple[int, int, int]) -> int | None:
+    """How many channels the kernels work on at a time: as many as fit into VMEM, if any do.
+
+    Args:
+      size: of the map.
+      kernel: taps, channels, features.
+    """
+    taps, channels, features = kernel
+    _, _, wide = size.blocks
+    # In float32: weights and their gradient twice, as the next ones are on their way; the map's
+    # cotangent; the window twice, and as a value; its cotangent, and some matrices as large.
+    per_channel = 4 * taps * features + 3 * (wide + 2) * BLOCK + 6 * WINDOW + 2 * features
+    rest = 4 * WINDOW * BLOCK + 4 * BLOCK * features
+    parts = [chunk for chunk in range(channels, 0, -1) if channels % chunk == 0]
+    fitting = (
+        chunk
+        for chunk in parts
+        if (chunk == channels or chunk % LANES == 0)
+        and 4 * (chunk * per_channel + rest) <= usable_vmem()
+    )
+    return next(fitting, None)
