@@ -30,14 +30,15 @@ checked = beartype(conf=BeartypeConf(hint_overrides=_NUMBERS))
 _register = jax.tree_util.register_dataclass
 
 
-def _register_unchecked(cls: type, data_fields: Any, meta_fields: Any, **options: Any) -> type:
+def _register_unchecked(cls: Any, *fields: Any, **options: Any) -> Any:
     """As JAX does it, but trees are put together without `__init__`, hence without its check.
 
     What `jax.tree.map` and the transformations put in the place of arrays (None, axes, specs,
     arrays of other ranks) is none of the annotations' business.
     """
     if not cls.__module__.startswith(PACKAGES):
-        return _register(cls, data_fields, meta_fields, **options)
+        return _register(cls, *fields, **options)
+    data_fields, meta_fields = fields or (options["data_fields"], options["meta_fields"])
 
     def flatten(value: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
         leaves = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in data_fields]
