@@ -104,7 +104,8 @@ def write_json(path: Path, content: object, allow_nan: bool = False) -> None:
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=allow_nan) + "\n").encode())
 
 
-Image = UInt8[np.ndarray, "H W 3"]
+# The sizes of several in one signature need not agree.
+Image = UInt8[np.ndarray, "_H _W 3"]
 
 
 def read_image(path: Path, max_pixels: int) -> Image:

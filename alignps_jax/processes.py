@@ -40,7 +40,7 @@ class Process:
         return cls(socket.gethostname(), os.getpid(), started, this_machine())
 
     @classmethod
-    def parse(cls, content: Any) -> Self | None:
+    def parse(cls, content: Any) -> Process | None:
         """From `dataclasses.asdict`, by way of a file; None from anything else."""
         try:
             process = cls(**content)

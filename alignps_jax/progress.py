@@ -41,10 +41,11 @@ def progress(
     leave: bool = True,
     disable: bool = False,
     stream: TextIO | None = None,
+    seconds: float = SECONDS_PER_LINE,
 ) -> tqdm:
     """tqdm, on stderr or `stream`, which also fits log files.
 
-    On a terminal it is the usual bar. Elsewhere it writes a line every `SECONDS_PER_LINE`, and one
+    On a terminal it is the usual bar. Elsewhere it writes a line every so many `seconds`, and one
     at the end of a loop that took longer and shall `leave` one; shorter loops write nothing.
 
     Args:
@@ -56,6 +57,7 @@ def progress(
       leave: whether the end stays to be seen.
       disable: show nothing.
       stream: where to write.
+      seconds: between two lines.
     """
     stream = stream or sys.stderr
     common: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial}
@@ -67,9 +69,9 @@ def progress(
         iterable,
         file=lines,
         bar_format=_LINE,
-        delay=SECONDS_PER_LINE,
-        mininterval=SECONDS_PER_LINE,
-        maxinterval=SECONDS_PER_LINE,
+        delay=seconds,
+        mininterval=seconds,
+        maxinterval=seconds,
         miniters=1,
         disable=disable,
         **common,

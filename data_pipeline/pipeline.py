@@ -66,6 +66,7 @@ class BatchReader:
     process_count: int
     workers: int
     prefetch: int
+    empty_batch: Callable[[int, Size, int], Batch] = transforms.empty_batch
 
     def read(self, plan: BatchPlan) -> Batch:
         """Decodes and assembles the rows of this process.
@@ -73,7 +74,7 @@ class BatchReader:
         Raises UserError if an image cannot be decoded, or has not the size it was prepared with.
         """
         plan = plan.shard(self.process_index, self.process_count)
-        batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
+        batch = self.empty_batch(len(plan.indices), plan.bucket, self.people)
         batch.image[~plan.valid] = 0
         for row in np.flatnonzero(plan.valid).tolist():
             index = int(plan.indices[row])

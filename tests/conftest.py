@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 # Four simulated devices. Compilation takes most of the time of these tests and running next to
 # none, so code is compiled quickly instead of well.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -21,3 +23,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="alignps-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+import jaxtyping
+
+from tests.shapes import check_shapes
+
+check_shapes()
+
+
+@pytest.fixture
+def unchecked():
+    """For tests that hand over what annotations rule out, to read what the code itself says."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

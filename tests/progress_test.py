@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from alignps_jax import progress as module
 from alignps_jax.progress import progress
 
 
@@ -22,10 +21,10 @@ def test_short_loops_write_nothing_to_a_file():
 
 
 @pytest.mark.parametrize("leave", [True, False])
-def test_long_loops_write_a_line_now_and_then(leave, monkeypatch):
-    monkeypatch.setattr(module, "SECONDS_PER_LINE", 0.2)
+def test_long_loops_write_a_line_now_and_then(leave):
     stream = io.StringIO()
-    bar = progress(desc="train", unit="step", total=900, initial=100, leave=leave, stream=stream)
+    counts = {"unit": "step", "total": 900, "initial": 100}
+    bar = progress(desc="train", **counts, leave=leave, stream=stream, seconds=0.2)
     start = time.monotonic()
     while time.monotonic() < start + 1.0:
         time.sleep(0.002)
@@ -41,10 +40,9 @@ def test_long_loops_write_a_line_now_and_then(leave, monkeypatch):
         assert re.match(r"train: \d+ of 900 \[.*step/s, loss 1.5\]$", line), line
 
 
-def test_unknown_totals(monkeypatch):
-    monkeypatch.setattr(module, "SECONDS_PER_LINE", 0.0)
+def test_unknown_totals():
     stream = io.StringIO()
-    for _ in progress(iter(range(3)), desc="read", unit="file", stream=stream):
+    for _ in progress(iter(range(3)), desc="read", unit="file", stream=stream, seconds=0.0):
         pass
     assert "read: 3 of ?" in stream.getvalue()
 

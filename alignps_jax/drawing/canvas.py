@@ -185,7 +185,7 @@ CLOUD_COLORS: tuple[Color, ...] = (
 
 def draw_point_clouds(
     image: Image,
-    clouds: Sequence[Float[np.ndarray, "N 2"]],
+    clouds: Sequence[Float[np.ndarray, "_N 2"]],
     origins: Sequence[Float[np.ndarray, "2"]],
     centers: Float[np.ndarray, "K 2"],
 ) -> Image:

@@ -85,7 +85,7 @@ class SearchMetrics:
     wrong_row: Int[np.ndarray, "Q"]
     wrong_similarity: Float[np.ndarray, "Q"]
     mistakable: Bool[np.ndarray, "Q"]
-    precision: tuple[Float[np.ndarray, "P"], ...]
+    precision: tuple[Float[np.ndarray, "_P"], ...]
 
     @property
     def curve(self) -> PrecisionRecall:

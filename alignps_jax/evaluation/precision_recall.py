@@ -47,7 +47,7 @@ def precision_at_hits(
     return true / (above.size - np.searchsorted(above, hits))
 
 
-def mean_curve(hits: Iterable[tuple[Float[np.ndarray, "P"], int]]) -> PrecisionRecall:
+def mean_curve(hits: Iterable[tuple[Float[np.ndarray, "_P"], int]]) -> PrecisionRecall:
     """The mean of the curves of several queries.
 
     Args:

@@ -104,7 +104,7 @@ class GallerySearch:
 
     def similarities(
         self, queries: Int[np.ndarray, "Q"], query_rows: Int[np.ndarray, "Q"]
-    ) -> Iterator[tuple[int, Gallery, Float[np.ndarray, "R"]]]:
+    ) -> Iterator[tuple[int, Gallery, Float[np.ndarray, "_R"]]]:
         """Query after query, its gallery and the similarities in the order of `gallery.rows`."""
         for first in range(0, len(queries), self.blocks.queries):
             block = slice(first, first + self.blocks.queries)
@@ -150,8 +150,8 @@ class GallerySearch:
         return np.array(matches, dtype=np.int64)
 
     def _cosines(
-        self, query_rows: Int[np.ndarray, "B"], gallery_rows: list[Int[np.ndarray, "R"]]
-    ) -> Iterator[Float[np.ndarray, "R"]]:
+        self, query_rows: Int[np.ndarray, "B"], gallery_rows: list[Int[np.ndarray, "_R"]]
+    ) -> Iterator[Float[np.ndarray, "_R"]]:
         """Cosines with each query's gallery, by whichever of the two ways is less work."""
         embeddings, kept = self.detections.embeddings, self.kept_rows
         queries = embeddings[query_rows].astype(np.float64)

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,17 @@ class ReproducedRow:
     measured: dict[str, Measurement]
 
 
-def reproduce_table(config: ConfigDict, name: str, table: str, seeds: int, workdir: Path) -> None:
+Train = Callable[[ConfigDict, Path], None]
+
+
+def reproduce_table(
+    config: ConfigDict,
+    name: str,
+    table: str,
+    seeds: int,
+    workdir: Path,
+    train: Train = train_and_evaluate,
+) -> None:
     """Runs every row of `table` with seeds `config.seed`, `config.seed + 1`, ...
 
     Runs lie in `<workdir>/<variant>/seed<number>`: tables share those that they have in common, a
@@ -71,6 +81,7 @@ def reproduce_table(config: ConfigDict, name: str, table: str, seeds: int, workd
       table: number of the paper's table, or fig4.
       seeds: how many runs each row takes.
       workdir: where all of it goes.
+      train: what runs a row.
 
     Raises:
       UserError: there is no such table, a run in `workdir` had other settings, or nothing can be
@@ -91,7 +102,7 @@ def reproduce_table(config: ConfigDict, name: str, table: str, seeds: int, workd
         check_outputs(*(workdir / f"table{table}.{suffix}" for suffix in ("md", "json")))
     for done, (seed, (variant, row)) in enumerate(runs):
         print(f"table {table}, run {done + 1} of {seeds * len(rows)}: {row.label}, seed {seed}")
-        run_row(variant_config(config, variant, seed), run_folder(workdir, variant, seed))
+        run_row(variant_config(config, variant, seed), run_folder(workdir, variant, seed), train)
         text = write_table(config, name, table, numbers, workdir)
     print(text)
     print(f"table       {workdir / f'table{table}.md'}")
@@ -111,10 +122,10 @@ def run_folder(workdir: Path, variant: str, seed: int) -> Path:
     return workdir / (variant or "alignps") / f"seed{seed}"
 
 
-def run_row(config: ConfigDict, folder: Path) -> None:
+def run_row(config: ConfigDict, folder: Path, train: Train) -> None:
     """Trains and evaluates, unless that is done; resumes an interrupted run."""
     if not (folder / "metrics.json").exists():
-        train_and_evaluate(config, folder)
+        train(config, folder)
         jax.clear_caches()  # the next row is another network: nothing of this one is used again
 
 

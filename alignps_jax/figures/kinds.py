@@ -26,7 +26,7 @@ class FigureRequest:
 
     `checkpoints` (one at least) are workdirs or folders of a step; figures of a whole data set
     read the `detections.npz` or `metrics.json` there, or are given such files themselves.
-    `config_of` gives the configuration to use one of the checkpoints with.
+    `config_of` gives the configuration to use one of the checkpoints with, `load` its detector.
     """
 
     checkpoints: tuple[Path, ...]
@@ -35,12 +35,13 @@ class FigureRequest:
     box: tuple[float, ...] | None
     gallery: Path | None
     workdir: Path
+    load: Callable[[Path, ConfigDict], Detector] = Detector.from_checkpoint
 
     def detectors(self) -> Iterator[tuple[str, Detector]]:
         """Every checkpoint's label and detector, one after another."""
         names = dataset_figures.labels(self.checkpoints)
         for label, path in zip(names, self.checkpoints, strict=True):
-            yield label, Detector.from_checkpoint(path, self.config_of(path))
+            yield label, self.load(path, self.config_of(path))
 
     def detector(self) -> Detector:
         """The detector of the only checkpoint."""

@@ -40,7 +40,7 @@ class MapOutputs:
     """
 
     outputs: tuple[Outputs, ...]
-    offsets: dict[str, Float[Array, "B h w 18"]]
+    offsets: dict[str, Float[Array, "B _h _w 18"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LocationMaps:
     the factors (x, y) by which its coordinates were multiplied.
     """
 
-    embeddings: tuple[Float[np.ndarray, "h w D"], ...]
+    embeddings: tuple[Float[np.ndarray, "_h _w D"], ...]
     strides: tuple[int, ...]
     offsets: Mapping[str, Float[np.ndarray, "h w 9 2"]]
     size: Int[np.ndarray, "2"]

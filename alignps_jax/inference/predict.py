@@ -24,10 +24,11 @@ LARGE_PHOTO = 2**17  # pixels
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as pmap asks
 class PredictStep:
-    """Detections of a batch; `evaluation` is `config.eval`."""
+    """Detections of a batch; `evaluation` is `config.eval`, `large_photo` a number of pixels."""
 
     model: AlignPS
     evaluation: ConfigDict
+    large_photo: int = LARGE_PHOTO
 
     def __post_init__(self) -> None:
         known_name("config.eval.precision", self.evaluation.precision, PRECISIONS)
@@ -37,7 +38,7 @@ class PredictStep:
 
         On CPUs large photos one after another: the maps of several would not stay in the cache.
         """
-        if math.prod(batch.image.shape[1:3]) < LARGE_PHOTO:
+        if math.prod(batch.image.shape[1:3]) < self.large_photo:
             return self._together(params, frozen, batch)
         return lax.platform_dependent(
             params, frozen, batch, cpu=self._one_by_one, default=self._together

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.boxes import boxes_from_distances, giou
@@ -24,7 +24,7 @@ class Term:
     """A mean, not yet divided: the loss is `sum / count` (0 when `count` is 0)."""
 
     sum: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Num[Array, ""]
 
 
 def focal_loss(

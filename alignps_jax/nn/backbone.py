@@ -118,7 +118,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(
         self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
-    ) -> tuple[Float[Array, "B h w C"], ...]:
+    ) -> tuple[Float[Array, "B _h _w _C"], ...]:
         """Maps an image, zero outside its valid `extent`, to C3, C4 and C5."""
         x = conv(
             self.width, self.stem_size, 2, kernel_init=kaiming, dtype=self.dtype, name="conv1"

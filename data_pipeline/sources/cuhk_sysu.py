@@ -146,7 +146,7 @@ class CuhkSysuSource(Source):
         return names
 
     @functools.cached_property
-    def _boxes(self) -> dict[str, Float[np.ndarray, "G 4"]]:
+    def _boxes(self) -> dict[str, Float[np.ndarray, "_G 4"]]:
         """The people of every image of the data set."""
         path = self.root / self.required[0]
         with reading(path, "the variable Img: images with name, number of boxes and boxes"):
@@ -299,7 +299,7 @@ def _box(idlocate: Shaped[np.ndarray, "n"]) -> Float[np.ndarray, "4"]:
     return np.array([x, y, x + w, y + h], np.float32)
 
 
-def _people(idlocates: Sequence[Shaped[np.ndarray, "n"]]) -> Float[np.ndarray, "G 4"]:
+def _people(idlocates: Sequence[Shaped[np.ndarray, "_n"]]) -> Float[np.ndarray, "G 4"]:
     """The boxes of positive size from rows of `x, y, w, h`."""
     rows = np.array([_xywh(idlocate) for idlocate in idlocates], np.int32).reshape(-1, 4)
     rows = rows[(rows[:, 2:] > 0).all(axis=1)]

@@ -203,7 +203,7 @@ def _camera(name: str, path: Path) -> int:
 
 def _other_cameras(
     camera: Int[np.ndarray, "N"], images: Int[np.ndarray, "Q"]
-) -> dict[int, Int[np.ndarray, "M"]]:
+) -> dict[int, Int[np.ndarray, "_M"]]:
     """For each of `images` those of other cameras, one array per camera."""
     galleries = {
         int(own): np.flatnonzero(camera != own).astype(np.int32) for own in np.unique(camera)

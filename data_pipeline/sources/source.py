@@ -267,7 +267,7 @@ def search_everywhere(
     return protocol, answered
 
 
-def all_but(num_images: int, images: Int[np.ndarray, "Q"]) -> dict[int, Int[np.ndarray, "N"]]:
+def all_but(num_images: int, images: Int[np.ndarray, "Q"]) -> dict[int, Int[np.ndarray, "_N"]]:
     """For each of `images` all `num_images` images but itself."""
     everything = np.arange(num_images, dtype=np.int32)
     return {int(image): np.delete(everything, int(image)) for image in np.unique(images)}
@@ -275,7 +275,7 @@ def all_but(num_images: int, images: Int[np.ndarray, "Q"]) -> dict[int, Int[np.n
 
 def _appearances(
     test: Annotations,
-) -> tuple[list[Int[np.ndarray, "T"]], list[Float[np.ndarray, "T 4"]]]:
+) -> tuple[list[Int[np.ndarray, "_T"]], list[Float[np.ndarray, "_T 4"]]]:
     """Images of each identity in ascending order, and its first box in each."""
     images: list[list[int]] = [[] for _ in range(test.num_identities)]
     boxes: list[list[np.ndarray]] = [[] for _ in images]

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import scipy.io
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from alignps_jax.progress import progress
 from alignps_jax.types import UserError
@@ -259,7 +259,7 @@ def _draw_photo(
     )
 
 
-def _whole(box: Float[np.ndarray, "4"]) -> tuple[int, int, int, int]:
+def _whole(box: Int[np.ndarray, "4"]) -> tuple[int, int, int, int]:
     x, y, width, height = map(int, box)
     return x, y, width, height
 

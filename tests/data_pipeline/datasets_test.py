@@ -254,6 +254,7 @@ def test_damaged_sizes_are_one_line(root, content, message):
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "prw-train.array_record-00000-of-00001"])
 @pytest.mark.parametrize("damage", ["empty", "noise", "other"])
+@pytest.mark.usefixtures("unchecked")
 def test_damaged_files_of_a_prepared_set_are_one_line(root, name, damage):
     data = fixtures.data_config("prw", root)
     datasets.prepare(data)

@@ -433,18 +433,16 @@ class TestEvaluation:
         np.testing.assert_array_equal(last.size[2:], [last.image.shape[1:3]] * 2)
         np.testing.assert_array_equal(last.scale[2:], 1)
 
-    def test_memory_that_held_something_else_shows_nowhere(self, mixed, monkeypatch):
-        clean = list(make_eval_batches(mixed, settings(workers=0), batch_size=4))
-        make = transforms.empty_batch
-
+    def test_memory_that_held_something_else_shows_nowhere(self, mixed):
         def used(*args):
-            batch = make(*args)
+            batch = transforms.empty_batch(*args)
             batch.image[:] = 7
             return batch
 
-        monkeypatch.setattr(transforms, "empty_batch", used)
+        batches = make_eval_batches(mixed, settings(workers=0), batch_size=4)
+        reader = dataclasses.replace(batches.reader, empty_batch=used)
         for batch, expected in zip(
-            make_eval_batches(mixed, settings(workers=0), batch_size=4), clean, strict=True
+            dataclasses.replace(batches, reader=reader), batches, strict=True
         ):
             assert_same(batch, expected)
 
@@ -477,6 +475,7 @@ class TestEvaluation:
             np.zeros((0, 5, 3), np.uint8),
         ],
     )
+    @pytest.mark.usefixtures("unchecked")
     def test_single_image_of_another_kind(self, image):
         with pytest.raises(UserError, match="expected RGB uint8"):
             single_image_batch(image, settings())

@@ -130,6 +130,7 @@ def replace(field, value):
         (replace("embeddings", np.full((9, 6), 1e300)), "embeddings has a value that is not fin"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_broken_arrays_are_refused(tmp_path, change, message):
     raw = arrays(make())
     change(raw)

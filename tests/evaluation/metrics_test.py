@@ -424,6 +424,7 @@ def one_line(error):
         ({"query_image": np.zeros(0, int)}, r"no queries"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_protocols_that_do_not_fit_are_refused(change, message):
     protocol, detections = gallery_case((0.9, 0.8), (0,), 1)
     with pytest.raises(UserError, match=message) as error:

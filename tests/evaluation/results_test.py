@@ -20,10 +20,15 @@ from alignps_jax.gallery.photos import FoundPerson, QueryRanking, write_ranking_
 from alignps_jax.log import LogLine, MetricLog, read_log
 from alignps_jax.types import UserError
 
+DTYPES = {"Flo": float, "Int": int, "Boo": bool}
+
 
 def search_metrics(mean_ap, top1, top5, top10):
-    nothing = np.zeros(0)
-    return SearchMetrics(mean_ap, top1, top5, top10, *[nothing] * 11)
+    nothing = {
+        field.name: () if field.name == "precision" else np.zeros(0, DTYPES[field.type[:3]])
+        for field in dataclasses.fields(SearchMetrics)[4:]
+    }
+    return SearchMetrics(mean_ap, top1, top5, top10, **nothing)
 
 
 def evaluation(protocols=("TestG50", "TestG100"), factor=1.0, step=41000):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from alignps_jax.experiments import reproduce
 from alignps_jax.experiments.catalogue import PAPER_METRICS
 from alignps_jax.experiments.reproduce import (
     Measurement,
@@ -17,49 +16,49 @@ from configs import tiny
 from configs.variants import rows_of
 
 
-@pytest.fixture
-def runs(monkeypatch):
-    """Replaces training by one that writes what a run leaves behind; collects what was run."""
-    done = []
+class Runs(list):
+    """What was run, and training replaced by what a run leaves behind."""
 
-    def train(config, folder):
-        done.append((folder.parent.name, config.seed))
+    def train(self, config, folder):
+        self.append((folder.parent.name, config.seed))
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(config.to_json())
-        share = (len(done) + 10 * config.seed) / 100
+        share = (len(self) + 10 * config.seed) / 100
         metrics = {
             "detection": {"recall": share, "AP": share},
             "search": {"TestG50": {"mAP": share, "top1": share}, "all": {"mAP": 1, "top1": 1}},
         }
         (folder / "metrics.json").write_text(json.dumps(metrics))
 
-    monkeypatch.setattr(reproduce, "train_and_evaluate", train)
-    return done
+
+@pytest.fixture
+def runs():
+    return Runs()
 
 
 def test_every_row_runs_once_per_seed_and_never_again(runs, tmp_path):
     rows = rows_of("2", "synthetic")
-    reproduce_table(tiny.get_config(), "tiny", "2", 2, tmp_path)
+    reproduce_table(tiny.get_config(), "tiny", "2", 2, tmp_path, runs.train)
     assert len(runs) == 2 * len(rows) == 16
     assert len(set(runs)) == 16
     assert [seed for _, seed in runs] == [0] * 8 + [1] * 8
-    reproduce_table(tiny.get_config(), "tiny", "2", 2, tmp_path)
+    reproduce_table(tiny.get_config(), "tiny", "2", 2, tmp_path, runs.train)
     assert len(runs) == 16
-    reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path)  # shares AlignPS with table 2
+    reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path, runs.train)
     assert len(runs) == 18
 
 
 def test_an_interrupted_run_goes_on(runs, tmp_path):
-    reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path)
+    reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path, runs.train)
     unfinished = tmp_path / runs[1][0] / "seed0" / "metrics.json"
     unfinished.unlink()
     with pytest.raises(FileExistsError):  # the stand-in refuses an existing folder
-        reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path)
+        reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path, runs.train)
     assert runs[-1] == runs[1]
 
 
 def test_figures_are_the_runs_figures(runs, tmp_path):
-    reproduce_table(tiny.get_config(), "tiny", "4", 2, tmp_path)
+    reproduce_table(tiny.get_config(), "tiny", "4", 2, tmp_path, runs.train)
     table = json.loads((tmp_path / "table4.json").read_text())
     # Runs 1 to 3 with seed 0 got 1, 2, 3 percent, runs 4 to 6 with seed 1 got 14, 15, 16.
     found = [row["measured"]["mAP"] for row in table["rows"]]
@@ -74,21 +73,21 @@ def test_figures_are_the_runs_figures(runs, tmp_path):
 
 
 def test_a_run_with_other_settings_is_not_taken_for_this_one(runs, tmp_path):
-    reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path)
+    reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path, runs.train)
     other = tiny.get_config()
     other.train.batch_size = 8
     with pytest.raises(UserError, match=r"config.train.batch_size = 4, expected 8"):
-        reproduce_table(other, "tiny", "4", 1, tmp_path)
+        reproduce_table(other, "tiny", "4", 1, tmp_path, runs.train)
     moved = tiny.get_config()
     moved.data.root = "elsewhere"
-    reproduce_table(moved, "tiny", "4", 1, tmp_path)
+    reproduce_table(moved, "tiny", "4", 1, tmp_path, runs.train)
     assert len(runs) == 3
 
 
 def test_seeds_are_those_of_the_configuration_onwards(runs, tmp_path):
     config = tiny.get_config()
     config.seed = 5
-    reproduce_table(config, "tiny", "4", 2, tmp_path)
+    reproduce_table(config, "tiny", "4", 2, tmp_path, runs.train)
     assert sorted({seed for _, seed in runs}) == [5, 6]
 
 
@@ -97,7 +96,7 @@ def test_seeds_are_those_of_the_configuration_onwards(runs, tmp_path):
 )
 def test_wrong_input(table, seeds, message, runs, tmp_path):
     with pytest.raises(UserError, match=message):
-        reproduce_table(tiny.get_config(), "tiny", table, seeds, tmp_path)
+        reproduce_table(tiny.get_config(), "tiny", table, seeds, tmp_path, runs.train)
     assert runs == []
 
 

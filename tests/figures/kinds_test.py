@@ -1,6 +1,7 @@
 """The kinds of pictures: composition, files and errors; networks find what they are told."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ CONFIG = tiny.get_config().lock()
 HEAD = 2 * visualize.LINE_HEIGHT + visualize.GAP  # what stands above the first photo
 
 
-class FakeDetector:
+class FakeDetector(Detector):
     """Finds people at given places of every photo: {shape: (boxes, scores, embeddings)}.
 
     The maps are those of a photo that is not resized, with regular sampling points; the embedding
@@ -82,19 +83,22 @@ def photos(tmp_path):
     return folder
 
 
+# What each checkpoint's folder name stands for.
+NETWORKS: dict[str, Detector] = {}
+
+
 @pytest.fixture
-def networks(monkeypatch):
-    """What each checkpoint's folder name stands for; filled by tests."""
-    table = {}
-    load = staticmethod(lambda path, config=None: table[Path(path).name])
-    monkeypatch.setattr(Detector, "from_checkpoint", load)
-    return table
+def networks():
+    """`NETWORKS`, to be filled by a test."""
+    NETWORKS.clear()
+    return NETWORKS
 
 
 def request(tmp_path, checkpoints="a", query=None, box=None, gallery=None, config=None):
     text = ",".join(str(tmp_path / name) for name in checkpoints.split(","))
     paths = (str(path) if path else None for path in (query, box, gallery))
-    return figures.figure_request(text, lambda path: config, *paths, str(tmp_path / "out"))
+    wanted = figures.figure_request(text, lambda path: config, *paths, str(tmp_path / "out"))
+    return dataclasses.replace(wanted, load=lambda path, config: NETWORKS[path.name])
 
 
 def draw(kind, *args, **options):
@@ -173,7 +177,7 @@ def test_points_far_outside_and_more_clouds_than_colors():
     far = np.array([[1e30, 5.0], [-1e9, 1e12], [np.inf, 0]])
     none = np.zeros((0, 2))
     image = gray(50, 60)
-    np.testing.assert_array_equal(draw_point_clouds(image, [far], far[:1], none), image)
+    np.testing.assert_array_equal(draw_point_clouds(image, [far], [far[0]], none), image)
     clouds = [np.array([[6.0 * number, 25.0]]) for number in range(1, 9)]
     drawn = draw_point_clouds(image, clouds, [far[0]] * 8, none)
     assert tuple(drawn[25, 5]) == tuple(drawn[25, 41]) == CLOUD_COLORS[0]
@@ -356,6 +360,7 @@ def test_saved_detections_that_are_missing(evaluated, tmp_path):
         figures.draw_figures("precision_recall", wanted)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_queries_that_differ_come_first():
     class Metrics:
         def __init__(self, right, ap):
@@ -434,6 +439,10 @@ def test_labels():
     assert label("runs/a/checkpoints/20") == ("a, step 20",)
 
 
+def own_config(path):
+    return CONFIG
+
+
 def test_what_is_missing_is_named(tmp_path, photos, networks):
     networks["a"] = networks["b"] = FakeDetector(PEOPLE)
     for kind in ("sampling_points", "detections", "similarity"):
@@ -443,7 +452,7 @@ def test_what_is_missing_is_named(tmp_path, photos, networks):
             draw(kind, tmp_path, "a,b", query=photos / "query.png")
     for text in ("", "a,", ",a", "a,,b"):
         with pytest.raises(UserError, match="--checkpoint"):
-            figures.figure_request(text, None, None, None, None, None)
+            figures.figure_request(text, own_config, *[None] * 4)
     with pytest.raises(UserError, match="--box"):
         request(tmp_path, box="1,2,3")
 
@@ -451,7 +460,7 @@ def test_what_is_missing_is_named(tmp_path, photos, networks):
 def test_pictures_go_beside_the_checkpoint(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"")
     for name, folder in (("run", tmp_path / "run" / "figures"), ("x.npz", tmp_path / "figures")):
-        wanted = figures.figure_request(str(tmp_path / name), None, None, None, None, None)
+        wanted = figures.figure_request(str(tmp_path / name), own_config, *[None] * 4)
         assert wanted.workdir == folder
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import cv2
@@ -380,18 +381,12 @@ def test_the_number_of_photos_asked_for_is_enough(tmp_path):
     assert min(len(scenes) for scenes in _train_scenes(tmp_path / "set").values()) >= 5
 
 
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    drawn = []
-
-    def draw_three(*arguments):
-        if len(drawn) == 3:
-            raise KeyboardInterrupt
-        drawn.append(synthetic_scenes.draw_scene(*arguments))
-        return drawn[-1]
-
-    monkeypatch.setattr(synthetic, "draw_scene", draw_three)
+def test_an_interrupt_leaves_nothing(tmp_path):
+    spec = dataclasses.replace(SPEC, train_images=5000)
+    ctrl_c = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+    ctrl_c.start()
     with pytest.raises(KeyboardInterrupt):
-        write_synthetic(tmp_path / "set", TINY)
+        write_synthetic(tmp_path / "set", spec)
     assert not list(tmp_path.iterdir())
 
 
