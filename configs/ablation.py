@@ -10,12 +10,18 @@ from configs.variants import apply_variant, variants_for
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Halves the channels of configs/synthetic.py and shortens its schedule; same variants."""
+    """A narrower network than configs/synthetic.py, on fewer photos, for fewer steps."""
     config = synthetic.get_config()
+    config.data.root = "data/ablation"
+    config.data.synthetic.train_images = 1200
+    config.data.synthetic.train_identities = 240
     config.model.backbone_width = 16
     config.model.channels = 32
+    config.optimizer.learning_rate = 0.001
+    config.optimizer.drop_factor = 0.4
     config.optimizer.warmup = "30 steps"
     config.optimizer.drops = ("150 steps", "200 steps", "225 steps")
+    config.train.batch_size = 8
     config.train.duration = "240 steps"
     config.train.checkpoint_every = "120 steps"
     config.train.eval_every = "240 steps"

@@ -20,12 +20,15 @@ def get_config(variant: str = "") -> ConfigDict:
     data.train_scales = ((256, 192),)
     data.test_scale = (256, 192)
     data.workers = 1
+    # Many identities, each in few photos: what tells these apart also tells others apart.
+    data.synthetic.train_images = 2000
+    data.synthetic.train_identities = 400
 
     model = config.model
     model.backbone = "resnet_small"
-    model.backbone_width = 32
+    model.backbone_width = 24
     model.frozen_stages = -1
-    model.channels = 64
+    model.channels = 48
     model.head_convs = 1
     # A network from scratch learns faster from a plain grid and boxes of a person's size.
     model.offset_gain = 0.0
@@ -41,17 +44,17 @@ def get_config(variant: str = "") -> ConfigDict:
 
     optimizer = config.optimizer
     optimizer.name = "adamw"
-    optimizer.learning_rate = 0.001
+    optimizer.learning_rate = 0.0008
     optimizer.warmup = "100 steps"
-    optimizer.drops = ("1100 steps", "1500 steps", "1800 steps", "2000 steps")
-    optimizer.drop_factor = 0.4
+    optimizer.drops = tuple(f"{step} steps" for step in (1200, 1700, 2100, 2400, 2650, 2820))
+    optimizer.drop_factor = 0.6
 
     train = config.train
-    train.batch_size = 8
-    train.duration = "2100 steps"
+    train.batch_size = 4
+    train.duration = "3000 steps"
     train.log_every_steps = 10
-    train.checkpoint_every = "200 steps"
-    train.eval_every = "1050 steps"
+    train.checkpoint_every = "300 steps"
+    train.eval_every = "1500 steps"
 
     config.eval.batch_size = 8
     config.eval.untrained_baseline = True

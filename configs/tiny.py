@@ -26,6 +26,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.norm_groups = 4
     config.loss.queue_size = 16
 
+    config.optimizer.learning_rate = 0.001
+    config.optimizer.drop_factor = 0.4
     config.optimizer.warmup = "2 steps"
     config.optimizer.drops = ("20 steps",)
     config.train.batch_size = 4
