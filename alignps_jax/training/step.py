@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from alignps_jax.devices import AXIS
@@ -27,7 +27,7 @@ from alignps_jax.losses.total import (
 )
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.nn.precision import products_in
-from alignps_jax.types import Batch, TrainState
+from alignps_jax.types import Batch, Outputs, TrainState
 
 
 @struct.dataclass
@@ -52,6 +52,7 @@ class TrainStep:
       loss: `config.loss`.
       max_positives: static number of positive locations per device.
       precision: of the network's products, an entry of `PRECISIONS`.
+      accumulate: number of parts that a device's images are fed to the network in.
     """
 
     model: AlignPS
@@ -59,6 +60,7 @@ class TrainStep:
     loss: ConfigDict
     max_positives: int
     precision: str = "fast"
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         check_triplet(self.loss)
@@ -69,13 +71,32 @@ class TrainStep:
         searched, made = (self.model.predicted_levels(train=train) for train in (False, True))
         return level_ranges(searched, self.loss.level_borders, len(made) - len(searched))
 
+    def _outputs(self, variables: Any, batch: Batch) -> tuple[Outputs, ...]:
+        """What the network says of all images; `accumulate` parts of them one after another.
+
+        What a part's layers computed is forgotten, and computed again when its share of the
+        gradient is due. The losses see all images at once, and so do lookup table, queue and
+        triplets: the step is exactly that of the complete batch.
+        """
+
+        def network(image: UInt8[Array, "b H W 3"], size: Int[Array, "b 2"]) -> Any:
+            return self.model.apply(variables, image, size, train=True)
+
+        images: Any = (batch.image, batch.size)
+        if self.accumulate == 1:
+            return network(*images)
+        parts = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), images)
+        again = jax.checkpoint(network, prevent_cse=False)  # the loop already keeps them apart
+        outputs = lax.map(lambda part: again(*part), parts)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Updates the state with one device's share of a batch; equal on all devices."""
         gather = partial(jax.tree.map, partial(lax.all_gather, axis_name=AXIS, tiled=True))
 
         def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, ...]]:
             variables = {"params": params, "frozen": state.frozen}
-            outputs: Any = self.model.apply(variables, batch.image, batch.size, train=True)
+            outputs = self._outputs(variables, batch)
             targets = assign(
                 outputs,
                 batch,

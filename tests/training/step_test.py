@@ -135,3 +135,19 @@ def test_positives_beyond_the_limit_are_counted():
     assert positives.valid.all()
     np.testing.assert_array_equal(positives.identity, [1, 2, 5, 6])
     np.testing.assert_allclose(positives.embeddings[3], flat.embeddings[1, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
+    batch = split(random_batch(np.random.default_rng(7)), 1)
+    expected, expected_metrics = jax.device_get(case.step(case.state, batch))
+    _, step, _ = train_setup(case.config, devices=1)
+    in_parts = one_device(dataclasses.replace(step, accumulate=parts))
+    found, found_metrics = jax.device_get(in_parts(case.state, batch))
+    assert expected_metrics.positives > 10
+    for one, other in zip(
+        jax.tree.leaves((found, found_metrics)),
+        jax.tree.leaves((expected, expected_metrics)),
+        strict=True,
+    ):
+        assert relative_error(one, other) <= 1e-5
