@@ -194,6 +194,7 @@ RULES: dict[str, Rule] = {
     "train.duration": _LONG,
     "train.parallel": _TEXT,
     "train.accumulate": _integer(1, 2**15),
+    "train.ema_decay": _unset_or(_number(0, 1, above=True)),
     "train.profile": _unset_or(_TEXT),
     "train.max_positives": _unset_or(_integer(1)),
     "train.log_every_steps": _integer(1),

@@ -187,6 +187,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # counts them in the log. If unset, the room suffices for the fullest training image: with a
     # center_radius of 1.5, 9 per person and level.
     train.max_positives = config_dict.placeholder(int)
+    # Evaluate, save and search with a moving average of the parameters: after each step it keeps
+    # this share of what it was (less at first). If unset, with the parameters themselves.
+    train.ema_decay = config_dict.placeholder(float)
     # "first:last": steps to trace with jax.profiler, into <workdir>/profile. If unset, none.
     train.profile = config_dict.placeholder(str)
     # Steps between two lines of the log, and time between two checkpoints.

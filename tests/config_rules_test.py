@@ -97,6 +97,7 @@ WRONG = {
     "train.duration": LONG,
     "train.parallel": (*NAMES, "map"),
     "train.accumulate": (*COUNT, 3),
+    "train.ema_decay": (0.0, -0.5, 1.5, NAN, "1", True),
     "train.profile": ("", "5", "0:3", "5:4", "a:b", 5),
     "train.max_positives": (-3, *COUNT),
     "train.log_every_steps": COUNT,

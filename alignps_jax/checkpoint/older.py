@@ -24,6 +24,7 @@ BEFORE = {
     "optimizer.drop_factor": 0.1,
     "train.parallel": "pmap",
     "train.accumulate": 1,
+    "train.ema_decay": None,
     "train.profile": None,
     "optimizer.scale_with_batch": None,
     # Everything that was measured then was measured on CPUs.

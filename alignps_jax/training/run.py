@@ -120,6 +120,7 @@ def make_step(
         positives,
         precision=config.model.precision,
         accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
     )
     return schedule, step
 

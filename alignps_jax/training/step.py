@@ -53,6 +53,7 @@ class TrainStep:
       max_positives: static number of positive locations per device.
       precision: of the network's products, an entry of `PRECISIONS`.
       accumulate: number of parts that a device's images are fed to the network in.
+      ema_decay: of the parameters' moving average; None keeps none.
     """
 
     model: AlignPS
@@ -61,6 +62,7 @@ class TrainStep:
     max_positives: int
     precision: str = "fast"
     accumulate: int = 1
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         check_triplet(self.loss)
@@ -115,11 +117,12 @@ class TrainStep:
             loss: Any = sum(shares.values())
             return loss, (shares, everyone, dropped)
 
+        trained = state.params if state.raw is None else state.raw
         with products_in(self.precision):
-            gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(state.params)
+            gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(trained)
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
         # After the gradients, and the same on every device (Released code).
         memory = update_memory(
             state.memory,
@@ -137,12 +140,25 @@ class TrainStep:
             dropped_positives=dropped,
             grad_norm=optax.tree.norm(gradient),
             update_norm=optax.tree.norm(updates),
-            param_norm=optax.tree.norm(params),
+            param_norm=optax.tree.norm(trained),
         )
         state = dataclasses.replace(
-            state, step=state.step + 1, params=params, opt_state=opt_state, memory=memory
+            _with_params(state, trained, self.ema_decay),
+            step=state.step + 1,
+            opt_state=opt_state,
+            memory=memory,
         )
         return state, metrics
+
+
+def _with_params(state: TrainState, trained: Any, decay: float | None) -> TrainState:
+    """The state with new parameters, or with their moving average and them."""
+    if decay is None:
+        return dataclasses.replace(state, params=trained)
+    # The first steps move fast: their average shall not remember the initial parameters for long.
+    share = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+    average = jax.tree.map(lambda old, new: old + share * (new - old), state.params, trained)
+    return dataclasses.replace(state, params=average, raw=trained)
 
 
 def _share(term: Term) -> Float[Array, ""]:
