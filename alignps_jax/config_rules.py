@@ -182,6 +182,7 @@ RULES: dict[str, Rule] = {
     "optimizer.momentum": Rule(
         lambda x: _is_number(x) and 0 <= x < 1, "a number, 0 or more and below 1"
     ),
+    "optimizer.scale_with_batch": _unset_or(_integer(1)),
     "optimizer.weight_decay": _NOT_NEGATIVE,
     "optimizer.bias_lr_factor": _NOT_NEGATIVE,
     "optimizer.bias_weight_decay": _unset_or(_NOT_NEGATIVE),
@@ -195,6 +196,9 @@ RULES: dict[str, Rule] = {
     "train.batch_size": _integer(1),
     "train.duration": _LONG,
     "train.parallel": _TEXT,
+    "train.accumulate": _integer(1, 2**15),
+    "train.ema_decay": _unset_or(_number(0, 1, above=True)),
+    "train.profile": _unset_or(_TEXT),
     "train.max_positives": _unset_or(_integer(1)),
     "train.log_every_steps": _integer(1),
     "train.checkpoint_every": _LONG,

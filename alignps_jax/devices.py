@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,19 @@ def parallel_predict_step(
 def sum_over_devices(devices: Devices) -> Callable[[Any], Any]:
     """Adds up arrays with a leading axis of these devices; the sum is on all of them."""
     return jax.pmap(partial(lax.psum, axis_name=AXIS), axis_name=AXIS, devices=devices)
+
+
+def device_names() -> str:
+    """How many devices of which kind all processes have together: 8 x NVIDIA H100 80GB HBM3."""
+    kinds = Counter(device.device_kind for device in jax.devices())
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def peak_memory() -> dict[str, int]:
+    """The most that a local device has held at a time, in bytes; nothing where that is unknown."""
+    known = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in known if "peak_bytes_in_use" in stats]
+    return {"peak_memory": max(peaks)} if peaks else {}
 
 
 def replicate(tree: Any, devices: Devices | None = None) -> Any:

@@ -111,13 +111,18 @@ class OIMMemory:
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes, and what it needs to resume."""
+    """Everything that training changes, and what it needs to resume.
+
+    `params` are what inference takes. Where these are an average over the steps, `raw` are the
+    parameters that gradients are of and that the optimizer updates.
+    """
 
     step: Int[Array, ""]
     params: Any
     frozen: Any
     opt_state: Any
     memory: OIMMemory
+    raw: Any = None
 
 
 @struct.dataclass

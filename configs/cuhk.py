@@ -157,6 +157,9 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer.name = "sgd"
     # Rate after the warm-up; momentum is the first decay rate (beta 1) of adamw.
     optimizer.learning_rate = 0.001
+    # The batch size that learning_rate is meant for: with another train.batch_size, the rate is
+    # multiplied by batch_size / scale_with_batch (linear scaling). If unset, it stays as it is.
+    optimizer.scale_with_batch = config_dict.placeholder(int)
     optimizer.momentum = 0.9
     optimizer.weight_decay = 5e-4
     # Factor on the learning rate, and weight decay, of the biases of plain convolutions and of the
@@ -176,6 +179,9 @@ def get_config(variant: str = "") -> ConfigDict:
     train = config.train = ConfigDict()
     # Images per step, over all devices together.
     train.batch_size = 4
+    # Parts that each device feeds its images to the network in: with 4, a step needs the memory of
+    # a quarter of its images and one more forward pass, and computes the same.
+    train.accumulate = 1
     # How long to train: "<number> epochs" or "<number> steps".
     train.duration = "24 epochs"
     # How a step comes to run on all devices: pmap, or shard_map under jit and a mesh. Both compute
@@ -185,6 +191,11 @@ def get_config(variant: str = "") -> ConfigDict:
     # counts them in the log. If unset, the room suffices for the fullest training image: with a
     # center_radius of 1.5, 9 per person and level.
     train.max_positives = config_dict.placeholder(int)
+    # Evaluate, save and search with a moving average of the parameters: after each step it keeps
+    # this share of what it was (less at first). If unset, with the parameters themselves.
+    train.ema_decay = config_dict.placeholder(float)
+    # "first:last": steps to trace with jax.profiler, into <workdir>/profile. If unset, none.
+    train.profile = config_dict.placeholder(str)
     # Steps between two lines of the log, and time between two checkpoints.
     train.log_every_steps = 50
     train.checkpoint_every = "1000 steps"

@@ -24,6 +24,10 @@ BEFORE = {
     "optimizer.name": "sgd",
     "optimizer.drop_factor": 0.1,
     "train.parallel": "pmap",
+    "train.accumulate": 1,
+    "train.ema_decay": None,
+    "train.profile": None,
+    "optimizer.scale_with_batch": None,
     # Everything that was measured then was measured on CPUs.
     "eval.precision": "exact",
     "eval.boxes": "detected",

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from alignps_jax.devices import device_names, peak_memory
 from alignps_jax.log import MetricLog
 from alignps_jax.progress import progress
 from alignps_jax.training.optimizer import Schedule
@@ -47,6 +48,7 @@ class Monitor:
         self._bar = progress(
             desc="train", unit="step", total=total, initial=start, disable=not self._leads
         )
+        self.say(f"training on {device_names()}")
         self.compiles = False
         self._buckets: set[tuple[int, int]] = set()
         self._pending: tuple[int, StepMetrics] | None = None
@@ -131,7 +133,7 @@ class Monitor:
             "epoch": step / self._pipeline.steps_per_epoch,
             "images_per_second": rate,
             "data_wait": self._waited / elapsed,
-        }
+        } | peak_memory()
         self._log.scalars(step, values)
         self.restart_clock()
 

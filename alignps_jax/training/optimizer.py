@@ -32,11 +32,22 @@ def steps_of(field: str, duration: str, steps_per_epoch: int) -> int:
     return round(float(found[1]) * (steps_per_epoch if found[2] == "epoch" else 1))
 
 
-def learning_rate_schedule(optimizer: ConfigDict, steps_per_epoch: int) -> Schedule:
-    """The rate at a step: linear warm-up, times `drop_factor` after each of `drops`."""
+def batch_factor(config: ConfigDict) -> float:
+    """What the learning rate is multiplied by: 1, or linear in the batch (Goyal et al., 2017)."""
+    meant_for = config.optimizer.scale_with_batch
+    return config.train.batch_size / meant_for if meant_for else 1.0
+
+
+def learning_rate_schedule(
+    optimizer: ConfigDict, steps_per_epoch: int, factor: float = 1.0
+) -> Schedule:
+    """The rate at a step: linear warm-up, times `drop_factor` after each of `drops`.
+
+    All of it times `factor`.
+    """
     drops = [steps_of("config.optimizer.drops", d, steps_per_epoch) for d in optimizer.drops]
     rate = optax.piecewise_constant_schedule(
-        optimizer.learning_rate, dict.fromkeys(drops, optimizer.drop_factor)
+        factor * optimizer.learning_rate, dict.fromkeys(drops, optimizer.drop_factor)
     )
     warmup_steps = steps_of("config.optimizer.warmup", optimizer.warmup, steps_per_epoch)
     warmup = optax.linear_schedule(optimizer.warmup_start, 1.0, warmup_steps)

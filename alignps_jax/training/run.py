@@ -18,11 +18,13 @@ from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import AlignPS, build_model
 from alignps_jax.training.optimizer import (
     Schedule,
+    batch_factor,
     learning_rate_schedule,
     make_optimizer,
     steps_of,
 )
 from alignps_jax.training.pretrained import check_pretrained
+from alignps_jax.training.profile import traced_steps
 from alignps_jax.training.state import create_state, is_frozen, lut_size, max_positives
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import TrainState, UserError
@@ -100,6 +102,9 @@ def rehearse(config: ConfigDict, resumes: bool = False) -> AlignPS:
     check_config(config)
     check_batch_size(config, "train")
     check_batch_size(config, "eval")
+    _check_parts(config)
+    if config.train.profile:
+        traced_steps(config.train.profile)
     known_name("config.train.parallel", config.train.parallel, PARALLEL)
     dataset_class(config.data.name)
     model = build_model(config)
@@ -110,13 +115,31 @@ def rehearse(config: ConfigDict, resumes: bool = False) -> AlignPS:
     return model
 
 
+def _check_parts(config: ConfigDict) -> None:
+    parts, images = config.train.accumulate, config.train.batch_size // jax.device_count()
+    if images % parts:
+        raise UserError(
+            f"config.train.accumulate: found {parts}, expected a divisor of the {images} images "
+            "that each device takes of config.train.batch_size"
+        )
+
+
 def make_step(
     config: ConfigDict, model: AlignPS, steps_per_epoch: int, positives: int
 ) -> tuple[Schedule, TrainStep]:
     """The learning rate's course, and the training step with its optimizer."""
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch)
+    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, batch_factor(config))
     optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
-    return schedule, TrainStep(model, optimizer, config.loss, positives, config.model.precision)
+    step = TrainStep(
+        model,
+        optimizer,
+        config.loss,
+        positives,
+        precision=config.model.precision,
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
+    )
+    return schedule, step
 
 
 @dataclasses.dataclass(frozen=True)

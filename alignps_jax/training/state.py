@@ -82,4 +82,5 @@ def create_state(
         frozen=frozen,
         opt_state=optimizer.init(params),
         memory=init_memory(num_identities, config.loss.queue_size, config.model.channels),
+        raw=params if config.train.ema_decay is not None else None,
     )

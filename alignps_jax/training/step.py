@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from alignps_jax.devices import AXIS
@@ -27,7 +27,7 @@ from alignps_jax.losses.total import (
 )
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.nn.precision import products_in
-from alignps_jax.types import Batch, TrainState
+from alignps_jax.types import Batch, Outputs, TrainState
 
 
 @struct.dataclass
@@ -52,6 +52,8 @@ class TrainStep:
       loss: `config.loss`.
       max_positives: static number of positive locations per device.
       precision: of the network's products, an entry of `PRECISIONS`.
+      accumulate: number of parts that a device's images are fed to the network in.
+      ema_decay: of the parameters' moving average; None keeps none.
     """
 
     model: AlignPS
@@ -59,6 +61,8 @@ class TrainStep:
     loss: ConfigDict
     max_positives: int
     precision: str = "fast"
+    accumulate: int = 1
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         check_triplet(self.loss)
@@ -69,13 +73,32 @@ class TrainStep:
         searched, made = (self.model.predicted_levels(train=train) for train in (False, True))
         return level_ranges(searched, self.loss.level_borders, len(made) - len(searched))
 
+    def _outputs(self, variables: Any, batch: Batch) -> tuple[Outputs, ...]:
+        """What the network says of all images; `accumulate` parts of them one after another.
+
+        What a part's layers computed is forgotten, and computed again when its share of the
+        gradient is due. The losses see all images at once, and so do lookup table, queue and
+        triplets: the step is exactly that of the complete batch.
+        """
+
+        def network(image: UInt8[Array, "b H W 3"], size: Int[Array, "b 2"]) -> Any:
+            return self.model.apply(variables, image, size, train=True)
+
+        images: Any = (batch.image, batch.size)
+        if self.accumulate == 1:
+            return network(*images)
+        parts = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), images)
+        again = jax.checkpoint(network, prevent_cse=False)  # the loop already keeps them apart
+        outputs = lax.map(lambda part: again(*part), parts)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Updates the state with one device's share of a batch; equal on all devices."""
         gather = partial(jax.tree.map, partial(lax.all_gather, axis_name=AXIS, tiled=True))
 
         def loss_fn(params: Any) -> tuple[Float[Array, ""], tuple[Any, ...]]:
             variables = {"params": params, "frozen": state.frozen}
-            outputs: Any = self.model.apply(variables, batch.image, batch.size, train=True)
+            outputs = self._outputs(variables, batch)
             targets = assign(
                 outputs,
                 batch,
@@ -94,11 +117,12 @@ class TrainStep:
             loss: Any = sum(shares.values())
             return loss, (shares, everyone, dropped)
 
+        trained = state.params if state.raw is None else state.raw
         with products_in(self.precision):
-            gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(state.params)
+            gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(trained)
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
         # After the gradients, and the same on every device (Released code).
         memory = update_memory(
             state.memory,
@@ -116,12 +140,25 @@ class TrainStep:
             dropped_positives=dropped,
             grad_norm=optax.tree.norm(gradient),
             update_norm=optax.tree.norm(updates),
-            param_norm=optax.tree.norm(params),
+            param_norm=optax.tree.norm(trained),
         )
         state = dataclasses.replace(
-            state, step=state.step + 1, params=params, opt_state=opt_state, memory=memory
+            _with_params(state, trained, self.ema_decay),
+            step=state.step + 1,
+            opt_state=opt_state,
+            memory=memory,
         )
         return state, metrics
+
+
+def _with_params(state: TrainState, trained: Any, decay: float | None) -> TrainState:
+    """The state with new parameters, or with their moving average and them."""
+    if decay is None:
+        return dataclasses.replace(state, params=trained)
+    # The first steps move fast: their average shall not remember the initial parameters for long.
+    share = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+    average = jax.tree.map(lambda old, new: old + share * (new - old), state.params, trained)
+    return dataclasses.replace(state, params=average, raw=trained)
 
 
 def _share(term: Term) -> Float[Array, ""]:

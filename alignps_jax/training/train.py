@@ -30,6 +30,7 @@ from alignps_jax.nn.model import weights_template
 from alignps_jax.training.curves import training_curves
 from alignps_jax.training.interrupt import Interrupt
 from alignps_jax.training.monitor import Monitor
+from alignps_jax.training.profile import Profiler
 from alignps_jax.training.resume import check_changes, restore
 from alignps_jax.training.run import Run, make_run, rehearse
 from alignps_jax.training.writer import one_writer
@@ -60,7 +61,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_changes: bool =
             Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
             MetricLog(log_folder(workdir)) as log,
         ):
-            training = Training(run, checkpoints, log, interrupt)
+            profiler = Profiler(config.train.profile, log_folder(workdir) / "profile")
+            training = Training(run, checkpoints, log, interrupt, profiler)
             state = training.begin(workdir)
             write_run_info(workdir, config)
             measured = training.evaluate(training.steps(state))
@@ -76,9 +78,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_changes: bool =
 class Training:
     """The loop over the training steps, with all that accompanies it."""
 
-    def __init__(self, run: Run, checkpoints: Checkpoints, log: MetricLog, interrupt: Interrupt):
+    def __init__(
+        self,
+        run: Run,
+        checkpoints: Checkpoints,
+        log: MetricLog,
+        interrupt: Interrupt,
+        profiler: Profiler,
+    ):
         self._run, self._checkpoints = run, checkpoints
-        self._log, self._interrupt = log, interrupt
+        self._log, self._interrupt, self._profiler = log, interrupt, profiler
         self._batches = run.pipeline.iterator(run.plan.total)
         self._step = parallel_train_step(run.step, run.parallel)
 
@@ -106,7 +115,7 @@ class Training:
     def steps(self, state: TrainState) -> TrainState:
         """Trains from `state` to the last step."""
         plan, checkpoints, interrupt = self._run.plan, self._checkpoints, self._interrupt
-        start = int(state.step)
+        profiler, start = self._profiler, int(state.step)
         interrupt.idle(self._saved(start))
         with Monitor(
             self._run.pipeline,
@@ -121,7 +130,10 @@ class Training:
                 batch = monitor.next_batch(self._batches)
                 if monitor.compiles and step > start + 1:
                     self._prepare_to_compile(monitor, state, position)
+                profiler.begin(step)
                 state, metrics = self._step(state, split_over_devices(batch))
+                if profiler.end(step, metrics):
+                    monitor.say(f"profile     {profiler.folder}")
                 if step == start + 1:
                     # All processes are past their compilation then, and will ask together.
                     jax.block_until_ready(metrics)

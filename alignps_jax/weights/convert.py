@@ -211,6 +211,7 @@ def _detector_state(
         frozen=tree["frozen"],
         opt_state=optimizer.init(tree["params"]),
         memory=OIMMemory(**tree["memory"]),
+        raw=tree["params"] if config.train.ema_decay is not None else None,
     )
     return state, extras
 

@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from alignps_jax.training.optimizer import (
+    batch_factor,
     learning_rate_schedule,
     make_optimizer,
     parameter_labels,
@@ -126,3 +127,15 @@ def test_a_rule_that_does_not_exist_is_an_error():
     config.name = "adam"
     with pytest.raises(UserError, match=r"config\.optimizer\.name: found 'adam'.*sgd, adamw"):
         make_optimizer(config, lambda step: 0.01, lambda path: False)
+
+
+def test_the_rate_follows_the_batch_if_asked():
+    config = cuhk.get_config()
+    config.train.batch_size = 32
+    assert batch_factor(config) == 1.0
+    config.optimizer.scale_with_batch = 4
+    assert batch_factor(config) == 8.0
+    rate = learning_rate_schedule(config.optimizer, steps_per_epoch=100, factor=8.0)
+    assert float(rate(1599)) == pytest.approx(0.008)
+    assert float(rate(1601)) == pytest.approx(0.0008)
+    assert float(rate(0)) == pytest.approx(0.008 / 3)

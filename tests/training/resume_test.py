@@ -20,6 +20,7 @@ from alignps_jax.checkpoint.store import Checkpoints, load_arrays
 from alignps_jax.devices import AXIS
 from alignps_jax.log import MetricLog
 from alignps_jax.training.interrupt import Interrupt
+from alignps_jax.training.profile import Profiler
 from alignps_jax.training.resume import FREE, FREE_SECTIONS, check_changes
 from alignps_jax.training.run import Plan, Run, rehearse
 from alignps_jax.training.step import StepMetrics
@@ -100,7 +101,7 @@ def go(pipeline, workdir: Path, stop: str = "") -> None:
         Checkpoints(workdir, keep=2, config=tiny.get_config()) as checkpoints,
         MetricLog(workdir) as log,
     ):
-        training = Training(run, checkpoints, log, interrupt)
+        training = Training(run, checkpoints, log, interrupt, Profiler(None, workdir))
         training.evaluate(training.steps(training.begin(workdir)))
 
 
@@ -184,7 +185,7 @@ def test_initial_weights_are_not_read_again(pipeline, uninterrupted, tmp_path, c
         Checkpoints(tmp_path, keep=2, config=tiny.get_config()) as checkpoints,
         MetricLog(tmp_path) as log,
     ):
-        training = Training(run, checkpoints, log, interrupt)
+        training = Training(run, checkpoints, log, interrupt, Profiler(None, tmp_path))
         training.evaluate(training.steps(training.begin(tmp_path)))
     assert results(tmp_path) == uninterrupted
     assert measure_untrained(run) is None

@@ -135,3 +135,45 @@ def test_positives_beyond_the_limit_are_counted():
     assert positives.valid.all()
     np.testing.assert_array_equal(positives.identity, [1, 2, 5, 6])
     np.testing.assert_allclose(positives.embeddings[3], flat.embeddings[1, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
+    batch = split(random_batch(np.random.default_rng(7)), 1)
+    expected, expected_metrics = jax.device_get(case.step(case.state, batch))
+    _, step, _ = train_setup(case.config, devices=1)
+    in_parts = one_device(dataclasses.replace(step, accumulate=parts))
+    found, found_metrics = jax.device_get(in_parts(case.state, batch))
+    assert expected_metrics.positives > 10
+    for one, other in zip(
+        jax.tree.leaves((found, found_metrics)),
+        jax.tree.leaves((expected, expected_metrics)),
+        strict=True,
+    ):
+        assert relative_error(one, other) <= 1e-5
+
+
+def test_the_average_follows_the_parameters_that_are_trained(case):
+    batch = split(random_batch(np.random.default_rng(8)), 1)
+    _, step, _ = train_setup(case.config, devices=1)
+    averaging = one_device(dataclasses.replace(step, ema_decay=0.15))
+    before = case.state.params
+    state = case.state.replace(step=jnp.int32(0), raw=before)
+    expected, found, average = case.state, state, before
+    for share in (0.9, 0.85):  # 1 - 1 / 10, then 1 - min(0.15, 2 / 11)
+        expected, _ = case.step(expected, batch)
+        found, _ = averaging(found, batch)
+        average = jax.tree.map(
+            lambda old, new, s=share: (1 - s) * old + s * new, average, expected.params
+        )
+    for one, other in (
+        (found.raw, expected.params),
+        (found.params, average),
+        (found.memory, expected.memory),
+    ):
+        for leaf, wanted in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert relative_error(leaf, wanted) <= 1e-5
+    still = {path for path in traverse_util.flatten_dict(before) if is_frozen(case.model, path)}
+    after = traverse_util.flatten_dict(found.params)
+    for path in still:
+        np.testing.assert_array_equal(after[path], traverse_util.flatten_dict(before)[path])
