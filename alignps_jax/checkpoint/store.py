@@ -128,8 +128,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when no save is under way.
-
-        Raises UserError, with what the system says, if the last one could not be written.
+        Raises UserError, with the system's reason, if the last one could not be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
