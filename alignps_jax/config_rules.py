@@ -124,6 +124,9 @@ RULES: dict[str, Rule] = {
     "data.test_scale": _SCALE,
     "data.flip_probability": _SHARE,
     "data.min_side": _integer(0),
+    "data.validation_fraction": Rule(
+        lambda x: _is_number(x) and 0 <= x < 1, "a number, 0 or more and below 1"
+    ),
     "data.max_pixels": _integer(1, 2**40),
     "data.workers": _integer(0, 1024),
     "data.prefetch": _integer(0, 1024),

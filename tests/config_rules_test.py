@@ -33,6 +33,7 @@ WRONG = {
     "data.test_scale": ((), ((128, 96),), *SCALES),
     "data.flip_probability": SHARES,
     "data.min_side": (-1, 1.5, None, True),
+    "data.validation_fraction": (-0.1, 1.0, NAN, "0.1", None, True),
     "data.max_pixels": COUNT[:-1],
     "data.workers": (-1, 1.5, 10**6, None),
     "data.prefetch": (-1, 1.5, 10**6, None),

@@ -251,6 +251,19 @@ def load_weights(path: Path, template: Weights | TrainState, which: str | int = 
     return restore_arrays(_find(path, which), weights, ("model",))
 
 
+def chosen_by(path: Path) -> str:
+    """What makes `load_weights` take the step of `path` that it takes, after "chosen by"."""
+    path = Path(path).absolute()
+    if is_step(path):
+        return "hand"
+    folder = _find(path, "best")
+    if not (folder / "metrics").is_dir():
+        return "being the newest, as no step has a score"
+    data = load_config(folder).get("data", ConfigDict())
+    split = "validation" if data.get("validation_fraction") else "test"
+    return f"search mAP on the {split} split"
+
+
 def load_arrays(
     path: Path, wanted: Callable[[str], bool], which: str | int = "best"
 ) -> dict[str, np.ndarray]:

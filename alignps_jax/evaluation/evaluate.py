@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import load_weights
+from alignps_jax.checkpoint.store import chosen_by, load_weights
 from alignps_jax.devices import (
     own_cache,
     parallel_predict_step,
@@ -53,6 +53,10 @@ class Measured:
 
     result: EvaluationResult
     detections: GalleryDetections
+
+    def chosen(self, by: str) -> Measured:
+        """The same, with a word on what chose the step (`chosen_by`)."""
+        return dataclasses.replace(self, result=dataclasses.replace(self.result, chosen_by=by))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +139,23 @@ class Evaluator:
 
 
 def make_evaluator(
-    config: ConfigDict, model: AlignPS, split: PreparedSplit, scorer: Scorer
+    config: ConfigDict,
+    model: AlignPS,
+    split: PreparedSplit,
+    scorer: Scorer,
+    predict: Callable[[Any, Any, Batch], Detections] | None = None,
 ) -> Evaluator:
-    """An evaluator of `model` on the prepared test split of `config.data`."""
+    """An evaluator of `model` on a prepared split of `config.data`.
+
+    Args:
+      config: the configuration.
+      model: the network.
+      split: the photos.
+      scorer: for their annotations.
+      predict: that of another evaluator of the network, whose compiled programs are used again.
+    """
     return Evaluator(
-        predict=parallel_predict_step(make_predict_step(model, config)),
+        predict=predict or parallel_predict_step(make_predict_step(model, config)),
         batches=make_eval_batches(
             split,
             config.data,
@@ -178,12 +194,12 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     check_batch_size(config, "eval")
     model = build_model(config)
     make_predict_step(model, config)  # what it refuses, it refuses before the data is prepared
-    weights = load_weights(checkpoint, weights_template(model))
+    by, weights = chosen_by(checkpoint), load_weights(checkpoint, weights_template(model))
     scorer = make_scorer(config)
     evaluator = make_evaluator(config, model, prepare(config.data).test, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
     workdir.mkdir(parents=True, exist_ok=True)
-    evaluator.write(measured, None, workdir)
+    evaluator.write(measured.chosen(by), None, workdir)
 
 
 def check_batch_size(config: ConfigDict, section: str) -> None:

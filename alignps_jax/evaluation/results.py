@@ -51,13 +51,16 @@ class EvaluationResult:
     detection: DetectionMetrics
     labeled_detection: DetectionMetrics
     searches: Mapping[str, SearchMetrics]
+    # What chose the step among those of its run; None: nothing was chosen.
+    chosen_by: str | None = None
 
     @property
     def conditions(self) -> str:
         """One line on how this was measured."""
         parts = [self.dataset]
         if self.step is not None:
-            parts.append(f"checkpoint step {self.step}")
+            by = f" (chosen by {self.chosen_by})" if self.chosen_by else ""
+            parts.append(f"checkpoint step {self.step}{by}")
         if self.boxes != "detected":
             parts.append(f"{self.boxes.replace('_', ' ')} boxes")
         if self.context is not None:
@@ -128,6 +131,7 @@ def write_metrics_json(
     content = {
         "dataset": result.dataset,
         "checkpoint_step": None if result.step is None else int(result.step),
+        "checkpoint_chosen_by": result.chosen_by,
         "score_threshold": float(result.score_threshold),
         "boxes": result.boxes,
         "context_matching": list(dataclasses.astuple(result.context)) if result.context else [],

@@ -116,16 +116,29 @@ def make_scorer(config: ConfigDict) -> Scorer:
     Raises:
       UserError: the data set lacks files, or a field of `config.eval` is wrong.
     """
-    context = context_matching(config.eval.context_matching)
-    threshold, protocols = config.eval.score_threshold, config.eval.protocols
-    if not math.isfinite(threshold):
-        raise UserError(f"config.eval.score_threshold: found {threshold}, expected a finite number")
+    protocols = config.eval.protocols
     if isinstance(protocols, str) or not all(isinstance(name, str) for name in protocols):
         raise UserError(
             f"config.eval.protocols: found {protocols!r}, expected a tuple of names, such as "
             "('TestG100','all')"
         )
-    annotations, protocols = load_test(config.data, protocols)
+    return scorer_of(config, *load_test(config.data, protocols))
+
+
+def scorer_of(
+    config: ConfigDict, annotations: Annotations, protocols: tuple[SearchProtocol, ...]
+) -> Scorer:
+    """The scorer of these images and protocols, as `config.eval` has it.
+
+    Raises:
+      UserError: a field of `config.eval` is wrong.
+    """
+    context, threshold = (
+        context_matching(config.eval.context_matching),
+        config.eval.score_threshold,
+    )
+    if not math.isfinite(threshold):
+        raise UserError(f"config.eval.score_threshold: found {threshold}, expected a finite number")
     return Scorer(
         dataset=config.data.name,
         annotations=annotations,

@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from alignps_jax.boxes import iou
+from alignps_jax.checkpoint.store import chosen_by
 from alignps_jax.devices import own_cache, use_compilation_cache
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
 from alignps_jax.files import Image, check_outputs, read_image, write_image, write_json
@@ -113,7 +114,7 @@ def search_photos(
     photos = gallery_photos(gallery, query)
     use_compilation_cache(own_cache())
     detector = Detector.from_checkpoint(checkpoint, config)
-    print(f"checkpoint: step {detector.step} of {checkpoint}")
+    print(f"checkpoint: step {detector.step} of {checkpoint}, chosen by {chosen_by(checkpoint)}")
     queries = find_queries(detector.detect(photo), box, threshold, query, photo.shape[:2])
     reader, shown = GalleryReader(), progress(photos, desc="search", unit="photo")
     found = {

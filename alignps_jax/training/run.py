@@ -13,7 +13,7 @@ from alignps_jax.choices import known_name
 from alignps_jax.config_rules import check_config
 from alignps_jax.devices import PARALLEL
 from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_evaluator
-from alignps_jax.evaluation.scoring import make_scorer
+from alignps_jax.evaluation.scoring import make_scorer, scorer_of
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import AlignPS, build_model
 from alignps_jax.training.optimizer import (
@@ -28,6 +28,7 @@ from alignps_jax.training.step import TrainStep
 from alignps_jax.types import TrainState, UserError
 from data_pipeline.datasets import PreparedDataset, dataset_class, load_train, prepare
 from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
+from data_pipeline.validation import hold_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Run:
     step: TrainStep
     # An entry of `PARALLEL`.
     parallel: str
+    # Of the test split, and of the split that chooses the best checkpoint: the same one, unless
+    # there is a validation split.
     evaluator: Evaluator
+    selector: Evaluator
     # Makes the state before the first step; what is pretrained is read only then.
     initial: Callable[[], TrainState]
     # Its structure, shapes and types.
@@ -53,9 +57,21 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     Raises:
       UserError: something is wrong with the data.
     """
-    scorer = make_scorer(config)
-    rows = lut_size(config, load_train(config.data).num_identities)
+    scorer, people = make_scorer(config), load_train(config.data)
+    held = None
+    if config.data.validation_fraction:
+        held = hold_out(people, config.data.validation_fraction, config.seed)
+        if jax.process_index() == 0:
+            print(held)
+    rows = lut_size(config, (held.train if held else people).num_identities)
     data = prepare(config.data)
+    evaluator = make_evaluator(config, model, data.test, scorer)
+    selector = evaluator
+    if held:
+        scorer = scorer_of(config, held.validation.people(people), (held.protocol,))
+        split = held.validation.photos(data.train)
+        selector = make_evaluator(config, model, split, scorer, predict=evaluator.predict)
+        data = dataclasses.replace(data, train=held.train.photos(data.train))
     pipeline = make_pipeline(config, data)
     steps_per_epoch = pipeline.steps_per_epoch
     schedule, step = make_step(config, model, steps_per_epoch, max_positives(config, pipeline))
@@ -66,7 +82,8 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         schedule=schedule,
         step=step,
         parallel=config.train.parallel,
-        evaluator=make_evaluator(config, model, data.test, scorer),
+        evaluator=evaluator,
+        selector=selector,
         initial=initial,
         template=partial(jax.eval_shape, partial(initial, pretrained=False)),
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import holds_checkpoint
-from alignps_jax.checkpoint.store import Checkpoints, load_weights, write_run_info
+from alignps_jax.checkpoint.store import Checkpoints, chosen_by, load_weights, write_run_info
 from alignps_jax.devices import (
     parallel_train_step,
     replicate,
@@ -136,11 +136,14 @@ class Training:
         return state
 
     def evaluate(self, state: TrainState) -> Measured:
-        """Evaluates a state that is saved, and adds its score to the checkpoint."""
+        """Evaluates a state that is saved, and adds its score to the checkpoint.
+
+        On the validation split, where there is one, else on the test split.
+        """
         step = int(state.step)
         self._interrupt.idle(self._saved(step))
-        measured = self._run.evaluator.measure(state.params, state.frozen, step)
-        self._run.evaluator.log(measured, self._log)
+        measured = self._run.selector.measure(state.params, state.frozen, step)
+        self._run.selector.log(measured, self._log)
         self._checkpoints.save(state, self._batches.get_state(), score=score_of(measured.result))
         return measured
 
@@ -180,18 +183,21 @@ def _on_devices(state: TrainState) -> TrainState:
 
 
 def best_of(last: Measured, checkpoints: Checkpoints, run: Run, workdir: Path) -> Measured:
-    """The evaluation of the run's best checkpoint, which is what other modes take.
+    """The evaluation of the run's best checkpoint, on the test split.
 
-    That is the one with the highest search mAP on the test split, as is common on these data sets.
+    The best one, which is what other modes take, has the highest search mAP on the validation
+    split; without one, on the test split, as is common on these data sets. `last` is the evaluation
+    of the last step on that split.
     """
     checkpoints.wait()
+    by = chosen_by(workdir)
     best = load_weights(workdir, weights_template(run.step.model))
     step = int(best.step)
-    if step == last.result.step:
-        return last
-    if jax.process_index() == 0:
-        print(f"best: step {step}, by search mAP on the test split; last: {last.result.step}")
-    return run.evaluator.measure(best.params, best.frozen, step)
+    if step != last.result.step and jax.process_index() == 0:
+        print(f"best: step {step}, by {by}; last: {last.result.step}")
+    if step == last.result.step and run.selector is run.evaluator:
+        return last.chosen(by)
+    return run.evaluator.measure(best.params, best.frozen, step).chosen(by)
 
 
 def measure_untrained(run: Run) -> Measured | None:

@@ -17,6 +17,7 @@ from alignps_jax.checkpoint.lock import WorkdirLock
 from alignps_jax.checkpoint.store import (
     RUN_INFO,
     Checkpoints,
+    chosen_by,
     load_arrays,
     load_config,
     write_run_info,
@@ -148,9 +149,14 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
         counter = name.replace("running_var", "num_batches_tracked")
         tensors[counter] = np.zeros((), np.int64)
     tensors |= _extras(checkpoint, tensors)
-    about = {"exported_by": "alignps_jax", "step": str(step), "config": config.to_json()}
+    by = chosen_by(checkpoint)
+    about = {"exported_by": "alignps_jax", "step": str(step), "chosen_by": by}
+    about["config"] = config.to_json()
     write_tensors(target, tensors, about)
-    print(f"{len(tensors)} tensors of step {step} of {checkpoint} are now in {target}")
+    print(
+        f"{len(tensors)} tensors of step {step} of {checkpoint} (chosen by {by}) are now in "
+        f"{target}"
+    )
     if "bbox_head.scales.1.scale" not in tensors:
         print(
             "note: neck.fpn_convs.1-4 and bbox_head.scales.1-4 are missing, as the model was "

@@ -57,6 +57,15 @@ def test_table_shows_every_system_and_protocol_in_percent(capsys):
     assert any({"cuhk_sysu,", "41000,", "0.2;"} <= set(line) for line in lines)
 
 
+def test_title_and_metrics_say_what_chose_the_step(tmp_path):
+    by = "search mAP on the validation split"
+    result = dataclasses.replace(evaluation(), chosen_by=by)
+    assert f"checkpoint step 41000 (chosen by {by})," in result.conditions
+    report.write_metrics_json(tmp_path / "metrics.json", result)
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert content["checkpoint_chosen_by"] == by
+
+
 def test_title_says_what_is_not_the_rule():
     usual = evaluation()
     assert usual.conditions == "cuhk_sysu, checkpoint step 41000, scores >= 0.2"
@@ -96,6 +105,7 @@ def test_metrics_json(tmp_path):
     assert json.loads(path.read_text()) == {
         "dataset": "cuhk_sysu",
         "checkpoint_step": 41000,
+        "checkpoint_chosen_by": None,
         "score_threshold": 0.2,
         "boxes": "detected",
         "context_matching": [],

@@ -83,12 +83,15 @@ def pipeline():
 
 def go(pipeline, workdir: Path, stop: str = "") -> None:
     """Trains until the end, or until the moment `stop`."""
+    evaluator = Evaluator(stop)
     run = Run(
         pipeline=pipeline,
         plan=PLAN,
         schedule=lambda step: 0.1,
         step=step,
-        evaluator=Evaluator(stop),
+        parallel="pmap",
+        evaluator=evaluator,
+        selector=evaluator,
         initial=initial,
         template=lambda: jax.eval_shape(initial),
     )
@@ -164,9 +167,8 @@ def test_initial_weights_are_not_read_again(pipeline, uninterrupted, tmp_path, c
     def gone() -> TrainState:
         raise UserError("config.model.pretrained: gone")
 
-    run = Run(
-        pipeline, PLAN, lambda step: 0.1, step, Evaluator(), gone, lambda: jax.eval_shape(initial)
-    )
+    evaluator, template = Evaluator(), lambda: jax.eval_shape(initial)
+    run = Run(pipeline, PLAN, lambda step: 0.1, step, "pmap", evaluator, evaluator, gone, template)
     with (
         Interrupt(Writer(tmp_path, lambda: None, several=False)) as interrupt,
         Checkpoints(tmp_path, keep=2, config=tiny.get_config()) as checkpoints,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignps_jax.checkpoint.store import load_config
+from alignps_jax.checkpoint.store import chosen_by, load_arrays, load_config
 from alignps_jax.evaluation.scoring import evaluate_detections
 from tests.places import ROOT
 
@@ -103,6 +104,7 @@ def test_a_run_writes_what_it_promises(whole_run):
     metrics = json.loads((whole_run / "metrics.json").read_text())
     assert metrics["dataset"] == "synthetic"
     assert metrics["checkpoint_step"] == 6
+    assert metrics["checkpoint_chosen_by"] == "search mAP on the test split"
     assert metrics["score_threshold"] == 0.2
     assert set(metrics["detection"]) == set(metrics["detection_labelled"]) == {"recall", "AP"}
     assert set(metrics["search"]["TestG50"]) == {"mAP", "top1", "top5", "top10"}
@@ -178,6 +180,34 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_while_it_compiles(sha
     assert not (tmp_path / "writer.lock").exists()
 
 
+def test_a_validation_split_chooses_the_step(shared_dir):
+    workdir = shared_dir / "validated"
+    flags = ("--config.data.validation_fraction=0.25", "--config.train.eval_every=3 steps")
+    done = launch(shared_dir, workdir, *flags)
+    assert done.returncode == 0, done.stderr
+    held = re.search(
+        r"validation: 2 of 8 identities are held out, and with them (\d+) of 24 training photos; "
+        r"\d+ queries; (\d+) identities are left to train on",
+        done.stdout,
+    )
+    assert held is not None
+    assert 0 < int(held[1]) < 24
+    table = load_arrays(workdir, lambda name: name == "memory/lut")["memory/lut"]
+    assert len(table) == int(held[2]) <= 6
+    lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    score = "eval/validation/mAP"
+    scores = {line["step"]: line[score] for line in lines if score in line}
+    assert sorted(scores) == [3, 6]
+    assert not any(name.startswith("eval/TestG50") for line in lines for name in line)
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert metrics["checkpoint_chosen_by"] == "search mAP on the validation split"
+    assert metrics["checkpoint_step"] == max(scores, key=lambda step: (scores[step], step))
+    # The results are those of the test split.
+    assert list(metrics["search"]) == ["TestG50", "all"]
+    assert chosen_by(workdir) == metrics["checkpoint_chosen_by"]
+    assert chosen_by(workdir / "checkpoints" / "6") == "hand"
+
+
 def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
     done = launch(shared_dir, tmp_path / "again", "--mode=evaluate", f"--checkpoint={whole_run}")
     assert done.returncode == 0, done.stderr
@@ -185,6 +215,8 @@ def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
         json.loads((path / "metrics.json").read_text()) for path in (whole_run, tmp_path / "again")
     )
     assert again["search"] == first["search"]
+    assert again["checkpoint_chosen_by"] == first["checkpoint_chosen_by"]
+    assert "checkpoint step 6 (chosen by search mAP on the test split)" in done.stdout
     assert list(first["search"]) == ["TestG50", "all"]
 
     # Without the network, the photos or a --config: the same figures.

@@ -1,0 +1,177 @@
+"""A validation split by identity: people of the training split whom training never sees.
+
+A photo with anybody who is held out leaves training, with all its other people: the network would
+see who is held out, or learn that there is nobody. The other people stay in the photos of the
+validation split, where nobody searches for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int
+
+from alignps_jax.types import Annotations, SearchProtocol, UserError
+from data_pipeline.sources.source import Queries, all_but, search_everywhere
+
+if TYPE_CHECKING:
+    from data_pipeline.datasets import PreparedSplit
+
+# The name of the search protocol over the held-out people.
+PROTOCOL = "validation"
+# Told apart from what else the seed decides.
+_STREAM = 0x7A11D
+
+
+class Chosen(Sequence[bytes]):
+    """Some of a split's encoded photos, in the given order; read when they are asked for."""
+
+    def __init__(self, jpegs: Sequence[bytes], images: Int[np.ndarray, "n"]):
+        self._jpegs, self._images = jpegs, images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of a split of {len(self)}")
+        return self._jpegs[int(self._images[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some photos of a split: their positions in it, and a new number for each identity.
+
+    `numbering` is -1 for identities of which no photo is here; the others count from 0.
+    """
+
+    images: Int[np.ndarray, "n"]
+    numbering: Int[np.ndarray, "L"]
+
+    @property
+    def num_identities(self) -> int:
+        return int((self.numbering >= 0).sum())
+
+    def people(self, split: Annotations) -> Annotations:
+        """The people of these photos, renumbered."""
+
+        def renumbered(image: int) -> np.ndarray:
+            labeled = split.labeled[image]
+            identity = np.full(len(labeled), -1, np.int32)
+            identity[labeled] = self.numbering[split.identity[image][labeled]]
+            return identity
+
+        images = self.images.tolist()
+        return Annotations(
+            names=tuple(split.names[image] for image in images),
+            boxes=tuple(split.boxes[image] for image in images),
+            identity=tuple(renumbered(image) for image in images),
+            labeled=tuple(split.labeled[image] for image in images),
+            camera=split.camera[self.images],
+        )
+
+    def photos(self, split: PreparedSplit) -> PreparedSplit:
+        """These photos of a prepared split, with their people."""
+        return dataclasses.replace(
+            split,
+            annotations=self.people(split.annotations),
+            sizes=split.sizes[self.images],
+            jpegs=Chosen(split.jpegs, self.images),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A training split in two parts without a common photo, and the search in the second one.
+
+    `identities` are those that are held out, in the numbering of the training split; no photo of
+    `train` holds one of them. `protocol` searches each of their appearances in all other photos
+    of `validation`.
+    """
+
+    train: Part
+    validation: Part
+    identities: Int[np.ndarray, "k"]
+    protocol: SearchProtocol
+
+    def __str__(self) -> str:
+        photos = len(self.train.images) + len(self.validation.images)
+        everybody = np.union1d(
+            np.flatnonzero(self.train.numbering >= 0),
+            np.flatnonzero(self.validation.numbering >= 0),
+        )
+        return (
+            f"validation: {len(self.identities):,} of {len(everybody):,} identities are held out, "
+            f"and with them {len(self.validation.images):,} of {photos:,} training photos; "
+            f"{len(self.protocol.query_image):,} queries; {self.train.num_identities:,} identities "
+            "are left to train on"
+        )
+
+
+def hold_out(people: Annotations, fraction: float, seed: int) -> HeldOut:
+    """Draws the share `fraction` of the identities, one at least, and parts the photos.
+
+    The same seed draws the same identities; a larger fraction draws them too.
+
+    Raises:
+      UserError: nobody is held out who is in two photos, or no identity is left to train on.
+    """
+    known = _identities(people.identity, people.labeled)
+    count = min(len(known), max(1, round(fraction * len(known))))
+    held = np.sort(np.random.default_rng((seed, _STREAM)).permutation(known)[:count])
+    leaves = np.array(
+        [
+            np.isin(ids[mask], held).any()
+            for ids, mask in zip(people.identity, people.labeled, strict=True)
+        ],
+        bool,
+    )
+    train = _part(people, np.flatnonzero(~leaves))
+    validation = _part(people, np.flatnonzero(leaves))
+    if not train.num_identities:
+        raise UserError(
+            f"config.data.validation_fraction: found {fraction:g}, which holds out {count} of "
+            f"{len(known)} identities and with them every photo that could be trained on; expected "
+            "less"
+        )
+    protocol = _search(validation.people(people), validation.numbering[held])
+    if not len(protocol.query_image):
+        raise UserError(
+            f"config.data.validation_fraction: found {fraction:g}, which holds out {count} of "
+            f"{len(known)} identities, none of them in two photos; expected more, or another seed"
+        )
+    return HeldOut(train, validation, held, protocol)
+
+
+def _identities(
+    identity: Sequence[Int[np.ndarray, "_"]], labeled: Sequence[np.ndarray]
+) -> Int[np.ndarray, "L"]:
+    found = [ids[mask] for ids, mask in zip(identity, labeled, strict=True)]
+    return np.unique(np.concatenate([np.zeros(0, np.int32), *found]))
+
+
+def _part(people: Annotations, images: Int[np.ndarray, "n"]) -> Part:
+    present = _identities(
+        [people.identity[image] for image in images], [people.labeled[image] for image in images]
+    )
+    numbering = np.full(people.num_identities, -1, np.int32)
+    numbering[present] = np.arange(len(present))
+    return Part(images, numbering)
+
+
+def _search(people: Annotations, wanted: Int[np.ndarray, "k"]) -> SearchProtocol:
+    """Every photo of each of these identities asks for the others; the first box there counts."""
+    queries: dict[tuple[int, int], np.ndarray] = {}
+    for image, (ids, labeled) in enumerate(zip(people.identity, people.labeled, strict=True)):
+        for row in np.flatnonzero(labeled & np.isin(ids, wanted)).tolist():
+            queries.setdefault((image, int(ids[row])), people.boxes[image][row])
+    asked = Queries(
+        image=np.array([image for image, _ in queries], np.int32),
+        box=np.array(list(queries.values()), np.float32).reshape(-1, 4),
+        identity=np.array([identity for _, identity in queries], np.int32),
+    )
+    galleries = all_but(len(people.names), asked.image)
+    return search_everywhere(PROTOCOL, people, asked, galleries)[0]
