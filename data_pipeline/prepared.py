@@ -150,7 +150,8 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
         except OSError as error:
             if self.is_prepared:
                 raise UserError(
-                    f"{self.data_path}: another process prepared the same data set; start again"
+                    f"{self.data_path}: another process prepared the same data set meanwhile; "
+                    "start again to use it"
                 ) from error
             raise _not_writable(folder, error) from error
         except RuntimeError as error:  # of the C++ that writes records
@@ -246,7 +247,9 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
         for split in SPLITS:
             names = self.annotations[split].names
             if not names:
-                raise UserError(f"{self.source.root}: the {split} split has no images")
+                raise UserError(
+                    f"{self.source.root}: found no {split} images in the annotations, expected some"
+                )
             paths = [self.source.image_path(name) for name in names]
             missing = [path for path in paths if not path.is_file()]
             if missing:

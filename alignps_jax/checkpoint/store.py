@@ -252,8 +252,7 @@ def load_weights(path: Path, template: Weights | TrainState, which: str | int = 
 
 def chosen_by(path: Path) -> str:
     """What makes `load_weights` take the step of `path` that it takes, after "chosen by"."""
-    path = Path(path).absolute()
-    if is_step(path):
+    if is_step(Path(path)):
         return "hand"
     folder = _find(path, "best")
     if not (folder / "metrics").is_dir():

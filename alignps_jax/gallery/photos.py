@@ -255,14 +255,20 @@ def find_queries(
     if box is None:
         people = above(detections, threshold)
         if len(people.scores) == 0:
-            raise UserError(f"{name}: found nobody with a score of {threshold:g} or more")
+            raise UserError(
+                f"{name}: found nobody with a score of {threshold:g} or more, expected somebody to "
+                "search; --box says where to look, --config.eval.score_threshold how sure to be"
+            )
         return [Query(b, e) for b, e in zip(people.boxes, people.embeddings, strict=True)]
     check_box(box, name, size)
     wanted = np.array(box, np.float32)
     overlap = iou(detections.boxes, wanted)
     if not (overlap > 0).any():
         corners = ",".join(f"{corner:g}" for corner in box)
-        raise UserError(f"--box: nobody was detected inside {corners} of {name}")
+        raise UserError(
+            f"--box: nobody was detected inside {corners} of {name}, expected one around a person "
+            "(in pixels of the photo as a viewer shows it)"
+        )
     return [Query(wanted, np.asarray(detections.embeddings[int(overlap.argmax())]))]
 
 

@@ -11,12 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import holds_checkpoint
-from alignps_jax.checkpoint.store import (
-    Checkpoints,
-    chosen_by,
-    load_weights,
-    write_run_info,
-)
+from alignps_jax.checkpoint.store import Checkpoints, chosen_by, load_weights, write_run_info
 from alignps_jax.devices import (
     parallel_train_step,
     replicate,

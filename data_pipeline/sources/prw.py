@@ -86,7 +86,10 @@ class PrwSource(Source):
         protocol, answered = self._search(name)
         path = self.root / "query_info.txt"
         if not answered.any():
-            raise UserError(f"{path}: no query has its person in a gallery of protocol {name}")
+            raise UserError(
+                f"{path}: found no query whose person is in another photo of protocol {name}, "
+                "expected at least one"
+            )
         if name == "all" and not answered.all():
             query = int(np.argmin(answered))
             raise UserError(

@@ -210,5 +210,5 @@ def test_real_slice():
     assert len(protocol.query_image) == 17
     assert protocol.query_box[1].tolist() == [1201, 440, 1453, 1079]
     assert protocol.target_images[1].tolist() == [1, 2]
-    with pytest.raises(UserError, match="no query has its person in a gallery of protocol cross"):
+    with pytest.raises(UserError, match="no query whose person is in another photo of"):
         source.protocol("cross_camera")
