@@ -21,8 +21,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data.test_scale = (256, 192)
     data.workers = 1
     # Many identities, each in few photos: what tells these apart also tells others apart.
-    data.synthetic.train_images = 2000
-    data.synthetic.train_identities = 400
+    data.synthetic.train_images = 2800
+    data.synthetic.train_identities = 560
 
     model = config.model
     model.backbone = "resnet_small"
