@@ -380,6 +380,7 @@ def test_torchvision():
         ([(1, 4, 5, 3), (1, 4, 5, 9, 2), (3, 3, 3, 2), (1, 4, 5, 8)], "mask has shape"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_shapes(shapes, message):
     arrays = [None if shape is None else np.zeros(shape, np.float32) for shape in shapes]
     with pytest.raises(ValueError, match=message):
