@@ -19,7 +19,7 @@ AOT_READY := $(AOT)/.ready
 # Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test test-newest docs fuzz soak parity benchmark accelerators accelerators-short \
+.PHONY: setup demo test shapes test-newest docs fuzz soak parity benchmark accelerators accelerators-short \
   setup-accelerators golden lint lock clean
 
 setup: $(READY)
@@ -36,6 +36,12 @@ demo: setup
 
 test: setup lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# The same with every annotation of an array checked at every call (jaxtyping and beartype);
+# make shapes TESTS=tests/losses looks at one room.
+TESTS ?= tests
+shapes: setup
+	CHECK_SHAPES=1 $(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 # The newest Python that is here (3.12 or later, on the PATH or pyenv's), with the lock's newest JAX:
 # the network, the losses, and one small training run.

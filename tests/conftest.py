@@ -28,7 +28,9 @@ import jaxtyping
 
 from tests.shapes import check_shapes
 
-check_shapes()
+# `make shapes` asks for it. It makes some tests several times as long, so `make test` does not.
+if os.environ.get("CHECK_SHAPES"):
+    check_shapes()
 
 
 @pytest.fixture

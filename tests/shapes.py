@@ -58,9 +58,9 @@ def _register_unchecked(cls: Any, *fields: Any, **options: Any) -> Any:
 def check_shapes() -> None:
     """Call it before the packages are imported.
 
-    Functions of JAX take NumPy's arrays and numbers as well, so `Array` means any of these here;
-    the type checker tells them apart.
+    Functions of JAX take NumPy's arrays and numbers as well, so `Array` means any of these here,
+    and templates of a state hold shapes in the place of arrays; the type checker tells all apart.
     """
     jax.tree_util.register_dataclass = _register_unchecked
-    jaxtyping.Array = jax.Array | np.ndarray | np.generic
+    jaxtyping.Array = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
     install_import_hook(PACKAGES, "tests.shapes.checked")
