@@ -115,10 +115,10 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path):
 
 def test_files_that_cannot_be_written_are_errors(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"a.safetensors: cannot be written"):
+    with pytest.raises(UserError, match=r"file: found a file, expected a folder for a.safet"):
         write_tensors(tmp_path / "file" / "a.safetensors", TENSORS, {})
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(UserError, match=r"folder.safetensors: cannot be written"):
+    with pytest.raises(UserError, match=r"folder.safetensors: "):
         write_tensors(tmp_path / "folder.safetensors", TENSORS, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
 
