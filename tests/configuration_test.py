@@ -70,7 +70,7 @@ def test_a_file_that_disagrees_is_refused_field_by_field(run):
     message = str(caught.value)
     for field, found, expected in (
         ("model.deform_stages", "()", "(3, 4, 5)"),
-        ("model.channels", "64", "16"),
+        ("model.channels", "48", "16"),
         ("data.test_scale", "(256, 192)", "(128, 96)"),
     ):
         assert f"config.{field}: found {found}, expected {expected}" in message
