@@ -1,13 +1,17 @@
 """A short slice of `make soak`."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 from tests.places import ROOT
 from tests.soak.results import differences
 from tests.training.train_test import environment
 
 
+@pytest.mark.skipif("SOAK" not in os.environ, reason="takes minutes; SOAK=1 runs it, as make soak")
 def test_runs_that_are_killed_and_resumed_equal_one_that_is_not(tmp_path):
     command = [sys.executable, "-m", "tests.soak", "--kills=5", "--stops=1", "--full=2"]
     done = subprocess.run(
