@@ -111,7 +111,7 @@ def sum_over_devices(devices: Devices) -> Callable[[Any], Any]:
 
 
 def device_names() -> str:
-    """How many devices of which kind all processes have together: 8 x NVIDIA H100 80GB HBM3."""
+    """Number and kind of the devices of all processes, such as 8 x NVIDIA H100 80GB HBM3."""
     kinds = Counter(device.device_kind for device in jax.devices())
     return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
