@@ -154,13 +154,23 @@ def _repetitions(jaxpr: jex.Jaxpr) -> Cost:
     """The cost of all rounds of the scans in it but the first."""
     cost = Cost(0.0, 0.0)
     for equation in jaxpr.eqns:
-        for inner in jex.jaxprs_in_params(equation.params):
+        for inner in jex.jaxprs_in_params(_of_this_platform(equation.params)):
             rest = _repetitions(inner)
             cost += rest
             if equation.primitive.name == "scan":
                 body = equation.params["jaxpr"]
                 cost += (_analyze(body) + rest) * (equation.params["length"] - 1)
     return cost
+
+
+def _of_this_platform(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the branches that `lax.platform_dependent` keeps for other platforms."""
+    platforms = params.get("branches_platforms")
+    if platforms is None:
+        return params
+    here = jax.default_backend()
+    own = next(i for i, names in enumerate(platforms) if names is None or here in names)
+    return {**params, "branches": params["branches"][own : own + 1]}
 
 
 class FloatRate:
