@@ -16,7 +16,6 @@ import errno
 import fcntl
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -25,8 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Self
 
-import psutil
-
+from alignps_jax.processes import Process
 from alignps_jax.types import UserError
 
 NAME = "writer.lock"
@@ -34,45 +32,20 @@ HEARTBEAT = 10.0
 PATIENCE = 60.0
 # What file systems without kernel locks say.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-# Two views of one process's start, which the system counts from its own, adjusted start.
-_SAME_START = 2.0
 _MAX_CONTENT = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """A process that writes, or wrote, a workdir.
+    """The process that writes, or wrote, a workdir; `token` is this lock's alone."""
 
-    `started` is when the process began, in seconds since 1970: a later process with the same number
-    `pid` has another one. `machine` stands for the running system and its numbering of processes
-    (containers of one host have their own). `token` is this lock's alone.
-    """
-
-    host: str
-    pid: int
-    started: float
-    machine: str
+    process: Process
     token: str
 
-    def __str__(self) -> str:
-        start = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
-        return f"process {self.pid} on {self.host}, started {start}"
-
-
-def this_process() -> Holder:
-    """The present process, with a token of its own at each call."""
-    pid = os.getpid()
-    return Holder(
-        socket.gethostname(), pid, psutil.Process().create_time(), _machine(), uuid.uuid4().hex
-    )
-
-
-def is_running(holder: Holder) -> bool:
-    """Whether a process of this machine is still there; one that took over its number is not it."""
-    try:
-        return abs(psutil.Process(holder.pid).create_time() - holder.started) < _SAME_START
-    except psutil.Error:
-        return False
+    @classmethod
+    def this(cls) -> Self:
+        """The present process, with a token of its own at each call."""
+        return cls(Process.this(), uuid.uuid4().hex)
 
 
 def kernel_lock(file: int) -> bool | None:
@@ -166,7 +139,7 @@ class WorkdirLock:
                 return
             if holder is not None and self._is_alive(holder, granted):
                 self._refuse(holder)
-            self._mine = this_process()
+            self._mine = Holder.this()
             content = json.dumps(dataclasses.asdict(self._mine)).encode() + b"\n"
             os.ftruncate(file, 0)
             os.pwrite(file, content, 0)
@@ -181,11 +154,12 @@ class WorkdirLock:
                 os.close(file)
 
     def _is_alive(self, holder: Holder, granted: bool | None) -> bool:
-        if holder.machine == _machine():
-            return granted is None and is_running(holder)
+        running = holder.process.is_running()
+        if running is not None:
+            return granted is None and running
         print(
-            f"note: {self.path} is held by {holder}; watching for {self._patience:g} s whether it "
-            "is alive",
+            f"note: {self.path} is held by {holder.process}; watching for {self._patience:g} s "
+            "whether it is alive",
             flush=True,
         )
         end, before = time.monotonic() + self._patience, self._seen()
@@ -205,10 +179,10 @@ class WorkdirLock:
         return about.st_ino, about.st_mtime_ns, about.st_size
 
     def _refuse(self, holder: Holder | None) -> NoReturn:
+        who = holder.process if holder else "a process that just starts"
         raise UserError(
-            f"{self.path.parent}: found another run that writes there "
-            f"({holder or 'a process that just starts'}), expected none; wait for it, stop it, or "
-            "choose another --workdir"
+            f"{self.path.parent}: found another run that writes there ({who}), expected none; wait "
+            "for it, stop it, or choose another --workdir"
         )
 
     def _is_at_path(self, file: int) -> bool:
@@ -235,7 +209,7 @@ class WorkdirLock:
             if lost:
                 print(
                     f"error: {self.path}: found it removed or taken over, expected the lock of "
-                    f"this run ({self._mine}); it stops, its last checkpoint stays",
+                    f"this run ({self._mine.process}); it stops, its last checkpoint stays",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -245,19 +219,8 @@ class WorkdirLock:
 def _read(file: int) -> Holder | None:
     """Who a lock file names; None if nobody, or what no holder wrote."""
     try:
-        found = json.loads(os.pread(file, _MAX_CONTENT, 0))
-        holder = Holder(**found)
-    except (ValueError, TypeError, RecursionError):
+        content = json.loads(os.pread(file, _MAX_CONTENT, 0))
+        token, process = content["token"], Process.parse(content["process"])
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    types = (str, int, float, str, str)
-    values = dataclasses.astuple(holder)
-    return holder if tuple(map(type, values)) == types and holder.host.isprintable() else None
-
-
-def _machine() -> str:
-    """The running system and its numbering of processes."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
+    return Holder(process, token) if process and isinstance(token, str) else None

@@ -21,10 +21,9 @@ from alignps_jax.checkpoint.lock import (
     NAME,
     Holder,
     WorkdirLock,
-    is_running,
     kernel_lock,
-    this_process,
 )
+from alignps_jax.processes import Process
 from alignps_jax.types import UserError
 from tests.places import ROOT
 
@@ -52,9 +51,13 @@ def no_kernel_locks(file: int) -> None:
     """What `kernel_lock` says on file systems without locks."""
 
 
+def like_this_process(**changes) -> Holder:
+    return Holder(dataclasses.replace(Process.this(), **changes), "a token")
+
+
 def elsewhere() -> Holder:
     """A process of another machine, whose number and start are those of a live one here."""
-    return dataclasses.replace(this_process(), host="elsewhere", machine="another system")
+    return like_this_process(host="elsewhere", machine="another system")
 
 
 def test_a_second_writer_is_refused_by_name_until_the_first_is_killed(tmp_path):
@@ -72,7 +75,7 @@ def test_a_second_writer_is_refused_by_name_until_the_first_is_killed(tmp_path):
     process.wait()
     assert (tmp_path / NAME).exists()
     with WorkdirLock(tmp_path):
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / NAME).read_text())["process"]["pid"] == os.getpid()
     assert not (tmp_path / NAME).exists()
 
 
@@ -93,7 +96,7 @@ def test_of_many_at_once_one_gets_it(tmp_path):
     for turn in range(20):
         workdir = tmp_path / str(turn)
         workdir.mkdir()
-        write(workdir, dataclasses.replace(this_process(), pid=2**22 - 1))
+        write(workdir, like_this_process(pid=2**22 - 1))
         locks = [WorkdirLock(workdir) for _ in range(8)]
 
         def attempt(lock):
@@ -109,24 +112,16 @@ def test_of_many_at_once_one_gets_it(tmp_path):
             lock.release()
 
 
-def test_a_recycled_number_is_not_its_holder():
-    own = this_process()
-    assert is_running(own)
-    assert not is_running(dataclasses.replace(own, started=own.started - 60))
-    assert not is_running(dataclasses.replace(own, pid=2**22 - 1))
-
-
 @pytest.mark.parametrize("lock", [kernel_lock, no_kernel_locks])
 def test_a_dead_holder_of_this_machine_costs_no_wait(tmp_path, lock):
-    own = this_process()
-    write(tmp_path, dataclasses.replace(own, started=own.started - 60))
+    write(tmp_path, like_this_process(started=Process.this().started - 60))
     began = time.monotonic()
     with WorkdirLock(tmp_path, heartbeat=0.05, patience=60, lock=lock):
         assert time.monotonic() - began < 5
 
 
 def test_without_kernel_locks_a_live_process_is_seen_by_number_and_start(tmp_path):
-    write(tmp_path, this_process())
+    write(tmp_path, like_this_process())
     with pytest.raises(UserError, match=f"process {os.getpid()} on "):
         WorkdirLock(tmp_path, **QUICK, lock=no_kernel_locks).acquire()
 
@@ -170,7 +165,7 @@ def test_a_holder_that_lost_its_lock_stops(tmp_path, loss):
 def test_garbage_names_nobody(tmp_path, content):
     (tmp_path / NAME).write_text(content)
     with WorkdirLock(tmp_path):
-        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / NAME).read_text())["process"]["pid"] == os.getpid()
 
 
 def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):

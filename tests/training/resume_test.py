@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -82,10 +83,10 @@ def pipeline():
     return train(make_split(mixed_sizes(11, 6)), batch_size=4)
 
 
-def go(pipeline, workdir: Path, stop: str = "") -> None:
-    """Trains until the end, or until the moment `stop`."""
+def make_run(pipeline, stop: str = "", first_state: Callable[[], TrainState] = initial) -> Run:
+    """A run that stops at the moment `stop`."""
     evaluator = Evaluator(stop)
-    run = Run(
+    return Run(
         pipeline=pipeline,
         plan=PLAN,
         schedule=lambda step: 0.1,
@@ -93,9 +94,13 @@ def go(pipeline, workdir: Path, stop: str = "") -> None:
         parallel="pmap",
         evaluator=evaluator,
         selector=evaluator,
-        initial=initial,
+        initial=first_state,
         template=lambda: jax.eval_shape(initial),
     )
+
+
+def go(run: Run, workdir: Path) -> None:
+    """Trains until the run ends or stops."""
     with (
         Interrupt(Writer(workdir, lambda: None, several=False)) as interrupt,
         Checkpoints(workdir, keep=2, config=tiny.get_config()) as checkpoints,
@@ -121,7 +126,7 @@ def results(workdir: Path) -> tuple[list[dict], dict[int, float | None], int]:
 @pytest.fixture(scope="module")
 def uninterrupted(pipeline, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    go(pipeline, workdir)
+    go(make_run(pipeline), workdir)
     found = results(workdir)
     assert [line["step"] for line in found[0]] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 11]
     assert found[1:] == ({8: 0.75, 9: None, 11: 0.25}, 8)
@@ -138,24 +143,24 @@ MOMENTS = [
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_an_evaluation_that_was_cut_short_is_made_up_for(pipeline, uninterrupted, tmp_path, moment):
     with pytest.raises(Killed):
-        go(pipeline, tmp_path, moment)
-    go(pipeline, tmp_path)
+        go(make_run(pipeline, moment), tmp_path)
+    go(make_run(pipeline), tmp_path)
     assert results(tmp_path) == uninterrupted
 
 
 def test_a_finished_run_stays_as_it_is(pipeline, uninterrupted, tmp_path):
-    go(pipeline, tmp_path)
-    go(pipeline, tmp_path)
+    go(make_run(pipeline), tmp_path)
+    go(make_run(pipeline), tmp_path)
     assert results(tmp_path) == uninterrupted
 
 
 def test_a_damaged_line_of_the_log_costs_that_line(pipeline, uninterrupted, tmp_path, capsys):
     with pytest.raises(Killed):
-        go(pipeline, tmp_path, "measuring 8")
+        go(make_run(pipeline, "measuring 8"), tmp_path)
     file = tmp_path / "log.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([*lines[:2], b"\0" * 40 + b"\n", *lines[3:]]))
-    go(pipeline, tmp_path)
+    go(make_run(pipeline), tmp_path)
     assert f"note: {file}: removed what is no line of a log (line 3)" in capsys.readouterr().out
     expected = [line for line in uninterrupted[0] if line["step"] != 3]
     assert results(tmp_path) == (expected, *uninterrupted[1:])
@@ -163,30 +168,13 @@ def test_a_damaged_line_of_the_log_costs_that_line(pipeline, uninterrupted, tmp_
 
 def test_initial_weights_are_not_read_again(pipeline, uninterrupted, tmp_path, capsys):
     with pytest.raises(Killed):
-        go(pipeline, tmp_path, "measuring 8")
+        go(make_run(pipeline, "measuring 8"), tmp_path)
 
     def gone() -> TrainState:
         raise UserError("config.model.pretrained: gone")
 
-    evaluator = Evaluator()
-    run = Run(
-        pipeline=pipeline,
-        plan=PLAN,
-        schedule=lambda step: 0.1,
-        step=step,
-        parallel="pmap",
-        evaluator=evaluator,
-        selector=evaluator,
-        initial=gone,
-        template=lambda: jax.eval_shape(initial),
-    )
-    with (
-        Interrupt(Writer(tmp_path, lambda: None, several=False)) as interrupt,
-        Checkpoints(tmp_path, keep=2, config=tiny.get_config()) as checkpoints,
-        MetricLog(tmp_path) as log,
-    ):
-        training = Training(run, checkpoints, log, interrupt, Profiler(None, tmp_path))
-        training.evaluate(training.steps(training.begin(tmp_path)))
+    run = make_run(pipeline, first_state=gone)
+    go(run, tmp_path)
     assert results(tmp_path) == uninterrupted
     assert measure_untrained(run) is None
     assert "note: no evaluation of the network before training" in capsys.readouterr().out
