@@ -137,7 +137,7 @@ def test_positives_beyond_the_limit_are_counted():
     np.testing.assert_allclose(positives.embeddings[3], flat.embeddings[1, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(("case", "parts"), [("", 2), ("released", 4)], indirect=["case"])
 def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
     batch = split(random_batch(np.random.default_rng(7)), 1)
     expected, expected_metrics = jax.device_get(case.step(case.state, batch))
@@ -153,6 +153,7 @@ def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
         assert relative_error(one, other) <= 1e-5
 
 
+@pytest.mark.parametrize("case", [""], indirect=True)
 def test_the_average_follows_the_parameters_that_are_trained(case):
     batch = split(random_batch(np.random.default_rng(8)), 1)
     _, step, _ = train_setup(case.config, devices=1)
