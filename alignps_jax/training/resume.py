@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ FREE = (
     *("train.keep_checkpoints", "train.parallel", "train.accumulate", "train.profile"),
 )
 FREE_SECTIONS = ("eval",)
+# Says which people a checkpoint's score is of, so that another value makes scores incomparable.
+FIXED = ("data.validation_fraction",)
 
 
 def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
@@ -32,25 +34,36 @@ def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
     Prints the changes that training cannot feel, and the others where they are `accepted`.
 
     Raises:
-      UserError: a field changed that decides what training does; all such fields are named.
+      UserError: a field changed that decides what training does, or, accepted or not, one that
+        decides what scores mean; all such fields are named.
     """
     if not holds_checkpoint(workdir):
         return
     before, now = _flat(load_config(workdir, "latest")), _flat(config)
     changed = [name for name in before | now if before.get(name) != now.get(name)]
+    fixed = [name for name in changed if name in FIXED]
+    if fixed:
+        raise UserError(
+            f"{workdir}: its checkpoints were scored on other people: "
+            f"{_differences(fixed, before, now)}; resume with the old value, or choose another "
+            "--workdir"
+        )
     felt = [name for name in changed if not _is_free(name)]
     if felt and not accepted:
-        fields = "; ".join(
-            f"config.{name}: found {now.get(name)!r}, expected {before.get(name)!r}"
-            for name in felt
-        )
         raise UserError(
-            f"{workdir}: its last checkpoint was trained otherwise: {fields}; resume with the old "
-            "values, train on with the new ones (--accept_changes), or choose another --workdir"
+            f"{workdir}: its last checkpoint was trained otherwise: "
+            f"{_differences(felt, before, now)}; resume with the old values, train on with the "
+            "new ones (--accept_changes), or choose another --workdir"
         )
     if jax.process_index() == 0:
         for name in changed:
             print(f"note: config.{name} is now {now.get(name)!r}, before {before.get(name)!r}")
+
+
+def _differences(names: Iterable[str], before: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(
+        f"config.{name}: found {now.get(name)!r}, expected {before.get(name)!r}" for name in names
+    )
 
 
 def restore(

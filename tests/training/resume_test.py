@@ -216,6 +216,14 @@ def test_changes_that_training_feels_are_named_one_by_one(begun, tmp_path, capsy
     assert len(notes) == 3
 
 
+def test_scores_of_other_people_are_never_compared(begun):
+    config = tiny.get_config()
+    config.data.validation_fraction = 0.25
+    for accepted in (False, True):
+        with pytest.raises(UserError, match=r"validation_fraction: found 0\.25, expected 0\.0;"):
+            check_changes(config, begun, accepted=accepted)
+
+
 def test_changes_that_training_cannot_feel_need_no_flag(begun, capsys):
     config = tiny.get_config()
     config.data.root, config.data.workers, config.eval.nms_iou = "/elsewhere", 0, 0.25
