@@ -42,6 +42,9 @@ class StepMetrics:
     param_norm: Float[Array, ""]
 
 
+_SMALL = 2**20  # elements
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as pmap asks
 class TrainStep:
     """The training step's collaborators; call it inside an axis named `AXIS`.
@@ -138,9 +141,9 @@ class TrainStep:
             terms=terms,
             positives=everyone.valid.sum(),
             dropped_positives=dropped,
-            grad_norm=optax.tree.norm(gradient),
-            update_norm=optax.tree.norm(updates),
-            param_norm=optax.tree.norm(trained),
+            grad_norm=_norm(gradient),
+            update_norm=_norm(updates),
+            param_norm=_norm(trained),
         )
         state = dataclasses.replace(
             _with_params(state, trained, self.ema_decay),
@@ -149,6 +152,14 @@ class TrainStep:
             memory=memory,
         )
         return state, metrics
+
+
+def _norm(tree: Any) -> Float[Array, ""]:
+    """Over all arrays; small ones end to end, because each would be a launch or two on a GPU."""
+    leaves = jax.tree.leaves(tree)
+    small = [x.ravel() for x in leaves if x.size <= _SMALL]
+    large = [x for x in leaves if x.size > _SMALL]
+    return optax.tree.norm([*large, jnp.concatenate([jnp.zeros(0), *small])])
 
 
 def _with_params(state: TrainState, trained: Any, decay: float | None) -> TrainState:
