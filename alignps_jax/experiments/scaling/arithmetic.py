@@ -13,7 +13,8 @@ def products(jaxpr: jex.Jaxpr) -> float:
 
     Loops (`lax.scan`, the grid of a Pallas kernel) count as often as they run, a `lax.while_loop`
     once. Of branches, among them those of other platforms, the one with the least that has any
-    counts: what the method needs, however a platform does it. Under `shard_map` it is what one device does.
+    counts: what the method needs, however a platform does it. Under `shard_map` it is what one
+    device does.
     """
     return sum(map(_of, jaxpr.eqns))
 
