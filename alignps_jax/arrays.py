@@ -46,7 +46,8 @@ def first_true(flags: Bool[Array, "N"], size: int) -> Selection:
     count = jnp.cumsum(flags, dtype=jnp.int32)
     # The k-th true flag is the first position at which the running count reaches k.
     wanted = jnp.arange(1, size + 1, dtype=jnp.int32)
-    index = jnp.searchsorted(count, wanted, side="left").astype(jnp.int32)
+    # Unrolled: a turn of a loop would be four launches on a GPU.
+    index = jnp.searchsorted(count, wanted, side="left", method="scan_unrolled").astype(jnp.int32)
     valid = wanted <= count[-1]
     return Selection(
         index=jnp.where(valid, index, 0),

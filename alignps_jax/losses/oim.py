@@ -119,7 +119,7 @@ def _update_lut(
     row = jnp.where(use & (identity >= 0) & (identity < nowhere), identity, nowhere)
     order = jnp.argsort(row, stable=True)
     row, features = row[order], features[order]
-    rank = jnp.arange(len(row)) - jnp.searchsorted(row, row, side="left")
+    rank = jnp.arange(len(row)) - jnp.searchsorted(row, row, side="left", method="scan_unrolled")
     rounds = jnp.max(jnp.where(row < nowhere, rank + 1, 0), initial=0)
 
     def write(turn: Int[Array, ""], lut: Float[Array, "L D"]) -> Float[Array, "L D"]:

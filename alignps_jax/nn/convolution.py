@@ -23,14 +23,11 @@ def conv2d(
 
     On CPUs, stride-1 convolutions larger than 1x1 use a kernel gradient of their own, because XLA's
     transposes batch and channels and is 1.5 to 2 times slower. 1x1 convolutions are matrix
-    products, because XLA's gradient of them is 3 to 20 times slower. Convolutions with few outputs
-    (offsets, scores, boxes) have a rule for both passes.
+    products but on NVIDIA's GPUs, because XLA's gradient of them is 3 to 20 times slower on CPUs.
+    Convolutions with few outputs (offsets, scores, boxes) have a rule for both passes.
     """
     if kernel.shape[0] == 1:
-        # Behind a barrier: XLA's Triton fusion aborts where it meets the stride (H100, A100).
-        taken = inputs if stride == 1 else lax.optimization_barrier(inputs[:, ::stride, ::stride])
-        batch, height, width, channels = taken.shape
-        return (taken.reshape(-1, channels) @ kernel[0, 0]).reshape(batch, height, width, -1)
+        return _conv_by_pixels(*align_varying_axes(inputs[:, ::stride, ::stride], kernel))
     if stride == 1:
         return _rule(kernel)(*align_varying_axes(inputs, kernel))
     return _plain_conv(inputs, kernel, stride)
@@ -116,36 +113,6 @@ def _kernel_gradient(
     return gradient.reshape(side, side, channels, features).astype(inputs.dtype)
 
 
-@jax.custom_vjp
-def _conv_by_taps(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
-) -> Float[Array, "B H W F"]:
-    """Projects every pixel for all taps at once; each location then adds up what meets there.
-
-    One product with k * k * F columns instead of k * k with F, which are too few for it to be fast.
-    """
-    side, _, channels, _ = kernel.shape
-    projected = matmul(inputs.reshape(-1, channels), _tap_rows(kernel).T)
-    projected = projected.reshape(*inputs.shape[:-1], -1)
-    taps = zip(jnp.split(projected, side**2, axis=-1), _shifts(side), strict=True)
-    total: Any = sum(_shifted(tap, y, x) for tap, (y, x) in taps)
-    return total.astype(inputs.dtype)
-
-
-def _conv_by_taps_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
-    inputs, kernel = residuals
-    side, _, channels, features = kernel.shape
-    taps = [_shifted(d_out, -y, -x) for y, x in _shifts(side)]
-    d_projected = jnp.concatenate(taps, axis=-1).reshape(-1, side**2 * features)
-    d_inputs = matmul(d_projected, _tap_rows(kernel)).astype(inputs.dtype)
-    d_kernel = matmul(d_projected.T, inputs.reshape(-1, channels)).astype(kernel.dtype)
-    d_kernel = d_kernel.reshape(side, side, features, channels)
-    return d_inputs.reshape(inputs.shape), d_kernel.swapaxes(2, 3)
-
-
-_conv_by_taps.defvjp(lambda *args: (_conv_by_taps(*args), args), _conv_by_taps_bwd)
-
-
 def _tap_rows(kernel: Float[Array, "k k C F"]) -> Float[Array, "N C"]:
     """A row of C weights for every tap and output."""
     return kernel.swapaxes(2, 3).reshape(-1, kernel.shape[2])
@@ -161,3 +128,67 @@ def _shifted(x: Float[Array, "B H W F"], down: int, right: int) -> Float[Array, 
     """The map moved by that many pixels, zeros where nothing comes from."""
     edges = [(0, 0, 0), (down, -down, 0), (right, -right, 0), (0, 0, 0)]
     return lax.pad(x, np.zeros((), x.dtype), edges)
+
+
+def _by_taps(
+    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
+) -> Float[Array, "B H W F"]:
+    """Projects every pixel for all taps at once; each location then adds up what meets there.
+
+    One product with k * k * F columns instead of k * k with F, which are too few for it to be fast.
+    """
+    side, _, channels, _ = kernel.shape
+    projected = matmul(inputs.reshape(-1, channels), _tap_rows(kernel).T)
+    projected = projected.reshape(*inputs.shape[:-1], -1)
+    taps = zip(jnp.split(projected, side**2, axis=-1), _shifts(side), strict=True)
+    total: Any = sum(_shifted(tap, y, x) for tap, (y, x) in taps)
+    return total.astype(inputs.dtype)
+
+
+def _by_taps_bwd(inputs: Array, kernel: Array, d_out: Array) -> tuple[Array, Array]:
+    side, _, channels, features = kernel.shape
+    taps = [_shifted(d_out, -y, -x) for y, x in _shifts(side)]
+    d_projected = jnp.concatenate(taps, axis=-1).reshape(-1, side**2 * features)
+    d_inputs = matmul(d_projected, _tap_rows(kernel)).astype(inputs.dtype)
+    d_kernel = matmul(d_projected.T, inputs.reshape(-1, channels)).astype(kernel.dtype)
+    d_kernel = d_kernel.reshape(side, side, features, channels)
+    return d_inputs.reshape(inputs.shape), d_kernel.swapaxes(2, 3)
+
+
+def _product(
+    inputs: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C F"]
+) -> Float[Array, "B H W F"]:
+    batch, height, width, channels = inputs.shape
+    return (inputs.reshape(-1, channels) @ kernel[0, 0]).reshape(batch, height, width, -1)
+
+
+def _cotangents(
+    conv: Callable[[Array, Array], Array], inputs: Array, kernel: Array, d_out: Array
+) -> tuple[Array, Array]:
+    return jax.vjp(conv, inputs, kernel)[1](d_out)
+
+
+def _by_products(
+    forward: Callable[[Array, Array], Array],
+    backward: Callable[[Array, Array, Array], tuple[Array, Array]],
+) -> Callable[[Array, Array], Array]:
+    """A convolution by matrix products, but by cuDNN on NVIDIA's GPUs.
+
+    XLA's Triton code finds no tiles there for the products of large maps (A100, float32), and
+    aborts where it meets a stride.
+    """
+
+    @jax.custom_vjp
+    def conv(inputs: Array, kernel: Array) -> Array:
+        return lax.platform_dependent(inputs, kernel, cuda=_plain_conv, default=forward)
+
+    def conv_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+        cuda = partial(_cotangents, _plain_conv)
+        return lax.platform_dependent(*residuals, d_out, cuda=cuda, default=backward)
+
+    conv.defvjp(lambda *args: (conv(*args), args), conv_bwd)
+    return conv
+
+
+_conv_by_pixels = _by_products(_product, partial(_cotangents, _product))
+_conv_by_taps = _by_products(_by_taps, _by_taps_bwd)

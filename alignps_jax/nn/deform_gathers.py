@@ -48,16 +48,19 @@ class Order:
       tile: how many locations at a time, where not by taps.
       fenced: keep XLA from fusing a tile's samples with what comes next (see `_behind_branch`).
       lanes: into how many partial sums an inner product over the channels is split at most.
+      unroll: how many taps a turn of the loop over taps takes; above 1, a tap scatters to all its
+        corners at once. On a GPU a turn's slices and sums are launches of their own.
     """
 
     by_taps: bool
     tile: int
     fenced: bool = False
     lanes: int = 1
+    unroll: int = 1
 
 
 def forward(order: Order, *args: Any) -> Array:
-    return _by_taps(*args) if order.by_taps else _by_tiles(order, *args)
+    return _by_taps(order, *args) if order.by_taps else _by_tiles(order, *args)
 
 
 def backward(order: Order, *args: Any) -> tuple[Any, ...]:
@@ -65,6 +68,7 @@ def backward(order: Order, *args: Any) -> tuple[Any, ...]:
 
 
 def _by_taps(
+    order: Order,
     table: Float[Array, "R C"],
     weights: Weights,
     kernel: Float[Array, "K C F"],
@@ -77,8 +81,8 @@ def _by_taps(
         return out + _sample(table @ kernel, rows, weights), None
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=(len(rows[0]), kernel.shape[-1]))
-    taps = _transposed(weights), kernel, _transposed(rows)
-    return lax.scan(add_tap, zeros, taps)[0]
+    taps = _packed(weights), kernel, _packed(rows)
+    return lax.scan(add_tap, zeros, taps, unroll=order.unroll)[0]
 
 
 def _by_taps_bwd(
@@ -98,14 +102,15 @@ def _by_taps_bwd(
         projected = table @ kernel
         d_weights = _corner_products(projected, rows, d_out, order.lanes)
         d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
-        d_projected = _scatter(d_projected, rows, weights, d_out).astype(table.dtype)
+        d_projected = _scatter(d_projected, rows, weights, d_out, order.unroll > 1)
+        d_projected = d_projected.astype(table.dtype)
         d_kernel = matmul(transposed, d_projected)
-        return d_table + matmul(d_projected, kernel.T), (d_weights, d_kernel)
+        return d_table + matmul(d_projected, kernel.T), (jnp.stack(d_weights), d_kernel)
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32)
-    taps = _transposed(weights), kernel, _transposed(rows)
-    d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, taps)
-    return d_table, _transposed(d_weights), d_kernel
+    taps = _packed(weights), kernel, _packed(rows)
+    d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, taps, unroll=order.unroll)
+    return d_table, tuple(d_weights.transpose(1, 2, 0)), d_kernel
 
 
 def _by_tiles(
@@ -159,7 +164,8 @@ def _by_tiles_bwd(
         d_samples = store(rows, matmul, d_out, transposed_kernel).reshape(-1, channels)
         # Behind a barrier: XLA would store the corners, for `samples` and this to share.
         d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples, order.lanes)
-        return (_scatter(d_table, rows, weights, d_samples), d_kernel), d_weights
+        d_table = _scatter(d_table, rows, weights, d_samples, order.unroll > 1)
+        return (d_table, d_kernel), d_weights
 
     zeros = functools.partial(jnp.zeros_like, table, dtype=jnp.float32)
     # The transpose in one go: XLA's matrix product on CPU is slow when its left side is transposed.
@@ -179,8 +185,9 @@ def _split(tree: Any, size: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _transposed(corners: tuple[Array, ...]) -> tuple[Array, ...]:
-    return tuple(corner.T for corner in corners)
+def _packed(corners: tuple[Array, ...]) -> Array:
+    """Four of [M, K] -> [K, 4, M]: one slice for each turn of a loop over the taps."""
+    return jnp.stack(corners).transpose(2, 0, 1)
 
 
 def _store(order: Order) -> Callable[..., Array]:
@@ -218,6 +225,7 @@ def _scatter(
     rows: Rows,
     weights: Weights,
     values: Float[Array, "M C"],
+    at_once: bool,
 ) -> Float[Array, "R C"]:
     """The transpose of `_sample`, added to `table`."""
 
@@ -225,6 +233,9 @@ def _scatter(
         rows, weights = corner
         return table.at[rows].add(weights[:, None] * values, **_IN_BOUNDS), None
 
+    if at_once:
+        values = jnp.stack(weights)[..., None] * values
+        return table.at[jnp.stack(rows)].add(values, **_IN_BOUNDS)
     return lax.scan(add_corner, table, (jnp.stack(rows), jnp.stack(weights)))[0]
 
 

@@ -102,9 +102,10 @@ def orders(
     large = -(-locations // taps)
     fits = np.prod(size) <= locations
     cpu = Order(bool(fits) and channels >= 4 * features, min(256, large), fenced=True, lanes=16)
-    other = Order(bool(fits) and channels >= features, large)
+    tpu = Order(bool(fits) and channels >= features, large)
+    gpu = dataclasses.replace(tpu, unroll=3)
     windows = same and chunk_of(size, (taps, channels, features)) is not None
-    return Orders(cpu, other, Windows(size, other) if windows else other)
+    return Orders(cpu, gpu, Windows(size, tpu) if windows else tpu)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -101,6 +101,13 @@ def test_kernels_of_our_own_count_by_their_arithmetic():
     assert work_of(text).cycles == {"own kernels": 2}
 
 
+def test_a_branch_that_gives_up_does_not_stand_for_one_that_multiplies():
+    product = "dot(%x.2, %x.2), lhs_contracting_dims={0}, rhs_contracting_dims={0}, "
+    text = PROGRAM.replace("copy(%x.2), ", product)
+    assert work_of(text).cycles["copies"] == 0
+    assert work_of(text).cycles["products"] == 1000
+
+
 def test_bytes_of_types():
     assert array_bytes("f32[2,3]{1,0}") == 24
     assert array_bytes("(bf16[4]{0:T(8,128)(2,1)S(1)}, pred[], /*index=5*/s64[2]{0})") == 8 + 1 + 16
@@ -153,6 +160,11 @@ def test_arithmetic_by_hand():
         return lax.cond(x.sum() > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
 
     assert counted(either, (4, 4)) == 2 * 4**3
+
+    def again_or_never(x):
+        return lax.cond(x.sum() > 0, lambda x: x @ x, jnp.zeros_like, x)
+
+    assert counted(again_or_never, (4, 4)) == 2 * 4**3
 
 
 def test_the_gradient_of_a_strided_convolution_counts_no_zeros():

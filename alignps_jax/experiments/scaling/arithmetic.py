@@ -12,8 +12,9 @@ def products(jaxpr: jex.Jaxpr) -> float:
     """Floating point operations of all products and convolutions, two for each multiplication.
 
     Loops (`lax.scan`, the grid of a Pallas kernel) count as often as they run, a `lax.while_loop`
-    once. Of branches, among them those of other platforms, the one with the least counts: what the
-    method needs, however a platform does it. Under `shard_map` it is what one device does.
+    once. Of branches, among them those of other platforms, the one with the least that has any
+    counts: what the method needs, however a platform does it. Under `shard_map` it is what one
+    device does.
     """
     return sum(map(_of, jaxpr.eqns))
 
@@ -32,7 +33,7 @@ def _of(equation: jex.JaxprEqn) -> float:
         return _convolution(equation)
     inner = [products(each) for each in jex.jaxprs_in_params(params)]
     if name == "cond":
-        return min(inner)
+        return min(filter(None, inner), default=0.0)
     return sum(inner) * _rounds(name, params)
 
 

@@ -93,6 +93,11 @@ class Work:
     collectives: Sums = dataclasses.field(default_factory=_sums)
     collective_counts: Sums = dataclasses.field(default_factory=_sums)
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether there are products in it."""
+        return any(self.bytes.get(kind) for kind in ("products", "own kernels"))
+
     def add(self, other: Work, times: int = 1) -> None:
         """Adds what another part does, so many times."""
         self.kernels += times * other.kernels
@@ -132,7 +137,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 def work_of(text: str, choose: Callable[..., Any] = min) -> Work:
     """What one run of an optimized program does on one device.
 
-    Of the branches of a conditional the cheaper one counts; with `choose=max`, the dearer one.
+    Of the branches of a conditional that multiply (recomputation has one that gives up instead)
+    the cheaper one counts; with `choose=max`, the dearer one.
     """
     computations, entry = parse(text)
     return _Reader(computations, choose, by_cycles="estimated_cycles" in text).work(entry)
@@ -161,7 +167,8 @@ class _Reader:
                 case "conditional":
                     names = re.findall(r"%([\w.\-]+)", " ".join(_BRANCHES.findall(line.text)))
                     branches = [self.work(each) for each in names or line.called]
-                    total.add(self._choose(branches, key=self._weight))
+                    working = [each for each in branches if each.multiplies]
+                    total.add(self._choose(working or branches, key=self._weight))
                 case opcode if opcode not in _FREE:
                     total.add(self._kernel(line, scope))
         return total
