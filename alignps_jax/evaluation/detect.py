@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -75,7 +76,8 @@ def _kept(found: Detections, threshold: float, target: Path) -> Detections:
     people = above(found, threshold)
     if target.suffix.lower() == ".npz":
         return people
-    return people.replace(embeddings=np.zeros((len(people.scores), 0), np.float32))
+    nothing = np.zeros((len(people.scores), 0), np.float32)
+    return dataclasses.replace(people, embeddings=nothing)
 
 
 def _tasks(files: list[MediaFile], every: float, max_pixels: int) -> Iterator[Task]:

@@ -35,7 +35,7 @@ from alignps_jax.progress import progress
 from alignps_jax.types import UserError
 
 # What a kill can cost, and what one commit holds at most.
-_COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
+COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
 
 
 @dataclasses.dataclass
@@ -102,8 +102,12 @@ def index(
     sources: Sequence[str],
     every: float = 1.0,
     prune: bool = False,
+    commit_seconds: float = COMMIT_SECONDS,
 ) -> Indexed:
-    """`index_source` with an open gallery and detector, without words at the end."""
+    """`index_source` with an open gallery and detector, without words at the end.
+
+    What was found is committed every so many seconds.
+    """
     gallery.check_detector(detector)
     done = Indexed()
     forgotten = Forgotten(gallery)
@@ -120,7 +124,7 @@ def index(
     if prune:
         done.removed = _prune(gallery, sources, known, {file.path for file in files}, skipped)
     if pending:
-        _Run(gallery, detector, forgotten, every, done).go(pending)
+        _Run(gallery, detector, forgotten, every, commit_seconds, done).go(pending)
     if pending or done.removed:
         tidy(gallery)
     return done
@@ -142,10 +146,12 @@ class _Run:
         detector: Detector,
         forgotten: Forgotten,
         every: float,
+        commit_seconds: float,
         done: Indexed,
     ):
         self._gallery, self._detector, self._forgotten = gallery, detector, forgotten
         self._every, self._done = every, done
+        self._commit_seconds = commit_seconds
         self._threshold = gallery.about.score_threshold
         self._ready: list[IndexedScene] = []
         self._committed = time.monotonic()
@@ -194,7 +200,7 @@ class _Run:
         if read.final:
             bar.set_postfix_str(f"{self._done.people:,} people", refresh=False)
             bar.update()
-        late = time.monotonic() - self._committed > _COMMIT_SECONDS
+        late = time.monotonic() - self._committed > self._commit_seconds
         if late or len(self._ready) >= _COMMIT_SCENES:
             self._commit()
 

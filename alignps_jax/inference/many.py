@@ -124,7 +124,7 @@ def _in_order(
             results[number] = Result(photo.tag, None, photo.error)
         else:
             photos[number] = photo
-            bucket = photo.batch.image.shape[1:3]
+            bucket = (photo.batch.image.shape[1], photo.batch.image.shape[2])
             waiting.setdefault(bucket, []).append(number)
             if len(waiting[bucket]) == detector.rows(bucket):
                 start(bucket)
