@@ -57,6 +57,8 @@ def detect_source(
     with bar:
         for result in detect_all(detector, _tasks(files, every, config.data.max_pixels)):
             read = result.tag
+            if read is None:
+                continue
             if result.found is None:
                 skipped[read.file.path] = str(result.error)
             else:

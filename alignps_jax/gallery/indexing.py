@@ -30,7 +30,7 @@ from alignps_jax.gallery.writing import (
     tidy,
 )
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import Result, detect_all
+from alignps_jax.inference.many import Read, Result, detect_all
 from alignps_jax.progress import progress
 from alignps_jax.types import UserError
 
@@ -137,6 +137,10 @@ def is_known(known: KnownFile | None, file: MediaFile, every: float) -> bool:
     return not file.is_video or (known.every == every and known.seconds is None)
 
 
+def _pause() -> Read[SceneRead | None]:
+    return Read(None)
+
+
 class _Run:
     """Indexes files that are not known."""
 
@@ -170,6 +174,8 @@ class _Run:
     def _tasks(self, claims: Claims, files: Sequence[MediaFile]) -> Iterator[Task]:
         max_pixels = self._gallery.about.max_pixels
         for share in claims.shares(files, self._missing):
+            if not share:
+                yield _pause
             for file in share:
                 if file.is_video:
                     yield from video_tasks(file, self._every, max_pixels, self._known_seconds(file))
@@ -187,8 +193,11 @@ class _Run:
             return frozenset()
         return known.seconds or frozenset()
 
-    def _take(self, result: Result[SceneRead], bar: Any) -> None:
+    def _take(self, result: Result[SceneRead | None], bar: Any) -> None:
         read, found = result.tag, result.found
+        if read is None:
+            self._commit()
+            return
         if found is None or read.scene is None or read.state is None:
             self._done.skipped[read.file.path] = str(result.error)
         else:

@@ -43,8 +43,8 @@ from alignps_jax.inference.detector import Detector
 from alignps_jax.types import AnyArray, UserError
 
 EXACT_UP_TO = 2_000_000
-# A gallery that grows is read anew after so many times what reading it took, in seconds.
-_PATIENCE = 20.0
+# A gallery of more people that grows is read anew after so many times what reading it took.
+_QUICKLY_READ, _PATIENCE = 50_000, 20.0
 # Lists of the index that are looked at, and candidates per result that are compared exactly.
 _PROBES, _REFINE = 64, 40
 
@@ -226,11 +226,8 @@ class Gallery:
         """The people in memory, read anew where they have changed; None if they are too many."""
         with self._lock:
             table = self._latest()
-            memory = self._memory
-            if memory is not None:
-                waited = time.monotonic() - self._loaded
-                if memory.version == table.version or waited < _PATIENCE * memory.took:
-                    return memory
+            if self._memory is not None and self._is_good_enough(self._memory):
+                return self._memory
             count = table.count_rows(IS_PERSON)
             if count > self.exact_up_to:
                 self._memory = None
@@ -239,6 +236,17 @@ class Gallery:
             self._memory = load_people(batches, count, self.about.dim, table.version)
             self._loaded = time.monotonic()
             return self._memory
+
+    def _is_good_enough(self, memory: PeopleInMemory) -> bool:
+        """Whether it is the table's newest state, or one that need not be read anew just yet."""
+        if memory.version == self.table.version:
+            return True
+        if len(memory) < _QUICKLY_READ:
+            return False
+        # Somebody was forgotten since, and older states were deleted.
+        if all(memory.version != state["version"] for state in self.table.list_versions()):
+            return False
+        return time.monotonic() - self._loaded < _PATIENCE * memory.took
 
     def _search_table(
         self, query: Float[np.ndarray, "D"], k: int, where: Filter, offset: int

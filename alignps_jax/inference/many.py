@@ -40,7 +40,10 @@ class DetectsBatches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Read(Generic[Tag]):
-    """What reading a photo gave: its pixels, or why there are none."""
+    """What reading a photo gave: its pixels, or why there are none.
+
+    Without both it is a pause: everything before it is finished at once.
+    """
 
     tag: Tag
     image: Image | None = None
@@ -49,7 +52,7 @@ class Read(Generic[Tag]):
 
 @dataclasses.dataclass(frozen=True)
 class Result(Generic[Tag]):
-    """The detections of a photo, all valid and best first, or why there are none."""
+    """The detections of a photo, all valid and best first, or why there are none (or a pause)."""
 
     tag: Tag
     found: Detections | None
@@ -113,6 +116,14 @@ def _in_order(
         for row, number in enumerate(numbers):
             results[number] = Result(photos.pop(number).tag, _row(host, row), None)
 
+    def start_all() -> None:
+        for bucket in list(waiting):
+            start(bucket)
+
+    def finish_all() -> None:
+        while under_way:
+            finish()
+
     def ready() -> Iterator[Result[Tag]]:
         nonlocal given
         while given in results:
@@ -122,6 +133,9 @@ def _in_order(
     for number, photo in enumerate(prepared):
         if photo.batch is None:
             results[number] = Result(photo.tag, None, photo.error)
+            if photo.error is None:
+                start_all()
+                finish_all()
         else:
             photos[number] = photo
             bucket = (photo.batch.image.shape[1], photo.batch.image.shape[2])
@@ -134,10 +148,8 @@ def _in_order(
         while len(under_way) > 1:
             finish()
         yield from ready()
-    for bucket in list(waiting):
-        start(bucket)
-    while under_way:
-        finish()
+    start_all()
+    finish_all()
     yield from ready()
 
 
