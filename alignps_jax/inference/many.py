@@ -20,6 +20,7 @@ from alignps_jax.types import Batch, Detections, UserError
 from data_pipeline.pipeline import single_image_batch
 
 Tag = TypeVar("Tag")
+Tag_co = TypeVar("Tag_co", covariant=True)
 Image = UInt8[np.ndarray, "_H _W 3"]
 
 # So many batches may come before the photos that wait for others of their shape.
@@ -39,13 +40,13 @@ class DetectsBatches(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Read(Generic[Tag]):
+class Read(Generic[Tag_co]):
     """What reading a photo gave: its pixels, or why there are none.
 
     Without both it is a pause: everything before it is finished at once.
     """
 
-    tag: Tag
+    tag: Tag_co
     image: Image | None = None
     error: UserError | None = None
 
