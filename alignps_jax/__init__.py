@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["Detector"]
+__all__ = ["Detector", "Gallery"]
 
 
 def __getattr__(name: str) -> Any:
@@ -11,4 +11,11 @@ def __getattr__(name: str) -> Any:
         from alignps_jax.inference.detector import Detector
 
         return Detector
+    if name == "Gallery":
+        from alignps_jax.gallery.extra import need_extra
+
+        need_extra("alignps_jax.Gallery")
+        from alignps_jax.gallery.store import Gallery
+
+        return Gallery
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

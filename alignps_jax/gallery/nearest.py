@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.types import AnyArray, UserError
 
@@ -29,7 +29,11 @@ class Neighbors:
 
 
 def top_k(
-    queries: Float[AnyArray, "Q D"], gallery: Float[AnyArray, "N D"], k: int, chunk: int = CHUNK
+    queries: Float[AnyArray, "Q D"],
+    gallery: Float[AnyArray, "N D"],
+    k: int,
+    chunk: int = CHUNK,
+    among: Bool[AnyArray, "N"] | None = None,
 ) -> Neighbors:
     """The k rows of `gallery` with the largest inner product with each query, in float32.
 
@@ -43,6 +47,7 @@ def top_k(
       gallery: the same, in any number.
       k: 1 to N.
       chunk: rows of the gallery at a time, a power of two; it decides on speed only.
+      among: rows that count; default: all. What is missing of k then has similarity -inf.
 
     Raises:
       UserError: the arrays are no matrices of equal width, or k is out of range.
@@ -57,12 +62,17 @@ def top_k(
         raise UserError(
             f"gallery search: found k = {k}, expected 1 to {shapes[1][0]}, the size of the gallery"
         )
-    return _top_k(queries, gallery, k, min(shapes[1][0], max(chunk, _power_of_two_from(k))))
+    chunk = min(shapes[1][0], max(chunk, power_of_two_from(k)))
+    return _top_k(queries, gallery, among, k, chunk)
 
 
 @partial(jax.jit, static_argnames=("k", "chunk"))
 def _top_k(
-    queries: Float[AnyArray, "Q D"], gallery: Float[AnyArray, "N D"], k: int, chunk: int
+    queries: Float[AnyArray, "Q D"],
+    gallery: Float[AnyArray, "N D"],
+    among: Bool[AnyArray, "N"] | None,
+    k: int,
+    chunk: int,
 ) -> Neighbors:
     """`top_k`, going through the gallery `chunk` rows at a time, the last of which may overlap."""
     count = len(gallery)
@@ -75,6 +85,8 @@ def _top_k(
             queries, part.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
         )
         is_new = jnp.arange(chunk) + start >= turn * chunk
+        if among is not None:
+            is_new = is_new & lax.dynamic_slice_in_dim(among, start, chunk)
         similarity = jnp.where(is_new, similarity, -jnp.inf)
         index, similarity = jax.vmap(partial(_candidates, k=k))(similarity)
         # Lower indices come first on either side, and `lax.top_k` prefers what comes first.
@@ -105,9 +117,9 @@ def _candidates(similarity: Float[Array, "C"], k: int) -> tuple[Int[Array, "c"],
 
 def _group_size(places: int, k: int) -> int:
     """About sqrt(places / k), which balances maxima and candidates; a divisor of `places`."""
-    return math.gcd(places, _power_of_two_from(math.isqrt(places // k)))
+    return math.gcd(places, power_of_two_from(math.isqrt(places // k)))
 
 
-def _power_of_two_from(number: int) -> int:
+def power_of_two_from(number: int) -> int:
     """The smallest power of two that is at least `number`, itself at least 1."""
     return 1 << max(0, number - 1).bit_length()

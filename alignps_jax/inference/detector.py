@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import hashlib
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -32,11 +33,13 @@ class Detector:
     Attributes:
       config: the configuration of the checkpoint.
       step: the training step of its weights.
+      name: where its weights come from, for people to read.
     """
 
-    def __init__(self, config: ConfigDict, model: AlignPS, weights: Weights):
+    def __init__(self, config: ConfigDict, model: AlignPS, weights: Weights, source: str = ""):
         self.config = config
         self.step = int(weights.step)
+        self.name = f"{source or 'weights in memory'}, step {self.step}"
         self._weights = weights
         self._predict = jax.jit(PredictStep(model, config.eval))
         self._compute_maps = jax.jit(partial(compute_maps, model, config.eval.precision))
@@ -54,7 +57,18 @@ class Detector:
         """
         config = config or load_config(Path(path))
         model = inference_model(config)
-        return cls(config, model, load_weights(Path(path), weights_template(model)))
+        return cls(config, model, load_weights(Path(path), weights_template(model)), str(path))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all weights, in hexadecimal digits: equal for equal weights only."""
+        digest = hashlib.sha256()
+        weights = {"params": self._weights.params, "frozen": self._weights.frozen}
+        for path, array in jax.tree_util.tree_leaves_with_path(weights):
+            values = np.asarray(array)
+            digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
 
     def detect(self, image: UInt8[np.ndarray, "H W 3"]) -> Detections:
         """All detections of an RGB photo by the released code's inference rule, best first.

@@ -1,0 +1,149 @@
+"""LanceDB: opening, creating, and committing until nobody is in the way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lancedb
+import pyarrow as pa
+
+from alignps_jax.gallery.table import PEOPLE, About, schema
+from alignps_jax.inference.detector import Detector
+from alignps_jax.types import UserError
+
+# What another writer causes, in Lance's words; a commit is then tried again.
+_CONFLICTS = ("conflict", "concurrent", "contention", "too many attempts", "retry")
+_MOST_SECONDS = 120.0
+
+Result = TypeVar("Result")
+
+
+def connect(address: str) -> Any:
+    """The database at an address.
+
+    Raises:
+      UserError: it cannot be opened.
+    """
+    with reading(address):
+        return lancedb.connect(address)
+
+
+@contextlib.contextmanager
+def reading(address: str) -> Iterator[None]:
+    """Makes an error of LanceDB in the block one line that names the gallery.
+
+    Raises:
+      UserError: the gallery cannot be read.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"--gallery: {address} cannot be read ({reason(error)})") from error
+
+
+def committing(address: str, commit: Callable[[], Result]) -> Result:
+    """Runs a commit until no other writer is in its way.
+
+    Raises:
+      UserError: the gallery cannot be written.
+    """
+    start, wait = time.monotonic(), 0.01
+    while True:
+        try:
+            return commit()
+        except UserError:
+            raise
+        except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+            text = str(error).lower()
+            met_another = any(word in text for word in _CONFLICTS)
+            if not met_another or time.monotonic() - start > _MOST_SECONDS:
+                raise UserError(
+                    f"--gallery: {address} cannot be written ({reason(error)}); what is in it "
+                    "stays, and the same command goes on"
+                ) from error
+            time.sleep(random.uniform(0, wait))
+            wait = min(2 * wait, 2.0)
+
+
+def reason(error: Exception) -> str:
+    """What an error of LanceDB says, in one line and without its places in Rust's sources."""
+    text = " ".join(str(error).split()).split(", rust/")[0].split(", /")[0]
+    return text[:300] or type(error).__name__
+
+
+def table_names(database: Any) -> list[str]:
+    """The names of all tables."""
+    return list(database.list_tables(limit=1000).tables)
+
+
+def open_or_create(address: str, database: Any, name: str, columns: pa.Schema) -> Any:
+    """A table, made if it is missing, by whoever comes first."""
+    if name not in table_names(database):
+        _check_place(address)
+        try:
+            return database.create_table(name, schema=columns)
+        except ValueError as error:
+            if "already exists" not in str(error):
+                raise UserError(
+                    f"--gallery: {address} cannot be written ({reason(error)})"
+                ) from error
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"--gallery: {address} cannot be written ({reason(error)})") from error
+    with reading(address):
+        return database.open_table(name)
+
+
+def create_people(address: str, database: Any, about: About) -> Any:
+    """The table of an empty gallery, or the one that somebody else has just made.
+
+    Raises:
+      UserError: something else lies there, or it cannot be written.
+    """
+    return open_or_create(address, database, PEOPLE, schema(about))
+
+
+def _check_place(address: str) -> None:
+    """Raises UserError if a folder holds other things than a gallery, or is a file."""
+    if "://" in address:
+        return
+    place = Path(address)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"--gallery: found the file {place}, expected a gallery or nothing there")
+    others = [name for name in os.listdir(place) if not name.endswith(".lance")]
+    if others:
+        raise UserError(
+            f"--gallery: found {sorted(others)[0]!r} in {place}, expected a gallery or an empty "
+            "folder"
+        )
+
+
+def about_of(address: str, table: Any) -> About:
+    """What made a gallery; UserError if the table is none."""
+    try:
+        return About.of(table.schema)
+    except ValueError as error:
+        raise UserError(
+            f"--gallery: {address} is no gallery ({error}), expected one that --mode=index made"
+        ) from error
+
+
+def about_detector(detector: Detector) -> About:
+    """What a gallery of this detector's says of it."""
+    config = detector.config
+    long, short = config.data.test_scale
+    return About(
+        checkpoint=detector.fingerprint,
+        name=detector.name,
+        test_scale=(int(long), int(short)),
+        score_threshold=float(config.eval.score_threshold),
+        dim=int(config.model.channels),
+        max_pixels=int(config.data.max_pixels),
+    )

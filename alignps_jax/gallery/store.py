@@ -1,0 +1,273 @@
+"""A gallery: everybody who was found in photos and videos, in a LanceDB table that lasts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from lancedb.query import ColumnOrdering
+
+from alignps_jax.gallery.database import (
+    about_detector,
+    about_of,
+    connect,
+    create_people,
+    reading,
+    table_names,
+)
+from alignps_jax.gallery.entries import Filter, Match, Person, Scene, folder_of
+from alignps_jax.gallery.extra import is_gallery
+from alignps_jax.gallery.memory import COLUMNS, PeopleInMemory, load_people
+from alignps_jax.gallery.pixels import scene_pixels
+from alignps_jax.gallery.table import (
+    IS_PERSON,
+    IS_SCENE,
+    PEOPLE,
+    PERSON_COLUMNS,
+    SCENE_COLUMNS,
+    FileState,
+    one_of,
+    person_of,
+    quoted,
+    scene_of,
+    where_sql,
+)
+from alignps_jax.inference.detector import Detector
+from alignps_jax.types import AnyArray, UserError
+
+EXACT_UP_TO = 2_000_000
+# A gallery that grows is read anew after so many times what reading it took, in seconds.
+_PATIENCE = 20.0
+# Lists of the index that are looked at, and candidates per result that are compared exactly.
+_PROBES, _REFINE = 64, 40
+
+
+class Gallery:
+    """The people of a gallery, to be searched and looked up; always the newest state.
+
+    Attributes:
+      address: where it lies.
+      about: what made it.
+      exact_up_to: up to so many people, embeddings are kept in memory and a search is exact.
+        Beyond, it is LanceDB's, by its vector index if there is one.
+    """
+
+    def __init__(self, address: str, table: Any, database: Any, exact_up_to: int):
+        self.address = address
+        self.exact_up_to = exact_up_to
+        self.table, self.database = table, database
+        self.about = about_of(address, table)
+        self._memory: PeopleInMemory | None = None
+        self._loaded = 0.0
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        address: str | os.PathLike[str],
+        *,
+        create_for: Detector | None = None,
+        exact_up_to: int = EXACT_UP_TO,
+    ) -> Self:
+        """Opens the gallery at a folder, or any other address that LanceDB takes.
+
+        Args:
+          address: a folder such as people.lance, or s3://bucket/people.lance.
+          create_for: the detector to make an empty gallery for where there is none.
+          exact_up_to: see the attribute.
+
+        Raises:
+          UserError: there is no gallery, it cannot be opened, or another detector than
+            `create_for` made it.
+        """
+        address = os.fspath(address)
+        if create_for is None and not is_gallery(address):
+            raise UserError(
+                f"--gallery: found no gallery in {address}, expected one that --mode=index made"
+            )
+        database = connect(address)
+        with reading(address):
+            names = table_names(database)
+        if PEOPLE in names:
+            with reading(address):
+                table = database.open_table(PEOPLE)
+        elif create_for is None:
+            raise UserError(
+                f"--gallery: found no gallery in {address}, expected one that --mode=index made"
+            )
+        else:
+            table = create_people(address, database, about_detector(create_for))
+        gallery = cls(address, table, database, exact_up_to)
+        if create_for is not None:
+            gallery.check_detector(create_for)
+        return gallery
+
+    def check_detector(self, detector: Detector) -> None:
+        """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
+        found = about_detector(detector)
+        if found.deciding != self.about.deciding:
+            raise UserError(
+                f"--gallery: {self.address} was made by {self.about}; found {found}; expected the "
+                "same, or another gallery"
+            )
+
+    @property
+    def num_people(self) -> int:
+        """How many people there are."""
+        return self._latest().count_rows(IS_PERSON)
+
+    @property
+    def num_scenes(self) -> int:
+        """How many photos and frames there are, those with nobody included."""
+        return self._latest().count_rows(IS_SCENE)
+
+    def search(
+        self,
+        embeddings: Float[AnyArray, "*Q D"],
+        k: int,
+        where: Filter | None = None,
+        offset: int = 0,
+    ) -> Any:
+        """The people that are most similar to an embedding, or to each of several.
+
+        Args:
+          embeddings: of length one, [D] or [Q, D].
+          k: how many results, at most.
+          where: whom to search; default: everybody.
+          offset: results to leave out, best first.
+
+        Returns:
+          A list of `Match`, best first; for several embeddings a list of lists.
+
+        Raises:
+          UserError: the embeddings are not of this gallery's length, or k or offset is wrong.
+        """
+        queries = np.asarray(embeddings, np.float32)
+        shape = queries.shape
+        if queries.ndim not in (1, 2) or shape[-1] != self.about.dim or k < 1 or offset < 0:
+            raise UserError(
+                f"gallery search: found embeddings of shape {shape}, k = {k}, offset = {offset}, "
+                f"expected (queries, {self.about.dim}), k from 1 and offset from 0"
+            )
+        where = where or Filter()
+        memory = self.memory()
+        if memory is not None:
+            found = memory.search(np.atleast_2d(queries), k, where, offset)
+        else:
+            found = [self._search_table(one, k, where, offset) for one in np.atleast_2d(queries)]
+        return found[0] if queries.ndim == 1 else found
+
+    def memory(self) -> PeopleInMemory | None:
+        """The people in memory, read anew where they have changed; None if they are too many."""
+        with self._lock:
+            table = self._latest()
+            memory = self._memory
+            if memory is not None:
+                waited = time.monotonic() - self._loaded
+                if memory.version == table.version or waited < _PATIENCE * memory.took:
+                    return memory
+            count = table.count_rows(IS_PERSON)
+            if count > self.exact_up_to:
+                self._memory = None
+                return None
+            batches = table.search().where(IS_PERSON).select(list(COLUMNS)).to_batches()
+            self._memory = load_people(batches, count, self.about.dim, table.version)
+            self._loaded = time.monotonic()
+            return self._memory
+
+    def _search_table(
+        self, query: Float[np.ndarray, "D"], k: int, where: Filter, offset: int
+    ) -> list[Match]:
+        search = self._latest().search(query, vector_column_name="embedding")
+        search = search.distance_type("cosine").nprobes(_PROBES).refine_factor(_REFINE)
+        search = search.where(where_sql(where, IS_PERSON), prefilter=True).limit(k + offset)
+        rows = search.select([*PERSON_COLUMNS, "_distance"]).to_arrow().slice(offset).to_pylist()
+        return [Match(person_of(row), 1.0 - float(row["_distance"])) for row in rows]
+
+    def scene(self, identity: str) -> Scene | None:
+        """The scene of an id."""
+        rows = self._rows(f"scene = {quoted(identity)} AND {IS_SCENE}", SCENE_COLUMNS)
+        return scene_of(rows[0]) if rows else None
+
+    def people(self, scene: str) -> list[Person]:
+        """The people of a scene (its id), best score first."""
+        rows = self._rows(f"scene = {quoted(scene)} AND {IS_PERSON}", PERSON_COLUMNS)
+        return sorted(map(person_of, rows), key=lambda person: -person.score)
+
+    def person(self, identity: str) -> Person | None:
+        """The person of an id."""
+        rows = self._rows(f"id = {quoted(identity)} AND {IS_PERSON}", PERSON_COLUMNS)
+        return person_of(rows[0]) if rows else None
+
+    def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        """The embeddings of people (their ids), in that order.
+
+        Raises:
+          UserError: somebody is not in the gallery.
+        """
+        condition = f"{one_of('id', people)} AND {IS_PERSON}" if people else "false"
+        found = {row["id"]: row["embedding"] for row in self._rows(condition, ("id", "embedding"))}
+        missing = [identity for identity in people if identity not in found]
+        if missing:
+            raise UserError(
+                f"{self.address}: found nobody with the id {missing[0]!r}, expected one that a "
+                "search gave"
+            )
+        rows = [found[identity] for identity in people]
+        return np.array(rows, np.float32).reshape(-1, self.about.dim)
+
+    def scenes(self, limit: int, offset: int = 0, where: Filter | None = None) -> list[Scene]:
+        """Some of the scenes, by time (unknown ones last), then path, then second."""
+        # A score is a person's, and there are scenes with nobody.
+        where = dataclasses.replace(where or Filter(), min_score=None)
+        order = [
+            ColumnOrdering(column_name=name, ascending=True, nulls_first=False)
+            for name in ("taken", "path", "second")
+        ]
+        query = self._latest().search().where(where_sql(where, IS_SCENE)).order_by(order)
+        found = query.select(list(SCENE_COLUMNS)).limit(limit).offset(offset).to_arrow()
+        return [scene_of(row) for row in found.to_pylist()]
+
+    def cameras(self) -> list[str]:
+        """The names of all known cameras, sorted."""
+        return sorted(filter(None, self._unique("camera")))
+
+    def folders(self) -> list[str]:
+        """The folders that scenes lie in, sorted."""
+        return sorted({folder_of(path) for path in self._unique("path")})
+
+    def pixels(self, scene: Scene) -> UInt8[np.ndarray, "H W 3"]:
+        """The photo, or the frame of the video, RGB.
+
+        Raises:
+          UserError: it is gone, cannot be decoded, or is not the one that was indexed.
+        """
+        rows = self._rows(f"scene = {quoted(scene.id)} AND {IS_SCENE}", ("size", "mtime", "hash"))
+        if not rows:
+            raise UserError(f"{scene.path}: is not in the gallery {self.address} any more")
+        return scene_pixels(scene, FileState(**rows[0]), self.about.max_pixels)
+
+    def _latest(self) -> Any:
+        with reading(self.address):
+            self.table.checkout_latest()
+        return self.table
+
+    def _rows(self, condition: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+        with reading(self.address):
+            query = self._latest().search().where(condition).select(list(columns))
+            found: list[dict[str, Any]] = query.to_arrow().to_pylist()
+            return found
+
+    def _unique(self, column: str) -> list[str]:
+        with reading(self.address):
+            batches = self._latest().search().where(IS_SCENE).select([column]).to_batches()
+            seen: set[str] = set()
+            for batch in batches:
+                seen.update(batch.column(column).unique().to_pylist())
+            return list(seen)

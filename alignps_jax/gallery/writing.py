@@ -1,0 +1,141 @@
+"""Writing to a gallery: each commit is complete or not there at all, whoever else commits."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from alignps_jax.gallery.database import committing, reading
+from alignps_jax.gallery.store import Gallery
+from alignps_jax.gallery.table import IS_SCENE, IndexedScene, one_of, quoted, rows
+from alignps_jax.types import UserError
+
+# Old states stay for whoever is reading them.
+_KEEP_OLD = datetime.timedelta(hours=1)
+# Paths in one condition.
+_PATHS = 500
+_KNOWN = ("path", "size", "mtime", "every", "final", "second")
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownFile:
+    """A file in a gallery: its state, and how far it is indexed.
+
+    Attributes:
+      size, mtime: in bytes, and ns since 1970.
+      every: seconds between frames; None for photos.
+      seconds: the frames of a video that is not complete yet; None: it is complete.
+    """
+
+    size: int
+    mtime: int
+    every: float | None
+    seconds: frozenset[float] | None = None
+
+
+def commit_scenes(gallery: Gallery, scenes: Sequence[IndexedScene]) -> None:
+    """Adds scenes, in place of what the gallery holds of them and of older states of their files.
+
+    Raises:
+      UserError: the gallery cannot be written.
+    """
+    if not scenes:
+        return
+    content = rows(scenes, gallery.table.schema)
+    stale = " OR ".join(f"({condition})" for condition in _replaced(scenes))
+
+    def commit() -> None:
+        gallery.table.checkout_latest()
+        merge = gallery.table.merge_insert("id").when_matched_update_all()
+        merge = merge.when_not_matched_insert_all().when_not_matched_by_source_delete(stale)
+        # Of a scene with nobody the vector is null, which counts as a bad one.
+        merge.execute(content, on_bad_vectors="null")
+
+    committing(gallery.address, commit)
+
+
+def _replaced(scenes: Sequence[IndexedScene]) -> Iterator[str]:
+    """Conditions for the rows that scenes replace."""
+    photos = [one.scene.path for one in scenes if one.scene.second is None]
+    if photos:
+        yield one_of("path", photos)
+    videos: dict[str, list[IndexedScene]] = {}
+    for one in scenes:
+        if one.scene.second is not None:
+            videos.setdefault(one.scene.path, []).append(one)
+    for path, frames in videos.items():
+        file = frames[0].file
+        same = f"size = {file.size} AND mtime = {file.mtime} AND every = {frames[0].every!r}"
+        own = one_of("scene", [frame.scene.id for frame in frames])
+        yield f"path = {quoted(path)} AND ({own} OR every IS NULL OR NOT ({same}))"
+
+
+def known_files(gallery: Gallery) -> dict[str, KnownFile]:
+    """All files that the gallery holds, by path."""
+    known: dict[str, KnownFile] = {}
+    unfinished: dict[str, set[float]] = {}
+    complete: set[str] = set()
+    with reading(gallery.address):
+        gallery.table.checkout_latest()
+        query = gallery.table.search().where(IS_SCENE).select(list(_KNOWN))
+        for batch in query.to_batches():
+            columns = (batch.column(name).to_pylist() for name in _KNOWN)
+            for path, size, mtime, every, final, second in zip(*columns, strict=True):
+                known[path] = KnownFile(size, mtime, every)
+                if second is None:
+                    continue
+                unfinished.setdefault(path, set()).add(second)
+                if final:
+                    complete.add(path)
+    for path in unfinished.keys() - complete:
+        known[path] = dataclasses.replace(known[path], seconds=frozenset(unfinished[path]))
+    return known
+
+
+def remove_files(gallery: Gallery, paths: Collection[str]) -> None:
+    """Removes everything that was found in files.
+
+    Raises:
+      UserError: the gallery cannot be written.
+    """
+    ordered = sorted(paths)
+    for start in range(0, len(ordered), _PATHS):
+        remove(gallery, one_of("path", ordered[start : start + _PATHS]))
+
+
+def remove(gallery: Gallery, condition: str) -> None:
+    """Removes the rows that fulfil a condition of the table's language; raises as above."""
+
+    def commit() -> None:
+        gallery.table.checkout_latest()
+        gallery.table.delete(condition)
+
+    committing(gallery.address, commit)
+
+
+def tidy(gallery: Gallery) -> None:
+    """Puts many small files together, brings indices up to date, and drops old states.
+
+    Whatever stands in its way, such as another process that does the same, is left for next time.
+    """
+
+    def commit() -> None:
+        gallery.table.checkout_latest()
+        _index(gallery)
+        gallery.table.optimize(cleanup_older_than=_KEEP_OLD)
+
+    try:
+        committing(gallery.address, commit)
+    except UserError as error:
+        print(f"note: {error}")
+
+
+def _index(gallery: Gallery) -> None:
+    """Makes the indices that lookups and, among many people, a search are quick with."""
+    table: Any = gallery.table
+    indexed = {index.columns[0] for index in table.list_indices()}
+    for column in ("id", "scene", "path"):
+        if column not in indexed:
+            table.create_scalar_index(column)
