@@ -15,6 +15,7 @@ from alignps_jax.experiments.catalogue import print_catalogue
 from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.experiments.scaling.run import run_scaling
 from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
+from alignps_jax.gallery.extra import need_extra
 from alignps_jax.gallery.photos import parse_box, search_photos
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.weights.convert import convert_released, export_released
@@ -43,6 +44,15 @@ def search(args: Arguments) -> None:
     workdir = _results_folder(args, checkpoint, "search", query.stem)
     config, box = checkpoint_config(args, checkpoint), parse_box(args.box)
     search_photos(checkpoint, config, query, box, Path(args.gallery), workdir)
+
+
+def serve(args: Arguments) -> None:
+    need_extra("--mode=serve")
+    from alignps_jax.gallery.page.serve import serve_checkpoint
+
+    checkpoint = Path(args.checkpoint)
+    config = checkpoint_config(args, checkpoint)
+    serve_checkpoint(checkpoint, config, args.gallery, args.host, args.port)
 
 
 def convert(args: Arguments) -> None:
@@ -113,6 +123,7 @@ MODES: dict[str, Callable[[Arguments], None]] = {
     "train": train,
     "evaluate": evaluate,
     "search": search,
+    "serve": serve,
     "convert": convert,
     "export": export,
     "visualize": visualize,

@@ -88,6 +88,22 @@ USAGES: dict[str, Usage] = {
         ),
         needs=(("checkpoint",), ("query",), ("gallery",)),
     ),
+    "serve": Usage(
+        "serves a page in the browser that searches a gallery",
+        {
+            "config": _OTHER_CONFIG,
+            "checkpoint": f"{_CHECKPOINT}; the one that made the gallery",
+            "gallery": "gallery that --mode=index made",
+            "host": "address to listen on; default: 127.0.0.1, this machine alone; any other one "
+            "prints an address with a token that visitors need",
+            "port": "port to listen on, 0 for a free one; default: 8000",
+        },
+        (
+            "--mode=serve --gallery=people.lance --checkpoint=runs/cuhk",
+            "--mode=serve --gallery=people.lance --checkpoint=runs/cuhk --host=0.0.0.0 --port=80",
+        ),
+        needs=(("checkpoint",), ("gallery",)),
+    ),
     "convert": Usage(
         "makes a checkpoint of published PyTorch weights",
         {

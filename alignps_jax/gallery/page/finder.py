@@ -100,7 +100,7 @@ class Finder:
         self._detector = detector
         self._kept = kept
         self._uploads: OrderedDict[str, Upload] = OrderedDict()
-        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue(waiting)
+        self._jobs: queue.Queue[Callable[[], object]] = queue.Queue(waiting)
         self._lock = threading.Lock()
         self._ready: set[bool] = set()
         self._first: tuple[str, float] | None = None
@@ -215,6 +215,8 @@ class Finder:
         if landscape in self._ready:
             return self._detector.detect(image)
         kind = "landscape" if landscape else "portrait"
-        found = self._prepare(f"the network for {kind} photos", lambda: self._detector.detect(image))
+        found = self._prepare(
+            f"the network for {kind} photos", lambda: self._detector.detect(image)
+        )
         self._ready.add(landscape)
         return found

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image as PillowImage
 
 from alignps_jax.files import write_json
-from alignps_jax.gallery.store import Person
+from alignps_jax.gallery.entries import Person
 from alignps_jax.types import UserError
 
 RIGHT, WRONG, NONE = "right", "wrong", "none"

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from alignps_jax.boxes import iou
+from alignps_jax.gallery.entries import Scene
 from alignps_jax.gallery.page.finder import Upload
 from alignps_jax.gallery.page.pictures import PREVIEW, SMALL
 from alignps_jax.gallery.page.queries import Query, parse_box, parse_query, uploaded_view
@@ -73,7 +74,8 @@ def photo_routes(site: Site) -> APIRouter:
     @router.get("/")
     def home(request: Request) -> Response:
         query = query_of(request)
-        return page(request, site, "home.html", query=query, **scenes_from(site, query, 0))
+        values = scenes_from(site, query, 0) | site.choices.values()
+        return page(request, site, "home.html", query=query, **values)
 
     @router.get("/scenes")
     def more_scenes(request: Request, offset: int = 0) -> Response:
@@ -89,8 +91,8 @@ def photo_routes(site: Site) -> APIRouter:
             "scene.html",
             query=query,
             scene=found,
-            found=site.gallery.people(found.id),
-            chosen=person,
+            found=people_of(site, found, person),
+            is_result=bool(person),
             can_play=found.second is not None,
         )
 
@@ -178,21 +180,36 @@ def add_upload_routes(router: APIRouter, site: Site) -> None:
 
 def picture(data: bytes) -> Response:
     """A JPEG that the browser may keep for a while."""
-    return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
+    return Response(
+        data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"}
+    )
 
 
 def scenes_from(site: Site, query: Query, offset: int) -> dict[str, Any]:
     """Scenes of the gallery from a place on, and where the next ones begin."""
     if not 0 <= offset < 2**40:
         raise UserError("The place in the list is out of range.")
-    found = site.gallery.scenes(SCENES + 1, offset, query.where)
+    where = site.choices.checked(query.where)
+    found = site.gallery.scenes(SCENES + 1, offset, where)
     following = offset + SCENES if len(found) > SCENES else None
     return {
         "shown": found[:SCENES],
         "following": following,
-        "cameras": site.gallery.cameras(),
-        "folders": site.gallery.folders(),
     }
+
+
+def people_of(site: Site, scene: Scene, chosen: str) -> list[dict[str, Any]]:
+    """Everybody in a scene as its page shows them; one of them is chosen."""
+    return [
+        {
+            "view": person.id,
+            "box": person.box,
+            "score": person.score,
+            "picture": f"/person/{person.id}.jpg",
+            "chosen": person.id == chosen,
+        }
+        for person in site.gallery.people(scene.id)
+    ]
 
 
 def upload_of(site: Site, upload_id: str) -> Upload:
@@ -222,6 +239,7 @@ def upload_values(site: Site, query: Query, upload: Upload, box: str) -> dict[st
                 "box": found.boxes[row],
                 "score": float(found.scores[row]),
                 "picture": f"/upload/{upload.id}/{row}.jpg",
+                "chosen": False,
             }
             for row in range(upload.shown)
         ]
@@ -244,16 +262,12 @@ def boxed(query: Query, upload: Upload, box: Float[np.ndarray, "4"]) -> Response
         raise UserError(upload.error or "The photo is not searched yet; please wait a moment.")
     row = upload.best_in(box)
     if row is None:
-        raise UserError(
-            "Nobody was found in this box; please go back and draw it around somebody."
-        )
+        raise UserError("Nobody was found in this box; please go back and draw it around somebody.")
     view = uploaded_view(upload.id, row)
     return RedirectResponse(query.address("/search", view=query.with_view(view)), 303)
 
 
-def searched_box(
-    site: Site, scene_id: str, query: Query, box: Float[np.ndarray, "4"]
-) -> Response:
+def searched_box(site: Site, scene_id: str, query: Query, box: Float[np.ndarray, "4"]) -> Response:
     """The search for whoever is in the box of a scene.
 
     That is whom the gallery has there; where it has nobody, the scene is searched once more, for

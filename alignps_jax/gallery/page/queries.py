@@ -15,8 +15,9 @@ from urllib.parse import urlencode
 import numpy as np
 from jaxtyping import Float
 
+from alignps_jax.gallery.entries import Filter, Person
 from alignps_jax.gallery.page.finder import Finder
-from alignps_jax.gallery.store import Filter, Gallery, Person
+from alignps_jax.gallery.store import Gallery
 from alignps_jax.types import UserError
 
 MAX_VIEWS = 12
@@ -25,6 +26,7 @@ _UPLOADED = re.compile(r"up\.([0-9a-f]{24})\.(\d{1,4})")
 _FIELDS = ("view", "combine", "folder", "camera", "after", "before", "score", "kind")
 _KINDS = {"": None, "photos": False, "videos": True}
 
+_EVERYBODY = Filter()
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -69,7 +71,7 @@ class Query:
 
     views: tuple[str, ...] = ()
     combine: str = MEAN
-    where: Filter = Filter()
+    where: Filter = _EVERYBODY
 
     def pairs(self, **changes: str | Iterable[str]) -> list[tuple[str, str]]:
         """Names and values as they stand in the address; `changes` replaces or adds fields."""
@@ -106,9 +108,13 @@ class Query:
         """The views but this one."""
         return tuple(known for known in self.views if known != view)
 
+    def anew(self) -> Query:
+        """A query without views that searches the same people."""
+        return Query(where=self.where)
+
     @property
     def is_filtered(self) -> bool:
-        return self.where != Filter()
+        return self.where != _EVERYBODY
 
 
 def parse_query(pairs: Pairs) -> Query:
@@ -214,8 +220,8 @@ def _of_upload(view: str, upload_id: str, row: int, finder: Finder) -> View | No
         name=upload.name,
         page=page,
         picture=f"{page}/{row}.jpg",
-        box=upload.found.boxes[row],
-        embedding=upload.found.embeddings[row],
+        box=np.asarray(upload.found.boxes[row]),
+        embedding=np.asarray(upload.found.embeddings[row]),
         person=None,
     )
 

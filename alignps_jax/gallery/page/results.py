@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from alignps_jax.gallery.entries import Match, Person
 from alignps_jax.gallery.page.queries import BEST, Query, View
-from alignps_jax.gallery.store import Gallery, Match, Person
+from alignps_jax.gallery.store import Gallery
 
 MAX_MATCHES = 1000
 PAGE = 48  # entries that are shown at a time; it divides into rows of 2, 3, 4, 6 and 8
@@ -54,13 +55,13 @@ class Results:
     Attributes:
       entries: best first.
       matches: how many people they are; never more than MAX_MATCHES.
-      searched: how many people there are to search.
+      searched: how many people passed the filter; None where that is not known.
       seconds: how long it took.
     """
 
     entries: Sequence[Entry]
     matches: int
-    searched: int
+    searched: int | None
     seconds: float
 
 
@@ -74,25 +75,29 @@ class Searcher:
 
     def warm_up(self) -> None:
         """Has the gallery read, and the search compiled."""
-        people = self._gallery.num_people
-        if people:
-            width = self._gallery.embedding_size
-            for count in (1,):
-                query = np.full((count, width), width**-0.5, np.float32)
-                self._gallery.search(query, min(MAX_MATCHES, people))
+        if self._gallery.num_people:
+            width = self._gallery.about.dim
+            self._gallery.search(np.full((1, width), width**-0.5, np.float32), MAX_MATCHES)
 
     def search(self, query: Query, views: Sequence[View]) -> Results:
         """The people that are most similar to the views, without the views themselves."""
         begin = time.perf_counter()
-        searched = self._gallery.num_people
-        matches = ranked(self._gallery, query, views) if searched else []
-        results = Results(grouped(matches), len(matches), searched, time.perf_counter() - begin)
+        matches = ranked(self._gallery, query, views)
+        took = time.perf_counter() - begin
+        searched = self._count(query)
+        results = Results(grouped(matches), len(matches), searched, took)
         with self._lock:
             self._latest[query] = results
             self._latest.move_to_end(query)
             while len(self._latest) > _REMEMBERED:
                 self._latest.popitem(last=False)
         return results
+
+    def _count(self, query: Query) -> int | None:
+        if not query.is_filtered:
+            return self._gallery.num_people
+        memory = self._gallery.memory()
+        return None if memory is None else int(memory.matching(query.where).sum())
 
     def latest(self, query: Query, views: Sequence[View]) -> Results:
         """The remembered results, else those of another search."""
@@ -115,9 +120,8 @@ def combined(query: Query, views: Sequence[View]) -> Float[np.ndarray, "Q D"]:
 def ranked(gallery: Gallery, query: Query, views: Sequence[View]) -> list[Match]:
     """The people of the gallery, best first, each once; of several similarities the best counts."""
     own = {view.id for view in views}
-    count = min(MAX_MATCHES + len(own), gallery.num_people)
     best: dict[str, Match] = {}
-    for matches in gallery.search(combined(query, views), count, query.where):
+    for matches in gallery.search(combined(query, views), MAX_MATCHES + len(own), query.where):
         for match in matches:
             known = best.get(match.person.id)
             if known is None or match.similarity > known.similarity:
@@ -134,7 +138,7 @@ def grouped(matches: Sequence[Match]) -> list[Entry]:
     in the ranking, so the order of entries never depends on it.
     """
     entries: list[Entry] = []
-    around: dict[tuple[str, int], list[tuple[Entry, Person]]] = {}
+    around: dict[tuple[str, int], list[tuple[Entry, Person, float]]] = {}
     for match in matches:
         person = match.person
         second = person.scene.second
@@ -144,19 +148,15 @@ def grouped(matches: Sequence[Match]) -> list[Entry]:
         near = (
             entry
             for turn in range(-_NEIGHBORS, _NEIGHBORS + 1)
-            for entry, known in around.get((person.scene.path, int(second) + turn), ())
-            if _is_next(known, person) and all(one.scene.second != second for one in entry.people)
+            for entry, known, when in around.get((person.scene.path, int(second) + turn), ())
+            if 0 < abs(when - second) <= _NEIGHBORS
+            and _can_walk(known.box, person.box, abs(when - second))
+            and all(one.scene.second != second for one in entry.people)
         )
         entry = next(near, None)
         if entry is None:
             entry = Entry(match, [])
             entries.append(entry)
         entry.people.append(person)
-        around.setdefault((person.scene.path, int(second)), []).append((entry, person))
+        around.setdefault((person.scene.path, int(second)), []).append((entry, person, second))
     return entries
-
-
-def _is_next(known: Person, person: Person) -> bool:
-    assert known.scene.second is not None and person.scene.second is not None
-    gap = abs(known.scene.second - person.scene.second)
-    return 0 < gap <= _NEIGHBORS and _can_walk(known.box, person.box, gap)

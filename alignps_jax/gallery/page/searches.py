@@ -42,6 +42,7 @@ def search_routes(site: Site) -> APIRouter:
     @router.get("/search")
     def search(request: Request) -> Response:
         query = query_of(request)
+        site.choices.checked(query.where)
         if not query.views:
             return RedirectResponse(query.address("/"), 303)
         views = resolve(query, site.gallery, site.finder)
@@ -52,8 +53,7 @@ def search_routes(site: Site) -> APIRouter:
             "search.html",
             views=views,
             found=found,
-            cameras=site.gallery.cameras(),
-            folders=site.gallery.folders(),
+            **site.choices.values(),
             MAX_MATCHES=MAX_MATCHES,
             **entries_from(site, query, found, 0),
         )
@@ -61,6 +61,7 @@ def search_routes(site: Site) -> APIRouter:
     @router.get("/results")
     def more_results(request: Request, offset: int = 0) -> Response:
         query = query_of(request)
+        site.choices.checked(query.where)
         views = resolve(query, site.gallery, site.finder)
         if not views or not 0 <= offset <= MAX_MATCHES:
             raise UserError("There are no such results.")
@@ -76,8 +77,7 @@ def search_routes(site: Site) -> APIRouter:
         if request.headers.get("hx-request") != "true":
             return RedirectResponse(query.address("/search"), 303)
         marked = site.marks.of(query.views)
-        values = {"query": query, "person_id": person, "marked": marked, "is_answer": True}
-        return fragment("mark.html", **values)
+        return fragment("mark.html", query=query, person_id=person, marked=marked)
 
     @router.get("/marks")
     def marks(request: Request) -> Response:
@@ -109,7 +109,6 @@ def entries_from(site: Site, query: Query, found: Results, offset: int) -> dict[
         "entries": found.entries[offset:end],
         "following": end if end < len(found.entries) else None,
         "marked": site.marks.of(query.views),
-        "is_answer": False,
     }
 
 

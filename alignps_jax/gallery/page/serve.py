@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import NoReturn
 
 import uvicorn
+from ml_collections import ConfigDict
 
+from alignps_jax.devices import own_cache, use_compilation_cache
 from alignps_jax.gallery.page.app import make_app
 from alignps_jax.gallery.page.finder import Finder
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.results import Searcher
 from alignps_jax.gallery.page.security import Door, is_loopback, own_names
-from alignps_jax.gallery.page.site import Site
+from alignps_jax.gallery.page.site import Choices, Site
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
@@ -66,9 +68,38 @@ def serve_gallery(
             uvicorn.Server(config).run(sockets=[listener])
 
 
+def serve_checkpoint(
+    checkpoint: Path, config: ConfigDict, address: str, host: str, port: int
+) -> None:
+    """Serves a gallery with the checkpoint that made it; arguments and errors as above.
+
+    Marks are kept beside the gallery; those of one that lies elsewhere (s3://...) in the current
+    folder.
+    """
+    gallery = Gallery.open(address)
+    use_compilation_cache(own_cache())
+    detector = Detector.from_checkpoint(checkpoint, config)
+    gallery.check_detector(detector)
+    serve_gallery(gallery, detector, marks_file(address), host, port)
+
+
+def marks_file(address: str) -> Path:
+    """Where the marks of a gallery are: people.marks.json beside people.lance."""
+    place = address.rstrip("/")
+    path = Path(place.rpartition("/")[2]) if "://" in place else Path(place)
+    return path.with_name(f"{path.stem}.marks.json")
+
+
 def make_site(gallery: Gallery, detector: Detector, marks: Path) -> Site:
     """Everything that the page needs; UserError if the file of marks is none."""
-    return Site(gallery, Finder(detector), Pictures(gallery), Searcher(gallery), Marks(marks))
+    return Site(
+        gallery=gallery,
+        finder=Finder(detector),
+        pictures=Pictures(gallery),
+        searcher=Searcher(gallery),
+        marks=Marks(marks),
+        choices=Choices(gallery),
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

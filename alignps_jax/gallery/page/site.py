@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import mimetypes
 import re
+import threading
+import time
 from importlib import resources
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -13,22 +15,60 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from alignps_jax.gallery.entries import Filter, Person, Scene
 from alignps_jax.gallery.page.finder import Finder
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.queries import Query, parse_query
 from alignps_jax.gallery.page.results import Searcher
 from alignps_jax.gallery.page.security import MAX_BODY
-from alignps_jax.gallery.store import Gallery, Person, Scene
+from alignps_jax.gallery.store import Gallery
+from alignps_jax.types import UserError
 
 _READ_COOKIE = "alignps_responsible_use"
 _YEAR = 365 * 24 * 3600  # seconds
+_RARELY = 20.0  # times as long as it took
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _HERE = resources.files("alignps_jax.gallery.page")
 
 
 class NotThereError(Exception):
     """Nothing has that address (any more); the text says what is missing, in a line."""
+
+
+class Choices:
+    """The cameras and folders of a gallery, read anew from time to time."""
+
+    def __init__(self, gallery: Gallery):
+        self._gallery = gallery
+        self._known: tuple[list[str], list[str]] = [], []
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def values(self) -> dict[str, Any]:
+        """The choices of a filter."""
+        with self._lock:
+            begin = time.monotonic()
+            if begin >= self._next:
+                self._known = self._gallery.cameras(), self._gallery.folders()
+                end = time.monotonic()
+                # Among millions of photos this takes a while.
+                self._next = end + _RARELY * (end - begin)
+            cameras, folders = self._known
+        return {"cameras": cameras, "folders": folders}
+
+    def checked(self, where: Filter) -> Filter:
+        """The filter itself, if its folder holds photos of the gallery.
+
+        No other name may come near the disk. Raises UserError.
+        """
+        folder = where.folder
+        if folder is not None:
+            below = folder.rstrip("/") + "/"
+            folders = self.values()["folders"]
+            if not any(known == folder or known.startswith(below) for known in folders):
+                raise UserError("This folder holds no photos of the gallery.")
+        return where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +80,7 @@ class Site:
     pictures: Pictures
     searcher: Searcher
     marks: Marks
+    choices: Choices
 
     def scene(self, scene_id: str) -> Scene:
         """A scene of the gallery, whatever the address says; NotThereError."""
@@ -101,9 +142,7 @@ def fragment(template: str, status: int = 200, **values: Any) -> HTMLResponse:
     return HTMLResponse(_TEMPLATES.get_template(template).render(**values), status)
 
 
-def page(
-    request: Request, site: Site, template: str, status: int = 200, **values: Any
-) -> Response:
+def page(request: Request, site: Site, template: str, status: int = 200, **values: Any) -> Response:
     """A complete page; before the first one comes the text about responsible use."""
     if status == 200 and not has_read(request):
         query = f"?{request.url.query}" if request.url.query else ""
