@@ -29,7 +29,7 @@ _DRAINED = 4 * MAX_BODY
 TOKEN_COOKIE = "alignps_token"
 _YEAR = 365 * 24 * 3600  # seconds
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
-_METHODS = ("GET", "HEAD", "POST")
+_METHODS = ("GET", "POST")
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 HEADERS: Mapping[str, str] = {
@@ -125,7 +125,7 @@ class Guard:
         if found is None or found[1].strip("[]").lower() not in self._door.names:
             return _line(421, "This server does not answer to that name.")
         if scope["method"] not in _METHODS:
-            return _line(405, "Only GET, HEAD and POST are possible here.")
+            return _line(405, "Only GET and POST are possible here.")
         refused = self._without_token(scope, headers)
         if refused is None and scope["method"] == "POST" and not _is_own(scope, headers):
             return _line(403, "Only the forms of this page itself can do that.")
