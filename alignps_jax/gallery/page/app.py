@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
-
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -17,13 +14,16 @@ from alignps_jax.gallery.page.photos import form_of, pairs_of, photo_routes
 from alignps_jax.gallery.page.searches import search_routes
 from alignps_jax.gallery.page.security import Door, Guard
 from alignps_jax.gallery.page.site import (
+    NotReadError,
     NotThereError,
     Site,
     after_reading,
     common,
     fragment,
     message,
+    page,
     static_files,
+    to_the_text,
 )
 from alignps_jax.types import UserError
 
@@ -58,7 +58,7 @@ def _add_common_routes(app: FastAPI, site: Site) -> None:
     @app.get("/responsible-use")
     def responsible_use(request: Request) -> Response:
         following = request.query_params.get("next", "")
-        return fragment("responsible_use.html", **common(site), following=following)
+        return page(site, "responsible_use.html", following=following)
 
     @app.post("/responsible-use")
     async def has_read(request: Request) -> Response:
@@ -71,6 +71,10 @@ def _add_errors(app: FastAPI, site: Site) -> None:
     @app.exception_handler(UserError)
     def bad_input(request: Request, error: UserError) -> Response:
         return message(request, site, 400, str(error))
+
+    @app.exception_handler(NotReadError)
+    def not_read(request: Request, error: NotReadError) -> Response:
+        return to_the_text(request)
 
     @app.exception_handler(NotThereError)
     def not_there(request: Request, error: NotThereError) -> Response:
@@ -92,10 +96,6 @@ def _add_errors(app: FastAPI, site: Site) -> None:
         line = lines.get(error.status_code, str(error.detail))
         return message(request, site, error.status_code, line)
 
-    @app.middleware("http")
-    async def unexpected(request: Request, call_next):  # type: ignore[no-untyped-def]
-        try:
-            return await call_next(request)
-        except Exception:
-            traceback.print_exc(file=sys.stderr)
-            return message(request, site, 500, _FAILED)
+    @app.exception_handler(Exception)
+    def unexpected(request: Request, error: Exception) -> Response:
+        return message(request, site, 500, _FAILED)  # the server prints the error

@@ -7,7 +7,7 @@ import mimetypes
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from jaxtyping import Float
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
@@ -29,6 +29,7 @@ from alignps_jax.gallery.page.site import (
     fragment,
     page,
     query_of,
+    read_first,
 )
 from alignps_jax.types import UserError
 
@@ -71,22 +72,21 @@ def photo_routes(site: Site) -> APIRouter:
     """The pages that show photos, and the pictures in them."""
     router = APIRouter()
 
-    @router.get("/")
+    @router.get("/", dependencies=[Depends(read_first)])
     def home(request: Request) -> Response:
         query = query_of(request)
         values = scenes_from(site, query, 0) | site.choices.values()
-        return page(request, site, "home.html", query=query, **values)
+        return page(site, "home.html", query=query, **values)
 
     @router.get("/scenes")
     def more_scenes(request: Request, offset: int = 0) -> Response:
         query = query_of(request)
         return fragment("scenes.html", query=query, **scenes_from(site, query, offset))
 
-    @router.get("/scene/{scene_id}")
+    @router.get("/scene/{scene_id}", dependencies=[Depends(read_first)])
     def scene(request: Request, scene_id: str, person: str = "") -> Response:
         query, found = query_of(request), site.scene(scene_id)
         return page(
-            request,
             site,
             "scene.html",
             query=query,
@@ -141,14 +141,14 @@ def add_upload_routes(router: APIRouter, site: Site) -> None:
         query = parse_query(pairs_of(form))
         return RedirectResponse(query.address(f"/upload/{taken.id}"), 303)
 
-    @router.get("/upload/{upload_id}")
+    @router.get("/upload/{upload_id}", dependencies=[Depends(read_first)])
     async def uploaded(request: Request, upload_id: str, box: str = "") -> Response:
         query, found = query_of(request), upload_of(site, upload_id)
         await done(found, _WAIT)
         if box and found.found is not None:
             return boxed(query, found, parse_box(box))
         values = upload_values(site, query, found, box)
-        return await run_in_threadpool(page, request, site, "upload.html", 200, **values)
+        return await run_in_threadpool(page, site, "upload.html", 200, **values)
 
     @router.get("/upload/{upload_id}/people")
     async def uploaded_people(request: Request, upload_id: str, box: str = "") -> Response:

@@ -44,12 +44,12 @@ def jpeg(image: Image, longest: int) -> bytes:
 def person_picture(image: Image, box: Float[np.ndarray, "4"]) -> bytes:
     """A JPEG file of a person, enlarged, with a little around the box.
 
-    It is half as wide as high, unless the box is wider or the photo ends there.
+    It is two thirds as wide as high, unless the box is wider or the photo ends there.
     """
     height, width = image.shape[:2]
     x1, y1, x2, y2 = (float(value) for value in box)
     tall = max(y2 - y1, 1.0) * 1.1
-    wide = max((x2 - x1) * 1.1, tall / 2)
+    wide = max((x2 - x1) * 1.1, tall * 2 / 3)
     middle_x, middle_y = (x1 + x2) / 2, (y1 + y2) / 2
     left = int(np.clip(middle_x - wide / 2, 0, width - 1))
     top = int(np.clip(middle_y - tall / 2, 0, height - 1))

@@ -65,6 +65,25 @@ class Results:
     seconds: float
 
 
+def summary(found: Results, query: Query, views: Sequence[View], people: int) -> str:
+    """Who was searched and how long it took, in a line.
+
+    Args:
+      people: how many the gallery has.
+    """
+    if found.searched is None:
+        whom = f"those of {people:,} people who pass the filter"
+    else:
+        one = "person" if found.searched == 1 else "people"
+        passing = " who passed the filter" if query.is_filtered else ""
+        whom = f"{found.searched:,} {one}{passing}"
+    shown = f"; these are the {MAX_MATCHES:,} most similar" if found.matches >= MAX_MATCHES else ""
+    how = f", by the {query.combine} of the views" if len(views) > 1 else ""
+    seconds = found.seconds
+    took = f"{seconds:.2f} s" if seconds >= 0.1 else f"{max(1, round(1000 * seconds))} ms"
+    return f"Searched {whom} in {took}{how}{shown}."
+
+
 class Searcher:
     """Searches, and remembers the latest results for whoever scrolls on."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -25,7 +25,15 @@ from alignps_jax.gallery.page.marks import (
 from alignps_jax.gallery.page.photos import form_of, pairs_of
 from alignps_jax.gallery.page.queries import Query, View, parse_query, resolve
 from alignps_jax.gallery.page.results import MAX_MATCHES, PAGE, Results, combined
-from alignps_jax.gallery.page.site import Site, file_name, fragment, page, query_of, text_of
+from alignps_jax.gallery.page.site import (
+    Site,
+    file_name,
+    fragment,
+    page,
+    query_of,
+    read_first,
+    text_of,
+)
 from alignps_jax.types import UserError
 
 DOWNLOADS: dict[str, tuple[str, Callable[[Sequence[Marked]], bytes]]] = {
@@ -39,7 +47,7 @@ def search_routes(site: Site) -> APIRouter:
     """The pages of results and of marks."""
     router = APIRouter()
 
-    @router.get("/search")
+    @router.get("/search", dependencies=[Depends(read_first)])
     def search(request: Request) -> Response:
         query = query_of(request)
         site.choices.checked(query.where)
@@ -48,7 +56,6 @@ def search_routes(site: Site) -> APIRouter:
         views = resolve(query, site.gallery, site.finder)
         found = site.searcher.search(query, views)
         return page(
-            request,
             site,
             "search.html",
             views=views,
@@ -79,9 +86,9 @@ def search_routes(site: Site) -> APIRouter:
         marked = site.marks.of(query.views)
         return fragment("mark.html", query=query, person_id=person, marked=marked)
 
-    @router.get("/marks")
+    @router.get("/marks", dependencies=[Depends(read_first)])
     def marks(request: Request) -> Response:
-        return page(request, site, "marks.html", queries=marked_queries(site))
+        return page(site, "marks.html", queries=marked_queries(site))
 
     @router.post("/marks/forget")
     async def forget(request: Request) -> Response:

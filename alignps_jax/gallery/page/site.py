@@ -20,7 +20,7 @@ from alignps_jax.gallery.page.finder import Finder
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.queries import Query, parse_query
-from alignps_jax.gallery.page.results import Searcher
+from alignps_jax.gallery.page.results import Searcher, summary
 from alignps_jax.gallery.page.security import MAX_BODY
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.types import UserError
@@ -30,6 +30,10 @@ _YEAR = 365 * 24 * 3600  # seconds
 _RARELY = 20.0  # times as long as it took
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _HERE = resources.files("alignps_jax.gallery.page")
+
+
+class NotReadError(Exception):
+    """The text about responsible use comes first."""
 
 
 class NotThereError(Exception):
@@ -133,7 +137,12 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"text": text_of, "clock": clock, "file_name": file_name}
+_TEMPLATES.filters |= {
+    "text": text_of,
+    "clock": clock,
+    "summary": summary,
+    "file_name": file_name,
+}
 _TEMPLATES.globals |= {"span": span, "MAX_BODY": MAX_BODY}
 
 
@@ -160,9 +169,17 @@ def common(site: Site) -> dict[str, Any]:
     }
 
 
-def has_read(request: Request) -> bool:
-    """Whether this browser has seen the text about responsible use."""
-    return request.cookies.get(_READ_COOKIE) == "read"
+def read_first(request: Request) -> None:
+    """Raises NotReadError unless this browser has seen the text about responsible use."""
+    if request.cookies.get(_READ_COOKIE) != "read":
+        raise NotReadError
+
+
+def to_the_text(request: Request) -> Response:
+    """To the text about responsible use, and from there to the page that was asked for."""
+    query = f"?{request.url.query}" if request.url.query else ""
+    following = urlencode({"next": f"{request.url.path}{query}"})
+    return RedirectResponse(f"/responsible-use?{following}", 303)
 
 
 def after_reading(following: str) -> Response:
@@ -179,7 +196,7 @@ def message(request: Request, site: Site, status: int, line: str) -> Response:
     """One friendly line: a page of its own, or what HTMX shows beside what it replaced."""
     if request.headers.get("hx-request") == "true":
         return HTMLResponse(_TEMPLATES.from_string("{{ line|text }}").render(line=line), status)
-    return fragment("message.html", status, **common(site), line=line)
+    return page(site, "message.html", status, line=line)
 
 
 def static_files() -> dict[str, tuple[bytes, str]]:
