@@ -516,11 +516,13 @@ def test_fifty_at_once(tmp_path):
     detector.most = 0
 
     def send(number):
-        with httpx.Client(base_url=base, headers={"Origin": base}, cookies=READ) as client:
+        with httpx.Client(
+            base_url=base, headers={"Origin": base}, cookies=READ, timeout=120
+        ) as client:
             if number % 2:
                 return client.get("/search", params={"view": person.id}).status_code
             files = {"photo": (f"{number}.png", photo)}
-            answer = client.post("/upload", files=files, follow_redirects=True, timeout=60)
+            answer = client.post("/upload", files=files, follow_redirects=True)
             return answer.status_code
 
     with running(make_app(site, Door(LOOPBACK))) as port:

@@ -151,12 +151,8 @@ def fragment(template: str, status: int = 200, **values: Any) -> HTMLResponse:
     return HTMLResponse(_TEMPLATES.get_template(template).render(**values), status)
 
 
-def page(request: Request, site: Site, template: str, status: int = 200, **values: Any) -> Response:
-    """A complete page; before the first one comes the text about responsible use."""
-    if status == 200 and not has_read(request):
-        query = f"?{request.url.query}" if request.url.query else ""
-        following = urlencode({"next": f"{request.url.path}{query}"})
-        return RedirectResponse(f"/responsible-use?{following}", 303)
+def page(site: Site, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+    """A complete page."""
     return fragment(template, status, **(common(site) | values))
 
 
