@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from alignps_jax.checkpoint.places import check_lasting, is_step, results_folder
 from alignps_jax.choices import known_name
 from alignps_jax.command_line import Arguments
 from alignps_jax.configuration import checkpoint_config, detections_config, train_config
+from alignps_jax.evaluation.detect import detect_source
 from alignps_jax.evaluation.evaluate import evaluate_checkpoint
 from alignps_jax.evaluation.scoring import evaluate_detections
 from alignps_jax.experiments.benchmark.run import run_benchmark
@@ -15,8 +17,9 @@ from alignps_jax.experiments.catalogue import print_catalogue
 from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.experiments.scaling.run import run_scaling
 from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
-from alignps_jax.gallery.extra import need_extra
+from alignps_jax.gallery.extra import is_gallery, need_extra
 from alignps_jax.gallery.photos import parse_box, search_photos
+from alignps_jax.gallery.sources import parse_every
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.weights.convert import convert_released, export_released
 from configs import cuhk
@@ -43,7 +46,39 @@ def search(args: Arguments) -> None:
     checkpoint, query = Path(args.checkpoint), Path(args.query)
     workdir = _results_folder(args, checkpoint, "search", query.stem)
     config, box = checkpoint_config(args, checkpoint), parse_box(args.box)
-    search_photos(checkpoint, config, query, box, Path(args.gallery), workdir)
+    if not is_gallery(args.gallery):
+        search_photos(checkpoint, config, query, box, Path(args.gallery), workdir)
+        return
+    need_extra("--mode=search")
+    from alignps_jax.gallery.searching import search_gallery
+
+    search_gallery(checkpoint, config, query, box, _gallery(args), workdir)
+
+
+def index(args: Arguments) -> None:
+    need_extra("--mode=index")
+    from alignps_jax.gallery.indexing import index_source
+
+    checkpoint, every = Path(args.checkpoint), parse_every(args.every)
+    config = checkpoint_config(args, checkpoint)
+    exact = {} if args.exact_up_to is None else {"exact_up_to": args.exact_up_to}
+    index_source(
+        checkpoint, config, args.gallery, args.source, every=every, prune=args.prune, **exact
+    )
+
+
+def forget(args: Arguments) -> None:
+    need_extra("--mode=forget")
+    from alignps_jax.gallery.forgetting import forget
+
+    forget(_gallery(args), photo=args.photo, person=args.person)
+
+
+def detect(args: Arguments) -> None:
+    checkpoint, target = Path(args.checkpoint), Path(args.target)
+    check_lasting("--target", target)
+    config = checkpoint_config(args, checkpoint)
+    detect_source(checkpoint, config, args.source, parse_every(args.every), target)
 
 
 def serve(args: Arguments) -> None:
@@ -52,7 +87,7 @@ def serve(args: Arguments) -> None:
 
     checkpoint = Path(args.checkpoint)
     config = checkpoint_config(args, checkpoint)
-    serve_checkpoint(checkpoint, config, args.gallery, args.host, args.port)
+    serve_checkpoint(checkpoint, config, _gallery(args), args.host, args.port)
 
 
 def convert(args: Arguments) -> None:
@@ -61,8 +96,15 @@ def convert(args: Arguments) -> None:
 
 
 def export(args: Arguments) -> None:
-    checkpoint, target = Path(args.checkpoint), Path(args.target)
+    target = Path(args.target)
     check_lasting("--target", target)
+    if args.gallery:
+        need_extra("--mode=export")
+        from alignps_jax.gallery.exporting import export_gallery
+
+        export_gallery(_gallery(args), target)
+        return
+    checkpoint = Path(args.checkpoint)
     export_released(checkpoint, target, checkpoint_config(args, checkpoint))
 
 
@@ -104,6 +146,14 @@ def reproduce(args: Arguments) -> None:
     reproduce_table(args.configuration(), args.config_name, args.table, args.seeds, workdir)
 
 
+def _gallery(args: Arguments) -> Any:
+    """The gallery of --gallery, whose packages are there."""
+    from alignps_jax.gallery.store import Gallery
+
+    exact = {} if args.exact_up_to is None else {"exact_up_to": args.exact_up_to}
+    return Gallery.open(args.gallery, **exact)
+
+
 def _results_folder(args: Arguments, checkpoint: Path, *below: str) -> Path:
     """Where results of the checkpoint go: --workdir, else a lasting place of the checkpoint's."""
     if args.workdir and args.checkpoint:
@@ -123,6 +173,9 @@ MODES: dict[str, Callable[[Arguments], None]] = {
     "train": train,
     "evaluate": evaluate,
     "search": search,
+    "index": index,
+    "forget": forget,
+    "detect": detect,
     "serve": serve,
     "convert": convert,
     "export": export,

@@ -9,6 +9,9 @@ _CONFIG = "configuration file and variant, such as configs/cuhk.py:plus"
 _OTHER_CONFIG = f"{_CONFIG}; default: the configuration of the checkpoint"
 _CHECKPOINT = "workdir of a run (its best step), or the folder of one step"
 _BOX = "x1,y1,x2,y2 of the person in the query photo, in its pixels; default: everybody"
+_LASTING = "gallery that --mode=index made (a folder, or another address that LanceDB takes)"
+_EXACT = "up to so many people are searched exactly, in memory; default: 2000000"
+_EVERY = "of a video, one frame per so much time is looked at: 1s, 500ms, 2min; default: 1s"
 _PROCESSES = {
     "coordinator": "runs of several processes: host:port of process 0",
     "processes": "runs of several processes: how many there are",
@@ -73,27 +76,76 @@ USAGES: dict[str, Usage] = {
         one_of=(("checkpoint", "detections"),),
     ),
     "search": Usage(
-        "searches a person in a folder of photos",
+        "searches a person in a gallery, or in a folder of photos",
         {
             "config": _OTHER_CONFIG,
             "checkpoint": _CHECKPOINT,
             "query": "photo with the person to find",
             "box": _BOX,
-            "gallery": "folder of photos to search",
+            "gallery": f"{_LASTING}, or folder of photos",
+            "exact_up_to": _EXACT,
             "workdir": "where results go; default: <run>/search/<name of the query>",
         },
         (
             "--mode=search --checkpoint=runs/cuhk --query=photo.jpg --box=310,120,390,330 "
             "--gallery=photos/",
+            "--mode=search --checkpoint=runs/cuhk --query=photo.jpg --gallery=people.lance",
         ),
         needs=(("checkpoint",), ("query",), ("gallery",)),
+    ),
+    "index": Usage(
+        "finds everybody in photos and videos, once, and adds them to a gallery",
+        {
+            "config": _OTHER_CONFIG,
+            "checkpoint": _CHECKPOINT,
+            "gallery": "where it lies or goes: a folder such as people.lance, or another address "
+            "that LanceDB takes",
+            "source": "folder of photos and videos, with all below it, or one of them",
+            "every": _EVERY,
+            "prune": "remove people whose photo or video is not below --source any more",
+            "exact_up_to": "beyond so many people, make an index for the search; default: 2000000",
+        },
+        (
+            "--mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/photos",
+            "--mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/videos "
+            "--every=500ms --prune",
+        ),
+        needs=(("checkpoint",), ("gallery",), ("source",)),
+    ),
+    "forget": Usage(
+        "removes people from a gallery for good, and keeps them out of the next indexing",
+        {
+            "gallery": _LASTING,
+            "photo": "photo or video whose people are forgotten",
+            "person": "who is forgotten: the id of one result, as ranking.json has it",
+        },
+        (
+            "--mode=forget --gallery=people.lance --photo=/photos/party.jpg",
+            "--mode=forget --gallery=people.lance --person=1f3a5c7e9b2d4f6a8c0e1b3d-0",
+        ),
+        needs=(("gallery",), ("photo", "person")),
+        one_of=(("photo", "person"),),
+    ),
+    "detect": Usage(
+        "finds everybody in photos and videos, and writes boxes, scores and embeddings",
+        {
+            "config": _OTHER_CONFIG,
+            "checkpoint": _CHECKPOINT,
+            "source": "folder of photos and videos, with all below it, or one of them",
+            "every": _EVERY,
+            "target": "file to write: .json (results of COCO), .csv (a table), or .npz (with "
+            "embeddings)",
+        },
+        ("--mode=detect --checkpoint=runs/cuhk --source=/photos --target=people.json",),
+        needs=(("checkpoint",), ("source",), ("target",)),
     ),
     "serve": Usage(
         "serves a page in the browser that searches a gallery",
         {
             "config": _OTHER_CONFIG,
             "checkpoint": f"{_CHECKPOINT}; the one that made the gallery",
-            "gallery": "gallery that --mode=index made",
+            "gallery": _LASTING,
+            "exact_up_to": _EXACT,
             "host": "address to listen on; default: 127.0.0.1, this machine alone; any other one "
             "prints an address with a token that visitors need",
             "port": "port to listen on, 0 for a free one; default: 8000",
@@ -119,14 +171,19 @@ USAGES: dict[str, Usage] = {
         needs=(("config",), ("source",), ("workdir",)),
     ),
     "export": Usage(
-        "writes a checkpoint in the naming of the released PyTorch code",
+        "writes a checkpoint as the released PyTorch code names it, or a gallery as one table",
         {
             "config": _OTHER_CONFIG,
             "checkpoint": _CHECKPOINT,
-            "target": "file to write (.pth or .safetensors)",
+            "gallery": _LASTING,
+            "target": "file to write: .pth or .safetensors; of a gallery .parquet or .arrow",
         },
-        ("--mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors",),
-        needs=(("checkpoint",), ("target",)),
+        (
+            "--mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors",
+            "--mode=export --gallery=people.lance --target=people.parquet",
+        ),
+        needs=(("checkpoint", "gallery"), ("target",)),
+        one_of=(("checkpoint", "gallery"),),
     ),
     "visualize": Usage(
         "draws figures: sampling points, rankings, similarity, detections, curves",

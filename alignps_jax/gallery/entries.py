@@ -73,6 +73,15 @@ class Filter:
     videos: bool | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class FileState:
+    """A file as it was read: bytes, time of change in ns since 1970, and a hash of its content."""
+
+    size: int
+    mtime: int
+    hash: str
+
+
 def scene_id(path: str, second: float | None) -> str:
     """The same for the same place, whatever lies there: 24 hexadecimal digits."""
     place = path if second is None else f"{path}\0{second:.3f}"

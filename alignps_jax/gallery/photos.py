@@ -25,12 +25,17 @@ from alignps_jax.types import Detections, IncompleteError, UserError
 
 @dataclasses.dataclass(frozen=True)
 class FoundPerson:
-    """One result of a search in photos: box in the photo's pixels, cosine similarity, score."""
+    """One result of a search in photos: box in the photo's pixels, cosine similarity, score.
+
+    `person` is the id in a gallery that lasts, `second` the place in a video.
+    """
 
     image: str
     box: Float[np.ndarray, "4"]
     similarity: float
     score: float
+    person: str | None = None
+    second: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +58,22 @@ def write_ranking_json(path: Path, rankings: Sequence[QueryRanking]) -> None:
     content = [
         {
             "query": {"image": ranking.image, "box": _box(ranking.box)},
-            "results": [
-                {
-                    "image": found.image,
-                    "box": _box(found.box),
-                    "similarity": round(float(found.similarity), 6),
-                    "score": round(float(found.score), 6),
-                }
-                for found in ranking.results
-            ],
+            "results": [_result(found) for found in ranking.results],
         }
         for ranking in rankings
     ]
     write_json(path, content)
+
+
+def _result(found: FoundPerson) -> dict[str, object]:
+    known = {"person": found.person, "second": found.second}
+    return {
+        "image": found.image,
+        "box": _box(found.box),
+        "similarity": round(float(found.similarity), 6),
+        "score": round(float(found.score), 6),
+        **{name: value for name, value in known.items() if value is not None},
+    }
 
 
 def _box(values: Float[np.ndarray, "4"]) -> list[float]:
@@ -129,13 +137,19 @@ def search_photos(
         f"searched {len(queries)} of {query.name} among {people} people (scores >= "
         f"{threshold:g}) in {len(found)} photos of {gallery}"
     )
+    print_best(rankings)
+    print(f"ranking  {ranking}\npicture  {picture}")
+    reader.finish()
+
+
+def print_best(rankings: Sequence[QueryRanking]) -> None:
+    """The best result of each query, a line each."""
     for person in rankings:
         if person.results:
             best = person.results[0]
             corners = ", ".join(f"{x:.0f}" for x in person.box)
-            print(f"  ({corners}): best match {best.image}, similarity {best.similarity:.3f}")
-    print(f"ranking  {ranking}\npicture  {picture}")
-    reader.finish()
+            name = best.image if best.second is None else f"{best.image} at {best.second:.1f} s"
+            print(f"  ({corners}): best match {name}, similarity {best.similarity:.3f}")
 
 
 class GalleryReader:

@@ -13,9 +13,11 @@ import numpy as np
 from jaxtyping import UInt8
 
 from alignps_jax.files import read_image
-from alignps_jax.gallery.entries import Scene
-from alignps_jax.gallery.table import FileState
+from alignps_jax.gallery.entries import FileState, Scene
 from alignps_jax.types import UserError
+
+# What is wrong with a video is said in our own words, once.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def scene_pixels(scene: Scene, file: FileState, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:

@@ -21,7 +21,7 @@ from alignps_jax.gallery.database import (
     reading,
     table_names,
 )
-from alignps_jax.gallery.entries import Filter, Match, Person, Scene, folder_of
+from alignps_jax.gallery.entries import FileState, Filter, Match, Person, Scene, folder_of
 from alignps_jax.gallery.extra import is_gallery
 from alignps_jax.gallery.memory import COLUMNS, PeopleInMemory, load_people
 from alignps_jax.gallery.pixels import scene_pixels
@@ -31,7 +31,6 @@ from alignps_jax.gallery.table import (
     PEOPLE,
     PERSON_COLUMNS,
     SCENE_COLUMNS,
-    FileState,
     one_of,
     person_of,
     quoted,

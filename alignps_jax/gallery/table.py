@@ -19,7 +19,14 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float
 
-from alignps_jax.gallery.entries import Filter, Person, Scene, folder_range, person_id
+from alignps_jax.gallery.entries import (
+    FileState,
+    Filter,
+    Person,
+    Scene,
+    folder_range,
+    person_id,
+)
 from alignps_jax.types import Detections
 
 PEOPLE = "people"
@@ -78,15 +85,6 @@ class About:
             return cls(**{**stored, "test_scale": tuple(stored["test_scale"])})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError("its table has no description of what made it") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class FileState:
-    """A file as it was read: bytes, time of change in ns since 1970, and a hash of its content."""
-
-    size: int
-    mtime: int
-    hash: str
 
 
 @dataclasses.dataclass(frozen=True)

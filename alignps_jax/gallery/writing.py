@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from lancedb.index import BTree, IvfPq
+
 from alignps_jax.gallery.database import committing, reading
 from alignps_jax.gallery.store import Gallery
-from alignps_jax.gallery.table import IS_SCENE, IndexedScene, one_of, quoted, rows
+from alignps_jax.gallery.table import IS_PERSON, IS_SCENE, IndexedScene, one_of, quoted, rows
 from alignps_jax.types import UserError
 
 # Old states stay for whoever is reading them.
@@ -72,26 +76,38 @@ def _replaced(scenes: Sequence[IndexedScene]) -> Iterator[str]:
         yield f"path = {quoted(path)} AND ({own} OR every IS NULL OR NOT ({same}))"
 
 
-def known_files(gallery: Gallery) -> dict[str, KnownFile]:
-    """All files that the gallery holds, by path."""
+def known_files(gallery: Gallery, paths: Sequence[str] | None = None) -> dict[str, KnownFile]:
+    """The files that the gallery holds, by path: all, or those of `paths`."""
     known: dict[str, KnownFile] = {}
     unfinished: dict[str, set[float]] = {}
     complete: set[str] = set()
     with reading(gallery.address):
         gallery.table.checkout_latest()
-        query = gallery.table.search().where(IS_SCENE).select(list(_KNOWN))
-        for batch in query.to_batches():
-            columns = (batch.column(name).to_pylist() for name in _KNOWN)
-            for path, size, mtime, every, final, second in zip(*columns, strict=True):
-                known[path] = KnownFile(size, mtime, every)
-                if second is None:
-                    continue
-                unfinished.setdefault(path, set()).add(second)
-                if final:
-                    complete.add(path)
+        for condition in _of_paths(paths):
+            query = gallery.table.search().where(condition).select(list(_KNOWN))
+            for batch in query.to_batches():
+                columns = (batch.column(name).to_pylist() for name in _KNOWN)
+                for path, size, mtime, every, final, second in zip(*columns, strict=True):
+                    known[path] = KnownFile(size, mtime, every)
+                    if second is None:
+                        continue
+                    unfinished.setdefault(path, set()).add(second)
+                    if final:
+                        complete.add(path)
     for path in unfinished.keys() - complete:
         known[path] = dataclasses.replace(known[path], seconds=frozenset(unfinished[path]))
     return known
+
+
+def _of_paths(paths: Sequence[str] | None) -> list[str]:
+    if paths is None:
+        return [IS_SCENE]
+    return [f"{IS_SCENE} AND {condition}" for condition in _in_parts(paths)]
+
+
+def _in_parts(paths: Sequence[str]) -> list[str]:
+    starts = range(0, len(paths), _PATHS)
+    return [one_of("path", paths[start : start + _PATHS]) for start in starts]
 
 
 def remove_files(gallery: Gallery, paths: Collection[str]) -> None:
@@ -100,9 +116,8 @@ def remove_files(gallery: Gallery, paths: Collection[str]) -> None:
     Raises:
       UserError: the gallery cannot be written.
     """
-    ordered = sorted(paths)
-    for start in range(0, len(ordered), _PATHS):
-        remove(gallery, one_of("path", ordered[start : start + _PATHS]))
+    for condition in _in_parts(sorted(paths)):
+        remove(gallery, condition)
 
 
 def remove(gallery: Gallery, condition: str) -> None:
@@ -138,4 +153,35 @@ def _index(gallery: Gallery) -> None:
     indexed = {index.columns[0] for index in table.list_indices()}
     for column in ("id", "scene", "path"):
         if column not in indexed:
-            table.create_scalar_index(column)
+            table.create_index(column, config=BTree())
+    if "embedding" not in indexed and table.count_rows(IS_PERSON) > gallery.exact_up_to:
+        table.create_index("embedding", config=vector_index(gallery.about.dim))
+
+
+def vector_index(dim: int) -> IvfPq:
+    """Embeddings in lists, as codes of a byte for four values (a divisor of the length)."""
+    return IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 4)))
+
+
+def purge(gallery: Gallery) -> None:
+    """Writes everything anew without what was removed, and deletes every older state.
+
+    A removed row is only marked as such in its file; other files, older states, and indices hold
+    it, too. Whoever reads an older state meanwhile gets an error, and so does whoever writes.
+
+    Raises:
+      UserError: the gallery cannot be written.
+    """
+    table: Any = gallery.table
+
+    def commit() -> None:
+        table.checkout_latest()
+        for index in table.list_indices():
+            table.drop_index(index.name)
+        table.update(where="true", values_sql={"number": "number"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that all older states go
+            table.optimize(cleanup_older_than=datetime.timedelta(0), delete_unverified=True)
+
+    committing(gallery.address, commit)
+    tidy(gallery)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -13,10 +15,13 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import load_config, load_weights
+from alignps_jax.devices import parallel_predict_step, replicate, split_over_devices
+from alignps_jax.files import Image, read_image
 from alignps_jax.inference.location_maps import LocationMaps, compute_maps, maps_of_photo
-from alignps_jax.inference.predict import PredictStep
+from alignps_jax.inference.many import Read, detect_all
+from alignps_jax.inference.predict import LARGE_PHOTO, PredictStep
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
-from alignps_jax.types import Detections, Weights
+from alignps_jax.types import Batch, Detections, UserError, Weights
 from data_pipeline.pipeline import single_image_batch
 
 
@@ -41,7 +46,8 @@ class Detector:
         self.step = int(weights.step)
         self.name = f"{source or 'weights in memory'}, step {self.step}"
         self._weights = weights
-        self._predict = jax.jit(PredictStep(model, config.eval))
+        self._step = PredictStep(model, config.eval)
+        self._predict = jax.jit(self._step)
         self._compute_maps = jax.jit(partial(compute_maps, model, config.eval.precision))
 
     @classmethod
@@ -86,6 +92,54 @@ class Detector:
         found = jax.device_get(self._predict(self._weights.params, self._weights.frozen, batch))
         valid = found.valid[0]
         return jax.tree.map(lambda x: x[0][valid], found)
+
+    def detect_many(self, photos: Iterable[str | Path | Image]) -> Iterator[Detections]:
+        """What `detect` finds in each of many photos, in their order.
+
+        They are read ahead in threads, batched, and spread over all local devices; memory does
+        not grow with their number. A file is shown as a viewer shows it (EXIF orientation).
+
+        Args:
+          photos: files, or RGB pixels; taken a few ahead of what is asked for.
+
+        Raises:
+          UserError: a photo cannot be read; it is the next one after those that were given.
+        """
+
+        def read(photo: str | Path | Image) -> Read[None]:
+            if isinstance(photo, np.ndarray):
+                return Read(None, photo)
+            try:
+                return Read(None, read_image(Path(photo), self.config.data.max_pixels))
+            except UserError as error:
+                return Read(None, error=error)
+
+        for result in detect_all(self, (partial(read, photo) for photo in photos)):
+            if result.found is None:
+                raise result.error or AssertionError("neither found nor failed")
+            yield result.found
+
+    def rows(self, bucket: tuple[int, int]) -> int:
+        """How many photos of a padded shape `detect_batch` takes."""
+        devices = jax.local_devices()
+        # On CPUs, large photos are computed one after another anyway (`PredictStep`).
+        if devices[0].platform == "cpu" and math.prod(bucket) >= LARGE_PHOTO:
+            return len(devices)
+        return len(devices) * max(1, self.config.eval.batch_size // len(devices))
+
+    def detect_batch(self, batch: Batch) -> Detections:
+        """Detections [devices, B / devices, K] of a batch, which may still be being computed."""
+        params, frozen = self._replicated
+        found: Detections = self._predict_parallel(params, frozen, split_over_devices(batch))
+        return found
+
+    @cached_property
+    def _predict_parallel(self) -> Any:
+        return parallel_predict_step(self._step)
+
+    @cached_property
+    def _replicated(self) -> tuple[Any, Any]:
+        return replicate((self._weights.params, self._weights.frozen))
 
     def maps(self, image: UInt8[np.ndarray, "H W 3"]) -> LocationMaps:
         """What the network computes at every location of an RGB photo; raises as `detect`."""

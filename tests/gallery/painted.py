@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 
 from alignps_jax.files import read_image, write_image
-from alignps_jax.gallery.entries import Scene, scene_id
+from alignps_jax.gallery.entries import FileState, Scene, scene_id
 from alignps_jax.gallery.store import Gallery
-from alignps_jax.gallery.table import FileState, IndexedScene
+from alignps_jax.gallery.table import IndexedScene
 from alignps_jax.gallery.writing import commit_scenes
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import Detections

@@ -69,18 +69,17 @@ def serve_gallery(
 
 
 def serve_checkpoint(
-    checkpoint: Path, config: ConfigDict, address: str, host: str, port: int
+    checkpoint: Path, config: ConfigDict, gallery: Gallery, host: str, port: int
 ) -> None:
     """Serves a gallery with the checkpoint that made it; arguments and errors as above.
 
     Marks are kept beside the gallery; those of one that lies elsewhere (s3://...) in the current
     folder.
     """
-    gallery = Gallery.open(address)
     use_compilation_cache(own_cache())
     detector = Detector.from_checkpoint(checkpoint, config)
     gallery.check_detector(detector)
-    serve_gallery(gallery, detector, marks_file(address), host, port)
+    serve_gallery(gallery, detector, marks_file(gallery.address), host, port)
 
 
 def marks_file(address: str) -> Path:

@@ -1,0 +1,72 @@
+"""A tiny network with random weights that finds a few people in any photo, and photos for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from alignps_jax.checkpoint.store import Checkpoints
+from alignps_jax.files import write_image
+from alignps_jax.inference.detector import inference_model
+from alignps_jax.nn.model import weights_template
+from alignps_jax.types import OIMMemory, TrainState
+from configs import tiny
+
+
+def network_config(threshold: float = 0.285) -> ConfigDict:
+    """A network that finds at most five people of that score."""
+    config = tiny.get_config()
+    config.data.max_pixels = 1_000_000
+    config.eval.score_threshold = threshold
+    config.eval.max_detections = 5
+    return config.lock()
+
+
+def write_checkpoint(folder: Path, config: ConfigDict, seed: int = 0) -> Path:
+    """A checkpoint of random weights, as training would leave one."""
+    template = weights_template(inference_model(config))
+    rng = np.random.default_rng(seed)
+
+    def random(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
+
+    params, frozen = jax.tree.map(random, (template.params, template.frozen))
+    params["head"]["scale0"] = np.ones((), np.float32)
+    params["head"]["box_predictor"]["bias"] = np.array([1.5, 2, 1.5, 2], np.float32)
+    memory = OIMMemory(np.ones((2, 2), np.float32), np.zeros((0, 2), np.float32), np.int32(0))
+    with Checkpoints(folder, keep=1, config=config) as checkpoints:
+        checkpoints.save(TrainState(np.int32(7), params, frozen, (), memory), {})
+    return folder
+
+
+def photo(seed: int, height: int = 96, width: int = 128) -> UInt8[np.ndarray, "H W 3"]:
+    """Colored blots, others for every seed."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def write_photos(folder: Path, names: list[str], first: int = 0) -> list[Path]:
+    """A photo of its own for each name."""
+    paths = [folder / name for name in names]
+    for seed, path in enumerate(paths, first):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(path, photo(seed))
+    return paths
+
+
+def write_video(path: Path, frames: list[UInt8[np.ndarray, "H W 3"]], rate: float = 5.0) -> Path:
+    """A video of frames (RGB)."""
+    height, width = frames[0].shape[:2]
+    coding = {".avi": "MJPG"}.get(path.suffix, "mp4v")
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*coding), rate, (width, height))
+    assert writer.isOpened()
+    for frame in frames:
+        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    writer.release()
+    return path
