@@ -157,25 +157,25 @@ def grouped(matches: Sequence[Match]) -> list[Entry]:
     in the ranking, so the order of entries never depends on it.
     """
     entries: list[Entry] = []
-    around: dict[tuple[str, int], list[tuple[Entry, Person, float]]] = {}
+    # Who was seen in each second of each video: the number of the entry, the person, and when.
+    around: dict[tuple[str, int], list[tuple[int, Person, float]]] = {}
     for match in matches:
         person = match.person
         second = person.scene.second
         if second is None:
             entries.append(Entry(match, [person]))
             continue
-        near = (
-            entry
+        near = {
+            number
             for turn in range(-_NEIGHBORS, _NEIGHBORS + 1)
-            for entry, known, when in around.get((person.scene.path, int(second) + turn), ())
+            for number, known, when in around.get((person.scene.path, int(second) + turn), ())
             if 0 < abs(when - second) <= _NEIGHBORS
             and _can_walk(known.box, person.box, abs(when - second))
-            and all(one.scene.second != second for one in entry.people)
-        )
-        entry = next(near, None)
-        if entry is None:
-            entry = Entry(match, [])
-            entries.append(entry)
-        entry.people.append(person)
-        around.setdefault((person.scene.path, int(second)), []).append((entry, person, second))
+            and all(one.scene.second != second for one in entries[number].people)
+        }
+        number = min(near, default=len(entries))
+        if number == len(entries):
+            entries.append(Entry(match, []))
+        entries[number].people.append(person)
+        around.setdefault((person.scene.path, int(second)), []).append((number, person, second))
     return entries
