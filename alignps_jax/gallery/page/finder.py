@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import secrets
@@ -10,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -120,9 +121,27 @@ class Finder:
         landscape, portrait = (
             np.zeros((*size, 3), np.uint8) for size in ((short, long), (long, short))
         )
-        self._jobs.put(lambda: self._detect(landscape))
-        self._jobs.put(lambda: self._prepare("the search", prepare))
-        self._jobs.put(lambda: self._detect(portrait))
+        self._one_by_one(
+            [
+                lambda: self._detect(landscape),
+                lambda: self._prepare("the search", prepare),
+                lambda: self._detect(portrait),
+            ]
+        )
+
+    def _one_by_one(self, steps: Sequence[Callable[[], object]]) -> None:
+        """Does the steps, each after the photos that wait by then."""
+
+        def step() -> None:
+            try:
+                steps[0]()
+            finally:
+                self._one_by_one(steps[1:])
+
+        # Where there is no room, there are photos enough to compile for.
+        with contextlib.suppress(queue.Full):
+            if steps:
+                self._jobs.put_nowait(step)
 
     def _prepare(self, name: str, prepare: Callable[[], _Made]) -> _Made:
         self._first = name, time.monotonic()

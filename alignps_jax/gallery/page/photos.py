@@ -202,13 +202,14 @@ def people_of(site: Site, scene: Scene, chosen: str) -> list[dict[str, Any]]:
     """Everybody in a scene as its page shows them; one of them is chosen."""
     return [
         {
+            "number": number,
             "view": person.id,
             "box": person.box,
             "score": person.score,
             "picture": f"/person/{person.id}.jpg",
             "chosen": person.id == chosen,
         }
-        for person in site.gallery.people(scene.id)
+        for number, person in enumerate(site.gallery.people(scene.id), 1)
     ]
 
 
@@ -235,6 +236,7 @@ def upload_values(site: Site, query: Query, upload: Upload, box: str) -> dict[st
     if found is not None:
         people = [
             {
+                "number": row + 1,
                 "view": uploaded_view(upload.id, row),
                 "box": found.boxes[row],
                 "score": float(found.scores[row]),

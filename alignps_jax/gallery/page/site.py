@@ -7,6 +7,7 @@ import mimetypes
 import re
 import threading
 import time
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -15,6 +16,7 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from alignps_jax.boxes import area
 from alignps_jax.gallery.entries import Filter, Person, Scene
 from alignps_jax.gallery.page.finder import Finder
 from alignps_jax.gallery.page.marks import Marks
@@ -130,6 +132,11 @@ def file_name(path: str) -> str:
     return text_of(path.replace("\\", "/").rstrip("/").rpartition("/")[2])
 
 
+def largest_first(people: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """People by the area of their boxes, for the small ones to be drawn last and stay in reach."""
+    return sorted(people, key=lambda one: -float(area(one["box"])))
+
+
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FunctionLoader(lambda name: (_HERE / "templates" / name).read_text("utf-8")),
     autoescape=True,
@@ -141,6 +148,7 @@ _TEMPLATES.filters |= {
     "text": text_of,
     "clock": clock,
     "summary": summary,
+    "largest_first": largest_first,
     "file_name": file_name,
 }
 _TEMPLATES.globals |= {"span": span, "MAX_BODY": MAX_BODY}
