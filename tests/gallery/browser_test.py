@@ -263,6 +263,7 @@ def test_a_phone(visit):
     background = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     assert max(map(int, re.findall(r"\d+", background))) < 60  # dark
     page.locator(".results .picture").first.tap()
+    expect(page.get_by_role("link", name="Back to the results")).to_be_visible()
     assert fits()
     # By touch a box is drawn after the switch, else a finger scrolls.
     page.get_by_role("button", name="Draw a box").tap()
