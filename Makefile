@@ -19,7 +19,7 @@ AOT_READY := $(AOT)/.ready
 # Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test shapes test-newest docs fuzz soak parity benchmark accelerators accelerators-short \
+.PHONY: setup demo serve test shapes test-newest docs fuzz soak parity benchmark accelerators accelerators-short \
   setup-accelerators golden lint lock clean
 
 setup: $(READY)
@@ -33,6 +33,17 @@ $(READY): requirements.lock pyproject.toml
 
 demo: setup
 	$(BIN)/python launch.py --config configs/synthetic.py --workdir=runs/demo
+
+# The test photos of the demo as a gallery, and the page that searches it: http://127.0.0.1:8000
+# until Ctrl-C (make serve PORT=8001). Photos that the gallery knows are not looked at again.
+PORT ?= 8000
+DEMO := runs/demo
+SERVED := --checkpoint=$(DEMO) --gallery=$(DEMO)/people.lance
+serve: setup
+	@test -d $(DEMO)/checkpoints || { echo "error: found no $(DEMO), expected the demo; run make demo first"; exit 2; }
+	$(BIN)/python -m data_pipeline.test_photos data/synthetic $(DEMO)/photos
+	$(BIN)/python launch.py --mode=index $(SERVED) --source=$(DEMO)/photos
+	$(BIN)/python launch.py --mode=serve $(SERVED) --port=$(PORT)
 
 test: setup lint
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -71,6 +71,8 @@ class Arguments:
     topology: str | None = _flag()
     scale: str | None = _flag()
     batch: int | None = _flag(int)
+    host: str = _flag(str, "127.0.0.1")
+    port: int = _flag(int, 8000)
     accept_changes: bool = _flag(bool, False)
     coordinator: Text = _flag()
     processes: int | None = _flag(int)

@@ -86,6 +86,15 @@ def detect(args: Arguments) -> None:
     detect_source(checkpoint, config, args.source, parse_every(args.every), target)
 
 
+def serve(args: Arguments) -> None:
+    need_extra("--mode=serve")
+    from alignps_jax.gallery.page.serve import serve_checkpoint
+
+    checkpoint = Path(args.checkpoint)
+    config = checkpoint_config(args, checkpoint)
+    serve_checkpoint(checkpoint, config, _gallery(args), args.host, args.port)
+
+
 def convert(args: Arguments) -> None:
     source, workdir = Path(args.source), Path(args.workdir)
     convert_released(args.configuration(), source, workdir, args.convention)
@@ -171,6 +180,7 @@ MODES: dict[str, Callable[[Arguments], None]] = {
     "index": index,
     "forget": forget,
     "detect": detect,
+    "serve": serve,
     "convert": convert,
     "export": export,
     "visualize": visualize,

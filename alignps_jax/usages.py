@@ -139,6 +139,23 @@ USAGES: dict[str, Usage] = {
         ("--mode=detect --checkpoint=runs/cuhk --source=/photos --target=people.json",),
         needs=(("checkpoint",), ("source",), ("target",)),
     ),
+    "serve": Usage(
+        "serves a page in the browser that searches a gallery",
+        {
+            "config": _OTHER_CONFIG,
+            "checkpoint": f"{_CHECKPOINT}; the one that made the gallery",
+            "gallery": _LASTING,
+            "exact_up_to": _EXACT,
+            "host": "address to listen on; default: 127.0.0.1, this machine alone; any other one "
+            "prints an address with a token that visitors need",
+            "port": "port to listen on, 0 for a free one; default: 8000",
+        },
+        (
+            "--mode=serve --gallery=people.lance --checkpoint=runs/cuhk",
+            "--mode=serve --gallery=people.lance --checkpoint=runs/cuhk --host=0.0.0.0 --port=80",
+        ),
+        needs=(("checkpoint",), ("gallery",)),
+    ),
     "convert": Usage(
         "makes a checkpoint of published PyTorch weights",
         {

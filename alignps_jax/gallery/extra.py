@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alignps_jax.types import UserError
 
-_PACKAGES = ("lancedb", "pyarrow")
+_PACKAGES = ("lancedb", "pyarrow", "fastapi", "jinja2", "python_multipart", "uvicorn")
 
 
 def need_extra(what: str) -> None:
