@@ -67,6 +67,7 @@ class Arguments:
     scale: str | None = _flag()
     batch: int | None = _flag(int)
     accept_changes: bool = _flag(bool, False)
+    distributed: bool = _flag(bool, False)
     coordinator: Text = _flag()
     processes: int | None = _flag(int)
     process: int | None = _flag(int)
@@ -221,11 +222,17 @@ def _example(usage: Usage) -> str:
 
 
 def _check_processes(found: Mapping[str, Any]) -> None:
-    """Raises UserError unless the three flags of a multi-process run fit together."""
+    """Raises UserError unless the flags of a multi-process run fit together."""
     names = ("coordinator", "processes", "process")
     missing = [f"--{name}" for name in names if found[name] is None]
     if len(missing) == len(names):
         return
+    if found["distributed"]:
+        given = [f"--{name}" for name in names if found[name] is not None]
+        raise UserError(
+            f"--distributed: found {_listed(given, 'and')} beside it, expected none: the cluster's "
+            "manager says all of them"
+        )
     if missing:
         raise UserError(
             f"{_listed(missing, 'and')}: missing, --coordinator, --processes and --process go "

@@ -10,9 +10,10 @@ _OTHER_CONFIG = f"{_CONFIG}; default: the configuration of the checkpoint"
 _CHECKPOINT = "workdir of a run (its best step), or the folder of one step"
 _BOX = "x1,y1,x2,y2 of the person in the query photo, in its pixels; default: everybody"
 _PROCESSES = {
-    "coordinator": "runs of several processes: host:port of process 0",
-    "processes": "runs of several processes: how many there are",
-    "process": "runs of several processes: which one this is, from 0",
+    "distributed": "runs of several processes that SLURM, Open MPI, Kubernetes or a TPU pod starts",
+    "coordinator": "elsewhere: host:port of process 0",
+    "processes": "elsewhere: how many processes there are",
+    "process": "elsewhere: which one this is, from 0",
 }
 
 

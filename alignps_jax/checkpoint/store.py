@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import platform
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,7 @@ from alignps_jax.checkpoint.older import complete
 from alignps_jax.checkpoint.places import is_step, steps_in
 from alignps_jax.checkpoint.scores import best_step, score_in, write_metrics
 from alignps_jax.files import write_json
+from alignps_jax.peers import agree, leads
 from alignps_jax.types import TrainState, UserError, Weights
 
 _PACKAGES = (
@@ -60,6 +62,8 @@ _PACKAGES = (
 )
 # Of a run: its configuration, and what it was run with.
 RUN_INFO = ("config.json", "versions.json")
+# Seconds after which every machine sees what another one wrote, or never will.
+_LATE = 60
 
 
 class Checkpoints:
@@ -147,14 +151,14 @@ class Checkpoints:
             ) from error
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint, as process 0 sees it."""
         self.wait()
-        return max(steps_in(self._root), default=None)
+        return agree(lambda: max(steps_in(self._root), default=None))
 
     def has_score(self, step: int) -> bool:
-        """Whether the checkpoint of a step has its score."""
+        """Whether the checkpoint of a step has its score, as process 0 sees it."""
         self.wait()
-        return (self._root / str(step) / "metrics").is_dir()
+        return agree(lambda: (self._root / str(step) / "metrics").is_dir())
 
     def save(self, state: TrainState, iterator_state: Any, score: float | None = None) -> None:
         """Copies the state, which may be donated afterwards, and writes it in the background.
@@ -197,20 +201,20 @@ class Checkpoints:
 
         `template` (arrays, or `jax.eval_shape`'s) gives structure, shapes and dtypes. Arrays come
         back bit for bit, on the default device; NumPy arrays of the template as NumPy arrays.
-        Raises UserError if there is no such checkpoint, it is damaged, does not fit the
-        template, or was written by another number of processes.
+        Where another number of processes wrote it, the iterator state is that of their first: all
+        have come to the same batch. Raises UserError if there is no such checkpoint, it is
+        damaged, or does not fit the template.
         """
-        self.wait()
-        folder = _find(self._root, "latest" if step is None else step)
+        latest = self.latest_step()
+        wanted = latest if step is None else step
+        if wanted is not None and wanted == latest:
+            _await(self._root / str(latest))
+        folder = _find(self._root, "latest" if wanted is None else wanted)
         state = restore_arrays(folder, template, ("model", "training"))
         file = folder / "iterator" / _iterator_file()
         found = sorted(path.name for path in file.parent.glob("process_*"))
         if found and file.name not in found:
-            # Converted weights come from no data: any number of processes may start from them.
-            other = file.with_name(found[0])
-            if reading(folder, lambda: _unpack(read_json(other))) is not None:
-                raise UserError(f"{file.parent}: found {found[0]}, expected {file.name}")
-            file = other
+            file = file.with_name(found[0])
         return state, reading(folder, lambda: _unpack(read_json(file)))
 
 
@@ -248,6 +252,15 @@ def load_weights(path: Path, template: Weights | TrainState, which: str | int = 
     logging.getLogger("absl").addFilter(_is_worth_logging)
     weights = Weights(template.step, template.params, template.frozen)
     return restore_arrays(_find(path, which), weights, ("model",))
+
+
+def best_step_of(path: Path) -> int:
+    """The step that `load_weights` takes of `path`; all processes agree on it."""
+    step = agree(lambda: int(_find(path, "best").name))
+    root = Path(path) / "checkpoints"
+    if root.is_dir():
+        _await(root / str(step))
+    return step
 
 
 def chosen_by(path: Path) -> str:
@@ -314,6 +327,13 @@ def _find(path: Path, which: str | int) -> Path:
     if which not in steps:
         raise UserError(f"{root}: found steps {steps}, expected best, latest or one of them")
     return root / str(which)
+
+
+def _await(folder: Path) -> None:
+    """Waits for what process 0 sees: a network file system may show it here later."""
+    end = time.monotonic() + _LATE
+    while not leads() and not folder.is_dir() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def _completed(stored: dict[str, Any]) -> ConfigDict:
