@@ -64,16 +64,13 @@ class Monitor:
     def restart_clock(self) -> None:
         """Forgets the time that has passed since the last line of the log."""
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
-        self._pixels = self._padded = 0
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next batch; the time that it takes counts as waiting for data."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        images, height, width = batch.image.shape[:3]
-        self._pixels += images * height * width
-        self._padded += images * height * width - int(batch.size.prod(axis=1).sum())
+        height, width = batch.image.shape[1:3]
         self.compiles = (height, width) not in self._buckets
         if self.compiles:
             self._buckets.add((height, width))
@@ -136,7 +133,7 @@ class Monitor:
             "epoch": step / self._pipeline.steps_per_epoch,
             "images_per_second": rate,
             "data_wait": self._waited / elapsed,
-            "padding": self._padded / self._pixels,
+            "padding": self._pipeline.plan(step - 1).padding,
         } | peak_memory()
         self._log.scalars(step, values)
         self.restart_clock()
