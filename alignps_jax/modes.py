@@ -4,8 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from alignps_jax.checkpoint.places import check_lasting, is_step, results_folder
-from alignps_jax.choices import known_name
+from alignps_jax.choices import choose, known_name
 from alignps_jax.command_line import Arguments
 from alignps_jax.configuration import checkpoint_config, detections_config, train_config
 from alignps_jax.evaluation.evaluate import evaluate_checkpoint
@@ -16,6 +18,7 @@ from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.experiments.scaling.run import run_scaling
 from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
 from alignps_jax.gallery.photos import parse_box, search_photos
+from alignps_jax.inference.exported import SUFFIX, export_programs
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.weights.convert import convert_released, export_released
 from configs import cuhk
@@ -53,7 +56,8 @@ def convert(args: Arguments) -> None:
 def export(args: Arguments) -> None:
     checkpoint, target = Path(args.checkpoint), Path(args.target)
     check_lasting("--target", target)
-    export_released(checkpoint, target, checkpoint_config(args, checkpoint))
+    write = choose(f"--target: suffix of {target}", target.suffix, EXPORTERS)
+    write(checkpoint, target, checkpoint_config(args, checkpoint))
 
 
 def visualize(args: Arguments) -> None:
@@ -108,6 +112,13 @@ def _say_where(checkpoint: Path, folder: Path) -> None:
     if is_step(checkpoint):
         print(f"results go to {folder}, because training deletes the folders of steps in time")
 
+
+# What --mode=export writes, by the suffix of --target.
+EXPORTERS: dict[str, Callable[[Path, Path, ConfigDict], None]] = {
+    ".pth": export_released,
+    ".safetensors": export_released,
+    SUFFIX: export_programs,
+}
 
 MODES: dict[str, Callable[[Arguments], None]] = {
     "train": train,

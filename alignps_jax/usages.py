@@ -104,13 +104,17 @@ USAGES: dict[str, Usage] = {
         needs=(("config",), ("source",), ("workdir",)),
     ),
     "export": Usage(
-        "writes a checkpoint in the naming of the released PyTorch code",
+        "writes a checkpoint as the released PyTorch code names it, or as a program without ours",
         {
             "config": _OTHER_CONFIG,
             "checkpoint": _CHECKPOINT,
-            "target": "file to write (.pth or .safetensors)",
+            "target": "file to write: .pth or .safetensors (PyTorch), .stablehlo (jax.export)",
         },
-        ("--mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors",),
+        (
+            "--mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors",
+            "--mode=export --checkpoint=runs/cuhk --target=detector.stablehlo "
+            "--config.eval.batch_size=1",
+        ),
         needs=(("checkpoint",), ("target",)),
     ),
     "visualize": Usage(
