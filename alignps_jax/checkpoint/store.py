@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import platform
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -49,11 +48,12 @@ from alignps_jax.checkpoint.arrays import (
     system_reason,
     unsealed,
 )
+from alignps_jax.checkpoint.choice import await_folder, find_step
 from alignps_jax.checkpoint.older import complete
 from alignps_jax.checkpoint.places import is_step, steps_in
 from alignps_jax.checkpoint.scores import best_step, score_in, write_metrics
 from alignps_jax.files import write_json
-from alignps_jax.peers import agree, leads
+from alignps_jax.peers import agree
 from alignps_jax.types import TrainState, UserError, Weights
 
 _PACKAGES = (
@@ -62,8 +62,6 @@ _PACKAGES = (
 )
 # Of a run: its configuration, and what it was run with.
 RUN_INFO = ("config.json", "versions.json")
-# Seconds after which every machine sees what another one wrote, or never will.
-_LATE = 60
 
 
 class Checkpoints:
@@ -208,8 +206,8 @@ class Checkpoints:
         latest = self.latest_step()
         wanted = latest if step is None else step
         if wanted is not None and wanted == latest:
-            _await(self._root / str(latest))
-        folder = _find(self._root, "latest" if wanted is None else wanted)
+            await_folder(self._root / str(latest))
+        folder = find_step(self._root, "latest" if wanted is None else wanted)
         state = restore_arrays(folder, template, ("model", "training"))
         file = folder / "iterator" / _iterator_file()
         found = sorted(path.name for path in file.parent.glob("process_*"))
@@ -223,7 +221,7 @@ def load_config(path: Path, which: str | int = "best") -> ConfigDict:
 
     Fields that are newer than the checkpoint say what the software did before it had them.
     """
-    return read_manifest(_find(path, which), lambda manifest: _completed(manifest["config"]))
+    return read_manifest(find_step(path, which), lambda manifest: _completed(manifest["config"]))
 
 
 def load_run_config(workdir: Path) -> ConfigDict | None:
@@ -251,23 +249,14 @@ def load_weights(path: Path, template: Weights | TrainState, which: str | int = 
     """
     logging.getLogger("absl").addFilter(_is_worth_logging)
     weights = Weights(template.step, template.params, template.frozen)
-    return restore_arrays(_find(path, which), weights, ("model",))
-
-
-def best_step_of(path: Path) -> int:
-    """The step that `load_weights` takes of `path`; all processes agree on it."""
-    step = agree(lambda: int(_find(path, "best").name))
-    root = Path(path) / "checkpoints"
-    if root.is_dir():
-        _await(root / str(step))
-    return step
+    return restore_arrays(find_step(path, which), weights, ("model",))
 
 
 def chosen_by(path: Path) -> str:
     """What makes `load_weights` take the step of `path` that it takes, after "chosen by"."""
     if is_step(Path(path)):
         return "hand"
-    folder = _find(path, "best")
+    folder = find_step(path, "best")
     if not (folder / "metrics").is_dir():
         return "being the newest, as no step has a score"
     data = load_config(folder).get("data", ConfigDict())
@@ -283,7 +272,7 @@ def load_arrays(
     `path`, `which` and errors as in `load_weights`, but nothing has to fit. Arrays without
     elements are left out.
     """
-    folder = _find(path, which)
+    folder = find_step(path, which)
     specs = read_manifest(folder, array_specs)
 
     def read() -> dict[str, np.ndarray]:
@@ -310,30 +299,6 @@ def write_run_info(workdir: Path, config: ConfigDict) -> None:
         config_file, versions_file = (Path(workdir) / name for name in RUN_INFO)
         write_json(config_file, content, allow_nan=True)
         write_json(versions_file, package_versions())
-
-
-def _find(path: Path, which: str | int) -> Path:
-    """The folder of one checkpoint; see `load_weights`."""
-    path = Path(path).absolute()
-    if is_step(path):
-        return path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(steps_in(root))
-    if not steps:
-        raise UserError(f"{path}: found no checkpoint, expected a run's workdir or part of it")
-    if which in ("best", "latest"):
-        best = best_step(root) if which == "best" else None
-        which = steps[-1] if best is None else best
-    if which not in steps:
-        raise UserError(f"{root}: found steps {steps}, expected best, latest or one of them")
-    return root / str(which)
-
-
-def _await(folder: Path) -> None:
-    """Waits for what process 0 sees: a network file system may show it here later."""
-    end = time.monotonic() + _LATE
-    while not leads() and not folder.is_dir() and time.monotonic() < end:
-        time.sleep(0.1)
 
 
 def _completed(stored: dict[str, Any]) -> ConfigDict:

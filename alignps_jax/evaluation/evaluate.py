@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import best_step_of, chosen_by, load_weights
+from alignps_jax.checkpoint.choice import best_step_of
+from alignps_jax.checkpoint.store import chosen_by, load_weights
 from alignps_jax.devices import (
     own_cache,
     parallel_predict_step,

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.choice import best_step_of
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import (
     Checkpoints,
-    best_step_of,
     chosen_by,
     load_weights,
     write_run_info,
