@@ -20,7 +20,7 @@ AOT_READY := $(AOT)/.ready
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: setup demo test shapes test-newest docs fuzz soak parity benchmark accelerators accelerators-short \
-  setup-accelerators golden lint lock clean
+  cluster setup-accelerators golden lint lock clean
 
 setup: $(READY)
 
@@ -75,6 +75,10 @@ fuzz: setup
 KILLS ?= 200
 soak: setup
 	$(BIN)/python -m tests.soak --kills=$(KILLS)
+
+# Four processes from nothing, one is killed, two resume: what a cluster does, on this machine.
+cluster: setup
+	$(BIN)/python -m tests.soak.cluster
 
 # The pages and the API reference, as docs/_build/html/index.html; a warning is an error.
 docs: $(DOCS_READY)

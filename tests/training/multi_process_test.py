@@ -12,53 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.places import ROOT, free_port
+from tests.cluster import finish, slurm, start
+from tests.places import ROOT
 from tests.training.train_test import command, environment, link_cache, losses
 
 SHORT = ("--config.train.duration=3 steps", "--config.train.checkpoint_every=3 steps")
-
-
-def flags_of(index: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """The three flags, as one types them where nothing manages the machines."""
-    return [f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={index}"], {}
-
-
-def slurm(index: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """What srun says of itself; JAX reads it."""
-    return ["--distributed"], {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "SLURM_PROCID": str(index),
-        "SLURM_LOCALID": "0",
-        "JAX_COORDINATOR_PORT": str(port),
-    }
-
-
-def start(shared: Path, workdir: Path, *flags: str, joined=flags_of) -> list[subprocess.Popen[str]]:
-    """Two processes of two devices."""
-    port = free_port()
-    processes = []
-    for index in range(2):
-        more, variables = joined(index, port)
-        processes.append(
-            subprocess.Popen(
-                command(shared, workdir, *flags, *more),
-                cwd=ROOT,
-                env=environment(2) | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return processes
-
-
-def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == code, output
-    return outputs
 
 
 def run_alone(shared: Path, workdir: Path, *flags: str, devices: int = 1) -> None:
@@ -86,7 +44,7 @@ def from_nothing(tmp_path_factory) -> Path:
     """Two processes that SLURM would have started, without data set and workdir."""
     shared = tmp_path_factory.mktemp("shared")
     workdir = shared / "pmap"
-    outputs = finish(start(shared, workdir, *SHORT, joined=slurm))
+    outputs = finish(start(shared, workdir, *SHORT, joining=slurm))
     assert "synthetic: preparing " in outputs[0]
     assert "synthetic: 24 train and 16 test images in " in outputs[1]  # as process 0 left them
     assert "curves" not in outputs[1]
