@@ -19,8 +19,8 @@ AOT_READY := $(AOT)/.ready
 # Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: setup demo serve test shapes test-newest docs fuzz soak parity benchmark accelerators accelerators-short \
-  setup-accelerators golden lint lock clean
+.PHONY: setup demo serve test shapes test-newest docs fuzz soak parity benchmark accelerators \
+  accelerators-short cluster setup-accelerators golden lint lock clean
 
 setup: $(READY)
 
@@ -86,6 +86,10 @@ fuzz: setup
 KILLS ?= 200
 soak: setup
 	$(BIN)/python -m tests.soak --kills=$(KILLS)
+
+# Four processes from nothing, one is killed, two resume: what a cluster does, on this machine.
+cluster: setup
+	$(BIN)/python -m tests.soak.cluster
 
 # The pages and the API reference, as docs/_build/html/index.html; a warning is an error.
 docs: $(DOCS_READY)

@@ -8,6 +8,7 @@ import io
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from alignps_jax.large_pages import restart_with_large_pages
 
@@ -16,9 +17,8 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback out of an import
     restart_with_large_pages()  # before the slow imports
 
-import jax
-
 from alignps_jax.command_line import parse
+from alignps_jax.peers import end_together, join
 from alignps_jax.types import UserError
 
 # What the system says where there is no room, wherever in the code it says so.
@@ -28,8 +28,13 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def main(argv: Sequence[str]) -> int:
     """Runs one mode; returns the exit code.
 
-    0, 2 after bad input, 3 where photos were skipped, 130 after Ctrl-C, 143 after SIGTERM.
+    0, 2 after bad input, 3 where photos were skipped, 4 where another process of the run is gone,
+    130 after Ctrl-C, 143 after SIGTERM.
     """
+    return end_together(partial(_run, argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
@@ -40,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
         # Imported here because all modes together take seconds, which --help and typos need not.
         from alignps_jax.modes import MODES
 
-        if args.coordinator:
-            jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        if args.coordinator or args.distributed:
+            join(args.coordinator, args.processes, args.process)
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         MODES[args.mode](args)

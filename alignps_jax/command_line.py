@@ -74,6 +74,7 @@ class Arguments:
     host: str = _flag(str, "127.0.0.1")
     port: int = _flag(int, 8000)
     accept_changes: bool = _flag(bool, False)
+    distributed: bool = _flag(bool, False)
     coordinator: Text = _flag()
     processes: int | None = _flag(int)
     process: int | None = _flag(int)
@@ -228,11 +229,17 @@ def _example(usage: Usage) -> str:
 
 
 def _check_processes(found: Mapping[str, Any]) -> None:
-    """Raises UserError unless the three flags of a multi-process run fit together."""
+    """Raises UserError unless the flags of a multi-process run fit together."""
     names = ("coordinator", "processes", "process")
     missing = [f"--{name}" for name in names if found[name] is None]
     if len(missing) == len(names):
         return
+    if found["distributed"]:
+        given = [f"--{name}" for name in names if found[name] is not None]
+        raise UserError(
+            f"--distributed: found {_listed(given, 'and')} beside it, expected none: the cluster's "
+            "manager says all of them"
+        )
     if missing:
         raise UserError(
             f"{_listed(missing, 'and')}: missing, --coordinator, --processes and --process go "

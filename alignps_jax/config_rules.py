@@ -123,6 +123,7 @@ RULES: dict[str, Rule] = {
     "data.train_scales": _tuple_of(_SCALE, f"one or more pairs {_PAIR}", least=1),
     "data.test_scale": _SCALE,
     "data.flip_probability": _SHARE,
+    "data.max_programs": _unset_or(_integer(1)),
     "data.min_side": _integer(0),
     "data.validation_fraction": Rule(
         lambda x: _is_number(x) and 0 <= x < 1, "a number, 0 or more and below 1"

@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from alignps_jax.checkpoint.places import check_lasting, is_step, results_folder
-from alignps_jax.choices import known_name
+from alignps_jax.choices import choose, known_name
 from alignps_jax.command_line import Arguments
 from alignps_jax.configuration import checkpoint_config, detections_config, train_config
 from alignps_jax.evaluation.detect import detect_source
@@ -20,6 +22,7 @@ from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
 from alignps_jax.gallery.extra import is_gallery, need_extra
 from alignps_jax.gallery.photos import parse_box, search_photos
 from alignps_jax.gallery.sources import parse_every
+from alignps_jax.inference.exported import SUFFIX, export_programs
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.weights.convert import convert_released, export_released
 from configs import cuhk
@@ -110,7 +113,8 @@ def export(args: Arguments) -> None:
         export_gallery(_gallery(args), target)
         return
     checkpoint = Path(args.checkpoint)
-    export_released(checkpoint, target, checkpoint_config(args, checkpoint))
+    write = choose(f"--target: suffix of {target}", target.suffix, EXPORTERS)
+    write(checkpoint, target, checkpoint_config(args, checkpoint))
 
 
 def visualize(args: Arguments) -> None:
@@ -172,6 +176,13 @@ def _say_where(checkpoint: Path, folder: Path) -> None:
     if is_step(checkpoint):
         print(f"results go to {folder}, because training deletes the folders of steps in time")
 
+
+# What --mode=export writes, by the suffix of --target.
+EXPORTERS: dict[str, Callable[[Path, Path, ConfigDict], None]] = {
+    ".pth": export_released,
+    ".safetensors": export_released,
+    SUFFIX: export_programs,
+}
 
 MODES: dict[str, Callable[[Arguments], None]] = {
     "train": train,

@@ -13,9 +13,10 @@ _LASTING = "gallery that --mode=index made (a folder, or another address that La
 _EXACT = "up to so many people are searched exactly, in memory; default: 2000000"
 _EVERY = "of a video, one frame per so much time is looked at: 1s, 500ms, 2min; default: 1s"
 _PROCESSES = {
-    "coordinator": "runs of several processes: host:port of process 0",
-    "processes": "runs of several processes: how many there are",
-    "process": "runs of several processes: which one this is, from 0",
+    "distributed": "runs of several processes that SLURM, Open MPI, Kubernetes or a TPU pod starts",
+    "coordinator": "elsewhere: host:port of process 0",
+    "processes": "elsewhere: how many processes there are",
+    "process": "elsewhere: which one this is, from 0",
 }
 
 
@@ -171,19 +172,22 @@ USAGES: dict[str, Usage] = {
         needs=(("config",), ("source",), ("workdir",)),
     ),
     "export": Usage(
-        "writes a checkpoint as the released PyTorch code names it, or a gallery as one table",
+        "writes a checkpoint for PyTorch or as a program without ours, or a gallery as one table",
         {
             "config": _OTHER_CONFIG,
             "checkpoint": _CHECKPOINT,
             "gallery": _LASTING,
-            "target": "file to write: .pth or .safetensors; of a gallery .parquet or .arrow",
+            "target": "file to write: .pth or .safetensors as the released PyTorch code names the "
+            "weights; .stablehlo (jax.export); of a gallery .parquet or .arrow",
         },
         (
             "--mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors",
+            "--mode=export --checkpoint=runs/cuhk --target=detector.stablehlo "
+            "--config.eval.batch_size=1",
             "--mode=export --gallery=people.lance --target=people.parquet",
         ),
         needs=(("checkpoint", "gallery"), ("target",)),
-        one_of=(("checkpoint", "gallery"),),
+        one_of=(("checkpoint", "gallery"), ("config", "gallery")),
     ),
     "visualize": Usage(
         "draws figures: sampling points, rankings, similarity, detections, curves",

@@ -37,6 +37,10 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     # The same limits for evaluation and search.
     data.test_scale = (1500, 900)
+    # At most so many shapes that training pads its batches to, chosen from the photos' sizes so
+    # that there is little padding; the images of a batch then share a scale. If unset, one shape
+    # for each scale and orientation, and each image of a batch draws a scale of its own (Paper).
+    data.max_programs = config_dict.placeholder(int)
     # Probability that a training image is mirrored.
     data.flip_probability = 0.5
     # Training leaves out photos with a side of fewer pixels than this.

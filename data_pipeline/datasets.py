@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,8 @@ def prepare(data: ConfigDict) -> PreparedDataset:
     """
     builder_class = _builder_class(data)
     prepared = Path(data.prepared_dir or Path(data.root) / "prepared").expanduser()
-    builder = builder_class(root=data.root, data_dir=prepared, max_pixels=data.max_pixels)
+    make = partial(builder_class, root=data.root, data_dir=prepared, max_pixels=data.max_pixels)
+    builder = make()
     for line in clear_leftovers(builder.folder):
         print(f"  {line}")
     if builder.is_prepared:
@@ -113,8 +115,11 @@ def prepare(data: ConfigDict) -> PreparedDataset:
         print(f"{builder.source.title}: preparing {builder.data_path}", flush=True)
         for folder in builder.outdated:
             print(f"  {folder}: made from other annotations or photos; stays until you delete it")
-        builder.prepare()
-        print(_summary(builder), flush=True)
+        if builder.prepare():
+            print(_summary(builder), flush=True)
+        else:
+            builder = make()
+            print("  another process prepared it meanwhile", flush=True)
     return PreparedDataset(**{split: builder.open(split) for split in SPLITS})
 
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.types import Batch, UserError
 from data_pipeline import transforms
+from data_pipeline.buckets import choose_buckets
 from data_pipeline.trainable import (
     orientations,
     rescaled_sizes,
@@ -44,6 +45,12 @@ class BatchPlan:
     flips: Bool[np.ndarray, "B"]
     valid: Bool[np.ndarray, "B"]
     bucket: Size
+
+    @property
+    def padding(self) -> float:
+        """The share of the batch's pixels that come from no photo."""
+        photos = self.sizes.astype(np.int64).prod(axis=1)[self.valid].sum()
+        return float(1 - photos / (len(self.sizes) * self.bucket[0] * self.bucket[1]))
 
     def shard(self, process_index: int, process_count: int) -> BatchPlan:
         """The rows of one process: the global batch in equal, consecutive parts."""
@@ -106,10 +113,13 @@ class TrainPipeline:
     An epoch shuffles the usable images, keeps landscape and portrait apart, and visits every
     image at least once: the last batch of each orientation is filled up from the front of that
     orientation's order. Scale and flip are drawn per row. So `steps_per_epoch` never changes.
+
+    With `data.max_programs`, groups of like aspect ratios take the place of the orientations, and
+    `one_scale` is drawn per batch: most padding comes from small images beside large ones.
     """
 
     reader: BatchReader
-    # Usable images by orientation (landscape, portrait), an empty one left out.
+    # Usable images by orientation (landscape, portrait), an empty one left out; or by buckets.
     groups: tuple[Int[np.ndarray, "_"], ...]
     # Resized (height, width) of every image of the split at each of the S training scales.
     sizes: Int[np.ndarray, "N S 2"] = dataclasses.field(repr=False)
@@ -117,6 +127,7 @@ class TrainPipeline:
     flip_probability: float
     seed: int
     batch_size: int
+    one_scale: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -139,7 +150,10 @@ class TrainPipeline:
             for group in self.groups
         ]
         epoch_indices = rng.permutation(np.concatenate(batches))
-        epoch_scales = rng.integers(self.sizes.shape[1], size=epoch_indices.shape)
+        draws = (len(epoch_indices), 1) if self.one_scale else epoch_indices.shape
+        epoch_scales = np.broadcast_to(
+            rng.integers(self.sizes.shape[1], size=draws), epoch_indices.shape
+        )
         epoch_flips = rng.random(epoch_indices.shape) < self.flip_probability
         indices = epoch_indices[position]
         sizes = self.sizes[indices, epoch_scales[position]]
@@ -218,14 +232,25 @@ def make_train_pipeline(
         raise UserError(f"seed: found {seed}, expected a number that is not negative")
     split = with_trainable_boxes(split)
     usable = usable_images(split, data.min_side)
+    sizes = rescaled_sizes(split, data.train_scales)
+    groups = tuple(group for group in orientations(split, usable) if len(group))
+    shapes = transforms.buckets(data.train_scales)
+    if data.max_programs is not None:
+        found = choose_buckets(sizes, usable, data.max_programs, batch_size)
+        groups, shapes = found.groups, found.shapes
+        print(
+            f"buckets: {len(shapes)} shapes for {len(groups)} groups of images; "
+            f"{found.padding:.1%} of the pixels are padding"
+        )
     return TrainPipeline(
         reader=_reader(split, data, process_index, process_count),
-        groups=tuple(group for group in orientations(split, usable) if len(group)),
-        sizes=rescaled_sizes(split, data.train_scales),
-        buckets=transforms.buckets(data.train_scales),
+        groups=groups,
+        sizes=sizes,
+        buckets=shapes,
         flip_probability=data.flip_probability,
         seed=seed,
         batch_size=batch_size,
+        one_scale=data.max_programs is not None,
     )
 
 

@@ -126,8 +126,11 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
             if path.is_dir() and path != Path(self.data_path)
         )
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """`download_and_prepare` without TFDS's own messages.
+
+        Returns:
+          False if another process prepared the same meanwhile; a new builder opens that.
 
         Raises:
           UserError: a photo is missing, damaged or not as annotated, or the folder cannot be
@@ -149,10 +152,7 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
                 self.download_and_prepare(download_dir=downloads)
         except OSError as error:
             if self.is_prepared:
-                raise UserError(
-                    f"{self.data_path}: another process prepared the same data set meanwhile; "
-                    "start again to use it"
-                ) from error
+                return False
             raise _not_writable(folder, error) from error
         except RuntimeError as error:  # of the C++ that writes records
             found = re.search(r"write\(\) failed: ([^;]+); writing", str(error))
@@ -161,6 +161,7 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
             raise _not_writable(folder, OSError(0, found[1])) from error
         finally:
             self._bar.close()
+        return True
 
     def open(self, split: str) -> PreparedSplit:
         """A prepared split.

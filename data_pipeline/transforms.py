@@ -19,6 +19,7 @@ from alignps_jax.types import Annotations, Batch, UserError
 
 Size = tuple[int, int]  # height, width
 Scale = tuple[int, int]  # long side, short side
+MULTIPLE = 32  # of which the sides of all shapes are one
 
 
 def decode_jpeg(jpeg: bytes, name: str, size: Size) -> UInt8[np.ndarray, "H W 3"]:
@@ -63,7 +64,7 @@ def rescaled_size(size: Size, scale: Scale) -> Size:
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def buckets(scales: Iterable[Scale], multiple: int = 32) -> tuple[Size, ...]:
+def buckets(scales: Iterable[Scale], multiple: int = MULTIPLE) -> tuple[Size, ...]:
     """The shapes to pad to: landscape and portrait per scale, without repeats, smallest first.
 
     Args:

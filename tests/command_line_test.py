@@ -93,6 +93,7 @@ def test_every_missing_flag_is_one_line(mode):
             "--checkpoint and --detections: found both",
         ),
         (["--workdir=x", "--processes=2"], "--coordinator and --process: missing"),
+        (["--workdir=x", "--distributed", "--process=1"], "--distributed: found --process beside"),
         (
             ["--workdir=x", "--processes=2", "--process=2", "--coordinator=a:1"],
             "--process: found 2, expected 0 to 1",

@@ -32,6 +32,7 @@ WRONG = {
     "data.train_scales": ((), (128, 96), *((scale,) for scale in SCALES)),
     "data.test_scale": ((), ((128, 96),), *SCALES),
     "data.flip_probability": SHARES,
+    "data.max_programs": (0, 1.5, "many", True),
     "data.min_side": (-1, 1.5, None, True),
     "data.validation_fraction": (-0.1, 1.0, NAN, "0.1", None, True),
     "data.max_pixels": COUNT[:-1],

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 BEFORE = {
     # There was no limit then; it changes no result and protects from files of today.
     "data.max_pixels": 100_000_000,
+    "data.max_programs": None,
     "data.validation_fraction": 0.0,
     "model.levels": (3,),
     "model.lateral_deform": True,

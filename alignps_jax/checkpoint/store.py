@@ -48,10 +48,12 @@ from alignps_jax.checkpoint.arrays import (
     system_reason,
     unsealed,
 )
+from alignps_jax.checkpoint.choice import await_folder, find_step
 from alignps_jax.checkpoint.older import complete
 from alignps_jax.checkpoint.places import is_step, steps_in
 from alignps_jax.checkpoint.scores import best_step, score_in, write_metrics
 from alignps_jax.files import write_json
+from alignps_jax.peers import agree
 from alignps_jax.types import TrainState, UserError, Weights
 
 _PACKAGES = (
@@ -147,14 +149,14 @@ class Checkpoints:
             ) from error
 
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint, as process 0 sees it."""
         self.wait()
-        return max(steps_in(self._root), default=None)
+        return agree(lambda: max(steps_in(self._root), default=None))
 
     def has_score(self, step: int) -> bool:
-        """Whether the checkpoint of a step has its score."""
+        """Whether the checkpoint of a step has its score, as process 0 sees it."""
         self.wait()
-        return (self._root / str(step) / "metrics").is_dir()
+        return agree(lambda: (self._root / str(step) / "metrics").is_dir())
 
     def save(self, state: TrainState, iterator_state: Any, score: float | None = None) -> None:
         """Copies the state, which may be donated afterwards, and writes it in the background.
@@ -197,20 +199,20 @@ class Checkpoints:
 
         `template` (arrays, or `jax.eval_shape`'s) gives structure, shapes and dtypes. Arrays come
         back bit for bit, on the default device; NumPy arrays of the template as NumPy arrays.
-        Raises UserError if there is no such checkpoint, it is damaged, does not fit the
-        template, or was written by another number of processes.
+        Where another number of processes wrote it, the iterator state is that of their first: all
+        have come to the same batch. Raises UserError if there is no such checkpoint, it is
+        damaged, or does not fit the template.
         """
-        self.wait()
-        folder = _find(self._root, "latest" if step is None else step)
+        latest = self.latest_step()
+        wanted = latest if step is None else step
+        if wanted is not None and wanted == latest:
+            await_folder(self._root / str(latest))
+        folder = find_step(self._root, "latest" if wanted is None else wanted)
         state = restore_arrays(folder, template, ("model", "training"))
         file = folder / "iterator" / _iterator_file()
         found = sorted(path.name for path in file.parent.glob("process_*"))
         if found and file.name not in found:
-            # Converted weights come from no data: any number of processes may start from them.
-            other = file.with_name(found[0])
-            if reading(folder, lambda: _unpack(read_json(other))) is not None:
-                raise UserError(f"{file.parent}: found {found[0]}, expected {file.name}")
-            file = other
+            file = file.with_name(found[0])
         return state, reading(folder, lambda: _unpack(read_json(file)))
 
 
@@ -219,7 +221,7 @@ def load_config(path: Path, which: str | int = "best") -> ConfigDict:
 
     Fields that are newer than the checkpoint say what the software did before it had them.
     """
-    return read_manifest(_find(path, which), lambda manifest: _completed(manifest["config"]))
+    return read_manifest(find_step(path, which), lambda manifest: _completed(manifest["config"]))
 
 
 def load_run_config(workdir: Path) -> ConfigDict | None:
@@ -247,14 +249,14 @@ def load_weights(path: Path, template: Weights | TrainState, which: str | int = 
     """
     logging.getLogger("absl").addFilter(_is_worth_logging)
     weights = Weights(template.step, template.params, template.frozen)
-    return restore_arrays(_find(path, which), weights, ("model",))
+    return restore_arrays(find_step(path, which), weights, ("model",))
 
 
 def chosen_by(path: Path) -> str:
     """What makes `load_weights` take the step of `path` that it takes, after "chosen by"."""
     if is_step(Path(path)):
         return "hand"
-    folder = _find(path, "best")
+    folder = find_step(path, "best")
     if not (folder / "metrics").is_dir():
         return "being the newest, as no step has a score"
     data = load_config(folder).get("data", ConfigDict())
@@ -270,7 +272,7 @@ def load_arrays(
     `path`, `which` and errors as in `load_weights`, but nothing has to fit. Arrays without
     elements are left out.
     """
-    folder = _find(path, which)
+    folder = find_step(path, which)
     specs = read_manifest(folder, array_specs)
 
     def read() -> dict[str, np.ndarray]:
@@ -297,23 +299,6 @@ def write_run_info(workdir: Path, config: ConfigDict) -> None:
         config_file, versions_file = (Path(workdir) / name for name in RUN_INFO)
         write_json(config_file, content, allow_nan=True)
         write_json(versions_file, package_versions())
-
-
-def _find(path: Path, which: str | int) -> Path:
-    """The folder of one checkpoint; see `load_weights`."""
-    path = Path(path).absolute()
-    if is_step(path):
-        return path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = sorted(steps_in(root))
-    if not steps:
-        raise UserError(f"{path}: found no checkpoint, expected a run's workdir or part of it")
-    if which in ("best", "latest"):
-        best = best_step(root) if which == "best" else None
-        which = steps[-1] if best is None else best
-    if which not in steps:
-        raise UserError(f"{root}: found steps {steps}, expected best, latest or one of them")
-    return root / str(which)
 
 
 def _completed(stored: dict[str, Any]) -> ConfigDict:

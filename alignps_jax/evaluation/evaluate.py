@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.choice import best_step_of
 from alignps_jax.checkpoint.store import chosen_by, load_weights
 from alignps_jax.devices import (
     own_cache,
@@ -33,6 +34,7 @@ from alignps_jax.files import check_outputs, write_image
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
+from alignps_jax.peers import first_process_first
 from alignps_jax.progress import progress
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import PreparedSplit, prepare
@@ -194,9 +196,11 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     check_batch_size(config, "eval")
     model = build_model(config)
     make_predict_step(model, config)  # what it refuses, it refuses before the data is prepared
-    by, weights = chosen_by(checkpoint), load_weights(checkpoint, weights_template(model))
-    scorer = make_scorer(config)
-    evaluator = make_evaluator(config, model, prepare(config.data).test, scorer)
+    by, step = chosen_by(checkpoint), best_step_of(checkpoint)
+    weights = load_weights(checkpoint, weights_template(model), step)
+    with first_process_first():
+        scorer, photos = make_scorer(config), prepare(config.data).test
+    evaluator = make_evaluator(config, model, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
     workdir.mkdir(parents=True, exist_ok=True)
     evaluator.write(measured.chosen(by), None, workdir)

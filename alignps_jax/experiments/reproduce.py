@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from alignps_jax.checkpoint.store import package_versions
 from alignps_jax.experiments.catalogue import PAPER_METRICS
 from alignps_jax.files import check_outputs, write_atomically, write_json
+from alignps_jax.peers import agree
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
 from configs.variants import PaperRow, apply_variant, rows_of, variants_for
@@ -100,12 +101,16 @@ def reproduce_table(
         refuse_other_settings(variant_config(config, variant, seed), folder)
     if jax.process_index() == 0:
         check_outputs(*(workdir / f"table{table}.{suffix}" for suffix in ("md", "json")))
+    text, leads = "", jax.process_index() == 0  # it writes and says everything
     for done, (seed, (variant, row)) in enumerate(runs):
-        print(f"table {table}, run {done + 1} of {seeds * len(rows)}: {row.label}, seed {seed}")
+        if leads:
+            print(f"table {table}, run {done + 1} of {len(runs)}: {row.label}, seed {seed}")
         run_row(variant_config(config, variant, seed), run_folder(workdir, variant, seed), train)
-        text = write_table(config, name, table, numbers, workdir)
-    print(text)
-    print(f"table       {workdir / f'table{table}.md'}")
+        if leads:
+            text = write_table(config, name, table, numbers, workdir)
+    if leads:
+        print(text)
+        print(f"table       {workdir / f'table{table}.md'}")
 
 
 def variant_config(config: ConfigDict, variant: str, seed: int) -> ConfigDict:
@@ -124,7 +129,7 @@ def run_folder(workdir: Path, variant: str, seed: int) -> Path:
 
 def run_row(config: ConfigDict, folder: Path, train: Train) -> None:
     """Trains and evaluates, unless that is done; resumes an interrupted run."""
-    if not (folder / "metrics.json").exists():
+    if not agree(lambda: (folder / "metrics.json").exists()):
         train(config, folder)
         jax.clear_caches()  # the next row is another network: nothing of this one is used again
 

@@ -6,9 +6,11 @@ By gathers and scatters (`deform_gathers.py`), or, on TPUs, by products with win
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ from jaxtyping import Array, Float, Int
 from alignps_jax.nn import deform_gathers, deform_windows
 from alignps_jax.nn.deform_blocks import MapSize, chunk_of, inside_windows
 from alignps_jax.nn.deform_gathers import Order, Rows, Weights
+
+_ALL_PLATFORMS = contextvars.ContextVar("for_all_platforms", default=False)
 
 
 def corners(
@@ -146,11 +150,24 @@ def _sample_and_multiply_bwd(
 sample_and_multiply.defvjp(_sample_and_multiply_fwd, _sample_and_multiply_bwd)
 
 
+@contextlib.contextmanager
+def for_all_platforms() -> Iterator[None]:
+    """What is traced meanwhile has none of our own kernels, which lower for one platform only."""
+    token = _ALL_PLATFORMS.set(True)
+    try:
+        yield
+    finally:
+        _ALL_PLATFORMS.reset(token)
+
+
 def _run(order: Order | Windows | Orders, work: Callable[..., Any], *args: Any) -> Any:
     """Calls `work` with that order, or with the platform's."""
     if not isinstance(order, Orders):
         return work(order, *args)
-    cpu, gpu, tpu = (functools.partial(work, o) for o in (order.cpu, order.gpu, order.tpu))
+    on_tpu = order.tpu
+    if _ALL_PLATFORMS.get() and isinstance(on_tpu, Windows):
+        on_tpu = on_tpu.otherwise
+    cpu, gpu, tpu = (functools.partial(work, o) for o in (order.cpu, order.gpu, on_tpu))
     return lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=gpu)
 
 

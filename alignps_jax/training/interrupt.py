@@ -21,6 +21,7 @@ from typing import NoReturn
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alignps_jax.peers import leave
 from alignps_jax.training.writer import Writer
 from alignps_jax.types import UserError
 
@@ -154,6 +155,7 @@ class Interrupt:
     def _exit(self, code: int) -> NoReturn:
         """Ends the process although its main thread, or a compiler's, does not listen."""
         self._writer.release()
+        leave(code)  # with the others, which hear of the signal within a second
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
                 stream.flush()

@@ -133,6 +133,7 @@ class Monitor:
             "epoch": step / self._pipeline.steps_per_epoch,
             "images_per_second": rate,
             "data_wait": self._waited / elapsed,
+            "padding": self._pipeline.plan(step - 1).padding,
         } | peak_memory()
         self._log.scalars(step, values)
         self.restart_clock()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
@@ -55,9 +54,8 @@ def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
             f"{_differences(felt, before, now)}; resume with the old values, train on with the "
             "new ones (--accept_changes), or choose another --workdir"
         )
-    if jax.process_index() == 0:
-        for name in changed:
-            print(f"note: config.{name} is now {now.get(name)!r}, before {before.get(name)!r}")
+    for name in changed:
+        print(f"note: config.{name} is now {now.get(name)!r}, before {before.get(name)!r}")
 
 
 def _differences(names: Iterable[str], before: dict[str, Any], now: dict[str, Any]) -> str:

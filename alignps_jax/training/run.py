@@ -16,6 +16,7 @@ from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_ev
 from alignps_jax.evaluation.scoring import make_scorer, scorer_of
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import AlignPS, build_model
+from alignps_jax.peers import first_process_first
 from alignps_jax.training.optimizer import (
     Schedule,
     batch_factor,
@@ -59,14 +60,16 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     Raises:
       UserError: something is wrong with the data.
     """
-    scorer, people = make_scorer(config), load_train(config.data)
+    with first_process_first():  # it may have to draw the data set
+        scorer, people = make_scorer(config), load_train(config.data)
     held = None
     if config.data.validation_fraction:
         held = hold_out(people, config.data.validation_fraction, config.seed)
         if jax.process_index() == 0:
             print(held)
     rows = lut_size(config, (held.train if held else people).num_identities)
-    data = prepare(config.data)
+    with first_process_first():
+        data = prepare(config.data)
     evaluator = make_evaluator(config, model, data.test, scorer)
     selector = evaluator
     if held:

@@ -10,8 +10,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.choice import best_step_of
 from alignps_jax.checkpoint.places import holds_checkpoint
-from alignps_jax.checkpoint.store import Checkpoints, chosen_by, load_weights, write_run_info
+from alignps_jax.checkpoint.store import (
+    Checkpoints,
+    chosen_by,
+    load_weights,
+    write_run_info,
+)
 from alignps_jax.devices import (
     parallel_train_step,
     replicate,
@@ -22,6 +28,7 @@ from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, score_of
 from alignps_jax.files import check_outputs
 from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import weights_template
+from alignps_jax.peers import agree
 from alignps_jax.training.curves import training_curves
 from alignps_jax.training.interrupt import Interrupt
 from alignps_jax.training.monitor import Monitor
@@ -49,8 +56,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_changes: bool =
         check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))
     use_compilation_cache(workdir / "xla_cache")
     with one_writer(workdir) as writer, Interrupt(writer) as interrupt:
-        model = rehearse(config, resumes=holds_checkpoint(workdir))
-        check_changes(config, workdir, accept_changes)
+        model = rehearse(config, resumes=agree(lambda: holds_checkpoint(workdir)))
+        agree(lambda: check_changes(config, workdir, accept_changes))
         run = make_run(config, model)
         with (
             Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
@@ -202,9 +209,8 @@ def best_of(last: Measured, checkpoints: Checkpoints, run: Run, workdir: Path) -
     of the last step on that split.
     """
     checkpoints.wait()
-    by = chosen_by(workdir)
-    best = load_weights(workdir, weights_template(run.step.model))
-    step = int(best.step)
+    by, step = agree(lambda: chosen_by(workdir)), best_step_of(workdir)
+    best = load_weights(workdir, weights_template(run.step.model), step)
     if step != last.result.step and jax.process_index() == 0:
         print(f"best: step {step}, by {by}; last: {last.result.step}")
     if step == last.result.step and run.selector is run.evaluator:

@@ -7,10 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
+from alignps_jax import peers
 from alignps_jax.checkpoint.lock import WorkdirLock
 from alignps_jax.types import UserError
 
@@ -55,17 +52,15 @@ def one_writer(workdir: Path) -> Iterator[Writer]:
       UserError: another run writes there, in every process of this one.
     """
     lock, refusal = WorkdirLock(workdir), None
-    several = jax.distributed.is_initialized()
-    if not several or jax.process_index() == 0:
+    several = peers.several()
+    if peers.leads():
         try:
             lock.acquire()
             (workdir / _NOTICE).unlink(missing_ok=True)
         except UserError as error:
             refusal = error
-    if several:
-        refused = multihost_utils.broadcast_one_to_all(np.array(refusal is not None))
-        if refused and refusal is None:
-            raise UserError(f"{workdir}: process 0 may not write there, for the reason it gives")
+    if peers.agree(lambda: refusal is not None) and refusal is None:
+        raise UserError(f"{workdir}: process 0 may not write there, for the reason it gives")
     if refusal is not None:
         raise refusal
     try:

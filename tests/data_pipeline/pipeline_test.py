@@ -65,6 +65,7 @@ def settings(**changes):
             train_scales=SCALES,
             test_scale=(96, 60),
             flip_probability=0.5,
+            max_programs=None,
             min_side=20,
             workers=2,
             prefetch=3,
@@ -244,6 +245,29 @@ class TestEpochs:
         in_epoch = [tuple(orientations[i : i + 5]) for i in range(0, 25, 5)]
         assert all(sum(epoch) == 3 for epoch in in_epoch)
         assert len(set(in_epoch)) > 1  # portrait batches are not always last
+
+    def test_batches_of_few_programs_share_scale_and_shape(self, mixed, capsys):
+        pipeline = train(mixed, max_programs=6, batch_size=2)
+        shapes = len(pipeline.buckets)
+        assert len(SCALES) <= shapes <= 6
+        said = capsys.readouterr().out
+        assert f"buckets: {shapes} shapes for {len(pipeline.groups)} groups of images; " in said
+        usable = set(np.concatenate(train(mixed).groups).tolist())
+        chosen = set()
+        for epoch in range(4):
+            assert set(epoch_indices(pipeline, epoch).ravel().tolist()) == usable
+        for step in range(4 * pipeline.steps_per_epoch):
+            plan = pipeline.plan(step)
+            assert any(set(plan.indices) <= set(group) for group in pipeline.groups)
+            scales = [
+                [s for s in range(len(SCALES)) if tuple(pipeline.sizes[i, s]) == tuple(size)]
+                for i, size in zip(plan.indices, plan.sizes, strict=True)
+            ]
+            assert set.intersection(*map(set, scales))
+            assert (plan.sizes <= plan.bucket).all()
+            chosen.add(plan.bucket)
+        assert chosen <= set(pipeline.buckets)
+        assert len(chosen) > len(SCALES) // 2
 
     def test_a_square_is_portrait(self):
         split = make_split([(40, 40), (40, 41), (41, 40)])

@@ -1,67 +1,114 @@
-"""Two processes with two devices each, joined by jax.distributed, equal one with one device."""
+"""Runs of two processes, joined by jax.distributed, equal a run of one; they end together."""
 
 from __future__ import annotations
 
-import socket
+import json
+import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.training.train_test import ROOT, command, environment, link_cache, losses
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
+from tests.cluster import finish, slurm, start
+from tests.places import ROOT
+from tests.training.train_test import command, environment, link_cache, losses
 
 SHORT = ("--config.train.duration=3 steps", "--config.train.checkpoint_every=3 steps")
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
-    """A run of one process with one device."""
-    shared = tmp_path_factory.mktemp("shared")
-    workdir = shared / "alone"
+def run_alone(shared: Path, workdir: Path, *flags: str, devices: int = 1) -> None:
     link_cache(shared, workdir)
     subprocess.run(
-        command(shared, workdir, *SHORT),
+        command(shared, workdir, *flags),
         cwd=ROOT,
-        env=environment(1),
+        env=environment(devices),
         check=True,
         capture_output=True,
         timeout=600,
     )
-    return workdir
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
-def test_two_processes_give_the_losses_of_one(alone, parallel):
-    shared, together = alone.parent, alone.with_name(parallel)
-    link_cache(shared, together)
-    flags = (*SHORT, f"--config.train.parallel={parallel}")
-    coordinator = f"--coordinator=127.0.0.1:{free_port()}"
-    processes = [
-        subprocess.Popen(
-            command(shared, together, *flags, coordinator, "--processes=2", f"--process={number}"),
-            cwd=ROOT,
-            env=environment(2),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
-    expected, found = losses(alone), losses(together)
-    assert sorted(found) == sorted(expected) == [1, 2, 3]
+def assert_same_losses(found: dict, expected: dict) -> None:
+    assert sorted(found) == sorted(expected)
     for step, line in expected.items():
         for name, value in line.items():
             # Differences of rounding grow from step to step.
             assert abs(found[step][name] - value) <= 1e-5 * 10 ** (step - 1) * abs(value), name
-    for name in ("metrics.json", "curves.png"):
-        assert (together / name).exists()
+
+
+@pytest.fixture(scope="module")
+def from_nothing(tmp_path_factory) -> Path:
+    """Two processes that SLURM would have started, without data set and workdir."""
+    shared = tmp_path_factory.mktemp("shared")
+    workdir = shared / "pmap"
+    outputs = finish(start(shared, workdir, *SHORT, joining=slurm))
+    assert "synthetic: preparing " in outputs[0]
+    assert "synthetic: 24 train and 16 test images in " in outputs[1]  # as process 0 left them
+    assert "curves" not in outputs[1]
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(from_nothing) -> Path:
+    """A run of one process with one device."""
+    workdir = from_nothing.with_name("alone")
+    run_alone(from_nothing.parent, workdir, "--config.train.duration=4 steps")
+    return workdir
+
+
+def first_steps(workdir: Path, count: int = 3) -> dict:
+    return {step: line for step, line in losses(workdir).items() if step <= count}
+
+
+def test_two_processes_from_nothing_give_the_losses_of_one(from_nothing, alone):
+    assert_same_losses(losses(from_nothing), first_steps(alone))
+    names = {path.name for path in from_nothing.iterdir()}
+    assert names >= {"metrics.json", "curves.png", "log.jsonl", "config.json"}
+    assert "writer.lock" not in names
+
+
+def test_shard_map_gives_the_losses_of_one(from_nothing, alone):
+    together = from_nothing.with_name("shard_map")
+    finish(start(from_nothing.parent, together, *SHORT, "--config.train.parallel=shard_map"))
+    assert_same_losses(losses(together), first_steps(alone))
+
+
+def test_one_process_resumes_what_two_began(from_nothing, alone):
+    workdir = from_nothing.with_name("fewer")
+    shutil.copytree(from_nothing, workdir)
+    run_alone(from_nothing.parent, workdir, "--config.train.duration=4 steps")
+    assert_same_losses(losses(workdir), losses(alone))
+
+
+def test_two_processes_evaluate_to_the_last_bit(from_nothing):
+    shared = from_nothing.parent
+    where = ["--mode=evaluate", f"--checkpoint={from_nothing}", "--config.eval.min_cls_score=0.0"]
+    folders = shared / "evaluated", shared / "evaluated_alone"
+    finish(start(shared, folders[0], *where))
+    run_alone(shared, folders[1], *where, devices=4)
+    found, expected = (np.load(folder / "detections.npz") for folder in folders)
+    assert sorted(found) == sorted(expected)
+    assert len(expected["scores"]) > 100
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    scores = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    assert scores[0] == scores[1]
+
+
+def test_sigterm_to_one_saves_in_all(from_nothing):
+    workdir = from_nothing.with_name("stopped")
+    shutil.copytree(from_nothing, workdir)
+    long = ("--config.train.duration=400 steps", "--config.train.checkpoint_every=1000 steps")
+    processes = start(from_nothing.parent, workdir, *long)
+    before = len(losses(workdir))
+    while processes[1].poll() is None and len(losses(workdir)) < before + 2:
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes, code=143)
+    last = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert last == max(losses(workdir)) > 3
+    for output in outputs:
+        assert f"SIGTERM: step {last} is saved" in output

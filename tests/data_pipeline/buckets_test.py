@@ -1,0 +1,86 @@
+"""Shapes chosen from the photos: as good as the best of all divisions, and few."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from alignps_jax.types import UserError
+from data_pipeline.buckets import choose_buckets
+from data_pipeline.transforms import rescaled_size
+
+PAPER_SCALES = ((667, 400), (1000, 600), (1333, 800), (1500, 900), (1666, 1000), (2000, 1200))
+
+
+def sizes_at(photos, scales=PAPER_SCALES) -> np.ndarray:
+    return np.array([[rescaled_size(photo, scale) for scale in scales] for photo in photos])
+
+
+def rounded(sizes: np.ndarray) -> np.ndarray:
+    return -(-sizes // 32) * 32
+
+
+def least_pixels(boxes: np.ndarray, parts: int) -> int:
+    """Of all divisions of some rows into so many stretches, by trying each."""
+    count = len(boxes)
+    found = []
+    for cuts in itertools.combinations(range(1, count), parts - 1):
+        edges = (0, *cuts, count)
+        stretches = [boxes[a:b] for a, b in itertools.pairwise(edges)]
+        found.append(sum(int(part.max(axis=0).prod()) * len(part) for part in stretches))
+    return min(found)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_at_one_scale_no_division_pads_less(most):
+    rng = np.random.default_rng(most)
+    ratios = np.sort(rng.uniform(0.5, 2.0, 9))
+    photos = [(1000, round(1000 * ratio)) for ratio in ratios]
+    sizes = sizes_at(photos, [(640, 480)])
+    found = choose_buckets(sizes, np.arange(9), most, batch_size=1)
+    assert len(found.shapes) <= most
+    pixels = least_pixels(rounded(sizes)[:, 0], most)
+    assert found.padding == pytest.approx(1 - sizes.prod(axis=-1).sum() / pixels)
+
+
+def test_mixed_photos_need_24_programs_for_6_percent():
+    landscape = [(1200, 1600), (1080, 1920), (2000, 3000)]
+    kinds = [*landscape, *(photo[::-1] for photo in landscape)]
+    photos = [kinds[i] for i in np.random.default_rng(0).integers(0, 6, 600)]
+    sizes = sizes_at(photos)
+    found = choose_buckets(sizes, np.arange(600), 24, batch_size=32)
+    assert len(found.shapes) <= 24
+    assert found.padding <= 0.06
+    assert len(found.groups) == 6
+    assert choose_buckets(sizes, np.arange(600), 12, 32).padding > found.padding
+    # What is promised is what the photos of a group get.
+    pixels = 0
+    for group, scale in itertools.product(found.groups, range(6)):
+        height, width = sizes[group, scale].max(axis=0)
+        pixels += len(group) * min(h * w for h, w in found.shapes if h >= height and w >= width)
+    assert 1 - sizes.prod(axis=-1).sum() / pixels <= found.padding + 1e-9
+
+
+def test_every_photo_is_in_one_group_and_every_group_fills_a_batch():
+    rng = np.random.default_rng(1)
+    photos = rng.integers(200, 2000, (300, 2)).tolist()
+    usable = np.sort(rng.permutation(300)[:250])
+    found = choose_buckets(sizes_at(photos), usable, 24, batch_size=16)
+    np.testing.assert_array_equal(np.sort(np.concatenate(found.groups)), usable)
+    assert min(map(len, found.groups)) >= 16
+    assert all(side % 32 == 0 for shape in found.shapes for side in shape)
+    assert len(found.shapes) <= 24
+
+
+def test_few_photos_make_one_group():
+    sizes = sizes_at([(300, 400), (400, 300)])
+    found = choose_buckets(sizes, np.arange(2), 24, batch_size=4)
+    assert [group.tolist() for group in found.groups] == [[0, 1]]
+    assert len(found.shapes) == 6
+
+
+def test_fewer_programs_than_scales_is_an_error():
+    with pytest.raises(UserError, match="max_programs: found 5, expected at least one for each of"):
+        choose_buckets(sizes_at([(300, 400)]), np.arange(1), 5, batch_size=1)

@@ -1,0 +1,105 @@
+"""A cluster's life on this machine: `make cluster`, some ten minutes on two idle cores.
+
+Four processes, started as SLURM would, train from nothing: without data set, without workdir. One
+is killed; the others have to end within a minute. Two, of two devices each, resume, with a file
+system that answers late. The losses have to be those of one process that nobody disturbed, and
+everything written once.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.cluster import finish, slurm, start
+from tests.places import ROOT
+from tests.training.train_test import command, environment, losses
+
+EVERY_STEP = "--config.train.checkpoint_every=1 steps"
+ENDLESS = ("--config.train.duration=4000 steps", EVERY_STEP)
+# Both arms of a comparison sum up in other orders, which grows from step to step.
+TOLERANCE = 1e-3
+
+# Python runs this before all else: what asks the file system waits up to 50 ms, in each process
+# at other times.
+LATE = """
+import os, random, time
+
+waits = random.Random(os.getpid())
+
+def late(call):
+    def wrapped(*args, **kwargs):
+        time.sleep(waits.uniform(0, 0.05))
+        return call(*args, **kwargs)
+    return wrapped
+
+for name in ("rename", "replace", "listdir", "scandir", "mkdir", "unlink"):
+    setattr(os, name, late(getattr(os, name)))
+"""
+
+
+def killed_run(shared: Path, workdir: Path) -> float:
+    """Four from nothing, of which one is killed; the seconds until the last one ended."""
+    processes = start(shared, workdir, *ENDLESS, count=4, devices=1, joining=slurm)
+    while not (workdir / "checkpoints" / "2").exists():
+        for process in processes:
+            assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    processes[2].kill()
+    killed = time.monotonic()
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    seconds = time.monotonic() - killed
+    for index, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        if index != 2:
+            assert process.returncode == 4, output
+            last = output.splitlines()[-1]
+            assert last.startswith("error: process 2 of the run ended or does not answer"), output
+            assert "Traceback" not in output
+    return seconds
+
+
+def check_written_once(workdir: Path, outputs: list[str]) -> None:
+    lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == sorted(set(steps)), steps
+    for word in ("metrics ", "rankings ", "curves ", "resuming "):
+        said = [output.count(f"\n{word}") for output in outputs]
+        assert said[0] >= 1, (word, said)
+        assert not any(said[1:]), (word, said)
+    assert not list(workdir.rglob("*.tmp")) + list(workdir.rglob("*orbax-checkpoint-tmp*"))
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        shared, late = Path(folder), Path(folder) / "late"
+        late.mkdir()
+        (late / "sitecustomize.py").write_text(LATE)
+        workdir, alone = shared / "together", shared / "alone"
+        seconds = killed_run(shared, workdir)
+        print(f"one of four was killed; the others ended within {seconds:.0f} s", flush=True)
+        assert seconds < 60
+        before = max(losses(workdir))
+        steps = (f"--config.train.duration={before + 2} steps", EVERY_STEP)
+        variables = {"PYTHONPATH": str(late)}
+        outputs = finish(start(shared, workdir, *steps, joining=slurm, variables=variables))
+        check_written_once(workdir, outputs)
+        print(f"two resumed after step {before} at the latest, with late files", flush=True)
+        words = command(shared, alone, *steps)
+        subprocess.run(words, cwd=ROOT, env=environment(1), check=True, capture_output=True)
+        found, expected = losses(workdir), losses(alone)
+        assert sorted(found) == sorted(expected)
+        worst = max(
+            abs(found[step][name] - value) / max(abs(value), 1e-9)
+            for step, line in expected.items()
+            for name, value in line.items()
+        )
+        print(f"losses of {len(expected)} steps differ from one process's by {worst:.1e} at most")
+        return 0 if worst < TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
