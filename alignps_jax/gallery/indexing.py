@@ -36,6 +36,8 @@ from alignps_jax.types import UserError
 
 # What a kill can cost, and what one commit holds at most.
 COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
+# A commit makes small files, which many make slow.
+_TIDY_COMMITS = 200
 
 
 @dataclasses.dataclass
@@ -156,6 +158,7 @@ class _Run:
         self._gallery, self._detector, self._forgotten = gallery, detector, forgotten
         self._every, self._done = every, done
         self._commit_seconds = commit_seconds
+        self._commits = 0
         self._threshold = gallery.about.score_threshold
         self._ready: list[IndexedScene] = []
         self._committed = time.monotonic()
@@ -216,6 +219,9 @@ class _Run:
     def _commit(self) -> None:
         commit_scenes(self._gallery, self._forgotten.without(self._ready))
         self._ready = []
+        self._commits += 1
+        if self._commits % _TIDY_COMMITS == 0:
+            tidy(self._gallery, make_indices=False)
         self._committed = time.monotonic()
 
 

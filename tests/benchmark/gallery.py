@@ -9,6 +9,7 @@ another (cosines of about 0.6) as a trained network's are. Prints tables for doc
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import resource
 import statistics
@@ -114,6 +115,7 @@ def _row(gallery: Gallery, folder: Path, rate: float, commit: float) -> str:
     exact = [gallery.search(query, K) for query in queries]
     exact_time = _median(lambda query: gallery.search(query, K), queries)
     memory = psutil.Process().memory_info().rss - before
+    gallery.table.optimize(cleanup_older_than=datetime.timedelta(0), delete_unverified=True)
     count, disk = gallery.num_people, _bytes(folder)
     indexed = Gallery.open(gallery.address, exact_up_to=0)
     building = _seconds(lambda: tidy(indexed))
