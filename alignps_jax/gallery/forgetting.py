@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from alignps_jax.gallery.claims import Claims
-from alignps_jax.gallery.database import reading
+from alignps_jax.gallery.database import committing, reading
 from alignps_jax.gallery.entries import Scene
 from alignps_jax.gallery.forgotten import Forgotten
 from alignps_jax.gallery.store import Gallery
@@ -80,9 +80,13 @@ def forget_person(gallery: Gallery, identity: str) -> Scene:
 
 def _remove_person(gallery: Gallery, identity: str) -> None:
     """Makes the first person of a scene nobody, since it stands for the scene; removes others."""
-    gallery.table.checkout_latest()
     nobody = {name: "NULL" for name in ("box", "score", "embedding")}
-    gallery.table.update(where=f"id = {quoted(identity)} AND number = 0", values_sql=nobody)
+
+    def commit() -> None:
+        gallery.table.checkout_latest()
+        gallery.table.update(where=f"id = {quoted(identity)} AND number = 0", values_sql=nobody)
+
+    committing(gallery.address, commit)
     remove(gallery, f"id = {quoted(identity)} AND number <> 0")
 
 

@@ -66,10 +66,6 @@ class Forgotten:
                 self._rows = self._table.search().to_arrow().to_pylist()
                 self._version = self._table.version
 
-    def holds(self, path: str) -> bool:
-        """Whether somebody in a file is to be forgotten."""
-        return any(row["path"] == path for row in self._rows)
-
     def files(self) -> set[str]:
         """The paths of files in which everybody is to be forgotten."""
         return {row["path"] for row in self._rows if row["box"] is None}

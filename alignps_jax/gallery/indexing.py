@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -167,9 +168,9 @@ class _Run:
         with (
             Claims(self._gallery) as claims,
             progress(desc="index", unit="file", total=len(files)) as bar,
+            contextlib.closing(detect_all(self._detector, self._tasks(claims, files))) as results,
         ):
-            tasks = self._tasks(claims, files)
-            for result in detect_all(self._detector, tasks):
+            for result in results:
                 self._take(result, bar)
             self._commit()
             bar.update(len(files) - bar.n)  # those that other processes did
