@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -36,6 +37,8 @@ from alignps_jax.types import UserError
 
 # What a kill can cost, and what one commit holds at most.
 COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
+# A commit makes small files, which many make slow.
+_TIDY_COMMITS = 200
 
 
 @dataclasses.dataclass
@@ -156,6 +159,7 @@ class _Run:
         self._gallery, self._detector, self._forgotten = gallery, detector, forgotten
         self._every, self._done = every, done
         self._commit_seconds = commit_seconds
+        self._commits = 0
         self._threshold = gallery.about.score_threshold
         self._ready: list[IndexedScene] = []
         self._committed = time.monotonic()
@@ -164,9 +168,9 @@ class _Run:
         with (
             Claims(self._gallery) as claims,
             progress(desc="index", unit="file", total=len(files)) as bar,
+            contextlib.closing(detect_all(self._detector, self._tasks(claims, files))) as results,
         ):
-            tasks = self._tasks(claims, files)
-            for result in detect_all(self._detector, tasks):
+            for result in results:
                 self._take(result, bar)
             self._commit()
             bar.update(len(files) - bar.n)  # those that other processes did
@@ -216,6 +220,9 @@ class _Run:
     def _commit(self) -> None:
         commit_scenes(self._gallery, self._forgotten.without(self._ready))
         self._ready = []
+        self._commits += 1
+        if self._commits % _TIDY_COMMITS == 0:
+            tidy(self._gallery, make_indices=False)
         self._committed = time.monotonic()
 
 

@@ -2,80 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import multiprocessing
-import random
-import time
+import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
+import psutil
 import pytest
 
 from alignps_jax.gallery.claims import Claims
+from alignps_jax.gallery.forgetting import forget_person
 from alignps_jax.gallery.store import Gallery
+from alignps_jax.processes import Process, this_machine
+from alignps_jax.types import UserError
 from tests.gallery.finder import content, run
-from tests.gallery.networks import photo, write_photos, write_video
-
-KILLS = 12
+from tests.gallery.kills import FILES, kill_often, processes, write_files
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Forked from a server that has imported everything: they start at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.gallery.finder"])
-    return context
+def context():
+    return processes()
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    write_photos(folder, [f"{number % 3}/{number}.jpg" for number in range(24)])
-    write_video(folder / "video.avi", [photo(100 + number) for number in range(30)])
-    return folder
+@pytest.fixture
+def photos(tmp_path):
+    return str(write_files(tmp_path / "photos"))
 
 
-@pytest.fixture(scope="module")
-def expected(photos, tmp_path_factory):
-    address = str(tmp_path_factory.mktemp("whole") / "people.lance")
-    assert not run(address, str(photos)).skipped
-    return content(address)
+@pytest.fixture
+def address(tmp_path):
+    return str(tmp_path / "people.lance")
 
 
-def watch(address, processes, commits):
-    """Returns when the gallery has so many commits more, or no process is there any more."""
-    versions = Path(address, "people.lance", "_versions")
-    start = len(list(versions.glob("*")))
-    while len(list(versions.glob("*"))) < start + commits and any(p.is_alive() for p in processes):
-        time.sleep(0.002)
+@pytest.fixture
+def whole(tmp_path):
+    return str(tmp_path / "whole.lance")
 
 
-def test_kills_leave_nobody_twice_and_nobody_missing(tmp_path, processes, photos, expected):
-    address, source = str(tmp_path / "people.lance"), str(photos)
-    rng = random.Random(5)
-    for _ in range(KILLS):
-        together = [
-            processes.Process(target=run, args=(address, source, 0.01))
-            for _ in range(rng.choice((1, 1, 2)))
-        ]
-        for one in together:
-            one.start()
-        watch(address, together, rng.randrange(12))
-        for one in together:
-            one.join(rng.uniform(0, 0.02))
-            one.kill()
-            one.join()
-    run(address, source)
-    assert content(address) == expected
-    assert run(address, source).known == 25
+def test_kills_leave_nobody_twice_and_nobody_missing(address, whole, photos, context):
+    kill_often(context, address, photos, kills=10, seed=5)
+    run(address, photos)
+    run(whole, photos)
+    assert content(address) == content(whole)
+    assert run(address, photos).known == FILES
     assert Claims(Gallery.open(address)).others() == []
 
 
-def test_four_processes_share_the_work(tmp_path, processes, photos, expected):
-    address, source = str(tmp_path / "people.lance"), str(photos)
-    with ProcessPoolExecutor(4, mp_context=processes) as pool:
-        done = list(pool.map(partial(run, address, source), [0.02] * 4))
+def test_four_processes_share_the_work(address, whole, photos):
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(4, mp_context=spawned) as pool:
+        done = list(pool.map(partial(run, address, photos), [0.02] * 4))
+    run(whole, photos)
+    expected = content(whole)
     assert content(address) == expected
     scenes = len({row.rpartition("-")[0] for row in expected})
     assert sum(one.scenes for one in done) >= scenes
     assert all(not one.skipped for one in done)
+
+
+def test_nobody_is_forgotten_while_others_index(address, photos):
+    run(address, photos)
+    gallery = Gallery.open(address)
+    parent = psutil.Process(os.getppid())
+    other = Process(Process.this().host, parent.pid, parent.create_time(), this_machine())
+    claims = gallery.database.open_table("claims")
+    owner = json.dumps(dataclasses.asdict(other))
+    claims.add([{"bucket": "7", "owner": owner}])
+    person = gallery.people(next(one.id for one in gallery.scenes(9) if gallery.people(one.id)))[0]
+    with pytest.raises(UserError, match=rf"found process {parent.pid} on .* indexing"):
+        forget_person(gallery, person.id)
+    assert gallery.person(person.id) is not None
+    # A process that is gone is nobody to wait for.
+    claims.update(where="true", values={"owner": owner.replace(f"{parent.pid},", "999999999,")})
+    forget_person(gallery, person.id)
