@@ -58,7 +58,7 @@ class Arguments:
     source: Text = _flag()
     every: str = _flag(str, "1s")
     prune: bool = _flag(bool, False)
-    exact_up_to: int | None = _flag(int)
+    exact_up_to: int = _flag(int, 2_000_000)
     photo: Text = _flag()
     person: Text = _flag()
     convention: str | None = _flag()

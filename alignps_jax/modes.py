@@ -61,9 +61,14 @@ def index(args: Arguments) -> None:
 
     checkpoint, every = Path(args.checkpoint), parse_every(args.every)
     config = checkpoint_config(args, checkpoint)
-    exact = {} if args.exact_up_to is None else {"exact_up_to": args.exact_up_to}
     index_source(
-        checkpoint, config, args.gallery, args.source, every=every, prune=args.prune, **exact
+        checkpoint,
+        config,
+        args.gallery,
+        args.source,
+        every=every,
+        prune=args.prune,
+        exact_up_to=args.exact_up_to,
     )
 
 
@@ -150,8 +155,7 @@ def _gallery(args: Arguments) -> Any:
     """The gallery of --gallery, whose packages are there."""
     from alignps_jax.gallery.store import Gallery
 
-    exact = {} if args.exact_up_to is None else {"exact_up_to": args.exact_up_to}
-    return Gallery.open(args.gallery, **exact)
+    return Gallery.open(args.gallery, exact_up_to=args.exact_up_to)
 
 
 def _results_folder(args: Arguments, checkpoint: Path, *below: str) -> Path:

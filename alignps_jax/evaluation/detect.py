@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -56,6 +57,8 @@ def detect_source(
     with bar:
         for result in detect_all(detector, _tasks(files, every, config.data.max_pixels)):
             read = result.tag
+            if read is None:
+                continue
             if result.found is None:
                 skipped[read.file.path] = str(result.error)
             else:
@@ -75,7 +78,8 @@ def _kept(found: Detections, threshold: float, target: Path) -> Detections:
     people = above(found, threshold)
     if target.suffix.lower() == ".npz":
         return people
-    return people.replace(embeddings=np.zeros((len(people.scores), 0), np.float32))
+    nothing = np.zeros((len(people.scores), 0), np.float32)
+    return dataclasses.replace(people, embeddings=nothing)
 
 
 def _tasks(files: list[MediaFile], every: float, max_pixels: int) -> Iterator[Task]:

@@ -75,10 +75,11 @@ class Claims:
         files: Sequence[MediaFile],
         missing: Callable[[Sequence[MediaFile]], Sequence[MediaFile]],
     ) -> Iterator[Sequence[MediaFile]]:
-        """The files, some at a time, without those that other processes have meanwhile indexed.
+        """The files, some at a time, without those that others have meanwhile indexed.
 
         What others have claimed comes last. It is waited for as long as its owner is running on
-        this machine, and done here if it is not.
+        this machine, and done here if it is not. Before such a wait comes an empty share: whatever
+        came before is to be committed then, or two processes would wait for each other.
 
         Args:
           files: all that are to be indexed.
@@ -96,6 +97,7 @@ class Claims:
             if share:
                 yield share
             if not claimed:
+                yield []
                 time.sleep(_POLL_SECONDS)
                 rest = {file.path for file in missing([f for b in order for f in waiting[b]])}
                 order = [b for b in order if any(file.path in rest for file in waiting[b])]
@@ -161,6 +163,6 @@ def _process(owner: str) -> Process | None:
 
 
 def _is_running_here(owner: str) -> bool:
-    """Whether it is worth waiting for."""
+    """Whether it is worth waiting for: not for what this process itself has left behind."""
     process = _process(owner)
-    return process is not None and process.is_running() is True
+    return process is not None and process != Process.this() and process.is_running() is True

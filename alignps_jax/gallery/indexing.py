@@ -30,12 +30,12 @@ from alignps_jax.gallery.writing import (
     tidy,
 )
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import Result, detect_all
+from alignps_jax.inference.many import Read, Result, detect_all
 from alignps_jax.progress import progress
 from alignps_jax.types import UserError
 
 # What a kill can cost, and what one commit holds at most.
-_COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
+COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
 
 
 @dataclasses.dataclass
@@ -102,8 +102,12 @@ def index(
     sources: Sequence[str],
     every: float = 1.0,
     prune: bool = False,
+    commit_seconds: float = COMMIT_SECONDS,
 ) -> Indexed:
-    """`index_source` with an open gallery and detector, without words at the end."""
+    """`index_source` with an open gallery and detector, without words at the end.
+
+    What was found is committed every so many seconds.
+    """
     gallery.check_detector(detector)
     done = Indexed()
     forgotten = Forgotten(gallery)
@@ -120,7 +124,7 @@ def index(
     if prune:
         done.removed = _prune(gallery, sources, known, {file.path for file in files}, skipped)
     if pending:
-        _Run(gallery, detector, forgotten, every, done).go(pending)
+        _Run(gallery, detector, forgotten, every, commit_seconds, done).go(pending)
     if pending or done.removed:
         tidy(gallery)
     return done
@@ -133,6 +137,10 @@ def is_known(known: KnownFile | None, file: MediaFile, every: float) -> bool:
     return not file.is_video or (known.every == every and known.seconds is None)
 
 
+def _pause() -> Read[SceneRead | None]:
+    return Read(None)
+
+
 class _Run:
     """Indexes files that are not known."""
 
@@ -142,10 +150,12 @@ class _Run:
         detector: Detector,
         forgotten: Forgotten,
         every: float,
+        commit_seconds: float,
         done: Indexed,
     ):
         self._gallery, self._detector, self._forgotten = gallery, detector, forgotten
         self._every, self._done = every, done
+        self._commit_seconds = commit_seconds
         self._threshold = gallery.about.score_threshold
         self._ready: list[IndexedScene] = []
         self._committed = time.monotonic()
@@ -164,6 +174,8 @@ class _Run:
     def _tasks(self, claims: Claims, files: Sequence[MediaFile]) -> Iterator[Task]:
         max_pixels = self._gallery.about.max_pixels
         for share in claims.shares(files, self._missing):
+            if not share:
+                yield _pause
             for file in share:
                 if file.is_video:
                     yield from video_tasks(file, self._every, max_pixels, self._known_seconds(file))
@@ -181,8 +193,11 @@ class _Run:
             return frozenset()
         return known.seconds or frozenset()
 
-    def _take(self, result: Result[SceneRead], bar: Any) -> None:
+    def _take(self, result: Result[SceneRead | None], bar: Any) -> None:
         read, found = result.tag, result.found
+        if read is None:
+            self._commit()
+            return
         if found is None or read.scene is None or read.state is None:
             self._done.skipped[read.file.path] = str(result.error)
         else:
@@ -194,7 +209,7 @@ class _Run:
         if read.final:
             bar.set_postfix_str(f"{self._done.people:,} people", refresh=False)
             bar.update()
-        late = time.monotonic() - self._committed > _COMMIT_SECONDS
+        late = time.monotonic() - self._committed > self._commit_seconds
         if late or len(self._ready) >= _COMMIT_SCENES:
             self._commit()
 

@@ -45,10 +45,11 @@ class SceneRead:
     final: bool = True
 
 
-Task = Callable[[], Read[SceneRead]]
+# Of a photo or frame, or of a pause.
+Task = Callable[[], Read[SceneRead | None]]
 
 
-def read_scene(file: MediaFile, max_pixels: int) -> Read[SceneRead]:
+def read_scene(file: MediaFile, max_pixels: int) -> Read[SceneRead | None]:
     """A photo, or why it cannot be read."""
     try:
         state, scene, image = _read_unchanged(file.path, max_pixels)

@@ -133,7 +133,7 @@ def _below(folder: str, skipped: dict[str, str]) -> Iterator[str]:
             # A link's own path says nothing; all others are real, since `here` is.
             is_link = entry.is_symlink() and os.path.exists(entry.path)
             path = os.path.realpath(entry.path) if is_link else entry.path
-            if entry.is_dir():
+            if os.path.isdir(path):
                 below.append(path)
             elif _is_media(entry.name):
                 yield path

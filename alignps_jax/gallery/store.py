@@ -6,7 +6,8 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ from alignps_jax.gallery.database import (
 from alignps_jax.gallery.entries import FileState, Filter, Match, Person, Scene, folder_of
 from alignps_jax.gallery.extra import is_gallery
 from alignps_jax.gallery.memory import COLUMNS, PeopleInMemory, load_people
+from alignps_jax.gallery.photos import find_queries
 from alignps_jax.gallery.pixels import scene_pixels
 from alignps_jax.gallery.table import (
     IS_PERSON,
@@ -41,8 +43,8 @@ from alignps_jax.inference.detector import Detector
 from alignps_jax.types import AnyArray, UserError
 
 EXACT_UP_TO = 2_000_000
-# A gallery that grows is read anew after so many times what reading it took, in seconds.
-_PATIENCE = 20.0
+# A gallery of more people that grows is read anew after so many times what reading it took.
+_QUICKLY_READ, _PATIENCE = 50_000, 20.0
 # Lists of the index that are looked at, and candidates per result that are compared exactly.
 _PROBES, _REFINE = 64, 40
 
@@ -57,8 +59,16 @@ class Gallery:
         Beyond, it is LanceDB's, by its vector index if there is one.
     """
 
-    def __init__(self, address: str, table: Any, database: Any, exact_up_to: int):
+    def __init__(
+        self,
+        address: str,
+        table: Any,
+        database: Any,
+        exact_up_to: int,
+        detector: Detector | None = None,
+    ):
         self.address = address
+        self._detector = detector
         self.exact_up_to = exact_up_to
         self.table, self.database = table, database
         self.about = about_of(address, table)
@@ -102,7 +112,7 @@ class Gallery:
             )
         else:
             table = create_people(address, database, about_detector(create_for))
-        gallery = cls(address, table, database, exact_up_to)
+        gallery = cls(address, table, database, exact_up_to, create_for)
         if create_for is not None:
             gallery.check_detector(create_for)
         return gallery
@@ -162,15 +172,62 @@ class Gallery:
             found = [self._search_table(one, k, where, offset) for one in np.atleast_2d(queries)]
         return found[0] if queries.ndim == 1 else found
 
+    def add(self, paths: Iterable[str | os.PathLike[str]], every: float = 1.0) -> dict[str, str]:
+        """Finds everybody in photos, videos, and folders of them, unless they are known already.
+
+        Needs a gallery that was opened with `create_for`.
+
+        Args:
+          paths: what to index.
+          every: seconds between the frames of a video that are looked at.
+
+        Returns:
+          The files that could not be read, with reasons.
+
+        Raises:
+          UserError: a path does not exist, or the gallery cannot be written.
+        """
+        from alignps_jax.gallery.indexing import index
+
+        sources = [os.fspath(path) for path in paths]
+        return index(self, self._own_detector(), sources, every).skipped
+
+    def search_photo(
+        self,
+        photo: UInt8[np.ndarray, "H W 3"],
+        box: Sequence[float],
+        k: int,
+        where: Filter | None = None,
+        offset: int = 0,
+    ) -> list[Match]:
+        """`search` for the person of an RGB photo that overlaps a box (x1, y1, x2, y2) most.
+
+        Needs a gallery that was opened with `create_for`.
+
+        Raises:
+          UserError: nobody is found there.
+        """
+        found = self._own_detector().detect(photo)
+        (query,) = find_queries(
+            found, box, self.about.score_threshold, Path("the photo"), photo.shape[:2]
+        )
+        matches: list[Match] = self.search(query.embedding, k, where, offset)
+        return matches
+
+    def _own_detector(self) -> Detector:
+        if self._detector is None:
+            raise UserError(
+                f"{self.address}: was opened without a detector; expected "
+                "Gallery.open(..., create_for=detector)"
+            )
+        return self._detector
+
     def memory(self) -> PeopleInMemory | None:
         """The people in memory, read anew where they have changed; None if they are too many."""
         with self._lock:
             table = self._latest()
-            memory = self._memory
-            if memory is not None:
-                waited = time.monotonic() - self._loaded
-                if memory.version == table.version or waited < _PATIENCE * memory.took:
-                    return memory
+            if self._memory is not None and self._is_good_enough(self._memory):
+                return self._memory
             count = table.count_rows(IS_PERSON)
             if count > self.exact_up_to:
                 self._memory = None
@@ -179,6 +236,17 @@ class Gallery:
             self._memory = load_people(batches, count, self.about.dim, table.version)
             self._loaded = time.monotonic()
             return self._memory
+
+    def _is_good_enough(self, memory: PeopleInMemory) -> bool:
+        """Whether it is the table's newest state, or one that need not be read anew just yet."""
+        if memory.version == self.table.version:
+            return True
+        if len(memory) < _QUICKLY_READ:
+            return False
+        # Somebody was forgotten since, and older states were deleted.
+        if all(memory.version != state["version"] for state in self.table.list_versions()):
+            return False
+        return time.monotonic() - self._loaded < _PATIENCE * memory.took
 
     def _search_table(
         self, query: Float[np.ndarray, "D"], k: int, where: Filter, offset: int

@@ -161,7 +161,10 @@ def rows(scenes: Sequence[IndexedScene], columns: pa.Schema) -> pa.Table:
         for name, column in per_scene.items()
     }
     arrays["id"] = pa.array(
-        [person_id(scenes[i].scene.id, n) for i, n in zip(owner, number, strict=True)]
+        [
+            person_id(scenes[row].scene.id, person)
+            for row, person in zip(owner.tolist(), number.tolist(), strict=True)
+        ]
     )
     arrays["number"] = pa.array(number, pa.int32())
     arrays["box"], arrays["embedding"] = vectors("boxes", 4), vectors("embeddings", dim)

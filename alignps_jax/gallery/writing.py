@@ -159,8 +159,8 @@ def _index(gallery: Gallery) -> None:
 
 
 def vector_index(dim: int) -> IvfPq:
-    """Embeddings in lists, as codes of a byte for four values (a divisor of the length)."""
-    return IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 4)))
+    """Embeddings in lists, as codes of a byte for eight values where their length allows."""
+    return IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 8)))
 
 
 def purge(gallery: Gallery) -> None:

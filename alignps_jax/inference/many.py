@@ -20,6 +20,7 @@ from alignps_jax.types import Batch, Detections, UserError
 from data_pipeline.pipeline import single_image_batch
 
 Tag = TypeVar("Tag")
+Tag_co = TypeVar("Tag_co", covariant=True)
 Image = UInt8[np.ndarray, "_H _W 3"]
 
 # So many batches may come before the photos that wait for others of their shape.
@@ -39,17 +40,20 @@ class DetectsBatches(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Read(Generic[Tag]):
-    """What reading a photo gave: its pixels, or why there are none."""
+class Read(Generic[Tag_co]):
+    """What reading a photo gave: its pixels, or why there are none.
 
-    tag: Tag
+    Without both it is a pause: everything before it is finished at once.
+    """
+
+    tag: Tag_co
     image: Image | None = None
     error: UserError | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Result(Generic[Tag]):
-    """The detections of a photo, all valid and best first, or why there are none."""
+    """The detections of a photo, all valid and best first, or why there are none (or a pause)."""
 
     tag: Tag
     found: Detections | None
@@ -113,6 +117,14 @@ def _in_order(
         for row, number in enumerate(numbers):
             results[number] = Result(photos.pop(number).tag, _row(host, row), None)
 
+    def start_all() -> None:
+        for bucket in list(waiting):
+            start(bucket)
+
+    def finish_all() -> None:
+        while under_way:
+            finish()
+
     def ready() -> Iterator[Result[Tag]]:
         nonlocal given
         while given in results:
@@ -122,9 +134,12 @@ def _in_order(
     for number, photo in enumerate(prepared):
         if photo.batch is None:
             results[number] = Result(photo.tag, None, photo.error)
+            if photo.error is None:
+                start_all()
+                finish_all()
         else:
             photos[number] = photo
-            bucket = photo.batch.image.shape[1:3]
+            bucket = (photo.batch.image.shape[1], photo.batch.image.shape[2])
             waiting.setdefault(bucket, []).append(number)
             if len(waiting[bucket]) == detector.rows(bucket):
                 start(bucket)
@@ -134,10 +149,8 @@ def _in_order(
         while len(under_way) > 1:
             finish()
         yield from ready()
-    for bucket in list(waiting):
-        start(bucket)
-    while under_way:
-        finish()
+    start_all()
+    finish_all()
     yield from ready()
 
 

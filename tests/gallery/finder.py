@@ -1,0 +1,65 @@
+"""Indexing without a network, in processes that may be killed."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from alignps_jax.gallery.indexing import Indexed, index
+from alignps_jax.gallery.store import Gallery
+from alignps_jax.types import Batch, Detections
+from tests.gallery.networks import network_config
+
+MOST = 5
+
+
+class Finder:
+    """Finds up to four people, by the colors of a photo: always the same in the same pixels."""
+
+    config = network_config()
+    name = "a finder, step 1"
+
+    def __init__(self, fingerprint: str = "f" * 64, seconds: float = 0.0):
+        self.fingerprint = fingerprint
+        self.seconds = seconds
+
+    def rows(self, bucket: tuple[int, int]) -> int:
+        return 2
+
+    def detect_batch(self, batch: Batch) -> Detections:
+        time.sleep(self.seconds)
+        found = [self.find(np.asarray(image)) for image in batch.image]
+        return Detections(*(np.stack(parts)[None] for parts in zip(*found, strict=True)))
+
+    def detect(self, image: np.ndarray) -> Detections:
+        boxes, scores, embeddings, valid = self.find(image)
+        return Detections(boxes[valid], scores[valid], embeddings[valid], valid[valid])
+
+    def find(self, image: np.ndarray) -> tuple[np.ndarray, ...]:
+        seed = int(image.astype(np.int64).sum())
+        rng = np.random.default_rng(seed)
+        corner = rng.uniform(0, 50, (MOST, 2))
+        boxes = np.hstack([corner, corner + rng.uniform(5, 40, (MOST, 2))])
+        scores = np.sort(rng.uniform(0.2, 1, MOST))[::-1]
+        embeddings = rng.normal(size=(MOST, 16))
+        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        valid = np.arange(MOST) < seed % MOST
+        return (*(x.astype(np.float32) for x in (boxes, scores, embeddings)), valid)
+
+
+def run(address: str, source: str, seconds: float = 0.0) -> Indexed:
+    """Indexes a folder, committing all the time."""
+    finder = Finder(seconds=seconds)
+    gallery = Gallery.open(address, create_for=finder)
+    return index(gallery, finder, [source], every=0.4, commit_seconds=0.05)
+
+
+def content(address: str) -> dict[str, tuple]:
+    """All of a gallery: what the rows of each id hold."""
+    table = Gallery.open(address).table
+    table.checkout_latest()
+    rows = table.search().to_arrow().to_pylist()
+    found = {row["id"]: tuple(map(str, row.values())) for row in rows}
+    assert len(found) == len(rows), "somebody is there twice"
+    return found
