@@ -69,18 +69,16 @@ class PeopleInMemory:
                 among=among,
             )
         )
-        return [
-            [
-                Match(self.person(int(row)), float(similarity))
-                for row, similarity in zip(index, similarities, strict=True)
-                if np.isfinite(similarity)
-            ]
-            for index, similarities in zip(
-                found.index[: len(queries), offset:wanted],
-                found.similarity[: len(queries), offset:wanted],
-                strict=True,
-            )
-        ]
+        results = []
+        for index, similarity in zip(
+            found.index[: len(queries), offset:wanted],
+            found.similarity[: len(queries), offset:wanted],
+            strict=True,
+        ):
+            exists = np.isfinite(similarity)
+            people = self.people(index[exists])
+            results.append(list(map(Match, people, similarity[exists].tolist())))
+        return results
 
     def matching(self, where: Filter) -> Bool[np.ndarray, "N"]:
         """Who passes a filter."""
@@ -95,11 +93,19 @@ class PeopleInMemory:
             matching &= self.scores >= np.float32(where.min_score)
         return matching
 
-    def person(self, row: int) -> Person:
-        """The person of a row."""
-        scene = scene_of(self.scenes.slice(int(self.scene[row]), 1).to_pylist()[0])
-        identity = person_id(scene.id, int(self.number[row]))
-        return Person(identity, scene, self.boxes[row], float(self.scores[row]))
+    def people(self, rows: Int[np.ndarray, "k"]) -> list[Person]:
+        """The people of some rows."""
+        needed, place = np.unique(self.scene[rows], return_inverse=True)
+        scenes = [scene_of(row) for row in self.scenes.take(needed).to_pylist()]
+        return [
+            Person(
+                id=person_id(scenes[at].id, int(self.number[row])),
+                scene=scenes[at],
+                box=self.boxes[row],
+                score=float(self.scores[row]),
+            )
+            for row, at in zip(rows.tolist(), place.tolist(), strict=True)
+        ]
 
 
 def _scene_conditions(scenes: pa.Table, where: Filter) -> list[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import html
+import re
 import socket
 import threading
 
@@ -55,3 +57,39 @@ def running(app, **settings):
             server.should_exit = True
             thread.join(timeout=20)
             assert not thread.is_alive()
+
+
+def upload(client, photo, name="query.png", **fields):
+    return client.post("/upload", files={"photo": (name, photo)}, data=fields)
+
+
+def uploaded(client, photo):
+    """The address of an uploaded photo whose people were found."""
+    answer = upload(client, photo)
+    assert answer.status_code == 303, answer.text
+    return answer.headers["location"]
+
+
+def people(page):
+    """The searches that a page of a photo offers."""
+    found = re.findall(r'<a href="(/search\?[^"]*)" aria-label', page.text)
+    return [html.unescape(address) for address in found]
+
+
+def results(page):
+    """Similarity and person of each result of a page."""
+    found = re.findall(r'id="result-([^"]+)".*?<strong>(-?[\d.]+)</strong>', page.text, re.DOTALL)
+    return [(float(similarity), person) for person, similarity in found]
+
+
+def color_of(site, person):
+    """The color that was painted there."""
+    found = site.gallery.person(person)
+    x1, y1, x2, y2 = found.box.astype(int)
+    return tuple(int(v) for v in site.gallery.pixels(found.scene)[(y1 + y2) // 2, (x1 + x2) // 2])
+
+
+def line_of(answer):
+    """The one line that an error page shows."""
+    (line,) = re.findall(r'<p class="empty" role="alert">(.*?)</p>', answer.text, re.DOTALL)
+    return html.unescape(line)

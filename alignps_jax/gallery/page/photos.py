@@ -75,7 +75,7 @@ def photo_routes(site: Site) -> APIRouter:
     @router.get("/", dependencies=[Depends(read_first)])
     def home(request: Request) -> Response:
         query = query_of(request)
-        values = scenes_from(site, query, 0) | site.choices.values()
+        values = scenes_from(site, query, 0)
         return page(site, "home.html", query=query, **values)
 
     @router.get("/scenes")
@@ -189,7 +189,7 @@ def scenes_from(site: Site, query: Query, offset: int) -> dict[str, Any]:
     """Scenes of the gallery from a place on, and where the next ones begin."""
     if not 0 <= offset < 2**40:
         raise UserError("The place in the list is out of range.")
-    where = site.choices.checked(query.where)
+    where = site.overview.checked(query.where)
     found = site.gallery.scenes(SCENES + 1, offset, where)
     following = offset + SCENES if len(found) > SCENES else None
     return {

@@ -113,10 +113,10 @@ class Searcher:
         return results
 
     def _count(self, query: Query) -> int | None:
-        if not query.is_filtered:
-            return self._gallery.num_people
         memory = self._gallery.memory()
-        return None if memory is None else int(memory.matching(query.where).sum())
+        if memory is not None:
+            return int(memory.matching(query.where).sum()) if query.is_filtered else len(memory)
+        return None if query.is_filtered else self._gallery.num_people
 
     def latest(self, query: Query, views: Sequence[View]) -> Results:
         """The remembered results, else those of another search."""

@@ -50,7 +50,7 @@ def search_routes(site: Site) -> APIRouter:
     @router.get("/search", dependencies=[Depends(read_first)])
     def search(request: Request) -> Response:
         query = query_of(request)
-        site.choices.checked(query.where)
+        site.overview.checked(query.where)
         if not query.views:
             return RedirectResponse(query.address("/"), 303)
         views = resolve(query, site.gallery, site.finder)
@@ -60,7 +60,6 @@ def search_routes(site: Site) -> APIRouter:
             "search.html",
             views=views,
             found=found,
-            **site.choices.values(),
             MAX_MATCHES=MAX_MATCHES,
             **entries_from(site, query, found, 0),
         )
@@ -68,7 +67,7 @@ def search_routes(site: Site) -> APIRouter:
     @router.get("/results")
     def more_results(request: Request, offset: int = 0) -> Response:
         query = query_of(request)
-        site.choices.checked(query.where)
+        site.overview.checked(query.where)
         views = resolve(query, site.gallery, site.finder)
         if not views or not 0 <= offset <= MAX_MATCHES:
             raise UserError("There are no such results.")

@@ -20,7 +20,7 @@ from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.results import Searcher
 from alignps_jax.gallery.page.security import Door, is_loopback, own_names
-from alignps_jax.gallery.page.site import Choices, Site
+from alignps_jax.gallery.page.site import Overview, Site
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
@@ -97,11 +97,13 @@ def make_site(gallery: Gallery, detector: Detector, marks: Path) -> Site:
         pictures=Pictures(gallery),
         searcher=Searcher(gallery),
         marks=Marks(marks),
-        choices=Choices(gallery),
+        overview=Overview(gallery),
     )
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 65536:
+        raise UserError(f"--port: found {port}, expected 0 to 65535")
     try:
         family, kind, protocol, _, place = socket.getaddrinfo(
             host.strip("[]"), port, type=socket.SOCK_STREAM
@@ -114,7 +116,7 @@ def _listen(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"--host, --port: cannot listen on {host}:{port} ({reason}), expected an address of "

@@ -29,7 +29,8 @@ from alignps_jax.types import UserError
 
 _READ_COOKIE = "alignps_responsible_use"
 _YEAR = 365 * 24 * 3600  # seconds
-_RARELY = 20.0  # times as long as it took
+# Read anew after so many times what it took, and so many seconds at least.
+_RARELY, _LEAST = 20.0, 2.0
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _HERE = resources.files("alignps_jax.gallery.page")
 
@@ -42,26 +43,42 @@ class NotThereError(Exception):
     """Nothing has that address (any more); the text says what is missing, in a line."""
 
 
-class Choices:
-    """The cameras and folders of a gallery, read anew from time to time."""
+class Overview:
+    """How much a gallery has, and its cameras and folders, read anew from time to time.
+
+    Among millions of photos that takes seconds, so pages show what was read last.
+    """
 
     def __init__(self, gallery: Gallery):
         self._gallery = gallery
-        self._known: tuple[list[str], list[str]] = [], []
+        self._known: dict[str, Any] = {}
         self._next = 0.0
         self._lock = threading.Lock()
+        self._read()
 
     def values(self) -> dict[str, Any]:
-        """The choices of a filter."""
+        """Numbers of people and scenes, and the choices of a filter."""
         with self._lock:
-            begin = time.monotonic()
-            if begin >= self._next:
-                self._known = self._gallery.cameras(), self._gallery.folders()
-                end = time.monotonic()
-                # Among millions of photos this takes a while.
-                self._next = end + _RARELY * (end - begin)
-            cameras, folders = self._known
-        return {"cameras": cameras, "folders": folders}
+            if time.monotonic() >= self._next:
+                self._next = float("inf")  # until it is read
+                threading.Thread(target=self._read, name="overview", daemon=True).start()
+            return self._known
+
+    def _read(self) -> None:
+        begin = end = time.monotonic()
+        try:
+            known = {
+                "people": self._gallery.num_people,
+                "scenes": self._gallery.num_scenes,
+                "cameras": self._gallery.cameras(),
+                "folders": self._gallery.folders(),
+            }
+            end = time.monotonic()
+            with self._lock:
+                self._known = known
+        finally:
+            with self._lock:
+                self._next = end + max(_LEAST, _RARELY * (end - begin))
 
     def checked(self, where: Filter) -> Filter:
         """The filter itself, if its folder holds photos of the gallery.
@@ -86,7 +103,7 @@ class Site:
     pictures: Pictures
     searcher: Searcher
     marks: Marks
-    choices: Choices
+    overview: Overview
 
     def scene(self, scene_id: str) -> Scene:
         """A scene of the gallery, whatever the address says; NotThereError."""
@@ -166,11 +183,7 @@ def page(site: Site, template: str, status: int = 200, **values: Any) -> HTMLRes
 
 def common(site: Site) -> dict[str, Any]:
     """What every page shows."""
-    return {
-        "people": site.gallery.num_people,
-        "scenes": site.gallery.num_scenes,
-        "progress": site.finder.status(),
-    }
+    return {**site.overview.values(), "progress": site.finder.status()}
 
 
 def read_first(request: Request) -> None:
