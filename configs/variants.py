@@ -233,8 +233,7 @@ VARIANTS: dict[str, Variant] = {
     "card24": Variant("for one card with 24 GB", MACHINE),
     "h100x8": Variant(
         "for 8 H100: 4 images each, the learning rate follows",
-        MACHINE
-        | {"train.batch_size": 32, "optimizer.scale_with_batch": 4, "eval.batch_size": 32},
+        MACHINE | {"train.batch_size": 32, "optimizer.scale_with_batch": 4, "eval.batch_size": 32},
     ),
     "v5e8": Variant(
         "for a TPU v5e-8: 1 image each, the learning rate follows",

@@ -78,7 +78,7 @@ def test_shard_map_gives_the_losses_of_one(from_nothing, alone):
 
 def test_one_process_resumes_what_two_began(from_nothing, alone):
     workdir = from_nothing.with_name("fewer")
-    shutil.copytree(from_nothing, workdir)
+    shutil.copytree(from_nothing, workdir, ignore=shutil.ignore_patterns("xla_cache"))
     run_alone(from_nothing.parent, workdir, "--config.train.duration=4 steps")
     assert_same_losses(losses(workdir), losses(alone))
 
@@ -88,7 +88,8 @@ def test_two_processes_evaluate_to_the_last_bit(from_nothing):
     where = ["--mode=evaluate", f"--checkpoint={from_nothing}", "--config.eval.min_cls_score=0.0"]
     folders = shared / "evaluated", shared / "evaluated_alone"
     finish(start(shared, folders[0], *where))
-    run_alone(shared, folders[1], *where, devices=4)
+    # One image for each of two devices, as there: the compiler's rounding is the same then.
+    run_alone(shared, folders[1], *where, "--config.eval.batch_size=2", devices=2)
     found, expected = (np.load(folder / "detections.npz") for folder in folders)
     assert sorted(found) == sorted(expected)
     assert len(expected["scores"]) > 100
