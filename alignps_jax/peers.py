@@ -34,8 +34,9 @@ LOST_PEER = 4
 HEARTBEAT = 40
 # So long do processes look for one another at the start, in seconds.
 START = 300
-# So long does a process that failed wait for those that failed alike, in seconds.
-_PATIENCE = 10
+# So long does a process that failed wait for those that failed alike, and one that was told to stop
+# for those that save, in seconds.
+_FAILED, _STOPPED = 10, 120
 _POLL = 0.2
 _WAIT_MS = 10_000
 
@@ -182,7 +183,8 @@ def leave(code: int) -> None:
     if not several():
         return
     client, state = _client(), distributed.global_state
-    end = time.monotonic() + (_PATIENCE if code else float("inf"))
+    patience = _STOPPED if code >= 128 else _FAILED if code else float("inf")
+    end = time.monotonic() + patience
     try:
         client.key_value_set(f"ended/{state.process_id}", str(code), allow_overwrite=True)
         while len(client.key_value_dir_get("ended/")) < state.num_processes:
