@@ -34,14 +34,16 @@ LOST_PEER = 4
 HEARTBEAT = 40
 # So long do processes look for one another at the start, in seconds.
 START = 300
-# So long does a process that failed wait for those that failed alike, in seconds.
-_PATIENCE = 10
+# So long does a process that failed wait for those that failed alike, and one that was told to stop
+# for those that save, in seconds.
+_FAILED, _STOPPED = 10, 120
 _POLL = 0.2
 _WAIT_MS = 10_000
 
 _FATAL = b"JAX distributed service detected fatal errors"
 _OF_SERVICE = re.compile(rb"coordination_service|preemption_sync_manager")
 _DEAD = re.compile(rb"unhealthy \(stopped sending heartbeats\):\s*((?:\d[\d, ]*\n)+)")
+_NO_SERVICE = re.compile(rb"Socket closed|Connection reset|Connection refused|failed to connect")
 # What collectives say when a process at the other end is gone.
 _BLAMES_A_PEER = re.compile(r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|peer|collective", re.I)
 _counter = itertools.count()
@@ -70,7 +72,8 @@ def join(
     """Joins the other processes of the run; without arguments, as the cluster's manager says.
 
     JAX knows SLURM, Open MPI, Kubernetes and Cloud TPUs. From now on, the end of one process ends
-    the others within `heartbeat` seconds, with one line and the exit code `LOST_PEER`.
+    the others within `heartbeat` seconds, with one line and the exit code `LOST_PEER`; so does one
+    that does not come.
 
     Args:
       coordinator: host:port of process 0.
@@ -80,9 +83,10 @@ def join(
       start: seconds in which all have to come.
 
     Raises:
-      UserError: there is no cluster, or a process did not come in time.
+      UserError: there is no cluster, or process 0 cannot listen where it should.
     """
-    _listen_to_the_service()
+    joined = threading.Event()
+    _listen_to_the_service(joined, start)
     how = "deactivate" if coordinator else None  # flags mean what they say, also below SLURM
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -95,11 +99,12 @@ def join(
                 heartbeat_timeout_seconds=heartbeat,
                 initialization_timeout=start,
             )
+        joined.set()
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         if coordinator:
             raise UserError(
-                f"--coordinator: found no run of {processes} processes at {coordinator} within "
-                f"{start} s ({_first_line(error)})"
+                f"--coordinator: found {coordinator}, where the run cannot begin "
+                f"({_first_line(error)})"
             ) from error
         hints = "".join(f"; {' '.join(str(one.message).split())}" for one in warned)
         raise UserError(
@@ -178,7 +183,8 @@ def leave(code: int) -> None:
     if not several():
         return
     client, state = _client(), distributed.global_state
-    end = time.monotonic() + (_PATIENCE if code else float("inf"))
+    patience = _STOPPED if code >= 128 else _FAILED if code else float("inf")
+    end = time.monotonic() + patience
     try:
         client.key_value_set(f"ended/{state.process_id}", str(code), allow_overwrite=True)
         while len(client.key_value_dir_get("ended/")) < state.num_processes:
@@ -217,7 +223,7 @@ def _client() -> Any:
     return client
 
 
-def _listen_to_the_service() -> None:
+def _listen_to_the_service(joined: threading.Event, start: int) -> None:
     """Puts one line and an exit code in the place of what JAX does when a process is gone.
 
     Its C++ prints a page and aborts. So what C++ writes to the standard error goes through a
@@ -233,10 +239,15 @@ def _listen_to_the_service() -> None:
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))  # sleep(SIGABRT)
-    threading.Thread(target=_pass_on, args=(reading, real), daemon=True).start()
+    late = f"the processes of the run did not all come within {start} s, so this one ends"
+
+    def describe(said: bytes) -> str:
+        return _lost(said) if joined.is_set() else late
+
+    threading.Thread(target=_pass_on, args=(reading, real, describe), daemon=True).start()
 
 
-def _pass_on(reading: int, real: int) -> None:
+def _pass_on(reading: int, real: int, describe: Callable[[bytes], str]) -> None:
     """Copies from one file to another, until JAX says that a process is gone."""
     held = b""
     while True:
@@ -247,22 +258,25 @@ def _pass_on(reading: int, real: int) -> None:
             continue
         held += os.read(reading, 1 << 16)
         if _FATAL in held:
-            time.sleep(0.1)
-            if select.select([reading], [], [], 0)[0]:
+            while select.select([reading], [], [], 0.5)[0]:
                 held += os.read(reading, 1 << 16)
-            found = _DEAD.search(held)
-            who = f"process {' '.join(found[1].decode().split())}" if found else "another process"
-            if not found and b"Socket closed" in held:
-                who = "process 0"
-            message = (
-                f"error: {who} of the run ended or does not answer, so this one ends, too; the "
-                "same commands resume from the last checkpoint\n"
-            )
-            os.write(real, message.encode())
+            os.write(real, f"error: {describe(held)}\n".encode())
             _exit(LOST_PEER)
         if not _OF_SERVICE.search(held):
             os.write(real, held)
             held = b""
+
+
+def _lost(said: bytes) -> str:
+    """What happened, given what the service said."""
+    found = _DEAD.search(said)
+    who = f"process {' '.join(found[1].decode().split())}" if found else "another process"
+    if not found and _NO_SERVICE.search(said):
+        who = "process 0"
+    return (
+        f"{who} of the run ended or does not answer, so this one ends, too; the same commands "
+        "resume from the last checkpoint"
+    )
 
 
 def _exit(code: int) -> NoReturn:

@@ -238,10 +238,6 @@ def make_train_pipeline(
     if data.max_programs is not None:
         found = choose_buckets(sizes, usable, data.max_programs, batch_size)
         groups, shapes = found.groups, found.shapes
-        print(
-            f"buckets: {len(shapes)} shapes for {len(groups)} groups of images; "
-            f"{found.padding:.1%} of the pixels are padding"
-        )
     return TrainPipeline(
         reader=_reader(split, data, process_index, process_count),
         groups=groups,

@@ -20,12 +20,17 @@ BEAT = 10  # seconds, the shortest that JAX takes
 OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911"}
 
 
-def start(what: str, count: int, folder: Path) -> list[subprocess.Popen[str]]:
-    """Processes as Open MPI starts them, each with its own `what` of this file's children."""
-    port = str(free_port())
+def start(
+    what: str, count: int, folder: Path, started: int | None = None
+) -> list[subprocess.Popen[str]]:
+    """So many processes, or the first of them, as Open MPI starts them; `what` is a child's name.
+
+    They wait 5 s for one another where not all are started, else a minute.
+    """
+    port, patience = str(free_port()), "5" if started else "60"
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.peers_test", what, str(index), str(folder)],
+            [sys.executable, "-m", "tests.peers_test", what, str(index), str(folder), patience],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -39,7 +44,7 @@ def start(what: str, count: int, folder: Path) -> list[subprocess.Popen[str]]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(count)
+        for index in range(started or count)
     ]
 
 
@@ -133,6 +138,13 @@ def test_a_process_that_fails_alone_ends_the_others(tmp_path):
     assert len(first[2]) == 1
 
 
+def test_a_process_whose_peer_does_not_come_says_so(tmp_path):
+    alone, *_ = start("agrees", 2, tmp_path, started=1)
+    ((code, out, err),) = ends([alone])
+    assert (code, out) == (peers.LOST_PEER, [])
+    assert err == ["error: the processes of the run did not all come within 5 s, so this one ends"]
+
+
 def test_without_a_cluster_it_is_one_line():
     # Not this machine's own cluster, should it have one.
     managers = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_")
@@ -163,11 +175,11 @@ def test_a_run_of_one_process_waits_for_nobody():
         peers.end_together(lambda: sys.exit(143))
 
 
-def run_child(name: str, index: int, folder: Path) -> int:
-    peers.join(heartbeat=BEAT, start=60)
+def run_child(name: str, index: int, folder: Path, patience: int) -> int:
+    peers.join(heartbeat=BEAT, start=patience)
     return globals()[f"child_{name}"](index, folder)
 
 
 if __name__ == "__main__":
-    name, number, place = sys.argv[1:]
-    sys.exit(peers.end_together(lambda: run_child(name, int(number), Path(place))))
+    name, number, place, seconds = sys.argv[1:]
+    sys.exit(peers.end_together(lambda: run_child(name, int(number), Path(place), int(seconds))))

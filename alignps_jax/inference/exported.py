@@ -1,7 +1,7 @@
 """The detector as StableHLO programs with the weights inside, which run without this project.
 
-`jax.export` guarantees that a program can be loaded for six months after it was written, by newer
-versions of JAX; by older ones, for three weeks.
+`jax.export` guarantees that versions of JAX can load a program that are up to six months newer than
+the one that wrote it, or up to three weeks older.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
             f"{config.eval.batch_size} photos of {shape[0]}x{shape[1]} on {', '.join(PLATFORMS)}, "
             f"is now in {file}"
         )
-    print("note: JAX guarantees that it can be loaded for six months (jax.export)")
+    print(f"note: JAX loads it in versions up to six months newer than this one, {jax.__version__}")
 
 
 def program_files(target: Path, config: ConfigDict) -> dict[Path, Size]:

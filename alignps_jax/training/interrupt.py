@@ -128,7 +128,7 @@ class Interrupt:
                 self._leaving = finish is not None
         if again:
             if number == signal.SIGINT:
-                self._exit(128 + number)
+                self._exit(128 + number, alone=True)
             return
         self._writer.notice(number)
         if finish is None:
@@ -152,10 +152,14 @@ class Interrupt:
         finally:
             self._exit(code)
 
-    def _exit(self, code: int) -> NoReturn:
-        """Ends the process although its main thread, or a compiler's, does not listen."""
+    def _exit(self, code: int, alone: bool = False) -> NoReturn:
+        """Ends the process although its main thread, or a compiler's, does not listen.
+
+        Unless `alone`, with the run's others, which hear of the signal within a second.
+        """
         self._writer.release()
-        leave(code)  # with the others, which hear of the signal within a second
+        if not alone:
+            leave(code)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
                 stream.flush()

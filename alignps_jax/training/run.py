@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.choices import known_name
@@ -78,6 +79,8 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         selector = make_evaluator(config, model, split, scorer, predict=evaluator.predict)
         data = dataclasses.replace(data, train=held.train.photos(data.train))
     pipeline = make_pipeline(config, data)
+    if jax.process_index() == 0:
+        print(_padding(pipeline))
     steps_per_epoch = pipeline.steps_per_epoch
     schedule, step = make_step(config, model, steps_per_epoch, max_positives(config, pipeline))
     initial = partial(create_state, config, model, step.optimizer, rows)
@@ -177,6 +180,17 @@ def make_plan(config: ConfigDict, steps_per_epoch: int) -> Plan:
         checkpoint_every=steps("checkpoint_every"),
         eval_every=steps("eval_every"),
         log_every=config.train.log_every_steps,
+    )
+
+
+def _padding(pipeline: TrainPipeline, batches: int = 100) -> str:
+    """A line on what the batches are padded to, and how much of the first ones is padding."""
+    plans = [pipeline.plan(step) for step in range(min(batches, pipeline.steps_per_epoch))]
+    pixels = [plan.bucket[0] * plan.bucket[1] for plan in plans]
+    share = np.average([plan.padding for plan in plans], weights=pixels)
+    return (
+        f"buckets: {len(pipeline.buckets)} shapes for {len(pipeline.groups)} groups of images; "
+        f"{share:.1%} of the pixels of the first batches are padding"
     )
 
 

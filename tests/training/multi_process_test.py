@@ -70,15 +70,26 @@ def test_two_processes_from_nothing_give_the_losses_of_one(from_nothing, alone):
     assert "writer.lock" not in names
 
 
-def test_shard_map_gives_the_losses_of_one(from_nothing, alone):
-    together = from_nothing.with_name("shard_map")
-    finish(start(from_nothing.parent, together, *SHORT, "--config.train.parallel=shard_map"))
-    assert_same_losses(losses(together), first_steps(alone))
+def test_shard_map_gives_the_losses_of_one_and_sigterm_to_one_saves_in_all(from_nothing, alone):
+    workdir = from_nothing.with_name("shard_map")
+    long = ("--config.train.duration=400 steps", "--config.train.checkpoint_every=1000 steps")
+    shared, parallel = from_nothing.parent, "--config.train.parallel=shard_map"
+    processes = start(shared, workdir, *long, parallel)
+    while not (workdir / "log.jsonl").exists() or len(losses(workdir)) < 3:
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = finish(processes, code=143)
+    (last,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert last == max(losses(workdir)) >= 3
+    for output in outputs:
+        assert f"SIGTERM: step {last} is saved" in output
+    assert_same_losses(first_steps(workdir), first_steps(alone))
 
 
 def test_one_process_resumes_what_two_began(from_nothing, alone):
     workdir = from_nothing.with_name("fewer")
-    shutil.copytree(from_nothing, workdir)
+    shutil.copytree(from_nothing, workdir, ignore=shutil.ignore_patterns("xla_cache"))
     run_alone(from_nothing.parent, workdir, "--config.train.duration=4 steps")
     assert_same_losses(losses(workdir), losses(alone))
 
@@ -88,7 +99,8 @@ def test_two_processes_evaluate_to_the_last_bit(from_nothing):
     where = ["--mode=evaluate", f"--checkpoint={from_nothing}", "--config.eval.min_cls_score=0.0"]
     folders = shared / "evaluated", shared / "evaluated_alone"
     finish(start(shared, folders[0], *where))
-    run_alone(shared, folders[1], *where, devices=4)
+    # One image for each of two devices, as there: the compiler's rounding is the same then.
+    run_alone(shared, folders[1], *where, "--config.eval.batch_size=2", devices=2)
     found, expected = (np.load(folder / "detections.npz") for folder in folders)
     assert sorted(found) == sorted(expected)
     assert len(expected["scores"]) > 100
@@ -96,19 +108,3 @@ def test_two_processes_evaluate_to_the_last_bit(from_nothing):
         np.testing.assert_array_equal(found[name], expected[name])
     scores = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     assert scores[0] == scores[1]
-
-
-def test_sigterm_to_one_saves_in_all(from_nothing):
-    workdir = from_nothing.with_name("stopped")
-    shutil.copytree(from_nothing, workdir)
-    long = ("--config.train.duration=400 steps", "--config.train.checkpoint_every=1000 steps")
-    processes = start(from_nothing.parent, workdir, *long)
-    before = len(losses(workdir))
-    while processes[1].poll() is None and len(losses(workdir)) < before + 2:
-        time.sleep(0.1)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = finish(processes, code=143)
-    last = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert last == max(losses(workdir)) > 3
-    for output in outputs:
-        assert f"SIGTERM: step {last} is saved" in output

@@ -109,6 +109,7 @@ def test_a_run_writes_what_it_promises(whole_run):
     assert set(metrics["detection"]) == set(metrics["detection_labelled"]) == {"recall", "AP"}
     assert set(metrics["search"]["TestG50"]) == {"mAP", "top1", "top5", "top10"}
     assert sorted(losses(whole_run)) == [1, 2, 3, 4, 5, 6]
+    assert {line["padding"] for line in losses(whole_run).values()} == {0.0}
 
 
 def test_shard_map_resumes_what_pmap_began_and_gives_the_same_losses(shared_dir, whole_run):
