@@ -22,6 +22,8 @@ from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, 
 from alignps_jax.command_line import FLAGS, parse
 from alignps_jax.config_rules import RULES, check_config
 from alignps_jax.configuration import train_config
+from alignps_jax.gallery.page.exports import as_csv
+from alignps_jax.gallery.page.marks import Marked, Marks, Sight
 from alignps_jax.log import LogLine, read_log
 from alignps_jax.types import OIMMemory, TrainState, UserError
 from alignps_jax.usages import USAGES
@@ -252,6 +254,32 @@ def _word(rng: random.Random) -> str:
     return rng.choice(patterns)
 
 
+def _marks(folder: Path) -> Sequence[Path]:
+    path = folder / "people.marks.json"
+    marks = Marks(path)
+    views = [
+        Sight("0-0", str(folder / "a.jpg"), None, (90, 160), (1, 2, 30, 80), 0.9),
+        Sight("up.0.1", "b.jpg", None, (0, 0), (1, 2, 30, 80), 0.5, uploaded=True),
+    ]
+    for number in range(3):
+        second = None if number < 2 else 2.5
+        person = Sight(f"1-{number}", f"/c{number}", second, (90, 160), (1, 2, 30, 80), 0.7)
+        marks.set(views[: 1 + number % 2], person, 0.6, "wrong" if number else "right")
+    return [path]
+
+
+def _read_marks(path: Path) -> tuple[list[Marked], bytes]:
+    queries = Marks(path).all()
+    return queries, as_csv(queries)
+
+
+def _check_marks(found: tuple[list[Marked], bytes]) -> None:
+    for marked in found[0]:
+        for sight in (*marked.views, *(mark.person for mark in marked.marks.values())):
+            assert np.isfinite([*sight.box, *sight.size, sight.score]).all()
+    assert len(found[1].splitlines()) > sum(len(marked.marks) for marked in found[0])
+
+
 RUN_READERS: dict[str, Reader] = {
     # JAX and TensorStore start threads, which take room but no memory.
     "checkpoints": Reader(
@@ -281,6 +309,12 @@ RUN_READERS: dict[str, Reader] = {
         read=lambda folder, _: _resumed_config(folder),
         check=check_config,
         damage=damage_stored,
+    ),
+    "marks": Reader(
+        build=_marks,
+        read=lambda _, path: _read_marks(path),
+        check=_check_marks,
+        damage=damage_json,
     ),
     "command_lines": Reader(
         build=_command_lines,

@@ -12,14 +12,12 @@ pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup"
 from PIL import Image
 
 from alignps_jax.files import read_image, write_image
+from alignps_jax.gallery.page.exports import as_coco, as_csv, as_query, identities
 from alignps_jax.gallery.page.marks import (
+    Mark,
     Marked,
     Marks,
     Sight,
-    as_coco,
-    as_csv,
-    as_query,
-    identities,
     sight_of,
 )
 from alignps_jax.types import UserError
@@ -95,10 +93,8 @@ def test_boxes_are_those_of_the_pixels_as_stored(tmp_path, orientation):
 
 
 def test_identities_that_share_somebody_are_one():
-    a, b, c, d, e = (Sight(x, f"{x}.jpg", None, (9, 9), (0, 0, 1, 1), 1) for x in "abcde")
+    a, b, c, d, e = (Sight(x, f"/{x}.jpg", None, (9, 9), (0, 0, 1, 1), 1) for x in "abcde")
     queries = [Marked((a,)), Marked((b,)), Marked((c,))]
-    marks = Marks.__new__(Marks)
-    del marks
     for marked, person, right in ((queries[0], d, True), (queries[1], e, False)):
         marked.marks[person.id] = mark(person, right)
     assert identities(queries) == {"a": 0, "d": 0, "b": 1, "c": 2}
@@ -109,15 +105,13 @@ def test_identities_that_share_somebody_are_one():
 
 
 def mark(person, right):
-    from alignps_jax.gallery.page.marks import Mark
-
     return Mark(person, 0.5, right)
 
 
 def test_what_cannot_be_a_data_set_is_said(tmp_path, site):
     (blue,), red = sights(site, BLUE), sights(site, RED)
     uploaded = Sight("up.0.0", "query.png", None, (0, 0), (0, 0, 9, 9), 0, uploaded=True)
-    frame = Sight("f", "film.mp4", 2.0, (9, 9), (0, 0, 1, 1), 1)
+    frame = Sight("f", "/film.mp4", 2.0, (9, 9), (0, 0, 1, 1), 1)
     with pytest.raises(UserError, match="Nothing in a photo"):
         as_coco([Marked((uploaded,), {"f": mark(frame, True)})])
     with pytest.raises(UserError, match="two photos"):

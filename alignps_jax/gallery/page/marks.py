@@ -1,10 +1,8 @@
-"""Which results somebody found right or wrong: kept in a file, and given away as data."""
+"""Which results somebody found right or wrong, kept in a file."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import threading
@@ -14,15 +12,19 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image as PillowImage
 
 from alignps_jax.files import write_json
 from alignps_jax.gallery.entries import Person
 from alignps_jax.types import UserError
 
 RIGHT, WRONG, NONE = "right", "wrong", "none"
-_ORIENTATION = 0x0112  # the EXIF tag
 _MAX_BYTES = 256 << 20  # of a file of marks
+# What reading something else than marks raises.
+_DAMAGED = (
+    *(ArithmeticError, AttributeError, LookupError),
+    *(RecursionError, TypeError, ValueError),
+)
+_LARGEST = 1e9  # pixels or seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +161,11 @@ def _read(file: Path) -> dict[str, Marked]:
         for entry in content["queries"]:
             views = tuple(_sight(view) for view in entry["views"])
             marks = [
-                Mark(_sight(one["person"]), float(one["similarity"]), bool(one["right"]))
+                Mark(_sight(one["person"]), _finite(one["similarity"]), bool(one["right"]))
                 for one in entry["marks"]
             ]
+            if not views:
+                raise ValueError("marks of no query")
             key = _key([view.id for view in views])
             queries[key] = Marked(views, {mark.person.id: mark for mark in marks})
         return queries
@@ -169,182 +173,38 @@ def _read(file: Path) -> dict[str, Marked]:
         return {}
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); {expected}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: found no marks in it; {expected}") from error
 
 
 def _sight(record: Mapping[str, Any]) -> Sight:
-    x1, y1, x2, y2 = (float(value) for value in record["box"])
-    height, width = (int(side) for side in record["size"])
+    x1, y1, x2, y2 = map(_finite, record["box"])
+    height, width = (int(_finite(side)) for side in record["size"])
+    photo, uploaded = str(record["photo"]), bool(record["uploaded"])
+    if not (uploaded or os.path.isabs(photo)):
+        raise ValueError("a photo without its folder")
     return Sight(
         id=str(record["id"]),
-        photo=str(record["photo"]),
-        second=None if record["second"] is None else float(record["second"]),
+        photo=photo,
+        second=None if record["second"] is None else _finite(record["second"]),
         size=(height, width),
         box=(x1, y1, x2, y2),
-        score=float(record["score"]),
-        uploaded=bool(record["uploaded"]),
+        score=_finite(record["score"]),
+        uploaded=uploaded,
     )
 
 
-CSV_HEADER = (
-    *("query", "query_photo", "query_second", "query_x1", "query_y1", "query_x2", "query_y2"),
-    *("photo", "second", "x1", "y1", "x2", "y2", "score", "similarity", "mark"),
-)
-
-
-def as_csv(queries: Sequence[Marked]) -> bytes:
-    """A line for each mark, with the number of the query, from 0, and its first view."""
-    out = io.StringIO(newline="")
-    writer = csv.writer(out)
-    writer.writerow(CSV_HEADER)
-    for number, marked in enumerate(queries):
-        view = marked.views[0]
-        for mark in marked.marks.values():
-            person, said = mark.person, RIGHT if mark.right else WRONG
-            row = (number, view.photo, view.second, *view.box, person.photo, person.second)
-            writer.writerow((*row, *person.box, person.score, mark.similarity, said))
-    return out.getvalue().encode("utf-8", "surrogateescape")
-
-
-def identities(queries: Sequence[Marked]) -> dict[str, int]:
-    """The number of each person's identity, from 0, in the order of the queries.
-
-    A query and its right results are one identity; queries that share a view or a right result
-    are the same one.
-    """
-    groups: list[dict[str, None]] = []
-    for marked in queries:
-        right = [mark.person.id for mark in marked.marks.values() if mark.right]
-        group = dict.fromkeys([*(view.id for view in marked.views), *right])
-        shared = [known for known in groups if known.keys() & group.keys()]
-        for known in shared[1:]:
-            groups.remove(known)
-            shared[0].update(known)
-        if shared:
-            shared[0].update(group)
-        else:
-            groups.append(group)
-    return {person: number for number, group in enumerate(groups) for person in group}
-
-
-def as_coco(queries: Sequence[Marked]) -> bytes:
-    """COCO JSON, which the data set reader takes as `test.json`: photos, and people in them.
-
-    Raises:
-      UserError: a photo is gone, or nothing that is marked lies in a photo.
-    """
-    people = {
-        sight.id: sight
-        for marked in queries
-        for sight in (*marked.views, *(mark.person for mark in marked.marks.values()))
-        if _in_photo(sight)
-    }
-    return _coco(people.values(), identities(queries))
-
-
-def as_query(queries: Sequence[Marked]) -> bytes:
-    """COCO JSON, which the data set reader takes as `query.json`: who is asked for.
-
-    For each identity its first view, or its first right result where the views were uploaded.
-
-    Raises:
-      UserError: a photo is gone, or no identity is in two photos.
-    """
-    number = identities(queries)
-    sights: dict[int, dict[str, Sight]] = {}
-    for marked in queries:
-        right = [mark.person for mark in marked.marks.values() if mark.right]
-        for sight in (*marked.views, *right):
-            if _in_photo(sight):
-                sights.setdefault(number[sight.id], {})[sight.id] = sight
-    asked = [
-        next(iter(people.values()))
-        for people in sights.values()
-        if len({sight.photo for sight in people.values()}) > 1
-    ]
-    if not asked:
-        raise UserError(
-            "A query.json needs a person in two photos of the gallery; please mark right results "
-            "in other photos first."
-        )
-    everybody = [sight for people in sights.values() for sight in people.values()]
-    return _coco(asked, number, of=[*everybody, *_wrong(queries)])
-
-
-def _wrong(queries: Sequence[Marked]) -> list[Sight]:
-    people = [mark.person for marked in queries for mark in marked.marks.values()]
-    return [person for person in people if _in_photo(person)]
-
-
-def _in_photo(sight: Sight) -> bool:
-    """Whether a data set of photos can have it."""
-    return not sight.uploaded and sight.second is None
-
-
-def _coco(
-    people: Iterable[Sight], number: Mapping[str, int], of: Iterable[Sight] | None = None
-) -> bytes:
-    """Photos and people; names of photos are relative to the folder that holds those of `of`."""
-    people = list(people)
-    if not people:
-        raise UserError("Nothing in a photo of the gallery is marked yet.")
-    folders = {os.path.dirname(sight.photo) for sight in (of or people)}
-    root = os.path.commonpath(folders)
-    photos = {path: index for index, path in enumerate(dict.fromkeys(s.photo for s in people))}
-    stored = {path: _orientation(path) for path in photos}
-    images, annotations = [], []
-    sizes = {sight.photo: sight.size for sight in people}
-    for path, index in photos.items():
-        height, width = _stored_size(sizes[path], stored[path])
-        name = os.path.relpath(path, root)
-        images.append({"id": index, "file_name": name, "width": width, "height": height})
-    for index, sight in enumerate(people):
-        x1, y1, x2, y2 = _stored_box(sight, stored[sight.photo])
-        bbox = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
-        annotations.append(
-            {
-                "id": index,
-                "image_id": photos[sight.photo],
-                "category_id": 1,
-                "bbox": bbox,
-                "area": round(bbox[2] * bbox[3], 2),
-                "iscrowd": 0,
-                "score": sight.score,
-                "person_id": number.get(sight.id, -1),
-            }
-        )
-    content = {
-        "info": {"description": "people marked in a gallery", "folder": root},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "person"}],
-    }
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _orientation(path: str) -> int:
-    """The EXIF orientation, 1 to 8: data sets have boxes in pixels as stored."""
-    try:
-        with PillowImage.open(path) as image:
-            found = image.getexif().get(_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read any more, expected the photo") from error
-    return found if found in range(1, 9) else 1
-
-
-def _stored_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    return size[::-1] if orientation >= 5 else size
-
-
-def _stored_box(sight: Sight, orientation: int) -> tuple[float, float, float, float]:
-    """The box in the pixels as stored, of a box in the pixels as shown."""
-    x1, y1, x2, y2 = sight.box
-    height, width = sight.size
-    if orientation in (2, 3, 6, 7):
-        x1, x2 = width - x2, width - x1
-    if orientation in (3, 4, 7, 8):
-        y1, y2 = height - y2, height - y1
-    return (y1, x1, y2, x2) if orientation >= 5 else (x1, y1, x2, y2)
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not abs(number) < _LARGEST:  # NaN is less than nothing
+        raise ValueError("a number out of range")
+    return number

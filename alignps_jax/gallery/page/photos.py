@@ -35,6 +35,7 @@ from alignps_jax.types import UserError
 
 SCENES = 48  # shown at a time
 _PATIENCE = 120.0  # seconds for a form to arrive
+_RECEIVED = 8  # photos that arrive at a time, because they are in memory; others wait
 _WAIT = 2.0  # seconds: most photos are done by then, and the page is complete at once
 
 
@@ -128,9 +129,14 @@ def photo_routes(site: Site) -> APIRouter:
 
 def add_upload_routes(router: APIRouter, site: Site) -> None:
     """The addresses of photos that somebody searches with."""
+    receiving = asyncio.Semaphore(_RECEIVED)
 
     @router.post("/upload")
     async def upload(request: Request) -> Response:
+        async with receiving:
+            return await received(request)
+
+    async def received(request: Request) -> Response:
         form = await form_of(request)
         photo = form.get("photo")
         if not isinstance(photo, UploadFile) or not photo.size:

@@ -10,15 +10,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from alignps_jax.gallery.page.exports import as_coco, as_csv, as_query
 from alignps_jax.gallery.page.marks import (
     NONE,
     RIGHT,
     WRONG,
     Marked,
     Sight,
-    as_coco,
-    as_csv,
-    as_query,
     corners,
     sight_of,
 )
