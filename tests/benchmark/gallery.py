@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def _row(gallery: Gallery, folder: Path, rate: float, commit: float) -> str:
     exact = [gallery.search(query, K) for query in queries]
     exact_time = _median(lambda query: gallery.search(query, K), queries)
     memory = psutil.Process().memory_info().rss - before
-    gallery.table.optimize(cleanup_older_than=datetime.timedelta(0), delete_unverified=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that all older states go
+        gallery.table.optimize(cleanup_older_than=datetime.timedelta(0), delete_unverified=True)
     count, disk = gallery.num_people, _bytes(folder)
     indexed = Gallery.open(gallery.address, exact_up_to=0)
     building = _seconds(lambda: tidy(indexed))
@@ -222,7 +225,9 @@ def memory(counts: Sequence[int]) -> None:
 
 def index_small(count: int) -> None:
     """Prints a row of `memory`."""
-    detector = random_detector(tiny.get_config())
+    config = tiny.get_config()
+    config.eval.max_detections = PER_SCENE
+    detector = random_detector(config)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_photos(folder / "photos", count, 240, 320)
