@@ -38,7 +38,7 @@ def is_same(
     boxes: Float[np.ndarray, "*N 4"], forgotten: Float[np.ndarray, "4"]
 ) -> Bool[np.ndarray, "*N"]:
     """Whether people in such boxes are the one who was forgotten in that box of the scene."""
-    return iou(boxes, forgotten) >= _SAME
+    return np.asarray(iou(boxes, forgotten) >= _SAME)
 
 
 class Forgotten:
@@ -100,6 +100,6 @@ class Forgotten:
         people = one.people
         for row in rows:
             if row["second"] == one.scene.second:
-                others = ~is_same(people.boxes, np.array(row["box"], np.float32))
+                others = ~is_same(np.asarray(people.boxes), np.array(row["box"], np.float32))
                 people = jax.tree.map(lambda x, others=others: x[others], people)
         return dataclasses.replace(one, people=people)
