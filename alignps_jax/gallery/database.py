@@ -85,20 +85,27 @@ def table_names(database: Any) -> list[str]:
 
 
 def open_or_create(address: str, database: Any, name: str, columns: pa.Schema) -> Any:
-    """A table, made if it is missing, by whoever comes first."""
-    if name not in table_names(database):
+    """A table, made if it is missing, by whoever comes first.
+
+    While another process makes it, it is neither there nor missing; both are tried in turns.
+    """
+    start = time.monotonic()
+    while True:
+        try:
+            return database.open_table(name)
+        except (RuntimeError, OSError, ValueError) as error:
+            if "not found" not in str(error):
+                raise UserError(f"--gallery: {address} cannot be read ({reason(error)})") from error
         _check_place(address)
         try:
             return database.create_table(name, schema=columns)
-        except ValueError as error:
-            if "already exists" not in str(error):
+        except (RuntimeError, OSError, ValueError) as error:
+            met_another = "exists" in str(error) or "conflict" in str(error).lower()
+            if not met_another or time.monotonic() - start > _MOST_SECONDS:
                 raise UserError(
                     f"--gallery: {address} cannot be written ({reason(error)})"
                 ) from error
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"--gallery: {address} cannot be written ({reason(error)})") from error
-    with reading(address):
-        return database.open_table(name)
+        time.sleep(random.uniform(0, 0.1))
 
 
 def create_people(address: str, database: Any, about: About) -> Any:

@@ -38,7 +38,7 @@ def is_same(
     boxes: Float[np.ndarray, "*N 4"], forgotten: Float[np.ndarray, "4"]
 ) -> Bool[np.ndarray, "*N"]:
     """Whether people in such boxes are the one who was forgotten in that box of the scene."""
-    return np.asarray(iou(boxes, forgotten)) >= _SAME
+    return np.asarray(iou(boxes, forgotten) >= _SAME)
 
 
 class Forgotten:

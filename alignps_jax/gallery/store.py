@@ -20,7 +20,6 @@ from alignps_jax.gallery.database import (
     connect,
     create_people,
     reading,
-    table_names,
 )
 from alignps_jax.gallery.entries import FileState, Filter, Match, Person, Scene, folder_of
 from alignps_jax.gallery.extra import is_gallery
@@ -101,17 +100,11 @@ class Gallery:
                 f"--gallery: found no gallery in {address}, expected one that --mode=index made"
             )
         database = connect(address)
-        with reading(address):
-            names = table_names(database)
-        if PEOPLE in names:
+        if create_for is not None:
+            table = create_people(address, database, about_detector(create_for))
+        else:
             with reading(address):
                 table = database.open_table(PEOPLE)
-        elif create_for is None:
-            raise UserError(
-                f"--gallery: found no gallery in {address}, expected one that --mode=index made"
-            )
-        else:
-            table = create_people(address, database, about_detector(create_for))
         gallery = cls(address, table, database, exact_up_to, create_for)
         if create_for is not None:
             gallery.check_detector(create_for)
