@@ -18,7 +18,7 @@ from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
 
 # What another writer causes, in Lance's words; a commit is then tried again.
-_CONFLICTS = ("conflict", "concurrent", "contention", "too many attempts", "retry")
+_CONFLICTS = ("conflict", "concurrent", "contention", "too many attempts")
 _MOST_SECONDS = 120.0
 
 Result = TypeVar("Result")

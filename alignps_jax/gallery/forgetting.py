@@ -6,11 +6,18 @@ import os
 from typing import Any
 
 from alignps_jax.gallery.claims import Claims
-from alignps_jax.gallery.database import reading
+from alignps_jax.gallery.database import committing, reading
 from alignps_jax.gallery.entries import Scene
-from alignps_jax.gallery.forgotten import Forgotten
+from alignps_jax.gallery.forgotten import Forgotten, is_same
 from alignps_jax.gallery.store import Gallery
-from alignps_jax.gallery.table import IS_PERSON, PERSON_COLUMNS, person_of, quoted, scene_of
+from alignps_jax.gallery.table import (
+    IS_PERSON,
+    PERSON_COLUMNS,
+    one_of,
+    person_of,
+    quoted,
+    scene_of,
+)
 from alignps_jax.gallery.writing import purge, remove
 from alignps_jax.types import UserError
 
@@ -45,16 +52,19 @@ def forget_photo(gallery: Gallery, photo: str) -> int:
     """
     _check_alone(gallery)
     path = os.path.realpath(photo)
-    rows = _rows(gallery, f"path = {quoted(path)}")
     forgotten = Forgotten(gallery)
     forgotten.refresh()
+    rows = _rows(gallery, f"path = {quoted(path)}")
     if not rows and path not in forgotten.files():
         raise UserError(f"--photo: found no {photo} in the gallery {gallery.address}, expected one")
     if rows and path not in forgotten.files():
         forgotten.add(scene_of(rows[0]), rows[0]["hash"], None)
-    remove(gallery, f"path = {quoted(path)}")
+        forgotten.refresh()
+    condition = f"path = {quoted(path)} OR {one_of('hash', forgotten.contents(path))}"
+    count = sum(row["score"] is not None for row in _rows(gallery, condition))
+    remove(gallery, condition)
     purge(gallery)
-    return sum(row["score"] is not None for row in rows)
+    return count
 
 
 def forget_person(gallery: Gallery, identity: str) -> Scene:
@@ -71,18 +81,25 @@ def forget_person(gallery: Gallery, identity: str) -> Scene:
             f"--person: found no {identity!r} in the gallery {gallery.address}, expected the id of "
             "a person that a search gave"
         )
-    person = person_of(rows[0])
-    Forgotten(gallery).add(person.scene, rows[0]["hash"], person.box.tolist())
-    _remove_person(gallery, identity)
+    person, hashed = person_of(rows[0]), rows[0]["hash"]
+    Forgotten(gallery).add(person.scene, hashed, person.box.tolist())
+    for row in _rows(gallery, f"hash = {quoted(hashed)} AND {IS_PERSON}"):
+        other = person_of(row)
+        if other.scene.second == person.scene.second and is_same(other.box, person.box):
+            _remove_person(gallery, other.id)
     purge(gallery)
     return person.scene
 
 
 def _remove_person(gallery: Gallery, identity: str) -> None:
     """Makes the first person of a scene nobody, since it stands for the scene; removes others."""
-    gallery.table.checkout_latest()
     nobody = {name: "NULL" for name in ("box", "score", "embedding")}
-    gallery.table.update(where=f"id = {quoted(identity)} AND number = 0", values_sql=nobody)
+
+    def commit() -> None:
+        gallery.table.checkout_latest()
+        gallery.table.update(where=f"id = {quoted(identity)} AND number = 0", values_sql=nobody)
+
+    committing(gallery.address, commit)
     remove(gallery, f"id = {quoted(identity)} AND number <> 0")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Bool, Float
 
 from alignps_jax.boxes import iou
 from alignps_jax.gallery.database import committing, open_or_create, reading, table_names
@@ -31,6 +32,13 @@ _SCHEMA = pa.schema(
         pa.field("box", pa.list_(pa.float32(), 4)),  # null: everybody in the file
     ]
 )
+
+
+def is_same(
+    boxes: Float[np.ndarray, "*N 4"], forgotten: Float[np.ndarray, "4"]
+) -> Bool[np.ndarray, "*N"]:
+    """Whether people in such boxes are the one who was forgotten in that box of the scene."""
+    return np.asarray(iou(boxes, forgotten) >= _SAME)
 
 
 class Forgotten:
@@ -66,13 +74,13 @@ class Forgotten:
                 self._rows = self._table.search().to_arrow().to_pylist()
                 self._version = self._table.version
 
-    def holds(self, path: str) -> bool:
-        """Whether somebody in a file is to be forgotten."""
-        return any(row["path"] == path for row in self._rows)
-
     def files(self) -> set[str]:
         """The paths of files in which everybody is to be forgotten."""
         return {row["path"] for row in self._rows if row["box"] is None}
+
+    def contents(self, path: str) -> set[str]:
+        """The hashes of the contents that a file had when everybody in it was to be forgotten."""
+        return {row["hash"] for row in self._rows if row["path"] == path and row["box"] is None}
 
     def without(self, scenes: Sequence[IndexedScene]) -> list[IndexedScene]:
         """The scenes without those who are to be forgotten."""
@@ -92,6 +100,6 @@ class Forgotten:
         people = one.people
         for row in rows:
             if row["second"] == one.scene.second:
-                others = iou(people.boxes, np.array(row["box"], np.float32)) < _SAME
+                others = ~is_same(np.asarray(people.boxes), np.array(row["box"], np.float32))
                 people = jax.tree.map(lambda x, others=others: x[others], people)
         return dataclasses.replace(one, people=people)

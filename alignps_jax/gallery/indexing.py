@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from alignps_jax.types import UserError
 
 # What a kill can cost, and what one commit holds at most.
 COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
+# A commit makes small files, which many make slow.
+_TIDY_COMMITS = 200
 
 
 @dataclasses.dataclass
@@ -156,6 +160,9 @@ class _Run:
         self._gallery, self._detector, self._forgotten = gallery, detector, forgotten
         self._every, self._done = every, done
         self._commit_seconds = commit_seconds
+        self._commits = 0
+        self._writer = ThreadPoolExecutor(1, "commit")
+        self._under_way: Future[None] = self._writer.submit(lambda: None)
         self._threshold = gallery.about.score_threshold
         self._ready: list[IndexedScene] = []
         self._committed = time.monotonic()
@@ -163,12 +170,13 @@ class _Run:
     def go(self, files: Sequence[MediaFile]) -> None:
         with (
             Claims(self._gallery) as claims,
+            self._writer,
             progress(desc="index", unit="file", total=len(files)) as bar,
+            contextlib.closing(detect_all(self._detector, self._tasks(claims, files))) as results,
         ):
-            tasks = self._tasks(claims, files)
-            for result in detect_all(self._detector, tasks):
+            for result in results:
                 self._take(result, bar)
-            self._commit()
+            self._commit().result()
             bar.update(len(files) - bar.n)  # those that other processes did
 
     def _tasks(self, claims: Claims, files: Sequence[MediaFile]) -> Iterator[Task]:
@@ -196,7 +204,7 @@ class _Run:
     def _take(self, result: Result[SceneRead | None], bar: Any) -> None:
         read, found = result.tag, result.found
         if read is None:
-            self._commit()
+            self._commit().result()
             return
         if found is None or read.scene is None or read.state is None:
             self._done.skipped[read.file.path] = str(result.error)
@@ -213,10 +221,19 @@ class _Run:
         if late or len(self._ready) >= _COMMIT_SCENES:
             self._commit()
 
-    def _commit(self) -> None:
-        commit_scenes(self._gallery, self._forgotten.without(self._ready))
+    def _commit(self) -> Future[None]:
+        """Commits what is ready, while the network goes on; raises what the last commit raised."""
+        self._under_way.result()
+        self._under_way = self._writer.submit(self._write, self._ready)
         self._ready = []
         self._committed = time.monotonic()
+        return self._under_way
+
+    def _write(self, scenes: Sequence[IndexedScene]) -> None:
+        commit_scenes(self._gallery, self._forgotten.without(scenes))
+        self._commits += 1
+        if self._commits % _TIDY_COMMITS == 0:
+            tidy(self._gallery, make_indices=False)
 
 
 def _prune(

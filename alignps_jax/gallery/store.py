@@ -232,8 +232,9 @@ class Gallery:
             if count > self.exact_up_to:
                 self._memory = None
                 return None
-            batches = table.search().where(IS_PERSON).select(list(COLUMNS)).to_batches()
-            self._memory = load_people(batches, count, self.about.dim, table.version)
+            with reading(self.address):
+                batches = table.search().where(IS_PERSON).select(list(COLUMNS)).to_batches()
+                self._memory = load_people(batches, count, self.about.dim, table.version)
             self._loaded = time.monotonic()
             return self._memory
 
@@ -254,7 +255,9 @@ class Gallery:
         search = self._latest().search(query, vector_column_name="embedding")
         search = search.distance_type("cosine").nprobes(_PROBES).refine_factor(_REFINE)
         search = search.where(where_sql(where, IS_PERSON), prefilter=True).limit(k + offset)
-        rows = search.select([*PERSON_COLUMNS, "_distance"]).to_arrow().slice(offset).to_pylist()
+        with reading(self.address):
+            found = search.select([*PERSON_COLUMNS, "_distance"]).to_arrow()
+        rows = found.slice(offset).to_pylist()
         return [Match(person_of(row), 1.0 - float(row["_distance"])) for row in rows]
 
     def scene(self, identity: str) -> Scene | None:

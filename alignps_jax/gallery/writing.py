@@ -130,15 +130,17 @@ def remove(gallery: Gallery, condition: str) -> None:
     committing(gallery.address, commit)
 
 
-def tidy(gallery: Gallery) -> None:
+def tidy(gallery: Gallery, make_indices: bool = True) -> None:
     """Puts many small files together, brings indices up to date, and drops old states.
 
-    Whatever stands in its way, such as another process that does the same, is left for next time.
+    Without `make_indices` none is made anew, which may take minutes among many people. Whatever
+    stands in its way, such as another process that does the same, is left for next time.
     """
 
     def commit() -> None:
         gallery.table.checkout_latest()
-        _index(gallery)
+        if make_indices:
+            _index(gallery)
         gallery.table.optimize(cleanup_older_than=_KEEP_OLD)
 
     try:

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -71,7 +71,7 @@ def detect_all(
     detector: DetectsBatches,
     tasks: Iterable[Callable[[], Read[Tag]]],
     threads: int | None = None,
-) -> Iterator[Result[Tag]]:
+) -> Generator[Result[Tag], None, None]:
     """The people of many photos, in the order of the tasks.
 
     Needs memory for a few batches only, whatever the number of photos. The device never waits
@@ -99,7 +99,7 @@ def detect_all(
 
 def _in_order(
     detector: DetectsBatches, prepared: Iterable[_Prepared[Tag]]
-) -> Iterator[Result[Tag]]:
+) -> Generator[Result[Tag], None, None]:
     waiting: dict[tuple[int, int], list[int]] = {}  # photos of a bucket, by number
     photos: dict[int, _Prepared[Tag]] = {}
     under_way: deque[tuple[list[int], Detections]] = deque()

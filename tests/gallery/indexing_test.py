@@ -220,6 +220,21 @@ def stored(gallery):
     }
 
 
+def test_copies_are_forgotten_with_a_photo_or_person(gallery, photos):
+    fill(gallery, photos)
+    scene = crowded(gallery)
+    for copy in ("1.jpg", "2.jpg"):
+        (photos / copy).write_bytes(Path(scene.path).read_bytes())
+    everybody = gallery.num_people
+    fill(gallery, photos)
+    count = len(gallery.people(scene.id))
+    assert gallery.num_people == everybody + 2 * count
+    forget_person(gallery, gallery.people(scene.id)[-1].id)
+    assert gallery.num_people == everybody + 2 * count - 3
+    assert forget_photo(gallery, photos / "1.jpg") == 3 * (count - 1)
+    assert gallery.num_people == everybody - count
+
+
 def test_a_forgotten_photo_is_gone_for_good(gallery, photos):
     fill(gallery, photos)
     scene = crowded(gallery)

@@ -49,6 +49,19 @@ def test_equals_sorting_everything_ties_included(count, k):
     np.testing.assert_array_equal(found.similarity, similarity)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_rows_that_do_not_count_are_not_found(share):
+    queries, embeddings = whole_numbers(1, 4, 3), whole_numbers(2, 97, 3)
+    among = np.random.default_rng(3).random(97) < share
+    found = gallery.top_k(queries, embeddings, 20, chunk=32, among=among)
+    rows = np.flatnonzero(among)
+    index, similarity = sorted_all(queries, embeddings[rows], 20)
+    count = min(20, len(rows))
+    np.testing.assert_array_equal(found.index[:, :count], rows[index])
+    np.testing.assert_array_equal(found.similarity[:, :count], similarity)
+    assert np.all(found.similarity[:, count:] == -np.inf)
+
+
 def test_more_than_a_chunk_of_real_embeddings():
     rng = np.random.default_rng(0)
     count = 2 * gallery.CHUNK + 77

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
+import psutil
 import pytest
 
 from alignps_jax.gallery.claims import Claims
+from alignps_jax.gallery.forgetting import forget_person
 from alignps_jax.gallery.store import Gallery
+from alignps_jax.processes import Process, this_machine
+from alignps_jax.types import UserError
 from tests.gallery.finder import content, run
 from tests.gallery.kills import FILES, kill_often, processes, write_files
 
@@ -53,3 +60,20 @@ def test_four_processes_share_the_work(address, whole, photos):
     scenes = len({row.rpartition("-")[0] for row in expected})
     assert sum(one.scenes for one in done) >= scenes
     assert all(not one.skipped for one in done)
+
+
+def test_nobody_is_forgotten_while_others_index(address, photos):
+    run(address, photos)
+    gallery = Gallery.open(address)
+    parent = psutil.Process(os.getppid())
+    other = Process(Process.this().host, parent.pid, parent.create_time(), this_machine())
+    claims = gallery.database.open_table("claims")
+    owner = json.dumps(dataclasses.asdict(other))
+    claims.add([{"bucket": "7", "owner": owner}])
+    person = gallery.people(next(one.id for one in gallery.scenes(9) if gallery.people(one.id)))[0]
+    with pytest.raises(UserError, match=rf"found process {parent.pid} on .* indexing"):
+        forget_person(gallery, person.id)
+    assert gallery.person(person.id) is not None
+    # A process that is gone is nobody to wait for.
+    claims.update(where="true", values={"owner": owner.replace(f"{parent.pid},", "999999999,")})
+    forget_person(gallery, person.id)
