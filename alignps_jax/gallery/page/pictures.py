@@ -44,23 +44,27 @@ def jpeg(image: Image, longest: int) -> bytes:
 def person_picture(image: Image, box: Float[np.ndarray, "4"]) -> bytes:
     """A JPEG file of a person, enlarged, with a little around the box.
 
-    It is two thirds as wide as high, unless the box is wider or the photo ends there.
+    It is two thirds as wide as high, unless the box is wider or the photo narrower.
     """
     height, width = image.shape[:2]
     x1, y1, x2, y2 = (float(value) for value in box)
     tall = max(y2 - y1, 1.0) * 1.1
     wide = max((x2 - x1) * 1.1, tall * 2 / 3)
-    middle_x, middle_y = (x1 + x2) / 2, (y1 + y2) / 2
-    left = int(np.clip(middle_x - wide / 2, 0, width - 1))
-    top = int(np.clip(middle_y - tall / 2, 0, height - 1))
-    right = int(np.clip(np.ceil(middle_x + wide / 2), left + 1, width))
-    bottom = int(np.clip(np.ceil(middle_y + tall / 2), top + 1, height))
+    left, right = _within((x1 + x2) / 2, wide, width)
+    top, bottom = _within((y1 + y2) / 2, tall, height)
     part = image[top:bottom, left:right]
     factor = PERSON / max(part.shape[:2])
     size = max(1, round(part.shape[1] * factor)), max(1, round(part.shape[0] * factor))
     how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
     part = cv2.resize(part, size, interpolation=how)
     return cv2.imencode(".jpg", cv2.cvtColor(part, cv2.COLOR_RGB2BGR), _QUALITY)[1].tobytes()
+
+
+def _within(middle: float, length: float, limit: int) -> tuple[int, int]:
+    """Begin and end of so many pixels around a place, moved into the photo as far as they fit."""
+    size = int(np.clip(round(length), 1, limit))
+    begin = int(np.clip(round(middle - length / 2), 0, limit - size))
+    return begin, begin + size
 
 
 class Kept:
