@@ -113,7 +113,8 @@ class Claims:
         owners = self._owners()
         free = [bucket for bucket in order if owners.get(bucket, self._own) == self._own]
         if not free:
-            gone = {owner for owner in owners.values() if not _is_running_here(owner)}
+            others = set(owners.values()) - {self._own}
+            gone = {owner for owner in others if not _is_running_here(owner)}
             if gone:
                 self._release(gone)
             free = [bucket for bucket in order if owners[bucket] in gone]
