@@ -150,7 +150,9 @@ def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
         jax.tree.leaves((expected, expected_metrics)),
         strict=True,
     ):
-        assert relative_error(one, other) <= 1e-5
+        # The gradient of a single bias is a sum over all locations, of which little remains.
+        cancels = np.size(one) == 1 and abs(one - other).max() < 1e-7
+        assert cancels or relative_error(one, other) <= 1e-5
 
 
 @pytest.mark.parametrize("case", [""], indirect=True)

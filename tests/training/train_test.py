@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -110,16 +109,6 @@ def test_a_run_writes_what_it_promises(whole_run):
     assert set(metrics["search"]["TestG50"]) == {"mAP", "top1", "top5", "top10"}
     assert sorted(losses(whole_run)) == [1, 2, 3, 4, 5, 6]
     assert {line["padding"] for line in losses(whole_run).values()} == {0.0}
-
-
-def test_shard_map_resumes_what_pmap_began_and_gives_the_same_losses(shared_dir, whole_run):
-    workdir = shared_dir / "resumed"
-    shutil.copytree(whole_run, workdir, symlinks=True)
-    shutil.rmtree(workdir / "checkpoints" / "6")
-    done = launch(shared_dir, workdir, "--config.train.parallel=shard_map")
-    assert done.returncode == 0, done.stderr
-    assert "resuming from step 4" in done.stdout
-    assert losses(workdir) == losses(whole_run)
 
 
 def log_lines(workdir: Path) -> list[str]:
