@@ -63,12 +63,14 @@ _LINK = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
 
 def _target(path: str) -> str:
     """Where a page below docs/ finds a file of the repository: its API page if it has one."""
+    path, sharp, heading = path.partition("#")
     file = (ROOT / path).resolve().relative_to(ROOT)
     if file.suffix == ".py" and file.parts[0] in PACKAGES:
         return f"/api/{file.parts[0]}/{'.'.join(file.with_suffix('').parts)}.rst"
     if str(file) in PAGES:
-        return PAGES[str(file)]
-    return f"/{file.relative_to('docs')}" if file.parts[0] == "docs" else f"/../{file}"
+        return PAGES[str(file)] + sharp + heading
+    page = f"/{file.relative_to('docs')}" if file.parts[0] == "docs" else f"/../{file}"
+    return page + sharp + heading
 
 
 def _read_page(_: object, page: str, source: list[str]) -> None:

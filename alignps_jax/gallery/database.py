@@ -30,6 +30,8 @@ def connect(address: str) -> Any:
     Raises:
       UserError: it cannot be opened.
     """
+    if "://" not in address and Path(address).is_file():
+        raise UserError(f"--gallery: found the file {address}, expected a gallery or nothing there")
     with reading(address):
         return lancedb.connect(address)
 
@@ -118,12 +120,10 @@ def create_people(address: str, database: Any, about: About) -> Any:
 
 
 def _check_place(address: str) -> None:
-    """Raises UserError if a folder holds other things than a gallery, or is a file."""
+    """Raises UserError if a folder holds other things than a gallery."""
     if "://" in address:
         return
     place = Path(address)
-    if place.exists() and not place.is_dir():
-        raise UserError(f"--gallery: found the file {place}, expected a gallery or nothing there")
     others = [name for name in os.listdir(place) if not name.endswith(".lance")]
     if others:
         raise UserError(

@@ -236,7 +236,7 @@ def gallery_photos(gallery: Path, query: Path) -> list[Path]:
     except OSError as error:
         raise UserError(
             f"--gallery: found {gallery}, which cannot be read ({error.strerror}), expected a "
-            "folder of photos"
+            "gallery that --mode=index made, or a folder of photos"
         ) from error
     itself = os.path.realpath(query)
     photos = [
