@@ -59,20 +59,22 @@ class Simulated:
     name = "simulated, step 0"
 
 
-def embeddings(first: int, count: int, turn: int) -> Float[np.ndarray, "N D"]:
+def embeddings(first: int, count: int, turn: int, dim: int) -> Float[np.ndarray, "N D"]:
     """Those of `count` identities from `first` on; another `turn` sees them again."""
-    centers = np.random.default_rng(first).normal(size=(count, DIM)).astype(np.float32)
+    centers = np.random.default_rng(first).normal(size=(count, dim)).astype(np.float32)
     centers /= np.linalg.norm(centers, axis=1, keepdims=True)
-    noise = np.random.default_rng((first, turn)).normal(size=(count, DIM)).astype(np.float32)
+    noise = np.random.default_rng((first, turn)).normal(size=(count, dim)).astype(np.float32)
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     mixed = np.sqrt(SIMILARITY) * centers + np.sqrt(1 - SIMILARITY) * noise
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
 
 
-def block(number: int) -> list[IndexedScene]:
+def block(number: int, dim: int = DIM) -> list[IndexedScene]:
     """The scenes of one commit: identities of its own, each in ten scenes."""
     identities = COMMIT * PER_SCENE // PER_IDENTITY
-    people = np.concatenate([embeddings(number, identities, turn) for turn in range(PER_IDENTITY)])
+    people = np.concatenate(
+        [embeddings(number, identities, turn, dim) for turn in range(PER_IDENTITY)]
+    )
     scenes = []
     for row in range(COMMIT):
         path = f"/photos/{number:05}/{row:04}.jpg"
