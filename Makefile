@@ -46,7 +46,7 @@ serve: setup
 	$(BIN)/python launch.py --mode=serve $(SERVED) --port=$(PORT)
 
 test: setup lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # The same with every annotation of an array checked at every call (jaxtyping and beartype);
 # make shapes TESTS=tests/losses looks at one room.

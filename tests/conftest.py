@@ -33,6 +33,11 @@ if os.environ.get("CHECK_SHAPES"):
     check_shapes()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no core waits for another one at the end."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
+
+
 @pytest.fixture
 def unchecked():
     """For tests that hand over what annotations rule out, to read what the code itself says."""
