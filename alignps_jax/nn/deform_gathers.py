@@ -48,8 +48,8 @@ class Order:
       tile: how many locations at a time, where not by taps.
       fenced: keep XLA from fusing a tile's samples with what comes next (see `_behind_branch`).
       lanes: into how many partial sums an inner product over the channels is split at most.
-      unroll: how many taps a turn of the loop over taps takes; above 1, a tap scatters to all its
-        corners at once. On a GPU a turn's slices and sums are launches of their own.
+      unroll: how many taps a turn of the loop over taps takes; above 1, a tap's corners are packed
+        and scattered to at once. On a GPU a turn's slices and sums are launches of their own.
     """
 
     by_taps: bool
@@ -57,6 +57,11 @@ class Order:
     fenced: bool = False
     lanes: int = 1
     unroll: int = 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether the four corners of a tap are one array."""
+        return self.unroll > 1
 
 
 def forward(order: Order, *args: Any) -> Array:
@@ -81,7 +86,7 @@ def _by_taps(
         return out + _sample(table @ kernel, rows, weights), None
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=(len(rows[0]), kernel.shape[-1]))
-    taps = _packed(weights), kernel, _packed(rows)
+    taps = _by_tap(order, weights), kernel, _by_tap(order, rows)
     return lax.scan(add_tap, zeros, taps, unroll=order.unroll)[0]
 
 
@@ -102,15 +107,19 @@ def _by_taps_bwd(
         projected = table @ kernel
         d_weights = _corner_products(projected, rows, d_out, order.lanes)
         d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
-        d_projected = _scatter(d_projected, rows, weights, d_out, order.unroll > 1)
+        d_projected = _scatter(d_projected, rows, weights, d_out, order.packed)
         d_projected = d_projected.astype(table.dtype)
         d_kernel = matmul(transposed, d_projected)
-        return d_table + matmul(d_projected, kernel.T), (jnp.stack(d_weights), d_kernel)
+        if order.packed:
+            d_weights = jnp.stack(d_weights)
+        return d_table + matmul(d_projected, kernel.T), (d_weights, d_kernel)
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32)
-    taps = _packed(weights), kernel, _packed(rows)
+    taps = _by_tap(order, weights), kernel, _by_tap(order, rows)
     d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, taps, unroll=order.unroll)
-    return d_table, tuple(d_weights.transpose(1, 2, 0)), d_kernel
+    if order.packed:
+        d_weights = d_weights.swapaxes(0, 1)
+    return d_table, tuple(each.T for each in d_weights), d_kernel
 
 
 def _by_tiles(
@@ -164,7 +173,7 @@ def _by_tiles_bwd(
         d_samples = store(rows, matmul, d_out, transposed_kernel).reshape(-1, channels)
         # Behind a barrier: XLA would store the corners, for `samples` and this to share.
         d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples, order.lanes)
-        d_table = _scatter(d_table, rows, weights, d_samples, order.unroll > 1)
+        d_table = _scatter(d_table, rows, weights, d_samples, order.packed)
         return (d_table, d_kernel), d_weights
 
     zeros = functools.partial(jnp.zeros_like, table, dtype=jnp.float32)
@@ -185,9 +194,11 @@ def _split(tree: Any, size: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _packed(corners: tuple[Array, ...]) -> Array:
-    """Four of [M, K] -> [K, 4, M]: one slice for each turn of a loop over the taps."""
-    return jnp.stack(corners).transpose(2, 0, 1)
+def _by_tap(order: Order, corners: tuple[Array, ...]) -> Any:
+    """Four of [M, K] -> four of [K, M], or [K, 4, M]: one slice for each turn of the loop."""
+    if order.packed:
+        return jnp.stack(corners).transpose(2, 0, 1)
+    return tuple(corner.T for corner in corners)
 
 
 def _store(order: Order) -> Callable[..., Array]:
