@@ -78,8 +78,8 @@ class Claims:
         """The files, some at a time, without those that others have meanwhile indexed.
 
         What others have claimed comes last. It is waited for as long as its owner is running on
-        this machine, and done here if it is not. Before such a wait comes an empty share: whatever
-        came before is to be committed then, or two processes would wait for each other.
+        this machine, and done here if it is not. Before such a wait it yields an empty
+        share: the caller then commits what it has, or two processes would wait for each other.
 
         Args:
           files: all that are to be indexed.

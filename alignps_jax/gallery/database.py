@@ -47,7 +47,7 @@ def reading(address: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+    except Exception as error:  # of many kinds; Lance panics over some damage
         raise UserError(f"--gallery: {address} cannot be read ({reason(error)})") from error
 
 
@@ -69,7 +69,7 @@ def committing(address: str, commit: Callable[[], Result]) -> Result:
             if not met_another or time.monotonic() - start > _MOST_SECONDS:
                 raise UserError(
                     f"--gallery: {address} cannot be written ({reason(error)}); what is in it "
-                    "stays, and the same command goes on"
+                    "stays, and the same command continues"
                 ) from error
             time.sleep(random.uniform(0, wait))
             wait = min(2 * wait, 2.0)
@@ -134,8 +134,10 @@ def _check_place(address: str) -> None:
 
 def about_of(address: str, table: Any) -> About:
     """What made a gallery; UserError if the table is none."""
+    with reading(address):
+        schema = table.schema
     try:
-        return About.of(table.schema)
+        return About.of(schema)
     except ValueError as error:
         raise UserError(
             f"--gallery: {address} is no gallery ({error}), expected one that --mode=index made"

@@ -83,7 +83,7 @@ class FileState:
 
 
 def scene_id(path: str, second: float | None) -> str:
-    """The same for the same place, whatever lies there: 24 hexadecimal digits."""
+    """24 hexadecimal digits that depend on the place alone, not on its content."""
     place = path if second is None else f"{path}\0{second:.3f}"
     return hashlib.sha256(place.encode()).hexdigest()[:24]
 

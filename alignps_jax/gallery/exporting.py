@@ -38,18 +38,21 @@ def export_people(gallery: Gallery, target: Path) -> int:
       UserError: the suffix is another one, or the file cannot be written.
     """
     check_target(target)
-    with reading(gallery.address):
-        gallery.table.checkout_latest()
-        batches = gallery.table.search().where(IS_PERSON).select(list(COLUMNS)).to_batches()
     fields = [gallery.table.schema.field(name) for name in COLUMNS]
     columns = pa.schema([field.remove_metadata() for field in fields])
     count = 0
     with complete_file(target) as temporary, _writer(target, temporary, columns) as writer:
-        for batch in batches:
+        for batch in _batches(gallery):
             arrays = batch.select(COLUMNS).columns
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=columns))
             count += len(batch)
     return count
+
+
+def _batches(gallery: Gallery) -> Iterator[pa.RecordBatch]:
+    with reading(gallery.address):
+        gallery.table.checkout_latest()
+        yield from gallery.table.search().where(IS_PERSON).select(list(COLUMNS)).to_batches()
 
 
 def export_gallery(gallery: Gallery, target: Path) -> None:

@@ -37,7 +37,7 @@ def forget_photo(gallery: Gallery, photo: str) -> int:
 
     That goes for the file's path and for copies of its content. Nothing of them stays in the
     gallery's folder: everything is written anew and older states are deleted. After an
-    interruption the same call goes on.
+    interruption, call it again.
 
     Args:
       gallery: which process must write to meanwhile.

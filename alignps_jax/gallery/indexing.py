@@ -222,7 +222,7 @@ class _Run:
             self._commit()
 
     def _commit(self) -> Future[None]:
-        """Commits what is ready, while the network goes on; raises what the last commit raised."""
+        """Commits what is ready while the network works; raises what the last commit raised."""
         self._under_way.result()
         self._under_way = self._writer.submit(self._write, self._ready)
         self._ready = []

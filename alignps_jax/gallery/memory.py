@@ -136,6 +136,9 @@ def load_people(
       count: how many people they hold.
       dim: length of an embedding.
       version: of the table.
+
+    Raises:
+      ValueError: an embedding or a box is none, as in a damaged gallery.
     """
     start = time.perf_counter()
     embeddings = _aligned((capacity(count), dim))
@@ -144,6 +147,10 @@ def load_people(
         rows = slice(row, row + len(batch))
         for name, into in (("embedding", embeddings), ("box", boxes)):
             into[rows] = _matrix(batch.column(name))
+        with np.errstate(over="ignore"):
+            lengths = np.linalg.norm(embeddings[rows], axis=1)
+        if not ((lengths <= 1.001).all() and np.isfinite(boxes[rows]).all()):
+            raise ValueError("embeddings or boxes are damaged")
         parts.append(batch.select([*SCENE_COLUMNS, "number", "score"]))
         row += len(batch)
     people = pa.Table.from_batches(parts) if parts else _nobody()

@@ -122,12 +122,12 @@ class Gallery:
     @property
     def num_people(self) -> int:
         """How many people there are."""
-        return self._latest().count_rows(IS_PERSON)
+        return self._count(IS_PERSON)
 
     @property
     def num_scenes(self) -> int:
         """How many photos and frames there are, those with nobody included."""
-        return self._latest().count_rows(IS_SCENE)
+        return self._count(IS_SCENE)
 
     def search(
         self,
@@ -221,7 +221,7 @@ class Gallery:
             table = self._latest()
             if self._memory is not None and self._is_good_enough(self._memory):
                 return self._memory
-            count = table.count_rows(IS_PERSON)
+            count = self._count(IS_PERSON)
             if count > self.exact_up_to:
                 self._memory = None
                 return None
@@ -320,6 +320,10 @@ class Gallery:
         with reading(self.address):
             self.table.checkout_latest()
         return self.table
+
+    def _count(self, condition: str) -> int:
+        with reading(self.address):
+            return self._latest().count_rows(condition)
 
     def _rows(self, condition: str, columns: Sequence[str]) -> list[dict[str, Any]]:
         with reading(self.address):

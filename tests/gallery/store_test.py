@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import itertools
 import random
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -206,6 +207,22 @@ def test_what_is_no_gallery(tmp_path):
     (tmp_path / "damaged" / "people.lance").mkdir(parents=True)
     with pytest.raises(UserError, match="--gallery: "):
         Gallery.open(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise"])
+def test_a_damaged_gallery_is_one_line(tmp_path, address, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(address, copy)
+    rng = np.random.default_rng(0)
+    for file in (copy / "people.lance" / "data").rglob("*.lance"):
+        content = bytearray(file.read_bytes())
+        third = len(content) // 3
+        content[third : 2 * third] = b"" if damage == "cut" else rng.bytes(third)
+        file.write_bytes(content)
+    gallery = Gallery.open(copy)
+    with pytest.raises(UserError, match="--gallery: ") as error:
+        gallery.search(np.eye(gallery.about.dim, dtype=np.float32)[0], k=3)
+    assert "\n" not in str(error.value)
 
 
 def test_scenes_are_replaced_with_all_their_people(tmp_path):

@@ -30,8 +30,8 @@ _QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 85]
 def jpeg(image: Image, longest: int) -> bytes:
     """A JPEG file of the picture, whose longer side has at most so many pixels.
 
-    It is made of the pixels alone: what else the photo's file knows, such as where it was taken,
-    stays there.
+    It holds nothing but pixels: other data of the photo's file, such as where it was taken, are
+    left out.
     """
     height, width = image.shape[:2]
     factor = longest / max(height, width)
