@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ Image = UInt8[np.ndarray, "_H _W 3"]
 _PATIENCE = 4
 
 
+@runtime_checkable  # as beartype asks where shapes are checked
 class DetectsBatches(Protocol):
     """What finds the people of batches, on all local devices."""
 
