@@ -6,12 +6,10 @@ Corners outside the image count as the nearest pixel inside, with weight 0, as
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
@@ -41,23 +39,22 @@ class MapSize(NamedTuple):
 Corners = Sequence[Array]  # four of [M, K]: what `deform_sampling` calls rows, or weights
 
 
-def inside_windows(size: MapSize, rows: Corners) -> Bool[Array, ""]:
-    """Whether every corner is in the window of its location."""
-    # The second and third corner are in the rows and columns of the first and fourth.
-    places = [_place(size, rows[0]), _place(size, rows[3])]
-    inside = [
-        (place >= 0) & (place < side)
-        for place_of_corner in places
-        for place, side in zip(place_of_corner, (3 * SIDE, 4 * SIDE), strict=True)
-    ]
-    return jnp.all(functools.reduce(jnp.logical_and, inside))
+def inside_windows(
+    size: MapSize, row: Int[Array, "L K"], at: Int[Array, "L 1"]
+) -> Bool[Array, "L K"]:
+    """Whether corners, given as rows of the table, are in the windows of their locations `at`."""
+    y, x = _place(size, row, at)
+    return (y >= 0) & (y < 3 * SIDE) & (x >= 0) & (x < 4 * SIDE)
 
 
-def _place(size: MapSize, row: Int[Array, "M K"]) -> tuple[Int[Array, "M K"], Int[Array, "M K"]]:
+def _place(
+    size: MapSize, row: Int[Array, "L K"], at: Int[Array, "L 1"]
+) -> tuple[Int[Array, "L K"], Int[Array, "L K"]]:
     """Row and column in its location's window of a row of the table."""
-    y, x = (lax.broadcasted_iota(jnp.int32, size, axis).reshape(-1, 1) for axis in (1, 2))
-    first_y, first_x = y // SIDE * SIDE - SIDE, x // (2 * SIDE) * (2 * SIDE) - SIDE
-    row = row % (size.height * size.width)
+    pixels = size.height * size.width
+    at, row = at % pixels, row % pixels
+    first_y = at // size.width // SIDE * SIDE - SIDE
+    first_x = at % size.width // (2 * SIDE) * (2 * SIDE) - SIDE
     return row // size.width - first_y, row % size.width - first_x
 
 
@@ -85,7 +82,8 @@ def pack_samples(
     size: MapSize, weights: Corners, rows: Corners
 ) -> Float[Array, "B high wide K 8 L"]:
     """Of every sample: rows, then columns of the first and fourth corner, and the weights."""
-    (row, column), (last_row, last_column) = _place(size, rows[0]), _place(size, rows[3])
+    at = jnp.arange(len(rows[0]))[:, None]
+    (row, column), (last_row, last_column) = (_place(size, rows[each], at) for each in (0, 3))
     places = [x.astype(jnp.float32) for x in (row, last_row, column, last_column)]
     x = jnp.stack([*places, *weights], axis=-1)
     x = to_blocks(size, x.reshape(len(x), -1)).swapaxes(3, 4)

@@ -1,15 +1,17 @@
 """Deformable sampling and multiplication by gathers and scatters, and its gradients.
 
 The map is a table of rows [B*H*W, C], so every read and write of a corner is contiguous. There are
-two orders:
+three orders:
 
 - by tiles: some locations of the output at a time, all their samples [locations, 9 * C] times the
   kernel. What a tile reads and writes stays in the cache.
 - by taps: one tap of all locations at a time. Sampling is linear and acts per location, so it
   commutes with the projection of a tap's C channels to F: the map is projected, then sampled,
   which pays where C is larger than F.
+- by groups of taps: the same for several taps at once, on GPUs, where each tap would be launches of
+  its own. It takes as much more memory.
 
-In either the backward pass samples again instead of keeping the samples: memory grows with the
+In all of them the backward pass samples again instead of keeping the samples: memory grows with the
 maps, not with nine times the maps. Only the positions and weights of all samples are there at
 once; JAX differentiates those.
 """
@@ -48,32 +50,31 @@ class Order:
       tile: how many locations at a time, where not by taps.
       fenced: keep XLA from fusing a tile's samples with what comes next (see `_behind_branch`).
       lanes: into how many partial sums an inner product over the channels is split at most.
-      unroll: how many taps a turn of the loop over taps takes; above 1, a tap's corners are packed
-        and scattered to at once. On a GPU a turn's slices and sums are launches of their own.
+      group: how many taps are projected, sampled and scattered to at once, where by taps.
+      at_once: scatter to all corners at once, not to one after another.
     """
 
     by_taps: bool
     tile: int
     fenced: bool = False
     lanes: int = 1
-    unroll: int = 1
-
-    @property
-    def packed(self) -> bool:
-        """Whether the four corners of a tap are one array."""
-        return self.unroll > 1
+    group: int = 1
+    at_once: bool = False
 
 
 def forward(order: Order, *args: Any) -> Array:
-    return _by_taps(order, *args) if order.by_taps else _by_tiles(order, *args)
+    if not order.by_taps:
+        return _by_tiles(order, *args)
+    return _by_taps(*args) if order.group == 1 else _by_groups(order, *args)
 
 
 def backward(order: Order, *args: Any) -> tuple[Any, ...]:
-    return _by_taps_bwd(order, *args) if order.by_taps else _by_tiles_bwd(order, *args)
+    if not order.by_taps:
+        return _by_tiles_bwd(order, *args)
+    return _by_taps_bwd(order, *args) if order.group == 1 else _by_groups_bwd(order, *args)
 
 
 def _by_taps(
-    order: Order,
     table: Float[Array, "R C"],
     weights: Weights,
     kernel: Float[Array, "K C F"],
@@ -86,8 +87,8 @@ def _by_taps(
         return out + _sample(table @ kernel, rows, weights), None
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=(len(rows[0]), kernel.shape[-1]))
-    taps = _by_tap(order, weights), kernel, _by_tap(order, rows)
-    return lax.scan(add_tap, zeros, taps, unroll=order.unroll)[0]
+    taps = _transposed(weights), kernel, _transposed(rows)
+    return lax.scan(add_tap, zeros, taps)[0]
 
 
 def _by_taps_bwd(
@@ -107,19 +108,81 @@ def _by_taps_bwd(
         projected = table @ kernel
         d_weights = _corner_products(projected, rows, d_out, order.lanes)
         d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
-        d_projected = _scatter(d_projected, rows, weights, d_out, order.packed)
+        d_projected = _scatter(d_projected, rows, weights, d_out, order.at_once)
         d_projected = d_projected.astype(table.dtype)
         d_kernel = matmul(transposed, d_projected)
-        if order.packed:
-            d_weights = jnp.stack(d_weights)
         return d_table + matmul(d_projected, kernel.T), (d_weights, d_kernel)
 
     zeros = jnp.zeros_like(table, dtype=jnp.float32)
-    taps = _by_tap(order, weights), kernel, _by_tap(order, rows)
-    d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, taps, unroll=order.unroll)
-    if order.packed:
-        d_weights = d_weights.swapaxes(0, 1)
-    return d_table, tuple(each.T for each in d_weights), d_kernel
+    taps = _transposed(weights), kernel, _transposed(rows)
+    d_table, (d_weights, d_kernel) = lax.scan(add_tap, zeros, taps)
+    return d_table, _transposed(d_weights), d_kernel
+
+
+def _by_groups(
+    order: Order,
+    table: Float[Array, "R C"],
+    weights: Weights,
+    kernel: Float[Array, "K C F"],
+    rows: Rows,
+) -> Float[Array, "M F"]:
+    """`_by_taps`, `order.group` taps at a time."""
+    features = kernel.shape[-1]
+
+    def add_group(out, group):
+        weights, kernel, rows = group
+        projected = (table @ kernel).reshape(-1, features)
+        return out + _sample(projected, rows, weights), None
+
+    zeros = jnp.zeros_like(table, dtype=jnp.float32, shape=(len(rows[0]), features))
+    return lax.scan(add_group, zeros, _groups(order.group, weights, kernel, rows))[0]
+
+
+def _by_groups_bwd(
+    order: Order,
+    table: Float[Array, "R C"],
+    weights: Weights,
+    kernel: Float[Array, "K C F"],
+    rows: Rows,
+    d_out: Float[Array, "M F"],
+) -> tuple[Float[Array, "R C"], Weights, Float[Array, "K C F"]]:
+    """Cotangents of table, weights and kernel, `order.group` taps at a time."""
+    taps, channels, features = kernel.shape
+
+    def add_group(d_table, group):
+        weights, kernel, rows = group
+        projected = (table @ kernel).reshape(-1, features)
+        d_weights = jnp.stack(_corner_products(projected, rows, d_out, order.lanes))
+        d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
+        d_projected = _scatter(d_projected, rows, weights, d_out, order.at_once)
+        d_projected = d_projected.astype(table.dtype).reshape(len(table), -1)
+        d_kernel = matmul(table.T, d_projected)
+        return d_table + matmul(d_projected, kernel.T), (d_weights, d_kernel)
+
+    zeros = jnp.zeros_like(table, dtype=jnp.float32)
+    groups = _groups(order.group, weights, kernel, rows)
+    d_table, (d_weights, d_kernel) = lax.scan(add_group, zeros, groups)
+    d_kernel = d_kernel.reshape(-1, channels, order.group, features).swapaxes(1, 2)
+    d_weights = d_weights.reshape(taps, 4, -1).transpose(1, 2, 0)
+    return d_table, tuple(d_weights), d_kernel.reshape(kernel.shape)
+
+
+def _groups(size: int, weights: Weights, kernel: Float[Array, "K C F"], rows: Rows) -> Any:
+    """Weights [G, size * 4, M], kernel [G, C, size * F] and rows as the weights, of G groups.
+
+    A group's kernel projects the table to [R, size * F], which is a table [R * size, F] as well.
+    """
+    taps, channels, features = kernel.shape
+    kernel = kernel.reshape(-1, size, channels, features).swapaxes(1, 2)
+
+    def pack(corners: tuple[Array, ...]) -> Array:
+        return jnp.stack(corners).transpose(2, 0, 1)
+
+    packed = pack(rows) * size + np.arange(taps, dtype=np.int32)[:, None, None] % size
+    packed, packed_weights = (
+        x.reshape(taps // size, size * 4, -1) for x in (packed, pack(weights))
+    )
+    return packed_weights, kernel.reshape(-1, channels, size * features), packed
 
 
 def _by_tiles(
@@ -173,7 +236,7 @@ def _by_tiles_bwd(
         d_samples = store(rows, matmul, d_out, transposed_kernel).reshape(-1, channels)
         # Behind a barrier: XLA would store the corners, for `samples` and this to share.
         d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples, order.lanes)
-        d_table = _scatter(d_table, rows, weights, d_samples, order.packed)
+        d_table = _scatter(d_table, rows, weights, d_samples, order.at_once)
         return (d_table, d_kernel), d_weights
 
     zeros = functools.partial(jnp.zeros_like, table, dtype=jnp.float32)
@@ -194,10 +257,7 @@ def _split(tree: Any, size: int) -> Any:
     return jax.tree.map(split, tree)
 
 
-def _by_tap(order: Order, corners: tuple[Array, ...]) -> Any:
-    """Four of [M, K] -> four of [K, M], or [K, 4, M]: one slice for each turn of the loop."""
-    if order.packed:
-        return jnp.stack(corners).transpose(2, 0, 1)
+def _transposed(corners: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(corner.T for corner in corners)
 
 

@@ -1,7 +1,7 @@
 """How a deformable convolution samples and multiplies, on each platform.
 
 By gathers and scatters (`deform_gathers.py`), or, on TPUs, by products with windows of the map
-(`deform_windows.py`).
+and gathers of what lies outside them (`deform_outside.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,10 +20,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from alignps_jax.nn import deform_gathers, deform_windows
-from alignps_jax.nn.deform_blocks import MapSize, chunk_of, inside_windows
+from alignps_jax.nn import deform_gathers, deform_outside
+from alignps_jax.nn.deform_blocks import MapSize, chunk_of
 from alignps_jax.nn.deform_gathers import Order, Rows, Weights
 
+# Numbers that the projections of a group of taps may have: half a gigabyte in float32.
+_GROUP = 2**27
 _ALL_PLATFORMS = contextvars.ContextVar("for_all_platforms", default=False)
 
 
@@ -65,11 +68,11 @@ def _neighbors(
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Products with windows of the map, where all samples are inside them, else `otherwise`.
+    """Products with windows of the map, and gathers of what lies outside them.
 
     Attributes:
       size: of the map; the output has a location for each pixel.
-      otherwise: the order of gathers where a sample is outside its window.
+      otherwise: the order where our own kernels cannot be (`for_all_platforms`).
       interpret: run the kernels step by step in JAX, as only tests do, to run them on a CPU.
     """
 
@@ -107,9 +110,15 @@ def orders(
     fits = np.prod(size) <= locations
     cpu = Order(bool(fits) and channels >= 4 * features, min(256, large), fenced=True, lanes=16)
     tpu = Order(bool(fits) and channels >= features, large)
-    gpu = dataclasses.replace(tpu, unroll=3)
+    gpu = dataclasses.replace(tpu, group=_group(math.prod(size), taps, features), at_once=True)
     windows = same and chunk_of(size, (taps, channels, features)) is not None
     return Orders(cpu, gpu, Windows(size, tpu) if windows else tpu)
+
+
+def _group(rows: int, taps: int, features: int) -> int:
+    """How many taps a GPU works on at a time: all of a small map; they must divide all taps."""
+    sizes = [size for size in range(1, taps + 1) if taps % size == 0]
+    return max(size for size in sizes if size <= 3 or size * rows * features <= _GROUP)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -173,23 +182,11 @@ def _run(order: Order | Windows | Orders, work: Callable[..., Any], *args: Any) 
 
 def _forward(order: Order | Windows, *args: Any) -> Array:
     if isinstance(order, Windows):
-        return _inside_or(order, deform_windows.forward, deform_gathers.forward, *args)
+        return deform_outside.forward(order.size, *args, interpret=order.interpret)
     return deform_gathers.forward(order, *args)
 
 
 def _backward(order: Order | Windows, *args: Any) -> tuple[Any, ...]:
     if isinstance(order, Windows):
-        return _inside_or(order, deform_windows.backward, deform_gathers.backward, *args)
+        return deform_outside.backward(order.size, *args, interpret=order.interpret)
     return deform_gathers.backward(order, *args)
-
-
-def _inside_or(
-    order: Windows, inside: Callable[..., Any], outside: Callable[..., Any], *args: Any
-) -> Any:
-    rows = args[3]
-    return lax.cond(
-        inside_windows(order.size, rows),
-        functools.partial(inside, order.size, interpret=order.interpret),
-        functools.partial(outside, order.otherwise),
-        *args,
-    )

@@ -6,8 +6,8 @@ locations of a block sample lies in its window, 24 x 32 pixels around it: the sa
 matrix, which has the weights of the pixels in every sample, times the window. The transpose of that
 matrix takes the gradients back. All of it stays in the chip's vector memory (VMEM).
 
-All corners of all samples must be inside the windows (`deform_blocks.inside_windows`): the offsets
-of a 3x3 convolution may be -7 to 7 pixels, without 7 itself.
+Corners outside the window of their location count as zero (`deform_blocks.inside_windows`). None is
+if the offsets of a 3x3 convolution are -7 to 7 pixels, without 7 itself.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def forward(
     *,
     interpret: bool = False,
 ) -> Float[Array, "M F"]:
-    """`deform_sampling.sample_and_multiply` for corners inside the windows, in float32."""
+    """`deform_sampling.sample_and_multiply` of the corners inside the windows, in float32."""
     grid = _Grid(size, kernel)
     out = grid.call(
         _forward_kernel,
@@ -172,7 +172,7 @@ def backward(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "M C"], tuple[Float[Array, "M K"], ...], Float[Array, "K C F"]]:
-    """Cotangents of table, weights and kernel, in float32."""
+    """Cotangents of table, weights and kernel, in float32; zero for corners outside."""
     grid = _Grid(size, kernel, flush=1)
     result = functools.partial(_result, table)
     d_map, d_corners, d_kernel = grid.call(

@@ -27,6 +27,7 @@ from alignps_jax.losses.total import (
 )
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.nn.precision import products_in
+from alignps_jax.training.optimizer import global_norm
 from alignps_jax.types import Batch, Outputs, TrainState
 
 
@@ -40,9 +41,6 @@ class StepMetrics:
     grad_norm: Float[Array, ""]
     update_norm: Float[Array, ""]
     param_norm: Float[Array, ""]
-
-
-_SMALL = 2**20  # elements
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, as pmap asks
@@ -141,9 +139,9 @@ class TrainStep:
             terms=terms,
             positives=everyone.valid.sum(),
             dropped_positives=dropped,
-            grad_norm=_norm(gradient),
-            update_norm=_norm(updates),
-            param_norm=_norm(trained),
+            grad_norm=global_norm(gradient),
+            update_norm=global_norm(updates),
+            param_norm=global_norm(trained),
         )
         state = dataclasses.replace(
             _with_params(state, trained, self.ema_decay),
@@ -152,18 +150,6 @@ class TrainStep:
             memory=memory,
         )
         return state, metrics
-
-
-def _norm(tree: Any) -> Float[Array, ""]:
-    """Over all arrays; small ones end to end on NVIDIA's GPUs, where each is two launches."""
-
-    def end_to_end(tree: Any) -> Float[Array, ""]:
-        leaves = jax.tree.leaves(tree)
-        small = [x.ravel() for x in leaves if x.size <= _SMALL]
-        large = [x for x in leaves if x.size > _SMALL]
-        return optax.tree.norm([*large, jnp.concatenate([jnp.zeros(0), *small])])
-
-    return lax.platform_dependent(tree, cuda=end_to_end, default=optax.tree.norm)
 
 
 def _with_params(state: TrainState, trained: Any, decay: float | None) -> TrainState:

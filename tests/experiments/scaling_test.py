@@ -92,6 +92,12 @@ def test_a_program_by_hand():
     assert work.bytes["elementwise"] == 16 * 2 * 10 * 64 * 4
 
 
+def test_a_loop_whose_turns_depend_on_data_counts_none_or_one():
+    text = PROGRAM.replace("constant(9)", "get-tuple-element(%s.1), index=0")
+    assert work_of(text).cycles["elementwise"] == 7 * 50
+    assert work_of(text, max).cycles["elementwise"] == (7 + 1) * 50
+
+
 def test_kernels_of_our_own_count_by_their_arithmetic():
     line = (
         '  ROOT %y = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", '

@@ -145,7 +145,7 @@ def test_equals_loop_finite_differences_and_plain_jax(name, order):
 def test_order_is_chosen_by_shape_and_platform():
     def by_taps(rows, locations, channels, features):
         found = orders(MapSize(1, 1, rows), locations, 9, channels, features, same=False)
-        assert found.gpu == dataclasses.replace(found.tpu, unroll=3)
+        assert found.gpu == dataclasses.replace(found.tpu, group=9, at_once=True)
         return found.cpu.by_taps, found.gpu.by_taps
 
     assert by_taps(rows=100, locations=100, channels=1024, features=256) == (True, True)
@@ -154,6 +154,16 @@ def test_order_is_chosen_by_shape_and_platform():
     assert by_taps(rows=100, locations=100, channels=256, features=256) == (False, True)
     assert by_taps(rows=100, locations=100, channels=128, features=256) == (False, False)
     assert by_taps(rows=400, locations=100, channels=2048, features=256) == (False, False)
+
+
+def test_gpus_take_as_many_taps_at_a_time_as_memory_allows():
+    def group(height, width, taps=9):
+        size = MapSize(4, height, width)
+        return orders(size, np.prod(size), taps, 256, 256, same=True).gpu.group
+
+    assert group(38, 63) == group(76, 126) == 9
+    assert group(152, 252) == group(1520, 2520) == 3
+    assert group(152, 252, taps=1) == group(1520, 2520, taps=25) == 1
 
 
 def test_tpus_take_windows_where_they_fit():
@@ -183,8 +193,10 @@ def test_tpus_take_windows_where_they_fit():
         ),
         Order(True, 1, lanes=16),
         Order(True, 1, lanes=1),
-        Order(True, 1, unroll=3),
-        Order(False, 30, unroll=3),
+        Order(True, 1, at_once=True),
+        Order(True, 1, group=3, at_once=True),
+        Order(True, 1, group=9),
+        Order(False, 30, at_once=True),
     ],
 )
 def test_any_order_gives_the_same(order):

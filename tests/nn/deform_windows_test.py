@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from alignps_jax.nn.deform_blocks import MapSize, chunk_of, inside_windows
 from alignps_jax.nn.deform_conv import deform_conv2d
 from alignps_jax.nn.deform_gathers import Order
+from alignps_jax.nn.deform_outside import SOME
 from alignps_jax.nn.deform_sampling import Windows, corners
 
 GATHERS = Order(by_taps=True, tile=0)
@@ -52,7 +53,8 @@ def is_inside(offsets):
     y = (y - 1 + ky).reshape(height, width, 9) + offsets[..., 0]
     x = (x - 1 + kx).reshape(height, width, 9) + offsets[..., 1]
     rows, _ = corners(jnp.asarray(y), jnp.asarray(x), (height, width))
-    return bool(inside_windows(MapSize(*offsets.shape[:3]), rows))
+    size, at = MapSize(*offsets.shape[:3]), jnp.arange(len(rows[0]))[:, None]
+    return all(inside_windows(size, row, at).all() for row in rows)
 
 
 def assert_all_close(actual, expected, tolerance=2e-5):
@@ -109,15 +111,29 @@ def test_borders_of_the_windows():
             assert is_inside(offsets) == inside, (axis, offset, place, tap)
 
 
-@pytest.mark.parametrize("spread", [8.5, 1e6])
-def test_one_offset_outside_falls_back_to_gathers(spread):
-    arrays = make_case((1, 18, 40), spread=1)
-    arrays[1][0, 8, 16, 4] = (spread, -spread)
+@pytest.mark.parametrize("spread", [7.5, 8.5, 1e6])
+def test_one_offset_outside(spread):
+    """Some of its corners are in the window and some are not, or none is."""
+    arrays = make_case((1, 26, 40), spread=1)
+    arrays[1][0, 16, 16, 0] = (-spread, spread)
     assert not is_inside(arrays[1])
-    order = windows(arrays[0])
-    expected = evaluate(GATHERS, arrays)
-    for actual, same in zip(evaluate(order, arrays), expected, strict=True):
-        np.testing.assert_allclose(actual, same, rtol=1e-6, atol=1e-6)
+    assert_all_close(evaluate(windows(arrays[0]), arrays), evaluate(GATHERS, arrays))
+
+
+@pytest.mark.parametrize("size", [(1, 17, 21), (2, 20, 37)])
+def test_more_offsets_outside_than_are_taken_at_a_time(size):
+    arrays = make_case(size, spread=20)
+    assert np.any(np.abs(arrays[1]) > 8, axis=(3, 4)).sum() > 2 * SOME
+    assert_all_close(evaluate(windows(arrays[0]), arrays), evaluate(GATHERS, arrays), 1e-4)
+
+
+def test_all_samples_at_one_place():
+    """Outside the windows of all blocks but the neighbors of one; all add to the same pixels."""
+    arrays = make_case((1, 24, 64))
+    y, x, ky, kx = np.meshgrid(*map(np.arange, (24, 64, 3, 3)), indexing="ij")
+    offsets = np.stack([4.3 - (y - 1 + ky), 9.6 - (x - 1 + kx)], axis=-1)
+    arrays[1] = offsets.reshape(arrays[1].shape).astype(np.float32)
+    assert_all_close(evaluate(windows(arrays[0]), arrays), evaluate(GATHERS, arrays), 1e-4)
 
 
 def test_samples_outside_the_map_are_inside_the_windows_at_its_border():

@@ -58,7 +58,7 @@ def compile_step(request: Request) -> dict[str, Any]:
         "code": getattr(analysis, "generated_code_size_in_bytes", 0),
         "host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "flops": flops,
-        "kernels": cheap.kernels,
+        "kernels": dear.kernels,
         "bytes": _plain(cheap.bytes),
         "collectives": _plain(cheap.collectives),
         "collective_counts": _plain(cheap.collective_counts),

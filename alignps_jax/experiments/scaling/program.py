@@ -138,7 +138,8 @@ def work_of(text: str, choose: Callable[..., Any] = min) -> Work:
     """What one run of an optimized program does on one device.
 
     Of the branches of a conditional that multiply (recomputation has one that gives up instead)
-    the cheaper one counts; with `choose=max`, the dearer one.
+    the cheaper one counts; with `choose=max`, the dearer one. A loop whose turns depend on data
+    counts no turn; with `choose=max`, one.
     """
     computations, entry = parse(text)
     return _Reader(computations, choose, by_cycles="estimated_cycles" in text).work(entry)
@@ -177,7 +178,7 @@ class _Reader:
         return sum(getattr(work, self._weights).values())
 
     def _trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as annotated, or N of `i < N`; 1 if the text does not tell."""
+        """How often a loop runs: as annotated, or N of `i < N`; the text may not tell."""
         if known := _TRIPS.search(loop.text):
             return int(known[1])
         condition = re.search(r"condition=%([\w.\-]+)", loop.text)
@@ -188,7 +189,7 @@ class _Reader:
             if line.opcode == "constant" and (found := re.match(r"(\d+)\)", line.text))
         ]
         counts = any("direction=LT" in line.text for line in lines)
-        return constants[0] if counts and len(constants) == 1 else 1
+        return constants[0] if counts and len(constants) == 1 else self._choose(0, 1)
 
     def _all_of(self, name: str) -> list[Instruction]:
         """The instructions of a computation and of those inside it."""
