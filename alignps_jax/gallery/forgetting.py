@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from alignps_jax.gallery.claims import Claims
@@ -32,7 +33,7 @@ def forget(gallery: Gallery, photo: str | None, person: str | None) -> None:
     print(f"gallery  {gallery.address}: {gallery.num_people:,} people")
 
 
-def forget_photo(gallery: Gallery, photo: str) -> int:
+def forget_photo(gallery: Gallery, photo: str | Path) -> int:
     """Forgets everybody in a photo or video, and keeps its people out from now on.
 
     That goes for the file's path and for copies of its content. Nothing of them stays in the

@@ -32,7 +32,7 @@ from alignps_jax.gallery.writing import (
     tidy,
 )
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import Read, Result, detect_all
+from alignps_jax.inference.many import FindsPeople, Read, Result, detect_all
 from alignps_jax.progress import progress
 from alignps_jax.types import UserError
 
@@ -102,7 +102,7 @@ def index_source(
 
 def index(
     gallery: Gallery,
-    detector: Detector,
+    detector: FindsPeople,
     sources: Sequence[str],
     every: float = 1.0,
     prune: bool = False,
@@ -151,7 +151,7 @@ class _Run:
     def __init__(
         self,
         gallery: Gallery,
-        detector: Detector,
+        detector: FindsPeople,
         forgotten: Forgotten,
         every: float,
         commit_seconds: float,

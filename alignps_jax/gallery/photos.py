@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from alignps_jax.boxes import iou
@@ -82,6 +82,8 @@ def _box(values: Float[np.ndarray, "4"]) -> list[float]:
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
+# A box: x1, y1, x2, y2 in pixels.
+Corners = Sequence[float] | Float[np.ndarray, "4"]
 MAX_PICTURE_QUERIES = 12
 # Results per query in the JSON file.
 MAX_RESULTS = 1000
@@ -219,7 +221,7 @@ def parse_box(text: str | None) -> tuple[float, ...] | None:
     return corners
 
 
-def check_box(box: Sequence[float], name: Path, size: tuple[int, int]) -> None:
+def check_box(box: Corners, name: Path, size: tuple[int, int]) -> None:
     """Raises UserError unless a part of the box lies on the photo of that height and width."""
     x1, y1, x2, y2 = box
     if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < size[1] and y1 < size[0]):
@@ -260,7 +262,7 @@ def above(detections: Detections, threshold: float) -> Detections:
 
 def find_queries(
     detections: Detections,
-    box: Sequence[float] | None,
+    box: Corners | None,
     threshold: float,
     name: Path,
     size: tuple[int, int],
@@ -320,9 +322,9 @@ def rank(
 def draw_rankings(
     rankings: Sequence[QueryRanking],
     gallery: Path,
-    photo: UInt8[np.ndarray, "H W 3"],
+    photo: Image,
     max_pixels: int,
-) -> UInt8[np.ndarray, "H W 3"]:
+) -> Image:
     """The queries and their first results."""
     return ranking_picture(
         photos_row(ranking, gallery, photo, "query", max_pixels) for ranking in rankings
@@ -332,7 +334,7 @@ def draw_rankings(
 def photos_row(
     ranking: QueryRanking,
     gallery: Path,
-    photo: UInt8[np.ndarray, "H W 3"],
+    photo: Image,
     title: str,
     max_pixels: int,
 ) -> PictureRow:

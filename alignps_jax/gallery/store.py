@@ -24,7 +24,7 @@ from alignps_jax.gallery.database import (
 from alignps_jax.gallery.entries import FileState, Filter, Match, Person, Scene, folder_of
 from alignps_jax.gallery.extra import is_gallery
 from alignps_jax.gallery.memory import COLUMNS, PeopleInMemory, load_people
-from alignps_jax.gallery.photos import find_queries
+from alignps_jax.gallery.photos import Corners, find_queries
 from alignps_jax.gallery.pixels import scene_pixels
 from alignps_jax.gallery.table import (
     IS_PERSON,
@@ -38,7 +38,7 @@ from alignps_jax.gallery.table import (
     scene_of,
     where_sql,
 )
-from alignps_jax.inference.detector import Detector
+from alignps_jax.inference.many import FindsPeople
 from alignps_jax.types import AnyArray, UserError
 
 EXACT_UP_TO = 2_000_000
@@ -64,7 +64,7 @@ class Gallery:
         table: Any,
         database: Any,
         exact_up_to: int,
-        detector: Detector | None = None,
+        detector: FindsPeople | None = None,
     ):
         self.address = address
         self._detector = detector
@@ -80,7 +80,7 @@ class Gallery:
         cls,
         address: str | os.PathLike[str],
         *,
-        create_for: Detector | None = None,
+        create_for: FindsPeople | None = None,
         exact_up_to: int = EXACT_UP_TO,
     ) -> Self:
         """Opens the gallery at a folder, or any other address that LanceDB takes.
@@ -110,7 +110,7 @@ class Gallery:
             gallery.check_detector(create_for)
         return gallery
 
-    def check_detector(self, detector: Detector) -> None:
+    def check_detector(self, detector: FindsPeople) -> None:
         """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
         found = about_detector(detector)
         if found.deciding != self.about.deciding:
@@ -188,7 +188,7 @@ class Gallery:
     def search_photo(
         self,
         photo: UInt8[np.ndarray, "H W 3"],
-        box: Sequence[float],
+        box: Corners,
         k: int,
         where: Filter | None = None,
         offset: int = 0,
@@ -207,7 +207,7 @@ class Gallery:
         matches: list[Match] = self.search(query.embedding, k, where, offset)
         return matches
 
-    def _own_detector(self) -> Detector:
+    def _own_detector(self) -> FindsPeople:
         if self._detector is None:
             raise UserError(
                 f"{self.address}: was opened without a detector; expected "

@@ -40,6 +40,21 @@ class DetectsBatches(Protocol):
         """Detections [devices, B / devices, K] of so many, perhaps still being computed."""
 
 
+@runtime_checkable
+class FindsPeople(DetectsBatches, Protocol):
+    """What a gallery is made with: a `Detector`, or what stands in for one."""
+
+    # Where its weights come from, for people to read.
+    name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal weights only."""
+
+    def detect(self, image: Image) -> Detections:
+        """All detections [K] of a photo, best first."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Read(Generic[Tag_co]):
     """What reading a photo gave: its pixels, or why there are none.

@@ -36,6 +36,9 @@ from alignps_jax.nn.convolution import matmul
 # Of the four pixels around every sample: rows of the table, and weights. [M, K], or part of it.
 Rows = tuple[Int[Array, "..."], ...]
 Weights = tuple[Float[Array, "..."], ...]
+# The same of one tap or group of taps, where a loop over taps may have stacked them.
+RowsOfTap = Rows | Int[Array, "_ M"]
+WeightsOfTap = Weights | Float[Array, "_ M"]
 # The rows are those of pixels inside the map, so that gathers and scatters need not clip.
 _IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
@@ -283,7 +286,9 @@ def _behind_branch(rows: Rows, function: Callable[..., Array], *args: Any) -> Ar
     return lax.cond(rows[0][0] >= 0, function, never, *args)
 
 
-def _sample(table: Float[Array, "R C"], rows: Rows, weights: Weights) -> Float[Array, "M C"]:
+def _sample(
+    table: Float[Array, "R C"], rows: RowsOfTap, weights: WeightsOfTap
+) -> Float[Array, "M C"]:
     """Weighted sum of the four corners, in float32."""
     total: Any = sum(
         w[:, None] * table.at[r].get(**_IN_BOUNDS) for r, w in zip(rows, weights, strict=True)
@@ -293,8 +298,8 @@ def _sample(table: Float[Array, "R C"], rows: Rows, weights: Weights) -> Float[A
 
 def _scatter(
     table: Float[Array, "R C"],
-    rows: Rows,
-    weights: Weights,
+    rows: RowsOfTap,
+    weights: WeightsOfTap,
     values: Float[Array, "M C"],
     at_once: bool,
 ) -> Float[Array, "R C"]:
@@ -311,7 +316,7 @@ def _scatter(
 
 
 def _corner_products(
-    table: Float[Array, "R C"], rows: Rows, values: Float[Array, "M C"], lanes: int
+    table: Float[Array, "R C"], rows: RowsOfTap, values: Float[Array, "M C"], lanes: int
 ) -> tuple[Float[Array, "M"], ...]:
     """Inner product of every value with its four corners, in float32.
 

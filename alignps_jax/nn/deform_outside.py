@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from alignps_jax.nn import deform_gathers, deform_windows
 from alignps_jax.nn.deform_blocks import MapSize, inside_windows
@@ -52,7 +52,7 @@ class _Outside:
         return at, jnp.stack(outside), (tuple(weights), tuple(rows))
 
 
-def take(x: Float[Array, "M N"], at: Int[Array, "L"]) -> Float[Array, "L N"]:
+def take(x: Num[Array, "M N"], at: Int[Array, "L"]) -> Num[Array, "L N"]:
     """Rows of `x`, zeros beyond the last."""
     return x.at[at].get(mode="fill", fill_value=0)
 

@@ -113,6 +113,7 @@ def test_needs_little_more_than_the_gallery():
         ((3,), (5, 3), 1, r"shapes \(3,\) and \(5, 3\)"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_wrong_input(queries, embeddings, k, message):
     with pytest.raises(UserError, match=message):
         gallery.top_k(np.zeros(queries), np.zeros(embeddings), k)
@@ -138,5 +139,9 @@ def test_people_found_in_photos_are_ranked_for_every_query():
         ]
         assert [one.score for one in ranking.results] == list(np.linspace(0.9, 0.3, 7)[rows])
 
-    none = {Path("empty.jpg"): Detections(np.zeros((0, 4)), *(np.zeros(0),) * 3)}
+    none = {
+        Path("empty.jpg"): Detections(
+            np.zeros((0, 4)), np.zeros(0), np.zeros((0, 3)), np.zeros(0, bool)
+        )
+    }
     assert [one.results for one in rank(queries, Path("query.jpg"), none)] == [(), ()]
