@@ -13,15 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import lax, monitoring
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from alignps_jax import peers
 from alignps_jax.choices import choose
+from alignps_jax.seals import Seals
 from alignps_jax.types import Batch, Detections, TrainState, UserError
 
 AXIS = "device"
-
+# What JAX has measured when it has compiled a program, and written it.
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Any]]
 Devices = Sequence[jax.Device]
@@ -135,15 +138,30 @@ def split_over_devices(batch: Batch, devices: int | None = None) -> Batch:
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 
-def use_compilation_cache(folder: Path) -> None:
+def use_compilation_cache(folder: Path, alone: bool = False) -> None:
     """Keeps compiled programs in `folder`, so that the next start is quick.
 
     The small ones too: a start compiles hundreds of them, initializers above all. Programs are
     native code: whoever can write there decides what runs. Training keeps them in its own workdir;
-    everything that reads other people's folders takes `own_cache`.
+    everything that reads other people's folders takes `own_cache`. Damaged ones are removed first.
+
+    Args:
+      folder: where, made if it is missing.
+      alone: nobody else writes there now, but other processes of this run.
     """
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
+    folder = Path(folder).absolute()
+    if peers.leads():  # the one process that writes there
+        seals = Seals(folder)
+        seals.drop_damaged(alone)
+        monitoring.register_event_duration_secs_listener(partial(_seal, seals))
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _seal(seals: Seals, event: str, seconds: float, **about: str | int) -> None:
+    """Called by JAX after all that it measures."""
+    if event == _COMPILED:
+        seals.add_new()
 
 
 def own_cache() -> Path:

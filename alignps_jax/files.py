@@ -1,4 +1,4 @@
-"""Complete files, whether they could be written, and photos."""
+"""Complete files, whether they could be written, JSON, and photos."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,6 +16,8 @@ from jaxtyping import UInt8
 
 from alignps_jax.image_files import decode_photo, read_photo
 from alignps_jax.types import UserError
+
+_MOST_JSON = 1 << 26  # bytes
 
 
 @contextlib.contextmanager
@@ -102,6 +105,32 @@ def write_json(path: Path, content: object, allow_nan: bool = False) -> None:
     NaN and infinity, for which JSON has no names, are a ValueError without `allow_nan`.
     """
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=allow_nan) + "\n").encode())
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """The content of a JSON file that anybody may have written.
+
+    Args:
+        path: the file.
+        expected: what it should hold, for the message, such as "the results of a run".
+
+    Raises:
+        UserError: the file cannot be read, is too large, or holds no JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MOST_JSON:
+                raise UserError(f"{path}: found {size:,} bytes, expected {expected}")
+            return json.loads(file.read(size))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}), expected {expected}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: found no JSON, expected {expected}") from error
 
 
 # The sizes of several in one signature need not agree.

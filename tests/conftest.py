@@ -18,6 +18,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Else the folder of compiled programs is part of each program's key, and runs that share them by
+# links compile everything anew.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
 # Compiled programs of evaluation and search: for all processes of these tests, and gone with them.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -117,6 +117,13 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
+def fraction(value: object) -> float:
+    """A metric as `metrics.json` has it; ValueError for what is no number from 0 to 1."""
+    if type(value) not in (int, float) or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"found {str(value)[:60]}, expected a number from 0 to 1")
+    return float(value)  # type: ignore[arg-type]
+
+
 def write_metrics_json(
     path: Path, result: EvaluationResult, untrained: EvaluationResult | None = None
 ) -> None:

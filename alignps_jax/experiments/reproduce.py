@@ -15,8 +15,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import package_versions
+from alignps_jax.evaluation.results import fraction
 from alignps_jax.experiments.catalogue import PAPER_METRICS
-from alignps_jax.files import check_outputs, write_atomically, write_json
+from alignps_jax.files import check_outputs, read_json, write_atomically, write_json
 from alignps_jax.peers import agree
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
@@ -155,10 +156,7 @@ def flatten(fields: dict[str, Any]) -> dict[str, object]:
 
 def _read(file: Path) -> dict[str, Any]:
     """What a run left in a JSON file of its folder."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}), expected what a run wrote") from error
+    content = read_json(file, "what a run wrote")
     if not isinstance(content, dict):
         raise UserError(f"{file}: found {type(content).__name__}, expected what a run wrote")
     return content
@@ -182,17 +180,29 @@ def write_table(
 def reproduced(
     workdir: Path, variant: str, row: PaperRow, seeds: Sequence[int]
 ) -> ReproducedRow | None:
-    """What the finished runs of a row reached, in percent; None if none is finished."""
+    """What the finished runs of a row reached, in percent; None if none is finished.
+
+    Raises:
+      UserError: a run's `metrics.json` holds something else.
+    """
     files = [run_folder(workdir, variant, seed) / "metrics.json" for seed in seeds]
-    runs = [_read(file) for file in files if file.exists()]
+    runs = {file: _read(file) for file in files if file.exists()}
     if not runs:
         return None
-    protocol = next(iter(runs[0]["search"]))  # the first one counts, as for the best checkpoint
-    metrics = [run["detection"] | run["search"][protocol] for run in runs]
+    protocol, metrics = None, []
+    for file, run in runs.items():
+        try:
+            # The first one counts, as for the best checkpoint.
+            protocol = protocol or next(iter(run["search"]))
+            found = run["detection"] | run["search"][protocol]
+            metrics.append({name: 100 * fraction(found[name]) for name in PAPER_METRICS})
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            kind = type(error).__name__
+            raise UserError(f"{file}: not a metrics.json of a run ({kind})") from error
     measured = {
-        name: Measurement(tuple(100 * values[name] for values in metrics)) for name in PAPER_METRICS
+        name: Measurement(tuple(values[name] for values in metrics)) for name in PAPER_METRICS
     }
-    return ReproducedRow(variant, row, protocol, measured)
+    return ReproducedRow(variant, row, str(protocol), measured)
 
 
 def markdown(config: ConfigDict, name: str, table: str, rows: Sequence[ReproducedRow]) -> str:

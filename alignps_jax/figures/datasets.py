@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,10 @@ from alignps_jax.evaluation.detections_io import load_detections
 from alignps_jax.evaluation.metrics import SearchMetrics
 from alignps_jax.evaluation.pictures import protocol_row
 from alignps_jax.evaluation.precision_recall import PrecisionRecall
+from alignps_jax.evaluation.results import fraction
 from alignps_jax.evaluation.scoring import Scorer, align_with_split, make_scorer
 from alignps_jax.figures.plots import GallerySizes, Reference
+from alignps_jax.files import read_json
 from alignps_jax.types import GalleryDetections, UserError
 from configs.variants import rows_of
 from data_pipeline.datasets import prepare
@@ -95,16 +96,14 @@ def _size(gallery: str) -> float:
 
 
 def _read_metrics(path: Path) -> SavedEvaluation:
+    content = read_json(path, "a metrics.json of --mode=evaluate")
     try:
-        content = json.loads(path.read_bytes())
         maps = {
-            match[1] or match[0]: float(search["mAP"])
+            match[1] or match[0]: fraction(search["mAP"])
             for name, search in content["search"].items()
             if (match := _GALLERY.fullmatch(name))
         }
         saved = SavedEvaluation(str(content["dataset"]), maps)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         kind = type(error).__name__
         raise UserError(f"{path}: not a metrics.json of --mode=evaluate ({kind})") from error

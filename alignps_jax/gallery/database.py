@@ -63,7 +63,7 @@ def committing(address: str, commit: Callable[[], Result]) -> Result:
             return commit()
         except UserError:
             raise
-        except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
+        except Exception as error:  # see `reading`
             text = str(error).lower()
             met_another = any(word in text for word in _CONFLICTS)
             if not met_another or time.monotonic() - start > _MOST_SECONDS:
@@ -95,13 +95,13 @@ def open_or_create(address: str, database: Any, name: str, columns: pa.Schema) -
     while True:
         try:
             return database.open_table(name)
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # see `reading`
             if "not found" not in str(error):
                 raise UserError(f"--gallery: {address} cannot be read ({reason(error)})") from error
         _check_place(address)
         try:
             return database.create_table(name, schema=columns)
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # see `reading`
             met_another = "exists" in str(error) or "conflict" in str(error).lower()
             if not met_another or time.monotonic() - start > _MOST_SECONDS:
                 raise UserError(

@@ -293,9 +293,10 @@ class Gallery:
             ColumnOrdering(column_name=name, ascending=True, nulls_first=False)
             for name in ("taken", "path", "second")
         ]
-        query = self._latest().search().where(where_sql(where, IS_SCENE)).order_by(order)
-        found = query.select(list(SCENE_COLUMNS)).limit(limit).offset(offset).to_arrow()
-        return [scene_of(row) for row in found.to_pylist()]
+        with reading(self.address):
+            query = self._latest().search().where(where_sql(where, IS_SCENE)).order_by(order)
+            found = query.select(list(SCENE_COLUMNS)).limit(limit).offset(offset).to_arrow()
+            return [scene_of(row) for row in found.to_pylist()]
 
     def cameras(self) -> list[str]:
         """The names of all known cameras, sorted."""

@@ -82,9 +82,25 @@ class About:
         """
         try:
             stored = json.loads((schema.metadata or {})[ABOUT])
-            return cls(**{**stored, "test_scale": tuple(stored["test_scale"])})
-        except (KeyError, TypeError, ValueError) as error:
+            about = cls(**{**stored, "test_scale": tuple(stored["test_scale"])})
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError("its table has no description of what made it") from error
+        vectors = schema.field("embedding").type if "embedding" in schema.names else None
+        if not (about._is_sound() and vectors == pa.list_(pa.float32(), about.dim)):
+            raise ValueError("its table has a damaged description of what made it")
+        return about
+
+    def _is_sound(self) -> bool:
+        """Whether all fields are what they should be, which a file need not have."""
+        numbers = *self.test_scale, self.dim, self.max_pixels
+        return (
+            all(type(text) is str and text.isprintable() for text in (self.checkpoint, self.name))
+            and len(self.test_scale) == 2
+            and all(type(number) is int and 0 < number < 2**40 for number in numbers)
+            and self.dim < 2**20
+            and type(self.score_threshold) is float
+            and 0 <= self.score_threshold <= 1
+        )
 
 
 @dataclasses.dataclass(frozen=True)

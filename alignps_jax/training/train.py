@@ -28,7 +28,7 @@ from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, score_of
 from alignps_jax.files import check_outputs
 from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import weights_template
-from alignps_jax.peers import agree
+from alignps_jax.peers import agree, first_process_first
 from alignps_jax.training.curves import training_curves
 from alignps_jax.training.interrupt import Interrupt
 from alignps_jax.training.monitor import Monitor
@@ -54,8 +54,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_changes: bool =
     """
     if jax.process_index() == 0:
         check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))
-    use_compilation_cache(workdir / "xla_cache")
     with one_writer(workdir) as writer, Interrupt(writer) as interrupt:
+        with first_process_first():
+            use_compilation_cache(workdir / "xla_cache", alone=True)
         model = rehearse(config, resumes=agree(lambda: holds_checkpoint(workdir)))
         agree(lambda: check_changes(config, workdir, accept_changes))
         run = make_run(config, model)

@@ -36,10 +36,10 @@ class Writer:
     def noticed_elsewhere(self) -> int:
         """The signal that another process of the run got; 0 for none."""
         try:
-            found = (self.workdir / _NOTICE).read_text()
+            found = (self.workdir / _NOTICE).read_bytes()
         except OSError:
             return 0
-        return int(found) if found in ("2", "15") else 0
+        return int(found) if found in (b"2", b"15") else 0
 
 
 @contextlib.contextmanager

@@ -72,6 +72,28 @@ def test_figures_are_the_runs_figures(runs, tmp_path):
     assert "deviation of 2 run(s)" in text
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[" * 9999,
+        "7",
+        "{}",
+        '{"detection": {}, "search": {}}',
+        '{"detection": 3, "search": {"a": {}}}',
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(runs, tmp_path, content):
+    reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path, runs.train)
+    file = tmp_path / runs[1][0] / "seed0" / "metrics.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.json: "):
+        reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path, runs.train)
+    file.with_name("config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json: |was run with config"):
+        reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path, runs.train)
+
+
 def test_a_run_with_other_settings_is_not_taken_for_this_one(runs, tmp_path):
     reproduce_table(tiny.get_config(), "tiny", "4", 1, tmp_path, runs.train)
     other = tiny.get_config()

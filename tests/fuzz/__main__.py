@@ -23,8 +23,10 @@ import cv2
 from tests.fuzz.readers import READERS
 from tests.fuzz.runner import Run
 
-_SLICE = 5.0  # seconds of a process
+# Seconds of a process: short where there is little time, long enough to be worth its start.
+_SHORTEST, _LONGEST = 5.0, 60.0
 _SHOWN = 5  # findings of a reader
+_MEMORY = Path("/dev/shm")  # Linux keeps files there in memory, where damaging them costs no disk
 
 
 def main() -> int:
@@ -42,7 +44,7 @@ def main() -> int:
     # The processes use neither JAX's threads nor OpenCV's, which are not in them.
     cv2.setNumThreads(0)
     warnings.filterwarnings("ignore", message=r".*os\.fork\(\)")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
         runs = {
             name: Run(name, READERS[name], Path(folder) / name, arguments.seed) for name in names
         }
@@ -54,7 +56,8 @@ def main() -> int:
 
 def _fuzz(runs: dict[str, Run], seconds: float) -> None:
     end = time.monotonic() + seconds
-    rounds = max(1, round(seconds / len(runs) / _SLICE))
+    slice_seconds = min(_LONGEST, max(_SHORTEST, seconds / len(runs) / 10))
+    rounds = max(1, round(seconds / len(runs) / slice_seconds))
     for turn in range(rounds):
         for position, run in enumerate(runs.values()):
             left = (rounds - turn) * len(runs) - position
@@ -77,8 +80,9 @@ def _keep_findings(runs: dict[str, Run], keep: Path, seed: int) -> None:
             path, content = run.input(finding.number)
             kept = keep / f"{name}-{seed}-{finding.number}-{path.name}"
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_bytes(content)
-            print(f"{kept}: {finding.what}")
+            if content is not None:
+                kept.write_bytes(content)
+            print(f"{kept if content is not None else f'{kept} (missing)'}: {finding.what}")
 
 
 if __name__ == "__main__":

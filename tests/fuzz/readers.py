@@ -12,6 +12,7 @@ import PIL.Image
 import scipy.io
 
 from alignps_jax.files import read_image
+from alignps_jax.gallery.sources import origin
 from alignps_jax.image_files import read_photo
 from alignps_jax.types import Annotations, SearchProtocol
 from data_pipeline import datasets
@@ -32,7 +33,10 @@ from data_pipeline.sources.prw import PrwSource
 from data_pipeline.sources.source import LARGEST_COORDINATE, Source, reading
 from data_pipeline.transforms import decode_jpeg
 from tests.data_pipeline import dataset_fixtures as fixtures
+from tests.fuzz.gallery_readers import GALLERY_READERS
 from tests.fuzz.mutations import damage, damage_image, damage_json, damage_mat, damage_text
+from tests.fuzz.page_readers import PAGE_READERS
+from tests.fuzz.result_readers import RESULT_READERS
 from tests.fuzz.run_readers import RUN_READERS
 from tests.fuzz.runner import Reader
 from tests.fuzz.tensor_readers import TENSOR_READERS
@@ -156,6 +160,8 @@ def _read_image(path: Path) -> list[np.ndarray]:
     """As a user's photo, and as one of a data set."""
     shown = read_image(path, _MAX_PIXELS)
     data, header = read_photo(path, _MAX_PIXELS)
+    taken = origin(str(path), data)
+    assert taken.camera.isprintable(), "a camera's name"
     stored = decode_jpeg(data, "photo", (header.height, header.width))
     assert stored.shape[:2] == (header.height, header.width), "the size of the photo"
     assert shown.shape[:2] in (stored.shape[:2], stored.shape[1::-1]), "the size of the photo"
@@ -269,4 +275,4 @@ READERS: dict[str, Reader] = {
         memory=8 << 30,
     ),
 }
-READERS |= TENSOR_READERS | RUN_READERS
+READERS |= TENSOR_READERS | RUN_READERS | RESULT_READERS | GALLERY_READERS | PAGE_READERS

@@ -29,6 +29,7 @@ from tests.fuzz.mutations import Mutation
 # What a message may have: a line that fits a screen, even with the name of the file in it.
 _LONGEST_MESSAGE = 1500
 _STATE = struct.Struct("<QQQQ")
+_MIXED = 0.1  # of the inputs, where the reader mixes files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Reader:
       damage: how to damage a file.
       seconds: how long an input may take.
       memory: how many bytes more than at the start an input may take.
+      mixes: whether a file is now and then missing, or has the content of another one.
     """
 
     build: Callable[[Path], Sequence[Path]]
@@ -50,6 +52,7 @@ class Reader:
     damage: Mutation
     seconds: float = 10.0
     memory: int = 256 << 20
+    mixes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +90,12 @@ class Run:
         self._state = mmap.mmap(-1, _STATE.size)
         self._sound = self._build(folder.parent / f"{name}.files")
 
-    def input(self, number: int) -> tuple[Path, bytes]:
-        """The file that input `number` replaces, and its content."""
+    def input(self, number: int) -> tuple[Path, bytes | None]:
+        """The file that input `number` replaces, and its content; None: the file is missing."""
         rng = random.Random(f"{self._seed}/{number}")
         path = rng.choice(list(self._sound))
+        if self._reader.mixes and rng.random() < _MIXED:
+            return path, rng.choice((None, *self._sound.values()))
         return path, self._reader.damage(rng, self._sound[path])
 
     def batch(self, seconds: float) -> None:
@@ -186,7 +191,7 @@ class Run:
                 path, content = self.input(number)
                 if last not in (None, path):
                     last.write_bytes(self._sound[last])
-                path.write_bytes(content)
+                _put(path, content)
                 last = path
                 what = self._outcome(path)
                 rejected += what == ""
@@ -208,6 +213,13 @@ class Run:
             what = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
             return ascii(what)[:500]
         return None
+
+
+def _put(path: Path, content: bytes | None) -> None:
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
 
 
 def _unclear(message: str, folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import json
 import random
 import shutil
 
@@ -16,7 +17,7 @@ import pytest
 from alignps_jax.gallery.entries import FileState, Filter, Scene, scene_id
 from alignps_jax.gallery.exporting import export_people
 from alignps_jax.gallery.store import Gallery
-from alignps_jax.gallery.table import IndexedScene
+from alignps_jax.gallery.table import ABOUT, About, IndexedScene
 from alignps_jax.gallery.writing import commit_scenes, known_files, purge, remove_files, tidy
 from alignps_jax.types import Detections, UserError
 from tests.gallery.finder import Finder
@@ -223,6 +224,22 @@ def test_a_damaged_gallery_is_one_line(tmp_path, address, damage):
     with pytest.raises(UserError, match="--gallery: ") as error:
         gallery.search(np.eye(gallery.about.dim, dtype=np.float32)[0], k=3)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("test_scale", []), ("test_scale", [-1, 96]), ("dim", DIM + 1), ("dim", "16")),
+        *(("score_threshold", None), ("max_pixels", 1.5), ("name", "a\nb"), ("checkpoint", 7)),
+    ],
+)
+def test_a_damaged_description_is_one_line(address, field, value):
+    table = Gallery.open(address).table
+    stored = json.loads(table.schema.metadata[ABOUT]) | {field: value}
+    damaged = table.schema.with_metadata({ABOUT: json.dumps(stored).encode()})
+    with pytest.raises(ValueError, match="a damaged description of what made it"):
+        About.of(damaged)
+    assert About.of(table.schema).dim == DIM
 
 
 def test_scenes_are_replaced_with_all_their_people(tmp_path):

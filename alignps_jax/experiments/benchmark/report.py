@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 
 from alignps_jax.experiments.benchmark.measure import Row, Timing
-from alignps_jax.files import check_outputs, write_atomically, write_json
+from alignps_jax.files import check_outputs, read_json, write_atomically, write_json
 from alignps_jax.types import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "opencv-python-headless")
@@ -107,13 +106,13 @@ class Report:
     def __init__(self, path: Path, columns: Columns = COLUMNS, row_type: type[Row] = Row):
         self.path, self._columns = path, columns
         check_outputs(path, path.with_suffix(".md"))
+        expected = "the figures of a benchmark"
+        content = read_json(path, expected) if path.exists() else {"parts": {}}
         try:
-            parts = json.loads(path.read_text())["parts"] if path.exists() else {}
-            self.parts = {name: _part_of(part, row_type) for name, part in parts.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path}: found something else, expected the figures of a benchmark"
-            ) from error
+            parts = content["parts"].items()
+            self.parts = {name: _part_of(part, row_type) for name, part in parts}
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: found something else, expected {expected}") from error
 
     def write(self, name: str, part: PartResult, *, order: Iterable[str]) -> None:
         """Replaces a part and writes the JSON, and the Markdown next to it, parts in this order."""

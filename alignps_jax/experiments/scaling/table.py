@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignps_jax.experiments.benchmark.report import table_line
-from alignps_jax.files import write_atomically, write_json
+from alignps_jax.files import read_json, write_atomically, write_json
 from alignps_jax.types import UserError
 
 
@@ -38,15 +37,14 @@ class Table:
         self.rows = self._read()
 
     def _read(self) -> dict[Any, Any]:
+        expected = "rows of this mode"
+        content = read_json(self._path, expected) if self._path.exists() else {"rows": []}
         try:
-            found = json.loads(self._path.read_text())["rows"] if self._path.exists() else []
-            rows = [self._row_type(**row) for row in found]
+            rows = [self._row_type(**row) for row in content["rows"]]
             self._markdown(rows)
             return {row.key: row for row in rows}
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(
-                f"{self._path}: found something else, expected rows of this mode"
-            ) from error
+        except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"{self._path}: found something else, expected {expected}") from error
 
     def add(self, row: Any) -> None:
         """Prints a row, and writes both files."""

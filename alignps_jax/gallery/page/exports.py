@@ -156,7 +156,7 @@ def _orientation(path: str) -> int:
     try:
         with PillowImage.open(path) as image:
             found = image.getexif().get(_ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # EXIF data may be damaged in any way
         raise UserError(f"{path}: cannot be read any more, expected the photo") from error
     return found if found in range(1, 9) else 1
 
