@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignps_jax.checkpoint.places import check_lasting, results_folder
+from alignps_jax.checkpoint.store import load_config
 from alignps_jax.command_line import parse
 from alignps_jax.figures.kinds import figure_request
 from alignps_jax.modes import MODES
@@ -36,7 +37,7 @@ def test_results_of_a_step_go_beside_the_checkpoints(run, tmp_path, monkeypatch)
     assert results_folder(tmp_path / "copy") == tmp_path / "copy_results"
     monkeypatch.chdir(run / "checkpoints" / "9")
     assert results_folder(Path()) == run / "step_9"
-    assert figure_request(".", NotImplemented, None, None, None, None).workdir == (
+    assert figure_request(".", load_config, None, None, None, None).workdir == (
         run / "step_9" / "figures"
     )
 

@@ -217,6 +217,7 @@ def test_misuse_is_refused(tmp_path):
             checkpoints.save(make_state(6), {"position": object()})
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_checkpoint_that_does_not_fit_is_refused(saved):
     state = make_state(0)
     kernel = {"neck": {"lateral3": {"kernel": jnp.zeros((3, 3, 5))}}}

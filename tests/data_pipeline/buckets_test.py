@@ -15,7 +15,7 @@ PAPER_SCALES = ((667, 400), (1000, 600), (1333, 800), (1500, 900), (1666, 1000),
 
 
 def sizes_at(photos, scales=PAPER_SCALES) -> np.ndarray:
-    return np.array([[rescaled_size(photo, scale) for scale in scales] for photo in photos])
+    return np.array([[rescaled_size(tuple(photo), scale) for scale in scales] for photo in photos])
 
 
 def rounded(sizes: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ def test_many_photos_are_found_as_each_alone(detector, tmp_path):
     assert list(detector.detect_many([])) == []
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_photo_that_cannot_be_read_comes_in_its_turn(detector):
     found = detector.detect_many([photo(0), "nothing.jpg", photo(1)])
     assert len(next(found).scores)
