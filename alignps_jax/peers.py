@@ -38,6 +38,8 @@ START = 300
 # for those that save, in seconds.
 _FAILED, _STOPPED = 10, 120
 _POLL = 0.2
+# So long does process 0 stay for the others to see that all are through, in seconds.
+_GOODBYE = 2.0
 _WAIT_MS = 10_000
 
 _FATAL = b"JAX distributed service detected fatal errors"
@@ -193,6 +195,10 @@ def leave(code: int) -> None:
             time.sleep(_POLL)
     except jax.errors.JaxRuntimeError:  # process 0 is gone, and its service with it
         _exit(code if code else LOST_PEER)
+    if 0 < code < 128:
+        # Python would wait for threads, which may wait for others. Process 0 keeps the service.
+        time.sleep(_GOODBYE if leads() else 0)
+        _exit(code)
 
 
 @contextlib.contextmanager

@@ -51,9 +51,10 @@ from alignps_jax.checkpoint.arrays import (
 from alignps_jax.checkpoint.choice import await_folder, find_step
 from alignps_jax.checkpoint.older import complete
 from alignps_jax.checkpoint.places import is_step, steps_in
+from alignps_jax.checkpoint.saving import OrbaxLog, wait_until_saved
 from alignps_jax.checkpoint.scores import best_step, score_in, write_metrics
 from alignps_jax.files import write_json
-from alignps_jax.peers import agree
+from alignps_jax.peers import agree, several
 from alignps_jax.types import TrainState, UserError, Weights
 
 _PACKAGES = (
@@ -62,6 +63,8 @@ _PACKAGES = (
 )
 # Of a run: its configuration, and what it was run with.
 RUN_INFO = ("config.json", "versions.json")
+# Of what only reads.
+_LOG = OrbaxLog()
 
 
 class Checkpoints:
@@ -78,7 +81,8 @@ class Checkpoints:
     def __init__(self, workdir: Path, *, keep: int, config: ConfigDict):
         if keep < 1:
             raise UserError(f"checkpoints to keep: found {keep}, expected 1 or more")
-        logging.getLogger("absl").addFilter(_is_worth_logging)
+        self._log = OrbaxLog()
+        logging.getLogger("absl").addFilter(self._log)
         self._root = Path(workdir).absolute() / "checkpoints"
         self._about = {"config": json.loads(config.to_json()), "versions": package_versions()}
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
@@ -121,8 +125,11 @@ class Checkpoints:
         error: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
+        if self._log.error is not None and several():
+            return  # others wait for this save; closing would wait for them
         try:
             with self._writing():
+                wait_until_saved(self._manager, self._log)
                 self._manager.close()
         except UserError:
             if error is None:  # a disk that is full says so again
@@ -133,7 +140,7 @@ class Checkpoints:
         Raises UserError, with the system's reason, if the last one could not be written.
         """
         with self._writing():
-            self._manager.wait_until_finished()
+            wait_until_saved(self._manager, self._log)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -247,7 +254,7 @@ def load_weights(path: Path, template: Weights | TrainState, which: str | int = 
     step. `template` as in `Checkpoints.restore`. Raises UserError if there is no such
     checkpoint, it is damaged or does not fit.
     """
-    logging.getLogger("absl").addFilter(_is_worth_logging)
+    logging.getLogger("absl").addFilter(_LOG)
     weights = Weights(template.step, template.params, template.frozen)
     return restore_arrays(find_step(path, which), weights, ("model",))
 
@@ -325,10 +332,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _is_worth_logging(record: logging.LogRecord) -> bool:
-    """A filter that drops what Orbax logs below errors, and what it raises besides."""
-    if "orbax" not in Path(record.pathname).parts:
-        return True
-    return record.levelno >= logging.ERROR and not record.exc_info

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.gallery.entries import Filter, Match, Person, folder_range, person_id
 from alignps_jax.gallery.nearest import CHUNK, power_of_two_from, top_k
-from alignps_jax.gallery.table import SCENE_COLUMNS, scene_of
+from alignps_jax.gallery.table import SCENE_COLUMNS, are_embeddings, scene_of
 from alignps_jax.types import AnyArray
 
 COLUMNS = (*SCENE_COLUMNS, "number", "box", "score", "embedding")
@@ -147,9 +147,7 @@ def load_people(
         rows = slice(row, row + len(batch))
         for name, into in (("embedding", embeddings), ("box", boxes)):
             into[rows] = _matrix(batch.column(name))
-        with np.errstate(over="ignore"):
-            lengths = np.linalg.norm(embeddings[rows], axis=1)
-        if not ((lengths <= 1.001).all() and np.isfinite(boxes[rows]).all()):
+        if not (are_embeddings(embeddings[rows]) and np.isfinite(boxes[rows]).all()):
             raise ValueError("embeddings or boxes are damaged")
         parts.append(batch.select([*SCENE_COLUMNS, "number", "score"]))
         row += len(batch)

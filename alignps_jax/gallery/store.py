@@ -6,9 +6,9 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -32,6 +32,7 @@ from alignps_jax.gallery.table import (
     PEOPLE,
     PERSON_COLUMNS,
     SCENE_COLUMNS,
+    embedding_of,
     one_of,
     person_of,
     quoted,
@@ -46,6 +47,8 @@ EXACT_UP_TO = 2_000_000
 _QUICKLY_READ, _PATIENCE = 50_000, 20.0
 # Lists of the index that are looked at, and candidates per result that are compared exactly.
 _PROBES, _REFINE = 64, 40
+
+Row = TypeVar("Row")
 
 
 class Gallery:
@@ -249,24 +252,26 @@ class Gallery:
         search = search.distance_type("cosine").nprobes(_PROBES).refine_factor(_REFINE)
         search = search.where(where_sql(where, IS_PERSON), prefilter=True).limit(k + offset)
         with reading(self.address):
-            found = search.select([*PERSON_COLUMNS, "_distance"]).to_arrow()
-        rows = found.slice(offset).to_pylist()
-        return [Match(person_of(row), 1.0 - float(row["_distance"])) for row in rows]
+            found = search.select([*PERSON_COLUMNS, "embedding", "_distance"]).to_arrow()
+            rows = found.slice(offset).to_pylist()
+            dict(map(embedding_of, rows))
+            return [Match(person_of(row), 1.0 - float(row["_distance"])) for row in rows]
 
     def scene(self, identity: str) -> Scene | None:
         """The scene of an id."""
-        rows = self._rows(f"scene = {quoted(identity)} AND {IS_SCENE}", SCENE_COLUMNS)
-        return scene_of(rows[0]) if rows else None
+        condition = f"scene = {quoted(identity)} AND {IS_SCENE}"
+        return next(iter(self._rows(condition, SCENE_COLUMNS, scene_of)), None)
 
     def people(self, scene: str) -> list[Person]:
         """The people of a scene (its id), best score first."""
-        rows = self._rows(f"scene = {quoted(scene)} AND {IS_PERSON}", PERSON_COLUMNS)
-        return sorted(map(person_of, rows), key=lambda person: -person.score)
+        condition = f"scene = {quoted(scene)} AND {IS_PERSON}"
+        found = self._rows(condition, PERSON_COLUMNS, person_of)
+        return sorted(found, key=lambda person: -person.score)
 
     def person(self, identity: str) -> Person | None:
         """The person of an id."""
-        rows = self._rows(f"id = {quoted(identity)} AND {IS_PERSON}", PERSON_COLUMNS)
-        return person_of(rows[0]) if rows else None
+        condition = f"id = {quoted(identity)} AND {IS_PERSON}"
+        return next(iter(self._rows(condition, PERSON_COLUMNS, person_of)), None)
 
     def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """The embeddings of people (their ids), in that order.
@@ -275,7 +280,7 @@ class Gallery:
           UserError: somebody is not in the gallery.
         """
         condition = f"{one_of('id', people)} AND {IS_PERSON}" if people else "false"
-        found = {row["id"]: row["embedding"] for row in self._rows(condition, ("id", "embedding"))}
+        found = dict(self._rows(condition, ("id", "embedding"), embedding_of))
         missing = [identity for identity in people if identity not in found]
         if missing:
             raise UserError(
@@ -312,10 +317,11 @@ class Gallery:
         Raises:
           UserError: it is gone, cannot be decoded, or is not the one that was indexed.
         """
-        rows = self._rows(f"scene = {quoted(scene.id)} AND {IS_SCENE}", ("size", "mtime", "hash"))
-        if not rows:
+        condition = f"scene = {quoted(scene.id)} AND {IS_SCENE}"
+        files = self._rows(condition, ("size", "mtime", "hash"), lambda row: FileState(**row))
+        if not files:
             raise UserError(f"{scene.path}: is not in the gallery {self.address} any more")
-        return scene_pixels(scene, FileState(**rows[0]), self.about.max_pixels)
+        return scene_pixels(scene, files[0], self.about.max_pixels)
 
     def _latest(self) -> Any:
         with reading(self.address):
@@ -326,11 +332,13 @@ class Gallery:
         with reading(self.address):
             return self._latest().count_rows(condition)
 
-    def _rows(self, condition: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    def _rows(
+        self, condition: str, columns: Sequence[str], of: Callable[[dict[str, Any]], Row]
+    ) -> list[Row]:
+        """What `of` makes of rows; what it finds damaged makes the gallery unreadable."""
         with reading(self.address):
             query = self._latest().search().where(condition).select(list(columns))
-            found: list[dict[str, Any]] = query.to_arrow().to_pylist()
-            return found
+            return list(map(of, query.to_arrow().to_pylist()))
 
     def _unique(self, column: str) -> list[str]:
         with reading(self.address):

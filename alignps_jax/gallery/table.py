@@ -38,6 +38,9 @@ PERSON_COLUMNS = ("id", *SCENE_COLUMNS, "box", "score")
 # A first row of a scene, and rows of people.
 IS_SCENE, IS_PERSON = "number = 0", "score IS NOT NULL"
 
+_LONGEST = 1e9  # seconds of a video
+_ROUNDING = 0.01  # of an embedding's length; a network may compute in bfloat16
+
 _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
@@ -189,14 +192,34 @@ def rows(scenes: Sequence[IndexedScene], columns: pa.Schema) -> pa.Table:
 
 
 def scene_of(row: Mapping[str, Any]) -> Scene:
-    """The scene of a row (a dictionary with `SCENE_COLUMNS`)."""
-    return Scene(id=row["scene"], **{name: row[name] for name in SCENE_COLUMNS if name != "scene"})
+    """The scene of a row (a dictionary with `SCENE_COLUMNS`); ValueError if it is damaged."""
+    scene = Scene(id=row["scene"], **{name: row[name] for name in SCENE_COLUMNS if name != "scene"})
+    if not (scene.height > 0 and scene.width > 0 and 0 <= (scene.second or 0) < _LONGEST):
+        raise ValueError("the description of a photo is damaged")
+    return scene
 
 
 def person_of(row: Mapping[str, Any]) -> Person:
-    """The person of a row (a dictionary with `PERSON_COLUMNS`)."""
-    box = np.array(row["box"], np.float32)
-    return Person(row["id"], scene_of(row), box, float(row["score"]))
+    """The person of a row (a dictionary with `PERSON_COLUMNS`); ValueError if it is damaged."""
+    box, score = np.array(row["box"], np.float32), float(row["score"])
+    if box.shape != (4,) or not np.isfinite(box).all() or not 0 <= score <= 1:
+        raise ValueError("a box or score is damaged")
+    return Person(row["id"], scene_of(row), box, score)
+
+
+def embedding_of(row: Mapping[str, Any]) -> tuple[str, list[float]]:
+    """The person's id and embedding (a dictionary with both); ValueError if it is damaged."""
+    vector: list[float] = row["embedding"]
+    if not are_embeddings(np.array([vector], np.float32)):
+        raise ValueError("embeddings are damaged")
+    return row["id"], vector
+
+
+def are_embeddings(vectors: Float[np.ndarray, "N D"]) -> bool:
+    """Whether all have length one, or none at all, as the network gives them."""
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(vectors, axis=1)
+    return bool(((lengths == 0) | (abs(lengths - 1) <= _ROUNDING)).all())
 
 
 def where_sql(where: Filter, *conditions: str) -> str:

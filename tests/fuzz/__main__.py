@@ -10,8 +10,10 @@ was accepted, too much time or memory. Their files are kept. Exit code 1 if ther
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -19,12 +21,12 @@ import warnings
 from pathlib import Path
 
 import cv2
+import jax
 
 from tests.fuzz.readers import READERS
 from tests.fuzz.runner import Run
 
-# Seconds of a process: short where there is little time, long enough to be worth its start.
-_SHORTEST, _LONGEST = 5.0, 60.0
+_SLICE = 60.0  # seconds of a process: long enough to be worth its start
 _SHOWN = 5  # findings of a reader
 _MEMORY = Path("/dev/shm")  # Linux keeps files there in memory, where damaging them costs no disk
 
@@ -41,14 +43,19 @@ def main() -> int:
     names = arguments.only.split(",")
     if unknown := [name for name in names if name not in READERS]:
         parser.error(f"--only={unknown[0]}: expected some of {', '.join(READERS)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The processes use neither JAX's threads nor OpenCV's, which are not in them.
     cv2.setNumThreads(0)
     warnings.filterwarnings("ignore", message=r".*os\.fork\(\)")
     with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as folder:
+        # Each process would compile the same programs.
+        jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         runs = {
             name: Run(name, READERS[name], Path(folder) / name, arguments.seed) for name in names
         }
-        _fuzz(runs, arguments.seconds)
+        with contextlib.suppress(KeyboardInterrupt):  # what was found until then counts
+            _fuzz(runs, arguments.seconds)
         _print_table(runs, arguments.seed)
         _keep_findings(runs, arguments.keep, arguments.seed)
     return int(any(run.tally.findings for run in runs.values()))
@@ -56,8 +63,7 @@ def main() -> int:
 
 def _fuzz(runs: dict[str, Run], seconds: float) -> None:
     end = time.monotonic() + seconds
-    slice_seconds = min(_LONGEST, max(_SHORTEST, seconds / len(runs) / 10))
-    rounds = max(1, round(seconds / len(runs) / slice_seconds))
+    rounds = max(1, round(seconds / len(runs) / _SLICE))
     for turn in range(rounds):
         for position, run in enumerate(runs.values()):
             left = (rounds - turn) * len(runs) - position

@@ -41,7 +41,7 @@ class Reader:
       read: reads what it is about; is handed the folder and the file that was damaged.
       check: raises AssertionError if what was read is not as the program may take it for granted.
       damage: how to damage a file.
-      seconds: how long an input may take.
+      seconds: how long an input may take, on a machine that has nothing else to do.
       memory: how many bytes more than at the start an input may take.
       mixes: whether a file is now and then missing, or has the content of another one.
     """
@@ -102,7 +102,12 @@ class Run:
         """Reads inputs in another process for about so long; adds what happened to the tally."""
         self._report.write_bytes(b"")
         self._state[:] = _STATE.pack(self._next, time.monotonic_ns(), 0, 0)
-        death = self._watch(self._start(lambda: self._work(time.monotonic() + seconds)))
+        child = self._start(lambda: self._work(time.monotonic() + seconds))
+        try:
+            death = self._watch(child)
+        except KeyboardInterrupt:
+            os.kill(child, signal.SIGKILL)
+            raise
         for path, sound in self._sound.items():
             path.write_bytes(sound)
         number, _, rejected, accepted = _STATE.unpack(self._state[:])
@@ -161,7 +166,8 @@ class Run:
             if ended:
                 break
             began = _STATE.unpack(self._state[:])[1]
-            if time.monotonic_ns() - began > self._reader.seconds * 1e9:
+            crowd = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+            if time.monotonic_ns() - began > crowd * self._reader.seconds * 1e9:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return f"took more than {self._reader.seconds:g} s"

@@ -1,19 +1,17 @@
 """Training on real disks that give out: `python -m tests.soak.disks --rounds=9`, as root.
 
-One process, or two of one run, write to a disk that gets full, to one with a quota, and to one that
-the kernel makes read-only after an error. All of them must end with an exit code and one line. With
-room again, the same command must resume from a checkpoint, and its losses must be those of a run
-that nothing disturbed. Prints a line per round; exit code 1 if anything was otherwise.
+One process, or two of one run, write to a disk that gets full, and to one that the kernel makes
+read-only after an error. All of them must end with an exit code and one line. With room again, the
+same command must resume from a checkpoint, and its losses must be those of a run that nothing
+disturbed. Prints a line per round; exit code 1 if anything was otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +30,6 @@ FLAGS = (
 # Exit codes of a process that could not write, and of one whose peer ended.
 EXIT_CODES = (2, 4)
 PATIENCE = 900
-_PR_CAPBSET_DROP, _CAP_SYS_RESOURCE = 24, 24
 _MIB = 1 << 20
 
 
@@ -53,26 +50,16 @@ def mounted(*words: object) -> Iterator[None]:
         run("umount", words[-1])
 
 
-class Disk:
-    """Something to mount at `place` in two forms: one that gives out, and one with room."""
+class Full:
+    """An ext4 file system at `place` with little room beside some ballast, which goes later."""
 
     def __init__(self, folder: Path, room: int):
         self.place, self.room = folder / "disk", room
         self.place.mkdir()
         self.image = folder / "image"
 
-    def scarce(self) -> contextlib.AbstractContextManager[None]:
-        raise NotImplementedError
-
-    def ample(self) -> contextlib.AbstractContextManager[None]:
-        raise NotImplementedError
-
     def give_out(self) -> None:
         """Called when the run has its first checkpoint."""
-
-
-class Full(Disk):
-    """An ext4 file system with little room beside some ballast, which goes later."""
 
     @contextlib.contextmanager
     def scarce(self) -> Iterator[None]:
@@ -89,23 +76,6 @@ class Full(Disk):
     def ample(self) -> Iterator[None]:
         with mounted("-o", "loop", self.image, self.place):
             (self.place / "ballast").unlink()
-            yield
-
-
-class Quota(Disk):
-    """A tmpfs with a quota for its user; what it holds is moved to one without."""
-
-    @contextlib.contextmanager
-    def scarce(self) -> Iterator[None]:
-        limit = f"usrquota_block_hardlimit={self.room >> 10}k"
-        with mounted("-t", "tmpfs", "-o", f"usrquota,{limit}", "tmpfs", self.place):
-            yield
-            shutil.copytree(self.place, self.image, symlinks=True)
-
-    @contextlib.contextmanager
-    def ample(self) -> Iterator[None]:
-        with mounted("-t", "tmpfs", "tmpfs", self.place):
-            shutil.copytree(self.image, self.place, symlinks=True, dirs_exist_ok=True)
             yield
 
 
@@ -128,7 +98,6 @@ class ReadOnly(Full):
 
 KINDS: dict[str, Callable[[Path, int], Disk]] = {
     "full": Full,
-    "quota": Quota,
     "read-only": ReadOnly,
 }
 
@@ -186,8 +155,6 @@ def main() -> int:
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}", flush=True)
     random.seed(arguments.seed)
-    # Who may exceed quotas, as root may, would not notice them.
-    ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, _CAP_SYS_RESOURCE, 0, 0, 0)
     kinds, counts = arguments.kinds.split(","), list(map(int, arguments.processes.split(",")))
     findings = 0
     with tempfile.TemporaryDirectory() as folder:
