@@ -18,7 +18,7 @@ if __name__ == "__main__":
     restart_with_large_pages()  # before the slow imports
 
 from alignps_jax.command_line import parse
-from alignps_jax.peers import end_together, join
+from alignps_jax.peers import end, end_together, join
 from alignps_jax.types import UserError
 
 # What the system says where there is no room, wherever in the code it says so.
@@ -50,6 +50,8 @@ def _run(argv: Sequence[str]) -> int:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         MODES[args.mode](args)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -66,4 +68,4 @@ def _run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    end(main(sys.argv))

@@ -60,9 +60,7 @@ def _with_pmap(step: Step, devices: Devices | None) -> Step:
 
 def _with_shard_map(step: Step, devices: Devices | None) -> Step:
     """The same step under `jit` and a mesh."""
-    # In the order of pmap: the devices of a process side by side.
-    found = devices or sorted(jax.devices(), key=lambda device: device.process_index)
-    mesh = Mesh(np.array(found), (AXIS,))
+    mesh = _mesh(devices)
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
 
     def on_one_device(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
@@ -77,7 +75,9 @@ def _with_shard_map(step: Step, devices: Devices | None) -> Step:
         check_vma=False,
     )
     whole, parts = (NamedSharding(mesh, spec) for spec in (everywhere, split))
-    program = jax.jit(mapped, in_shardings=(whole, parts), out_shardings=whole, donate_argnums=0)
+    program: Any = jax.jit(
+        mapped, in_shardings=(whole, parts), out_shardings=whole, donate_argnums=0
+    )
     if jax.process_count() == 1:
         return program
 
@@ -87,7 +87,38 @@ def _with_shard_map(step: Step, devices: Devices | None) -> Step:
         out = program(*arguments)
         return multihost_utils.global_array_to_host_local_array(out, mesh, everywhere)
 
+    on_all_processes.lower = program.lower  # type: ignore[attr-defined]  # as of jit and pmap
     return on_all_processes
+
+
+def _mesh(devices: Devices | None = None) -> Mesh:
+    """These devices, or all: those of a process side by side, which is the order of pmap."""
+    found = devices or sorted(jax.devices(), key=lambda device: device.process_index)
+    return Mesh(np.array(found), (AXIS,))
+
+
+def compile_step(step: Any, state: Any, batch: Any) -> None:
+    """Compiles a parallel training step, so that its call with such arguments compiles nothing.
+
+    It may run in a thread beside calls of the step.
+
+    Args:
+      step: what `parallel_train_step` gives, for all devices.
+      state: types (`jax.typeof`) of a state as `replicate` gives it.
+      batch: types of a batch with the leading axis of local devices.
+    """
+    if (count := jax.process_count()) > 1:
+        # The program is that of the arrays of all processes.
+        whole, parts = (NamedSharding(_mesh(), PartitionSpec(*axes)) for axes in ((), (AXIS,)))
+        state = jax.tree.map(lambda x: _type(x, x.shape, whole), state)
+        batch = jax.tree.map(lambda x: _type(x, (count * x.shape[0], *x.shape[1:]), parts), batch)
+    step.lower(state, batch).compile()
+
+
+def _type(x: Any, shape: tuple[int, ...], sharding: NamedSharding) -> Any:
+    return jax.typeof(
+        jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+    )
 
 
 # How a step comes to run on all devices (`config.train.parallel`).

@@ -20,7 +20,8 @@ from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.experiments.scaling.run import run_scaling
 from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
 from alignps_jax.gallery.extra import is_gallery, need_extra
-from alignps_jax.gallery.photos import parse_box, search_photos
+from alignps_jax.gallery.photos import search_photos
+from alignps_jax.gallery.query import parse_box
 from alignps_jax.gallery.sources import parse_every
 from alignps_jax.inference.exported import SUFFIX, export_programs
 from alignps_jax.training.train import train_and_evaluate

@@ -116,6 +116,22 @@ def join(
         ) from error
 
 
+class Expendable(threading.Thread):
+    """A thread whose work nobody needs any more once the process is through."""
+
+
+def end(code: int) -> NoReturn:
+    """Ends a process that is through, whatever an `Expendable` thread of it is about.
+
+    Python would wait for it, and a compiler takes minutes; it crashes where the thread is a daemon.
+    """
+    if not any(isinstance(thread, Expendable) for thread in threading.enumerate()):
+        sys.exit(code)
+    if several():
+        jax.distributed.shutdown()  # waits for the others, as Python's own end does
+    _exit(code)
+
+
 def agree(find: Callable[[], T]) -> T:
     """What process 0 finds, in every process; all call it, in the same order.
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from alignps_jax.types import Batch, UserError
 from data_pipeline import transforms
 from data_pipeline.buckets import choose_buckets
+from data_pipeline.plans import BatchPlan
 from data_pipeline.trainable import (
     orientations,
     rescaled_sizes,
@@ -29,35 +30,6 @@ from data_pipeline.transforms import Scale, Size
 
 if TYPE_CHECKING:  # inference on single photos needs none of what reads data sets
     from data_pipeline.datasets import PreparedSplit
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchPlan:
-    """What goes into one global batch of B rows, before any image is read.
-
-    `indices` are positions in the split, `sizes` the (height, width) to resize each image to,
-    `flips` which are mirrored, `bucket` the (height, width) that all are padded to. Rows that are
-    not `valid` stay empty.
-    """
-
-    indices: Int[np.ndarray, "B"]
-    sizes: Int[np.ndarray, "B 2"]
-    flips: Bool[np.ndarray, "B"]
-    valid: Bool[np.ndarray, "B"]
-    bucket: Size
-
-    @property
-    def padding(self) -> float:
-        """The share of the batch's pixels that come from no photo."""
-        photos = self.sizes.astype(np.int64).prod(axis=1)[self.valid].sum()
-        return float(1 - photos / (len(self.sizes) * self.bucket[0] * self.bucket[1]))
-
-    def shard(self, process_index: int, process_count: int) -> BatchPlan:
-        """The rows of one process: the global batch in equal, consecutive parts."""
-        share = len(self.indices) // process_count
-        rows = slice(process_index * share, (process_index + 1) * share)
-        per_row = ("indices", "sizes", "flips", "valid")
-        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in per_row})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,19 +114,7 @@ class TrainPipeline:
     def plan(self, step: int) -> BatchPlan:
         """What global batch `step` holds, the same in every process."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        rng = np.random.default_rng((self.seed, epoch))
-        rows = self.batch_size
-        # np.resize repeats from the front.
-        batches = [
-            np.resize(rng.permutation(group), (_ceil_div(len(group), rows), rows))
-            for group in self.groups
-        ]
-        epoch_indices = rng.permutation(np.concatenate(batches))
-        draws = (len(epoch_indices), 1) if self.one_scale else epoch_indices.shape
-        epoch_scales = np.broadcast_to(
-            rng.integers(self.sizes.shape[1], size=draws), epoch_indices.shape
-        )
-        epoch_flips = rng.random(epoch_indices.shape) < self.flip_probability
+        epoch_indices, epoch_scales, epoch_flips = self._epoch(epoch)
         indices = epoch_indices[position]
         sizes = self.sizes[indices, epoch_scales[position]]
         height, width = sizes.max(axis=0)
@@ -165,6 +125,34 @@ class TrainPipeline:
             valid=np.ones(len(indices), bool),
             bucket=transforms.smallest_bucket((int(height), int(width)), self.buckets),
         )
+
+    def shapes(self, first: int, total: int) -> Iterator[Size]:
+        """The buckets of batches `first` .. `total` - 1 as they come, each once an epoch."""
+        per_epoch = self.steps_per_epoch
+        for epoch in range(first // per_epoch, _ceil_div(total, per_epoch)):
+            indices, scales, _ = self._epoch(epoch)
+            largest = self.sizes[indices, scales].max(axis=1)
+            begin = epoch * per_epoch
+            sizes = dict.fromkeys(
+                map(tuple, largest[max(first - begin, 0) : total - begin].tolist())
+            )
+            yield from dict.fromkeys(transforms.smallest_bucket(x, self.buckets) for x in sizes)
+
+    def _epoch(
+        self, epoch: int
+    ) -> tuple[Int[np.ndarray, "E B"], Int[np.ndarray, "E B"], Bool[np.ndarray, "E B"]]:
+        """Images, scales and flips of the E batches of an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        rows = self.batch_size
+        # np.resize repeats from the front.
+        batches = [
+            np.resize(rng.permutation(group), (_ceil_div(len(group), rows), rows))
+            for group in self.groups
+        ]
+        indices = rng.permutation(np.concatenate(batches))
+        draws = (len(indices), 1) if self.one_scale else indices.shape
+        scales = np.broadcast_to(rng.integers(self.sizes.shape[1], size=draws), indices.shape)
+        return indices, scales, rng.random(indices.shape) < self.flip_probability
 
     def batch(self, step: int) -> Batch:
         """This process's rows of batch `step`."""

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from alignps_jax.devices import own_cache, use_compilation_cache
 from alignps_jax.evaluation.detections_io import save_detections, unit_embeddings
 from alignps_jax.files import check_outputs, complete_file, write_json
-from alignps_jax.gallery.photos import above
+from alignps_jax.gallery.query import above
 from alignps_jax.gallery.reading import SceneRead, Task, read_scene, video_tasks
 from alignps_jax.gallery.sources import MediaFile, media_files, report_skipped
 from alignps_jax.inference.detector import Detector

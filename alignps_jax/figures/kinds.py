@@ -15,7 +15,8 @@ from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import photos as photo_figures
 from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
 from alignps_jax.files import Image, check_outputs, read_image, write_image
-from alignps_jax.gallery.photos import GalleryReader, gallery_photos, parse_box
+from alignps_jax.gallery.photos import GalleryReader, gallery_photos
+from alignps_jax.gallery.query import parse_box
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
 

@@ -24,16 +24,8 @@ from alignps_jax.drawing.canvas import (
 )
 from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.files import Image, read_image
-from alignps_jax.gallery.photos import (
-    GalleryReader,
-    Query,
-    above,
-    check_box,
-    find_queries,
-    gallery_photos,
-    photos_row,
-    rank,
-)
+from alignps_jax.gallery.photos import GalleryReader, gallery_photos, photos_row, rank
+from alignps_jax.gallery.query import Query, above, check_box, find_queries
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import (
     location_xy,

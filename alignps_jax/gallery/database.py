@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from alignps_jax.types import UserError
 # What another writer causes, in Lance's words; a commit is then tried again.
 _CONFLICTS = ("conflict", "concurrent", "contention", "too many attempts")
 _MOST_SECONDS = 120.0
+# What S3 says, and what the system says of a connection, in the words around them.
+_ANSWER = re.compile(r'RetryError.*?(?:<Message>(.*?)</Message>|message: "([^"]+)")')
 
 Result = TypeVar("Result")
 
@@ -76,8 +79,13 @@ def committing(address: str, commit: Callable[[], Result]) -> Result:
 
 
 def reason(error: Exception) -> str:
-    """What an error of LanceDB says, in one line and without its places in Rust's sources."""
+    """What an error of LanceDB says, in one line and without its places in Rust's sources.
+
+    Where a store of objects answered, or nobody did, that is deep inside, and it says enough.
+    """
     text = " ".join(str(error).split()).split(", rust/")[0].split(", /")[0]
+    if answer := _ANSWER.search(text):
+        text = answer[1] or answer[2]
     return text[:300] or type(error).__name__
 
 

@@ -19,7 +19,7 @@ from alignps_jax.devices import own_cache, use_compilation_cache
 from alignps_jax.gallery.claims import Claims
 from alignps_jax.gallery.entries import folder_range
 from alignps_jax.gallery.forgotten import Forgotten
-from alignps_jax.gallery.photos import above
+from alignps_jax.gallery.query import above
 from alignps_jax.gallery.reading import SceneRead, Task, read_scene, video_tasks
 from alignps_jax.gallery.sources import MediaFile, media_files, report_skipped
 from alignps_jax.gallery.store import EXACT_UP_TO, Gallery
@@ -39,7 +39,7 @@ from alignps_jax.types import UserError
 # What a kill can cost, and what one commit holds at most.
 COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
 # A commit makes small files, which many make slow.
-_TIDY_COMMITS = 200
+TIDY_COMMITS = 200
 
 
 @dataclasses.dataclass
@@ -232,14 +232,14 @@ class _Run:
     def _write(self, scenes: Sequence[IndexedScene]) -> None:
         commit_scenes(self._gallery, self._forgotten.without(scenes))
         self._commits += 1
-        if self._commits % _TIDY_COMMITS == 0:
+        if self._commits % TIDY_COMMITS == 0:
             tidy(self._gallery, make_indices=False)
 
 
 def _prune(
     gallery: Gallery,
     sources: Sequence[str],
-    known: dict[str, KnownFile],
+    known: Iterable[str],
     there: set[str],
     skipped: dict[str, str],
 ) -> int:

@@ -12,18 +12,15 @@ from ml_collections import ConfigDict
 
 from alignps_jax.devices import own_cache, use_compilation_cache
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
-from alignps_jax.files import Image, check_outputs, read_image, write_image
+from alignps_jax.files import Image
 from alignps_jax.gallery.entries import Match, Scene
-from alignps_jax.gallery.photos import (
+from alignps_jax.gallery.query import (
     MAX_PICTURE_QUERIES,
     MAX_RESULTS,
     FoundPerson,
     Query,
     QueryRanking,
-    check_box,
-    find_queries,
-    print_best,
-    write_ranking_json,
+    Search,
 )
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.inference.detector import Detector
@@ -47,16 +44,11 @@ def search_gallery(
       UserError: the query photo cannot be read, nobody is found in it or its box, another
         checkpoint made the gallery, or the results cannot be written.
     """
-    ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
-    check_outputs(ranking, picture)
-    max_pixels, threshold = config.data.max_pixels, config.eval.score_threshold
-    photo = read_image(query, max_pixels)
-    if box is not None:
-        check_box(box, query, photo.shape[:2])
+    search = Search.begin(config, query, box, workdir)
     use_compilation_cache(own_cache())
     detector = Detector.from_checkpoint(checkpoint, config)
     gallery.check_detector(detector)
-    queries = find_queries(detector.detect(photo), box, threshold, query, photo.shape[:2])
+    queries = search.people(detector)
     start = time.perf_counter()
     matches = _others(gallery, queries, query)
     seconds = time.perf_counter() - start
@@ -64,16 +56,14 @@ def search_gallery(
         QueryRanking(query.name, one.box, tuple(map(_found, found)))
         for one, found in zip(queries, matches, strict=True)
     ]
-    write_ranking_json(ranking, rankings)
     shown = zip(rankings, matches[:MAX_PICTURE_QUERIES], strict=False)
-    rows = (_row(gallery, photo, one, found) for one, found in shown)
-    write_image(picture, ranking_picture(rows))
-    print(
+    rows = (_row(gallery, search.photo, one, found) for one, found in shown)
+    search.write(
+        rankings,
+        lambda: ranking_picture(rows),
         f"searched {len(queries)} of {query.name} among {gallery.num_people:,} people in "
-        f"{gallery.num_scenes:,} scenes of {gallery.address} in {seconds:.2f} s"
+        f"{gallery.num_scenes:,} scenes of {gallery.address} in {seconds:.2f} s",
     )
-    print_best(rankings)
-    print(f"ranking  {ranking}\npicture  {picture}")
 
 
 def _others(gallery: Gallery, queries: Sequence[Query], photo: Path) -> list[list[Match]]:

@@ -24,8 +24,8 @@ from alignps_jax.gallery.database import (
 from alignps_jax.gallery.entries import FileState, Filter, Match, Person, Scene, folder_of
 from alignps_jax.gallery.extra import is_gallery
 from alignps_jax.gallery.memory import COLUMNS, PeopleInMemory, load_people
-from alignps_jax.gallery.photos import Corners, find_queries
 from alignps_jax.gallery.pixels import scene_pixels
+from alignps_jax.gallery.query import Corners, find_queries
 from alignps_jax.gallery.table import (
     IS_PERSON,
     IS_SCENE,

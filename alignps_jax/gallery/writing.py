@@ -6,9 +6,13 @@ import dataclasses
 import datetime
 import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
 from lancedb.index import BTree, IvfPq
 
 from alignps_jax.gallery.database import committing, reading
@@ -37,6 +41,41 @@ class KnownFile:
     mtime: int
     every: float | None
     seconds: frozenset[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KnownFiles(Mapping[str, KnownFile]):
+    """Many files by path, as columns.
+
+    With an object for each, Python's garbage collector took most of the time, and a larger share
+    the more files there were.
+
+    Attributes:
+      rows: the row of each path in `sizes`, `mtimes` and `every`, which is NaN for photos.
+      unfinished: the frames of each video that is not complete.
+    """
+
+    rows: Mapping[str, int]
+    sizes: Int[np.ndarray, "N"]
+    mtimes: Int[np.ndarray, "N"]
+    every: Float[np.ndarray, "N"]
+    unfinished: Mapping[str, frozenset[float]]
+
+    def __getitem__(self, path: str) -> KnownFile:
+        row = self.rows[path]
+        every = float(self.every[row])
+        return KnownFile(
+            size=int(self.sizes[row]),
+            mtime=int(self.mtimes[row]),
+            every=None if math.isnan(every) else every,
+            seconds=self.unfinished.get(path),
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def commit_scenes(gallery: Gallery, scenes: Sequence[IndexedScene]) -> None:
@@ -76,27 +115,43 @@ def _replaced(scenes: Sequence[IndexedScene]) -> Iterator[str]:
         yield f"path = {quoted(path)} AND ({own} OR every IS NULL OR NOT ({same}))"
 
 
-def known_files(gallery: Gallery, paths: Sequence[str] | None = None) -> dict[str, KnownFile]:
-    """The files that the gallery holds, by path: all, or those of `paths`."""
-    known: dict[str, KnownFile] = {}
-    unfinished: dict[str, set[float]] = {}
-    complete: set[str] = set()
+def known_files(gallery: Gallery, paths: Sequence[str] | None = None) -> KnownFiles:
+    """The files that the gallery holds: all, or those of `paths`."""
+    batches: list[pa.RecordBatch] = []
     with reading(gallery.address):
         gallery.table.checkout_latest()
         for condition in _of_paths(paths):
             query = gallery.table.search().where(condition).select(list(_KNOWN))
-            for batch in query.to_batches():
-                columns = (batch.column(name).to_pylist() for name in _KNOWN)
-                for path, size, mtime, every, final, second in zip(*columns, strict=True):
-                    known[path] = KnownFile(size, mtime, every)
-                    if second is None:
-                        continue
-                    unfinished.setdefault(path, set()).add(second)
-                    if final:
-                        complete.add(path)
-    for path in unfinished.keys() - complete:
-        known[path] = dataclasses.replace(known[path], seconds=frozenset(unfinished[path]))
-    return known
+            batches.extend(query.to_batches())
+    names: list[str] = []
+    for batch in batches:
+        names.extend(batch.column("path").to_pylist())
+    return KnownFiles(
+        rows=dict(zip(names, range(len(names)), strict=True)),
+        sizes=_column(batches, "size", np.int64),
+        mtimes=_column(batches, "mtime", np.int64),
+        every=_column(batches, "every", np.float64),
+        unfinished=_unfinished(batches),
+    )
+
+
+def _column(batches: Sequence[pa.RecordBatch], name: str, kind: type) -> Any:
+    parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
+    return np.concatenate([np.empty(0, kind), *parts]).astype(kind, copy=False)
+
+
+def _unfinished(batches: Iterable[pa.RecordBatch]) -> dict[str, frozenset[float]]:
+    """The seconds of each video that is not complete."""
+    seconds: dict[str, set[float]] = {}
+    complete: set[str] = set()
+    for batch in batches:
+        frames = batch.filter(pc.is_valid(batch.column("second")))
+        columns = (frames.column(name).to_pylist() for name in ("path", "second", "final"))
+        for path, second, final in zip(*columns, strict=True):
+            seconds.setdefault(path, set()).add(second)
+            if final:
+                complete.add(path)
+    return {path: frozenset(found) for path, found in seconds.items() if path not in complete}
 
 
 def _of_paths(paths: Sequence[str] | None) -> list[str]:

@@ -16,7 +16,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from concurrent.futures import Future, wait
+from typing import Any, NoReturn
 
 import numpy as np
 from jax.experimental import multihost_utils
@@ -97,6 +98,21 @@ class Interrupt:
         seen = int(multihost_utils.process_allgather(np.array(self._signal or 0)).max())
         self._signal = self._signal or seen or None
         return self._signal is not None
+
+    def wanted_before(self, done: Future[Any]) -> bool:
+        """Waits for `done` in all processes; whether to stop, because a request came before.
+
+        All processes call it, and it is the same in all.
+        """
+        while True:
+            wait([done], timeout=_POLL / 4)
+            seen, through = self._signal or 0, done.done()
+            if self._writer.several:
+                all_of_them = multihost_utils.process_allgather(np.array([seen, through]))
+                seen, through = int(all_of_them[:, 0].max()), bool(all_of_them[:, 1].all())
+            self._signal = self._signal or seen or None
+            if self._signal or through:
+                return self._signal is not None
 
     def stop(self, message: str) -> NoReturn:
         """Leaves the run from the main thread, once all is saved.

@@ -17,6 +17,7 @@ from alignps_jax.training.optimizer import Schedule
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import Batch, UserError
 from data_pipeline.pipeline import TrainPipeline
+from data_pipeline.transforms import Size
 
 # How the line begins that says when the losses of the first step were there.
 FIRST_STEP = "first step done"
@@ -26,9 +27,6 @@ class Monitor:
     """Shows and logs the training steps, and stops at what is not finite; a context manager.
 
     Only the first process shows progress; all of them check and log.
-
-    Attributes:
-      compiles: whether the last batch is the first of its shape, for which the step is compiled.
     """
 
     def __init__(
@@ -49,8 +47,6 @@ class Monitor:
             desc="train", unit="step", total=total, initial=start, disable=not self._leads
         )
         self.say(f"training on {device_names()}")
-        self.compiles = False
-        self._buckets: set[tuple[int, int]] = set()
         self._pending: tuple[int, StepMetrics] | None = None
         self._start: float | None = time.perf_counter()
         self.restart_clock()
@@ -70,15 +66,15 @@ class Monitor:
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        height, width = batch.image.shape[1:3]
-        self.compiles = (height, width) not in self._buckets
-        if self.compiles:
-            self._buckets.add((height, width))
-            self.say(
-                f"compiling the training step for {height}x{width} images "
-                f"({len(self._buckets)} of at most {len(self._pipeline.buckets)} programs)"
-            )
         return batch
+
+    def compiles(self, size: Size, count: int) -> None:
+        """Says that the `count`th program is being compiled, for images of this size."""
+        height, width = size
+        self.say(
+            f"compiling the training step for {height}x{width} images "
+            f"({count} of at most {len(self._pipeline.buckets)} programs)"
+        )
 
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""

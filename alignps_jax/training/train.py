@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from alignps_jax.checkpoint.store import (
     write_run_info,
 )
 from alignps_jax.devices import (
+    compile_step,
     parallel_train_step,
     replicate,
     split_over_devices,
@@ -33,10 +35,12 @@ from alignps_jax.training.curves import training_curves
 from alignps_jax.training.interrupt import Interrupt
 from alignps_jax.training.monitor import Monitor
 from alignps_jax.training.profile import Profiler
+from alignps_jax.training.programs import Programs
 from alignps_jax.training.resume import check_changes, restore
 from alignps_jax.training.run import Run, make_run, rehearse
 from alignps_jax.training.writer import one_writer
 from alignps_jax.types import TrainState, UserError
+from data_pipeline.transforms import Size, empty_batch
 
 CURVES = "curves.png"
 
@@ -119,26 +123,34 @@ class Training:
         """Trains from `state` to the last step."""
         plan, checkpoints, interrupt = self._run.plan, self._checkpoints, self._interrupt
         profiler, start = self._profiler, int(state.step)
+        used: set[Future[None]] = set()
         interrupt.idle(self._saved(start))
-        with Monitor(
-            self._run.pipeline,
-            self._run.schedule,
-            self._log,
-            start=start,
-            total=plan.total,
-            log_every=plan.log_every,
-        ) as monitor:
+        with (
+            Monitor(
+                self._run.pipeline,
+                self._run.schedule,
+                self._log,
+                start=start,
+                total=plan.total,
+                log_every=plan.log_every,
+            ) as monitor,
+            self._programs(state, monitor) as programs,
+        ):
             for step in range(start + 1, plan.total + 1):
                 position = self._batches.get_state()
                 batch = monitor.next_batch(self._batches)
-                if monitor.compiles and step > start + 1:
-                    self._prepare_to_compile(monitor, state, position)
+                height, width = batch.image.shape[1:3]
+                program = programs.program((height, width))
+                if used and program not in used:
+                    self._wait_for(program, monitor, state, position)
+                used.add(program)
+                program.result()
                 profiler.begin(step)
                 state, metrics = self._step(state, split_over_devices(batch))
                 if profiler.end(step, metrics):
                     monitor.say(f"profile     {profiler.folder}")
                 if step == start + 1:
-                    # All processes are past their compilation then, and will ask together.
+                    # All processes are past their start then, and will ask together.
                     jax.block_until_ready(metrics)
                 interrupt.busy()
                 monitor.record(step, metrics)
@@ -167,22 +179,28 @@ class Training:
         self._checkpoints.save(state, self._batches.get_state(), score=score_of(measured.result))
         return measured
 
-    def _prepare_to_compile(self, monitor: Monitor, state: TrainState, position: Any) -> None:
-        """Lets a request to stop end the compiler, which would not listen for minutes.
+    def _programs(self, state: TrainState, monitor: Monitor) -> Programs:
+        """The compiled steps for the shapes of all batches that follow `state`."""
+        pipeline, types = self._run.pipeline, jax.tree.map(jax.typeof, state)
+        start, total = int(state.step), self._run.plan.total
 
-        The call that compiles takes the state's buffers, so it is a copy that would be saved. With
-        several processes, all have to take part in that; they wait for the compiler.
-        """
-        monitor.flush()
-        if jax.process_count() > 1:
-            return
-        copy = jax.device_get(state)
+        def build(size: Size) -> None:
+            rows = pipeline.batch_size // jax.process_count()
+            batch = split_over_devices(empty_batch(rows, size, pipeline.people))
+            compile_step(self._step, types, jax.tree.map(jax.typeof, batch))
 
-        def save() -> str:
-            self._checkpoints.save(copy, position)
-            return self._saved(int(copy.step))()
+        return Programs(build, pipeline.shapes(start, total), monitor.compiles)
 
-        self._interrupt.idle(save)
+    def _wait_for(
+        self, program: Future[None], monitor: Monitor, state: TrainState, position: Any
+    ) -> None:
+        """Waits for the program of the next step; a request to stop is heeded at once."""
+        if not program.done():
+            monitor.flush()
+        if self._interrupt.wanted_before(program):
+            monitor.flush()
+            self._checkpoints.save(state, position)
+            self._interrupt.stop(self._saved(int(state.step))())
 
     def _saved(self, step: int) -> Callable[[], str]:
         """Waits until all that was measured and saved is written, and says so."""

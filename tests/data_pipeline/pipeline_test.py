@@ -306,6 +306,16 @@ class TestEpochs:
         for step in (6, 0, 3):
             assert_same(second.batch(step), forward[step])
 
+    @pytest.mark.parametrize("most", [None, 4])
+    @pytest.mark.parametrize(("first", "total"), [(0, 5), (0, 20), (2, 3), (3, 17), (7, 7)])
+    def test_the_shapes_are_those_of_the_plans_in_order(self, mixed, most, first, total):
+        pipeline = train(mixed, max_programs=most)
+        found = list(pipeline.shapes(first, total))
+        planned = [pipeline.plan(step).bucket for step in range(first, total)]
+        assert list(dict.fromkeys(found)) == list(dict.fromkeys(planned))
+        epochs = -(-total // pipeline.steps_per_epoch) - first // pipeline.steps_per_epoch
+        assert len(found) <= epochs * len(set(planned))
+
     def test_the_plan_reads_no_image(self, mixed):
         plans = train(dataclasses.replace(mixed, jpegs=())).plan
         np.testing.assert_array_equal(plans(9).indices, train(mixed).plan(9).indices)

@@ -16,7 +16,7 @@ from alignps_jax.evaluation import results as report
 from alignps_jax.evaluation.cbgm import ContextMatching
 from alignps_jax.evaluation.metrics import DetectionMetrics, SearchMetrics
 from alignps_jax.files import write_atomically
-from alignps_jax.gallery.photos import FoundPerson, QueryRanking, write_ranking_json
+from alignps_jax.gallery.query import FoundPerson, QueryRanking, write_ranking_json
 from alignps_jax.log import LogLine, MetricLog, read_log
 from alignps_jax.types import UserError
 

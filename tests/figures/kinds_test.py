@@ -15,7 +15,8 @@ from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import kinds as figures
 from alignps_jax.figures import photos as photo_figures
 from alignps_jax.files import read_image, write_image
-from alignps_jax.gallery.photos import GalleryReader, Query
+from alignps_jax.gallery.photos import GalleryReader
+from alignps_jax.gallery.query import Query
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
 from alignps_jax.types import Detections, GalleryDetections, IncompleteError, UserError

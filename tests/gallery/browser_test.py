@@ -44,11 +44,6 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    return painted_site(tmp_path_factory.mktemp("browser"))
-
-
-@pytest.fixture(scope="module")
 def address(site):
     with running(make_app(site, Door(LOOPBACK))) as port:
         yield f"http://127.0.0.1:{port}"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from alignps_jax.gallery import nearest as gallery
-from alignps_jax.gallery.photos import Query, rank
+from alignps_jax.gallery.photos import rank
+from alignps_jax.gallery.query import Query
 from alignps_jax.types import Detections, UserError
 
 

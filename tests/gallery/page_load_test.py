@@ -31,11 +31,6 @@ from tests.gallery.painted import RED, ColorDetector, encoded, painted
 from tests.places import ROOT
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    return painted_site(tmp_path_factory.mktemp("page"))
-
-
 class Counting(ColorDetector):
     """Knows how many photos it saw at once."""
 

@@ -26,21 +26,6 @@ from tests.gallery.painted import RED, SIZE, ColorDetector, encoded, painted
 from tests.places import ROOT
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("page")
-
-
-@pytest.fixture(scope="module")
-def site(folder):
-    return painted_site(folder)
-
-
-@pytest.fixture
-def client(site):
-    return visitor(site)
-
-
 def test_the_text_about_responsible_use_comes_first_and_once(site):
     client = visitor(site)
     client.cookies.clear()

@@ -27,21 +27,6 @@ from tests.gallery.page_server import (
 from tests.gallery.painted import BLUE, GREEN, RED, encoded, painted
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("page")
-
-
-@pytest.fixture(scope="module")
-def site(folder):
-    return painted_site(folder)
-
-
-@pytest.fixture
-def client(site):
-    return visitor(site)
-
-
 def test_from_a_photo_to_its_people_to_their_results(client, site):
     page = client.get(uploaded(client, encoded(painted((RED, (10, 10)), (GREEN, (90, 40))))))
     assert "Found 2 people" in page.text

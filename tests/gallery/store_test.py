@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import gc
 import itertools
 import json
 import random
@@ -18,7 +19,14 @@ from alignps_jax.gallery.entries import FileState, Filter, Scene, scene_id
 from alignps_jax.gallery.exporting import export_people
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.gallery.table import ABOUT, About, IndexedScene
-from alignps_jax.gallery.writing import commit_scenes, known_files, purge, remove_files, tidy
+from alignps_jax.gallery.writing import (
+    KnownFile,
+    commit_scenes,
+    known_files,
+    purge,
+    remove_files,
+    tidy,
+)
 from alignps_jax.types import Detections, UserError
 from tests.gallery.finder import Finder
 
@@ -265,6 +273,20 @@ def test_scenes_are_replaced_with_all_their_people(tmp_path):
     tidy(gallery)
     purge(gallery)
     assert (gallery.num_people, gallery.num_scenes) == (3, 2)
+
+
+def test_many_known_files_are_few_objects(tmp_path):
+    gallery = Gallery.open(tmp_path / "people.lance", create_for=Finder())
+    nobody = people(0)
+    commit_scenes(gallery, [indexed(f"/{n}.jpg", nobody, mtime=n) for n in range(3000)])
+    gc.collect()
+    before = len(gc.get_objects())
+    known = known_files(gallery)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 300
+    assert len(known) == 3000
+    assert known["/77.jpg"] == KnownFile(size=10, mtime=77, every=None)
+    assert known.get("/3000.jpg") is None
 
 
 def test_a_vector_index_beyond_what_fits_into_memory(tmp_path):

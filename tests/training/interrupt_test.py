@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,24 @@ def test_a_request_that_came_while_busy_is_heeded_once_there_is_time(tmp_path):
     child.send(signal.SIGTERM)
     code, output, _ = child.end()
     assert (code, output[1:]) == (143, ["SIGTERM: step 7 is saved", "released"])
+
+
+def test_a_busy_loop_does_not_wait_for_what_comes_after_the_request(tmp_path):
+    def work(interrupt):
+        interrupt.busy()
+        done = Future()
+        done.set_result(None)
+        assert not interrupt.wanted_before(done)
+        print("ready")
+        assert interrupt.wanted_before(Future())
+        interrupt.stop("saved")
+
+    child = Child(work, tmp_path)
+    child.wait_for("ready")
+    child.send(signal.SIGTERM)
+    code, output, seconds = child.end()
+    assert (code, output[1:]) == (143, ["SIGTERM: saved"])
+    assert seconds < 5
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])

@@ -138,6 +138,34 @@ def test_sigterm_saves_and_leaves_with_its_exit_code(shared_dir):
     assert int(step) == max(losses(workdir))
 
 
+def test_sigterm_saves_while_a_later_program_compiles(shared_dir):
+    workdir = shared_dir / "two_programs"
+    link_cache(shared_dir, workdir)
+    # With this seed, the second shape comes with step 7.
+    scales = "--config.data.train_scales=((128,96),(160,120))"
+    flags = (scales, "--config.data.max_programs=2", "--config.seed=2")
+    flags += ("--config.train.duration=8 steps", "--config.train.checkpoint_every=1000 steps")
+    process = subprocess.Popen(
+        command(shared_dir, workdir, *flags),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and len(log_lines(workdir)) < 6:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert time.monotonic() - start < 10
+    assert "96x128 images (1 of at most 2 programs)" in said
+    assert "128x160 images (2 of at most 2 programs)" in said
+    assert "SIGTERM: step 6 is saved; the same command resumes from it" in said
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["6"]
+
+
 def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_while_it_compiles(shared_dir, tmp_path):
     process = subprocess.Popen(
         command(shared_dir, tmp_path),  # without compiled programs

@@ -1,0 +1,23 @@
+"""The painted gallery and a visitor to its page, made anew for each file of tests."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("page")
+
+
+@pytest.fixture(scope="module")
+def site(folder):
+    # Imported here: other tests of this folder do without the extra gallery.
+    from tests.gallery.page_server import painted_site
+
+    return painted_site(folder)
+
+
+@pytest.fixture
+def client(site):
+    from tests.gallery.page_server import visitor
+
+    return visitor(site)
