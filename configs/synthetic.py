@@ -44,17 +44,18 @@ def get_config(variant: str = "") -> ConfigDict:
 
     optimizer = config.optimizer
     optimizer.name = "adamw"
-    optimizer.learning_rate = 0.0008
+    optimizer.learning_rate = 0.0006
     optimizer.warmup = "100 steps"
-    optimizer.drops = tuple(f"{step} steps" for step in (1200, 1700, 2100, 2400, 2650, 2820))
+    optimizer.drops = tuple(f"{step} steps" for step in (1960, 2780, 3430, 3920, 4330, 4610))
     optimizer.drop_factor = 0.6
 
     train = config.train
-    train.batch_size = 4
-    train.duration = "3000 steps"
+    # On a CPU, many small steps teach this network more than few large ones that take as long.
+    train.batch_size = 2
+    train.duration = "4900 steps"
     train.log_every_steps = 10
-    train.checkpoint_every = "300 steps"
-    train.eval_every = "1500 steps"
+    train.checkpoint_every = "490 steps"
+    train.eval_every = "2450 steps"
 
     config.eval.batch_size = 8
     config.eval.untrained_baseline = True
