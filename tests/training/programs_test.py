@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -11,8 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
+from alignps_jax import peers
 from alignps_jax.devices import (
+    AXIS,
     PARALLEL,
     compile_step,
     parallel_train_step,
@@ -22,7 +26,7 @@ from alignps_jax.devices import (
 from alignps_jax.training.programs import Programs
 from configs import tiny
 from tests.fakes import random_batch, train_setup
-from tests.places import ROOT
+from tests.places import ROOT, free_port
 
 A, B, C = (96, 128), (128, 96), (192, 256)
 
@@ -138,17 +142,21 @@ def test_a_failure_ends_who_waits_for_another_one():
             waiting.result(30)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[str]:
-    """Names of what XLA compiles; JAX's listeners stay for good."""
+def listen() -> list[str]:
+    """What XLA compiles from now on; JAX's listeners stay for good."""
     names: list[str] = []
 
-    def listen(event, seconds, **about):
+    def note(event, seconds, **about):
         if event.endswith("/backend_compile_duration"):
             names.append(about.get("fun_name", ""))
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.monitoring.register_event_duration_secs_listener(note)
     return names
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[str]:
+    return listen()
 
 
 @pytest.mark.parametrize("way", PARALLEL)
@@ -188,3 +196,50 @@ def test_the_process_ends_although_a_program_is_under_way():
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (143, "saved\n"), done.stderr
+
+
+def child(way: str) -> None:
+    """One process of a run with two devices each: compiles ahead, then calls."""
+
+    def step(state, batch):
+        total = lax.psum(batch["x"].sum(), AXIS)
+        return {"w": state["w"] + total}, total
+
+    parallel = parallel_train_step(step, way)
+    state = replicate({"w": jnp.zeros(3)})
+    batches = [{"x": np.ones((2, 1, width), np.float32)} for width in (5, 7)]
+    types = jax.tree.map(jax.typeof, state)
+    for batch in batches:
+        compile_step(parallel, types, jax.tree.map(jax.typeof, batch))
+    names = listen()
+    for batch in (*batches, *batches):
+        state, total = parallel(state, batch)
+    print(float(total), jax.device_get(state["w"]).tolist(), names)
+
+
+@pytest.mark.parametrize("way", PARALLEL)
+def test_it_compiles_nothing_in_several_processes_either(way):
+    port = free_port()
+    devices = " --xla_force_host_platform_device_count=2"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__, way, str(index), str(port)],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + devices},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    # Four devices, each with as many ones as a batch is wide.
+    found = [output.splitlines()[-1] for output in outputs]  # gloo says something before
+    assert found == ["28.0 [96.0, 96.0, 96.0] []"] * 2
+
+
+if __name__ == "__main__":
+    way, number, port = sys.argv[1:]
+    peers.join(f"127.0.0.1:{port}", 2, int(number))
+    child(way)
+    peers.end(peers.end_together(lambda: 0))
