@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from jax import lax
 
-from alignps_jax import peers
 from alignps_jax.devices import (
     AXIS,
     PARALLEL,
@@ -26,7 +24,8 @@ from alignps_jax.devices import (
 from alignps_jax.training.programs import Programs
 from configs import tiny
 from tests.fakes import random_batch, train_setup
-from tests.places import ROOT, free_port
+from tests.pairs import outputs_of, run_one, start_pair
+from tests.places import ROOT
 
 A, B, C = (96, 128), (128, 96), (192, 256)
 
@@ -198,7 +197,7 @@ def test_the_process_ends_although_a_program_is_under_way():
     assert (done.returncode, done.stdout) == (143, "saved\n"), done.stderr
 
 
-def child(way: str) -> None:
+def child(index: int, way: str) -> int:
     """One process of a run with two devices each: compiles ahead, then calls."""
 
     def step(state, batch):
@@ -215,31 +214,16 @@ def child(way: str) -> None:
     for batch in (*batches, *batches):
         state, total = parallel(state, batch)
     print(float(total), jax.device_get(state["w"]).tolist(), names)
+    return 0
 
 
 @pytest.mark.parametrize("way", PARALLEL)
 def test_it_compiles_nothing_in_several_processes_either(way):
-    port = free_port()
-    devices = " --xla_force_host_platform_device_count=2"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, way, str(index), str(port)],
-            cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + devices},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    outputs = outputs_of(start_pair(__name__, way, devices=2))
     # Four devices, each with as many ones as a batch is wide.
     found = [output.splitlines()[-1] for output in outputs]  # gloo says something before
     assert found == ["28.0 [96.0, 96.0, 96.0] []"] * 2
 
 
 if __name__ == "__main__":
-    way, number, port = sys.argv[1:]
-    peers.join(f"127.0.0.1:{port}", 2, int(number))
-    child(way)
-    peers.end(peers.end_together(lambda: 0))
+    run_one(child)
