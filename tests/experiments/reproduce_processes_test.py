@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 
-from alignps_jax import peers
 from alignps_jax.experiments.reproduce import reproduce_table
 from configs import tiny
 from configs.variants import rows_of
-from tests.places import ROOT, free_port
+from tests.pairs import outputs_of, run_one, start_pair
 
 
 def train(config, folder):
@@ -29,32 +25,13 @@ def train(config, folder):
         (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
-def run_child(index: int, port: int, workdir: Path) -> int:
-    peers.join(f"127.0.0.1:{port}", 2, index)
-    reproduce_table(tiny.get_config(), "tiny", "4", 1, workdir, train)
+def child(index: int, workdir: str) -> int:
+    reproduce_table(tiny.get_config(), "tiny", "4", 1, Path(workdir), train)
     return 0
 
 
-def run_both(workdir: Path) -> list[str]:
-    """Their outputs."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__, str(index), str(port), str(workdir)],
-            cwd=ROOT,
-            env=os.environ.copy(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    return outputs
-
-
 def test_all_train_and_one_writes_and_a_finished_row_runs_in_none(tmp_path):
-    first, second = run_both(tmp_path)
+    first, second = outputs_of(start_pair(__name__, str(tmp_path)))
     variants = [variant or "alignps" for variant, _ in rows_of("4", "synthetic")]
     for index in range(2):
         trained = (tmp_path / f"process_{index}").read_text().splitlines()
@@ -69,12 +46,11 @@ def test_all_train_and_one_writes_and_a_finished_row_runs_in_none(tmp_path):
     (tmp_path / variants[1] / "seed0" / "metrics.json").unlink()
     (tmp_path / variants[1] / "seed0" / "config.json").unlink()
     (tmp_path / variants[1] / "seed0").rmdir()
-    run_both(tmp_path)
+    outputs_of(start_pair(__name__, str(tmp_path)))
     for index in range(2):
         trained = (tmp_path / f"process_{index}").read_text().splitlines()
         assert trained[len(variants) :] == [f"{variants[1]} 0"]
 
 
 if __name__ == "__main__":
-    number, port, folder = sys.argv[1:]
-    peers.end(peers.end_together(lambda: run_child(int(number), int(port), Path(folder))))
+    run_one(child)

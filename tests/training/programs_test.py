@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from alignps_jax.devices import (
+    AXIS,
     PARALLEL,
     compile_step,
     parallel_train_step,
@@ -22,6 +24,7 @@ from alignps_jax.devices import (
 from alignps_jax.training.programs import Programs
 from configs import tiny
 from tests.fakes import random_batch, train_setup
+from tests.pairs import outputs_of, run_one, start_pair
 from tests.places import ROOT
 
 A, B, C = (96, 128), (128, 96), (192, 256)
@@ -138,17 +141,21 @@ def test_a_failure_ends_who_waits_for_another_one():
             waiting.result(30)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[str]:
-    """Names of what XLA compiles; JAX's listeners stay for good."""
+def listen() -> list[str]:
+    """What XLA compiles from now on; JAX's listeners stay for good."""
     names: list[str] = []
 
-    def listen(event, seconds, **about):
+    def note(event, seconds, **about):
         if event.endswith("/backend_compile_duration"):
             names.append(about.get("fun_name", ""))
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.monitoring.register_event_duration_secs_listener(note)
     return names
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[str]:
+    return listen()
 
 
 @pytest.mark.parametrize("way", PARALLEL)
@@ -188,3 +195,35 @@ def test_the_process_ends_although_a_program_is_under_way():
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout) == (143, "saved\n"), done.stderr
+
+
+def child(index: int, way: str) -> int:
+    """One process of a run with two devices each: compiles ahead, then calls."""
+
+    def step(state, batch):
+        total = lax.psum(batch["x"].sum(), AXIS)
+        return {"w": state["w"] + total}, total
+
+    parallel = parallel_train_step(step, way)
+    state = replicate({"w": jnp.zeros(3)})
+    batches = [{"x": np.ones((2, 1, width), np.float32)} for width in (5, 7)]
+    types = jax.tree.map(jax.typeof, state)
+    for batch in batches:
+        compile_step(parallel, types, jax.tree.map(jax.typeof, batch))
+    names = listen()
+    for batch in (*batches, *batches):
+        state, total = parallel(state, batch)
+    print(float(total), jax.device_get(state["w"]).tolist(), names)
+    return 0
+
+
+@pytest.mark.parametrize("way", PARALLEL)
+def test_it_compiles_nothing_in_several_processes_either(way):
+    outputs = outputs_of(start_pair(__name__, way, devices=2))
+    # Four devices, each with as many ones as a batch is wide.
+    found = [output.splitlines()[-1] for output in outputs]  # gloo says something before
+    assert found == ["28.0 [96.0, 96.0, 96.0] []"] * 2
+
+
+if __name__ == "__main__":
+    run_one(child)

@@ -58,6 +58,18 @@ def launch(shared: Path, workdir: Path, *flags: str) -> subprocess.CompletedProc
     )
 
 
+def begin(shared: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
+    """A run under way, with both outputs in one."""
+    return subprocess.Popen(
+        command(shared, workdir, *flags),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def link_cache(shared: Path, workdir: Path) -> None:
     """Makes the workdir's compilation cache a link to the shared one."""
     (shared / "xla_cache").mkdir(exist_ok=True)
@@ -120,14 +132,7 @@ def test_sigterm_saves_and_leaves_with_its_exit_code(shared_dir):
     workdir = shared_dir / "terminated"
     link_cache(shared_dir, workdir)
     duration = ("--config.train.duration=400 steps", "--config.train.checkpoint_every=1000 steps")
-    process = subprocess.Popen(
-        command(shared_dir, workdir, *duration),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = begin(shared_dir, workdir, *duration)
     while process.poll() is None and len(log_lines(workdir)) < 3:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -145,14 +150,7 @@ def test_sigterm_saves_while_a_later_program_compiles(shared_dir):
     scales = "--config.data.train_scales=((128,96),(160,120))"
     flags = (scales, "--config.data.max_programs=2", "--config.seed=2")
     flags += ("--config.train.duration=8 steps", "--config.train.checkpoint_every=1000 steps")
-    process = subprocess.Popen(
-        command(shared_dir, workdir, *flags),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = begin(shared_dir, workdir, *flags)
     while process.poll() is None and len(log_lines(workdir)) < 6:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -167,14 +165,7 @@ def test_sigterm_saves_while_a_later_program_compiles(shared_dir):
 
 
 def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_while_it_compiles(shared_dir, tmp_path):
-    process = subprocess.Popen(
-        command(shared_dir, tmp_path),  # without compiled programs
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = begin(shared_dir, tmp_path)  # without compiled programs
     while "compiling" not in process.stdout.readline():
         assert process.poll() is None
     files = sorted(tmp_path.rglob("*.jsonl")), (tmp_path / "checkpoints").stat().st_mtime_ns
