@@ -5,29 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.deform_conv import ModulatedDeformConv
-from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, conv, hold_zero
+from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, conv
+from alignps_jax.nn.stem import Kernel, Stem, frozen_stem, plain_stem
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
-
-def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-    """Maximum of 3x3 windows with stride 2 and padding 1, of a map without negative values.
-
-    Zeros are then as good a padding as -inf. Written as maxima of shifted maps, whose backward
-    pass is elementwise; that of a windowed reduction is 10 times slower on a CPU.
-    """
-    for axis in (1, 2):
-        last = (x.shape[axis] - 1) // 2 * 2
-        padded = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
-        parts = [lax.slice_in_dim(padded, k, k + last + 1, 2, axis) for k in range(3)]
-        x = jnp.maximum(jnp.maximum(parts[0], parts[1]), parts[2])
-    return x
 
 
 class BottleneckBlock(nn.Module):
@@ -101,6 +87,7 @@ class ResNet(nn.Module):
       depths: blocks per stage (res2 to res5).
       width: channels of the stem, doubled in every stage.
       stem_size: kernel of the stem's convolution.
+      stem: what becomes of the image before the stages; see `stem.py`.
       norm: normalization, called with `name`, then on (map, extent).
       frozen_stages: stages up to res(1 + n) get no gradient; 0 freezes the stem, -1 nothing.
       deform_stages: stages (3, 4, 5) whose 3x3 convolutions are deformable (Table 5).
@@ -111,6 +98,7 @@ class ResNet(nn.Module):
     width: int
     stem_size: int
     norm: Callable[..., nn.Module]
+    stem: Stem = plain_stem
     frozen_stages: int = -1
     deform_stages: tuple[int, ...] = ()
     dtype: str = "float32"
@@ -120,13 +108,12 @@ class ResNet(nn.Module):
         self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B _h _w _C"], ...]:
         """Maps an image, zero outside its valid `extent`, to C3, C4 and C5."""
-        x = conv(
-            self.width, self.stem_size, 2, kernel_init=kaiming, dtype=self.dtype, name="conv1"
-        )(image)
-        x = nn.relu(self.norm(name="bn1")(x, extent // 2))
-        x = max_pool_3x3(x)
+        shape = (self.stem_size, self.stem_size, image.shape[-1], self.width)
+        kernel = Kernel(shape, kaiming, name="conv1")().astype(self.dtype)
+        if self.frozen_stages >= 0:
+            kernel = lax.stop_gradient(kernel)
+        x = self.stem(image.astype(self.dtype), kernel, self.norm(name="bn1"), extent)
         extent = extent // 4
-        x = hold_zero(x, extent)
         if self.frozen_stages >= 0:
             x = lax.stop_gradient(x)
         maps = []
@@ -162,6 +149,7 @@ ResNet50 = partial(
     depths=(3, 4, 6, 3),
     stem_size=7,
     norm=FrozenBatchNorm,
+    stem=frozen_stem,
 )
 # For training from scratch on small scenes: group norm needs no batch and no pretraining.
 ResNetSmall = partial(ResNet, block=BasicBlock, depths=(1, 1, 1, 1), stem_size=3, norm=GroupNorm)

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+_LANES = 128  # of a TPU's vectors
 # Of bfloat16 too, sums in float32.
 matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
@@ -66,6 +67,30 @@ def _with_fourth_channel(
     return _plain_conv(inputs, kernel, stride)
 
 
+def conv_by_rows(
+    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
+) -> Float[Array, "B H W F"]:
+    """`_plain_conv` as a sum of convolutions along the rows, every row an image of its own.
+
+    A TPU's compiler cuts few images into strips, and copies them back and forth. Gradients do
+    without it: they would take several times as long to compile.
+    """
+    side, (batch, height, width, channels) = kernel.shape[0], inputs.shape
+    rows = inputs.reshape(-1, width, channels)
+    total = jnp.zeros_like(inputs, dtype=jnp.float32, shape=(*inputs.shape[:3], kernel.shape[-1]))
+    for row in range(side):
+        found = lax.conv_general_dilated(
+            rows,
+            kernel[row],
+            (1,),
+            [(side // 2, side // 2)],
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            preferred_element_type=jnp.float32,
+        )
+        total += shifted(found.reshape(batch, height, width, -1), side // 2 - row, 0)
+    return total.astype(inputs.dtype)
+
+
 def _rule(kernel: Float[Array, "k k C F"]) -> Callable[[Array, Array], Array]:
     """By taps where their projections take at most twice the memory of the map."""
     side, _, channels, features = kernel.shape
@@ -76,17 +101,14 @@ def _rule(kernel: Float[Array, "k k C F"]) -> Callable[[Array, Array], Array]:
 def _conv(
     inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
 ) -> Float[Array, "B H W F"]:
-    return _plain_conv(inputs, kernel)
-
-
-def _conv_fwd(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _plain_conv(inputs, kernel), (inputs, kernel)
+    return lax.platform_dependent(inputs, kernel, tpu=conv_by_rows, default=_plain_conv)
 
 
 def _conv_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     inputs, kernel = residuals
     # XLA's own rule reverses the kernel too, but inside a branch its CPU compiler then misses it.
     d_inputs = _plain_conv(d_out, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+
     d_kernel = lax.platform_dependent(
         inputs,
         d_out,
@@ -96,7 +118,7 @@ def _conv_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Arra
     return d_inputs, d_kernel
 
 
-_conv.defvjp(_conv_fwd, _conv_bwd)
+_conv.defvjp(lambda *args: (_plain_conv(*args), args), _conv_bwd)
 
 
 def _kernel_gradient(
@@ -138,7 +160,7 @@ def _shifts(side: int) -> list[tuple[int, int]]:
     return [(y, x) for y in reach for x in reach]
 
 
-def _shifted(x: Float[Array, "B H W F"], down: int, right: int) -> Float[Array, "B H W F"]:
+def shifted(x: Float[Array, "B H W F"], down: int, right: int) -> Float[Array, "B H W F"]:
     """The map moved by that many pixels, zeros where nothing comes from."""
     edges = [(0, 0, 0), (down, -down, 0), (right, -right, 0), (0, 0, 0)]
     return lax.pad(x, np.zeros((), x.dtype), edges)
@@ -155,13 +177,13 @@ def _by_taps(
     projected = matmul(inputs.reshape(-1, channels), _tap_rows(kernel).T)
     projected = projected.reshape(*inputs.shape[:-1], -1)
     taps = zip(jnp.split(projected, side**2, axis=-1), _shifts(side), strict=True)
-    total: Any = sum(_shifted(tap, y, x) for tap, (y, x) in taps)
+    total: Any = sum(shifted(tap, y, x) for tap, (y, x) in taps)
     return total.astype(inputs.dtype)
 
 
 def _by_taps_bwd(inputs: Array, kernel: Array, d_out: Array) -> tuple[Array, Array]:
     side, _, channels, features = kernel.shape
-    taps = [_shifted(d_out, -y, -x) for y, x in _shifts(side)]
+    taps = [shifted(d_out, -y, -x) for y, x in _shifts(side)]
     d_projected = jnp.concatenate(taps, axis=-1).reshape(-1, side**2 * features)
     d_inputs = matmul(d_projected, _tap_rows(kernel)).astype(inputs.dtype)
     d_kernel = matmul(d_projected.T, inputs.reshape(-1, channels)).astype(kernel.dtype)
@@ -185,24 +207,35 @@ def _cotangents(
 def _by_products(
     forward: Callable[[Array, Array], Array],
     backward: Callable[[Array, Array, Array], tuple[Array, Array]],
+    tpu_forward: Callable[[Array, Array], Array],
 ) -> Callable[[Array, Array], Array]:
-    """A convolution by matrix products, but by cuDNN on NVIDIA's GPUs.
+    """A convolution by matrix products, but by cuDNN on NVIDIA's GPUs, and as TPUs want it.
 
-    XLA's Triton code finds no tiles there for the products of large maps (A100, float32), and
+    XLA's Triton code finds no tiles on GPUs for the products of large maps (A100, float32), and
     aborts where it meets a stride.
     """
 
-    @jax.custom_vjp
-    def conv(inputs: Array, kernel: Array) -> Array:
-        return lax.platform_dependent(inputs, kernel, cuda=_plain_conv, default=forward)
+    def run(inputs: Array, kernel: Array, **others: Any) -> Array:
+        ways = {"cuda": _plain_conv, "default": forward, **others}
+        return lax.platform_dependent(inputs, kernel, **ways)
+
+    conv = jax.custom_vjp(partial(run, tpu=tpu_forward))
 
     def conv_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
         cuda = partial(_cotangents, _plain_conv)
         return lax.platform_dependent(*residuals, d_out, cuda=cuda, default=backward)
 
-    conv.defvjp(lambda *args: (conv(*args), args), conv_bwd)
+    conv.defvjp(lambda *args: (run(*args), args), conv_bwd)
     return conv
 
 
-_conv_by_pixels = _by_products(_product, partial(_cotangents, _product))
-_conv_by_taps = _by_products(_by_taps, _by_taps_bwd)
+def _by_taps_on_tpu(
+    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
+) -> Float[Array, "B H W F"]:
+    """By taps where a vector holds all of them; to shift parts of vectors is slow."""
+    one_vector = kernel.shape[0] ** 2 * kernel.shape[-1] <= _LANES
+    return (_by_taps if one_vector else conv_by_rows)(inputs, kernel)
+
+
+_conv_by_pixels = _by_products(_product, partial(_cotangents, _product), _product)
+_conv_by_taps = _by_products(_by_taps, _by_taps_bwd, _by_taps_on_tpu)

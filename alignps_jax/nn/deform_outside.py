@@ -3,11 +3,15 @@
 The kernels leave out corners that are not in the window of their location. A location with such
 corners is taken once more, with those corners only, by gathers and scatters; some locations at a
 time, until none is left. So a few far offsets cost little, and the time grows with their number.
+
+Maps keep their four dimensions up to there: on a TPU a map is laid out in another way than a table
+of its pixels, and what a branch takes must be there, even if it is not taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,48 +29,54 @@ _BY_TILES = Order(by_taps=False, tile=SOME)
 
 @dataclasses.dataclass(frozen=True)
 class _Outside:
-    """The locations with corners outside their windows: the first `count` of `order`."""
+    """Some locations, and their corners outside the windows.
 
-    size: MapSize
+    Attributes:
+      at: the locations; there may be some without corners outside, and some beyond the last one.
+      corners: which of their corners are outside.
+      weights: of all four corners, 0 where they are inside.
+      rows: of all four corners.
+    """
+
+    at: Int[Array, "L"]
+    corners: list[Bool[Array, "L K"]]
     weights: Weights
     rows: Rows
-    order: Int[Array, "N"]
-    count: Int[Array, ""]
-
-    @property
-    def turns(self) -> Int[Array, ""]:
-        """After so many turns none is left."""
-        return -(-self.count // SOME)
-
-    def some(self, turn: Any) -> tuple[Int[Array, "L"], Bool[Array, "4 L K"], Any]:
-        """Some locations, which of their corners are outside, and their weights and rows.
-
-        There may be locations without corners outside. Those beyond the last have weights of 0.
-        """
-        at = lax.dynamic_slice_in_dim(self.order, turn * SOME, SOME)
-        weights, rows = (
-            [take(each, at) for each in corners] for corners in (self.weights, self.rows)
-        )
-        outside = [~inside_windows(self.size, row, at[:, None]) for row in rows]
-        weights = [jnp.where(out, w, 0.0) for out, w in zip(outside, weights, strict=True)]
-        return at, jnp.stack(outside), (tuple(weights), tuple(rows))
 
 
-def take(x: Num[Array, "M N"], at: Int[Array, "L"]) -> Num[Array, "L N"]:
+def _take(x: Num[Array, "M N"], at: Int[Array, "L"]) -> Num[Array, "L N"]:
     """Rows of `x`, zeros beyond the last."""
     return x.at[at].get(mode="fill", fill_value=0)
 
 
-def _find(size: MapSize, weights: Weights, rows: Rows) -> _Outside:
+def _add_outside(
+    size: MapSize, weights: Weights, rows: Rows, add: Callable[[_Outside, Any], Any], sums: Any
+) -> Any:
+    """The sums after `add` has taken all locations with corners outside their windows."""
     locations = len(rows[0])
-    everywhere = jnp.arange(locations, dtype=jnp.int32)
+    everywhere = jnp.arange(locations, dtype=jnp.int32)[:, None]
     # The second and third corner are in the rows and columns of the first and fourth.
-    first, last = (inside_windows(size, rows[each], everywhere[:, None]) for each in (0, 3))
+    first, last = (inside_windows(size, rows[corner], everywhere) for corner in (0, 3))
     inside = (first & last).all(axis=1)
     count = locations - inside.sum(dtype=jnp.int32)
-    order = lax.cond(count > 0, jnp.argsort, lambda _: everywhere, inside)
-    order = jnp.pad(order, (0, -locations % SOME), constant_values=locations)
-    return _Outside(size, weights, rows, order, count)
+
+    def add_all(sums: Any) -> Any:
+        order = jnp.argsort(inside)
+        order = jnp.pad(order, (0, -locations % SOME), constant_values=locations)
+
+        def add_some(turn: Any, sums: Any) -> Any:
+            at = lax.dynamic_slice_in_dim(order, turn * SOME, SOME)
+            some_rows = tuple(_take(row, at) for row in rows)
+            corners = [~inside_windows(size, row, at[:, None]) for row in some_rows]
+            some_weights = tuple(
+                jnp.where(outside, _take(weight, at), 0.0)
+                for outside, weight in zip(corners, weights, strict=True)
+            )
+            return add(_Outside(at, corners, some_weights, some_rows), sums)
+
+        return lax.fori_loop(0, -(-count // SOME), add_some, sums)
+
+    return lax.cond(count > 0, add_all, lambda sums: sums, sums)
 
 
 def forward(
@@ -79,15 +89,17 @@ def forward(
     interpret: bool = False,
 ) -> Float[Array, "M F"]:
     """`deform_sampling.sample_and_multiply`, in float32."""
-    outside = _find(size, weights, rows)
+    maps = table.reshape(*size, -1)
 
-    def add_some(turn: Any, out: Array) -> Array:
-        at, _, (weights, rows) = outside.some(turn)
-        more = deform_gathers.forward(_BY_TILES, table, weights, kernel, rows)
-        return out.at[at].add(more, mode="drop")
+    def add(some: _Outside, out: Array) -> Array:
+        table, (batch, height, width, features) = maps.reshape(len(rows[0]), -1), out.shape
+        more = deform_gathers.forward(_BY_TILES, table, some.weights, kernel, some.rows)
+        out = out.reshape(-1, features).at[some.at].add(more, mode="drop")
+        return out.reshape(batch, height, width, features)
 
     out = deform_windows.forward(size, table, weights, kernel, rows, interpret=interpret)
-    return lax.fori_loop(0, outside.turns, add_some, out)
+    out = _add_outside(size, weights, rows, add, out.reshape(*size, -1))
+    return out.reshape(-1, kernel.shape[-1])
 
 
 def backward(
@@ -101,20 +113,21 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "M C"], Weights, Float[Array, "K C F"]]:
     """Cotangents of table, weights and kernel, in float32."""
-    outside = _find(size, weights, rows)
+    maps, d_maps = table.reshape(*size, -1), d_out.reshape(*size, -1)
 
-    def add_some(turn: Any, sums: Any) -> Any:
+    def add(some: _Outside, sums: Any) -> Any:
         d_table, d_weights, d_kernel = sums
-        at, is_outside, (weights, rows) = outside.some(turn)
+        table, d_out = (x.reshape(len(rows[0]), -1) for x in (maps, d_maps))
         more_table, more_weights, more_kernel = deform_gathers.backward(
-            _BY_TILES, table, weights, kernel, rows, take(d_out, at)
+            _BY_TILES, table, some.weights, kernel, some.rows, _take(d_out, some.at)
         )
         d_weights = tuple(
-            d.at[at].add(jnp.where(out, more, 0.0), mode="drop")
-            for d, out, more in zip(d_weights, is_outside, more_weights, strict=True)
+            d.at[some.at].add(jnp.where(outside, more, 0.0), mode="drop")
+            for d, outside, more in zip(d_weights, some.corners, more_weights, strict=True)
         )
-        return d_table + more_table, d_weights, d_kernel + more_kernel
+        return d_table + more_table.reshape(d_table.shape), d_weights, d_kernel + more_kernel
 
-    args = table, weights, kernel, rows, d_out
-    sums = deform_windows.backward(size, *args, interpret=interpret)
-    return lax.fori_loop(0, outside.turns, add_some, sums)
+    sums = deform_windows.backward(size, table, weights, kernel, rows, d_out, interpret=interpret)
+    sums = sums[0].reshape(maps.shape), *sums[1:]
+    d_table, d_weights, d_kernel = _add_outside(size, weights, rows, add, sums)
+    return d_table.reshape(table.shape), d_weights, d_kernel

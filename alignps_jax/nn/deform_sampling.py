@@ -24,8 +24,8 @@ from alignps_jax.nn import deform_gathers, deform_outside
 from alignps_jax.nn.deform_blocks import MapSize, chunk_of
 from alignps_jax.nn.deform_gathers import Order, Rows, Weights
 
-# Numbers that the projections of a group of taps may have: half a gigabyte in float32.
-_GROUP = 2**27
+# Numbers that the projections of more than three taps may have: a quarter gigabyte in float32.
+_GROUP = 2**26
 _ALL_PLATFORMS = contextvars.ContextVar("for_all_platforms", default=False)
 
 

@@ -58,18 +58,23 @@ class FrozenBatchNorm(nn.Module):
     scale_init: Callable = nn.initializers.ones
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
-    ) -> Float[Array, "B H W C"]:
+    def affine(self, channels: int) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
+        """What a map of so many channels is multiplied by, and what is added to it then."""
+
         def vector(name: str, init: Callable) -> Array:
-            return self.variable("frozen", name, init, None, (x.shape[-1],), jnp.float32).value
+            return self.variable("frozen", name, init, None, (channels,), jnp.float32).value
 
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         scale, bias = vector("scale", self.scale_init), vector("bias", zeros)
         mean, var = vector("mean", zeros), vector("var", ones)
         factor = scale * lax.rsqrt(var + self.epsilon)
-        y = x * factor + (bias - mean * factor)  # in float32
-        return hold_zero(y.astype(x.dtype), extent)
+        return factor, bias - mean * factor
+
+    def __call__(
+        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+    ) -> Float[Array, "B H W C"]:
+        factor, shift = self.affine(x.shape[-1])
+        return hold_zero((x * factor + shift).astype(x.dtype), extent)  # in float32
 
 
 class GroupNorm(nn.Module):
