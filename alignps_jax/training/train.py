@@ -146,6 +146,7 @@ class Training:
                 if stop or plan.saves_at(step):
                     # A state is saved only once its loss is known to be finite.
                     monitor.flush()
+                    self._log.sync()
                     checkpoints.save(state, self._batches.get_state())
                 if stop:
                     interrupt.stop(self._saved(step)())
@@ -164,6 +165,7 @@ class Training:
         self._interrupt.idle(self._saved(step))
         measured = self._run.selector.measure(state.params, state.frozen, step)
         self._run.selector.log(measured, self._log)
+        self._log.sync()
         self._checkpoints.save(state, self._batches.get_state(), score=score_of(measured.result))
         return measured
 
@@ -179,6 +181,7 @@ class Training:
         copy = jax.device_get(state)
 
         def save() -> str:
+            self._log.sync()
             self._checkpoints.save(copy, position)
             return self._saved(int(copy.step))()
 
