@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -118,6 +119,11 @@ class MetricLog:
     def flush(self) -> None:
         """Writes out what TensorBoard still holds."""
         self._tensorboard.flush()
+
+    def sync(self) -> None:
+        """Sees that what was measured is on the disk itself, as what is saved next will be."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int, *, again: str = "") -> None:
         """Removes what was measured after `step`, for training that resumes there.

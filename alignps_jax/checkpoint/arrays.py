@@ -54,7 +54,24 @@ def array_writer() -> ocp.PyTreeCheckpointHandler:
     """What Orbax writes the arrays of a checkpoint with."""
     handlers = (np.ndarray, _CompleteWrites())
     registry = ocp.type_handlers.create_type_handler_registry(handlers)
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    return _OnDisk(type_handler_registry=registry)
+
+
+class _OnDisk(ocp.PyTreeCheckpointHandler):
+    """Writes a checkpoint's files to the disk itself before the checkpoint gets its name.
+
+    Else the name may outlive a crash of the system that its files do not.
+    """
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        for folder, _, names in os.walk(directory.parent):  # all items, written by now
+            for name in (*names, ""):
+                file = os.open(os.path.join(folder, name), os.O_RDONLY)
+                try:
+                    os.fsync(file)
+                finally:
+                    os.close(file)
 
 
 class _HostArrays(ocp.type_handlers.NumpyHandler):

@@ -158,6 +158,7 @@ class Training:
                 if stop or plan.saves_at(step):
                     # A state is saved only once its loss is known to be finite.
                     monitor.flush()
+                    self._log.sync()
                     checkpoints.save(state, self._batches.get_state())
                 if stop:
                     interrupt.stop(self._saved(step)())
@@ -176,6 +177,7 @@ class Training:
         self._interrupt.idle(self._saved(step))
         measured = self._run.selector.measure(state.params, state.frozen, step)
         self._run.selector.log(measured, self._log)
+        self._log.sync()
         self._checkpoints.save(state, self._batches.get_state(), score=score_of(measured.result))
         return measured
 
@@ -199,6 +201,7 @@ class Training:
             monitor.flush()
         if self._interrupt.wanted_before(program):
             monitor.flush()
+            self._log.sync()
             self._checkpoints.save(state, position)
             self._interrupt.stop(self._saved(int(state.step))())
 

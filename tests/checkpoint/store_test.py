@@ -490,6 +490,34 @@ def test_the_reason_is_what_the_system_says(error, reason):
     assert system_reason(outer) == reason
 
 
+def child_synced(workdir: str) -> None:
+    """Says which files a checkpoint has on the disk when it gets its name, and which it has not."""
+    rename, fsync, synced = os.rename, os.fsync, set()
+
+    def seen_fsync(file):
+        fsync(file)
+        synced.add(os.fstat(file).st_ino)
+
+    def seen_rename(source, target, **options):
+        if Path(target).name == "1":
+            files = [path for path in Path(source).rglob("*") if path.is_file()]
+            late = [path.name for path in files if path.stat().st_ino not in synced]
+            print(len(files), *late)
+        return rename(source, target, **options)
+
+    os.fsync, os.rename = seen_fsync, seen_rename
+    with open_checkpoints(Path(workdir)) as checkpoints:
+        checkpoints.save(make_state(1), {"position": 1}, score=0.5)
+
+
+def test_files_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path):
+    (output,) = outputs_of(start("synced", tmp_path))
+    count, *late = output.split()
+    assert int(count) > 8
+    # The last marker of Orbax, which nobody reads, comes after them.
+    assert set(late) <= {"commit_success.txt", "_CHECKPOINT_METADATA"}
+
+
 def child_devices(workdir: str) -> None:
     """A state as pmap leaves it on four devices; whatever is printed here is Orbax's noise."""
     absl_logging.set_verbosity(absl_logging.INFO)

@@ -141,8 +141,9 @@ def one_round(kind: str, count: int, room: int, shared: Path, expected: dict) ->
             codes = [process.returncode for process in again]
             if any(codes):
                 found.append(f"resuming ended with {codes}: {outputs}")
-            elif losses(workdir) != expected:
-                found.append("resuming led to other losses")
+            elif (resumed := losses(workdir)) != expected:
+                other = [step for step in expected if resumed.get(step) != expected[step]]
+                found.append(f"resuming led to other losses of steps {other}: {outputs}")
     return found
 
 
