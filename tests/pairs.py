@@ -31,7 +31,7 @@ def start_pair(module: str, *words: str, devices: int = 4) -> list[subprocess.Po
 def outputs_of(pair: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
     """What they say until they end, both with this exit code."""
     outputs = [process.communicate(timeout=300)[0] for process in pair]
-    assert [process.returncode for process in pair] == [code] * COUNT
+    assert [process.returncode for process in pair] == [code] * COUNT, outputs
     return outputs
 
 

@@ -95,9 +95,10 @@ class Interrupt:
             return self._signal is not None
         if step % self.AGREE_EVERY:
             return False
+        # A request that comes after this is not seen by the others: it waits for the next time.
         seen = int(multihost_utils.process_allgather(np.array(self._signal or 0)).max())
         self._signal = self._signal or seen or None
-        return self._signal is not None
+        return bool(seen)
 
     def wanted_before(self, done: Future[Any]) -> bool:
         """Waits for `done` in all processes; whether to stop, because a request came before.
@@ -111,8 +112,8 @@ class Interrupt:
                 all_of_them = multihost_utils.process_allgather(np.array([seen, through]))
                 seen, through = int(all_of_them[:, 0].max()), bool(all_of_them[:, 1].all())
             self._signal = self._signal or seen or None
-            if self._signal or through:
-                return self._signal is not None
+            if seen or through:
+                return bool(seen)
 
     def stop(self, message: str) -> NoReturn:
         """Leaves the run from the main thread, once all is saved.
