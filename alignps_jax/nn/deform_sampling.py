@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,8 +23,6 @@ from alignps_jax.nn import deform_gathers, deform_outside
 from alignps_jax.nn.deform_blocks import MapSize, chunk_of
 from alignps_jax.nn.deform_gathers import Order, Rows, Weights
 
-# Numbers that the projections of more than three taps may have: a quarter gigabyte in float32.
-_GROUP = 2**26
 _ALL_PLATFORMS = contextvars.ContextVar("for_all_platforms", default=False)
 
 
@@ -110,15 +107,17 @@ def orders(
     fits = np.prod(size) <= locations
     cpu = Order(bool(fits) and channels >= 4 * features, min(256, large), fenced=True, lanes=16)
     tpu = Order(bool(fits) and channels >= features, large)
-    gpu = dataclasses.replace(tpu, group=_group(math.prod(size), taps, features), at_once=True)
+    gpu = dataclasses.replace(tpu, group=_group(taps), at_once=True)
     windows = same and chunk_of(size, (taps, channels, features)) is not None
     return Orders(cpu, gpu, Windows(size, tpu) if windows else tpu)
 
 
-def _group(rows: int, taps: int, features: int) -> int:
-    """How many taps a GPU works on at a time: all of a small map; they must divide all taps."""
-    sizes = [size for size in range(1, taps + 1) if taps % size == 0]
-    return max(size for size in sizes if size <= 3 or size * rows * features <= _GROUP)
+def _group(taps: int) -> int:
+    """How many taps a GPU works on at a time; they must divide all taps.
+
+    Products of all nine are too wide for XLA's Triton code on an A100, which then does not compile.
+    """
+    return max(size for size in (1, 2, 3) if taps % size == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
