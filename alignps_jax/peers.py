@@ -121,7 +121,7 @@ class Expendable(threading.Thread):
 
 
 def end(code: int) -> NoReturn:
-    """Ends a process that is through, whatever an `Expendable` thread of it is about.
+    """Ends a process that is through, even if an `Expendable` thread of it is still at work.
 
     Python would wait for it, and a compiler takes minutes; it crashes where the thread is a daemon.
     """

@@ -83,6 +83,6 @@ def _is_complete(content: bytes) -> bool:
     """Whether all of an entry was written, for which the disk may have had no room."""
     try:
         decompress_executable(content)
-    except Exception:  # of whatever library compresses
+    except Exception:  # what is raised depends on the library that compresses
         return False
     return True

@@ -1,4 +1,4 @@
-"""Two processes of one run, each of which runs a test's module as a program."""
+"""Starts a test's module twice, as the two processes of one run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What comes before the first stage of a ResNet: convolution, normalization, ReLU, max pooling.
 
-A TPU computes with vectors of 128 numbers, of which an image's three channels fill little. There
+A TPU computes with vectors of 128 numbers, and an image's three channels fill three of them. There
 the stem of ResNet-50 works on blocks of 4 x 4 pixels, which have 48 channels: a 7x7 convolution
 with stride 2 is a 3x3 convolution of blocks, with outputs for 2 x 2 places in a block.
 """
