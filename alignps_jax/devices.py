@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from alignps_jax import peers
 from alignps_jax.choices import choose
 from alignps_jax.seals import Seals
-from alignps_jax.types import Batch, Detections, TrainState, UserError
+from alignps_jax.types import AnyArray, Batch, Detections, TrainState, UserError
 
 AXIS = "device"
 # What JAX has measured when it has compiled a program, and written it.
@@ -142,6 +142,27 @@ def parallel_predict_step(
 def sum_over_devices(devices: Devices) -> Callable[[Any], Any]:
     """Adds up arrays with a leading axis of these devices; the sum is on all of them."""
     return jax.pmap(partial(lax.psum, axis_name=AXIS), axis_name=AXIS, devices=devices)
+
+
+def gather_rows(rows: Any) -> Any:
+    """The rows of all processes, those of process 0 first, in each of them.
+
+    Args:
+      rows: arrays [N, ...] of one N, which may differ from process to process.
+    """
+    if jax.process_count() == 1:
+        return rows
+    count = len(jax.tree.leaves(rows)[0])
+    counts = multihost_utils.process_allgather(np.int32(count))
+
+    def padded(array: AnyArray) -> np.ndarray:
+        return np.pad(array, [(0, int(counts.max()) - count)] + [(0, 0)] * (array.ndim - 1))
+
+    gathered = multihost_utils.process_allgather(jax.tree.map(padded, rows))
+    return jax.tree.map(
+        lambda parts: np.concatenate([part[:n] for part, n in zip(parts, counts, strict=True)]),
+        gathered,
+    )
 
 
 def device_names() -> str:

@@ -24,6 +24,7 @@ from alignps_jax.gallery.photos import search_photos
 from alignps_jax.gallery.query import parse_box
 from alignps_jax.gallery.sources import parse_every
 from alignps_jax.inference.exported import SUFFIX, export_programs
+from alignps_jax.peers import leads
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.weights.convert import convert_released, export_released
 from configs import cuhk
@@ -54,6 +55,8 @@ def search(args: Arguments) -> None:
         search_photos(checkpoint, config, query, box, Path(args.gallery), workdir)
         return
     need_extra("--mode=search")
+    if not leads():  # one query in a gallery is work for one process
+        return
     from alignps_jax.gallery.searching import search_gallery
 
     search_gallery(checkpoint, config, query, box, _gallery(args), workdir)

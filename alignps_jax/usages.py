@@ -86,6 +86,7 @@ USAGES: dict[str, Usage] = {
             "gallery": f"{_LASTING}, or folder of photos",
             "exact_up_to": _EXACT,
             "workdir": "where results go; default: <run>/search/<name of the query>",
+            **_PROCESSES,
         },
         (
             "--mode=search --checkpoint=runs/cuhk --query=photo.jpg --box=310,120,390,330 "

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import chosen_by
-from alignps_jax.devices import own_cache, use_compilation_cache
+from alignps_jax.devices import gather_rows, own_cache, use_compilation_cache
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
 from alignps_jax.files import Image, read_image
 from alignps_jax.gallery.nearest import top_k
@@ -25,6 +25,7 @@ from alignps_jax.gallery.query import (
     above,
 )
 from alignps_jax.inference.detector import Detector
+from alignps_jax.peers import agree, first_process_first, gather, leads, several
 from alignps_jax.progress import progress
 from alignps_jax.types import Detections, IncompleteError, UserError
 
@@ -42,33 +43,45 @@ def search_photos(
     """Searches the person in `box` of a photo, or everybody in it, in a folder of photos.
 
     Writes `ranking.json` and `ranking.png` to `workdir`. `config` is what to use the checkpoint
-    with, mostly its own.
+    with, mostly its own. Several processes share the photos, and process 0 writes.
 
     Raises:
       UserError: the query photo or no photo of the gallery can be read, nobody is found in the
         query photo or its box, or the results cannot be written.
       IncompleteError: all is done, but some photos of the gallery could not be read.
     """
-    search = Search.begin(config, query, box, workdir)
-    photos = gallery_photos(gallery, query)
+    with first_process_first():
+        search = Search.begin(config, query, box, workdir)
+    names = agree(lambda: [path.name for path in gallery_photos(gallery, query)])
+    photos = [gallery / name for name in names]
     use_compilation_cache(own_cache())
     detector = Detector.from_checkpoint(checkpoint, config)
-    print(f"checkpoint: step {detector.step} of {checkpoint}, chosen by {chosen_by(checkpoint)}")
-    queries, max_pixels = search.people(detector), config.data.max_pixels
-    reader, shown = GalleryReader(), progress(photos, desc="search", unit="photo")
+    with first_process_first():  # the others find its compiled program
+        queries = search.people(detector)
+    reader, max_pixels = GalleryReader(), config.data.max_pixels
+    own = photos[jax.process_index() :: jax.process_count()]
+    shown = progress(own, desc="search", unit="photo", disable=not leads())
     found = {
         path: above(detector.detect(image), search.threshold)
-        for path, image in reader.read(shown, max_pixels)
+        for path, image in reader.readable(shown, max_pixels)
     }
-    rankings = rank(queries, query, found)
-    drawn = rankings[:MAX_PICTURE_QUERIES]
-    people = sum(len(detections.scores) for detections in found.values())
-    search.write(
-        rankings,
-        lambda: draw_rankings(drawn, gallery, search.photo, max_pixels),
-        f"searched {len(queries)} of {query.name} among {people} people (scores >= "
-        f"{search.threshold:g}) in {len(found)} photos of {gallery}",
-    )
+    reader.join_peers()
+    reader.check()
+    read = [path for path in photos if path not in reader.skipped]
+    people = _of_all_processes(found, read, queries[0])
+    if leads():
+        print(
+            f"checkpoint: step {detector.step} of {checkpoint}, chosen by {chosen_by(checkpoint)}"
+        )
+        rankings = rank(queries, query, people)
+        drawn = rankings[:MAX_PICTURE_QUERIES]
+        count = sum(len(detections.scores) for detections in people.values())
+        search.write(
+            rankings,
+            lambda: draw_rankings(drawn, gallery, search.photo, max_pixels),
+            f"searched {len(queries)} of {query.name} among {count} people (scores >= "
+            f"{search.threshold:g}) in {len(people)} photos of {gallery}",
+        )
     reader.finish()
 
 
@@ -89,6 +102,11 @@ class GalleryReader:
         Raises:
           UserError: there is none.
         """
+        yield from self.readable(photos, max_pixels)
+        self.check()
+
+    def readable(self, photos: Iterable[Path], max_pixels: int) -> Iterator[tuple[Path, Image]]:
+        """The same, where there may be none: in a share of the photos."""
         for path in photos:
             try:
                 image = read_image(path, max_pixels)
@@ -97,6 +115,17 @@ class GalleryReader:
                 continue
             self._read.add(path)
             yield path, image
+
+    def join_peers(self) -> None:
+        """Takes in what the other processes of the run read and skipped."""
+        skipped = {str(path): reason for path, reason in self.skipped.items()}
+        for read, reasons in gather((list(map(str, self._read)), skipped)):
+            self._read.update(map(Path, read))
+            self.skipped |= {Path(name): reason for name, reason in reasons.items()}
+        self.skipped = dict(sorted(self.skipped.items()))
+
+    def check(self) -> None:
+        """Raises UserError if photos were skipped, and none was read."""
         if self.skipped and not self._read:
             first = next(iter(self.skipped.values()))
             raise UserError(
@@ -105,21 +134,47 @@ class GalleryReader:
             )
 
     def finish(self) -> None:
-        """Lists the photos that were skipped; to be called when all results are written.
+        """Lists the photos that were skipped, in process 0; called when all results are written.
 
         Raises:
           IncompleteError: there are any.
         """
         if not self.skipped:
             return
-        print("skipped:")
-        for reason in self.skipped.values():
-            print(f"  {reason}")
+        if leads():
+            print("skipped:", *self.skipped.values(), sep="\n  ")
         raise IncompleteError(
             f"--gallery: skipped {len(self.skipped):,} of "
             f"{len(self._read.union(self.skipped)):,} photos, which are listed above; the results "
             "are complete without them"
         )
+
+
+def _of_all_processes(
+    found: Mapping[Path, Detections], photos: Sequence[Path], query: Query
+) -> dict[Path, Detections]:
+    """What all processes of the run found in these photos, in their order, given each one's own."""
+    if not several():
+        return dict(found)
+    nobody = Detections(
+        boxes=np.zeros((0, 4), np.float32),
+        scores=np.zeros(0, np.float32),
+        embeddings=np.zeros((0, len(query.embedding)), np.float32),
+        valid=np.zeros(0, bool),
+    )
+    number = {path: index for index, path in enumerate(photos)}
+    own = [np.full(len(people.scores), number[path]) for path, people in found.items()]
+    index, people = gather_rows(
+        jax.tree.map(
+            lambda *rows: np.concatenate(rows),
+            (np.zeros(0, np.int32), nobody),
+            *zip(own, found.values(), strict=True),
+        )
+    )
+    return {
+        path: jax.tree.map(lambda rows, one=one: rows[index == one], people)
+        for path, one in number.items()
+    }
 
 
 def gallery_photos(gallery: Path, query: Path) -> list[Path]:
