@@ -27,6 +27,7 @@ from alignps_jax.usages import USAGES, Usage, mode_help, modes_help
 Text = Any
 _HELP = ("-h", "-help", "--help", "--helpfull", "--helpshort")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
+_LONGEST_NAME = 200
 _KINDS: dict[Any, Any] = {
     int: flags.DEFINE_integer,
     str: flags.DEFINE_string,
@@ -145,6 +146,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         does not read a flag or lacks one.
     """
     words = [word for word in argv[1:] if word not in _HELP]
+    _refuse_long_names(words)
     plain, overrides = _split(words)
     values = _parse_plain(plain)
     given = {name for name in FLAGS if values[name].present}
@@ -160,6 +162,14 @@ def parse(argv: Sequence[str]) -> Arguments:
     _check_usage(mode, given - {"mode"})
     _check_processes(found)
     return Arguments(**found, overrides=tuple(overrides))
+
+
+def _refuse_long_names(words: Sequence[str]) -> None:
+    """Raises UserError for a name for which absl would look for a similar one until it overflows."""
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("-") and len(name) > _LONGEST_NAME:
+            raise UserError(f"{name[:40]}...: no such flag, found {len(name):,} characters")
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:

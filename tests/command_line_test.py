@@ -87,6 +87,7 @@ def test_every_missing_flag_is_one_line(mode):
         (["--mode=benchmark", "--quick=maybe"], "--quick: found 'maybe', expected true or false"),
         (["--mode=benchmark", "--noquick=1"], "command line: --noquick=1 does not take an arg"),
         (["--\udcff=1"], r"--.udcff: no such flag"),
+        (["--" + "wor" * 1000 + "=1"], r"--(wor)+wo\.\.\.: no such flag, found 3,002 characters"),
         (["--workdir=x", "y"], "found 'y', expected only flags"),
         (
             ["--mode=evaluate", "--checkpoint=x", "--detections=y"],
