@@ -165,7 +165,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def _refuse_long_names(words: Sequence[str]) -> None:
-    """Raises UserError for a name for which absl would look for a similar one until it overflows."""
+    """Raises UserError for a name so long that absl, looking for a similar one, would overflow."""
     for word in words:
         name = word.partition("=")[0]
         if name.startswith("-") and len(name) > _LONGEST_NAME:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,10 @@ from alignps_jax.types import UserError
 # What another writer causes, in Lance's words; a commit is then tried again.
 _CONFLICTS = ("conflict", "concurrent", "contention", "too many attempts")
 _MOST_SECONDS = 120.0
+# The version that was there already. Each attempt looks for the newest one, so that among sound
+# versions none is met again.
+_MET = re.compile(r"conflict for version (\d+)", re.IGNORECASE)
+_MOST_MEETINGS = 3
 # What S3 says, and what the system says of a connection, in the words around them.
 _ANSWER = re.compile(r'RetryError.*?(?:<Message>(.*?)</Message>|message: "([^"]+)")')
 
@@ -61,6 +66,7 @@ def committing(address: str, commit: Callable[[], Result]) -> Result:
       UserError: the gallery cannot be written.
     """
     start, wait = time.monotonic(), 0.01
+    met: Counter[str] = Counter()
     while True:
         try:
             return commit()
@@ -68,7 +74,9 @@ def committing(address: str, commit: Callable[[], Result]) -> Result:
             raise
         except Exception as error:  # see `reading`
             text = str(error).lower()
-            met_another = any(word in text for word in _CONFLICTS)
+            met.update(_MET.findall(text))
+            hopeless = max(met.values(), default=0) >= _MOST_MEETINGS
+            met_another = any(word in text for word in _CONFLICTS) and not hopeless
             if not met_another or time.monotonic() - start > _MOST_SECONDS:
                 raise UserError(
                     f"--gallery: {address} cannot be written ({reason(error)}); what is in it "

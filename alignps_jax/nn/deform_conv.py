@@ -131,7 +131,10 @@ class DeformConv(nn.Module):
         )(inputs)
         offsets, mask = self.split(predicted)
         kernel = self.param("kernel", self.kernel_init, (3, 3, inputs.shape[-1], self.features))
-        out = deform_conv2d(inputs, offsets, kernel, mask, stride=self.stride)
+        if self.is_initializing():  # nothing of the map but its shape matters
+            out = jnp.zeros((*predicted.shape[:-1], self.features), self.dtype)
+        else:
+            out = deform_conv2d(inputs, offsets, kernel, mask, stride=self.stride)
         if self.use_bias:
             out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return out

@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import shutil
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -273,6 +274,20 @@ def test_scenes_are_replaced_with_all_their_people(tmp_path):
     tidy(gallery)
     purge(gallery)
     assert (gallery.num_people, gallery.num_scenes) == (3, 2)
+
+
+def test_versions_in_disorder_are_soon_one_line(tmp_path):
+    """The newest one has the content of an older one: the next is there already, and always."""
+    gallery = Gallery.open(tmp_path / "g", create_for=Finder())
+    for number in range(6):
+        commit_scenes(gallery, [indexed(f"/{number}.jpg", people(2))])
+    versions = sorted((tmp_path / "g" / "people.lance" / "_versions").glob("*.manifest"))
+    shutil.copy(versions[3], versions[0])  # the newest comes first
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"cannot be written .*onflict for version") as error:
+        commit_scenes(Gallery.open(tmp_path / "g"), [indexed("/new.jpg", people(2))])
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 60  # a live conflict is fought for two minutes
 
 
 def test_many_known_files_are_few_objects(tmp_path):
