@@ -16,8 +16,10 @@ PARITY_READY := $(PARITY)/.ready
 AOT := .venv-aot
 AOT_READY := $(AOT)/.ready
 
-# Large memory pages for large arrays in the tests too (launch.py asks for them by itself).
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# The allocator's settings for the tests too (launch.py asks for them by itself).
+ifndef GLIBC_TUNABLES
+export GLIBC_TUNABLES := $(shell $(PYTHON) -m alignps_jax.allocator)
+endif
 
 .PHONY: setup demo serve test shapes test-newest docs fuzz soak parity benchmark accelerators \
   accelerators-short cluster setup-accelerators golden lint lock clean

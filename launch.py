@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
-from alignps_jax.large_pages import restart_with_large_pages
+from alignps_jax.allocator import restart_with_settings
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback out of an import
-    restart_with_large_pages()  # before the slow imports
+    restart_with_settings()  # before the slow imports
 
 from alignps_jax.command_line import parse
 from alignps_jax.peers import end, end_together, join

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from alignps_jax.large_pages import restart_with_large_pages
+from alignps_jax.allocator import restart_with_settings
 
 if __name__ == "__main__":
-    restart_with_large_pages()  # before the slow imports
+    restart_with_settings()  # before the slow imports
 
 import jax
 

@@ -21,10 +21,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alignps_jax.large_pages import restart_with_large_pages
+from alignps_jax.allocator import restart_with_settings
 
 if __name__ == "__main__":
-    restart_with_large_pages()  # before the slow imports
+    restart_with_settings()  # before the slow imports
 
 import cv2
 import jax

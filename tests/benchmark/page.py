@@ -16,10 +16,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignps_jax.large_pages import restart_with_large_pages
+from alignps_jax.allocator import restart_with_settings
 
 if __name__ == "__main__":
-    restart_with_large_pages()  # before the slow imports
+    restart_with_settings()  # before the slow imports
 
 from starlette.testclient import TestClient
 

@@ -1,5 +1,8 @@
 """A cluster's life on this machine: `make cluster`, some ten minutes on two idle cores.
 
+First two processes reproduce a table of the paper, with a few steps for each row, twice: the second
+time nothing is left to do.
+
 Four processes, started as SLURM would, train from nothing: without data set, without workdir. One
 is killed; the others have to end within a minute. Two, of two devices each, resume, with a file
 system that answers late. The losses have to be those of one process that nobody disturbed, and
@@ -15,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from configs.variants import rows_of
 from tests.cluster import finish, slurm, start
 from tests.places import ROOT
 from tests.training.train_test import command, environment, losses
@@ -73,8 +77,25 @@ def check_written_once(workdir: Path, outputs: list[str]) -> None:
     assert not list(workdir.rglob("*.tmp")) + list(workdir.rglob("*orbax-checkpoint-tmp*"))
 
 
+def reproduce(shared: Path) -> None:
+    workdir, few = shared / "table", "3 steps"
+    flags = ["--mode=reproduce", "--table=5", "--seeds=1", f"--config.train.duration={few}"]
+    flags += [f"--config.train.{name}_every={few}" for name in ("checkpoint", "eval")]
+    rows = [name or "alignps" for name, _ in rows_of("5", "synthetic")]
+    for _ in range(2):
+        outputs = finish(start(shared, workdir, *flags, devices=1))
+        written = (workdir / "table5.md").read_text()
+        assert written in outputs[0]
+        assert not any(line.startswith(("table", "metrics")) for line in outputs[1].splitlines())
+        for row in rows:
+            assert sorted(losses(workdir / row / "seed0")) == [1, 2, 3], row
+    assert "training" not in "".join(outputs), "a finished row was trained again"
+    print(f"two processes reproduced the {len(rows)} rows of a table, each once", flush=True)
+
+
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
+        reproduce(Path(folder))
         shared, late = Path(folder), Path(folder) / "late"
         late.mkdir()
         (late / "sitecustomize.py").write_text(LATE)
