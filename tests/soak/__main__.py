@@ -12,12 +12,13 @@ any.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tests.soak.settings import compile_quickly
 
 
 def main() -> int:
@@ -56,10 +57,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # The runs share compiled programs, whose keys else have their folder in them.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
-    # Compiled quickly instead of well, as in all tests.
-    quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quickly}"
+    compile_quickly()
     sys.exit(main())

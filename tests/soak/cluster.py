@@ -21,6 +21,7 @@ from pathlib import Path
 from configs.variants import rows_of
 from tests.cluster import finish, slurm, start
 from tests.places import ROOT
+from tests.soak.settings import compile_quickly
 from tests.training.train_test import command, environment, losses
 
 EVERY_STEP = "--config.train.checkpoint_every=1 steps"
@@ -123,4 +124,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    compile_quickly()
     sys.exit(main())

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.cluster import flags_of, start
+from tests.soak.settings import compile_quickly
 from tests.training.train_test import link_cache, losses
 
 FLAGS = (
@@ -182,9 +183,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # The runs share compiled programs, whose keys else have their folder in them.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
-    quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quickly}"
+    compile_quickly()
     sys.exit(main())
