@@ -46,16 +46,16 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer.name = "adamw"
     optimizer.learning_rate = 0.0006
     optimizer.warmup = "100 steps"
-    optimizer.drops = tuple(f"{step} steps" for step in (1960, 2780, 3430, 3920, 4330, 4610))
+    optimizer.drops = tuple(f"{step} steps" for step in (2160, 3060, 3780, 4320, 4770, 5080))
     optimizer.drop_factor = 0.6
 
     train = config.train
     # On a CPU, many small steps teach this network more than few large ones that take as long.
     train.batch_size = 2
-    train.duration = "4900 steps"
+    train.duration = "5400 steps"
     train.log_every_steps = 10
-    train.checkpoint_every = "490 steps"
-    train.eval_every = "2450 steps"
+    train.checkpoint_every = "540 steps"
+    train.eval_every = "2700 steps"
 
     config.eval.batch_size = 8
     config.eval.untrained_baseline = True
