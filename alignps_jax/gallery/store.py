@@ -46,7 +46,9 @@ EXACT_UP_TO = 2_000_000
 # A gallery of more people that grows is read anew after so many times what reading it took.
 _QUICKLY_READ, _PATIENCE = 50_000, 20.0
 # Lists of the index that are looked at, and candidates per result that are compared exactly.
+# The lists grow in number with the gallery, so more are looked at in a large one.
 _PROBES, _REFINE = 64, 40
+_PEOPLE_PER_PROBE = 40_000
 
 Row = TypeVar("Row")
 
@@ -248,8 +250,11 @@ class Gallery:
     def _search_table(
         self, query: Float[np.ndarray, "D"], k: int, where: Filter, offset: int
     ) -> list[Match]:
-        search = self._latest().search(query, vector_column_name="embedding")
-        search = search.distance_type("cosine").nprobes(_PROBES).refine_factor(_REFINE)
+        table = self._latest()
+        with reading(self.address):
+            probes = max(_PROBES, table.count_rows() // _PEOPLE_PER_PROBE)
+        search = table.search(query, vector_column_name="embedding")
+        search = search.distance_type("cosine").nprobes(probes).refine_factor(_REFINE)
         search = search.where(where_sql(where, IS_PERSON), prefilter=True).limit(k + offset)
         with reading(self.address):
             found = search.select([*PERSON_COLUMNS, "embedding", "_distance"]).to_arrow()
