@@ -91,6 +91,9 @@ class About:
         vectors = schema.field("embedding").type if "embedding" in schema.names else None
         if not (about._is_sound() and vectors == pa.list_(pa.float32(), about.dim)):
             raise ValueError("its table has a damaged description of what made it")
+        types = dict(zip(schema.names, schema.types, strict=True))
+        if any(types.get(column.name) != column.type for column in _columns(about)):
+            raise ValueError("its table lacks a column or has another type of it")
         return about
 
     def _is_sound(self) -> bool:
@@ -127,7 +130,12 @@ class IndexedScene:
 
 def schema(about: About) -> pa.Schema:
     """The columns of a gallery, with what made it."""
-    fields = [
+    metadata = {ABOUT: json.dumps(dataclasses.asdict(about)).encode()}
+    return pa.schema(_columns(about), metadata=metadata)
+
+
+def _columns(about: About) -> list[pa.Field]:
+    return [
         pa.field("id", pa.string(), nullable=False, metadata=_KEY),
         pa.field("scene", pa.string(), nullable=False),
         pa.field("number", pa.int32(), nullable=False),
@@ -146,7 +154,6 @@ def schema(about: About) -> pa.Schema:
         pa.field("score", pa.float32()),
         pa.field("embedding", pa.list_(pa.float32(), about.dim)),
     ]
-    return pa.schema(fields, metadata={ABOUT: json.dumps(dataclasses.asdict(about)).encode()})
 
 
 def rows(scenes: Sequence[IndexedScene], columns: pa.Schema) -> pa.Table:

@@ -251,6 +251,16 @@ def test_a_damaged_description_is_one_line(address, field, value):
     assert About.of(table.schema).dim == DIM
 
 
+def test_a_table_without_a_column_is_no_gallery(address):
+    schema = Gallery.open(address).table.schema
+    for damaged in (
+        schema.remove(schema.get_field_index("scene")),
+        schema.set(schema.get_field_index("path"), pa.field("path", pa.binary())),
+    ):
+        with pytest.raises(ValueError, match="lacks a column or has another type"):
+            About.of(damaged)
+
+
 def test_scenes_are_replaced_with_all_their_people(tmp_path):
     gallery = Gallery.open(tmp_path / "g", create_for=Finder())
     for count in (3, 1, 0, 2):
