@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     train.batch_size = 2
     train.duration = "5400 steps"
     train.log_every_steps = 10
-    train.checkpoint_every = "540 steps"
+    train.checkpoint_every = "1350 steps"
     train.eval_every = "2700 steps"
 
     config.eval.batch_size = 8

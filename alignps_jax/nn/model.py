@@ -197,7 +197,10 @@ def init_variables(model: AlignPS, rng: Array) -> tuple[Params, Params]:
     """Initial (params, frozen) of a model."""
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     size = jnp.full((1, 2), 64, jnp.int32)
-    variables = jax.jit(partial(model.init, train=True))(rng, image, size)
+    # It runs once: on CPUs most of its time is its compilation, which takes a third then.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    init = jax.jit(partial(model.init, train=True), compiler_options=options)
+    variables = init(rng, image, size)
     return variables["params"], variables.get("frozen", {})
 
 
