@@ -197,8 +197,10 @@ def init_variables(model: AlignPS, rng: Array) -> tuple[Params, Params]:
     """Initial (params, frozen) of a model."""
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     size = jnp.full((1, 2), 64, jnp.int32)
-    # It runs once: on CPUs most of its time is its compilation, which takes a third then.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    # It runs once: on CPUs most of its time is its compilation, which takes a third then. Where it
+    # is only traced, for its shapes, nothing is compiled.
+    quickly = jax.default_backend() == "cpu" and not isinstance(rng, jax.core.Tracer)
+    options = {"xla_backend_optimization_level": 1} if quickly else None
     init = jax.jit(partial(model.init, train=True), compiler_options=options)
     variables = init(rng, image, size)
     return variables["params"], variables.get("frozen", {})
