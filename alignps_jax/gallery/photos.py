@@ -56,6 +56,10 @@ def search_photos(
     photos = [gallery / name for name in names]
     use_compilation_cache(own_cache())
     detector = Detector.from_checkpoint(checkpoint, config)
+    if leads():
+        print(
+            f"checkpoint: step {detector.step} of {checkpoint}, chosen by {chosen_by(checkpoint)}"
+        )
     with first_process_first():  # the others find its compiled program
         queries = search.people(detector)
     reader, max_pixels = GalleryReader(), config.data.max_pixels
@@ -70,9 +74,6 @@ def search_photos(
     read = [path for path in photos if path not in reader.skipped]
     people = _of_all_processes(found, read, queries[0])
     if leads():
-        print(
-            f"checkpoint: step {detector.step} of {checkpoint}, chosen by {chosen_by(checkpoint)}"
-        )
         rankings = rank(queries, query, people)
         drawn = rankings[:MAX_PICTURE_QUERIES]
         count = sum(len(detections.scores) for detections in people.values())
