@@ -14,13 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from lancedb.query import ColumnOrdering
 
-from alignps_jax.gallery.database import (
-    about_detector,
-    about_of,
-    connect,
-    create_people,
-    reading,
-)
+from alignps_jax.gallery.database import about_detector, about_of, connect, create_people, reading
 from alignps_jax.gallery.entries import FileState, Filter, Match, Person, Scene, folder_of
 from alignps_jax.gallery.extra import is_gallery
 from alignps_jax.gallery.memory import COLUMNS, PeopleInMemory, load_people
@@ -253,10 +247,9 @@ class Gallery:
         table = self._latest()
         with reading(self.address):
             probes = max(_PROBES, table.count_rows() // _PEOPLE_PER_PROBE)
-        search = table.search(query, vector_column_name="embedding")
-        search = search.distance_type("cosine").nprobes(probes).refine_factor(_REFINE)
-        search = search.where(where_sql(where, IS_PERSON), prefilter=True).limit(k + offset)
-        with reading(self.address):
+            search = table.search(query, vector_column_name="embedding")
+            search = search.distance_type("cosine").nprobes(probes).refine_factor(_REFINE)
+            search = search.where(where_sql(where, IS_PERSON), prefilter=True).limit(k + offset)
             found = search.select([*PERSON_COLUMNS, "embedding", "_distance"]).to_arrow()
             rows = found.slice(offset).to_pylist()
             dict(map(embedding_of, rows))
