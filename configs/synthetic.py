@@ -45,6 +45,8 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer = config.optimizer
     optimizer.name = "adamw"
     optimizer.learning_rate = 0.0006
+    # Each step of AdamW takes learning_rate times this share off a weight.
+    optimizer.weight_decay = 0.05
     optimizer.warmup = "100 steps"
     optimizer.drops = tuple(f"{step} steps" for step in (2160, 3060, 3780, 4320, 4770, 5080))
     optimizer.drop_factor = 0.6

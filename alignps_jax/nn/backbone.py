@@ -17,30 +17,27 @@ kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class BottleneckBlock(nn.Module):
-    """1x1, 3x3, 1x1 with a shortcut; `stride_in_3x3` False is the caffe style of the release."""
+    """1x1, 3x3 (with the stride), 1x1, and a shortcut."""
 
     features: int
     stride: int
     project: bool
     norm: Callable[..., nn.Module]
     deformable: bool = False
-    stride_in_3x3: bool = False
     dtype: str = "float32"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
     ) -> Float[Array, "B h w D"]:
-        stride_1x1, stride_3x3 = (1, self.stride) if self.stride_in_3x3 else (self.stride, 1)
         conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
-        y = conv_(self.features, 1, stride_1x1, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, extent // stride_1x1))
+        y = nn.relu(self.norm(name="bn1")(conv_(self.features, 1, name="conv1")(x), extent))
         if self.deformable:
             conv2: nn.Module = ModulatedDeformConv(
-                self.features, stride=stride_3x3, dtype=self.dtype, name="conv2"
+                self.features, stride=self.stride, dtype=self.dtype, name="conv2"
             )
         else:
-            conv2 = conv_(self.features, 3, stride_3x3, name="conv2")
+            conv2 = conv_(self.features, 3, self.stride, name="conv2")
         extent = extent // self.stride
         y = nn.relu(self.norm(name="bn2")(conv2(y), extent))
         y = self.norm(name="bn3")(conv_(4 * self.features, 1, name="conv3")(y), extent)
@@ -89,6 +86,9 @@ class ResNet(nn.Module):
       stem_size: kernel of the stem's convolution.
       stem: what becomes of the image before the stages; see `stem.py`.
       norm: normalization, called with `name`, then on (map, extent).
+      stride_in_blocks: whether the first block of a stage makes the map smaller, by its 3x3
+        convolution (torchvision), or the stage begins with every second pixel of the map before it
+        (Caffe, Released code: there the strides are those of 1x1 convolutions).
       frozen_stages: stages up to res(1 + n) get no gradient; 0 freezes the stem, -1 nothing.
       deform_stages: stages (3, 4, 5) whose 3x3 convolutions are deformable (Table 5).
     """
@@ -99,6 +99,7 @@ class ResNet(nn.Module):
     stem_size: int
     norm: Callable[..., nn.Module]
     stem: Stem = plain_stem
+    stride_in_blocks: bool = True
     frozen_stages: int = -1
     deform_stages: tuple[int, ...] = ()
     dtype: str = "float32"
@@ -120,6 +121,9 @@ class ResNet(nn.Module):
         for stage, depth in enumerate(self.depths):
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
+                if stride == 2 and not self.stride_in_blocks:
+                    # Here, not in the block: what the backward pass keeps of the map is small, too.
+                    x, extent, stride = x[:, ::2, ::2], extent // 2, 1
                 block = self.block(
                     features=self.width * 2**stage,
                     stride=stride,

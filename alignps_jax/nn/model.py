@@ -101,7 +101,7 @@ class AlignPS(nn.Module):
 # Given `config.model` and how to wrap the class of a block.
 BACKBONES = {
     "resnet50": lambda model, wrap: partial(
-        ResNet50, block=partial(wrap(BottleneckBlock), stride_in_3x3=model.stride_in_3x3)
+        ResNet50, block=wrap(BottleneckBlock), stride_in_blocks=model.stride_in_3x3
     ),
     "resnet_small": lambda model, wrap: partial(
         ResNetSmall, block=wrap(BasicBlock), norm=partial(GroupNorm, groups=model.norm_groups)
