@@ -13,7 +13,7 @@ from tests.fuzz import mutations
 from tests.fuzz.runner import Reader, Run
 from tests.places import ROOT
 
-SECONDS = 45  # of reading; a dozen more go into building the sound files
+SECONDS = 25  # of reading; a dozen more go into building the sound files
 
 # Some test of the same process may have started JAX's threads; nothing here uses them.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*os\.fork")
