@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
@@ -114,7 +115,7 @@ def test_every_variant_builds_and_changes_only_what_it_says(module):
         config = module.get_config(name)
         assert flat(config) == flat(default) | dict(variant.changes), name
         model = build_model(config)
-        step = TrainStep(model, None, config.loss, max_positives=1)
+        step = TrainStep(model, optax.identity(), config.loss, max_positives=1)
         assert len(step.ranges()) == len(model.strides(train=True))
 
 
@@ -295,7 +296,7 @@ def test_people_go_to_the_level_of_their_size(levels):
     config = tiny.get_config()
     config.model.levels = levels
     config.loss.level_borders = (20, 32, 45, 70)[: len(levels) - 1]
-    step = TrainStep(build_model(config), None, config.loss, max_positives=1)
+    step = TrainStep(build_model(config), optax.identity(), config.loss, max_positives=1)
     batch = random_batch(np.random.default_rng(8), images=2, people=6, bucket=(192, 256))
     size = np.full_like(batch.size, (192, 256))
     batch = batch.replace(size=size, valid=np.ones_like(batch.valid))
@@ -323,7 +324,7 @@ def wrong(**fields: object):
     for name, value in fields.items():
         section = config.loss if name == "level_borders" else config.model
         section[name] = value
-    TrainStep(build_model(config), None, config.loss, max_positives=1)
+    TrainStep(build_model(config), optax.identity(), config.loss, max_positives=1)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +344,7 @@ def wrong(**fields: object):
         ({"levels": (4,), "background_levels": True}, "config.model.background_levels: found"),
     ],
 )
-def test_wrong_fields(fields, message):
+def test_wrong_fields(unchecked, fields, message):
     with pytest.raises(UserError, match=message) as caught:
         wrong(**fields)
     assert "\n" not in str(caught.value)

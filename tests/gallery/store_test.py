@@ -242,7 +242,7 @@ def test_a_damaged_gallery_is_one_line(tmp_path, address, damage):
         *(("score_threshold", None), ("max_pixels", 1.5), ("name", "a\nb"), ("checkpoint", 7)),
     ],
 )
-def test_a_damaged_description_is_one_line(address, field, value):
+def test_a_damaged_description_is_one_line(unchecked, address, field, value):
     table = Gallery.open(address).table
     stored = json.loads(table.schema.metadata[ABOUT]) | {field: value}
     damaged = table.schema.with_metadata({ABOUT: json.dumps(stored).encode()})

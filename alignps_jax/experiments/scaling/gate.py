@@ -78,7 +78,7 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """What was compiled for what: a later row of the same replaces this one."""
-        case = self.step, tuple(self.size), self.batch, self.products
+        case = self.step, self.size, self.batch, self.products
         return self.topology, *case, "" if self.step == "inference" else self.parallel
 
     @property

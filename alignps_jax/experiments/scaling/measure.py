@@ -71,7 +71,7 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """What was measured: a later row of the same replaces this one."""
-        return self.step, tuple(self.size), self.dtype, self.scaling, self.devices, self.batch
+        return self.step, self.size, self.dtype, self.scaling, self.devices, self.batch
 
 
 def device_counts(total: int) -> list[int]:

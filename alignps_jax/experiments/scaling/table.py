@@ -40,7 +40,7 @@ class Table:
         expected = "rows of this mode"
         content = read_json(self._path, expected) if self._path.exists() else {"rows": []}
         try:
-            rows = [self._row_type(**row) for row in content["rows"]]
+            rows = [self._row_type(**_with_tuples(row)) for row in content["rows"]]
             self._markdown(rows)
             return {row.key: row for row in rows}
         except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
@@ -67,3 +67,8 @@ class Table:
         table = "\n".join(map(table_line, lines))
         origins = dict.fromkeys(row.origin for row in rows)
         return "\n\n".join(filter(None, [self._note, table, *origins])) + "\n"
+
+
+def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
