@@ -1,4 +1,4 @@
-"""A minute of fuzzing, and whether the fuzzer notices what it is there for."""
+"""Half a minute of fuzzing, and whether the fuzzer notices what it is there for."""
 
 import os
 import signal
