@@ -1,9 +1,11 @@
 """Settings of all tests, in place before JAX starts; subprocesses inherit them."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from importlib import metadata
 
 import pytest
 
@@ -15,6 +17,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=4",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        # Newer ones end where they meet it.
+        *["--xla_cpu_use_fusion_emitters=false"] * metadata.version("jaxlib").startswith("0.10."),
     ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,6 +34,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jaxtyping
 
 from tests.shapes import check_shapes
+
+# JAX makes many objects that stay; by default Python looks through all of them every few seconds.
+gc.set_threshold(100_000, 20, 20)
 
 # `make shapes` asks for it. It makes some tests several times as long, so `make test` does not.
 if os.environ.get("CHECK_SHAPES"):

@@ -40,6 +40,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
             "--config.optimizer.drops=('170 steps',)",
             "--config.train.checkpoint_every=200 steps",
             "--config.eval.score_threshold=0.05",
+            long=True,
         )
         assert done.returncode == 0, done.stderr
     return folders

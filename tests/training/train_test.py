@@ -44,12 +44,18 @@ def environment(devices: int = 1) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags}
 
 
-def launch(shared: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    shared: Path, workdir: Path, *flags: str, long: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """A run to its end; a `long` one in code that takes longer to compile and runs faster."""
     link_cache(shared, workdir)
+    env = environment()
+    if long:
+        env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
     return subprocess.run(
         command(shared, workdir, *flags),
         cwd=ROOT,
-        env=environment(),
+        env=env,
         capture_output=True,
         text=True,
         timeout=600,
