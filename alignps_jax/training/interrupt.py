@@ -141,19 +141,24 @@ class Interrupt:
             again = self._signal is not None
             finish = self._finish
             if not again:
-                self._signal = number
-                self._leaving = finish is not None
+                try:
+                    if finish is None:  # said first: once the signal is known, the step saves
+                        self._say_that_it_saves(number)
+                finally:
+                    self._signal = number
+                    self._leaving = finish is not None
         if again:
             if number == signal.SIGINT:
                 self._exit(128 + number, alone=True)
             return
         self._writer.notice(number)
-        if finish is None:
-            said = f"{_NAMES[number]}: saving after this step; Ctrl-C again exits at once"
-            print(said, flush=True)
-        else:
+        if finish is not None:
             # A second Ctrl-C must find this thread listening.
             threading.Thread(target=self._leave, args=(finish,), daemon=True).start()
+
+    def _say_that_it_saves(self, number: int) -> None:
+        said = f"{_NAMES[number]}: saving after this step; Ctrl-C again exits at once"
+        print(said, flush=True)
 
     def _leave(self, finish: Callable[[], str]) -> NoReturn:
         assert self._signal is not None
