@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,22 +41,40 @@ Corners = Sequence[Array]  # four of [M, K]: what `deform_sampling` calls rows, 
 
 
 def inside_windows(
-    size: MapSize, row: Int[Array, "L K"], at: Int[Array, "L 1"]
+    size: MapSize, row: Int[Array, "L K"], at: Int[Array, "L 1"] | None = None
 ) -> Bool[Array, "L K"]:
-    """Whether corners, given as rows of the table, are in the windows of their locations `at`."""
+    """Whether corners, given as rows of the table, are in the windows of their locations.
+
+    Args:
+      size: of the map.
+      row: the corners.
+      at: the locations, all of them if None.
+    """
     y, x = _place(size, row, at)
     return (y >= 0) & (y < 3 * SIDE) & (x >= 0) & (x < 4 * SIDE)
 
 
 def _place(
-    size: MapSize, row: Int[Array, "L K"], at: Int[Array, "L 1"]
+    size: MapSize, row: Int[Array, "L K"], at: Int[Array, "L 1"] | None = None
 ) -> tuple[Int[Array, "L K"], Int[Array, "L K"]]:
     """Row and column in its location's window of a row of the table."""
-    pixels = size.height * size.width
-    at, row = at % pixels, row % pixels
-    first_y = at // size.width // SIDE * SIDE - SIDE
-    first_x = at % size.width // (2 * SIDE) * (2 * SIDE) - SIDE
-    return row // size.width - first_y, row % size.width - first_x
+    image, first_y, first_x = _windows(size, at)
+    pixel = row - image * (size.height * size.width)
+    # A TPU divides integers by a long program. This is exact for maps below 2**22 pixels.
+    y = jnp.floor((pixel.astype(jnp.float32) + 0.5) * (1 / size.width)).astype(jnp.int32)
+    return y - first_y, pixel - y * size.width - first_x
+
+
+def _windows(size: MapSize, at: Int[Array, "L 1"] | None) -> tuple[Array, Array, Array]:
+    """Image, first row and first column [L, 1] of the windows of locations, all if None."""
+    if at is None:
+        image, y, x = (
+            lax.broadcasted_iota(jnp.int32, (*size, 1), axis).reshape(-1, 1) for axis in range(3)
+        )
+    else:
+        image, pixel = jnp.divmod(at, size.height * size.width)
+        y, x = jnp.divmod(pixel, size.width)
+    return image, y // SIDE * SIDE - SIDE, x // (2 * SIDE) * (2 * SIDE) - SIDE
 
 
 def to_blocks(size: MapSize, x: Float[Array, "M N"]) -> Float[Array, "B high wide L N"]:
@@ -82,8 +101,7 @@ def pack_samples(
     size: MapSize, weights: Corners, rows: Corners
 ) -> Float[Array, "B high wide K 8 L"]:
     """Of every sample: rows, then columns of the first and fourth corner, and the weights."""
-    at = jnp.arange(len(rows[0]))[:, None]
-    (row, column), (last_row, last_column) = (_place(size, rows[each], at) for each in (0, 3))
+    (row, column), (last_row, last_column) = (_place(size, rows[each]) for each in (0, 3))
     places = [x.astype(jnp.float32) for x in (row, last_row, column, last_column)]
     x = jnp.stack([*places, *weights], axis=-1)
     x = to_blocks(size, x.reshape(len(x), -1)).swapaxes(3, 4)

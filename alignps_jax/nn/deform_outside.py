@@ -32,7 +32,7 @@ class _Outside:
     """Some locations, and their corners outside the windows.
 
     Attributes:
-      at: the locations; there may be some without corners outside, and some beyond the last one.
+      at: the locations; those after the last one with corners outside are beyond the map.
       corners: which of their corners are outside.
       weights: of all four corners, 0 where they are inside.
       rows: of all four corners.
@@ -54,18 +54,18 @@ def _add_outside(
 ) -> Any:
     """The sums after `add` has taken all locations with corners outside their windows."""
     locations = len(rows[0])
-    everywhere = jnp.arange(locations, dtype=jnp.int32)[:, None]
     # The second and third corner are in the rows and columns of the first and fourth.
-    first, last = (inside_windows(size, rows[corner], everywhere) for corner in (0, 3))
+    first, last = (inside_windows(size, rows[corner]) for corner in (0, 3))
     inside = (first & last).all(axis=1)
     count = locations - inside.sum(dtype=jnp.int32)
 
     def add_all(sums: Any) -> Any:
-        order = jnp.argsort(inside)
-        order = jnp.pad(order, (0, -locations % SOME), constant_values=locations)
+        # The n-th location with corners outside comes after those where fewer have been met.
+        met = jnp.cumsum(~inside, dtype=jnp.int32)
 
         def add_some(turn: Any, sums: Any) -> Any:
-            at = lax.dynamic_slice_in_dim(order, turn * SOME, SOME)
+            wanted = turn * SOME + jnp.arange(SOME, dtype=jnp.int32)
+            at = (met <= wanted[:, None]).sum(axis=1, dtype=jnp.int32)
             some_rows = tuple(_take(row, at) for row in rows)
             corners = [~inside_windows(size, row, at[:, None]) for row in some_rows]
             some_weights = tuple(
