@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 from alignps_jax.command_line import parse
 from alignps_jax.peers import end, end_together, join
+from alignps_jax.tpu_compiler import stop_at_good_tilings
 from alignps_jax.types import UserError
 
 # What the system says where there is no room, wherever in the code it says so.
@@ -45,6 +46,7 @@ def _run(argv: Sequence[str]) -> int:
         # Imported here because all modes together take seconds, which --help and typos need not.
         from alignps_jax.modes import MODES
 
+        stop_at_good_tilings()  # before JAX looks for TPUs
         if args.coordinator or args.distributed:
             join(args.coordinator, args.processes, args.process)
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
