@@ -47,6 +47,7 @@ class Interrupt:
         self._finish: Callable[[], str] | None = None
         self._leaving = False
         self._mutex = threading.Lock()
+        self._noticing = threading.Lock()
 
     def __enter__(self) -> Interrupt:
         self.idle(lambda: "nothing is lost; the same command starts again")
@@ -122,7 +123,7 @@ class Interrupt:
           SystemExit: always, with the exit code of the signal.
         """
         assert self._signal is not None
-        print(f"{_NAMES[self._signal]}: {message}", flush=True)
+        self._say(message)
         raise SystemExit(128 + self._signal)
 
     def _watch(self) -> None:
@@ -134,37 +135,40 @@ class Interrupt:
             if ready and number == _CLOSE:
                 return
             if number in self._previous or (number and not ready):
-                self._notice(number)
+                with self._noticing:
+                    self._notice(number)
 
     def _notice(self, number: int) -> None:
         with self._mutex:
             again = self._signal is not None
             finish = self._finish
             if not again:
-                try:
-                    if finish is None:  # said first: once the signal is known, the step saves
-                        self._say_that_it_saves(number)
-                finally:
-                    self._signal = number
-                    self._leaving = finish is not None
+                self._signal = number
+                self._leaving = finish is not None
         if again:
             if number == signal.SIGINT:
                 self._exit(128 + number, alone=True)
             return
         self._writer.notice(number)
-        if finish is not None:
+        if finish is None:
+            said = f"{_NAMES[number]}: saving after this step; Ctrl-C again exits at once"
+            print(said, flush=True)
+        else:
             # A second Ctrl-C must find this thread listening.
             threading.Thread(target=self._leave, args=(finish,), daemon=True).start()
 
-    def _say_that_it_saves(self, number: int) -> None:
-        said = f"{_NAMES[number]}: saving after this step; Ctrl-C again exits at once"
-        print(said, flush=True)
+    def _say(self, message: str) -> None:
+        # What is said when a signal is noticed comes first, unless nobody reads it.
+        if self._noticing.acquire(timeout=1):
+            self._noticing.release()
+        assert self._signal is not None
+        print(f"{_NAMES[self._signal]}: {message}", flush=True)
 
     def _leave(self, finish: Callable[[], str]) -> NoReturn:
         assert self._signal is not None
         code = 128 + self._signal
         try:
-            print(f"{_NAMES[self._signal]}: {finish()}", flush=True)
+            self._say(finish())
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = 2

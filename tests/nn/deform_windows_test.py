@@ -203,3 +203,24 @@ def test_shard_map_and_pmap_over_two_devices():
         inputs[:, None], offsets[:, None], kernel, mask[:, None]
     )
     assert_all_close([mapped[:, 0]], [expected])
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 9, 17), (4, 152, 252), (2, 2048, 1023)])
+def test_which_corners_are_in_their_windows(size):
+    """Against integer division; the last map is as large as floats count exactly."""
+    rng = np.random.default_rng(0)
+    images, height, width = size
+    pixels = height * width
+    at = np.arange(images * pixels)[:, None]
+    # Corners near their locations, on either side of the windows' borders, in the same image.
+    y, x = at % pixels // width, at % width
+    near_y = np.clip(y + rng.integers(-17, 18, (len(at), 2)), 0, height - 1)
+    near_x = np.clip(x + rng.integers(-25, 26, (len(at), 2)), 0, width - 1)
+    row = (at // pixels * pixels + near_y * width + near_x).astype(np.int32)
+    from_y, from_x = near_y - (y // 8 * 8 - 8), near_x - (x // 16 * 16 - 8)
+    expected = (from_y >= 0) & (from_y < 24) & (from_x >= 0) & (from_x < 32)
+    found = inside_windows(MapSize(*size), jnp.asarray(row))
+    np.testing.assert_array_equal(found, expected)
+    some = rng.integers(0, len(at), 50)
+    found = inside_windows(MapSize(*size), jnp.asarray(row[some]), jnp.asarray(at[some]))
+    np.testing.assert_array_equal(found, expected[some])
