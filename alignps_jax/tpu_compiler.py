@@ -39,4 +39,6 @@ def _library() -> Path | None:
     folders = (spec.submodule_search_locations or ()) if spec else ()
     named = os.environ.get("TPU_LIBRARY_PATH", "")
     found = [Path(path) for path in (named, *(f"{folder}/libtpu.so" for folder in folders)) if path]
-    return next((path for path in found if path.is_file() and path.stat().st_size), None)
+    # Where it cannot be read, JAX says so.
+    usable = (path for path in found if path.is_file() and os.access(path, os.R_OK))
+    return next((path for path in usable if path.stat().st_size), None)

@@ -1,7 +1,6 @@
 """Settings of all tests, in place before JAX starts; subprocesses inherit them."""
 
 import atexit
-import gc
 import os
 import shutil
 import tempfile
@@ -34,9 +33,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jaxtyping
 
 from tests.shapes import check_shapes
-
-# JAX makes many objects that stay; by default Python looks through all of them every few seconds.
-gc.set_threshold(100_000, 20, 20)
 
 # `make shapes` asks for it. It makes some tests several times as long, so `make test` does not.
 if os.environ.get("CHECK_SHAPES"):
