@@ -6,7 +6,6 @@ Corners outside the image count as the nearest pixel inside, with weight 0, as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -37,12 +36,9 @@ class MapSize(NamedTuple):
         return self.images, -(-self.height // SIDE), -(-self.width // (2 * SIDE))
 
 
-Corners = Sequence[Array]  # four of [M, K]: what `deform_sampling` calls rows, or weights
-
-
 def inside_windows(
-    size: MapSize, row: Int[Array, "L K"], at: Int[Array, "L 1"] | None = None
-) -> Bool[Array, "L K"]:
+    size: MapSize, row: Int[Array, "L N"], at: Int[Array, "L 1"] | None = None
+) -> Bool[Array, "L N"]:
     """Whether corners, given as rows of the table, are in the windows of their locations.
 
     Args:
@@ -54,9 +50,15 @@ def inside_windows(
     return (y >= 0) & (y < 3 * SIDE) & (x >= 0) & (x < 4 * SIDE)
 
 
+def ends(rows: Int[Array, "M 4*K"]) -> Int[Array, "M 2*K"]:
+    """First and fourth corners; the other two are in their rows and columns."""
+    first, _, _, last = jnp.split(rows, 4, axis=1)
+    return jnp.concatenate([first, last], axis=1)
+
+
 def _place(
-    size: MapSize, row: Int[Array, "L K"], at: Int[Array, "L 1"] | None = None
-) -> tuple[Int[Array, "L K"], Int[Array, "L K"]]:
+    size: MapSize, row: Int[Array, "L N"], at: Int[Array, "L 1"] | None = None
+) -> tuple[Int[Array, "L N"], Int[Array, "L N"]]:
     """Row and column in its location's window of a row of the table."""
     image, first_y, first_x = _windows(size, at)
     pixel = row - image * (size.height * size.width)
@@ -98,20 +100,18 @@ def from_blocks(size: MapSize, x: Float[Array, "B high wide L N"]) -> Float[Arra
 
 
 def pack_samples(
-    size: MapSize, weights: Corners, rows: Corners
+    size: MapSize, weights: Float[Array, "M 4*K"], rows: Int[Array, "M 4*K"]
 ) -> Float[Array, "B high wide K 8 L"]:
     """Of every sample: rows, then columns of the first and fourth corner, and the weights."""
-    (row, column), (last_row, last_column) = (_place(size, rows[each]) for each in (0, 3))
-    places = [x.astype(jnp.float32) for x in (row, last_row, column, last_column)]
-    x = jnp.stack([*places, *weights], axis=-1)
-    x = to_blocks(size, x.reshape(len(x), -1)).swapaxes(3, 4)
-    return x.reshape(*size.blocks, -1, 8, BLOCK)
+    places = [x.astype(jnp.float32) for x in _place(size, ends(rows))]
+    x = to_blocks(size, jnp.concatenate([*places, weights], axis=1))
+    return x.reshape(*size.blocks, BLOCK, 8, -1).transpose(0, 1, 2, 5, 4, 3)
 
 
-def unpack_corners(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> tuple[Array, ...]:
-    """Four [M, K] of what belongs to the corners."""
-    x = from_blocks(size, x.reshape(*size.blocks, -1, BLOCK).swapaxes(3, 4))
-    return tuple(jnp.moveaxis(x.reshape(len(x), -1, 4), 2, 0))
+def unpack_corners(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> Float[Array, "M 4*K"]:
+    """What belongs to the corners, as `pack_samples` takes the weights."""
+    x = x.transpose(0, 1, 2, 5, 4, 3)
+    return from_blocks(size, x.reshape(*x.shape[:4], -1))
 
 
 def squares(size: MapSize, table: Float[Array, "M C"]) -> list[Float[Array, "B high w 64 C"]]:

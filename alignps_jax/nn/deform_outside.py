@@ -18,13 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from alignps_jax.nn import deform_gathers, deform_windows
-from alignps_jax.nn.deform_blocks import MapSize, inside_windows
-from alignps_jax.nn.deform_gathers import Order, Rows, Weights
+from alignps_jax.nn import deform_windows
+from alignps_jax.nn.convolution import matmul
+from alignps_jax.nn.deform_blocks import MapSize, ends, inside_windows
+from alignps_jax.nn.deform_gathers import Rows, Weights
 
 # How many locations at a time.
 SOME = 128
-_BY_TILES = Order(by_taps=False, tile=SOME)
+# The rows are those of pixels inside the map.
+_IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +35,21 @@ class _Outside:
 
     Attributes:
       at: the locations; those after the last one with corners outside are beyond the map.
-      corners: which of their corners are outside.
+      outside: which of their corners are outside.
       weights: of all four corners, 0 where they are inside.
       rows: of all four corners.
     """
 
     at: Int[Array, "L"]
-    corners: list[Bool[Array, "L K"]]
-    weights: Weights
-    rows: Rows
+    outside: Bool[Array, "4 L*K"]
+    weights: Float[Array, "4 L*K"]
+    rows: Int[Array, "4 L*K"]
+
+    def read(self, table: Float[Array, "M C"]) -> tuple[Array, Array]:
+        """The corners [4, L * K, C], and the samples [L, K * C] in the type of `table`."""
+        corners = table.at[self.rows.ravel()].get(**_IN_BOUNDS).reshape(*self.rows.shape, -1)
+        samples = (self.weights[..., None] * corners).sum(axis=0).astype(table.dtype)
+        return corners, samples.reshape(len(self.at), -1)
 
 
 def _take(x: Num[Array, "M N"], at: Int[Array, "L"]) -> Num[Array, "L N"]:
@@ -49,15 +57,24 @@ def _take(x: Num[Array, "M N"], at: Int[Array, "L"]) -> Num[Array, "L N"]:
     return x.at[at].get(mode="fill", fill_value=0)
 
 
+def _by_corner(x: Num[Array, "L 4*K"]) -> Num[Array, "4 L*K"]:
+    return x.reshape(len(x), 4, -1).swapaxes(0, 1).reshape(4, -1)
+
+
+def _by_location(x: Num[Array, "4 L*K"]) -> Num[Array, "L 4*K"]:
+    return x.reshape(4, SOME, -1).swapaxes(0, 1).reshape(SOME, -1)
+
+
 def _add_outside(
-    size: MapSize, weights: Weights, rows: Rows, add: Callable[[_Outside, Any], Any], sums: Any
+    size: MapSize,
+    weights: Float[Array, "M 4*K"],
+    rows: Int[Array, "M 4*K"],
+    add: Callable[[_Outside, Any], Any],
+    sums: Any,
 ) -> Any:
     """The sums after `add` has taken all locations with corners outside their windows."""
-    locations = len(rows[0])
-    # The second and third corner are in the rows and columns of the first and fourth.
-    first, last = (inside_windows(size, rows[corner]) for corner in (0, 3))
-    inside = (first & last).all(axis=1)
-    count = locations - inside.sum(dtype=jnp.int32)
+    inside = inside_windows(size, ends(rows)).all(axis=1)
+    count = len(inside) - inside.sum(dtype=jnp.int32)
 
     def add_all(sums: Any) -> Any:
         # The n-th location with corners outside comes after those where fewer have been met.
@@ -66,17 +83,20 @@ def _add_outside(
         def add_some(turn: Any, sums: Any) -> Any:
             wanted = turn * SOME + jnp.arange(SOME, dtype=jnp.int32)
             at = (met <= wanted[:, None]).sum(axis=1, dtype=jnp.int32)
-            some_rows = tuple(_take(row, at) for row in rows)
-            corners = [~inside_windows(size, row, at[:, None]) for row in some_rows]
-            some_weights = tuple(
-                jnp.where(outside, _take(weight, at), 0.0)
-                for outside, weight in zip(corners, weights, strict=True)
-            )
-            return add(_Outside(at, corners, some_weights, some_rows), sums)
+            some_rows = _take(rows, at)
+            outside = ~inside_windows(size, some_rows, at[:, None])
+            some_weights = jnp.where(outside, _take(weights, at), 0.0)
+            some = map(_by_corner, (outside, some_weights, some_rows))
+            return add(_Outside(at, *some), sums)
 
         return lax.fori_loop(0, -(-count // SOME), add_some, sums)
 
     return lax.cond(count > 0, add_all, lambda sums: sums, sums)
+
+
+def _packed(corners: tuple[Num[Array, "M K"], ...]) -> Num[Array, "M 4*K"]:
+    """As one array: on a TPU each takes the room of 128 columns, and time to compile."""
+    return jnp.concatenate(corners, axis=1)
 
 
 def forward(
@@ -89,17 +109,19 @@ def forward(
     interpret: bool = False,
 ) -> Float[Array, "M F"]:
     """`deform_sampling.sample_and_multiply`, in float32."""
-    maps = table.reshape(*size, -1)
+    packed_weights, packed_rows = _packed(weights), _packed(rows)
+    maps, features = table.reshape(*size, -1), kernel.shape[-1]
 
     def add(some: _Outside, out: Array) -> Array:
-        table, (batch, height, width, features) = maps.reshape(len(rows[0]), -1), out.shape
-        more = deform_gathers.forward(_BY_TILES, table, some.weights, kernel, some.rows)
-        out = out.reshape(-1, features).at[some.at].add(more, mode="drop")
-        return out.reshape(batch, height, width, features)
+        _, samples = some.read(maps.reshape(table.shape))
+        more = matmul(samples, kernel.reshape(-1, features))
+        return out.reshape(-1, features).at[some.at].add(more, mode="drop").reshape(out.shape)
 
-    out = deform_windows.forward(size, table, weights, kernel, rows, interpret=interpret)
-    out = _add_outside(size, weights, rows, add, out.reshape(*size, -1))
-    return out.reshape(-1, kernel.shape[-1])
+    out = deform_windows.forward(
+        size, table, packed_weights, kernel, packed_rows, interpret=interpret
+    )
+    out = _add_outside(size, packed_weights, packed_rows, add, out.reshape(*size, -1))
+    return out.reshape(-1, features)
 
 
 def backward(
@@ -113,21 +135,30 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "M C"], Weights, Float[Array, "K C F"]]:
     """Cotangents of table, weights and kernel, in float32."""
+    packed_weights, packed_rows = _packed(weights), _packed(rows)
     maps, d_maps = table.reshape(*size, -1), d_out.reshape(*size, -1)
+    channels, features = kernel.shape[1:]
 
     def add(some: _Outside, sums: Any) -> Any:
-        d_table, d_weights, d_kernel = sums
-        table, d_out = (x.reshape(len(rows[0]), -1) for x in (maps, d_maps))
-        more_table, more_weights, more_kernel = deform_gathers.backward(
-            _BY_TILES, table, some.weights, kernel, some.rows, _take(d_out, some.at)
-        )
-        d_weights = tuple(
-            d.at[some.at].add(jnp.where(outside, more, 0.0), mode="drop")
-            for d, outside, more in zip(d_weights, some.corners, more_weights, strict=True)
-        )
-        return d_table + more_table.reshape(d_table.shape), d_weights, d_kernel + more_kernel
+        d_input, d_weights, d_kernel = sums
+        corners, samples = some.read(maps.reshape(table.shape))
+        d_some = _take(d_maps.reshape(d_out.shape), some.at)
+        d_kernel += matmul(samples.T, d_some).reshape(kernel.shape)
+        d_samples = matmul(d_some, kernel.reshape(-1, features).T).reshape(-1, channels)
+        more = jnp.where(some.outside, (corners * d_samples).sum(axis=-1), 0.0)
+        d_weights = d_weights.at[some.at].add(_by_location(more), mode="drop")
 
-    sums = deform_windows.backward(size, table, weights, kernel, rows, d_out, interpret=interpret)
-    sums = sums[0].reshape(maps.shape), *sums[1:]
-    d_table, d_weights, d_kernel = _add_outside(size, weights, rows, add, sums)
-    return d_table.reshape(table.shape), d_weights, d_kernel
+        def add_corner(d_table: Array, corner: Any) -> tuple[Array, None]:
+            rows, weights = corner
+            return d_table.at[rows].add(weights[:, None] * d_samples, **_IN_BOUNDS), None
+
+        flat = d_input.reshape(table.shape)
+        flat, _ = lax.scan(add_corner, flat, (some.rows, some.weights))
+        return flat.reshape(d_input.shape), d_weights, d_kernel
+
+    d_table, *others = deform_windows.backward(
+        size, table, packed_weights, kernel, packed_rows, d_out, interpret=interpret
+    )
+    sums = d_table.reshape(maps.shape), *others
+    d_table, d_weights, d_kernel = _add_outside(size, packed_weights, packed_rows, add, sums)
+    return d_table.reshape(table.shape), tuple(jnp.split(d_weights, 4, axis=1)), d_kernel

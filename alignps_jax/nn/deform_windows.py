@@ -22,14 +22,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.nn.deform_blocks import (
     BLOCK,
     SIDE,
     SQUARE,
     WINDOW,
-    Corners,
     MapSize,
     chunk_of,
     from_blocks,
@@ -131,13 +130,16 @@ class _Grid:
 def forward(
     size: MapSize,
     table: Float[Array, "M C"],
-    weights: Corners,
+    weights: Float[Array, "M 4*K"],
     kernel: Float[Array, "K C F"],
-    rows: Corners,
+    rows: Int[Array, "M 4*K"],
     *,
     interpret: bool = False,
 ) -> Float[Array, "M F"]:
-    """`deform_sampling.sample_and_multiply` of the corners inside the windows, in float32."""
+    """`deform_sampling.sample_and_multiply` of the corners inside the windows, in float32.
+
+    `weights` and `rows` are those of all taps' first corners, then of their second ones, and so on.
+    """
     grid = _Grid(size, kernel)
     out = grid.call(
         _forward_kernel,
@@ -165,13 +167,13 @@ def _forward_kernel(samples: Any, kernel: Any, *refs: Any) -> None:
 def backward(
     size: MapSize,
     table: Float[Array, "M C"],
-    weights: Corners,
+    weights: Float[Array, "M 4*K"],
     kernel: Float[Array, "K C F"],
-    rows: Corners,
+    rows: Int[Array, "M 4*K"],
     d_out: Float[Array, "M F"],
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "M C"], tuple[Float[Array, "M K"], ...], Float[Array, "K C F"]]:
+) -> tuple[Float[Array, "M C"], Float[Array, "M 4*K"], Float[Array, "K C F"]]:
     """Cotangents of table, weights and kernel, in float32; zero for corners outside."""
     grid = _Grid(size, kernel, flush=1)
     result = functools.partial(_result, table)
