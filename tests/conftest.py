@@ -1,6 +1,7 @@
 """Settings of all tests, in place before JAX starts; subprocesses inherit them."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=4",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",  # the cores are busy with other tests
         # Newer ones end where they meet it.
         *["--xla_cpu_use_fusion_emitters=false"] * metadata.version("jaxlib").startswith("0.10."),
     ]
@@ -33,6 +35,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jaxtyping
 
 from tests.shapes import check_shapes
+
+# Tracing makes many objects that stay: looking through all of them for garbage takes a tenth of it.
+gc.set_threshold(100_000, 20, 20)
 
 # `make shapes` asks for it. It makes some tests several times as long, so `make test` does not.
 if os.environ.get("CHECK_SHAPES"):

@@ -1,4 +1,4 @@
-"""Half a minute of fuzzing, and whether the fuzzer notices what it is there for."""
+"""Some seconds of fuzzing, and whether the fuzzer notices what it is there for."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.fuzz import mutations
 from tests.fuzz.runner import Reader, Run
 from tests.places import ROOT
 
-SECONDS = 25  # of reading; a dozen more go into building the sound files
+SECONDS = 10  # of reading; a dozen more go into building the sound files
 
 # Some test of the same process may have started JAX's threads; nothing here uses them.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*os\.fork")

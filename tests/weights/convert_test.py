@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -51,15 +52,21 @@ def model_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     return released_shapes({"params": weights.params, "frozen": weights.frozen})
 
 
-def fake_detector(variant: str = "released") -> Tensors:
-    """A released file's tensors; always with the levels that only training has."""
+@cache
+def detector_shapes(variant: str) -> dict[str, tuple[int, ...]]:
+    """Those of a released file, which always has the levels that only training has."""
     config = small_config(variant)
     config.model.background_levels = True
     shapes = model_shapes(config) | {LOOKUP_TABLE: (LUT, 8), QUEUE: (SLOTS, 8)}
     shapes[QUEUE.replace("queue", "tail")] = ()
     for name in [name for name in shapes if name.endswith("running_var")]:
         shapes[name.replace("running_var", "num_batches_tracked")] = ()
-    return random_state_dict(shapes, seed=1)
+    return shapes
+
+
+def fake_detector(variant: str = "released") -> Tensors:
+    """A released file's tensors."""
+    return random_state_dict(detector_shapes(variant), seed=1)
 
 
 def fake_backbone() -> Tensors:
@@ -148,47 +155,65 @@ def changed(**changes) -> Tensors:
 
 
 BAD_SOURCES = {
-    "missing": (changed(**{"neck.lateral_convs.0.weight": None}), "missing: neck.lateral_convs.0"),
-    "unexpected": (changed(**{"neck.extra.weight": np.ones(3, np.float32)}), "unexpected: neck.ex"),
+    "missing": (
+        partial(changed, **{"neck.lateral_convs.0.weight": None}),
+        "missing: neck.lateral_convs.0",
+    ),
+    "unexpected": (
+        partial(changed, **{"neck.extra.weight": np.ones(3, np.float32)}),
+        "unexpected: neck.ex",
+    ),
     "shape": (
-        changed(**{"bbox_head.conv_cls.weight": np.ones((1, 7, 3, 3), np.float32)}),
+        partial(changed, **{"bbox_head.conv_cls.weight": np.ones((1, 7, 3, 3), np.float32)}),
         re.escape("wrong shape: bbox_head.conv_cls.weight [1, 7, 3, 3] instead of [1, 8, 3, 3]"),
     ),
-    "type": (changed(**{"bbox_head.conv_cls.bias": np.ones(1)}), "wrong type: .*conv_cls.bias"),
+    "type": (
+        partial(changed, **{"bbox_head.conv_cls.bias": np.ones(1)}),
+        "wrong type: .*conv_cls.bias",
+    ),
     "nan": (
-        changed(**{"bbox_head.conv_cls.bias": np.full(1, np.nan, np.float32)}),
+        partial(changed, **{"bbox_head.conv_cls.bias": np.full(1, np.nan, np.float32)}),
         "not finite: bbox_head.conv_cls.bias",
     ),
     "tail": (
-        changed(**{QUEUE.replace("queue", "tail"): np.int64(SLOTS)}),
+        partial(changed, **{QUEUE.replace("queue", "tail"): np.int64(SLOTS)}),
         f"tail: found {SLOTS}, expected",
     ),
-    "plus": (fake_detector("released_plus"), r"deform_stages: found \(\), expected \(3, 4, 5\)"),
+    "plus": (
+        partial(fake_detector, "released_plus"),
+        r"deform_stages: found \(\), expected \(3, 4, 5\)",
+    ),
     "variance": (
-        changed(**{"backbone.bn1.running_var": np.full(4, -1e-3, np.float32)}),
+        partial(changed, **{"backbone.bn1.running_var": np.full(4, -1e-3, np.float32)}),
         "a negative variance: backbone.bn1.running_var",
     ),
     "shape of what only training has": (
-        changed(**{"neck.fpn_convs.3.conv.weight": np.ones((8, 8, 3, 5), np.float32)}),
+        partial(changed, **{"neck.fpn_convs.3.conv.weight": np.ones((8, 8, 3, 5), np.float32)}),
         re.escape("wrong shape: neck.fpn_convs.3.conv.weight [8, 8, 3, 5] instead of [8, 8, 3, 3]"),
     ),
     "type of a count": (
-        changed(**{"backbone.bn1.num_batches_tracked": np.ones((), np.float32)}),
+        partial(changed, **{"backbone.bn1.num_batches_tracked": np.ones((), np.float32)}),
         "wrong type: backbone.bn1.num_batches_tracked float32",
     ),
-    "a name of two lines": (changed(**{"a\nb": np.ones(1, np.float32)}), r"unexpected: 'a\\nb'"),
+    "a name of two lines": (
+        partial(changed, **{"a\nb": np.ones(1, np.float32)}),
+        r"unexpected: 'a\\nb'",
+    ),
     "queue": (
-        changed(**{QUEUE: np.ones((500, 8), np.float32)}),
+        partial(changed, **{QUEUE: np.ones((500, 8), np.float32)}),
         f"queue_size: found {SLOTS}, expected 500",
     ),
-    "nothing like it": ({"weight": np.ones(3, np.float32)}, "missing: backbone.* and .* more"),
+    "nothing like it": (
+        lambda: {"weight": np.ones(3, np.float32)},
+        "missing: backbone.* and .* more",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SOURCES)
 def test_what_does_not_fit_is_named_and_nothing_is_written(case, tmp_path):
-    tensors, message = BAD_SOURCES[case]
-    tensors = {name: np.asarray(value) for name, value in tensors.items()}
+    make, message = BAD_SOURCES[case]
+    tensors = {name: np.asarray(value) for name, value in make().items()}
     with pytest.raises(UserError, match=message) as error:
         convert_released(small_config(), saved(tmp_path, tensors), tmp_path / "out")
     assert "\n" not in str(error.value)
