@@ -11,26 +11,18 @@ VARIABLE = "LIBTPU_INIT_ARGS"
 # XLA tries tilings of every convolution, and translates each to instructions to learn its cycles.
 # With this target it takes the first that is good enough, instead of trying all of them.
 FLAG = "xla_jf_convolution_performance_target"
-# It translates in several threads: on two cores that is what a start waits for. A TPU's host has
-# dozens of them, where a training run's cycles count for more.
-_TARGET, _TARGET_ON_FEW = 0.95, 0.85
-_MANY_CORES = 16
+_TARGET = 0.95
 
 
-def stop_at_good_tilings(cores: int | None = None) -> None:
+def stop_at_good_tilings() -> None:
     """Sets the target, for the TPUs of this process and of those that it starts.
 
     It must run before JAX looks for devices. Does nothing where the user has set the flag, where
     no TPU compiler is installed, or where it does not know the flag, which would end the process.
-
-    Args:
-      cores: that the compiler may use, those of this process if None.
     """
     given = os.environ.get(VARIABLE, "")
     if FLAG not in given and _knows_flag():
-        cores = cores or len(os.sched_getaffinity(0))
-        target = _TARGET if cores >= _MANY_CORES else _TARGET_ON_FEW
-        os.environ[VARIABLE] = f"{given} --{FLAG}={target}".strip()
+        os.environ[VARIABLE] = f"{given} --{FLAG}={_TARGET}".strip()
 
 
 def _knows_flag() -> bool:

@@ -11,14 +11,14 @@ from alignps_jax.tpu_compiler import FLAG, VARIABLE, stop_at_good_tilings
 def flags(tmp_path, monkeypatch):
     """The flags after a start with a library of these bytes and flags of the user's."""
 
-    def after(library, given=None, cores=2):
+    def after(library, given=None):
         path = tmp_path / "libtpu.so"
         path.write_bytes(library)
         monkeypatch.setenv("TPU_LIBRARY_PATH", str(path))
         monkeypatch.delenv(VARIABLE, raising=False)
         if given is not None:
             monkeypatch.setenv(VARIABLE, given)
-        stop_at_good_tilings(cores)
+        stop_at_good_tilings()
         return os.environ.get(VARIABLE)
 
     return after
@@ -28,12 +28,8 @@ KNOWS = b"\x7fELF" + bytes(70_000) + f"\0{FLAG}\0".encode()
 
 
 def test_a_library_that_knows_the_flag_is_told(flags):
-    assert flags(KNOWS) == f"--{FLAG}=0.85"
-    assert flags(KNOWS, "--xla_other=1") == f"--xla_other=1 --{FLAG}=0.85"
-
-
-def test_many_cores_try_more(flags):
-    assert flags(KNOWS, cores=112) == f"--{FLAG}=0.95"
+    assert flags(KNOWS) == f"--{FLAG}=0.95"
+    assert flags(KNOWS, "--xla_other=1") == f"--xla_other=1 --{FLAG}=0.95"
 
 
 def test_what_the_user_set_stays(flags):
