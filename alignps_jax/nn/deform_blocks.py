@@ -6,12 +6,13 @@ Corners outside the image count as the nearest pixel inside, with weight 0, as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 # A block is two squares side by side: as many locations as a vector register has lanes (128).
 SIDE = 8
@@ -50,10 +51,16 @@ def inside_windows(
     return (y >= 0) & (y < 3 * SIDE) & (x >= 0) & (x < 4 * SIDE)
 
 
+def beside(arrays: Sequence[Num[Array, "M _"]]) -> Num[Array, "M _"]:
+    """All columns. Where a compiler keeps the order of dimensions, M comes last in memory: a TPU
+    pads what comes last to 128."""
+    return jnp.concatenate([x.T for x in arrays]).T
+
+
 def ends(rows: Int[Array, "M 4*K"]) -> Int[Array, "M 2*K"]:
     """First and fourth corners; the other two are in their rows and columns."""
     first, _, _, last = jnp.split(rows, 4, axis=1)
-    return jnp.concatenate([first, last], axis=1)
+    return beside([first, last])
 
 
 def _place(
@@ -104,14 +111,21 @@ def pack_samples(
 ) -> Float[Array, "B high wide K 8 L"]:
     """Of every sample: rows, then columns of the first and fourth corner, and the weights."""
     places = [x.astype(jnp.float32) for x in _place(size, ends(rows))]
-    x = to_blocks(size, jnp.concatenate([*places, weights], axis=1))
-    return x.reshape(*size.blocks, BLOCK, 8, -1).transpose(0, 1, 2, 5, 4, 3)
+    x = beside([*places, weights])
+    x = to_blocks(size, _swapped(x, 8)).swapaxes(3, 4)
+    return x.reshape(*size.blocks, -1, 8, BLOCK)
 
 
 def unpack_corners(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> Float[Array, "M 4*K"]:
     """What belongs to the corners, as `pack_samples` takes the weights."""
-    x = x.transpose(0, 1, 2, 5, 4, 3)
-    return from_blocks(size, x.reshape(*x.shape[:4], -1))
+    taps = x.shape[3]
+    x = x.reshape(*size.blocks, -1, BLOCK).swapaxes(3, 4)
+    return _swapped(from_blocks(size, x), taps)
+
+
+def _swapped(x: Float[Array, "M N"], first: int) -> Float[Array, "M N"]:
+    """The columns [first, N / first] in the order [N / first, first]; see `beside`."""
+    return x.T.reshape(first, -1, len(x)).swapaxes(0, 1).reshape(-1, len(x)).T
 
 
 def squares(size: MapSize, table: Float[Array, "M C"]) -> list[Float[Array, "B high w 64 C"]]:
