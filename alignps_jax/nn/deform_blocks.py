@@ -52,12 +52,14 @@ def inside_windows(
 
 
 def beside(arrays: Sequence[Num[Array, "M _"]]) -> Num[Array, "M _"]:
-    """All columns. Where a compiler keeps the order of dimensions, M comes last in memory: a TPU
-    pads what comes last to 128."""
+    """The columns of all arrays.
+
+    Written like this, M comes last in the memory of a TPU, which pads what comes last to 128.
+    """
     return jnp.concatenate([x.T for x in arrays]).T
 
 
-def ends(rows: Int[Array, "M 4*K"]) -> Int[Array, "M 2*K"]:
+def ends(rows: Int[Array, "M N"]) -> Int[Array, "M _"]:
     """First and fourth corners; the other two are in their rows and columns."""
     first, _, _, last = jnp.split(rows, 4, axis=1)
     return beside([first, last])
@@ -107,7 +109,7 @@ def from_blocks(size: MapSize, x: Float[Array, "B high wide L N"]) -> Float[Arra
 
 
 def pack_samples(
-    size: MapSize, weights: Float[Array, "M 4*K"], rows: Int[Array, "M 4*K"]
+    size: MapSize, weights: Float[Array, "M N"], rows: Int[Array, "M N"]
 ) -> Float[Array, "B high wide K 8 L"]:
     """Of every sample: rows, then columns of the first and fourth corner, and the weights."""
     places = [x.astype(jnp.float32) for x in _place(size, ends(rows))]
@@ -116,7 +118,7 @@ def pack_samples(
     return x.reshape(*size.blocks, -1, 8, BLOCK)
 
 
-def unpack_corners(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> Float[Array, "M 4*K"]:
+def unpack_corners(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> Float[Array, "M N"]:
     """What belongs to the corners, as `pack_samples` takes the weights."""
     taps = x.shape[3]
     x = x.reshape(*size.blocks, -1, BLOCK).swapaxes(3, 4)

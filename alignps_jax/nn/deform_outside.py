@@ -16,7 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from alignps_jax.nn import deform_windows
 from alignps_jax.nn.convolution import matmul
@@ -31,7 +31,7 @@ _IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indice
 
 @dataclasses.dataclass(frozen=True)
 class _Outside:
-    """Some locations, and their corners outside the windows.
+    """L locations, and the corners outside the windows of their S samples, of K taps each.
 
     Attributes:
       at: the locations; those after the last one with corners outside are beyond the map.
@@ -41,12 +41,12 @@ class _Outside:
     """
 
     at: Int[Array, "L"]
-    outside: Bool[Array, "4 L*K"]
-    weights: Float[Array, "4 L*K"]
-    rows: Int[Array, "4 L*K"]
+    outside: Bool[Array, "4 S"]
+    weights: Float[Array, "4 S"]
+    rows: Int[Array, "4 S"]
 
     def read(self, table: Float[Array, "M C"]) -> tuple[Array, Array]:
-        """The corners [4, L * K, C], and the samples [L, K * C] in the type of `table`."""
+        """The corners [4, S, C], and the samples [L, K * C] in the type of `table`."""
         corners = table.at[self.rows.ravel()].get(**_IN_BOUNDS).reshape(*self.rows.shape, -1)
         samples = (self.weights[..., None] * corners).sum(axis=0).astype(table.dtype)
         return corners, samples.reshape(len(self.at), -1)
@@ -57,18 +57,18 @@ def _take(x: Num[Array, "M N"], at: Int[Array, "L"]) -> Num[Array, "L N"]:
     return x.at[at].get(mode="fill", fill_value=0)
 
 
-def _by_corner(x: Num[Array, "L 4*K"]) -> Num[Array, "4 L*K"]:
+def _by_corner(x: Shaped[Array, "L N"]) -> Shaped[Array, "4 S"]:
     return x.reshape(len(x), 4, -1).swapaxes(0, 1).reshape(4, -1)
 
 
-def _by_location(x: Num[Array, "4 L*K"]) -> Num[Array, "L 4*K"]:
+def _by_location(x: Num[Array, "4 S"]) -> Num[Array, "L N"]:
     return x.reshape(4, SOME, -1).swapaxes(0, 1).reshape(SOME, -1)
 
 
 def _add_outside(
     size: MapSize,
-    weights: Float[Array, "M 4*K"],
-    rows: Int[Array, "M 4*K"],
+    weights: Float[Array, "M N"],
+    rows: Int[Array, "M N"],
     add: Callable[[_Outside, Any], Any],
     sums: Any,
 ) -> Any:
@@ -94,8 +94,11 @@ def _add_outside(
     return lax.cond(count > 0, add_all, lambda sums: sums, sums)
 
 
-def _packed(corners: tuple[Num[Array, "M K"], ...]) -> Num[Array, "M 4*K"]:
-    """As one array: on a TPU each takes the room of 128 columns, and time to compile."""
+def _packed(corners: tuple[Num[Array, "M K"], ...]) -> Num[Array, "M N"]:
+    """First corners of all taps, then second ones, and so on.
+
+    As one array: on a TPU each takes the room of 128 columns, and time to compile.
+    """
     return beside(corners)
 
 

@@ -130,9 +130,9 @@ class _Grid:
 def forward(
     size: MapSize,
     table: Float[Array, "M C"],
-    weights: Float[Array, "M 4*K"],
+    weights: Float[Array, "M N"],
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "M 4*K"],
+    rows: Int[Array, "M N"],
     *,
     interpret: bool = False,
 ) -> Float[Array, "M F"]:
@@ -167,13 +167,13 @@ def _forward_kernel(samples: Any, kernel: Any, *refs: Any) -> None:
 def backward(
     size: MapSize,
     table: Float[Array, "M C"],
-    weights: Float[Array, "M 4*K"],
+    weights: Float[Array, "M N"],
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "M 4*K"],
+    rows: Int[Array, "M N"],
     d_out: Float[Array, "M F"],
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "M C"], Float[Array, "M 4*K"], Float[Array, "K C F"]]:
+) -> tuple[Float[Array, "M C"], Float[Array, "M N"], Float[Array, "K C F"]]:
     """Cotangents of table, weights and kernel, in float32; zero for corners outside."""
     grid = _Grid(size, kernel, flush=1)
     result = functools.partial(_result, table)
