@@ -36,7 +36,7 @@ import jaxtyping
 
 from tests.shapes import check_shapes
 
-# Tracing makes many objects that stay: looking through all of them for garbage takes a tenth of it.
+# Tracing makes many objects that stay; looking through all of them for garbage is slow.
 gc.set_threshold(100_000, 20, 20)
 
 # `make shapes` asks for it. It makes some tests several times as long, so `make test` does not.
