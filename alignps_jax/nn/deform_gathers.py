@@ -40,7 +40,7 @@ Weights = tuple[Float[Array, "..."], ...]
 RowsOfTap = Rows | Int[Array, "_ M"]
 WeightsOfTap = Weights | Float[Array, "_ M"]
 # The rows are those of pixels inside the map, so that gathers and scatters need not clip.
-_IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _by_taps_bwd(
         projected = table @ kernel
         d_weights = _corner_products(projected, rows, d_out, order.lanes)
         d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
-        d_projected = _scatter(d_projected, rows, weights, d_out, order.at_once)
+        d_projected = scatter(d_projected, rows, weights, d_out, order.at_once)
         d_projected = d_projected.astype(table.dtype)
         d_kernel = matmul(transposed, d_projected)
         return d_table + matmul(d_projected, kernel.T), (d_weights, d_kernel)
@@ -157,7 +157,7 @@ def _by_groups_bwd(
         projected = (table @ kernel).reshape(-1, features)
         d_weights = jnp.stack(_corner_products(projected, rows, d_out, order.lanes))
         d_projected = jnp.zeros_like(projected, dtype=jnp.float32)
-        d_projected = _scatter(d_projected, rows, weights, d_out, order.at_once)
+        d_projected = scatter(d_projected, rows, weights, d_out, order.at_once)
         d_projected = d_projected.astype(table.dtype).reshape(len(table), -1)
         d_kernel = matmul(table.T, d_projected)
         return d_table + matmul(d_projected, kernel.T), (d_weights, d_kernel)
@@ -239,7 +239,7 @@ def _by_tiles_bwd(
         d_samples = store(rows, matmul, d_out, transposed_kernel).reshape(-1, channels)
         # Behind a barrier: XLA would store the corners, for `samples` and this to share.
         d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples, order.lanes)
-        d_table = _scatter(d_table, rows, weights, d_samples, order.at_once)
+        d_table = scatter(d_table, rows, weights, d_samples, order.at_once)
         return (d_table, d_kernel), d_weights
 
     zeros = functools.partial(jnp.zeros_like, table, dtype=jnp.float32)
@@ -291,12 +291,12 @@ def _sample(
 ) -> Float[Array, "M C"]:
     """Weighted sum of the four corners, in float32."""
     total: Any = sum(
-        w[:, None] * table.at[r].get(**_IN_BOUNDS) for r, w in zip(rows, weights, strict=True)
+        w[:, None] * table.at[r].get(**IN_BOUNDS) for r, w in zip(rows, weights, strict=True)
     )
     return total
 
 
-def _scatter(
+def scatter(
     table: Float[Array, "R C"],
     rows: RowsOfTap,
     weights: WeightsOfTap,
@@ -307,11 +307,11 @@ def _scatter(
 
     def add_corner(table, corner):
         rows, weights = corner
-        return table.at[rows].add(weights[:, None] * values, **_IN_BOUNDS), None
+        return table.at[rows].add(weights[:, None] * values, **IN_BOUNDS), None
 
     if at_once:
         values = jnp.stack(weights)[..., None] * values
-        return table.at[jnp.stack(rows)].add(values, **_IN_BOUNDS)
+        return table.at[jnp.stack(rows)].add(values, **IN_BOUNDS)
     return lax.scan(add_corner, table, (jnp.stack(rows), jnp.stack(weights)))[0]
 
 
@@ -325,10 +325,10 @@ def _corner_products(
     """
     values = values.astype(jnp.float32)
     if lanes == 1:
-        return tuple(jnp.sum(values * table.at[r].get(**_IN_BOUNDS), axis=-1) for r in rows)
+        return tuple(jnp.sum(values * table.at[r].get(**IN_BOUNDS), axis=-1) for r in rows)
     locations, channels = values.shape
     lanes = math.gcd(channels, lanes)
-    products = [values * table.at[r].get(**_IN_BOUNDS) for r in rows]
+    products = [values * table.at[r].get(**IN_BOUNDS) for r in rows]
     products = [p.reshape(locations, channels // lanes, lanes) for p in products]
     zeros = [np.float32(0)] * len(products)
     sums = lax.reduce(products, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))

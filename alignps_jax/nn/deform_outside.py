@@ -4,8 +4,9 @@ The kernels leave out corners that are not in the window of their location. A lo
 corners is taken once more, with those corners only, by gathers and scatters; some locations at a
 time, until none is left. So a few far offsets cost little, and the time grows with their number.
 
-Maps keep their four dimensions up to there: on a TPU a map is laid out in another way than a table
-of its pixels, and what a branch takes must be there, even if it is not taken.
+The corners of all taps are one array: on a TPU each array takes the room of 128 columns, and time
+to compile. Maps keep their four dimensions up to the gathers: on a TPU a map is laid out in another
+way than a table of its pixels, and what a branch takes must be there, even if it is not taken.
 """
 
 from __future__ import annotations
@@ -21,12 +22,10 @@ from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 from alignps_jax.nn import deform_windows
 from alignps_jax.nn.convolution import matmul
 from alignps_jax.nn.deform_blocks import MapSize, beside, ends, inside_windows
-from alignps_jax.nn.deform_gathers import Rows, Weights
+from alignps_jax.nn.deform_gathers import IN_BOUNDS, Rows, Weights, scatter
 
 # How many locations at a time.
 SOME = 128
-# The rows are those of pixels inside the map.
-_IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +46,7 @@ class _Outside:
 
     def read(self, table: Float[Array, "M C"]) -> tuple[Array, Array]:
         """The corners [4, S, C], and the samples [L, K * C] in the type of `table`."""
-        corners = table.at[self.rows.ravel()].get(**_IN_BOUNDS).reshape(*self.rows.shape, -1)
+        corners = table.at[self.rows.ravel()].get(**IN_BOUNDS).reshape(*self.rows.shape, -1)
         samples = (self.weights[..., None] * corners).sum(axis=0).astype(table.dtype)
         return corners, samples.reshape(len(self.at), -1)
 
@@ -94,14 +93,6 @@ def _add_outside(
     return lax.cond(count > 0, add_all, lambda sums: sums, sums)
 
 
-def _packed(corners: tuple[Num[Array, "M K"], ...]) -> Num[Array, "M N"]:
-    """First corners of all taps, then second ones, and so on.
-
-    As one array: on a TPU each takes the room of 128 columns, and time to compile.
-    """
-    return beside(corners)
-
-
 def forward(
     size: MapSize,
     table: Float[Array, "M C"],
@@ -112,7 +103,7 @@ def forward(
     interpret: bool = False,
 ) -> Float[Array, "M F"]:
     """`deform_sampling.sample_and_multiply`, in float32."""
-    packed_weights, packed_rows = _packed(weights), _packed(rows)
+    packed_weights, packed_rows = beside(weights), beside(rows)
     maps, features = table.reshape(*size, -1), kernel.shape[-1]
 
     def add(some: _Outside, out: Array) -> Array:
@@ -138,7 +129,7 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "M C"], Weights, Float[Array, "K C F"]]:
     """Cotangents of table, weights and kernel, in float32."""
-    packed_weights, packed_rows = _packed(weights), _packed(rows)
+    packed_weights, packed_rows = beside(weights), beside(rows)
     maps, d_maps = table.reshape(*size, -1), d_out.reshape(*size, -1)
     channels, features = kernel.shape[1:]
 
@@ -150,13 +141,8 @@ def backward(
         d_samples = matmul(d_some, kernel.reshape(-1, features).T).reshape(-1, channels)
         more = jnp.where(some.outside, (corners * d_samples).sum(axis=-1), 0.0)
         d_weights = d_weights.at[some.at].add(_by_location(more), mode="drop")
-
-        def add_corner(d_table: Array, corner: Any) -> tuple[Array, None]:
-            rows, weights = corner
-            return d_table.at[rows].add(weights[:, None] * d_samples, **_IN_BOUNDS), None
-
         flat = d_input.reshape(table.shape)
-        flat, _ = lax.scan(add_corner, flat, (some.rows, some.weights))
+        flat = scatter(flat, some.rows, some.weights, d_samples, at_once=False)
         return flat.reshape(d_input.shape), d_weights, d_kernel
 
     d_table, *others = deform_windows.backward(
