@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 _LANES = 128  # of a TPU's vectors
 # Of bfloat16 too, sums in float32.
 matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def conv2d(
@@ -172,10 +173,11 @@ def _by_taps(
     """Projects every pixel for all taps at once; each location then adds up what meets there.
 
     One product with k * k * F columns instead of k * k with F, which are too few for it to be fast.
+    Maps keep their four dimensions: on a TPU, few columns are laid out along the rows of the map,
+    and to join these takes long, to run and to compile, unless they are a multiple of 128.
     """
-    side, _, channels, _ = kernel.shape
-    projected = matmul(inputs.reshape(-1, channels), _tap_rows(kernel).T)
-    projected = projected.reshape(*inputs.shape[:-1], -1)
+    side = kernel.shape[0]
+    projected = _einsum("bhwc,pc->bhwp", inputs, _tap_rows(kernel))
     taps = zip(jnp.split(projected, side**2, axis=-1), _shifts(side), strict=True)
     total: Any = sum(shifted(tap, y, x) for tap, (y, x) in taps)
     return total.astype(inputs.dtype)
@@ -183,12 +185,11 @@ def _by_taps(
 
 def _by_taps_bwd(inputs: Array, kernel: Array, d_out: Array) -> tuple[Array, Array]:
     side, _, channels, features = kernel.shape
-    taps = [shifted(d_out, -y, -x) for y, x in _shifts(side)]
-    d_projected = jnp.concatenate(taps, axis=-1).reshape(-1, side**2 * features)
-    d_inputs = matmul(d_projected, _tap_rows(kernel)).astype(inputs.dtype)
-    d_kernel = matmul(d_projected.T, inputs.reshape(-1, channels)).astype(kernel.dtype)
+    d_projected = jnp.concatenate([shifted(d_out, -y, -x) for y, x in _shifts(side)], axis=-1)
+    d_inputs = _einsum("bhwp,pc->bhwc", d_projected, _tap_rows(kernel)).astype(inputs.dtype)
+    d_kernel = _einsum("bhwp,bhwc->pc", d_projected, inputs).astype(kernel.dtype)
     d_kernel = d_kernel.reshape(side, side, features, channels)
-    return d_inputs.reshape(inputs.shape), d_kernel.swapaxes(2, 3)
+    return d_inputs, d_kernel.swapaxes(2, 3)
 
 
 def _product(
