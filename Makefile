@@ -112,8 +112,8 @@ RUNS ?= 5
 benchmark: $(PARITY_READY)
 	$(PARITY)/bin/python -m tests.benchmark --runs=$(RUNS) $(if $(WHAT),--what=$(WHAT))
 
-# Inference and the paper's largest training step, compiled for chips that are not here: an hour or
-# two. The short form (small images) takes a quarter of an hour. docs/scaling.md has results.
+# Inference and the paper's largest training step, compiled for chips that are not here: some ten
+# minutes on two cores. The short form has small images. docs/scaling.md has results.
 GATE = $(AOT)/bin/python launch.py --mode=scaling --config=configs/cuhk.py
 ALL_CHIPS := --topology=h100:8,a100:1,v100:1,v5e:2x4 --target=runs/scaling/gate.json
 accelerators: $(AOT_READY)
