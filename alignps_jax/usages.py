@@ -226,7 +226,7 @@ USAGES: dict[str, Usage] = {
             "config": f"{_CONFIG}; default: configs/cuhk.py",
             "topology": "chips to compile for, a,b,...: v5e:2x4, v6e:2x2, v5p:2x2x1, h100:8, "
             "a100:1, v100:1, cpu:8; without it, measures",
-            "what": "inference, train, epoch (training on every bucket: half an hour for a TPU), "
+            "what": "inference, train, epoch (training on every bucket: slow for a TPU), "
             "a,b,...; default: inference,train",
             "scale": "<long>x<short> in pixels; default: the test and the largest training scale",
             "batch": "images of each device; default: config.train.batch_size",
