@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int
 
 # A block is two squares side by side: as many locations as a vector register has lanes (128).
 SIDE = 8
@@ -38,36 +38,28 @@ class MapSize(NamedTuple):
 
 
 def inside_windows(
-    size: MapSize, row: Int[Array, "L N"], at: Int[Array, "L 1"] | None = None
-) -> Bool[Array, "L N"]:
+    size: MapSize, row: Int[Array, "*locations N"], at: Sequence[Int[Array, "L"]] | None = None
+) -> Bool[Array, "*locations N"]:
     """Whether corners, given as rows of the table, are in the windows of their locations.
 
     Args:
       size: of the map.
       row: the corners.
-      at: the locations, all of them if None.
+      at: images, rows and columns of the locations, all [B, h, w] if None.
     """
     y, x = _place(size, row, at)
     return (y >= 0) & (y < 3 * SIDE) & (x >= 0) & (x < 4 * SIDE)
 
 
-def beside(arrays: Sequence[Num[Array, "M _"]]) -> Num[Array, "M _"]:
-    """The columns of all arrays.
-
-    Written like this, M comes last in the memory of a TPU, which pads what comes last to 128.
-    """
-    return jnp.concatenate([x.T for x in arrays]).T
-
-
-def ends(rows: Int[Array, "M N"]) -> Int[Array, "M _"]:
+def ends(rows: Int[Array, "B h w N"]) -> Int[Array, "B h w _"]:
     """First and fourth corners; the other two are in their rows and columns."""
-    first, _, _, last = jnp.split(rows, 4, axis=1)
-    return beside([first, last])
+    first, _, _, last = jnp.split(rows, 4, axis=-1)
+    return jnp.concatenate([first, last], axis=-1)
 
 
 def _place(
-    size: MapSize, row: Int[Array, "L N"], at: Int[Array, "L 1"] | None = None
-) -> tuple[Int[Array, "L N"], Int[Array, "L N"]]:
+    size: MapSize, row: Int[Array, "*locations N"], at: Sequence[Int[Array, "L"]] | None = None
+) -> tuple[Int[Array, "*locations N"], Int[Array, "*locations N"]]:
     """Row and column in its location's window of a row of the table."""
     image, first_y, first_x = _windows(size, at)
     pixel = row - image * (size.height * size.width)
@@ -76,22 +68,17 @@ def _place(
     return y - first_y, pixel - y * size.width - first_x
 
 
-def _windows(size: MapSize, at: Int[Array, "L 1"] | None) -> tuple[Array, Array, Array]:
-    """Image, first row and first column [L, 1] of the windows of locations, all if None."""
+def _windows(size: MapSize, at: Sequence[Int[Array, "L"]] | None) -> tuple[Array, Array, Array]:
+    """Image, first row and first column [..., 1] of the windows of locations, all if None."""
     if at is None:
-        image, y, x = (
-            lax.broadcasted_iota(jnp.int32, (*size, 1), axis).reshape(-1, 1) for axis in range(3)
-        )
-    else:
-        image, pixel = jnp.divmod(at, size.height * size.width)
-        y, x = jnp.divmod(pixel, size.width)
+        at = [lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(3)]
+    image, y, x = (place[..., None] for place in at)
     return image, y // SIDE * SIDE - SIDE, x // (2 * SIDE) * (2 * SIDE) - SIDE
 
 
-def to_blocks(size: MapSize, x: Float[Array, "M N"]) -> Float[Array, "B high wide L N"]:
+def to_blocks(size: MapSize, x: Float[Array, "B h w N"]) -> Float[Array, "B high wide L N"]:
     """Locations block by block, square by square, with zeros where a block leaves the map."""
     images, high, wide = size.blocks
-    x = x.reshape(*size, -1)
     x = jnp.pad(
         x,
         [(0, 0), (0, high * SIDE - size.height), (0, wide * 2 * SIDE - size.width), (0, 0)],
@@ -100,40 +87,39 @@ def to_blocks(size: MapSize, x: Float[Array, "M N"]) -> Float[Array, "B high wid
     return x.reshape(images, high, wide, BLOCK, -1)
 
 
-def from_blocks(size: MapSize, x: Float[Array, "B high wide L N"]) -> Float[Array, "M N"]:
+def from_blocks(size: MapSize, x: Float[Array, "B high wide L N"]) -> Float[Array, "B h w N"]:
     """The inverse of `to_blocks`."""
     images, high, wide = size.blocks
     x = x.reshape(images, high, 2 * wide, SIDE, SIDE, -1).swapaxes(2, 3)
-    x = x.reshape(images, high * SIDE, wide * 2 * SIDE, -1)[:, : size.height, : size.width]
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(images, high * SIDE, wide * 2 * SIDE, -1)[:, : size.height, : size.width]
 
 
 def pack_samples(
-    size: MapSize, weights: Float[Array, "M N"], rows: Int[Array, "M N"]
+    size: MapSize, weights: Float[Array, "B h w N"], rows: Int[Array, "B h w N"]
 ) -> Float[Array, "B high wide K 8 L"]:
     """Of every sample: rows, then columns of the first and fourth corner, and the weights."""
     places = [x.astype(jnp.float32) for x in _place(size, ends(rows))]
-    x = beside([*places, weights])
+    x = jnp.concatenate([*places, weights], axis=-1)
     x = to_blocks(size, _swapped(x, 8)).swapaxes(3, 4)
     return x.reshape(*size.blocks, -1, 8, BLOCK)
 
 
-def unpack_corners(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> Float[Array, "M N"]:
+def unpack_corners(size: MapSize, x: Float[Array, "B high wide K 4 L"]) -> Float[Array, "B h w N"]:
     """What belongs to the corners, as `pack_samples` takes the weights."""
     taps = x.shape[3]
     x = x.reshape(*size.blocks, -1, BLOCK).swapaxes(3, 4)
     return _swapped(from_blocks(size, x), taps)
 
 
-def _swapped(x: Float[Array, "M N"], first: int) -> Float[Array, "M N"]:
-    """The columns [first, N / first] in the order [N / first, first]; see `beside`."""
-    return x.T.reshape(first, -1, len(x)).swapaxes(0, 1).reshape(-1, len(x)).T
+def _swapped(x: Float[Array, "B h w N"], first: int) -> Float[Array, "B h w N"]:
+    """The channels [first, N / first] in the order [N / first, first]."""
+    return x.reshape(*x.shape[:-1], first, -1).swapaxes(-2, -1).reshape(x.shape)
 
 
-def squares(size: MapSize, table: Float[Array, "M C"]) -> list[Float[Array, "B high w 64 C"]]:
+def squares(size: MapSize, maps: Float[Array, "B h w C"]) -> list[Float[Array, "B high w 64 C"]]:
     """The map, once for each array that `deform_windows.forward` reads a window from."""
     images, high, wide = size.blocks
-    return [to_blocks(size, table).reshape(images, high, 2 * wide, SQUARE, -1)] * 9
+    return [to_blocks(size, maps).reshape(images, high, 2 * wide, SQUARE, -1)] * 9
 
 
 def usable_vmem() -> int:

@@ -81,17 +81,17 @@ def deform_conv2d(
     x = (x * stride - padding + kx).reshape(h, w, -1) + offsets[..., 1]
     rows, weights = corners(y, x, (height, width))
     if mask is not None:
-        weights = [each * mask.reshape(-1, kh * kw) for each in weights]
+        weights = [each * mask for each in weights]
 
-    table, kernel, *samples = align_varying_axes(
-        inputs.reshape(-1, channels), kernel.reshape(kh * kw, channels, features), *weights, *rows
+    inputs, kernel, *samples = align_varying_axes(
+        inputs, kernel.reshape(kh * kw, channels, features), *weights, *rows
     )
     if order is None:
         size = MapSize(batch, height, width)
         same = (h, w) == (height, width) and stride == 1
         found = orders(size, batch * h * w, kh * kw, channels, features, same=same)
-    out = sample_and_multiply(order or found, table, tuple(samples[:4]), kernel, tuple(samples[4:]))
-    return out.reshape(batch, h, w, features)
+    weights, rows = tuple(samples[:4]), tuple(samples[4:])
+    return sample_and_multiply(order or found, inputs, weights, kernel, rows)
 
 
 class DeformConv(nn.Module):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from alignps_jax.nn import deform_gathers, deform_outside
 from alignps_jax.nn.deform_blocks import MapSize, chunk_of
@@ -28,7 +28,7 @@ _ALL_PLATFORMS = contextvars.ContextVar("for_all_platforms", default=False)
 
 def corners(
     y: Float[Array, "B h w K"], x: Float[Array, "B h w K"], size: tuple[int, int]
-) -> tuple[list[Int[Array, "M K"]], list[Float[Array, "M K"]]]:
+) -> tuple[list[Int[Array, "B h w K"]], list[Float[Array, "B h w K"]]]:
     """Rows of the table [B*H*W, C] that hold the four pixels around each position, and weights.
 
     The weights are bilinear, 0 for pixels outside the image, NaN where a coordinate is.
@@ -39,8 +39,7 @@ def corners(
         for row, row_weight in _neighbors(y, size[0])
         for column, column_weight in _neighbors(x, size[1])
     ]
-    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), found)
-    return [row for row, _ in flat], [weight for _, weight in flat]
+    return [row for row, _ in found], [weight for _, weight in found]
 
 
 def _neighbors(
@@ -123,22 +122,22 @@ def _group(taps: int) -> int:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sample_and_multiply(
     order: Order | Windows | Orders,
-    table: Float[Array, "R C"],
+    maps: Float[Array, "B H W C"],
     weights: Weights,
     kernel: Float[Array, "K C F"],
     rows: Rows,
-) -> Float[Array, "M F"]:
-    """Sum over the taps of sample(map) @ kernel; M are the locations of the output.
+) -> Float[Array, "B h w F"]:
+    """Sum over the taps of sample(map) @ kernel.
 
     Args:
       order: how, or how on each platform.
-      table: the map's pixels, row by row.
+      maps: what is sampled.
       weights: of the four corners of every sample.
       kernel: of every tap.
-      rows: of the table, where the corners are.
+      rows: where the corners are, in a table of all pixels, [B*H*W, C].
     """
-    args = table, weights, kernel.astype(table.dtype), rows
-    return _run(order, _forward, *args).astype(table.dtype)
+    args = maps, weights, kernel.astype(maps.dtype), rows
+    return _run(order, _forward, *args).astype(maps.dtype)
 
 
 def _sample_and_multiply_fwd(order: Any, *args: Any) -> tuple[Array, tuple[Any, ...]]:
@@ -146,13 +145,13 @@ def _sample_and_multiply_fwd(order: Any, *args: Any) -> tuple[Array, tuple[Any, 
 
 
 def _sample_and_multiply_bwd(
-    order: Any, residuals: tuple[Any, ...], d_out: Float[Array, "M F"]
+    order: Any, residuals: tuple[Any, ...], d_out: Float[Array, "B h w F"]
 ) -> tuple[Any, ...]:
-    """Cotangents of table, weights and kernel."""
-    table, weights, kernel, rows = residuals
-    args = table, weights, kernel.astype(table.dtype), rows, d_out
-    d_table, d_weights, d_kernel = _run(order, _backward, *args)
-    return d_table.astype(table.dtype), d_weights, d_kernel.astype(kernel.dtype), None
+    """Cotangents of the map, weights and kernel."""
+    maps, weights, kernel, rows = residuals
+    args = maps, weights, kernel.astype(maps.dtype), rows, d_out
+    d_maps, d_weights, d_kernel = _run(order, _backward, *args)
+    return d_maps.astype(maps.dtype), d_weights, d_kernel.astype(kernel.dtype), None
 
 
 sample_and_multiply.defvjp(_sample_and_multiply_fwd, _sample_and_multiply_bwd)
@@ -179,13 +178,30 @@ def _run(order: Order | Windows | Orders, work: Callable[..., Any], *args: Any) 
     return lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=gpu)
 
 
-def _forward(order: Order | Windows, *args: Any) -> Array:
+def _forward(
+    order: Order | Windows, maps: Array, weights: Weights, kernel: Array, rows: Rows
+) -> Array:
     if isinstance(order, Windows):
+        args = maps, weights, kernel, rows
         return deform_outside.forward(order.size, *args, interpret=order.interpret)
-    return deform_gathers.forward(order, *args)
+    table, flat_weights, flat_rows = jax.tree.map(_flat, (maps, weights, rows))
+    out = deform_gathers.forward(order, table, flat_weights, kernel, flat_rows)
+    return out.reshape(*rows[0].shape[:-1], -1)
 
 
-def _backward(order: Order | Windows, *args: Any) -> tuple[Any, ...]:
+def _backward(
+    order: Order | Windows, maps: Array, weights: Weights, kernel: Array, rows: Rows, d_out: Array
+) -> tuple[Any, ...]:
     if isinstance(order, Windows):
+        args = maps, weights, kernel, rows, d_out
         return deform_outside.backward(order.size, *args, interpret=order.interpret)
-    return deform_gathers.backward(order, *args)
+    table, flat_weights, flat_rows, d_flat = jax.tree.map(_flat, (maps, weights, rows, d_out))
+    d_table, d_weights, d_kernel = deform_gathers.backward(
+        order, table, flat_weights, kernel, flat_rows, d_flat
+    )
+    d_weights = tuple(d.reshape(w.shape) for d, w in zip(d_weights, weights, strict=True))
+    return d_table.reshape(maps.shape), d_weights, d_kernel
+
+
+def _flat(x: Num[Array, "B h w N"]) -> Num[Array, "M N"]:
+    return x.reshape(-1, x.shape[-1])

@@ -129,13 +129,13 @@ class _Grid:
 
 def forward(
     size: MapSize,
-    table: Float[Array, "M C"],
-    weights: Float[Array, "M N"],
+    maps: Float[Array, "B H W C"],
+    weights: Float[Array, "B h w N"],
+    rows: Int[Array, "B h w N"],
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "M N"],
     *,
     interpret: bool = False,
-) -> Float[Array, "M F"]:
+) -> Float[Array, "B h w F"]:
     """`deform_sampling.sample_and_multiply` of the corners inside the windows, in float32.
 
     `weights` and `rows` are those of all taps' first corners, then of their second ones, and so on.
@@ -146,9 +146,9 @@ def forward(
         products=(1, 1),
         in_specs=[grid.block(grid.taps, 8, BLOCK), grid.weights(), *grid.window()],
         out_specs=grid.partial(BLOCK, grid.features),
-        out_shape=_result(table, (grid.chunks, *grid.blocks, BLOCK, grid.features)),
+        out_shape=_result(maps, (grid.chunks, *grid.blocks, BLOCK, grid.features)),
         interpret=interpret,
-    )(pack_samples(size, weights, rows), kernel, *squares(size, table))
+    )(pack_samples(size, weights, rows), kernel, *squares(size, maps))
     return from_blocks(size, out.sum(0))
 
 
@@ -166,17 +166,17 @@ def _forward_kernel(samples: Any, kernel: Any, *refs: Any) -> None:
 
 def backward(
     size: MapSize,
-    table: Float[Array, "M C"],
-    weights: Float[Array, "M N"],
+    maps: Float[Array, "B H W C"],
+    weights: Float[Array, "B h w N"],
+    rows: Int[Array, "B h w N"],
     kernel: Float[Array, "K C F"],
-    rows: Int[Array, "M N"],
-    d_out: Float[Array, "M F"],
+    d_out: Float[Array, "B h w F"],
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "M C"], Float[Array, "M N"], Float[Array, "K C F"]]:
-    """Cotangents of table, weights and kernel, in float32; zero for corners outside."""
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B h w N"], Float[Array, "K C F"]]:
+    """Cotangents of the map, weights and kernel, in float32; zero for corners outside."""
     grid = _Grid(size, kernel, flush=1)
-    result = functools.partial(_result, table)
+    result = functools.partial(_result, maps)
     d_map, d_corners, d_kernel = grid.call(
         functools.partial(_backward_kernel, grid.high, grid.wide),
         products=(3, 2),
@@ -188,7 +188,7 @@ def backward(
         ],
         out_specs=[grid.finished(), grid.partial(grid.taps, 4, BLOCK), grid.weights()],
         out_shape=[
-            result((*grid.blocks, BLOCK, table.shape[1])),
+            result((*grid.blocks, BLOCK, maps.shape[-1])),
             result((grid.chunks, *grid.blocks, grid.taps, 4, BLOCK)),
             result(kernel.shape),
         ],
@@ -200,8 +200,8 @@ def backward(
     )(
         pack_samples(size, weights, rows),
         kernel,
-        to_blocks(size, d_out.astype(table.dtype)),
-        *squares(size, table),
+        to_blocks(size, d_out.astype(maps.dtype)),
+        *squares(size, maps),
     )
     return from_blocks(size, d_map), unpack_corners(size, d_corners.sum(0)), d_kernel
 

@@ -53,8 +53,8 @@ def is_inside(offsets):
     y = (y - 1 + ky).reshape(height, width, 9) + offsets[..., 0]
     x = (x - 1 + kx).reshape(height, width, 9) + offsets[..., 1]
     rows, _ = corners(jnp.asarray(y), jnp.asarray(x), (height, width))
-    size, at = MapSize(*offsets.shape[:3]), jnp.arange(len(rows[0]))[:, None]
-    return all(inside_windows(size, row, at).all() for row in rows)
+    size = MapSize(*offsets.shape[:3])
+    return all(inside_windows(size, row).all() for row in rows)
 
 
 def assert_all_close(actual, expected, tolerance=2e-5):
@@ -219,8 +219,9 @@ def test_which_corners_are_in_their_windows(size):
     row = (at // pixels * pixels + near_y * width + near_x).astype(np.int32)
     from_y, from_x = near_y - (y // 8 * 8 - 8), near_x - (x // 16 * 16 - 8)
     expected = (from_y >= 0) & (from_y < 24) & (from_x >= 0) & (from_x < 32)
-    found = inside_windows(MapSize(*size), jnp.asarray(row))
-    np.testing.assert_array_equal(found, expected)
+    found = inside_windows(MapSize(*size), jnp.asarray(row.reshape(*size, 2)))
+    np.testing.assert_array_equal(found.reshape(-1, 2), expected)
     some = rng.integers(0, len(at), 50)
-    found = inside_windows(MapSize(*size), jnp.asarray(row[some]), jnp.asarray(at[some]))
+    places = [jnp.asarray(place) for place in np.unravel_index(some, size)]
+    found = inside_windows(MapSize(*size), jnp.asarray(row[some]), places)
     np.testing.assert_array_equal(found, expected[some])
