@@ -90,8 +90,9 @@ def deform_conv2d(
         size = MapSize(batch, height, width)
         same = (h, w) == (height, width) and stride == 1
         found = orders(size, batch * h * w, kh * kw, channels, features, same=same)
-    weights, rows = tuple(samples[:4]), tuple(samples[4:])
-    return sample_and_multiply(order or found, inputs, weights, kernel, rows)
+    return sample_and_multiply(
+        order or found, inputs, tuple(samples[:4]), kernel, tuple(samples[4:])
+    )
 
 
 class DeformConv(nn.Module):

@@ -33,7 +33,7 @@ def corners(
 
     The weights are bilinear, 0 for pixels outside the image, NaN where a coordinate is.
     """
-    image = np.arange(len(y), dtype=np.int32)[:, None, None, None] * size[0]
+    image = jnp.arange(len(y), dtype=jnp.int32)[:, None, None, None] * size[0]
     found = [
         ((image + row) * size[1] + column, row_weight * column_weight)
         for row, row_weight in _neighbors(y, size[0])

@@ -1,5 +1,6 @@
 """`--mode=scaling`: what is read from programs, the gate's processes, and the measurement."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -315,6 +316,24 @@ def test_rows_stay_until_they_are_replaced(tmp_path):
         "",
         again.origin,
     ]
+
+
+def test_what_computes_in_another_way_is_a_row_of_its_own(tmp_path):
+    table = Table(tmp_path / "gate.json", gate.Row, {"type": lambda row: row.type})
+    fields = [{}, {"remat": True}, {"parallel": "shard_map"}, {"dtype": "bfloat16", "remat": True}]
+    base = compiled(f"print({json.dumps(ANSWER)!r})")
+    for changed in fields:
+        table.add(dataclasses.replace(base, **changed))
+        table.add(dataclasses.replace(base, step="inference", **changed))
+    assert [row.type for row in table.rows.values() if row.step == "train"] == [
+        "float32 fast",
+        "float32 fast remat",
+        "float32 fast shard_map",
+        "bfloat16 remat",
+    ]
+    # What only training reads changes nothing there.
+    inference = [row.type for row in table.rows.values() if row.step == "inference"]
+    assert inference == ["float32 fast", "bfloat16"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": [{"a": 1}]}', '{"rows": 3}'])

@@ -155,3 +155,14 @@ PRECISION: dict[str, Callable[[ConfigDict], str]] = {
     "inference": lambda config: config.eval.precision,
     "train": lambda config: config.model.precision,
 }
+
+
+def products_of(dtype: str, precision: str) -> str:
+    """How products are computed."""
+    return f"float32 {precision}" if dtype == "float32" else dtype
+
+
+def how_computed(step: str, products: str, parallel: str, *, remat: bool) -> str:
+    """What tells the programs of a step apart but its size, as the tables call it."""
+    training = {"shard_map": parallel == "shard_map", "remat": remat} if step == "train" else {}
+    return " ".join([products, *(name for name, used in training.items() if used)])

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.experiments.benchmark.report import seconds as seconds_text
 from alignps_jax.experiments.benchmark.report import size, three_digits
-from alignps_jax.experiments.scaling.cases import PRECISION, Case, usable
+from alignps_jax.experiments.scaling.cases import PRECISION, Case, how_computed, products_of, usable
 from alignps_jax.experiments.scaling.chips import Chip, Topology
 from alignps_jax.experiments.scaling.compile import Request
 from alignps_jax.experiments.scaling.table import Table
@@ -58,6 +58,7 @@ class Row:
     precision: str
     parallel: str
     origin: str
+    remat: bool = False
     problem: str = ""
     devices: int = 0
     trace_seconds: float = 0.0
@@ -78,13 +79,15 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """What was compiled for what: a later row of the same replaces this one."""
-        case = self.step, self.size, self.batch, self.products
-        return self.topology, *case, "" if self.step == "inference" else self.parallel
+        return self.topology, self.step, self.size, self.batch, self.type
 
     @property
     def products(self) -> str:
-        """How products are computed."""
-        return f"float32 {self.precision}" if self.dtype == "float32" else self.dtype
+        return products_of(self.dtype, self.precision)
+
+    @property
+    def type(self) -> str:
+        return how_computed(self.step, self.products, self.parallel, remat=self.remat)
 
     @property
     def dominates(self) -> str:
@@ -124,6 +127,7 @@ def compile_row(
         dtype=config.model.dtype,
         precision=PRECISION[case.step](config),
         parallel=config.train.parallel,
+        remat=config.model.remat,
         origin=f"{datetime.date.today().isoformat()}: {_versions()}.",
         chip_memory=topology.chip.memory,
     )
@@ -230,7 +234,7 @@ _COLUMNS = {
     "topology": lambda row: row.topology,
     "step": lambda row: f"{row.step} {row.size[1]}×{row.size[0]}",
     "batch": lambda row: str(row.batch),
-    "type": lambda row: row.products + (" shard_map" if row.parallel == "shard_map" else ""),
+    "type": lambda row: row.type,
     "result": lambda row: row.problem or "compiles",
     "compile": _if_compiled(lambda row: f"{row.trace_seconds + row.compile_seconds:.0f} s"),
     "peak memory": _if_compiled(_of_memory),

@@ -20,7 +20,16 @@ from alignps_jax.devices import Devices, replicate, split_over_devices, sum_over
 from alignps_jax.experiments.benchmark.measure import compiled, peak_memory, time_in_turns
 from alignps_jax.experiments.benchmark.report import machine_line, seconds, size, three_digits
 from alignps_jax.experiments.benchmark.simulate import made_up_split
-from alignps_jax.experiments.scaling.cases import PEOPLE, Case, Prepared, prepare, usable
+from alignps_jax.experiments.scaling.cases import (
+    PEOPLE,
+    PRECISION,
+    Case,
+    Prepared,
+    how_computed,
+    prepare,
+    products_of,
+    usable,
+)
 from alignps_jax.experiments.scaling.program import work_of
 from alignps_jax.experiments.scaling.table import Table
 from alignps_jax.files import complete_file
@@ -55,7 +64,10 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A measurement as weak or as strong scaling; `efficiency` is against one device."""
+    """A measurement as weak or as strong scaling; `efficiency` is against one device.
+
+    `dtype` says how the step computes (`cases.how_computed`).
+    """
 
     step: str
     size: tuple[int, int]
@@ -119,6 +131,8 @@ def _rows(
 ) -> Iterator[Row]:
     """Weak and strong scaling of one step, one measurement after the other."""
     known: dict[tuple[int, int], dict[str, Any]] = {}
+    products = products_of(config.model.dtype, PRECISION[case.step](config))
+    how = how_computed(case.step, products, config.train.parallel, remat=config.model.remat)
     for scaling, pairs in scalings(case.batch, device_counts(len(devices))).items():
         alone = 0.0
         for count, batch in pairs:
@@ -128,7 +142,7 @@ def _rows(
             row = Row(
                 step=case.step,
                 size=case.size,
-                dtype=config.model.dtype,
+                dtype=how,
                 scaling=scaling,
                 devices=count,
                 batch=batch,
