@@ -116,7 +116,7 @@ def _swapped(x: Float[Array, "B h w N"], first: int) -> Float[Array, "B h w N"]:
     return x.reshape(*x.shape[:-1], first, -1).swapaxes(-2, -1).reshape(x.shape)
 
 
-def squares(size: MapSize, maps: Float[Array, "B h w C"]) -> list[Float[Array, "B high w 64 C"]]:
+def squares(size: MapSize, maps: Float[Array, "B h w C"]) -> list[Float[Array, "B high _ 64 C"]]:
     """The map, once for each array that `deform_windows.forward` reads a window from."""
     images, high, wide = size.blocks
     return [to_blocks(size, maps).reshape(images, high, 2 * wide, SQUARE, -1)] * 9
