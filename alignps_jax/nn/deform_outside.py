@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -95,24 +96,22 @@ def _by_location(x: Num[Array, "4 S"]) -> Num[Array, "L N"]:
     return x.reshape(4, SOME, -1).swapaxes(0, 1).reshape(SOME, -1)
 
 
-def _some(
-    outside: Bool[Array, "B h w"], in_lines: Int[Array, "B*h"], turn: Int[Array, ""]
-) -> _Places:
+def _some(outside: Bool[Array, "B h w"], met: Int[Array, "B*h"], turn: Int[Array, ""]) -> _Places:
     """The locations [turn * SOME, (turn + 1) * SOME) of those with corners outside.
 
     Args:
       outside: whether a location has any.
-      in_lines: how many locations have any, in each line of the map.
+      met: how many locations have any, up to the end of each line of the map.
       turn: how often some were taken before.
     """
     wanted = turn * SOME + jnp.arange(SOME, dtype=jnp.int32)[:, None]
     # The n-th one comes after the lines with which fewer have been met, and so in its line.
-    before = jnp.cumsum(in_lines, dtype=jnp.int32) <= wanted
+    before = met <= wanted
     image, y = jnp.divmod(before.sum(axis=1, dtype=jnp.int32), outside.shape[1])
-    in_line = wanted - jnp.where(before, in_lines, 0).sum(axis=1, keepdims=True)
+    in_line = wanted - jnp.where(before, met, 0).max(axis=1, keepdims=True)
     line = outside.at[image, y].get(mode="fill", fill_value=False)
-    met = jnp.cumsum(line, axis=1, dtype=jnp.int32)
-    return _Places(image, y, (met <= in_line).sum(axis=1, dtype=jnp.int32))
+    met_in_line = jnp.cumsum(line, axis=1, dtype=jnp.int32)
+    return _Places(image, y, (met_in_line <= in_line).sum(axis=1, dtype=jnp.int32))
 
 
 def _add_outside(
@@ -127,8 +126,8 @@ def _add_outside(
     in_lines = any_outside.sum(axis=2, dtype=jnp.int32).ravel()
     count = in_lines.sum()
 
-    def add_some(turn: Any, sums: Any) -> Any:
-        at = _some(any_outside, in_lines, turn)
+    def add_some(met: Array, turn: Any, sums: Any) -> Any:
+        at = _some(any_outside, met, turn)
         some_rows = at.take_few(rows)
         outside = ~inside_windows(size, some_rows, (at.image, at.y, at.x))
         some_weights = jnp.where(outside, at.take_few(weights), 0.0)
@@ -136,7 +135,8 @@ def _add_outside(
         return add(_Outside(at, *some), sums)
 
     def add_all(sums: Any) -> Any:
-        return lax.fori_loop(0, -(-count // SOME), add_some, sums)
+        met = jnp.cumsum(in_lines, dtype=jnp.int32)
+        return lax.fori_loop(0, -(-count // SOME), partial(add_some, met), sums)
 
     return lax.cond(count > 0, add_all, lambda sums: sums, sums)
 

@@ -384,6 +384,7 @@ def test_measured_on_simulated_devices(tmp_path, capsys):
         *(("weak", 1, 1), ("weak", 2, 1)),
         *(("strong", 1, 2), ("strong", 2, 1)),
     ]
+    assert {row["dtype"] for row in rows} == {"float32 exact"}
     for row in rows:
         measured = row["measured"]
         assert measured["rate"] > 0
