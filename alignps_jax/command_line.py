@@ -18,8 +18,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from alignps_jax.choices import known_name
 from alignps_jax.config_rules import check_config
+from alignps_jax.registry import known_name
 from alignps_jax.types import UserError
 from alignps_jax.usages import USAGES, Usage, mode_help, modes_help
 

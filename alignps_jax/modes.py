@@ -8,7 +8,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import check_lasting, is_step, results_folder
-from alignps_jax.choices import choose, known_name
 from alignps_jax.command_line import Arguments
 from alignps_jax.configuration import checkpoint_config, detections_config, train_config
 from alignps_jax.evaluation.detect import detect_source
@@ -25,6 +24,7 @@ from alignps_jax.gallery.query import parse_box
 from alignps_jax.gallery.sources import parse_every
 from alignps_jax.inference.exported import SUFFIX, export_programs
 from alignps_jax.peers import leads
+from alignps_jax.registry import choose, known_name
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.weights.convert import convert_released, export_released
 from configs import cuhk

@@ -16,7 +16,7 @@ def need_extra(what: str) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError(
                 f"{what}: found no package {package}, expected the extra gallery "
-                "(pip install 'alignps-jax[gallery]')"
+                "(pip install '.[gallery]' in the project's folder)"
             )
 
 

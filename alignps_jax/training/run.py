@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import known_name
 from alignps_jax.config_rules import check_config
 from alignps_jax.devices import PARALLEL
 from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_evaluator
@@ -18,6 +17,7 @@ from alignps_jax.evaluation.scoring import make_scorer, scorer_of
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import AlignPS, build_model
 from alignps_jax.peers import first_process_first
+from alignps_jax.registry import known_name
 from alignps_jax.training.optimizer import (
     Schedule,
     batch_factor,

@@ -188,5 +188,5 @@ def test_without_the_extra_one_line_says_what_is_missing():
     for line, mode in zip(lines, ("index", "forget"), strict=True):
         assert line == (
             f"error: --mode={mode}: found no package lancedb, expected the extra gallery "
-            "(pip install 'alignps-jax[gallery]')"
+            "(pip install '.[gallery]' in the project's folder)"
         )
