@@ -3,12 +3,12 @@
 import sys
 
 import pytest
-
-import launch
 from alignps_jax.command_line import FLAGS, parse
 from alignps_jax.modes import MODES
-from alignps_jax.types import UserError
 from alignps_jax.usages import USAGES
+
+import launch
+from alignps_jax.types import UserError
 from configs import cuhk, tiny
 
 EXAMPLES = [(mode, example) for mode, usage in USAGES.items() for example in usage.examples]

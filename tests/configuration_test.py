@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from alignps_jax.command_line import Arguments, parse
 
 from alignps_jax.checkpoint.store import write_run_info
-from alignps_jax.command_line import Arguments, parse
 from alignps_jax.configuration import checkpoint_config, detections_config, train_config
 from alignps_jax.types import UserError
 from configs import tiny

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.config_rules import check_config
+from alignps_jax.config import check_config
 from alignps_jax.devices import PARALLEL
 from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_evaluator
 from alignps_jax.evaluation.scoring import make_scorer, scorer_of
