@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from alignps_jax.flags import MODES, PROCESSES, Arguments, mode, parse
 
 
-@mode(takes=f"config workdir checkpoint accept_changes {PROCESSES}")
+@mode(any_of="config workdir", takes=f"checkpoint accept_changes {PROCESSES}")
 def train(args: Arguments) -> None:
     """trains, resumes the run in --workdir, or fine-tunes --checkpoint; then evaluates
 
@@ -27,12 +27,11 @@ def train(args: Arguments) -> None:
     from alignps_jax.configuration import train_config
     from alignps_jax.training.train import train_and_evaluate
 
-    args.need("config", "workdir")
     workdir = args.workdir or Path("runs", args.config_name)
     train_and_evaluate(train_config(args), workdir, accept_changes=args.accept_changes)
 
 
-@mode(takes=f"checkpoint workdir detections config {PROCESSES}")
+@mode(any_of="checkpoint workdir detections", takes=f"config {PROCESSES}")
 def evaluate(args: Arguments) -> None:
     """measures detection and search of a checkpoint, or of saved detections
 
@@ -44,7 +43,6 @@ def evaluate(args: Arguments) -> None:
     from alignps_jax.evaluation.evaluate import evaluate_checkpoint
     from alignps_jax.evaluation.scoring import evaluate_detections
 
-    args.need("checkpoint", "workdir", "detections")
     if args.detections:
         evaluate_detections(detections_config(args), args.detections, args.workdir)
         return
@@ -183,7 +181,9 @@ def visualize(args: Arguments) -> None:
     from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
     from alignps_jax.registry import known_name
 
-    kind = known_name("--what", args.what or "nothing", FIGURES)
+    if args.what is None:
+        args.refuse(f"--what: missing, expected one of {', '.join(FIGURES)}")
+    kind = known_name("--what", args.what, FIGURES)
     sources = str(args.detections or args.checkpoint)
     config_of = partial(checkpoint_config, args)
     request = figure_request(sources, config_of, args.query, args.box, args.gallery, args.workdir)
@@ -308,10 +308,12 @@ def _run(args: Arguments) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (OSError, MemoryError) as error:  # in the system's own words
-        place = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        reason = getattr(error, "strerror", None) or str(error) or "out of memory"
-        print(f"error: {place}{reason}", file=sys.stderr)
+    except OSError as error:  # in the system's own words
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        return UserError.exit_code
+    except MemoryError as error:
+        print(f"error: {error or 'out of memory'}", file=sys.stderr)
         return UserError.exit_code
     except UnicodeEncodeError as error:
         hint = "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"

@@ -183,7 +183,11 @@ def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None
     }
     if not changed:
         return say_folder(checkpoint)
-    text = "-".join(f"{name}={value}" for name, value in changed.items())
+    values = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in changed.items()
+    }
+    text = "-".join(f"{name}={value}" for name, value in values.items())
     text = re.sub(r"[^\w.,=-]", "", text)
     if len(text) > 100:
         text = f"{text[:90]}-{zlib.crc32(text.encode()):08x}"

@@ -112,14 +112,9 @@ class Arguments(argparse.Namespace):
         stem = path.rpartition("/")[2].removesuffix(".py")
         return f"{stem}-{variant}" if variant else stem
 
-    def need(self, *names: str) -> None:
-        """Exits unless one of these flags is given; of --checkpoint and --detections not both."""
-        given = [name for name in names if getattr(self, name)]
-        wanted = f"one of --{', --'.join(names)}"
-        if not given:
-            MODES[self.mode].parser.error(f"found none, expected {wanted}")
-        if {"checkpoint", "detections"} <= set(given):
-            MODES[self.mode].parser.error("found --checkpoint and --detections, expected one")
+    def refuse(self, message: str) -> NoReturn:
+        """Exits with one line on what is wrong with the flags."""
+        MODES[self.mode].parser.error(message)
 
     @property
     def overridden(self) -> frozenset[str]:
@@ -154,12 +149,15 @@ class Mode(NamedTuple):
     run: Run
     parser: _Parser
     flags: frozenset[str]
+    any_of: tuple[str, ...] = ()
 
 
 MODES: dict[str, Mode] = {}
 
 
-def mode(needs: str = "", takes: str = "", one_of: str = "") -> Callable[[Run], Run]:
+def mode(
+    needs: str = "", takes: str = "", *, one_of: str = "", any_of: str = ""
+) -> Callable[[Run], Run]:
     """Makes a function the mode of its name.
 
     The first line of its docstring says what it does; the lines after an empty one are examples.
@@ -168,6 +166,7 @@ def mode(needs: str = "", takes: str = "", one_of: str = "") -> Callable[[Run], 
       needs: names of the flags that it cannot do without.
       takes: names of those that it reads besides.
       one_of: names of flags of which it takes exactly one.
+      any_of: names of flags of which it needs at least one.
     """
 
     def add(run: Run) -> Run:
@@ -186,10 +185,10 @@ def mode(needs: str = "", takes: str = "", one_of: str = "") -> Callable[[Run], 
         group = parser.add_mutually_exclusive_group(required=True) if one_of else parser
         for flag in one_of.split():
             group.add_argument(f"--{flag}", **FLAGS[flag])
-        for flag in takes.split():
+        for flag in (*any_of.split(), *takes.split()):
             parser.add_argument(f"--{flag}", **FLAGS[flag])
-        flags = frozenset([*needs.split(), *takes.split(), *one_of.split()])
-        MODES[name] = Mode(run, parser, flags)
+        flags = frozenset(f"{needs} {takes} {one_of} {any_of}".split())
+        MODES[name] = Mode(run, parser, flags, tuple(any_of.split()))
         return run
 
     return add
@@ -214,6 +213,11 @@ def parse(argv: Sequence[str]) -> Arguments:
         parser.exit()
     args, rest = parser.parse_known_args(words, Arguments(mode=name))
     args.overrides = _overrides(name, rest)
+    given = [flag for flag in MODES[name].any_of if getattr(args, flag)]
+    if MODES[name].any_of and not given:
+        parser.error(f"missing: one of --{', --'.join(MODES[name].any_of)}")
+    if {"checkpoint", "detections"} <= set(given):
+        parser.error("found --checkpoint and --detections, expected one of them")
     if args.coordinator is None and not (args.processes is None and args.process is None):
         parser.error("--coordinator, --processes and --process go together")
     return args

@@ -189,7 +189,7 @@ def _padding(pipeline: TrainPipeline, batches: int = 100) -> str:
     pixels = [plan.bucket[0] * plan.bucket[1] for plan in plans]
     share = np.average([plan.padding for plan in plans], weights=pixels)
     return (
-        f"buckets: {len(pipeline.buckets)} shapes for {len(pipeline.groups)} groups of images; "
+        f"buckets: {len(pipeline.buckets)}, groups of images: {len(pipeline.groups)}; "
         f"{share:.1%} of the pixels of the first batches are padding"
     )
 

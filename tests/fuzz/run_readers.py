@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.arrays import restore_arrays
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, load_weights
+from alignps_jax.cli import parse
 from alignps_jax.config import check_config
 from alignps_jax.configuration import train_config
-from alignps_jax.flags import parse
 from alignps_jax.gallery.page.exports import as_csv
 from alignps_jax.gallery.page.marks import Marked, Marks, Sight
 from alignps_jax.log import LogLine, read_log
