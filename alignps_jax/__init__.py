@@ -2,7 +2,8 @@
 
 from typing import Any
 
-__all__ = ["Detector", "Gallery"]
+__all__ = ["Detector", "Gallery", "__version__"]
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
@@ -12,9 +13,6 @@ def __getattr__(name: str) -> Any:
 
         return Detector
     if name == "Gallery":
-        from alignps_jax.gallery.extra import need_extra
-
-        need_extra("alignps_jax.Gallery")
         from alignps_jax.gallery.store import Gallery
 
         return Gallery

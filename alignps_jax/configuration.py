@@ -1,98 +1,156 @@
-"""The configuration of a mode: that of --config, or else what a checkpoint says about itself."""
+"""Which configuration and which folder a command line means."""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import re
+import traceback
+import zlib
 from pathlib import Path
+from types import ModuleType
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
-from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.places import holds_checkpoint, is_step, results_folder
 from alignps_jax.checkpoint.store import load_config, load_run_config
-from alignps_jax.command_line import Arguments
+from alignps_jax.config import FIELDS, NETWORK, check_config, check_name, flat_fields, out_of_range
+from alignps_jax.flags import Arguments
 from alignps_jax.types import UserError
-from configs import cuhk
 
-# What decides what a trained network is and sees. The other fields of `config.model` matter at the
-# start of training only (`pretrained`, `offset_gain`, `initial_distance`) or to its backward pass.
-NETWORK_FIELDS = (
-    *("backbone", "backbone_width", "deform_stages", "channels", "lateral_deform"),
-    *("output_deform", "concatenate", "levels", "reid", "head_convs", "norm_groups"),
-    *("background_levels", "dtype", "channel_order", "pixel_mean", "pixel_std", "stride_in_3x3"),
-)
-FIXED_FIELDS = (*(f"model.{name}" for name in NETWORK_FIELDS), "data.test_scale")
+# Configurations that --config finds by their name, wherever the command is typed.
+READY = ("cuhk", "prw", "synthetic", "tiny", "ablation")
+_FOLDER = Path(__file__).parents[1] / "configs"
+_REFUSED = re.compile(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", re.DOTALL)
+
+
+def configuration(args: Arguments, base: ConfigDict | None = None) -> ConfigDict:
+    """The configuration of --config, else `base`, else cuhk, with the fields that were typed.
+
+    Raises:
+      UserError: the file or variant does not exist, the file fails, or a field is wrong.
+    """
+    config = _loaded(args.config or "cuhk") if args.config or base is None else base
+    config = copy.deepcopy(config).lock()  # unset fields keep their types
+    for name in args.overridden:
+        check_name(name)
+    values, words = flags.FlagValues(), args.overrides
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
+        values(["", *words])
+    except flags.IllegalFlagValueError as error:
+        found = _REFUSED.match(str(error))
+        raise out_of_range(found[1], found[2]) if found else UserError(str(error)) from error
+    except flags.Error as error:
+        raise UserError(f"command line: {str(error).splitlines()[0]}") from error
+    check_config(config)
+    return config
+
+
+def _loaded(spec: str) -> ConfigDict:
+    """The configuration of FILE or FILE:VARIANT."""
+    typed, _, variant = spec.partition(":")
+    path = _file(typed)
+    try:
+        module = _module(path)
+        config = module.get_config(variant) if variant else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # the file is a program of the user's
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
+        place = f"{path}, line {lines[-1]}" if lines else str(path)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--config: {place}: {what}") from error
+    if not isinstance(config, ConfigDict):
+        found = type(config).__name__
+        raise UserError(f"--config: get_config of {path} returns {found}, expected a ConfigDict")
+    return config
+
+
+def _file(typed: str) -> Path:
+    path = Path(typed)
+    if path.is_file():
+        return path
+    if path.stem in READY and path.parent in (Path(), Path("configs")):
+        return _FOLDER / f"{path.stem}.py"
+    found = "a folder" if path.is_dir() else "nothing there"
+    ready = ", ".join(READY)
+    raise UserError(f"--config: found {found}: {typed}, expected a configuration file or {ready}")
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config: found {path}, expected a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def train_config(args: Arguments) -> ConfigDict:
-    """The configuration to train with: --config, else that of the run in --workdir to resume.
+    """The configuration to train with: --config, else that of the run to resume.
 
     --checkpoint is the detector to fine-tune; where nothing else says how, with its configuration.
 
     Raises:
       UserError: there is none of them, or a field is wrong.
     """
-    config = args.configuration(None if args.config else _base_of_training(args))
-    if args.checkpoint is None:
-        return config
-    if "model.pretrained" in args.overridden and config.model.pretrained != args.checkpoint:
-        raise UserError(
-            f"--checkpoint: found {args.checkpoint!r} beside --config.model.pretrained="
-            f"{config.model.pretrained!r}, expected only one of them"
-        )
-    if args.workdir and Path(args.workdir).resolve() == Path(args.checkpoint).resolve():
-        raise UserError(
-            f"--checkpoint: found the run in --workdir itself, {args.workdir}; leave it out to "
-            "resume that run, or choose another --workdir to fine-tune it"
-        )
-    with config.unlocked():
-        config.model.pretrained = args.checkpoint
+    base = None
+    if not args.config:
+        base = load_run_config(args.workdir)
+        if base is None and args.checkpoint:
+            base = load_config(args.checkpoint)
+        if base is None:
+            raise UserError(
+                f"--workdir: found no run in {args.workdir}, expected one to resume (or --config "
+                "to start one)"
+            )
+        base = _typed(base, args.workdir)
+    config = configuration(args, base)
+    if args.checkpoint:
+        if "model.pretrained" in args.overridden:
+            raise UserError("--checkpoint, --config.model.pretrained: found both, expected one")
+        if args.workdir and args.workdir.resolve() == args.checkpoint.resolve():
+            raise UserError(
+                f"--checkpoint: found the run in --workdir itself, {args.workdir}; leave it out to "
+                "resume that run, or choose another --workdir to fine-tune it"
+            )
+        with config.unlocked():
+            config.model.pretrained = str(args.checkpoint)
     return config
 
 
-def _base_of_training(args: Arguments) -> ConfigDict:
-    base = load_run_config(Path(args.workdir))
-    source = args.workdir
-    if base is None and args.checkpoint:
-        base, source = load_config(Path(args.checkpoint)), args.checkpoint
-    if base is None:
-        raise UserError(
-            f"--workdir: found no run in {args.workdir}, expected one to resume (or --config to "
-            "start one)"
-        )
-    return _typed(base, source)
-
-
 def checkpoint_config(args: Arguments, checkpoint: Path) -> ConfigDict:
-    """The configuration to use a checkpoint with.
-
-    It is the checkpoint's own, unless --config names a file; either way with the fields that the
-    command line sets.
+    """The configuration to use a checkpoint with: --config, else its own, with typed fields.
 
     Raises:
       UserError: there is no checkpoint, a field is wrong, or the file of --config disagrees with
         the checkpoint in what the network is or sees.
     """
     if args.config and not holds_checkpoint(checkpoint):
-        return args.configuration()  # saved results without their network
-    own = _typed(load_config(checkpoint), str(checkpoint))
-    config = args.configuration(own)
-    was, now = own.to_dict(), config.to_dict()
-    different = [name for name in FIXED_FIELDS if _field(was, name) != _field(now, name)]
-    typed = [name for name in different if name in args.overridden]
-    silent = [name for name in different if name not in args.overridden]
+        return configuration(args)  # saved results without their network
+    own = _typed(load_config(checkpoint), checkpoint)
+    config = configuration(args, own)
+    was, now = dict(flat_fields(own)), dict(flat_fields(config))
+    different = [name for name, (kind, _) in FIELDS.items() if kind == NETWORK]
+    different = [name for name in different if was[name] != now[name]]
+    silent = "; ".join(
+        f"config.{name}: found {now[name]!r}, expected {was[name]!r}"
+        for name in different
+        if name not in args.overridden
+    )
     if silent:
-        fields = "; ".join(
-            f"config.{name}: found {_field(now, name)!r}, expected {_field(was, name)!r}"
-            for name in silent
-        )
         raise UserError(
-            f"--config: {args.config} is not what {checkpoint} was trained with: {fields} "
+            f"--config: {args.config} is not what {checkpoint} was trained with: {silent} "
             "(without --config, the checkpoint's own configuration holds)"
         )
-    for name in typed:
-        print(
-            f"note: config.{name} is {_field(now, name)!r} as typed; {checkpoint} was trained with "
-            f"{_field(was, name)!r}"
-        )
+    for name in different:
+        print(f"note: config.{name} is {now[name]!r}; {checkpoint} has {was[name]!r}")
     return config
 
 
@@ -102,37 +160,62 @@ def detections_config(args: Arguments) -> ConfigDict:
     Raises:
       UserError: they lie in no run's folder, or a field is wrong.
     """
-    if args.config:
-        return args.configuration()
-    folder = Path(args.detections).parent
-    if not (folder / "checkpoints").is_dir():
-        raise UserError(
-            f"--config: missing, and {folder}, where the detections lie, is no run's folder "
-            "whose configuration could be taken"
-        )
-    return args.configuration(_typed(load_config(folder), str(folder)))
+    folder = args.detections.parent
+    if not args.config and not holds_checkpoint(folder):
+        raise UserError(f"--config: missing, and {folder}, where the detections lie, is no run")
+    return configuration(args, None if args.config else _typed(load_config(folder), folder))
 
 
-def _typed(stored: ConfigDict, source: str) -> ConfigDict:
-    """A stored configuration with the types of today's fields, which unset ones have lost."""
-    config = cuhk.get_config()
+def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None) -> Path:
+    """Where an evaluation goes: `workdir`, else the checkpoint's place for results.
+
+    With other settings than the checkpoint's own it is a folder there, named after these.
+    """
+    folder = results_folder(checkpoint)
+    if workdir and workdir.resolve() != folder.resolve():
+        return workdir
+    was, now = dict(flat_fields(load_config(checkpoint))), dict(flat_fields(config))
+    changed = {
+        name.removeprefix("eval."): now[name]
+        for name, (kind, _) in FIELDS.items()
+        if kind == NETWORK or name.startswith(("eval.", "data.name", "data.synthetic."))
+        if name not in ("eval.batch_size", "eval.untrained_baseline") and was[name] != now[name]
+    }
+    if not changed:
+        return say_folder(checkpoint)
+    values = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for name, value in changed.items()
+    }
+    text = "-".join(f"{name}={value}" for name, value in values.items())
+    text = re.sub(r"[^\w.,=-]", "", text)
+    if len(text) > 100:
+        text = f"{text[:90]}-{zlib.crc32(text.encode()):08x}"
+    print(f"results go to {folder / f'eval-{text}'}, as these settings are not the run's own")
+    return folder / f"eval-{text}"
+
+
+def say_folder(checkpoint: Path) -> Path:
+    """The checkpoint's place for results, with a line where that is not its own folder."""
+    folder = results_folder(checkpoint)
+    if is_step(checkpoint):
+        print(f"results go to {folder}, because training deletes the folders of steps in time")
+    return folder
+
+
+def _typed(stored: ConfigDict, source: Path) -> ConfigDict:
+    """A stored configuration whose unset fields have their types again."""
+    config = stored.copy_and_resolve_references()
     try:
-        with config.unlocked():
-            _take(config, stored)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        found = " ".join(str(error).split())
-        raise UserError(f"{source}: its configuration is not one ({found})") from error
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    with config.unlocked():
+        for name, (_, rule) in FIELDS.items():
+            *sections, field = name.split(".")
+            section = config
+            for part in sections:
+                section = section[part]
+            if section[field] is None:
+                section[field] = config_dict.placeholder(rule.type)
     return config
-
-
-def _take(config: ConfigDict, stored: ConfigDict) -> None:
-    for field, value in stored.items():
-        if isinstance(value, ConfigDict) and isinstance(config.get(field), ConfigDict):
-            _take(config[field], value)
-        else:
-            config[field] = value
-
-
-def _field(config: dict, name: str) -> object:
-    section, field = name.split(".")
-    return config[section][field]

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignps_jax import peers
-from alignps_jax.choices import choose
+from alignps_jax.registry import choose
 from alignps_jax.seals import Seals
 from alignps_jax.types import AnyArray, Batch, Detections, TrainState, UserError
 

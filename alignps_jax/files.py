@@ -128,8 +128,6 @@ def read_json(path: Path, expected: str) -> Any:
             f"{path}: cannot be read ({error.strerror}), expected {expected}"
         ) from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: found no JSON, expected {expected}") from error
 
 

@@ -8,17 +8,14 @@ counts is said by a boolean array, never by a special value.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
-
-# Control characters but the line end, other line ends, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_LONGEST_MESSAGE = 1400
 
 # On a device, or on the host.
 AnyArray = Array | np.ndarray
@@ -151,10 +148,8 @@ class Annotations:
     @property
     def num_identities(self) -> int:
         """1 + the largest labeled identity (0 without any)."""
-        labeled = [
-            ids[mask] for ids, mask in zip(self.identity, self.labeled, strict=True) if mask.any()
-        ]
-        return int(np.concatenate(labeled).max()) + 1 if labeled else 0
+        rows = zip(self.identity, self.labeled, strict=True)
+        return max((int(ids[mask].max()) + 1 for ids, mask in rows if mask.any()), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,23 +187,27 @@ class GalleryDetections:
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
 
 
-class UserError(ValueError):
-    """Bad input: one clear line for the user; `launch.py` prints it and exits with its code.
-
-    Names and values in the message come from files and command lines. What a terminal would act on
-    instead of showing it, and what is no character, is escaped here; an endless message is cut.
-    """
+class UserError(Exception):
+    """Bad input: one clear line, which the command line prints before it exits with `exit_code`."""
 
     exit_code: ClassVar[int] = 2
 
-    def __init__(self, message: str):
-        shown = _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], message)
-        if len(shown) > _LONGEST_MESSAGE:
-            shown = f"{shown[: _LONGEST_MESSAGE - 300]} ... {shown[-290:]}"
-        super().__init__(shown)
+    def __str__(self) -> str:
+        # Names of files come from strangers: a terminal shows their control characters.
+        text = super().__str__()
+        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class IncompleteError(UserError):
-    """The work is done and its results are written, but for a part of the input."""
+    """The work is done and its results are written, except for a part of the input."""
 
     exit_code = 3
+
+
+@contextlib.contextmanager
+def blame(path: object) -> Iterator[None]:
+    """Turns a ValueError, and nothing else, into a UserError that names `path`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import choose
+from alignps_jax.registry import choose
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.leftovers import clear_leftovers
 from data_pipeline.prepared import SPLITS, PersonSearchBuilder, PreparedSplit

@@ -255,8 +255,8 @@ class PersonSearchBuilder(  # type: ignore[call-arg]  # TFDS hides it from type 
             missing = [path for path in paths if not path.is_file()]
             if missing:
                 raise UserError(
-                    f"{missing[0]}: no such image; expected the {len(names)} {split} images, "
-                    f"{len(missing)} are missing"
+                    f"{missing[0]}: no such image; missing: {len(missing)} of the {len(names)} "
+                    f"{split} images"
                 )
 
 

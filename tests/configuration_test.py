@@ -1,24 +1,30 @@
-"""Which configuration holds: that of a file, or what a checkpoint says about itself."""
+"""Which configuration a command line means: that of a file, or what a checkpoint says of itself."""
 
 import json
 
 import pytest
 
 from alignps_jax.checkpoint.store import write_run_info
-from alignps_jax.command_line import Arguments, parse
-from alignps_jax.configuration import checkpoint_config, detections_config, train_config
+from alignps_jax.cli import parse
+from alignps_jax.configuration import (
+    checkpoint_config,
+    configuration,
+    detections_config,
+    evaluation_folder,
+    train_config,
+)
 from alignps_jax.types import UserError
-from configs import tiny
+from configs import cuhk, tiny
 
 
-def arguments(*words: str) -> Arguments:
+def arguments(*words):
     return parse(["launch.py", *words])
 
 
 @pytest.fixture(scope="module")
 def own():
     config = tiny.get_config("plus")
-    config.eval.score_threshold, config.data.prepared_dir = 0.25, None
+    config.eval.score_threshold = 0.25
     return config.lock()
 
 
@@ -32,35 +38,126 @@ def run(own, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "search", "visualize", "export"])
-def test_the_checkpoints_configuration_is_the_base(mode, run, own):
-    needed = {
-        "evaluate": [],
-        "search": ["--query=q", "--gallery=g"],
-        "visualize": [],
-        "export": ["--target=t"],
-    }
+def changed(config, **values):
+    fields = config.copy_and_resolve_references().to_dict()
+    for name, value in values.items():
+        section, field = name.split("__")
+        fields[section][field] = value
+    return fields
+
+
+def test_fields_are_set_with_their_types():
     args = arguments(
-        f"--mode={mode}",
+        "--config=configs/tiny.py:plus",
+        "--config.train.batch_size=8",
+        "--config.optimizer.learning_rate=1",
+        "--config.model.levels=(4,)",
+        "--config.model.remat",
+        "--config.model.frozen_stages",
+        "-1",
+        "--noconfig.model.concatenate",
+        "--config.data.prepared_dir=/somewhere",
+        "--config.eval.protocols=TestG50",
+    )
+    assert args.config_name == "tiny-plus"
+    assert {"model.concatenate", "model.frozen_stages"} <= args.overridden
+    expected = tiny.get_config("plus")
+    expected.train.batch_size, expected.optimizer.learning_rate = 8, 1.0
+    expected.model.levels, expected.model.remat, expected.model.frozen_stages = (4,), True, -1
+    expected.model.concatenate, expected.data.prepared_dir = False, "/somewhere"
+    expected.eval.protocols = ("TestG50",)
+    found = configuration(args)
+    assert found.to_dict() == expected.to_dict()
+    assert found.is_locked
+
+
+def test_a_base_takes_fields_and_stays_as_it_is():
+    base = cuhk.get_config().lock()
+    args = arguments("--mode=list", "--config.eval.score_threshold=0.3")
+    assert configuration(args, base).eval.score_threshold == 0.3
+    assert base.eval.score_threshold == 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.data.rot=x"], r"config\.data\.rot: no such field; did you mean 'data\.root'"),
+        (["--config.batch_size=4"], r"config\.batch_size: no such field; .* 'train\.batch_size'"),
+        (["--config.train.batch_size=four"], r"batch_size: found 'four', expected an integer, 1"),
+        (["--config.model.remat=yes"], r"config\.model\.remat: found 'yes', expected True or Fal"),
+        (["--config.optimizer.name=adam"], r"found 'adam', .* did you mean 'adamw'"),
+        (["--config.eval.score_threshold=20"], r"score_threshold: found 20\.0, .* from 0 to 1"),
+        (["--config.optimizer.drops=3 epochs"], r"drops: found '3 epochs', expected a tuple of"),
+        (["--config.model=5"], r"config\.model: no such field"),
+        (["--config.train.duration"], r"config\.train\.duration"),
+        (["--noconfig.train.batch_size=3"], r"config\.train\.batch_size"),
+        (["--config=nowhere.py"], r"nothing there: nowhere\.py, expected a configuration file or"),
+        (["--config=configs"], "found a folder: configs"),
+        (["--config=pyproject.toml"], r"expected a Python file \(\.py\)"),
+        (["--config=tiny:pluss"], "found 'pluss', expected one of .* did you mean 'plus'"),
+    ],
+)
+def test_mistakes_are_one_line_in_our_words(words, message):
+    with pytest.raises(UserError, match=message) as caught:
+        configuration(arguments("--mode=list", *words))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_ready_configurations_are_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny:plus", "tiny.py:plus", "configs/tiny.py:plus"):
+        found = configuration(arguments(f"--config={name}"))
+        assert found.to_dict() == tiny.get_config("plus").to_dict()
+    (tmp_path / "tiny").mkdir()
+    assert configuration(arguments("--config=tiny")).model.channels == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "broken.py: SyntaxError: .*line 1"),
+        ("\nimport nowhere", "broken.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
+        ("x = 1", "broken.py: AttributeError: .*get_config"),
+        ("def get_config():\n    x = 0\n    return 1 / x", "line 3: ZeroDivisionError"),
+        ("def get_config():\n    open('/no/file')", r"line 2: FileNotFoundError: .*/no/file"),
+        (
+            "def get_config():\n    return 3",
+            r"get_config of \S+ returns int, expected a",
+        ),
+        (
+            "from configs import tiny\ndef get_config():\n    c = tiny.get_config()\n"
+            "    c.train.batch_size = 'four'\n    return c",
+            "line 4: TypeError: ",
+        ),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()",
+            r"config\.seed: missing",
+        ),
+    ],
+)
+def test_a_configuration_file_that_fails_is_one_line_with_its_place(text, message, tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        configuration(arguments("--mode=list", f"--config={file}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_checkpoints_configuration_is_the_base(run, own):
+    args = arguments(
+        "--mode=evaluate",
         f"--checkpoint={run}",
-        *needed[mode],
         "--config.data.root=/elsewhere",
-        "--config.data.prepared_dir=/there",
+        "--config.data.prepared_dir=/there",  # unset in the run, but a text
         "--config.eval.score_threshold=0.3",
     )
-    expected = own.copy_and_resolve_references().to_dict()
-    expected["data"]["root"], expected["data"]["prepared_dir"] = "/elsewhere", "/there"
-    expected["eval"]["score_threshold"] = 0.3
+    expected = changed(
+        own, data__root="/elsewhere", data__prepared_dir="/there", eval__score_threshold=0.3
+    )
     assert checkpoint_config(args, run).to_dict() == expected
-
-
-def test_fields_are_checked_over_a_checkpoint_too(run):
-    for word, message in (
-        ("--config.eval.score_treshold=0.3", 'Did you mean "score_threshold"'),
-        ("--config.eval.nms_iou=3", r"config\.eval\.nms_iou: found 3\.0"),
-    ):
-        with pytest.raises(UserError, match=message):
-            checkpoint_config(arguments("--mode=evaluate", f"--workdir={run}", word), run)
+    args = arguments("--mode=evaluate", f"--workdir={run}", "--config.eval.nms_iou=3")
+    with pytest.raises(UserError, match=r"config\.eval\.nms_iou: found 3\.0"):
+        checkpoint_config(args, run)
 
 
 def test_a_file_that_disagrees_is_refused_field_by_field(run):
@@ -68,79 +165,46 @@ def test_a_file_that_disagrees_is_refused_field_by_field(run):
     with pytest.raises(UserError) as caught:
         checkpoint_config(arguments(*words), run)
     message = str(caught.value)
-    for field, found, expected in (
-        ("model.deform_stages", "()", "(3, 4, 5)"),
-        ("model.channels", "48", "16"),
-        ("data.test_scale", "(256, 192)", "(128, 96)"),
-    ):
-        assert f"config.{field}: found {found}, expected {expected}" in message
-    assert "\n" not in message
+    for field in ("model.deform_stages: found (), ", "model.channels: found 48, expected 16"):
+        assert f"config.{field}" in message
     assert "optimizer" not in message
-    assert "eval" not in message.split("trained with", 1)[1]
-
-
-def test_a_file_that_agrees_is_used(run):
-    words = ["--mode=evaluate", f"--workdir={run}", "--config=configs/tiny.py:plus"]
-    assert checkpoint_config(arguments(*words), run).eval.score_threshold == 0.2
-    # What only training reads may differ.
-    typed = ["--config.model.pretrained=x", "--config.model.remat=True"]
-    assert checkpoint_config(arguments(*words, *typed), run).model.remat
+    words[-1] = "--config=tiny:plus"  # what only training reads may differ
+    args = arguments(*words, "--config.model.pretrained=x", "--config.model.remat=True")
+    assert checkpoint_config(args, run).model.remat
 
 
 def test_what_is_typed_holds_and_is_said(run, capsys):
     word = "--config.data.test_scale=(256,192)"
     config = checkpoint_config(arguments("--mode=evaluate", f"--workdir={run}", word), run)
     assert config.data.test_scale == (256, 192)
-    assert "note: config.data.test_scale is (256, 192) as typed" in capsys.readouterr().out
+    assert "note: config.data.test_scale is (256, 192); " in capsys.readouterr().out
 
 
 def test_training_resumes_with_the_configuration_of_its_run(run, own, tmp_path):
     args = arguments(f"--workdir={run}", "--config.train.duration=9 steps")
-    expected = own.copy_and_resolve_references().to_dict()
-    expected["train"]["duration"] = "9 steps"
-    assert train_config(args).to_dict() == expected
-    # Without a checkpoint yet, the run is as it was last started.
-    changed = own.copy_and_resolve_references()
-    changed.seed = 7
-    write_run_info(tmp_path, changed)
-    assert train_config(arguments(f"--workdir={tmp_path}")).seed == 7
-    (tmp_path / "config.json").write_text('{"seed": "many"')
-    with pytest.raises(UserError, match=r"config\.json: cannot be read"):
-        train_config(arguments(f"--workdir={tmp_path}"))
+    assert train_config(args).to_dict() == changed(own, train__duration="9 steps")
+    write_run_info(tmp_path, tiny.get_config())  # without a checkpoint yet
+    assert train_config(arguments(f"--workdir={tmp_path}")).model.deform_stages == ()
+    text = (tmp_path / "config.json").read_text()
+    for old, new in (('"seed": 0', '"seed": {}'), ('"seed": 0', '"seed": '), ('"data"', '"d"')):
+        (tmp_path / "config.json").write_text(text.replace(old, new))
+        with pytest.raises(UserError) as error:
+            train_config(arguments(f"--workdir={tmp_path}"))
+        assert str(error.value).startswith(str(tmp_path))
+        assert str(error.value).isprintable()
     with pytest.raises(UserError, match=r"--workdir: found no run in .*nowhere"):
         train_config(arguments(f"--workdir={tmp_path / 'nowhere'}"))
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ('"seed": 0', '"seed": {}'),
-        ('"lut_momentum": 0.9', '"lut_momentum": "\\u001b[2J"'),
-        ('"lut_momentum": 0.9', f'"lut_momentum": 1{"0" * 400}'),
-        ('"seed": 0', f'"seed": {"[" * 500}{"]" * 500}'),
-        ('"seed": 0', '"seed": 0, "data": 3'),
-    ],
-)
-def test_a_damaged_configuration_of_a_run_is_one_line(old, new, tmp_path):
-    write_run_info(tmp_path, tiny.get_config())
-    text = json.dumps(json.loads((tmp_path / "config.json").read_text()))
-    assert old in text
-    (tmp_path / "config.json").write_text(text.replace(old, new))
-    with pytest.raises(UserError) as error:
-        train_config(arguments(f"--workdir={tmp_path}"))
-    assert str(error.value).isprintable()
 
 
 def test_fine_tuning_names_the_detector(run, tmp_path):
     new, source = f"--workdir={tmp_path}", f"--checkpoint={run}"
     assert train_config(arguments(new, source)).model.deform_stages == (3, 4, 5)
     assert train_config(arguments(new, source)).model.pretrained == str(run)
-    with_file = arguments(new, source, "--config=configs/tiny.py")
-    assert train_config(with_file).model.pretrained == str(run)
-    assert train_config(with_file).model.deform_stages == ()
+    with_file = train_config(arguments(new, source, "--config=configs/tiny.py"))
+    assert (with_file.model.pretrained, with_file.model.deform_stages) == (str(run), ())
     with pytest.raises(UserError, match="leave it out to resume"):
         train_config(arguments(f"--workdir={run}", source))
-    with pytest.raises(UserError, match=r"beside --config\.model\.pretrained='y'"):
+    with pytest.raises(UserError, match=r"model\.pretrained: found both"):
         train_config(arguments(new, source, "--config.model.pretrained=y"))
 
 
@@ -148,5 +212,22 @@ def test_saved_detections_take_the_configuration_of_their_run(run, own, tmp_path
     inside = arguments("--mode=evaluate", f"--detections={run / 'detections.npz'}")
     assert detections_config(inside).to_dict() == own.to_dict()
     outside = arguments("--mode=evaluate", f"--detections={tmp_path / 'detections.npz'}")
-    with pytest.raises(UserError, match=r"--config: missing, and .* no run's folder"):
+    with pytest.raises(UserError, match=r"--config: missing, and .* is no run"):
         detections_config(outside)
+
+
+def test_other_settings_have_a_folder_of_their_own(run, tmp_path, capsys):
+    def folder(*words, workdir=None):
+        config = checkpoint_config(arguments("--mode=evaluate", f"--workdir={run}", *words), run)
+        return evaluation_folder(config, run, workdir)
+
+    assert folder() == folder("--config.data.root=/there", "--config.eval.batch_size=1") == run
+    threshold = "--config.eval.score_threshold=0.5"
+    assert folder(threshold, workdir=tmp_path) == tmp_path
+    named = run / "eval-score_threshold=0.5-protocols=TestG50,all"
+    protocols = "--config.eval.protocols=('TestG50','all')"
+    capsys.readouterr()
+    assert folder(threshold, protocols) == folder(threshold, protocols, workdir=run) == named
+    assert f"results go to {named}, " in capsys.readouterr().out
+    many = folder(f"--config.eval.protocols={tuple(f'TestG{size}' for size in range(50))}")
+    assert len(many.name) < 120

@@ -104,6 +104,12 @@ class Scorer:
         if untrained is not None:
             rows.append(ResultRow("untrained", untrained))
         print_results(rows)
+        if not (detections.scores >= self.score_threshold).any():
+            best = f"{detections.scores.max():.2f}" if detections.scores.size else "none"
+            print(
+                f"note: nothing reached the score threshold {self.score_threshold:g} "
+                f"(config.eval.score_threshold); the best score is {best}"
+            )
         metrics, queries = workdir / METRICS, workdir / QUERIES
         write_metrics_json(metrics, result, untrained)
         write_queries_csv(queries, self.protocols, result.searches, detections)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 from rich import box
@@ -22,73 +23,71 @@ TABLES = {
 }
 # The metrics that the paper's tables have, by name, and as people write them.
 PAPER_METRICS = DETECTION_METRICS | {name: SEARCH_METRICS[name] for name in ("mAP", "top1")}
-# Commands are there to be copied: none is broken, whatever stdout is.
-_WIDTH = 200
 
 
 def print_catalogue(path: str, dataset: str) -> None:
     """Prints every variant of the configuration file `path`, table by table of the paper.
 
+    The tables are as wide as the terminal, and 80 columns in a pipe.
+
     Args:
       path: as it is typed, e.g. configs/cuhk.py.
       dataset: its `config.data.name`.
     """
-    console = Console(width=_WIDTH, highlight=False)
-    for table in catalogue(path, dataset):
+    console = Console(width=shutil.get_terminal_size().columns, highlight=False)
+    for table in catalogue(dataset):
         console.print(table)
     console.print(
-        f"To run one: python launch.py --config={path}:NAME (see README for data and --workdir).\n"
+        f"To run one: python launch.py --config={path}:VARIANT "
+        "(README.md has data and --workdir).\n"
         f"Metrics are the paper's on {figures_on(dataset)}, in percent; † inferred from its prose. "
         "Those of Figure 4 are in a picture only."
     )
 
 
-def catalogue(path: str, dataset: str) -> Iterator[Table]:
+def catalogue(dataset: str) -> Iterator[Table]:
     """What `print_catalogue` prints: the paper's tables, then the variants without metrics."""
     variants = variants_for(dataset)
     # As wide as the longest, so that the columns of all tables stand below each other.
-    width = max(len(command(path, name)) for name in variants)
+    width = max(map(len, variants))
     listed = set()
     for number, title in TABLES.items():
         table = _table(title, width)
         for name, row in rows_of(number, dataset):
             listed.add(name)
-            table.add_row(
-                row.label,
-                command(path, name),
-                "\n".join(_lines(variants[name], row)),
-                *(_percent(row, metric) for metric in PAPER_METRICS),
-            )
+            metrics = [_percent(row, metric) for metric in PAPER_METRICS]
+            table.add_row(name or "(none)", _text(variants[name], row), *metrics)
         if table.rows:
             yield table
     rest = _table("Without metrics in the paper", width)
     for name, variant in variants.items():
         if name not in listed:
-            rest.add_row("", command(path, name), "\n".join(_lines(variant, None)))
+            rest.add_row(name, _text(variant, None))
     yield rest
 
 
-def _table(title: str, command_width: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column("row", width=25)
-    table.add_column("to type", width=command_width)
-    table.add_column("what it is, and what it changes", width=85)
+def _table(title: str, width: int) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        expand=True,
+    )
+    table.add_column("variant", width=width, no_wrap=True)
+    table.add_column("row of the paper: what it is, and what it changes", ratio=1, overflow="fold")
     for name in PAPER_METRICS.values():
-        table.add_column(name, justify="right", width=6)
+        table.add_column(name, justify="right", width=max(5, len(name)))
     return table
 
 
-def command(path: str, name: str) -> str:
-    """The flag that chooses a variant."""
-    return f"--config={path}" + (f":{name}" if name else "")
-
-
-def _lines(variant: Variant, row: PaperRow | None) -> Iterator[str]:
+def _text(variant: Variant, row: PaperRow | None) -> str:
+    label = f"{row.label}: " if row else ""
     note = f" ({row.note})" if row and row.note else ""
-    yield variant.description + note
-    fields = [f"{field}={_value(value)}" for field, value in variant.changes.items()]
-    if fields:
-        yield f"[dim]{', '.join(fields)}[/dim]"
+    fields = ", ".join(f"{field}={_value(value)}" for field, value in variant.changes.items())
+    return f"{label}{variant.description}{note}" + (f"\n[dim]{fields}[/dim]" if fields else "")
 
 
 def _value(value: object) -> str:

@@ -222,7 +222,7 @@ def markdown(config: ConfigDict, name: str, table: str, rows: Sequence[Reproduce
     spread = "mean ± sample standard deviation of" if max(counts) > 1 else "of"
     notes: list[str | None] = [
         "",
-        f"In percent, {spread} {runs} run(s); "
+        f"In percent, {spread} {runs} run{'' if runs == '1' else 's'}; "
         f"{config.train.duration} of {config.train.batch_size} images on {config.data.name}, "
         f"search with {rows[0].protocol}."
         + (" † inferred from the paper's prose." if any(r.paper.inferred for r in rows) else ""),

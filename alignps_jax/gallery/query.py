@@ -33,6 +33,11 @@ class Query:
     embedding: Float[np.ndarray, "D"]
 
 
+def is_gallery(address: str) -> bool:
+    """Whether something that --mode=index made may lie there, rather than a folder of photos."""
+    return "://" in address or (Path(address) / "people.lance").is_dir()
+
+
 def parse_box(text: str | None) -> tuple[float, ...] | None:
     """The corners of "x1,y1,x2,y2"; None stays None.
 

@@ -54,8 +54,8 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
         write_atomically(file, bytes(program.serialize()))
         print(
             f"step {int(weights.step)} of {checkpoint} (chosen by {chosen_by(checkpoint)}), for "
-            f"{config.eval.batch_size} photos of {shape[0]}x{shape[1]} on {', '.join(PLATFORMS)}, "
-            f"is now in {file}"
+            f"batches of {config.eval.batch_size} at {shape[0]}x{shape[1]} pixels on "
+            f"{', '.join(PLATFORMS)}, is now in {file}"
         )
     print(f"note: JAX loads it in versions up to six months newer than this one, {jax.__version__}")
 

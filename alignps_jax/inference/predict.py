@@ -12,11 +12,11 @@ import jax
 from jax import lax
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import choose, known_name
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.losses.total import level_ranges
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.nn.precision import PRECISIONS, products_in
+from alignps_jax.registry import choose, known_name
 from alignps_jax.types import Batch, Detections, Outputs
 
 LARGE_PHOTO = 2**17  # pixels

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from alignps_jax.arrays import first_true
 from alignps_jax.boxes import locations
-from alignps_jax.choices import choose
 from alignps_jax.losses.oim import oim_loss
 from alignps_jax.losses.targets import assign_targets
 from alignps_jax.losses.terms import (
@@ -29,6 +28,7 @@ from alignps_jax.losses.terms import (
     giou_loss,
     triplet_loss,
 )
+from alignps_jax.registry import choose
 from alignps_jax.types import Batch, OIMMemory, Outputs, Positives, Targets, UserError
 
 # The range of a level that learns background only: no box is within it.

@@ -14,7 +14,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import choose, known_name
 from alignps_jax.nn.backbone import BasicBlock, BottleneckBlock, ResNet50, ResNetSmall
 from alignps_jax.nn.deform_conv import DeformConv
 from alignps_jax.nn.head import FCOSHead, PredictedEmbedding, Tower, input_embedding
@@ -29,6 +28,7 @@ from alignps_jax.nn.neck import (
 )
 from alignps_jax.nn.precision import PRECISIONS
 from alignps_jax.nn.recompute import recomputed
+from alignps_jax.registry import choose, known_name
 from alignps_jax.types import Outputs, UserError, Weights
 
 LEVELS = (3, 4, 5, 6, 7)

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import choose
+from alignps_jax.registry import choose
 from alignps_jax.types import UserError
 
 _SMALL = 2**20  # elements

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import known_name
-from alignps_jax.config_rules import check_config
+from alignps_jax.config import check_config
 from alignps_jax.devices import PARALLEL
 from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_evaluator
 from alignps_jax.evaluation.scoring import make_scorer, scorer_of
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import AlignPS, build_model
 from alignps_jax.peers import first_process_first
+from alignps_jax.registry import known_name
 from alignps_jax.training.optimizer import (
     Schedule,
     batch_factor,
@@ -189,7 +189,7 @@ def _padding(pipeline: TrainPipeline, batches: int = 100) -> str:
     pixels = [plan.bucket[0] * plan.bucket[1] for plan in plans]
     share = np.average([plan.padding for plan in plans], weights=pixels)
     return (
-        f"buckets: {len(pipeline.buckets)} shapes for {len(pipeline.groups)} groups of images; "
+        f"buckets: {len(pipeline.buckets)}, groups of images: {len(pipeline.groups)}; "
         f"{share:.1%} of the pixels of the first batches are padding"
     )
 

@@ -113,8 +113,6 @@ def _head(path: Path) -> tuple[bytes, int]:
             raise UserError(f"{path}: found a folder or a device, expected a file of weights")
         with path.open("rb") as file:
             return file.read(16), about.st_size
-    except UserError:
-        raise
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
         raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
 
@@ -228,8 +226,6 @@ def _read_safetensors(path: Path) -> Tensors:
                     f"{path}: {_printable(other[0])!r}: found {types[other[0]]}, expected F32"
                 )
             return {name: file.get_tensor(name) for name in names}
-    except UserError:
-        raise
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise _damaged(path, error) from error
 

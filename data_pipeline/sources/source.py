@@ -146,8 +146,6 @@ def reading(path: Path, expected: str) -> Iterator[None]:
     """Turns what goes wrong while a file is taken apart into a UserError that names the file."""
     try:
         yield
-    except UserError:
-        raise
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected {expected}") from error
     except (OSError, ValueError, LookupError, RecursionError) as error:

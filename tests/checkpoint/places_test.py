@@ -9,9 +9,8 @@ import pytest
 
 from alignps_jax.checkpoint.places import check_lasting, results_folder
 from alignps_jax.checkpoint.store import load_config
-from alignps_jax.command_line import parse
+from alignps_jax.cli import main
 from alignps_jax.figures.kinds import figure_request
-from alignps_jax.modes import MODES
 from alignps_jax.types import UserError
 from configs import tiny
 
@@ -63,11 +62,10 @@ def test_only_the_folder_of_a_step_is_none_for_results(run):
         ["--mode=train", "--config=configs/tiny.py", "--workdir={step}/again"],
     ],
 )
-def test_no_mode_writes_into_the_folder_of_a_step(run, words):
+def test_no_mode_writes_into_the_folder_of_a_step(run, words, capsys):
     step = run / "checkpoints" / "200"
-    args = parse(["launch.py", *(word.format(step=step) for word in words)])
-    with pytest.raises(UserError, match="inside the checkpoint"):
-        MODES[args.mode](args)
+    assert main(["launch.py", *(word.format(step=step) for word in words)]) == 2
+    assert "inside the checkpoint" in capsys.readouterr().err
     assert [path.name for path in step.iterdir()] == ["manifest"]
 
 
@@ -84,8 +82,8 @@ def test_modes_choose_a_lasting_place_and_say_so(run, words, capsys):
     # What is in the way of the result shows where it would go.
     step = run / "checkpoints" / "200"
     (run / "step_200").write_text("in the way")
-    args = parse(["launch.py", *(word.format(step=step) for word in words)])
-    with pytest.raises(UserError, match=r"/run/step_200: found a file, expected a folder for"):
-        MODES[args.mode](args)
-    assert f"results go to {run / 'step_200'}" in capsys.readouterr().out
+    assert main(["launch.py", *(word.format(step=step) for word in words)]) == 2
+    printed = capsys.readouterr()
+    assert "/run/step_200: found a file, expected a folder for" in printed.err
+    assert f"results go to {run / 'step_200'}" in printed.out
     assert [path.name for path in step.iterdir()] == ["manifest"]

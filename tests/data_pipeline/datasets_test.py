@@ -205,7 +205,7 @@ def test_photos_with_too_many_pixels_are_named(root):
 def test_missing_photos_are_counted(root):
     path = root / "frames" / "c1s1_000003.jpg"
     path.unlink()
-    assert f"{path}: no such image; expected the 3 train images, 1 are missing" in _fail(root)
+    assert f"{path}: no such image; missing: 1 of the 3 train images" in _fail(root)
 
 
 def test_folder_that_cannot_be_written(root):

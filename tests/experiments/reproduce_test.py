@@ -69,7 +69,7 @@ def test_figures_are_the_runs_figures(runs, tmp_path):
     assert "7.5 ± 9.2" in text  # mean and sample standard deviation of 1 and 14
     assert "92.4" in text
     assert "search with TestG50" in text
-    assert "deviation of 2 run(s)" in text
+    assert "deviation of 2 runs" in text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from flax import traverse_util
 
 from alignps_jax.devices import AXIS
-from alignps_jax.experiments.catalogue import TABLES, catalogue, command, print_catalogue
+from alignps_jax.experiments.catalogue import TABLES, catalogue, print_catalogue
 from alignps_jax.losses.total import assign
 from alignps_jax.nn.head import HeadMaps
 from alignps_jax.nn.model import build_model, init_variables
@@ -351,15 +351,20 @@ def test_wrong_fields(unchecked, fields, message):
 
 
 @pytest.mark.parametrize("dataset", ["cuhk_sysu", "prw", "synthetic"])
-def test_the_list_names_every_variant_and_row(dataset, capsys):
-    tables = list(catalogue("configs/some.py", dataset))
-    typed = [cell for table in tables for cell in table.columns[1].cells]
-    assert set(typed) == {command("configs/some.py", name) for name in VARIANTS}
+def test_the_list_names_every_variant_and_row_and_fits(dataset, capsys, monkeypatch):
+    tables = list(catalogue(dataset))
+    listed = {cell for table in tables for cell in table.columns[0].cells}
+    assert listed == {name or "(none)" for name in VARIANTS}
     assert sum(table.row_count for table in tables[:-1]) == sum(
         len(rows_of(table, dataset)) for table in TABLES
     )
-    print_catalogue("configs/some.py", dataset)
-    text = capsys.readouterr().out
-    assert ("91.8†" in text) == (dataset != "prw")
-    assert ("45.9" in text) == (dataset == "prw")
-    assert "--config=configs/some.py:toim_without_lut " in text
+    for columns in (80, 100, 160):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        print_catalogue("configs/some.py", dataset)
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) == columns
+        assert ("91.8†" in text) == (dataset != "prw")
+        assert ("45.9" in text) == (dataset == "prw")
+        assert "toim_without_lut " in text
+        assert "…" not in text
+        assert "--config=configs/some.py:VARIANT" in text

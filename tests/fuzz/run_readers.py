@@ -19,14 +19,13 @@ from ml_collections import ConfigDict
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.arrays import restore_arrays
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, load_weights
-from alignps_jax.command_line import FLAGS, parse
-from alignps_jax.config_rules import RULES, check_config
+from alignps_jax.cli import parse
+from alignps_jax.config import check_config
 from alignps_jax.configuration import train_config
 from alignps_jax.gallery.page.exports import as_csv
 from alignps_jax.gallery.page.marks import Marked, Marks, Sight
 from alignps_jax.log import LogLine, read_log
 from alignps_jax.types import OIMMemory, TrainState, UserError
-from alignps_jax.usages import USAGES
 from alignps_jax.weights.tensor_files import Tensors, read_tensors
 from configs import tiny
 from tests.fuzz.mutations import damage, damage_json
@@ -159,101 +158,6 @@ def damage_pth(rng: random.Random, data: bytes) -> bytes:
     return target.getvalue()
 
 
-# Command lines, a word on each line.
-_LINES = {
-    "train": ["--config=configs/tiny.py:plus", "--config.seed=3", "--workdir=runs/x"],
-    "evaluate": ["--mode=evaluate", "--checkpoint", "runs/x", "--config.eval.nms_iou=0.6"],
-    "search": ["--mode=search", "--checkpoint=x", "--query=a.jpg", "--gallery=b", "--box=1,2,3,4"],
-    "reproduce": ["--mode=reproduce", "--config=configs/tiny.py", "--table=2", "--seeds=3"],
-    "processes": ["--coordinator=a:1", "--processes=2", "--process=1", "--config=configs/tiny.py"],
-}
-_VALUES = (
-    *("", "0", "-1", "3", "1e400", "nan", "inf", "0x10", "1_0", "9" * 500, "True", "no", "None"),
-    *(
-        "()",
-        "(1,2)",
-        "((1,2),(3,4))",
-        "('all',)",
-        "[1]",
-        "{}",
-        "(",
-        "'",
-        '"',
-        "a,b",
-        "--",
-        "=",
-        ":",
-    ),
-    *(
-        "é√字𝄞",
-        "\udcff",
-        "\x1b[2J",
-        "a b",
-        "../x",
-        "__import__('os')",
-        "1 steps",
-        "2 epochs",
-        "x" * 5000,
-    ),
-    *("configs/cuhk.py", "configs/tiny.py:plus", "configs/none.py", "configs/tiny.py:", "@x", "~"),
-)
-
-
-def _command_lines(folder: Path) -> Sequence[Path]:
-    for name, words in _LINES.items():
-        (folder / name).write_text("\n".join(words))
-    return sorted(folder.iterdir())
-
-
-def _read_command_line(path: Path) -> ConfigDict | None:
-    """Reads a command line up to the work that it asks for."""
-    # What the system hands over has no NUL, and bytes that are no text as half characters.
-    text = path.read_bytes().replace(b"\0", b"").decode("utf-8", "surrogateescape")
-    args = parse(["launch.py", *text.split("\n")])
-    assert args.mode in USAGES, "a mode that is none"
-    if args.help:
-        return None
-    base = None if args.config else tiny.get_config()
-    return args.configuration(base)
-
-
-def damage_words(rng: random.Random, data: bytes) -> bytes:
-    """Words added, exchanged, left out and doubled; now and then changes of bytes."""
-    if rng.random() < 0.2:
-        return damage(rng, data)
-    words = data.decode("utf-8", "surrogateescape").split("\n")
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        at = rng.randrange(len(words) + 1)
-        change = rng.randrange(4)
-        if change == 0:
-            words.insert(at, _word(rng))
-        elif change == 1:
-            words[at : at + 1] = [_word(rng)]
-        elif change == 2:
-            del words[at : at + 1]
-        else:
-            words.insert(at, rng.choice(words or [""]))
-    return "\n".join(words).encode("utf-8", "surrogateescape")
-
-
-def _word(rng: random.Random) -> str:
-    value = rng.choice(_VALUES)
-    flag, field = rng.choice(list(FLAGS)), f"config.{rng.choice(list(RULES))}"
-    if rng.random() < 0.1:
-        field = field[: rng.randrange(len(field))]
-    dashes = rng.choice(("--", "--", "--", "-", "--no"))
-    patterns = (
-        f"{dashes}{flag}={value}",
-        f"{dashes}{flag}",
-        f"--{field}={value}",
-        f"{dashes}{field}",
-        f"--mode={rng.choice(list(USAGES))}",
-        value,
-        rng.choice(("--help", "-h", "--", "-", "--=", "---", "--flagfile=x", "--undefok=x")),
-    )
-    return rng.choice(patterns)
-
-
 def _marks(folder: Path) -> Sequence[Path]:
     path = folder / "people.marks.json"
     marks = Marks(path)
@@ -315,11 +219,5 @@ RUN_READERS: dict[str, Reader] = {
         read=lambda _, path: _read_marks(path),
         check=_check_marks,
         damage=damage_json,
-    ),
-    "command_lines": Reader(
-        build=_command_lines,
-        read=lambda _, path: _read_command_line(path),
-        check=lambda config: config is None or check_config(config),
-        damage=damage_words,
     ),
 }

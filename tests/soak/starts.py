@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-import alignps_jax.modes  # noqa: F401  (its imports take most of the time of a start)
+import alignps_jax.training.train  # noqa: F401  (its imports take most of the time of a start)
 import launch
 
 

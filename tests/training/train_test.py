@@ -298,7 +298,7 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(shared_dir, tmp_pa
         (["--config.data.name=cuhk"], "cuhk_sysu"),
         (["--config.train.duration=3 weeks"], "config.train.duration: found '3 weeks'"),
         (["--config.train.batch_size=0"], "config.train.batch_size: found 0"),
-        (["--mode=search"], "--checkpoint: missing"),
+        (["--mode=search"], "required: --checkpoint, --query, --gallery"),
         (["--query=photo.jpg"], "--query: --mode=train does not read it"),
         (["--config.model.levels=(3,9)"], "config.model.levels: found (3, 9)"),
         (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere"),

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from alignps_jax.choices import choose
+from alignps_jax.registry import choose
 from alignps_jax.types import UserError
 
 _GIB = 2.0**30

@@ -7,13 +7,13 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import known_name
 from alignps_jax.devices import PARALLEL
 from alignps_jax.experiments.scaling.cases import cases, parse_scale
 from alignps_jax.experiments.scaling.chips import parse_topologies
 from alignps_jax.experiments.scaling.gate import run_gate
 from alignps_jax.experiments.scaling.measure import measure_scaling
 from alignps_jax.nn.model import build_model
+from alignps_jax.registry import known_name
 from alignps_jax.types import UserError
 
 

@@ -181,8 +181,6 @@ def _read(file: Path) -> dict[str, Marked]:
         OverflowError,
         RecursionError,
     ) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{file}: found no marks in it; {expected}") from error
 
 

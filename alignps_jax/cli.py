@@ -1,0 +1,367 @@
+"""The command line: what each mode makes of its flags, and what its errors look like.
+
+Modes import what they use, so that `--help` and mistakes are answered at once.
+"""
+
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from alignps_jax.flags import MODES, PROCESSES, Arguments, mode, parse
+
+
+@mode(any_of="config workdir", takes=f"checkpoint accept_changes {PROCESSES}")
+def train(args: Arguments) -> None:
+    """trains, resumes the run in --workdir, or fine-tunes --checkpoint; then evaluates
+
+    --config=configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
+    --workdir=runs/cuhk
+    --checkpoint=runs/cuhk --config=configs/prw.py --config.data.root=/data/PRW
+    """
+    from alignps_jax.configuration import train_config
+    from alignps_jax.training.train import train_and_evaluate
+
+    workdir = args.workdir or Path("runs", args.config_name)
+    train_and_evaluate(train_config(args), workdir, accept_changes=args.accept_changes)
+
+
+@mode(any_of="checkpoint workdir detections", takes=f"config {PROCESSES}")
+def evaluate(args: Arguments) -> None:
+    """measures detection and search of a checkpoint, or of saved detections
+
+    --mode=evaluate --workdir=runs/cuhk
+    --mode=evaluate --workdir=runs/cuhk --config.eval.score_threshold=0.3
+    --mode=evaluate --detections=runs/cuhk/detections.npz
+    """
+    from alignps_jax.configuration import checkpoint_config, detections_config, evaluation_folder
+    from alignps_jax.evaluation.evaluate import evaluate_checkpoint
+    from alignps_jax.evaluation.scoring import evaluate_detections
+
+    if args.detections:
+        evaluate_detections(detections_config(args), args.detections, args.workdir)
+        return
+    checkpoint = args.checkpoint or args.workdir
+    config = checkpoint_config(args, checkpoint)
+    folder = args.workdir if args.checkpoint else None
+    evaluate_checkpoint(config, checkpoint, evaluation_folder(config, checkpoint, folder))
+
+
+@mode("checkpoint query gallery", f"box config exact_up_to workdir {PROCESSES}")
+def search(args: Arguments) -> None:
+    """searches a person in a gallery, or in a folder of photos
+
+    --mode=search --checkpoint=runs/cuhk --query=photo.jpg --box=310,120,390,330 --gallery=photos/
+    --mode=search --checkpoint=runs/cuhk --query=photo.jpg --gallery=people.lance
+    """
+    from alignps_jax.configuration import checkpoint_config, say_folder
+    from alignps_jax.gallery.photos import search_photos
+    from alignps_jax.gallery.query import is_gallery, parse_box
+    from alignps_jax.peers import leads
+
+    workdir = args.workdir or say_folder(args.checkpoint) / "search" / args.query.stem
+    person = checkpoint_config(args, args.checkpoint), args.query, parse_box(args.box)
+    if not is_gallery(args.gallery):
+        search_photos(args.checkpoint, *person, Path(args.gallery), workdir)
+    elif leads():  # one query in a gallery is work for one process
+        from alignps_jax.gallery.searching import search_gallery
+
+        search_gallery(args.checkpoint, *person, _gallery(args), workdir)
+
+
+@mode("checkpoint gallery source", "every prune exact_up_to config")
+def index(args: Arguments) -> None:
+    """finds everybody in photos and videos, once, and adds them to a gallery
+
+    --mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/photos
+    --mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/videos --every=500ms
+    """
+    from alignps_jax.configuration import checkpoint_config
+    from alignps_jax.gallery.indexing import index_source
+    from alignps_jax.gallery.sources import parse_every
+
+    index_source(
+        args.checkpoint,
+        checkpoint_config(args, args.checkpoint),
+        args.gallery,
+        args.source,
+        every=parse_every(args.every),
+        prune=args.prune,
+        exact_up_to=args.exact_up_to,
+    )
+
+
+@mode("gallery", "exact_up_to", one_of="photo person")
+def forget(args: Arguments) -> None:
+    """removes people from a gallery for good, and keeps them out of the next indexing
+
+    --mode=forget --gallery=people.lance --photo=/photos/party.jpg
+    --mode=forget --gallery=people.lance --person=1f3a5c7e9b2d4f6a8c0e1b3d-0
+    """
+    from alignps_jax.gallery.forgetting import forget
+
+    forget(_gallery(args), photo=args.photo, person=args.person)
+
+
+@mode("checkpoint source target", "every config")
+def detect(args: Arguments) -> None:
+    """finds everybody in photos and videos, and writes boxes, scores and embeddings
+
+    --mode=detect --checkpoint=runs/cuhk --source=/photos --target=people.json
+    """
+    from alignps_jax.configuration import checkpoint_config
+    from alignps_jax.evaluation.detect import detect_source
+    from alignps_jax.gallery.sources import parse_every
+
+    config = checkpoint_config(args, args.checkpoint)
+    detect_source(args.checkpoint, config, args.source, parse_every(args.every), args.target)
+
+
+@mode("checkpoint gallery", "host port exact_up_to config")
+def serve(args: Arguments) -> None:
+    """serves a page in the browser that searches a gallery
+
+    --mode=serve --gallery=people.lance --checkpoint=runs/cuhk
+    """
+    from alignps_jax.configuration import checkpoint_config
+    from alignps_jax.gallery.page.serve import serve_checkpoint
+
+    config = checkpoint_config(args, args.checkpoint)
+    serve_checkpoint(args.checkpoint, config, _gallery(args), args.host, args.port)
+
+
+@mode("config source workdir", "convention")
+def convert(args: Arguments) -> None:
+    """makes a checkpoint of published PyTorch weights (.pth, .safetensors, .pkl)
+
+    --mode=convert --config=cuhk:released --source=cuhk_alignps.pth --workdir=runs/cuhk_released
+    """
+    from alignps_jax.configuration import configuration
+    from alignps_jax.weights.convert import convert_released
+
+    convert_released(configuration(args), Path(args.source), args.workdir, args.convention)
+
+
+@mode("target", "exact_up_to config", one_of="checkpoint gallery")
+def export(args: Arguments) -> None:
+    """writes a checkpoint for PyTorch or as a program without ours, or a gallery as one table
+
+    --mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors
+    --mode=export --checkpoint=runs/cuhk --target=detector.stablehlo --config.eval.batch_size=1
+    --mode=export --gallery=people.lance --target=people.parquet
+    """
+    if args.gallery:
+        from alignps_jax.gallery.exporting import export_gallery
+
+        export_gallery(_gallery(args), args.target)
+        return
+    from alignps_jax.configuration import checkpoint_config
+    from alignps_jax.inference.exported import SUFFIX, export_programs
+    from alignps_jax.registry import choose
+    from alignps_jax.weights.convert import export_released
+
+    writers = {".pth": export_released, ".safetensors": export_released, SUFFIX: export_programs}
+    write = choose(f"--target: suffix of {args.target}", args.target.suffix, writers)
+    write(args.checkpoint, args.target, checkpoint_config(args, args.checkpoint))
+
+
+@mode(takes="what query box gallery workdir config", one_of="checkpoint detections")
+def visualize(args: Arguments) -> None:
+    """draws figures: sampling points, comparisons, similarity, detections, curves
+
+    --mode=visualize --what=sampling_points --checkpoint=runs/cuhk --query=photo.jpg
+    --mode=visualize --what=comparison --checkpoint=runs/cuhk,runs/baseline
+    """
+    from alignps_jax.configuration import checkpoint_config, say_folder
+    from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
+    from alignps_jax.registry import known_name
+
+    if args.what is None:
+        args.refuse(f"--what: missing, expected one of {', '.join(FIGURES)}")
+    kind = known_name("--what", args.what, FIGURES)
+    sources = str(args.detections or args.checkpoint)
+    config_of = partial(checkpoint_config, args)
+    request = figure_request(sources, config_of, args.query, args.box, args.gallery, args.workdir)
+    if not args.workdir:
+        say_folder(request.checkpoints[0])
+    draw_figures(kind, request)
+
+
+@mode(takes="config what runs quick workdir")
+def benchmark(args: Arguments) -> None:
+    """measures speed and memory on this machine
+
+    --mode=benchmark --what=inference,train
+    """
+    from alignps_jax.configuration import configuration
+    from alignps_jax.experiments.benchmark.run import run_benchmark
+
+    workdir = args.workdir or Path("runs/benchmark")
+    run_benchmark(configuration(args), args.what, workdir, runs=args.runs, quick=args.quick)
+
+
+@mode(takes="config topology what scale batch runs target")
+def scaling(args: Arguments) -> None:
+    """compiles for chips that are not here, or measures 1, 2, 4, ... of the devices that are
+
+    --mode=scaling --config=cuhk --topology=v5e:2x4,h100:8,v100:1 --batch=1
+    --mode=scaling --what=train --batch=4 --scale=1000x600
+    """
+    from alignps_jax.configuration import configuration
+    from alignps_jax.experiments.scaling.run import run_scaling
+
+    default = "gate.json" if args.topology else "measured.json"
+    run_scaling(
+        configuration(args),
+        args.topology,
+        what=args.what,
+        scale=args.scale,
+        batch=args.batch,
+        runs=args.runs,
+        target=args.target or Path("runs/scaling", default),
+    )
+
+
+@mode(takes="config")
+def list_mode(args: Arguments) -> None:
+    """lists the variants of a configuration: what each changes, the paper's numbers
+
+    --mode=list --config=configs/prw.py
+    """
+    from alignps_jax.configuration import configuration
+    from alignps_jax.experiments.catalogue import print_catalogue
+
+    name = (args.config or "configs/cuhk.py").partition(":")[0]
+    print_catalogue(name, configuration(args).data.name)
+
+
+@mode("config table", f"seeds workdir {PROCESSES}")
+def reproduce(args: Arguments) -> None:
+    """trains every row of one of the paper's tables, with several seeds
+
+    --mode=reproduce --config=configs/ablation.py --table=2
+    """
+    from alignps_jax.configuration import configuration
+    from alignps_jax.experiments.reproduce import reproduce_table
+
+    workdir = args.workdir or Path(f"runs/reproduce-{args.config_name}")
+    reproduce_table(configuration(args), args.config_name, args.table, args.seeds, workdir)
+
+
+def _gallery(args: Arguments) -> Any:
+    from alignps_jax.gallery.store import Gallery
+
+    return Gallery.open(args.gallery, exact_up_to=args.exact_up_to)
+
+
+def entry() -> None:
+    """Runs the command line of this process; output that nobody reads any more ends nothing."""
+    sys.stdout, sys.stderr = map(_lasting, (sys.stdout, sys.stderr))
+    sys.exit(main(sys.argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one mode; returns the exit code.
+
+    0, 2 after bad input, 3 where photos were skipped, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    if "--version" in argv:
+        from alignps_jax import __version__
+
+        print(f"alignps-jax {__version__}")
+        return 0
+    try:
+        args = parse(argv)
+        from alignps_jax.peers import end_together
+
+        return end_together(partial(_run, args))
+    except SystemExit as leaving:
+        if not isinstance(leaving.code, int):
+            raise  # a text, which Python prints
+        return leaving.code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in ("alignps_jax", "data_pipeline"):
+            raise
+        extras = "galleries need '.[gallery]', .pth files '.[torch]'"
+        print(
+            f"error: found no package {error.name}; in the project's folder run make setup, or pip "
+            f"install . ({extras})",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _run(args: Arguments) -> int:
+    from alignps_jax.types import UserError
+
+    try:
+        _prepare(args)
+        MODES[args.mode].run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # in the system's own words
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        return UserError.exit_code
+    except MemoryError as error:
+        print(f"error: {error or 'out of memory'}", file=sys.stderr)
+        return UserError.exit_code
+    except UnicodeEncodeError as error:
+        hint = "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+        print(f"error: {error.object!r}: no name in this locale ({hint})", file=sys.stderr)
+        return UserError.exit_code
+    return 0
+
+
+def _prepare(args: Arguments) -> None:
+    """Joins the other processes of the run, and looks for the devices that JAX shall use."""
+    import jax
+
+    from alignps_jax.checkpoint.places import check_lasting
+    from alignps_jax.peers import join
+    from alignps_jax.types import UserError
+
+    if args.coordinator or args.distributed:
+        join(args.coordinator, args.processes, args.process)
+    platforms = os.environ.get("JAX_PLATFORMS")
+    try:
+        _ = platforms and jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(" (set JAX")[0] or "it finds no such device"
+        raise UserError(f"JAX_PLATFORMS={platforms}: JAX cannot use it here ({reason})") from error
+    only_reads = args.mode == "evaluate" and not (args.checkpoint or args.detections)
+    for flag in ("target", "detections", *(() if only_reads else ("workdir",))):
+        if getattr(args, flag):
+            check_lasting(f"--{flag}", getattr(args, flag))
+
+
+class _Stream(io.FileIO):
+    """Goes on as if it were read where its reader has left."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that was closed
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def _lasting(stream: TextIO) -> TextIO:
+    """A standard stream that neither a reader who leaves nor a strange file name can end."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw = io.BufferedWriter(_Stream(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(
+        raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True
+    )

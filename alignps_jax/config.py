@@ -1,0 +1,266 @@
+"""What each field of a configuration may hold and decides: one table, read before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from alignps_jax.registry import nearest
+from alignps_jax.types import UserError
+
+# What a field decides: what a trained network is and sees, what training makes of it, or neither
+# (where files lie, how fast they are read, what is measured and written when).
+NETWORK, TRAINING, FREE = "network", "training", "free"
+
+MOST = 2**31 - 1
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
+_PROTOCOL = re.compile(r"TestG\d+|all|occlusion|resolution|cross_camera")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The type of a field's values, a condition on them, and both in words."""
+
+    type: type
+    holds: Callable[[Any], bool]
+    expected: str
+    unset: bool = False  # whether None is a value
+    names: tuple[str, ...] = ()  # of which it is one
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a field may hold this; an integer is a number, True and False are neither."""
+        if value is None:
+            return self.unset
+        types = (int, float) if self.type is float else self.type
+        is_flag = isinstance(value, bool)
+        return isinstance(value, types) and is_flag == (self.type is bool) and self.holds(value)
+
+
+def _integer(low: int, high: int = MOST) -> Rule:
+    bounds = f"{low} or more" if high == MOST else f"from {low} to {high}"
+    return Rule(int, lambda x: low <= x <= high, f"an integer, {bounds}")
+
+
+def _number(expected: str, holds: Callable[[float], bool]) -> Rule:
+    return Rule(float, lambda x: -1e300 < x < 1e300 and holds(x), expected)
+
+
+def _choice(*names: str) -> Rule:
+    return Rule(str, lambda x: x in names, f"one of {', '.join(names)}", names=names)
+
+
+def _tuple_of(rule: Rule, expected: str, holds: Callable[[Any], bool] = lambda x: True) -> Rule:
+    return Rule(tuple, lambda x: all(map(rule.accepts, x)) and holds(x), expected)
+
+
+def _unset_or(rule: Rule) -> Rule:
+    return dataclasses.replace(rule, expected=f"{rule.expected}, or None", unset=True)
+
+
+def _ascending(values: Any) -> bool:
+    return all(low < high for low, high in pairwise(values))
+
+
+def _is_long(value: str) -> bool:
+    found = _DURATION.fullmatch(value)
+    return found is not None and float(found[1]) > (0.5 if found[2] == "step" else 0)
+
+
+_FLAG = Rule(bool, lambda x: True, "True or False")
+_TEXT = Rule(str, lambda x: x != "" and "\0" not in x, "a text")
+_COUNT, _SIDE, _FROM_0 = _integer(1), _integer(1, 2**15), _integer(0)
+_FINITE = _number("a number", lambda x: True)
+_SHARE = _number("a number, from 0 to 1", lambda x: 0 <= x <= 1)
+_BELOW_1 = _number("a number, 0 or more and below 1", lambda x: 0 <= x < 1)
+_POSITIVE = _number("a number above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _number("a number, 0 or more", lambda x: x >= 0)
+_PRECISION = _choice("fast", "exact")
+_PAIR = "(long, short) in pixels, integers with 32768 >= long >= short >= 1"
+_SCALE = _tuple_of(_SIDE, f"a pair {_PAIR}", lambda x: len(x) == 2 and x[0] >= x[1])
+_SPAN_TEXT = '"<number> epochs" or "<number> steps"'
+_SPAN = Rule(str, lambda x: _DURATION.fullmatch(x) is not None, _SPAN_TEXT)
+_LONG = Rule(str, _is_long, f"{_SPAN_TEXT}, above 0")
+_DROPS = _tuple_of(_SPAN, f"a tuple of {_SPAN_TEXT}")
+_PROTOCOLS = _tuple_of(
+    Rule(str, lambda x: _PROTOCOL.fullmatch(x) is not None, ""),
+    "a tuple of TestG<size>, all, occlusion, resolution, cross_camera, such as ('TestG100','all')",
+)
+_CONTEXT = _tuple_of(
+    _COUNT,
+    "() or (k1, k2), the numbers of gallery images and of people, 1 or more",
+    lambda x: len(x) in (0, 2),
+)
+_STAGES = _tuple_of(_integer(3, 5), "some of (3, 4, 5) in ascending order, or ()", _ascending)
+_LEVELS = _tuple_of(
+    _integer(3, 7),
+    "some of (3, 4, 5, 6, 7) in ascending order",
+    lambda x: x != () and _ascending(x),
+)
+_MEAN = _tuple_of(_FINITE, "three numbers, in channel order", lambda x: len(x) == 3)
+_STD = _tuple_of(_POSITIVE, "three numbers above 0, in channel order", lambda x: len(x) == 3)
+_BORDERS = _tuple_of(_POSITIVE, "a tuple of ascending numbers of pixels", _ascending)
+_RADIUS = _number("a number, above 0 and up to 100", lambda x: 0 < x <= 100)
+_DECAY = _number("a number, above 0 and up to 1", lambda x: 0 < x <= 1)
+_NORM = Rule(float, lambda x: x > 0, "a number above 0; inf clips nothing")
+
+FIELDS: dict[str, tuple[str, Rule]] = {
+    "seed": (TRAINING, _FROM_0),
+    "data.name": (TRAINING, _choice("cuhk_sysu", "prw", "coco_person_search", "synthetic")),
+    "data.root": (FREE, _TEXT),
+    "data.prepared_dir": (FREE, _unset_or(_TEXT)),
+    "data.train_scales": (TRAINING, _tuple_of(_SCALE, f"one or more pairs {_PAIR}", bool)),
+    "data.test_scale": (NETWORK, _SCALE),
+    "data.flip_probability": (TRAINING, _SHARE),
+    "data.max_programs": (TRAINING, _unset_or(_COUNT)),
+    "data.min_side": (TRAINING, _FROM_0),
+    "data.validation_fraction": (TRAINING, _BELOW_1),
+    "data.max_pixels": (FREE, _integer(1, 2**40)),
+    "data.workers": (FREE, _integer(0, 1024)),
+    "data.prefetch": (FREE, _integer(0, 1024)),
+    "data.synthetic.seed": (TRAINING, _FROM_0),
+    "data.synthetic.train_images": (TRAINING, _COUNT),
+    "data.synthetic.test_images": (TRAINING, _COUNT),
+    "data.synthetic.train_identities": (TRAINING, _COUNT),
+    "data.synthetic.test_identities": (TRAINING, _COUNT),
+    "data.synthetic.height": (TRAINING, _SIDE),
+    "data.synthetic.width": (TRAINING, _SIDE),
+    "model.backbone": (NETWORK, _choice("resnet50", "resnet_small")),
+    "model.pretrained": (FREE, _unset_or(_TEXT)),
+    "model.backbone_width": (NETWORK, _SIDE),
+    "model.frozen_stages": (TRAINING, _integer(-1, 4)),
+    "model.deform_stages": (NETWORK, _STAGES),
+    "model.channels": (NETWORK, _SIDE),
+    "model.lateral_deform": (NETWORK, _FLAG),
+    "model.output_deform": (NETWORK, _FLAG),
+    "model.concatenate": (NETWORK, _FLAG),
+    "model.levels": (NETWORK, _LEVELS),
+    "model.reid": (NETWORK, _choice("input", "regression", "classification", "independent")),
+    "model.offset_gain": (TRAINING, _NOT_NEGATIVE),
+    "model.head_convs": (NETWORK, _integer(0, 1000)),
+    "model.norm_groups": (NETWORK, _SIDE),
+    "model.initial_distance": (TRAINING, _FINITE),
+    "model.background_levels": (NETWORK, _FLAG),
+    "model.dtype": (NETWORK, _choice("float32", "bfloat16")),
+    "model.precision": (TRAINING, _PRECISION),
+    "model.remat": (FREE, _FLAG),
+    "model.channel_order": (NETWORK, _choice("BGR", "RGB")),
+    "model.pixel_mean": (NETWORK, _MEAN),
+    "model.pixel_std": (NETWORK, _STD),
+    "model.stride_in_3x3": (NETWORK, _FLAG),
+    "loss.focal_alpha": (TRAINING, _SHARE),
+    "loss.focal_gamma": (TRAINING, _NOT_NEGATIVE),
+    "loss.center_radius": (TRAINING, _RADIUS),
+    "loss.level_borders": (TRAINING, _BORDERS),
+    "loss.lut_size": (TRAINING, _unset_or(_COUNT)),
+    "loss.queue_size": (TRAINING, _FROM_0),
+    "loss.inverse_lut_temperature": (TRAINING, _POSITIVE),
+    "loss.inverse_queue_temperature": (TRAINING, _POSITIVE),
+    "loss.oim_focal_gamma": (TRAINING, _NOT_NEGATIVE),
+    "loss.lut_momentum": (TRAINING, _SHARE),
+    "loss.normalize_lut": (TRAINING, _FLAG),
+    "loss.queue_channels": (TRAINING, _unset_or(_COUNT)),
+    "loss.triplet": (TRAINING, _choice("none", "batch", "batch_and_lut")),
+    "loss.triplet_margin": (TRAINING, _NOT_NEGATIVE),
+    "loss.triplet_first_lut_identity": (TRAINING, _FROM_0),
+    "optimizer.name": (TRAINING, _choice("sgd", "adamw")),
+    "optimizer.learning_rate": (TRAINING, _NOT_NEGATIVE),
+    "optimizer.momentum": (TRAINING, _BELOW_1),
+    "optimizer.scale_with_batch": (TRAINING, _unset_or(_COUNT)),
+    "optimizer.weight_decay": (TRAINING, _NOT_NEGATIVE),
+    "optimizer.bias_lr_factor": (TRAINING, _NOT_NEGATIVE),
+    "optimizer.bias_weight_decay": (TRAINING, _unset_or(_NOT_NEGATIVE)),
+    "optimizer.warmup": (TRAINING, _SPAN),
+    "optimizer.warmup_start": (TRAINING, _SHARE),
+    "optimizer.drops": (TRAINING, _tuple_of(_SPAN, f"a tuple of {_SPAN_TEXT}")),
+    "optimizer.drop_factor": (TRAINING, _NOT_NEGATIVE),
+    "optimizer.clip_norm": (TRAINING, _NORM),
+    "train.batch_size": (TRAINING, _COUNT),
+    "train.duration": (FREE, _LONG),
+    "train.parallel": (FREE, _choice("pmap", "shard_map")),
+    "train.accumulate": (FREE, _SIDE),
+    "train.ema_decay": (TRAINING, _unset_or(_DECAY)),
+    "train.profile": (FREE, _unset_or(_TEXT)),
+    "train.max_positives": (TRAINING, _unset_or(_COUNT)),
+    "train.log_every_steps": (FREE, _COUNT),
+    "train.checkpoint_every": (FREE, _LONG),
+    "train.eval_every": (FREE, _LONG),
+    "train.keep_checkpoints": (FREE, _COUNT),
+    "eval.batch_size": (FREE, _COUNT),
+    "eval.score_threshold": (FREE, _SHARE),
+    "eval.pre_nms": (FREE, _COUNT),
+    "eval.min_cls_score": (FREE, _SHARE),
+    "eval.nms_iou": (FREE, _SHARE),
+    "eval.max_detections": (FREE, _COUNT),
+    "eval.precision": (FREE, _PRECISION),
+    "eval.boxes": (FREE, _choice("detected", "ground_truth")),
+    "eval.context_matching": (FREE, _CONTEXT),
+    "eval.untrained_baseline": (FREE, _FLAG),
+    "eval.protocols": (FREE, _PROTOCOLS),
+}
+FIELD_KINDS = {name: kind for name, (kind, _) in FIELDS.items()}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Holds every field of a complete configuration against its rule.
+
+    Raises:
+      UserError: a field does not exist (the nearest is named), is missing, or is out of range.
+    """
+    found = dict(flat_fields(config))
+    for name in found:
+        check_name(name)
+    for name, (_, rule) in FIELDS.items():
+        if name not in found:
+            raise UserError(f"config.{name}: missing, expected {rule.expected}")
+        if not rule.accepts(found[name]):
+            raise out_of_range(name, found[name])
+    _check_together(found)
+
+
+def check_name(name: str) -> None:
+    """Raises UserError, with the nearest name, for a field that does not exist."""
+    if name not in FIELDS:
+        last = name.rpartition(".")[2]
+        same = [field for field in FIELDS if field.rpartition(".")[2] == last]
+        hint = f"; did you mean {same[0]!r}?" if same else nearest(name, FIELDS)
+        raise UserError(f"config.{name}: no such field{hint}")
+
+
+def out_of_range(name: str, found: object) -> UserError:
+    """What is wrong with the value of a field."""
+    rule = FIELDS[name][1]
+    hint = nearest(str(found), rule.names)
+    return UserError(f"config.{name}: found {found!r}, expected {rule.expected}{hint}")
+
+
+def _check_together(found: Mapping[str, Any]) -> None:
+    """Raises UserError for fields that do not fit one another."""
+    groups, levels = found["model.norm_groups"], found["model.levels"]
+    divided = ["model.channels"]
+    if found["model.backbone"] == "resnet_small":
+        divided.append("model.backbone_width")
+    for name in divided:
+        if found[name] % groups:
+            raise UserError(
+                f"config.model.norm_groups: found {groups}, expected a divisor of "
+                f"config.{name} = {found[name]}"
+            )
+    if len(found["loss.level_borders"]) != len(levels) - 1:
+        raise UserError(
+            f"config.loss.level_borders: found {found['loss.level_borders']}, expected "
+            f"{len(levels) - 1} ascending numbers of pixels for config.model.levels = {levels}"
+        )
+
+
+def flat_fields(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a section, with their dotted names."""
+    for name, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,271 @@
+"""The flags of every mode: one argparse parser each, and one line for what is wrong with them.
+
+Flags of the form `--config.section.field=value` are left to `alignps_jax.config`. Nothing slow is
+imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+Run = Callable[["Arguments"], None]
+_OVERRIDE = re.compile(r"--(?:no)?config\.([^=]+)")
+_PROGRAM = "python launch.py"
+
+
+def _text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("found '', expected a value")
+    return value
+
+
+def _path(value: str) -> Path:
+    return Path(_text(value))
+
+
+def _flag(help: str, kind: Any = _text, default: Any = None) -> dict[str, Any]:
+    return {"help": help, "type": kind, "default": default}
+
+
+def _switch(help: str) -> dict[str, Any]:
+    return {"help": help, "action": "store_true"}
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "config": _flag(
+        "configuration file or its name, and a variant, such as configs/cuhk.py:plus or prw; "
+        "default: that of the run or checkpoint, else cuhk"
+    ),
+    "workdir": _flag(
+        "folder of the run, or where results go; default: below runs/, or the run's", _path
+    ),
+    "checkpoint": _flag("workdir of a run, or the folder of one step; default: --workdir", _path),
+    "detections": _flag("saved detections (.npz) instead of a checkpoint; default: none", _path),
+    "query": _flag("photo with the person to find; default: none", _path),
+    "box": _flag("x1,y1,x2,y2 of the person in the query photo, in pixels; default: everybody"),
+    "gallery": _flag(
+        "what --mode=index made (a folder, or another address that LanceDB takes); for search "
+        "and visualize also a folder of photos; default: none"
+    ),
+    "source": _flag("folder of photos and videos, with everything below it, or one such file"),
+    "every": _flag("time between two frames of a video: 1s, 500ms, 2min", default="1s"),
+    "prune": _switch("remove people whose photo or video is gone from --source"),
+    "exact_up_to": _flag("number of people up to which search is exact", int, 2_000_000),
+    "photo": _flag("photo or video whose people are forgotten; default: none"),
+    "person": _flag("id of one person to forget, from ranking.json; default: none"),
+    "convention": _flag("pixels of a ResNet-50, torchvision or caffe; default: by its name"),
+    "target": _flag(
+        "file to write; its suffix decides the format: detect .json (COCO), .csv, .npz; export "
+        ".pth, .safetensors, .stablehlo, of a gallery .parquet, .arrow; scaling .json, default: "
+        "runs/scaling/gate.json or measured.json",
+        _path,
+    ),
+    "table": _flag("table of the paper: 1 to 6, or fig4"),
+    "seeds": _flag("runs of each row of the table", int, 2),
+    "what": _flag(
+        "visualize: the kind of figure: sampling_points, comparison, gallery_size, detections, "
+        "similarity, precision_recall; benchmark, scaling: parts a,b,...; default: all"
+    ),
+    "runs": _flag("timed runs of each row", int, 5),
+    "quick": _switch("tiny shapes, only to see that it runs"),
+    "topology": _flag(
+        "chips to compile for, a,b,...: v5e:2x4, h100:8, a100:1, v100:1, cpu:8; default: measures "
+        "the devices that are here"
+    ),
+    "scale": _flag("<long>x<short> in pixels; default: the test and the largest training scale"),
+    "batch": _flag("images per device; default: config.train.batch_size", int),
+    "host": _flag(
+        "address to listen on; others than this machine need a token", default="127.0.0.1"
+    ),
+    "port": _flag("port to listen on, 0 for a free one", int, 8000),
+    "accept_changes": _switch("resume although fields changed that decide what training does"),
+    "distributed": _switch(
+        "join the processes that SLURM, Open MPI, Kubernetes or a TPU pod starts"
+    ),
+    "coordinator": _flag("without such a manager: host:port of process 0; default: one process"),
+    "processes": _flag("number of processes of the run; default: 1", int),
+    "process": _flag("number of this process, from 0; default: 0", int),
+}
+PROCESSES = "distributed coordinator processes process"
+
+
+class Arguments(argparse.Namespace):
+    """What was typed: the flags of the mode, and the words that set fields of the configuration."""
+
+    mode: str
+    overrides: list[str]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in FLAGS:  # a flag of other modes
+            return None
+        raise AttributeError(name)
+
+    @property
+    def config_name(self) -> str:
+        """The name of the configuration and its variant, as folders carry it."""
+        path, _, variant = self.config.partition(":")
+        stem = path.rpartition("/")[2].removesuffix(".py")
+        return f"{stem}-{variant}" if variant else stem
+
+    def refuse(self, message: str) -> NoReturn:
+        """Exits with one line on what is wrong with the flags."""
+        MODES[self.mode].parser.error(message)
+
+    @property
+    def overridden(self) -> frozenset[str]:
+        """The dotted names of the fields that the command line sets."""
+        return frozenset(found[1] for word in self.overrides if (found := _OVERRIDE.match(word)))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Names the default of every flag."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.required:
+            return f"{text.partition('; default: ')[0]} (required)"
+        if isinstance(action, argparse._StoreTrueAction):
+            return f"{text}; default: no"
+        return (
+            text if action.default in (None, argparse.SUPPRESS) else f"{text}; default: %(default)s"
+        )
+
+
+class Mode(NamedTuple):
+    """What a mode does, and how its flags are read."""
+
+    run: Run
+    parser: _Parser
+    flags: frozenset[str]
+    any_of: tuple[str, ...] = ()
+
+
+MODES: dict[str, Mode] = {}
+
+
+def mode(
+    needs: str = "", takes: str = "", *, one_of: str = "", any_of: str = ""
+) -> Callable[[Run], Run]:
+    """Makes a function the mode of its name.
+
+    The first line of its docstring says what it does; the lines after an empty one are examples.
+
+    Args:
+      needs: names of the flags that it cannot do without.
+      takes: names of those that it reads besides.
+      one_of: names of flags of which it takes exactly one.
+      any_of: names of flags of which it needs at least one.
+    """
+
+    def add(run: Run) -> Run:
+        name = run.__name__.removesuffix("_mode")
+        summary, _, *examples = map(str.strip, (run.__doc__ or "").strip().splitlines())
+        parser = _Parser(
+            prog=f"{_PROGRAM} --mode={name}",
+            usage=f"{_PROGRAM} --mode={name} [flags] [--config.SECTION.FIELD=VALUE ...]",
+            description=summary,
+            epilog="\n  ".join(["examples:", *(f"{_PROGRAM} {line}" for line in examples)]),
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        for flag in needs.split():
+            parser.add_argument(f"--{flag}", required=True, **FLAGS[flag])
+        group = parser.add_mutually_exclusive_group(required=True) if one_of else parser
+        for flag in one_of.split():
+            group.add_argument(f"--{flag}", **FLAGS[flag])
+        for flag in (*any_of.split(), *takes.split()):
+            parser.add_argument(f"--{flag}", **FLAGS[flag])
+        flags = frozenset(f"{needs} {takes} {one_of} {any_of}".split())
+        MODES[name] = Mode(run, parser, flags, tuple(any_of.split()))
+        return run
+
+    return add
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Reads a command line, whose first word is the program; exits after --help and mistakes."""
+    first = _Parser(prog=_PROGRAM, add_help=False, allow_abbrev=False)
+    first.add_argument("--mode", type=_text)
+    first.add_argument("--help", "-h", action="store_true")
+    found, words = first.parse_known_args(argv[1:])
+    if found.help and not found.mode:
+        _overview().print_help()
+        first.exit()
+    name = found.mode or "train"
+    if name not in MODES:
+        known = ", ".join(MODES)
+        first.error(f"--mode: found {name!r}, expected one of {known}{_nearest(name, MODES)}")
+    parser = MODES[name].parser
+    if found.help:
+        parser.print_help()
+        parser.exit()
+    args, rest = parser.parse_known_args(words, Arguments(mode=name))
+    args.overrides = _overrides(name, rest)
+    given = [flag for flag in MODES[name].any_of if getattr(args, flag)]
+    if MODES[name].any_of and not given:
+        parser.error(f"missing: one of --{', --'.join(MODES[name].any_of)}")
+    if {"checkpoint", "detections"} <= set(given):
+        parser.error("found --checkpoint and --detections, expected one of them")
+    if args.coordinator is None and not (args.processes is None and args.process is None):
+        parser.error("--coordinator, --processes and --process go together")
+    return args
+
+
+def _overview() -> _Parser:
+    """Knows every mode and every flag."""
+    lines = [f"  --mode={name:10} {mode.parser.description}" for name, mode in MODES.items()]
+    overview = _Parser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} --mode=MODE [flags] [--config.SECTION.FIELD=VALUE ...]",
+        description="\n".join(["Person search with AlignPS. Modes (default: train):", *lines]),
+        epilog="--mode=MODE --help has the flags of a mode, with examples.\n"
+        "configs/cuhk.py has every field of the configuration; --version says which one this is.",
+        formatter_class=_Help,
+        add_help=False,
+    )
+    for flag, options in FLAGS.items():
+        overview.add_argument(f"--{flag}", **options)
+    return overview
+
+
+def _overrides(name: str, words: Sequence[str]) -> list[str]:
+    """The words that set fields of the configuration; exits if there are others."""
+    overrides: list[str] = []
+    value_follows = False
+    for word in words:
+        if _OVERRIDE.match(word):
+            value_follows = "=" not in word
+        elif value_follows and not word.startswith("--"):
+            value_follows = False
+        else:
+            _refuse(name, word)
+        overrides.append(word)
+    return overrides
+
+
+def _refuse(name: str, word: str) -> NoReturn:
+    parser = MODES[name].parser
+    if not word.startswith("-"):
+        parser.error(f"found {word!r}, expected only flags (--name=value)")
+    flag = word.lstrip("-").partition("=")[0]
+    readers = [f"--mode={other}" for other, mode in MODES.items() if flag in mode.flags]
+    if readers:
+        parser.error(f"--{flag}: --mode={name} does not read it, only {', '.join(readers)}")
+    parser.error(f"--{flag}: no such flag{_nearest(flag, FLAGS, '--')}")
+
+
+def _nearest(found: str, known: Collection[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(found[:100], known, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
