@@ -123,7 +123,7 @@ RULES: dict[str, Rule] = {
     "data.train_scales": _tuple_of(_SCALE, f"one or more pairs {_PAIR}", least=1),
     "data.test_scale": _SCALE,
     "data.flip_probability": _SHARE,
-    "data.max_programs": _unset_or(_integer(1)),
+    "data.max_programs": _unset_or(_integer(0)),
     "data.min_side": _integer(0),
     "data.validation_fraction": Rule(
         lambda x: _is_number(x) and 0 <= x < 1, "a number, 0 or more and below 1"
@@ -139,7 +139,7 @@ RULES: dict[str, Rule] = {
     "data.synthetic.height": _integer(1, 2**15),
     "data.synthetic.width": _integer(1, 2**15),
     "model.backbone": _TEXT,
-    "model.pretrained": _unset_or(_TEXT),
+    "model.pretrained": _TEXT,
     "model.backbone_width": _integer(1, 2**15),
     "model.frozen_stages": _integer(-1, 4),
     "model.deform_stages": _STAGES,
@@ -217,6 +217,7 @@ RULES: dict[str, Rule] = {
         _is_context, "() or (k1, k2), the numbers of gallery images and of people, 1 or more"
     ),
     "eval.untrained_baseline": _FLAG,
+    "eval.choose_on_test": _FLAG,
     "eval.protocols": _tuple_of(
         Rule(_is_protocol, ""),
         "a tuple of TestG<size>, all, occlusion, resolution, cross_camera, "

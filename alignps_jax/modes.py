@@ -33,7 +33,7 @@ from configs import cuhk
 def train(args: Arguments) -> None:
     workdir = Path(args.workdir or f"runs/{args.config_name}")
     check_lasting("--workdir", workdir)
-    train_and_evaluate(train_config(args), workdir, accept_changes=args.accept_changes)
+    train_and_evaluate(train_config(args), workdir, args.accept_changes, args.overridden)
 
 
 def evaluate(args: Arguments) -> None:
@@ -104,7 +104,8 @@ def serve(args: Arguments) -> None:
 
 def convert(args: Arguments) -> None:
     source, workdir = Path(args.source), Path(args.workdir)
-    convert_released(args.configuration(), source, workdir, args.convention)
+    config = args.configuration()
+    convert_released(config, source, workdir, args.convention, args.overridden)
 
 
 def export(args: Arguments) -> None:
@@ -156,7 +157,14 @@ def list_variants(args: Arguments) -> None:
 
 def reproduce(args: Arguments) -> None:
     workdir = Path(args.workdir or f"runs/reproduce-{args.config_name}")
-    reproduce_table(args.configuration(), args.config_name, args.table, args.seeds, workdir)
+    reproduce_table(
+        args.configuration(),
+        args.config_name,
+        args.table,
+        args.seeds,
+        workdir,
+        partial(train_and_evaluate, typed=args.overridden),
+    )
 
 
 def _gallery(args: Arguments) -> Any:

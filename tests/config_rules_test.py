@@ -3,10 +3,10 @@
 import time
 
 import pytest
+from alignps_jax.training.run import rehearse
 
 from alignps_jax.config_rules import RULES, check_config
 from alignps_jax.experiments.reproduce import flatten
-from alignps_jax.training.run import rehearse
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
 from configs import ablation, cuhk, prw, synthetic, tiny
