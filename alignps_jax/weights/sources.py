@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import PurePosixPath
-from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
@@ -52,7 +51,7 @@ def is_address(source: str) -> bool:
 
 def file_name(source: str) -> str:
     """The name of the file at an address or a path."""
-    return PurePosixPath(urlsplit(source).path if is_address(source) else source).name
+    return PurePosixPath(re.split("[?#]", source)[0] if is_address(source) else source).name
 
 
 def expected_digits(address: str) -> str:
