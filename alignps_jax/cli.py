@@ -28,7 +28,7 @@ def train(args: Arguments) -> None:
     from alignps_jax.training.train import train_and_evaluate
 
     workdir = args.workdir or Path("runs", args.config_name)
-    train_and_evaluate(train_config(args), workdir, accept_changes=args.accept_changes)
+    train_and_evaluate(train_config(args), workdir, args.accept_changes, args.overridden)
 
 
 @mode(any_of="checkpoint workdir detections", takes=f"config {PROCESSES}")
@@ -144,7 +144,8 @@ def convert(args: Arguments) -> None:
     from alignps_jax.configuration import configuration
     from alignps_jax.weights.convert import convert_released
 
-    convert_released(configuration(args), Path(args.source), args.workdir, args.convention)
+    config, source = configuration(args), Path(args.source)
+    convert_released(config, source, args.workdir, args.convention, args.overridden)
 
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")
@@ -248,9 +249,11 @@ def reproduce(args: Arguments) -> None:
     """
     from alignps_jax.configuration import configuration
     from alignps_jax.experiments.reproduce import reproduce_table
+    from alignps_jax.training.train import train_and_evaluate
 
     workdir = args.workdir or Path(f"runs/reproduce-{args.config_name}")
-    reproduce_table(configuration(args), args.config_name, args.table, args.seeds, workdir)
+    run = partial(train_and_evaluate, typed=args.overridden)
+    reproduce_table(configuration(args), args.config_name, args.table, args.seeds, workdir, run)
 
 
 def _gallery(args: Arguments) -> Any:

@@ -13,9 +13,11 @@ from ml_collections import ConfigDict
 from alignps_jax.registry import nearest
 from alignps_jax.types import UserError
 
-# What a field decides: what a trained network is and sees, what training makes of it, or neither
-# (where files lie, how fast they are read, what is measured and written when).
-NETWORK, TRAINING, FREE = "network", "training", "free"
+# What a field decides. NETWORK: the trained network and the pixels it sees; a checkpoint is used
+# with its own values. TRAINING: the course of training; a run resumes with the values that it began
+# with. RESULT: the reported result, but no training step; a resumed run may have another value, the
+# rows of a reproduced table may not. FREE: where files are, how fast a run is, what it logs.
+NETWORK, TRAINING, RESULT, FREE = "network", "training", "result", "free"
 
 MOST = 2**31 - 1
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
@@ -116,7 +118,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "data.train_scales": (TRAINING, _tuple_of(_SCALE, f"one or more pairs {_PAIR}", bool)),
     "data.test_scale": (NETWORK, _SCALE),
     "data.flip_probability": (TRAINING, _SHARE),
-    "data.max_programs": (TRAINING, _unset_or(_COUNT)),
+    "data.max_programs": (TRAINING, _FROM_0),
     "data.min_side": (TRAINING, _FROM_0),
     "data.validation_fraction": (TRAINING, _BELOW_1),
     "data.max_pixels": (FREE, _integer(1, 2**40)),
@@ -130,7 +132,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "data.synthetic.height": (TRAINING, _SIDE),
     "data.synthetic.width": (TRAINING, _SIDE),
     "model.backbone": (NETWORK, _choice("resnet50", "resnet_small")),
-    "model.pretrained": (FREE, _unset_or(_TEXT)),
+    "model.pretrained": (RESULT, _TEXT),
     "model.backbone_width": (NETWORK, _SIDE),
     "model.frozen_stages": (TRAINING, _integer(-1, 4)),
     "model.deform_stages": (NETWORK, _STAGES),
@@ -180,7 +182,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "optimizer.drop_factor": (TRAINING, _NOT_NEGATIVE),
     "optimizer.clip_norm": (TRAINING, _NORM),
     "train.batch_size": (TRAINING, _COUNT),
-    "train.duration": (FREE, _LONG),
+    "train.duration": (RESULT, _LONG),
     "train.parallel": (FREE, _choice("pmap", "shard_map")),
     "train.accumulate": (FREE, _SIDE),
     "train.ema_decay": (TRAINING, _unset_or(_DECAY)),
@@ -188,19 +190,20 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "train.max_positives": (TRAINING, _unset_or(_COUNT)),
     "train.log_every_steps": (FREE, _COUNT),
     "train.checkpoint_every": (FREE, _LONG),
-    "train.eval_every": (FREE, _LONG),
+    "train.eval_every": (RESULT, _LONG),
     "train.keep_checkpoints": (FREE, _COUNT),
     "eval.batch_size": (FREE, _COUNT),
-    "eval.score_threshold": (FREE, _SHARE),
-    "eval.pre_nms": (FREE, _COUNT),
-    "eval.min_cls_score": (FREE, _SHARE),
-    "eval.nms_iou": (FREE, _SHARE),
-    "eval.max_detections": (FREE, _COUNT),
-    "eval.precision": (FREE, _PRECISION),
-    "eval.boxes": (FREE, _choice("detected", "ground_truth")),
-    "eval.context_matching": (FREE, _CONTEXT),
+    "eval.score_threshold": (RESULT, _SHARE),
+    "eval.pre_nms": (RESULT, _COUNT),
+    "eval.min_cls_score": (RESULT, _SHARE),
+    "eval.nms_iou": (RESULT, _SHARE),
+    "eval.max_detections": (RESULT, _COUNT),
+    "eval.precision": (RESULT, _PRECISION),
+    "eval.boxes": (RESULT, _choice("detected", "ground_truth")),
+    "eval.context_matching": (RESULT, _CONTEXT),
+    "eval.choose_on_test": (RESULT, _FLAG),
     "eval.untrained_baseline": (FREE, _FLAG),
-    "eval.protocols": (FREE, _PROTOCOLS),
+    "eval.protocols": (RESULT, _PROTOCOLS),
 }
 FIELD_KINDS = {name: kind for name, (kind, _) in FIELDS.items()}
 
@@ -255,6 +258,12 @@ def _check_together(found: Mapping[str, Any]) -> None:
             f"config.loss.level_borders: found {found['loss.level_borders']}, expected "
             f"{len(levels) - 1} ascending numbers of pixels for config.model.levels = {levels}"
         )
+
+
+def steps_of(duration: str, steps_per_epoch: int) -> int:
+    """The number of steps of a checked duration: "<number> epochs" or "<number> steps"."""
+    ((number, unit),) = _DURATION.findall(duration)
+    return round(float(number) * (steps_per_epoch if unit == "epoch" else 1))
 
 
 def flat_fields(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,6 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     model = config.model
     model.backbone = "resnet_small"
+    model.pretrained = "random"
     model.backbone_width = 24
     model.frozen_stages = -1
     model.channels = 48

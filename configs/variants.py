@@ -65,6 +65,7 @@ PARALLEL: Changes = {"model.reid": "independent"}
 
 # How the released code differs from the paper, apart from the values of a data set.
 RELEASED: Changes = {
+    "data.max_programs": 0,
     "model.background_levels": True,
     "loss.normalize_lut": False,
     "loss.queue_channels": 64,
@@ -75,9 +76,6 @@ RELEASED: Changes = {
     "optimizer.warmup": "500 steps",
 }
 PLUS: Changes = {"model.deform_stages": (3, 4, 5)}
-# What is common to the ready configurations for machines: half the memory of activations, and as
-# many programs as the paper's scales have, but with shapes that follow the photos.
-MACHINE: Changes = {"model.dtype": "bfloat16", "data.max_programs": 12}
 
 
 def _figure_4(position: int, label: str, note: str = "") -> PaperRow:
@@ -229,15 +227,15 @@ VARIANTS: dict[str, Variant] = {
     ),
     "released": Variant("AlignPS with the values of the released code", RELEASED),
     "released_plus": Variant("AlignPS+ with the values of the released code", RELEASED | PLUS),
-    # Ready for machines of today; docs/devices.md has the memory that they need.
-    "card24": Variant("for one card with 24 GB", MACHINE),
+    # Ready for machines, in float32; docs/devices.md has the memory that they need.
+    "card24": Variant("for one card with 24 GB, which the defaults fit"),
     "h100x8": Variant(
         "for 8 H100: 4 images each, the learning rate follows",
-        MACHINE | {"train.batch_size": 32, "optimizer.scale_with_batch": 4, "eval.batch_size": 32},
+        {"train.batch_size": 32, "optimizer.scale_with_batch": 4, "eval.batch_size": 32},
     ),
     "v5e8": Variant(
         "for a TPU v5e-8: 1 image each, the learning rate follows",
-        MACHINE | {"train.batch_size": 8, "optimizer.scale_with_batch": 4, "eval.batch_size": 8},
+        {"train.batch_size": 8, "optimizer.scale_with_batch": 4, "eval.batch_size": 8},
     ),
 }
 

@@ -111,6 +111,16 @@ class TrainPipeline:
         """G, the static number of boxes per image."""
         return self.reader.people
 
+    def summary(self) -> str:
+        """A line on the shapes of the batches, and on the padding of the first ones."""
+        plans = [self.plan(step) for step in range(min(100, self.steps_per_epoch))]
+        pixels = [plan.bucket[0] * plan.bucket[1] for plan in plans]
+        share = np.average([plan.padding for plan in plans], weights=pixels)
+        return (
+            f"buckets: {len(self.buckets)} shapes for {len(self.groups)} groups of images; "
+            f"{share:.1%} of the pixels of the first batches are padding"
+        )
+
     def plan(self, step: int) -> BatchPlan:
         """What global batch `step` holds, the same in every process."""
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -223,7 +233,7 @@ def make_train_pipeline(
     sizes = rescaled_sizes(split, data.train_scales)
     groups = tuple(group for group in orientations(split, usable) if len(group))
     shapes = transforms.buckets(data.train_scales)
-    if data.max_programs is not None:
+    if data.max_programs:
         found = choose_buckets(sizes, usable, data.max_programs, batch_size)
         groups, shapes = found.groups, found.shapes
     return TrainPipeline(
@@ -234,7 +244,7 @@ def make_train_pipeline(
         flip_probability=data.flip_probability,
         seed=seed,
         batch_size=batch_size,
-        one_scale=data.max_programs is not None,
+        one_scale=bool(data.max_programs),
     )
 
 

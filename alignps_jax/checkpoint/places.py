@@ -20,7 +20,7 @@ def steps_in(root: Path) -> list[int]:
 
 def is_step(path: Path) -> bool:
     """Whether `path` is the folder of one step."""
-    return any((path / item).is_dir() for item in ("model", "training", "manifest"))
+    return (path / "manifest" / "metadata").is_file()
 
 
 def holds_checkpoint(path: Path) -> bool:

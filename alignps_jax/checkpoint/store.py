@@ -37,6 +37,7 @@ from alignps_jax.checkpoint.arrays import (
     array_specs,
     array_writer,
     damaged,
+    item_of,
     like,
     read_arrays,
     read_json,
@@ -50,7 +51,7 @@ from alignps_jax.checkpoint.arrays import (
 )
 from alignps_jax.checkpoint.choice import await_folder, find_step
 from alignps_jax.checkpoint.older import complete
-from alignps_jax.checkpoint.places import is_step, steps_in
+from alignps_jax.checkpoint.places import steps_in
 from alignps_jax.checkpoint.saving import OrbaxLog, wait_until_saved
 from alignps_jax.checkpoint.scores import best_step, score_in, write_metrics
 from alignps_jax.files import write_json
@@ -223,7 +224,7 @@ class Checkpoints:
         return state, reading(folder, lambda: _unpack(read_json(file)))
 
 
-def load_config(path: Path, which: str | int = "best") -> ConfigDict:
+def load_config(path: Path, which: str | int = "chosen") -> ConfigDict:
     """The config of a checkpoint, locked, lists as tuples; otherwise as `load_weights`.
 
     Fields that are newer than the checkpoint say what the software did before it had them.
@@ -246,33 +247,26 @@ def load_run_config(workdir: Path) -> ConfigDict | None:
         raise UserError(f"{file}: cannot be read, expected a configuration ({error})") from error
 
 
-def load_weights(path: Path, template: Weights | TrainState, which: str | int = "best") -> Weights:
+def load_weights(
+    path: Path,
+    template: Weights | TrainState,
+    which: str | int = "chosen",
+    config: ConfigDict | None = None,
+) -> Weights:
     """What inference needs of a checkpoint; nothing else of it is read.
 
     `path` is a workdir, its `checkpoints` folder, or one step's folder (then `which` does not
-    matter). `which` is "best" (the highest score; the newest if none has one), "latest" or a
+    matter). `which` is "chosen" (as `config`, or the run's own, says: `chosen_step`), "latest" or a
     step. `template` as in `Checkpoints.restore`. Raises UserError if there is no such
     checkpoint, it is damaged or does not fit.
     """
     logging.getLogger("absl").addFilter(_LOG)
     weights = Weights(template.step, template.params, template.frozen)
-    return restore_arrays(find_step(path, which), weights, ("model",))
-
-
-def chosen_by(path: Path) -> str:
-    """What makes `load_weights` take the step of `path` that it takes, after "chosen by"."""
-    if is_step(Path(path)):
-        return "hand"
-    folder = find_step(path, "best")
-    if not (folder / "metrics").is_dir():
-        return "being the newest, as no step has a score"
-    data = load_config(folder).get("data", ConfigDict())
-    split = "validation" if data.get("validation_fraction") else "test"
-    return f"search mAP on the {split} split"
+    return restore_arrays(find_step(path, which, config), weights, ("model",))
 
 
 def load_arrays(
-    path: Path, wanted: Callable[[str], bool], which: str | int = "best"
+    path: Path, wanted: Callable[[str], bool], which: str | int = "chosen"
 ) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint whose paths (params/neck/lateral3/kernel) are wanted.
 
@@ -283,7 +277,8 @@ def load_arrays(
     specs = read_manifest(folder, array_specs)
 
     def read() -> dict[str, np.ndarray]:
-        arrays = read_arrays(folder, ("model", "training"), specs)
+        items = sorted({item_of(name) for name in specs if wanted(name)})
+        arrays = read_arrays(folder, items, specs)
         names = [name for name in specs if name in arrays and wanted(name)]
         return {name: like(arrays[name], arrays, name, specs[name]) for name in names}
 

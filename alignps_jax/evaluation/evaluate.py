@@ -15,8 +15,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.choice import best_step_of
-from alignps_jax.checkpoint.store import chosen_by, load_weights
+from alignps_jax.checkpoint.choice import agreed_step
+from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.devices import (
     own_cache,
     parallel_predict_step,
@@ -179,12 +179,12 @@ def example_queries(worst_first: Int[np.ndarray, "Q"]) -> list[int]:
 
 
 def score_of(result: EvaluationResult) -> float:
-    """What picks the best checkpoint: mAP of the first protocol."""
+    """The score of a checkpoint: mAP of the first protocol."""
     return next(iter(result.searches.values())).mAP
 
 
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> None:
-    """Evaluates the best checkpoint of a run, or one step's folder, on `config.data`.
+    """Evaluates the chosen step of a run, or one step's folder, on `config.data`.
 
     Raises:
       UserError: there is no such checkpoint, it does not fit `config`, the data is wrong, or
@@ -196,8 +196,8 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     check_batch_size(config, "eval")
     model = build_model(config)
     make_predict_step(model, config)  # what it refuses, it refuses before the data is prepared
-    by, step = chosen_by(checkpoint), best_step_of(checkpoint)
-    weights = load_weights(checkpoint, weights_template(model), step)
+    step, by = agreed_step(checkpoint, config)
+    weights = load_weights(step, weights_template(model))
     with first_process_first():
         scorer, photos = make_scorer(config), prepare(config.data).test
     evaluator = make_evaluator(config, model, photos, scorer)
@@ -206,13 +206,14 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     evaluator.write(measured.chosen(by), None, workdir)
 
 
-def check_batch_size(config: ConfigDict, section: str) -> None:
-    """Raises UserError unless every device takes the same number of images."""
+def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:
+    """Raises UserError unless every device takes the same number of images in each of `parts`."""
     batch_size, devices = config[section].batch_size, jax.device_count()
-    if batch_size < 1 or batch_size % devices:
+    if batch_size % (devices * parts):
+        accumulated = f" times config.train.accumulate, {parts}" if parts > 1 else ""
         raise UserError(
             f"config.{section}.batch_size: found {batch_size}, expected a multiple of the number "
-            f"of devices, {devices}"
+            f"of devices, {devices}{accumulated}"
         )
 
 

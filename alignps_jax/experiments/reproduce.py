@@ -15,16 +15,21 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import package_versions
+from alignps_jax.config import FIELD_KINDS, FREE
 from alignps_jax.evaluation.results import fraction
 from alignps_jax.experiments.catalogue import PAPER_METRICS
 from alignps_jax.files import check_outputs, read_json, write_atomically, write_json
 from alignps_jax.peers import agree
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
+from alignps_jax.weights.conventions import CAFFE
 from configs.variants import PaperRow, apply_variant, rows_of, variants_for
 
-# What a stored run may differ in from the one that is asked for: where things lie.
-PLACES = ("data.root", "data.prepared_dir")
+# Fields that a stored run may have other values of: those that decide no result, and those that
+# follow from the weights.
+_OTHER = {name for name, kind in FIELD_KINDS.items() if kind == FREE} | {
+    f"model.{name}" for name in CAFFE
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +147,7 @@ def refuse_other_settings(config: ConfigDict, folder: Path) -> None:
     asked = flatten(json.loads(config.to_json()))
     found = flatten(_read(folder / "config.json"))
     for field in sorted(asked.keys() | found.keys()):
-        if field not in PLACES and asked.get(field) != found.get(field):
+        if field not in _OTHER and asked.get(field) != found.get(field):
             raise UserError(
                 f"{folder}: was run with config.{field} = {found.get(field)!r}, expected "
                 f"{asked.get(field)!r}; choose another --workdir, or remove that folder"
@@ -192,7 +197,7 @@ def reproduced(
     protocol, metrics = None, []
     for file, run in runs.items():
         try:
-            # The first one counts, as for the best checkpoint.
+            # The first one counts.
             protocol = protocol or next(iter(run["search"]))
             found = run["detection"] | run["search"][protocol]
             metrics.append({name: 100 * fraction(found[name]) for name in PAPER_METRICS})

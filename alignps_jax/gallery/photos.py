@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import chosen_by
+from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.devices import gather_rows, own_cache, use_compilation_cache
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
 from alignps_jax.files import Image, read_image
@@ -58,7 +58,8 @@ def search_photos(
     detector = Detector.from_checkpoint(checkpoint, config)
     if leads():
         print(
-            f"checkpoint: step {detector.step} of {checkpoint}, chosen by {chosen_by(checkpoint)}"
+            f"checkpoint: step {detector.step} of {checkpoint}, chosen by "
+            f"{chosen_step(checkpoint, config)[1]}"
         )
     with first_process_first():  # the others find its compiled program
         queries = search.people(detector)

@@ -63,7 +63,8 @@ class Detector:
         """
         config = config or load_config(Path(path))
         model = inference_model(config)
-        return cls(config, model, load_weights(Path(path), weights_template(model)), str(path))
+        weights = load_weights(Path(path), weights_template(model), config=config)
+        return cls(config, model, weights, str(path))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -17,7 +17,8 @@ from jax import export
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import chosen_by, load_weights
+from alignps_jax.checkpoint.choice import chosen_step
+from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.files import check_outputs, write_atomically
 from alignps_jax.inference.detector import inference_model
 from alignps_jax.inference.predict import PredictStep
@@ -48,12 +49,13 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
     check_outputs(*files)
     model = inference_model(config)
     step = PredictStep(model, config.eval)
-    weights = load_weights(checkpoint, weights_template(model))
+    folder, by = chosen_step(checkpoint, config)
+    weights = load_weights(folder, weights_template(model))
     for file, shape in files.items():
         program = _program(step, weights, config.eval.batch_size, shape)
         write_atomically(file, bytes(program.serialize()))
         print(
-            f"step {int(weights.step)} of {checkpoint} (chosen by {chosen_by(checkpoint)}), for "
+            f"step {int(weights.step)} of {checkpoint} (chosen by {by}), for "
             f"batches of {config.eval.batch_size} at {shape[0]}x{shape[1]} pixels on "
             f"{', '.join(PLATFORMS)}, is now in {file}"
         )

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from jax import lax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from alignps_jax.config import steps_of
 from alignps_jax.registry import choose
-from alignps_jax.types import UserError
 
-_SMALL = 2**20  # elements
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
-def steps_of(field: str, duration: str, steps_per_epoch: int) -> int:
-    """Turns a duration such as "24 epochs" or "300 steps" into steps.
-
-    Raises:
-      UserError: `duration`, the value of `field`, is neither.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*", duration)
-    if not found:
-        raise UserError(
-            f'{field}: found {duration!r}, expected "<number> epochs" or "<number> steps"'
-        )
-    return round(float(found[1]) * (steps_per_epoch if found[2] == "epoch" else 1))
-
-
 def batch_factor(config: ConfigDict) -> float:
-    """What the learning rate is multiplied by: 1, or linear in the batch (Goyal et al., 2017)."""
+    """Factor on the learning rate: 1, or linear in the batch (Goyal et al., 2017)."""
     meant_for = config.optimizer.scale_with_batch
     return config.train.batch_size / meant_for if meant_for else 1.0
 
@@ -45,15 +26,12 @@ def batch_factor(config: ConfigDict) -> float:
 def learning_rate_schedule(
     optimizer: ConfigDict, steps_per_epoch: int, factor: float = 1.0
 ) -> Schedule:
-    """The rate at a step: linear warm-up, times `drop_factor` after each of `drops`.
-
-    All of it times `factor`.
-    """
-    drops = [steps_of("config.optimizer.drops", d, steps_per_epoch) for d in optimizer.drops]
+    """`factor` times the rate at a step: linear warm-up, `drop_factor` after each of `drops`."""
+    drops = [steps_of(drop, steps_per_epoch) for drop in optimizer.drops]
     rate = optax.piecewise_constant_schedule(
         factor * optimizer.learning_rate, dict.fromkeys(drops, optimizer.drop_factor)
     )
-    warmup_steps = steps_of("config.optimizer.warmup", optimizer.warmup, steps_per_epoch)
+    warmup_steps = steps_of(optimizer.warmup, steps_per_epoch)
     warmup = optax.linear_schedule(optimizer.warmup_start, 1.0, warmup_steps)
     return (lambda step: rate(step) * warmup(step)) if warmup_steps else rate
 
@@ -88,40 +66,12 @@ def _adamw(momentum: float, decay: optax.GradientTransformation) -> optax.Gradie
 RULES = {"sgd": _sgd, "adamw": _adamw}
 
 
-def global_norm(tree: Any) -> Float[Array, ""]:
-    """Over all arrays; small ones end to end on NVIDIA's GPUs, where each is two launches."""
-
-    def end_to_end(tree: Any) -> Float[Array, ""]:
-        leaves = jax.tree.leaves(tree)
-        small = [x.ravel() for x in leaves if x.size <= _SMALL]
-        large = [x for x in leaves if x.size > _SMALL]
-        return optax.tree.norm([*large, jnp.concatenate([jnp.zeros(0), *small])])
-
-    return lax.platform_dependent(tree, cuda=end_to_end, default=optax.tree.norm)
-
-
-def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` with our norm, which the step wants to know as well."""
-
-    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        norm = global_norm(gradient)
-        return jax.tree.map(lambda g: jnp.where(norm < most, g, g / norm * most), gradient), state
-
-    return optax.GradientTransformation(optax.init_empty_state, update)
-
-
 def make_optimizer(
-    optimizer: ConfigDict,
-    schedule: Schedule,
-    is_frozen: Callable[[tuple[str, ...]], bool],
+    optimizer: ConfigDict, schedule: Schedule, is_frozen: Callable[[tuple[str, ...]], bool]
 ) -> optax.GradientTransformation:
     """Clips the global norm of the gradient, then updates by `optimizer.name`'s rule.
 
     Frozen parameters get no update and, having no gradient, no share in the norm.
-
-    Raises:
-      UserError: there is no such rule.
     """
     rule = partial(choose("config.optimizer.name", optimizer.name, RULES), optimizer.momentum)
 
@@ -131,16 +81,13 @@ def make_optimizer(
             optax.scale_by_learning_rate(lambda step: rate_factor * schedule(step)),
         )
 
-    weight_decay, bias_weight_decay = optimizer.weight_decay, optimizer.bias_weight_decay
+    decay, bias_decay = optimizer.weight_decay, optimizer.bias_weight_decay
     groups = {
-        "weight": group(1.0, weight_decay),
-        "bias": group(
-            optimizer.bias_lr_factor,
-            weight_decay if bias_weight_decay is None else bias_weight_decay,
-        ),
+        "weight": group(1.0, decay),
+        "bias": group(optimizer.bias_lr_factor, decay if bias_decay is None else bias_decay),
         "frozen": optax.set_to_zero(),
     }
     return optax.chain(
-        _clip_by_global_norm(optimizer.clip_norm),
+        optax.clip_by_global_norm(optimizer.clip_norm),
         optax.partition(groups, lambda params: parameter_labels(params, is_frozen)),
     )

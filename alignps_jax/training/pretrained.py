@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,119 +12,160 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import load_arrays, load_config
-from alignps_jax.types import UserError
+from alignps_jax.nn.model import AlignPS, weights_template
+from alignps_jax.types import UserError, Weights
+from alignps_jax.weights.conventions import CAFFE, CONVENTIONS, Convention, with_convention
+from alignps_jax.weights.download import fetch
+from alignps_jax.weights.released_names import (
+    backbone_origin,
+    backbone_tensors,
+    from_torch,
+    is_detector,
+    is_only_released,
+    released_name,
+)
+from alignps_jax.weights.sources import (
+    FIELD,
+    RANDOM,
+    address_of,
+    check_start,
+    is_address,
+    known_convention,
+)
+from alignps_jax.weights.tensor_files import Tensors, listed, read_tensors
 
-# The fields of `config.model` that belong to a backbone's weights.
-CONVENTION_FIELDS = ("channel_order", "pixel_mean", "pixel_std", "stride_in_3x3")
-
-
-def check_convention(config: ConfigDict, expected: Mapping[str, Any], source: str) -> None:
-    """Raises UserError unless `config.model` feeds a backbone the pixels it was trained on."""
-    wrong = [name for name in CONVENTION_FIELDS if config.model[name] != expected[name]]
-    if wrong:
-        found = "; ".join(
-            f"config.model.{name}: found {config.model[name]!r}, expected {expected[name]!r}"
-            for name in wrong
-        )
-        flags = " ".join(
-            f"--config.model.{name}={str(expected[name]).replace(' ', '')!r}" for name in wrong
-        )
-        raise UserError(f"{found} for {source} (set {flags})")
-
-
-def check_pretrained(config: ConfigDict) -> None:
-    """Raises UserError if `config.model.pretrained` is set but cannot be started from."""
-    if config.model.pretrained:
-        path = Path(config.model.pretrained)
-        try:
-            convention = load_config(path).model
-        except UserError as error:
-            raise UserError(f"config.model.pretrained: {error}") from error
-        check_convention(config, convention, f"config.model.pretrained: {path}")
+Arrays = Mapping[str, np.ndarray]
 
 
-def with_pretrained(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any]:
-    """Initial (params, frozen) with the weights of the checkpoint `config.model.pretrained`.
+def starting_config(config: ConfigDict, workdir: Path, typed: Collection[str] = ()) -> ConfigDict:
+    """`config` with the pixels and the stride of the weights that the run in `workdir` starts from.
 
-    A backbone must fit; offsets of deformable convolutions that the checkpoint does not have stay
-    as they are. Of a complete detector, neck and head are taken too, array by array where path and
-    shape are the same; what was taken, and what was not, is printed. Its memory belongs to other
-    people and its optimizer to other losses: both start anew.
+    Weights at an address are downloaded. A run that is resumed keeps its own pixels and needs no
+    weights.
 
     Raises:
-      UserError: there is no such checkpoint, or its backbone or its pixels are others.
+      UserError: there are no such weights, they need PyTorch, nothing tells their pixels, or a
+        `typed` field contradicts them.
     """
-    check_pretrained(config)
-    path = Path(config.model.pretrained)
-    source = f"config.model.pretrained: {path}"
-    arrays = load_arrays(path, lambda name: name.split("/")[0] in ("step", "params", "frozen"))
-    step = int(arrays.pop("step"))
-    backbone = {name: value for name, value in arrays.items() if "/backbone/" in name}
-    params = _replaced({"params": params}, backbone, source)["params"]
-    frozen = _replaced({"frozen": frozen}, backbone, source).get("frozen", {})  # may be empty
-    others = {name: arrays[name] for name in arrays.keys() - backbone.keys()}
-    if not others:
-        return params, frozen
-    taken, tree = _fitting({"params": params}, others)
-    if jax.process_index() == 0:
-        _print_taken(path, step, len(backbone), taken, others, {"params": params})
-    return tree["params"], frozen
+    if holds_checkpoint(workdir):
+        own = load_config(workdir, "latest").model
+        kept = {name: own[name] for name in CAFFE.keys() & own if f"model.{name}" not in typed}
+        return with_convention(config, {**config.model, **kept}, (), str(workdir))
+    check_start(config)
+    if config.model.pretrained == RANDOM:
+        if jax.process_index() == 0:
+            print(f"note: {FIELD} is 'random': training starts from random weights")
+        return config
+    return with_convention(config, _convention(config, typed), typed, f"{FIELD}={_name(config)}")
 
 
-def _fitting(tree: Any, arrays: Mapping[str, np.ndarray]) -> tuple[list[str], Any]:
-    """The names of the arrays that have a place of their shape in the tree, and it with them."""
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    taken = [
-        name
-        for name, value in arrays.items()
-        if name in flat and np.shape(flat[name]) == value.shape
-    ]
-    flat.update({name: jnp.asarray(arrays[name]) for name in taken})
-    return taken, traverse_util.unflatten_dict(flat, sep="/")
+def _name(config: ConfigDict) -> str:
+    return str(config.model.pretrained)
 
 
-def _print_taken(
-    path: Path,
-    step: int,
-    backbone: int,
-    taken: Sequence[str],
-    others: Mapping[str, np.ndarray],
-    tree: Any,
-) -> None:
-    """What of a complete detector is used, and what is not."""
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    new = [name for name in flat if "/backbone/" not in name and name not in taken]
-    left = sorted(others.keys() - set(taken))
-    print(
-        f"fine-tuning step {step} of {path}: {backbone} arrays of the backbone and {len(taken)} "
-        "of neck and head are taken; lookup table, queue and optimizer start anew"
-    )
-    for what, names in (("not taken", left), ("starts anew", sorted(new))):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            print(f"  {what}: {', '.join(names[:5])}{more}")
+def _place(config: ConfigDict) -> Path:
+    """The run, step or file of the weights, downloaded if need be."""
+    source = address_of(config.model.pretrained)
+    return fetch(source) if is_address(source) else Path(source)
 
 
-def _replaced(tree: Any, arrays: Mapping[str, np.ndarray], source: str) -> Any:
-    """The tree (under its collection's name) with the arrays in their places."""
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    (collection,) = tree
-    found = {name: value for name, value in arrays.items() if name.startswith(f"{collection}/")}
-    expected = {
-        name: np.shape(value)
-        for name, value in flat.items()
-        if "/backbone/" in name and (name in found or "/offset/" not in name)
-    }
-    wrong = [
-        name
-        for name in expected | found
-        if name not in found or expected.get(name) != found[name].shape
-    ]
-    if wrong:
+def _convention(config: ConfigDict, typed: Collection[str]) -> Convention:
+    path, known = _place(config), known_convention(address_of(_name(config)))
+    if known:
+        return CONVENTIONS[known]
+    if not path.is_file():
+        try:
+            return load_config(path).model
+        except UserError as error:
+            raise UserError(f"{FIELD}: {error}") from error
+    names = read_tensors(path).keys()
+    known = "caffe" if is_detector(names) else backbone_origin(names)
+    if known is None and "model.channel_order" in typed:
+        known = "torchvision" if config.model.channel_order == "RGB" else "caffe"
+    if known is None:
         raise UserError(
-            f"{source}: another backbone than that of config.model; {len(wrong)} arrays are "
-            f"missing, unexpected or of another shape, such as {', '.join(wrong[:3])}"
+            f"{FIELD}: the names in {_name(config)} do not tell what pixels this ResNet-50 was "
+            "trained on: add --config.model.channel_order=RGB (torchvision, timm, DINO, MoCo, "
+            "SwAV) or --config.model.channel_order=BGR (Caffe: MSRA, most of detectron2)"
         )
-    flat.update({name: jnp.asarray(value) for name, value in found.items()})
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return CONVENTIONS[known]
+
+
+def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
+    """The arrays of `config.model.pretrained` by their paths in the model; None for random weights.
+
+    Arrays for which the model has no place keep the names of their file.
+
+    Raises:
+      UserError: they cannot be read, or are those of another backbone.
+    """
+    if config.model.pretrained == RANDOM:
+        return None
+    path, template = _place(config), weights_template(model)
+    if path.is_file():
+        arrays = _converted(read_tensors(path), template)
+    else:
+        wanted = ("params", "frozen")
+        arrays = load_arrays(path, lambda name: name.split("/")[0] in wanted)
+    with_weights(template.params, template.frozen, arrays, config.model.pretrained)
+    return arrays
+
+
+def _converted(tensors: Tensors, template: Weights) -> Arrays:
+    """The tensors of a PyTorch file by the paths of the template."""
+    if not is_detector(tensors):
+        tensors = backbone_tensors(tensors)
+    paths = leaves_by_path({"params": template.params, "frozen": template.frozen})
+    named = {released_name(path): path for path in paths}
+    return {
+        named.get(name, name): from_torch(tensor)
+        for name, tensor in tensors.items()
+        if name in named or not is_only_released(name)
+    }
+
+
+def with_weights(
+    params: Any, frozen: Any, arrays: Arrays, source: str, *, say: bool = False
+) -> tuple[Any, Any]:
+    """(params, frozen) with the arrays of `starting_arrays` in their places.
+
+    A backbone must fit; offsets of deformable convolutions that the weights do not have stay as
+    they are. Of a complete detector, neck and head are taken too, array by array where path and
+    shape are the same. Its memory belongs to other people and its optimizer to other losses: both
+    start anew. With `say`, what is taken and what is not is printed.
+
+    Raises:
+      UserError: the weights of `source` are those of another backbone.
+    """
+    flat = leaves_by_path({"params": params, "frozen": frozen})
+    fits = {
+        name for name, array in arrays.items() if name in flat and flat[name].shape == array.shape
+    }
+    missing = [name for name in flat.keys() - fits if _in_backbone(name) and "/offset/" not in name]
+    wrong = [name for name in arrays.keys() - fits if _in_backbone(name)]
+    if wrong or missing:
+        raise UserError(
+            f"{FIELD}: {source}: another backbone than that of config.model; arrays are missing, "
+            f"unexpected or of another shape: {listed([*wrong, *missing])}"
+        )
+    if say:
+        backbone = sum(map(_in_backbone, fits))
+        print(
+            f"{FIELD}: {backbone} arrays of the backbone and {len(fits) - backbone} of neck and "
+            f"head are taken from {source}; lookup table, queue and optimizer start anew"
+        )
+        others = arrays.keys() - fits
+        anew = [name for name in flat.keys() - fits if not _in_backbone(name)]
+        for what, names in (("not taken", others), ("starts anew", anew if others else ())):
+            if names:
+                print(f"  {what}: {listed(names)}")
+    flat |= {name: jnp.asarray(arrays[name], flat[name].dtype) for name in fits}
+    tree = traverse_util.unflatten_dict(flat, sep="/")
+    return tree["params"], tree.get("frozen", {})
+
+
+def _in_backbone(name: str) -> bool:
+    return "/backbone/" in name or name.startswith("backbone.")

@@ -11,22 +11,9 @@ from ml_collections import ConfigDict
 
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import AlignPS, init_variables
-from alignps_jax.training.pretrained import with_pretrained
+from alignps_jax.training.pretrained import Arrays, with_weights
 from alignps_jax.types import TrainState, UserError
 from data_pipeline.pipeline import TrainPipeline
-
-
-def positives_per_level(center_radius: float) -> int:
-    """Locations of one level that center sampling can make positives of one box, at most.
-
-    They lie strictly inside a square whose side is 2 `center_radius` strides: 3 x 3 with 1.5. A
-    person whose size is near a border can have them on several levels.
-    """
-    return math.ceil(2 * center_radius) ** 2
-
-
-# With the paper's radius.
-POSITIVES_PER_LEVEL = positives_per_level(1.5)
 
 
 def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
@@ -35,9 +22,13 @@ def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
 
 
 def positives_per_image(config: ConfigDict, people: int) -> int:
-    """Positive locations of an image that have room, if it has room for so many people."""
-    per_person = positives_per_level(config.loss.center_radius) * len(config.model.levels)
-    return config.train.max_positives or per_person * people
+    """Positive locations of an image with room for this many people.
+
+    Center sampling makes at most the locations strictly inside a square with a side of 2
+    `center_radius` strides positive, 3 x 3 with 1.5, on each level.
+    """
+    per_level = math.ceil(2 * config.loss.center_radius) ** 2
+    return config.train.max_positives or per_level * len(config.model.levels) * people
 
 
 def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
@@ -66,16 +57,13 @@ def create_state(
     model: AlignPS,
     optimizer: optax.GradientTransformation,
     num_identities: int,
-    *,
-    pretrained: bool = True,
+    weights: Arrays | None = None,
 ) -> TrainState:
-    """The state before the first step, decided by `config.seed` and `config.model.pretrained`.
-
-    Without `pretrained`, nothing is read: a state of the same structure, shapes and types.
-    """
+    """The state before the first step, decided by `config.seed` and the `weights` to start from."""
     params, frozen = init_variables(model, jax.random.key(config.seed))
-    if pretrained and config.model.pretrained:
-        params, frozen = with_pretrained(params, frozen, config)
+    if weights is not None:
+        leads = jax.process_index() == 0
+        params, frozen = with_weights(params, frozen, weights, config.model.pretrained, say=leads)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -27,7 +27,6 @@ from alignps_jax.losses.total import (
 )
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.nn.precision import products_in
-from alignps_jax.training.optimizer import global_norm
 from alignps_jax.types import Batch, Outputs, TrainState
 
 
@@ -139,9 +138,9 @@ class TrainStep:
             terms=terms,
             positives=everyone.valid.sum(),
             dropped_positives=dropped,
-            grad_norm=global_norm(gradient),
-            update_norm=global_norm(updates),
-            param_norm=global_norm(trained),
+            grad_norm=optax.tree.norm(gradient),
+            update_norm=optax.tree.norm(updates),
+            param_norm=optax.tree.norm(trained),
         )
         state = dataclasses.replace(
             _with_params(state, trained, self.ema_decay),

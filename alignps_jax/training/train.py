@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.choice import best_step_of
+from alignps_jax.checkpoint.choice import agreed_step
 from alignps_jax.checkpoint.places import holds_checkpoint
-from alignps_jax.checkpoint.store import (
-    Checkpoints,
-    chosen_by,
-    load_weights,
-    write_run_info,
-)
+from alignps_jax.checkpoint.store import Checkpoints, load_weights, write_run_info
+from alignps_jax.config import check_config
 from alignps_jax.devices import (
     compile_step,
     parallel_train_step,
@@ -34,10 +30,11 @@ from alignps_jax.peers import agree, first_process_first
 from alignps_jax.training.curves import training_curves
 from alignps_jax.training.interrupt import Interrupt
 from alignps_jax.training.monitor import Monitor
+from alignps_jax.training.pretrained import starting_config
 from alignps_jax.training.profile import Profiler
 from alignps_jax.training.programs import Programs
 from alignps_jax.training.resume import check_changes, restore
-from alignps_jax.training.run import Run, make_run, rehearse
+from alignps_jax.training.setup import Run, make_run, validate
 from alignps_jax.training.writer import one_writer
 from alignps_jax.types import TrainState, UserError
 from data_pipeline.transforms import Size, empty_batch
@@ -45,23 +42,32 @@ from data_pipeline.transforms import Size, empty_batch
 CURVES = "curves.png"
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path, accept_changes: bool = False) -> None:
+def train_and_evaluate(
+    config: ConfigDict,
+    workdir: Path,
+    accept_changes: bool = False,
+    typed: Collection[str] = (),
+) -> None:
     """Trains as `config` says, resuming from what `workdir` holds, and evaluates the result.
 
     Everything that can be wrong is found before the data set is prepared, and a run that is refused
     stays as it is. With `accept_changes`, a run resumes with other settings than it was begun with.
+    `typed` are the dotted names of the fields that the command line sets.
 
     Raises:
       UserError: something is wrong with the configuration, the data or an earlier checkpoint, or
         another run writes to `workdir`.
       SystemExit: SIGTERM or Ctrl-C came, and the state was saved (exit code 143 or 130).
     """
+    check_config(config)
+    with first_process_first():  # the others find the weights that it downloads
+        config = starting_config(config, workdir, typed)
     if jax.process_index() == 0:
         check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))
     with one_writer(workdir) as writer, Interrupt(writer) as interrupt:
         with first_process_first():
             use_compilation_cache(workdir / "xla_cache", alone=True)
-        model = rehearse(config, resumes=agree(lambda: holds_checkpoint(workdir)))
+        model = validate(config, resumes=agree(lambda: holds_checkpoint(workdir)))
         agree(lambda: check_changes(config, workdir, accept_changes))
         run = make_run(config, model)
         with (
@@ -73,7 +79,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path, accept_changes: bool =
             state = training.begin(workdir)
             write_run_info(workdir, config)
             measured = training.evaluate(training.steps(state))
-            trained = best_of(measured, checkpoints, run, workdir)
+            trained = reported(measured, checkpoints, run, config, workdir)
         untrained = measure_untrained(run) if config.eval.untrained_baseline else None
         run.evaluator.write(trained, untrained, workdir)
         if jax.process_index() == 0:
@@ -96,7 +102,7 @@ class Training:
         self._run, self._checkpoints = run, checkpoints
         self._log, self._interrupt, self._profiler = log, interrupt, profiler
         self._batches = run.pipeline.iterator(run.plan.total)
-        self._step = parallel_train_step(run.step, run.parallel)
+        self._step = parallel_train_step(run.step)
 
     def begin(self, workdir: Path) -> TrainState:
         """The state to start from, with batches and log brought to its step.
@@ -223,21 +229,22 @@ def _on_devices(state: TrainState) -> TrainState:
     return replicate(jax.tree.map(jnp.copy, state))
 
 
-def best_of(last: Measured, checkpoints: Checkpoints, run: Run, workdir: Path) -> Measured:
-    """The evaluation of the run's best checkpoint, on the test split.
+def reported(
+    last: Measured, checkpoints: Checkpoints, run: Run, config: ConfigDict, workdir: Path
+) -> Measured:
+    """The evaluation on the test split of the step that `chosen_step` says.
 
-    The best one, which is what other modes take, has the highest search mAP on the validation
-    split; without one, on the test split, as is common on these data sets. `last` is the evaluation
-    of the last step on that split.
+    `last` is the evaluation of the last step during training.
     """
     checkpoints.wait()
-    by, step = agree(lambda: chosen_by(workdir)), best_step_of(workdir)
-    best = load_weights(workdir, weights_template(run.step.model), step)
-    if step != last.result.step and jax.process_index() == 0:
-        print(f"best: step {step}, by {by}; last: {last.result.step}")
+    folder, by = agreed_step(workdir, config)
+    step = int(folder.name)
     if step == last.result.step and run.selector is run.evaluator:
         return last.chosen(by)
-    return run.evaluator.measure(best.params, best.frozen, step).chosen(by)
+    if jax.process_index() == 0:
+        print(f"step {step} is reported, chosen by {by}; the last one is {last.result.step}")
+    weights = load_weights(folder, weights_template(run.step.model))
+    return run.evaluator.measure(weights.params, weights.frozen, step).chosen(by)
 
 
 def measure_untrained(run: Run) -> Measured | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -13,11 +13,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.lock import WorkdirLock
 from alignps_jax.checkpoint.store import (
     RUN_INFO,
     Checkpoints,
-    chosen_by,
     load_arrays,
     load_config,
     write_run_info,
@@ -26,19 +26,21 @@ from alignps_jax.files import check_outputs
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.pretrained import check_convention
 from alignps_jax.training.state import is_frozen
 from alignps_jax.types import OIMMemory, TrainState, UserError, Weights
+from alignps_jax.weights.conventions import CONVENTIONS, Convention, with_convention
 from alignps_jax.weights.released_names import (
     LOOKUP_TABLE,
     QUEUE,
     backbone_origin,
     backbone_tensors,
     from_torch,
+    is_detector,
     is_only_released,
     released_name,
     to_torch,
 )
+from alignps_jax.weights.sources import known_convention
 from alignps_jax.weights.tensor_files import (
     Tensors,
     check_target,
@@ -47,33 +49,24 @@ from alignps_jax.weights.tensor_files import (
     write_tensors,
 )
 
-# What the weights of each origin expect of a pixel, as fields of `config.model`.
-CAFFE = {
-    "channel_order": "BGR",
-    "pixel_mean": (103.530, 116.280, 123.675),
-    "pixel_std": (1.0, 1.0, 1.0),
-    "stride_in_3x3": False,
-}
-TORCHVISION = {
-    "channel_order": "RGB",
-    "pixel_mean": (123.675, 116.280, 103.530),
-    "pixel_std": (58.395, 57.120, 57.375),
-    "stride_in_3x3": True,
-}
-CONVENTIONS = {"torchvision": TORCHVISION, "caffe": CAFFE}
 # Beside the checkpoints: the tensors of a converted file that the model has no place for.
 EXTRAS = "released_only.safetensors"
 
 
 def convert_released(
-    config: ConfigDict, source: Path, workdir: Path, convention: str | None = None
+    config: ConfigDict,
+    source: Path,
+    workdir: Path,
+    convention: str | None = None,
+    typed: Collection[str] = (),
 ) -> None:
     """Writes a checkpoint (step 0) with the weights of a PyTorch file to `workdir`.
 
     A released detector becomes a complete checkpoint, memory included, as training writes them; an
     ImageNet ResNet-50 one of the backbone only, for `config.model.pretrained`. `convention`, a key
     of `CONVENTIONS`, says what pixels a ResNet-50 expects; None trusts what its tensors' names
-    tell, and only that.
+    tell, and only that. The checkpoint's configuration gets these pixels; `typed` are the dotted
+    names of the fields that the command line sets.
 
     Raises:
       UserError: the file cannot be read, is neither of the two, does not fit `config`, or does
@@ -93,15 +86,12 @@ def convert_released(
         )
     check_outputs(*(workdir / name for name in ("checkpoints", *RUN_INFO, EXTRAS)))
     tensors = read_tensors(source)
-    if any(name.startswith(("bbox_head.", "neck.")) for name in tensors):
-        if convention not in (None, "caffe"):
-            raise UserError(
-                f"--convention: found {convention!r}, expected 'caffe' or nothing: {source} is a "
-                "released detector, whose convention is known"
-            )
+    if is_detector(tensors):
         state, extras = _detector_state(config, tensors, source)
     else:
-        state, extras = _backbone_state(config, tensors, source, convention), {}
+        state, extras = _backbone_state(config, tensors, source), {}
+    expected = _convention(tensors, source, convention)
+    config = with_convention(config, expected, typed, str(source))
     with (
         WorkdirLock(workdir),
         Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
@@ -120,8 +110,27 @@ def convert_released(
         )
 
 
+def _convention(tensors: Tensors, source: Path, said: str | None) -> Convention:
+    """The pixels that the tensors of a file expect, as `said`, or as their names tell."""
+    if is_detector(tensors):
+        if said not in (None, "caffe"):
+            raise UserError(
+                f"--convention: found {said!r}, expected 'caffe' or nothing: {source} is a "
+                "released detector, whose convention is known"
+            )
+        return CONVENTIONS["caffe"]
+    known = said or known_convention(str(source)) or backbone_origin(tensors)
+    if known is None:
+        raise UserError(
+            f"{source}: its names do not tell what pixels this ResNet-50 was trained on, expected "
+            "--convention=torchvision (RGB, divided by the standard deviation; also timm, DINO, "
+            "MoCo, SwAV) or --convention=caffe (BGR, not divided; MSRA's, and most of detectron2's)"
+        )
+    return CONVENTIONS[known]
+
+
 def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = None) -> None:
-    """Writes the best checkpoint of a workdir, or one step's folder, in the released naming.
+    """Writes the chosen step of a workdir, or one step's folder, in the released naming.
 
     `config` goes into the file as its metadata (None: the checkpoint's own).
 
@@ -136,7 +145,8 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
             "released code has no other"
         )
     folders = ("step", "params", "frozen", "memory")
-    arrays = load_arrays(checkpoint, lambda name: name.split("/")[0] in folders)
+    folder, by = chosen_step(checkpoint, config)
+    arrays = load_arrays(folder, lambda name: name.split("/")[0] in folders)
     step = int(arrays.pop("step"))
     if "memory/lut" not in arrays:
         raise UserError(f"{checkpoint}: holds a backbone only, expected a whole AlignPS")
@@ -149,7 +159,6 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
         counter = name.replace("running_var", "num_batches_tracked")
         tensors[counter] = np.zeros((), np.int64)
     tensors |= _extras(checkpoint, tensors)
-    by = chosen_by(checkpoint)
     about = {"exported_by": "alignps_jax", "step": str(step), "chosen_by": by}
     about["config"] = config.to_json()
     write_tensors(target, tensors, about)
@@ -183,7 +192,6 @@ def _detector_state(
 ) -> tuple[TrainState, Tensors]:
     """The state before any training step, and the tensors that it has no place for."""
     _check_kind(config, tensors, source)
-    check_convention(config, CAFFE, str(source))
     model = build_model(config)
     memory = _memory_template(config, tensors)
     template = {**_template(weights_template(model)), **leaves_by_path({"memory": memory})}
@@ -229,9 +237,7 @@ def _check_extras(config: ConfigDict, extras: Tensors, source: Path) -> None:
     _fill(named, template, extras, source)
 
 
-def _backbone_state(
-    config: ConfigDict, tensors: Tensors, source: Path, convention: str | None
-) -> TrainState:
+def _backbone_state(config: ConfigDict, tensors: Tensors, source: Path) -> TrainState:
     """A state of which only the backbone exists."""
     template = {
         path: leaf
@@ -250,14 +256,6 @@ def _backbone_state(
         if not name.endswith("num_batches_tracked")
     }
     arrays = _fill(named, template, found, source)
-    known = convention or backbone_origin(tensors)
-    if known is None:
-        raise UserError(
-            f"{source}: its names do not tell what pixels this ResNet-50 was trained on, expected "
-            "--convention=torchvision (RGB, divided by the standard deviation; also timm, DINO, "
-            "MoCo, SwAV) or --convention=caffe (BGR, not divided; MSRA's, and most of detectron2's)"
-        )
-    check_convention(config, CONVENTIONS[known], f"{source} ({known} weights)")
     tree = traverse_util.unflatten_dict(offsets | arrays, sep="/")
     return TrainState(
         step=jnp.zeros((), jnp.int32),

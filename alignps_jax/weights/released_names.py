@@ -79,6 +79,11 @@ def is_only_released(name: str) -> bool:
     return _ONLY_RELEASED.search(name) is not None
 
 
+def is_detector(names: Collection[str]) -> bool:
+    """Whether these are the released names of a complete detector."""
+    return any(name.startswith(("bbox_head.", "neck.")) for name in names)
+
+
 def to_torch(array: np.ndarray) -> np.ndarray:
     """Our layout (HWIO) to PyTorch's (OIHW)."""
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array

@@ -123,8 +123,8 @@ def _torch(path: Path) -> ModuleType:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path}: PyTorch is not installed, which .pth files need: pip install "
-            f"'torch>={oldest}' (.safetensors files do without)"
+            f"{path}: .pth files need PyTorch, which is not installed: pip install '.[torch]' "
+            "(.safetensors files do without)"
         ) from error
     numbers = re.findall(r"\d+", torch.__version__)
     if tuple(map(int, numbers[:2])) < _OLDEST_TORCH:

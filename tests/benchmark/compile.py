@@ -72,7 +72,6 @@ def _few_scenes(config: ConfigDict, root: Path) -> None:
     config.data.root = str(root)
     config.data.train_scales = (scale,)
     config.data.test_scale = scale
-    config.model.pretrained = None
     config.train.duration = "1 steps"
 
 

@@ -23,7 +23,7 @@ from alignps_jax.losses.targets import assign_targets
 from alignps_jax.losses.terms import People, triplet_loss
 from alignps_jax.nn.model import build_model, init_variables
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.state import POSITIVES_PER_LEVEL, create_state, is_frozen
+from alignps_jax.training.state import create_state, is_frozen
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, OIMMemory, Outputs
 from configs import synthetic
@@ -43,6 +43,7 @@ from tests.benchmark.search import QUERIES, K, unit_rows
 MAP: Size = (116, 188)
 STRIDE = 8
 DIM = 256
+POSITIVES_PER_LEVEL = 9  # with the radius of the paper
 IDENTITIES = 1000
 IMAGES = 2  # per step
 

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -129,7 +129,7 @@ def rows(context: Context) -> Iterator[Row]:
         for checkout in checkouts.values():
             checkout.prepare(weights)
         for name, start in STARTS.items():
-            works = {key: (lambda c=each: start(c)) for key, each in checkouts.items()}
+            works = {key: partial(start, each) for key, each in checkouts.items()}
             yield _row(name, time_in_turns(works, runs=context.runs))
 
 

@@ -14,8 +14,8 @@ from torchvision.models import resnet50
 from torchvision.transforms import functional
 
 from alignps_jax.nn.model import build_model
+from alignps_jax.training.pretrained import starting_arrays, starting_config
 from alignps_jax.training.state import create_state
-from alignps_jax.weights.convert import TORCHVISION, convert_released
 from configs import cuhk
 from tests.oracle.random_weights import random_state_dict
 from tests.parity.common import nhwc
@@ -32,9 +32,6 @@ def test_torchvision_weights_and_pixels(tmp_path):
     )
     torch.save(theirs.state_dict(), tmp_path / "resnet50-0676ba61.pth")
     config = cuhk.get_config()
-    for name, value in TORCHVISION.items():
-        config.model[name] = value
-    convert_released(config, tmp_path / "resnet50-0676ba61.pth", tmp_path / "out")
 
     image = np.random.default_rng(5).integers(0, 256, (96, 160, 3), dtype=np.uint8)
     pixels = functional.normalize(
@@ -47,14 +44,15 @@ def test_torchvision_weights_and_pixels(tmp_path):
             x = stage(x)
             expected.append(nhwc(x))
 
-    config.model.pretrained = str(tmp_path / "out")
+    config.model.pretrained = str(tmp_path / "resnet50-0676ba61.pth")
+    config = starting_config(config, tmp_path)
     config.loss.queue_size = 1
     model = build_model(config)
 
     class NoOptimizer:
         init = staticmethod(lambda params: ())
 
-    state = create_state(config, model, NoOptimizer, 1)
+    state = create_state(config, model, NoOptimizer, 1, starting_arrays(config, model))
     size = np.array([image.shape[:2]], np.int32)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Durations, the learning-rate schedule, and SGD with its rules against a literal version."""
+"""The learning-rate schedule, and SGD with its rules against a literal version."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,23 +10,8 @@ from alignps_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
     parameter_labels,
-    steps_of,
 )
-from alignps_jax.types import UserError
 from configs import cuhk
-
-
-@pytest.mark.parametrize(
-    ("duration", "steps"), [("24 epochs", 240), ("1 epoch", 10), ("7.5 epochs", 75), ("3 steps", 3)]
-)
-def test_durations(duration, steps):
-    assert steps_of("f", duration, 10) == steps
-
-
-@pytest.mark.parametrize("duration", ["24", "epochs", "3 days", "-1 steps", ""])
-def test_malformed_durations_name_the_field(duration):
-    with pytest.raises(UserError, match=r"config\.train\.duration: found"):
-        steps_of("config.train.duration", duration, 10)
 
 
 def test_schedule_of_the_release():
@@ -120,13 +105,6 @@ def test_adamw_is_that_of_optax():
         updates, expected_state = expected_rule.update(gradient, expected_state, expected)
         expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(found["conv"]["kernel"], expected["conv"]["kernel"], rtol=1e-6)
-
-
-def test_a_rule_that_does_not_exist_is_an_error():
-    config = cuhk.get_config().optimizer
-    config.name = "adam"
-    with pytest.raises(UserError, match=r"config\.optimizer\.name: found 'adam'.*sgd, adamw"):
-        make_optimizer(config, lambda step: 0.01, lambda path: False)
 
 
 def test_the_rate_follows_the_batch_if_asked():

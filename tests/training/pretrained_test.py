@@ -1,17 +1,28 @@
-"""Starting from a complete detector: what fits is taken, and said."""
+"""What training starts from: words, files, runs; what fits is taken, and pixels follow."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 
-from alignps_jax.checkpoint.store import Checkpoints
-from alignps_jax.nn.model import build_model
+from alignps_jax.checkpoint.store import Checkpoints, load_config
+from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from alignps_jax.training.pretrained import starting_arrays, starting_config
 from alignps_jax.training.state import create_state
 from alignps_jax.types import UserError
-from configs import tiny
+from alignps_jax.weights import sources
+from alignps_jax.weights.conventions import CAFFE, TORCHVISION
+from alignps_jax.weights.released_names import to_torch
+from configs import ablation, cuhk, prw, synthetic, tiny
 from tests.fakes import randomize
+from tests.places import ROOT
+from tests.weights.convert_test import fake_backbone, fake_detector, saved, small_config
 
 
 def small(variant: str = ""):
@@ -21,9 +32,11 @@ def small(variant: str = ""):
 
 
 def state_of(config, identities: int):
+    """The state before the first step, as a run makes it."""
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
     optimizer = make_optimizer(config.optimizer, schedule, lambda path: False)
-    return create_state(config, build_model(config), optimizer, identities)
+    model = build_model(config)
+    return create_state(config, model, optimizer, identities, starting_arrays(config, model))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +57,10 @@ def flat(state):
     }
 
 
+def fields(config) -> dict:
+    return {name: config.model[name] for name in CAFFE}
+
+
 def test_the_same_network_takes_everything_but_memory_and_optimizer(trained, capsys):
     workdir, expected = trained
     config = small()
@@ -57,7 +74,7 @@ def test_the_same_network_takes_everything_but_memory_and_optimizer(trained, cap
     assert not np.any(state.memory.lut)
     assert int(state.step) == 0
     out = capsys.readouterr().out
-    assert f"fine-tuning step 7 of {workdir}" in out
+    assert f"of neck and head are taken from {workdir}" in out
     assert "not taken" not in out
 
 
@@ -76,14 +93,132 @@ def test_another_head_takes_what_fits_and_says_what_does_not(trained, capsys):
     assert "starts anew: params/" in out
 
 
-def test_another_backbone_or_other_pixels_are_refused(trained):
+def test_pixels_follow_a_run_and_another_backbone_is_refused(trained, tmp_path):
     workdir, _ = trained
     config = small()
-    config.model.pretrained = str(workdir)
-    config.model.pixel_std = (1.0, 1.0, 1.0)
-    with pytest.raises(UserError, match=r"config\.model\.pixel_std: found \(1\.0, 1\.0, 1\.0\)"):
-        state_of(config, identities=3)
-    config = small()
-    config.model.pretrained, config.model.backbone_width = str(workdir), 8
+    config.model.pretrained, config.model.pixel_std = str(workdir), (1.0, 1.0, 1.0)
+    assert starting_config(config, tmp_path).model.pixel_std == (58.0, 58.0, 58.0)
+    with pytest.raises(UserError, match=r"^config\.model\.pixel_std: found \(1\.0, 1\.0, 1\.0\), "):
+        starting_config(config, tmp_path, {"model.pixel_std"})
+    config.model.backbone_width = 8
     with pytest.raises(UserError, match="another backbone"):
         state_of(config, identities=3)
+
+
+@pytest.mark.parametrize("module", [cuhk, prw])
+@pytest.mark.parametrize("variant", ["", "plus", "released", "h100x8"])
+def test_the_paper_starts_from_imagenet_or_not_at_all(module, variant, tmp_path, monkeypatch):
+    config = module.get_config(variant)
+    assert config.model.pretrained == "msra"
+    monkeypatch.setattr(sources, "has_torch", lambda: False)
+    expected = r"pip install '\.\[torch\]', or .* --config\.model\.pretrained=torchvision$"
+    with pytest.raises(UserError, match=expected):
+        starting_config(config, tmp_path)
+    config.model.pretrained = "random"
+    with pytest.raises(UserError, match="found 'random', expected weights"):
+        starting_config(config, tmp_path)
+
+
+@pytest.mark.parametrize("module", [synthetic, tiny, ablation])
+def test_small_networks_start_from_random_weights_and_say_so(module, tmp_path, capsys):
+    config = module.get_config()
+    assert starting_config(config, tmp_path) == config
+    assert "starts from random weights" in capsys.readouterr().out
+    config.model.frozen_stages = 0
+    with pytest.raises(UserError, match="found 'random', expected weights"):
+        starting_config(config, tmp_path)
+
+
+def test_the_first_command_ends_with_one_line(tmp_path):
+    if sources.has_torch():
+        pytest.skip("PyTorch is installed")
+    flags = ["--config=configs/cuhk.py", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "launch.py", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config.model.pretrained: resnet50_msra-5891d200.pth")
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def with_classifier(tensors):
+    return tensors | {"fc.weight": np.ones((5, 3), np.float32)}
+
+
+@pytest.mark.parametrize("variant", ["", "plus"])
+def test_a_file_of_a_backbone_is_converted_on_the_way(variant, tmp_path):
+    config, tensors = small_config(variant), fake_backbone()
+    config.model.pretrained = str(saved(tmp_path, with_classifier(tensors)))
+    config = starting_config(config, tmp_path)
+    assert fields(config) == TORCHVISION
+    state = state_of(config, identities=3)
+    conv = state.params["backbone"]["layer3_2"]["conv2"]
+    np.testing.assert_array_equal(to_torch(conv["kernel"]), tensors["layer3.2.conv2.weight"])
+    assert ("offset" in conv) == (variant == "plus")
+    norm = state.frozen["backbone"]["bn1"]
+    np.testing.assert_array_equal(norm["scale"], tensors["bn1.weight"])
+    np.testing.assert_array_equal(norm["mean"], tensors["bn1.running_mean"])
+    wrong = small_config()
+    wrong.model.pretrained = config.model.pretrained
+    with pytest.raises(UserError, match=r"channel_order: found 'BGR', expected 'RGB' for config\."):
+        starting_config(wrong, tmp_path, {"model.channel_order"})
+
+
+def test_names_that_do_not_tell_their_pixels_are_asked_for(tmp_path):
+    config = small_config()
+    config.model.pretrained = str(saved(tmp_path, fake_backbone()))
+    with pytest.raises(UserError, match=r"do not tell .*--config\.model\.channel_order=RGB"):
+        starting_config(config, tmp_path)
+    assert fields(starting_config(config, tmp_path, {"model.channel_order"})) == CAFFE
+    config.model.channel_order = "RGB"
+    assert fields(starting_config(config, tmp_path, {"model.channel_order"})) == TORCHVISION
+    named = "resnet50_msra-5891d200.safetensors"  # its digits tell
+    config.model.pretrained = str(saved(tmp_path, fake_backbone(), named))
+    assert fields(starting_config(config, tmp_path)) == CAFFE
+
+
+def test_a_released_detector_is_fine_tuned_from_its_file(tmp_path, capsys):
+    config, tensors = small_config(""), fake_detector()
+    config.model.pretrained = str(saved(tmp_path, tensors))
+    config.model.channel_order = "RGB"
+    config = starting_config(config, tmp_path)
+    assert fields(config) == CAFFE
+    state = state_of(config, identities=3)
+    kernel = state.params["head"]["cls_predictor"]["kernel"]
+    np.testing.assert_array_equal(to_torch(kernel), tensors["bbox_head.conv_cls.weight"])
+    assert not np.any(state.memory.lut)
+    assert "lookup table, queue and optimizer start anew" in capsys.readouterr().out
+    plus = small_config("plus")
+    plus.model.pretrained = str(saved(tmp_path, fake_detector("released_plus"), "p.safetensors"))
+    state_of(plus, identities=3)
+    plain = small_config("")
+    plain.model.pretrained = plus.model.pretrained
+    with pytest.raises(UserError, match=r"another backbone .*conv_offset"):
+        state_of(plain, identities=3)
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    config = small_config()
+    config.model.pretrained = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^config\.model\.pretrained: .*nowhere"):
+        starting_config(config, tmp_path)
+
+
+def test_a_resumed_run_keeps_its_pixels_and_needs_no_weights(tmp_path):
+    config = small_config("")
+    config.model.pretrained = "torchvision"
+    for name, value in TORCHVISION.items():
+        config.model[name] = value
+    with Checkpoints(tmp_path, keep=1, config=config) as checkpoints:
+        template = weights_template(build_model(config))
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
+        state = state_of(small(), identities=1)
+        checkpoints.save(state.replace(params=zeros.params, frozen=zeros.frozen), None)
+    again = small_config("")
+    again.model.pretrained = "torchvision"
+    assert fields(starting_config(again, tmp_path)) == TORCHVISION
+    assert fields(starting_config(again, tmp_path, {"model.pixel_std"})) == TORCHVISION | {
+        "pixel_std": CAFFE["pixel_std"]
+    }
+    assert fields(load_config(tmp_path)) == TORCHVISION

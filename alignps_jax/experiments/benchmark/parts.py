@@ -45,7 +45,6 @@ class Context:
     def usable_config(self) -> ConfigDict:
         """A copy to change that needs no files and fits the devices (quick: a tiny one)."""
         config = tiny.get_config() if self.quick else ConfigDict(self.config.to_dict())
-        config.model.pretrained = None
         config.loss.lut_size = config.loss.lut_size or IDENTITIES
         config.data.train_scales = (max(config.data.train_scales, key=np.prod),)
         count = jax.device_count()

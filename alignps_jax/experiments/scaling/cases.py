@@ -18,7 +18,7 @@ from alignps_jax.experiments.benchmark.simulate import as_if_trained, plausible_
 from alignps_jax.inference.detector import inference_model
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import build_model
-from alignps_jax.training.run import make_step
+from alignps_jax.training.setup import make_step
 from alignps_jax.training.state import create_state, positives_per_image
 from alignps_jax.types import Batch, TrainState, UserError
 from data_pipeline.transforms import Scale, Size, buckets, empty_batch
@@ -99,7 +99,6 @@ def parse_scale(text: str | None) -> Scale | None:
 def usable(config: ConfigDict) -> ConfigDict:
     """A copy that needs neither weights nor a data set."""
     config = ConfigDict(config.to_dict())
-    config.model.pretrained = None
     config.loss.lut_size = config.loss.lut_size or IDENTITIES
     return config
 

@@ -1,0 +1,108 @@
+"""What a configuration becomes before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from ml_collections import ConfigDict
+
+from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_evaluator
+from alignps_jax.evaluation.scoring import make_scorer, scorer_of
+from alignps_jax.nn.model import AlignPS, build_model
+from alignps_jax.peers import first_process_first
+from alignps_jax.training import optimizer
+from alignps_jax.training.plan import Plan, make_plan
+from alignps_jax.training.pretrained import starting_arrays
+from alignps_jax.training.state import create_state, is_frozen, lut_size, max_positives
+from alignps_jax.training.step import TrainStep
+from alignps_jax.types import TrainState
+from data_pipeline.datasets import dataset_class, load_train, prepare
+from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
+from data_pipeline.validation import hold_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The collaborators of a training run."""
+
+    pipeline: TrainPipeline
+    plan: Plan
+    schedule: optimizer.Schedule
+    step: TrainStep
+    evaluator: Evaluator  # of the test split
+    selector: Evaluator  # during training: of the validation split, if there is one
+    initial: Callable[[], TrainState]  # reads the weights to start from
+    template: Callable[[], TrainState]  # its structure, shapes and types
+
+
+def validate(config: ConfigDict, resumes: bool = False) -> AlignPS:
+    """Finds what rules of fields cannot know, before data is prepared; returns the network.
+
+    A run that `resumes` does not read the weights that it started from.
+    """
+    check_batch_size(config, "train", config.train.accumulate)
+    check_batch_size(config, "eval")
+    dataset_class(config.data.name)
+    model = build_model(config)
+    if not resumes:
+        starting_arrays(config, model)
+    return model
+
+
+def make_run(config: ConfigDict, model: AlignPS) -> Run:
+    """Prepares the data, and builds all that training a validated network takes."""
+    with first_process_first():  # it may have to draw the data set
+        scorer, people = make_scorer(config), load_train(config.data)
+    held = None
+    if config.data.validation_fraction:
+        held = hold_out(people, config.data.validation_fraction, config.seed)
+    rows = lut_size(config, (held.train if held else people).num_identities)
+    with first_process_first():
+        data = prepare(config.data)
+    photos = data.train
+    selector = evaluator = make_evaluator(config, model, data.test, scorer)
+    if held:
+        scorer = scorer_of(config, held.validation.people(people), (held.protocol,))
+        split = held.validation.photos(photos)
+        selector = make_evaluator(config, model, split, scorer, predict=evaluator.predict)
+        photos = held.train.photos(photos)
+    parts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    pipeline = make_train_pipeline(
+        photos, config.data, seed=config.seed, batch_size=config.train.batch_size, **parts
+    )
+    if jax.process_index() == 0:
+        print(*filter(None, (held, pipeline.summary())), sep="\n")
+    epoch = pipeline.steps_per_epoch
+    schedule, step = make_step(config, model, epoch, max_positives(config, pipeline))
+    create = partial(create_state, config, model, step.optimizer, rows)
+    return Run(
+        pipeline=pipeline,
+        plan=make_plan(config, epoch),
+        schedule=schedule,
+        step=step,
+        evaluator=evaluator,
+        selector=selector,
+        initial=lambda: create(starting_arrays(config, model)),
+        template=partial(jax.eval_shape, create),
+    )
+
+
+def make_step(
+    config: ConfigDict, model: AlignPS, steps_per_epoch: int, positives: int
+) -> tuple[optimizer.Schedule, TrainStep]:
+    """The learning rate's course, and the training step with its optimizer."""
+    factor = optimizer.batch_factor(config)
+    schedule = optimizer.learning_rate_schedule(config.optimizer, steps_per_epoch, factor)
+    step = TrainStep(
+        model,
+        optimizer.make_optimizer(config.optimizer, schedule, partial(is_frozen, model)),
+        config.loss,
+        positives,
+        precision=config.model.precision,
+        accumulate=config.train.accumulate,
+        ema_decay=config.train.ema_decay,
+    )
+    return schedule, step

@@ -1,0 +1,98 @@
+"""`config.model.pretrained`: the words it knows, and the check that takes no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import PurePosixPath
+
+from ml_collections import ConfigDict
+
+from alignps_jax.types import UserError
+
+# The word for a network that starts from random numbers.
+RANDOM = "random"
+FIELD = "config.model.pretrained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published ImageNet ResNet-50, and a key of `CONVENTIONS`: the pixels it was trained on."""
+
+    address: str
+    convention: str
+
+
+# By word. The digits of a file's SHA-256 stand in its name, or behind its address.
+PUBLISHED = {
+    # The initial weights of the released code, from OpenMMLab's model zoo.
+    "msra": Published(
+        "https://download.openmmlab.com/pretrain/third_party/resnet50_msra-5891d200.pth", "caffe"
+    ),
+    # torchvision's weights (IMAGENET1K_V1) as timm publishes them.
+    "torchvision": Published(
+        "https://huggingface.co/timm/resnet50.tv_in1k/resolve/main/model.safetensors"
+        "#sha256=5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888",
+        "torchvision",
+    ),
+}
+
+
+def address_of(pretrained: str) -> str:
+    """The address or path of a value of the field."""
+    return PUBLISHED[pretrained].address if pretrained in PUBLISHED else pretrained
+
+
+def is_address(source: str) -> bool:
+    """Whether weights are to be downloaded."""
+    return source.lower().startswith(("https://", "http://"))
+
+
+def file_name(source: str) -> str:
+    """The name of the file at an address or a path."""
+    return PurePosixPath(re.split("[?#]", source)[0] if is_address(source) else source).name
+
+
+def expected_digits(address: str) -> str:
+    """The digits of the SHA-256 behind an address or in its file's name; "" if it has none."""
+    found = re.search(r"#sha256=([0-9a-fA-F]{8,64})$", address)
+    found = found or re.search(r"-([0-9a-f]{8,64})\.\w+$", file_name(address))
+    return found[1].lower() if found else ""
+
+
+def known_convention(source: str) -> str | None:
+    """The convention of a published file by the digits in its name or address; else None."""
+    digits = expected_digits(source)
+    found = {expected_digits(entry.address): entry.convention for entry in PUBLISHED.values()}
+    return found.get(digits)
+
+
+def check_start(config: ConfigDict) -> None:
+    """Finds out, before any work, whether training can start from `config.model.pretrained`.
+
+    Raises:
+      UserError: the field needs PyTorch, which is not installed, or is random for a network that
+        keeps some of its initial values.
+    """
+    model = config.model
+    pretrained = model.pretrained
+    if pretrained == RANDOM:
+        if model.backbone != "resnet_small" or model.frozen_stages >= 0:
+            raise UserError(
+                f"{FIELD}: found 'random', expected weights ({' or '.join(PUBLISHED)}, a file, an "
+                f"address or a run): {model.backbone} with frozen_stages={model.frozen_stages} "
+                "keeps its initial stages or normalization. From scratch trains "
+                "--config.model.backbone=resnet_small --config.model.frozen_stages=-1"
+            )
+    elif file_name(address_of(pretrained)).endswith(".pth") and not has_torch():
+        raise UserError(
+            f"{FIELD}: {file_name(address_of(pretrained))} needs PyTorch to be read: "
+            "pip install '.[torch]', or start from weights that need none: "
+            "--config.model.pretrained=torchvision"
+        )
+
+
+def has_torch() -> bool:
+    """Whether PyTorch is installed, without importing it."""
+    return importlib.util.find_spec("torch") is not None

@@ -1,0 +1,141 @@
+"""Weights from an address, against a local server: complete, checked, and downloaded once."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from alignps_jax.types import UserError
+from alignps_jax.weights import download
+from alignps_jax.weights.sources import PUBLISHED, expected_digits, known_convention
+from alignps_jax.weights.tensor_files import read_tensors, write_tensors
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` by path, and counts the requests."""
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.requests = files, 0
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        self.server.requests += 1
+        if self.path.startswith("/moved/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/moved"))
+            self.end_headers()
+            return
+        content = self.server.files.get(self.path.removeprefix("/cut"))
+        if content is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2] if self.path.startswith("/cut/") else content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def content(tmp_path) -> bytes:
+    write_tensors(tmp_path / "a.safetensors", {"x": np.arange(6, dtype=np.float32)}, {})
+    return (tmp_path / "a.safetensors").read_bytes()
+
+
+@pytest.fixture
+def server(content) -> Iterator[Server]:
+    digits = hashlib.sha256(content).hexdigest()
+    names = (f"a-{digits[:8]}.safetensors", "a-00000000.safetensors", "model.safetensors")
+    page = b"<!DOCTYPE html><html>Sign in</html>"
+    files = {f"/{name}": content for name in names} | {"/page.safetensors": page}
+    server = Server(files | {"/text.safetensors": b"no weights", "/a.pth": b"no weights"})
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    download.cache_folder.cache_clear()
+    yield tmp_path / "cache"
+    download.cache_folder.cache_clear()
+
+
+def kept(cache) -> list[str]:
+    return sorted(path.name for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("prefix", ["", "/moved"])
+def test_a_file_is_downloaded_once_and_then_read_without_a_network(server, content, prefix, cache):
+    digits = hashlib.sha256(content).hexdigest()
+    for tail in (f"/a-{digits[:8]}.safetensors", f"/model.safetensors#sha256={digits}"):
+        address = server.address + prefix + tail
+        file = download.fetch(address)
+        np.testing.assert_array_equal(read_tensors(file)["x"], np.arange(6))
+        asked = server.requests
+        assert download.fetch(address) == file
+        assert server.requests == asked
+    server.shutdown()
+    server.server_close()
+    assert download.fetch(address) == file
+    assert len(kept(cache)) == 2
+
+
+@pytest.mark.parametrize(
+    ("tail", "message"),
+    [
+        ("/cut/model.safetensors", r"cannot be downloaded \(cut off after \d+ of \d+ bytes\)"),
+        ("/a-00000000.safetensors", r"found a file with SHA-256 .* expected 00000000\.\.\."),
+        ("/model.safetensors#sha256=1234567890", r"expected 1234567890\.\.\."),
+        ("/gone.safetensors", r"cannot be downloaded \(404 Not Found\)"),
+        ("/page.safetensors", "found a web page"),
+        ("/page.safetensors#sha256=12345678", "found a web page"),
+        ("/text.safetensors", "found an unknown format"),
+    ],
+)
+def test_anything_else_is_one_line_and_leaves_nothing(server, tail, message, cache):
+    with pytest.raises(UserError, match=message) as error:
+        download.fetch(server.address + tail)
+    assert str(error.value).startswith(f"config.model.pretrained: {server.address}{tail}: ")
+    assert "\n" not in str(error.value)
+    assert kept(cache) == []
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.safetensors", "http://[/a.safetensors"])
+def test_no_network_and_no_address(address, cache):
+    with pytest.raises(UserError, match=r"cannot be downloaded .*give the path of the file"):
+        download.fetch(address)
+    assert kept(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_is_a_note(server, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    address = f"{server.address}/model.safetensors"
+    file = download.fetch(address)
+    assert download.fetch(address) == file
+    assert server.requests == 1
+    assert capsys.readouterr().out.count("note: ") == 1
+
+
+def test_published_files_have_digits_and_a_convention():
+    for entry in PUBLISHED.values():
+        assert len(expected_digits(entry.address)) >= 8
+        assert known_convention(entry.address) == entry.convention
+    assert known_convention("/somewhere/resnet50_msra-5891d200.pth") == "caffe"
+    assert known_convention("/somewhere/model.safetensors") is None
