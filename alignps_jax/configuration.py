@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
+import runpy
 import traceback
 import zlib
 from pathlib import Path
-from types import ModuleType
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
@@ -53,8 +52,8 @@ def _loaded(spec: str) -> ConfigDict:
     typed, _, variant = spec.partition(":")
     path = _file(typed)
     try:
-        module = _module(path)
-        config = module.get_config(variant) if variant else module.get_config()
+        get_config = runpy.run_path(str(path))["get_config"]
+        config = get_config(variant) if variant else get_config()
     except UserError:
         raise
     except Exception as error:  # the file is a program of the user's
@@ -81,15 +80,6 @@ def _file(typed: str) -> Path:
     found = "a folder" if path.is_dir() else "nothing there"
     ready = ", ".join(READY)
     raise UserError(f"--config: found {found}: {typed}, expected a configuration file or {ready}")
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config: found {path}, expected a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def train_config(args: Arguments) -> ConfigDict:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 Run = Callable[["Arguments"], None]
 _OVERRIDE = re.compile(r"--(?:no)?config\.([^=]+)")
-_PROGRAM = "python launch.py"
+_PROGRAM = "alignps" if sys.argv[0].endswith("/alignps") else "python launch.py"
 
 
 def _text(value: str) -> str:
@@ -138,9 +139,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
             return f"{text.partition('; default: ')[0]} (required)"
         if isinstance(action, argparse._StoreTrueAction):
             return f"{text}; default: no"
-        return (
-            text if action.default in (None, argparse.SUPPRESS) else f"{text}; default: %(default)s"
-        )
+        told = action.default in (None, argparse.SUPPRESS)
+        return text if told else f"{text}; default: %(default)s"
 
 
 class Mode(NamedTuple):
@@ -218,7 +218,8 @@ def parse(argv: Sequence[str]) -> Arguments:
         parser.error(f"missing: one of --{', --'.join(MODES[name].any_of)}")
     if {"checkpoint", "detections"} <= set(given):
         parser.error("found --checkpoint and --detections, expected one of them")
-    if args.coordinator is None and not (args.processes is None and args.process is None):
+    missing = [value is None for value in (args.coordinator, args.processes, args.process)]
+    if any(missing) and not all(missing):
         parser.error("--coordinator, --processes and --process go together")
     return args
 
