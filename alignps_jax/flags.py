@@ -7,12 +7,13 @@ imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from alignps_jax.registry import nearest
 
 Run = Callable[["Arguments"], None]
 _OVERRIDE = re.compile(r"--(?:no)?config\.([^=]+)")
@@ -30,11 +31,12 @@ def _path(value: str) -> Path:
 
 
 def _flag(help: str, kind: Any = _text, default: Any = None) -> dict[str, Any]:
-    return {"help": help, "type": kind, "default": default}
+    told = help if default is None else f"{help}; default: {default}"
+    return {"help": told, "type": kind, "default": default}
 
 
 def _switch(help: str) -> dict[str, Any]:
-    return {"help": help, "action": "store_true"}
+    return {"help": f"{help}; default: no", "action": "store_true"}
 
 
 FLAGS: dict[str, dict[str, Any]] = {
@@ -130,19 +132,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Names the default of every flag."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        if action.required:
-            return f"{text.partition('; default: ')[0]} (required)"
-        if isinstance(action, argparse._StoreTrueAction):
-            return f"{text}; default: no"
-        told = action.default in (None, argparse.SUPPRESS)
-        return text if told else f"{text}; default: %(default)s"
-
-
 class Mode(NamedTuple):
     """What a mode does, and how its flags are read."""
 
@@ -177,11 +166,12 @@ def mode(
             usage=f"{_PROGRAM} --mode={name} [flags] [--config.SECTION.FIELD=VALUE ...]",
             description=summary,
             epilog="\n  ".join(["examples:", *(f"{_PROGRAM} {line}" for line in examples)]),
-            formatter_class=_Help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         for flag in needs.split():
-            parser.add_argument(f"--{flag}", required=True, **FLAGS[flag])
+            needed = f"{FLAGS[flag]['help'].partition('; default: ')[0]} (required)"
+            parser.add_argument(f"--{flag}", required=True, **FLAGS[flag] | {"help": needed})
         group = parser.add_mutually_exclusive_group(required=True) if one_of else parser
         for flag in one_of.split():
             group.add_argument(f"--{flag}", **FLAGS[flag])
@@ -206,7 +196,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     name = found.mode or "train"
     if name not in MODES:
         known = ", ".join(MODES)
-        first.error(f"--mode: found {name!r}, expected one of {known}{_nearest(name, MODES)}")
+        first.error(f"--mode: found {name!r}, expected one of {known}{nearest(name, MODES)}")
     parser = MODES[name].parser
     if found.help:
         parser.print_help()
@@ -233,7 +223,7 @@ def _overview() -> _Parser:
         description="\n".join(["Person search with AlignPS. Modes (default: train):", *lines]),
         epilog="--mode=MODE --help has the flags of a mode, with examples.\n"
         "configs/cuhk.py has every field of the configuration; --version says which one this is.",
-        formatter_class=_Help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     for flag, options in FLAGS.items():
@@ -251,22 +241,16 @@ def _overrides(name: str, words: Sequence[str]) -> list[str]:
         elif value_follows and not word.startswith("--"):
             value_follows = False
         else:
-            _refuse(name, word)
+            MODES[name].parser.error(_wrong(name, word))
         overrides.append(word)
     return overrides
 
 
-def _refuse(name: str, word: str) -> NoReturn:
-    parser = MODES[name].parser
+def _wrong(name: str, word: str) -> str:
     if not word.startswith("-"):
-        parser.error(f"found {word!r}, expected only flags (--name=value)")
+        return f"found {word!r}, expected only flags (--name=value)"
     flag = word.lstrip("-").partition("=")[0]
     readers = [f"--mode={other}" for other, mode in MODES.items() if flag in mode.flags]
     if readers:
-        parser.error(f"--{flag}: --mode={name} does not read it, only {', '.join(readers)}")
-    parser.error(f"--{flag}: no such flag{_nearest(flag, FLAGS, '--')}")
-
-
-def _nearest(found: str, known: Collection[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(found[:100], known, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+        return f"--{flag}: --mode={name} does not read it, only {', '.join(readers)}"
+    return f"--{flag}: no such flag{nearest(f'--{flag[:100]}', [f'--{known}' for known in FLAGS])}"

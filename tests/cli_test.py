@@ -84,8 +84,8 @@ def test_examples_parse(example):
     ("words", "message"),
     [
         (["--mode=serch"], "--mode: found 'serch', expected one of train, "),
-        (["--mode=serch"], "did you mean search?"),
-        (["--worksdir=x"], "--worksdir: no such flag; did you mean --workdir?"),
+        (["--mode=serch"], "did you mean 'search'?"),
+        (["--worksdir=x"], "--worksdir: no such flag; did you mean '--workdir'?"),
         (["--workdir="], "--workdir: found '', expected a value"),
         (["--workdir"], "--workdir: expected one argument"),
         (["--mode=benchmark", "--runs=many"], "--runs: invalid int value: 'many'"),
