@@ -103,11 +103,6 @@ class Arguments(argparse.Namespace):
     mode: str
     overrides: list[str]
 
-    def __getattr__(self, name: str) -> Any:
-        if name in FLAGS:  # a flag of other modes
-            return None
-        raise AttributeError(name)
-
     @property
     def config_name(self) -> str:
         """The name of the configuration and its variant, as folders carry it."""
@@ -202,6 +197,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         parser.print_help()
         parser.exit()
     args, rest = parser.parse_known_args(words, Arguments(mode=name))
+    vars(args).update({flag: None for flag in FLAGS if flag not in args})  # those of other modes
     args.overrides = _overrides(name, rest)
     given = [flag for flag in MODES[name].any_of if getattr(args, flag)]
     if MODES[name].any_of and not given:
