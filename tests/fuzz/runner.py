@@ -26,7 +26,6 @@ from absl import logging
 from alignps_jax.types import UserError
 from tests.fuzz.mutations import Mutation
 
-# What a message may have: a line that fits a screen, even with the name of the file in it.
 _STATE = struct.Struct("<QQQQ")
 _MIXED = 0.1  # of the inputs, where the reader mixes files
 
