@@ -59,13 +59,14 @@ def search(args: Arguments) -> None:
     --mode=search --checkpoint=runs/cuhk --query=photo.jpg --gallery=people.lance
     """
     from alignps_jax.configuration import say_folder
-    from alignps_jax.gallery.photos import search_photos
     from alignps_jax.gallery.query import is_gallery, parse_box
     from alignps_jax.peers import leads
 
     workdir = args.workdir or say_folder(args.checkpoint) / "search" / args.query.stem
     person = _own_config(args), args.query, parse_box(args.box)
     if not is_gallery(args.gallery):
+        from alignps_jax.gallery.photos import search_photos
+
         search_photos(args.checkpoint, *person, Path(args.gallery), workdir)
     elif leads():  # one query in a gallery is work for one process
         from alignps_jax.gallery.searching import search_gallery
@@ -83,15 +84,9 @@ def index(args: Arguments) -> None:
     from alignps_jax.gallery.indexing import index_source
     from alignps_jax.gallery.sources import parse_every
 
-    index_source(
-        args.checkpoint,
-        _own_config(args),
-        args.gallery,
-        args.source,
-        every=parse_every(args.every),
-        prune=args.prune,
-        exact_up_to=args.exact_up_to,
-    )
+    config, every = _own_config(args), parse_every(args.every)
+    options = {"prune": args.prune, "exact_up_to": args.exact_up_to}
+    index_source(args.checkpoint, config, args.gallery, args.source, every=every, **options)
 
 
 @mode("gallery", "exact_up_to", one_of="photo person")
@@ -99,7 +94,6 @@ def forget(args: Arguments) -> None:
     """removes people from a gallery for good, and keeps them out of the next indexing
 
     --mode=forget --gallery=people.lance --photo=/photos/party.jpg
-    --mode=forget --gallery=people.lance --person=1f3a5c7e9b2d4f6a8c0e1b3d-0
     """
     from alignps_jax.gallery.forgetting import forget
 
@@ -108,7 +102,7 @@ def forget(args: Arguments) -> None:
 
 @mode("checkpoint source target", "every config")
 def detect(args: Arguments) -> None:
-    """finds everybody in photos and videos, and writes boxes, scores and embeddings
+    """finds everybody in photos and videos, and writes .json (COCO), .csv or .npz (embeddings)
 
     --mode=detect --checkpoint=runs/cuhk --source=/photos --target=people.json
     """
@@ -145,9 +139,8 @@ def convert(args: Arguments) -> None:
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")
 def export(args: Arguments) -> None:
-    """writes a checkpoint for PyTorch or as a program without ours, or a gallery as one table
+    """writes a checkpoint as .pth, .safetensors or .stablehlo, or a gallery as .parquet or .arrow
 
-    --mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors
     --mode=export --checkpoint=runs/cuhk --target=detector.stablehlo --config.eval.batch_size=1
     --mode=export --gallery=people.lance --target=people.parquet
     """
@@ -167,7 +160,7 @@ def export(args: Arguments) -> None:
 
 @mode(takes="what query box gallery workdir config", one_of="checkpoint detections")
 def visualize(args: Arguments) -> None:
-    """draws figures: sampling points, comparisons, similarity, detections, curves
+    """draws sampling_points, comparison, gallery_size, detections, similarity, precision_recall
 
     --mode=visualize --what=sampling_points --checkpoint=runs/cuhk --query=photo.jpg
     --mode=visualize --what=comparison --checkpoint=runs/cuhk,runs/baseline
@@ -179,9 +172,8 @@ def visualize(args: Arguments) -> None:
     if args.what is None:
         args.refuse(f"--what: missing, expected one of {', '.join(FIGURES)}")
     kind = known_name("--what", args.what, FIGURES)
-    sources = str(args.detections or args.checkpoint)
-    config_of = partial(checkpoint_config, args)
-    request = figure_request(sources, config_of, args.query, args.box, args.gallery, args.workdir)
+    sources, own = str(args.detections or args.checkpoint), partial(checkpoint_config, args)
+    request = figure_request(sources, own, args.query, args.box, args.gallery, args.workdir)
     if not args.workdir:
         say_folder(request.checkpoints[0])
     draw_figures(kind, request)
@@ -205,21 +197,14 @@ def scaling(args: Arguments) -> None:
     """compiles for chips that are not here, or measures 1, 2, 4, ... of the devices that are
 
     --mode=scaling --config=cuhk --topology=v5e:2x4,h100:8,v100:1 --batch=1
-    --mode=scaling --what=train --batch=4 --scale=1000x600
     """
     from alignps_jax.configuration import configuration
     from alignps_jax.experiments.scaling.run import run_scaling
 
     default = "gate.json" if args.topology else "measured.json"
-    run_scaling(
-        configuration(args),
-        args.topology,
-        what=args.what,
-        scale=args.scale,
-        batch=args.batch,
-        runs=args.runs,
-        target=args.target or Path("runs/scaling", default),
-    )
+    options = {name: getattr(args, name) for name in ("what", "scale", "batch", "runs")}
+    options["target"] = args.target or Path("runs/scaling", default)
+    run_scaling(configuration(args), args.topology, **options)
 
 
 @mode(takes="config")

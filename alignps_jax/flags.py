@@ -40,56 +40,33 @@ def _switch(help: str) -> dict[str, Any]:
 
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "config": _flag(
-        "configuration file or its name, and a variant, such as configs/cuhk.py:plus or prw; "
-        "default: that of the run or checkpoint, else cuhk"
-    ),
-    "workdir": _flag(
-        "folder of the run, or where results go; default: below runs/, or the run's", _path
-    ),
-    "checkpoint": _flag("workdir of a run, or the folder of one step; default: --workdir", _path),
-    "detections": _flag("saved detections (.npz) instead of a checkpoint; default: none", _path),
+    "config": _flag("configuration, such as own.py or prw:plus; default: the run's, or cuhk"),
+    "workdir": _flag("folder of the run or of results; default: the run's, or below runs/", _path),
+    "checkpoint": _flag("workdir of a run, or folder of one step; default: --workdir", _path),
+    "detections": _flag("saved detections (.npz) in place of a checkpoint; default: none", _path),
     "query": _flag("photo with the person to find; default: none", _path),
-    "box": _flag("x1,y1,x2,y2 of the person in the query photo, in pixels; default: everybody"),
-    "gallery": _flag(
-        "what --mode=index made (a folder, or another address that LanceDB takes); for search "
-        "and visualize also a folder of photos; default: none"
-    ),
-    "source": _flag("folder of photos and videos, with everything below it, or one such file"),
+    "box": _flag("x1,y1,x2,y2 in pixels of the person in --query; default: everybody"),
+    "gallery": _flag("what --mode=index made, or a folder of photos; default: none"),
+    "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
     "every": _flag("time between two frames of a video: 1s, 500ms, 2min", default="1s"),
     "prune": _switch("remove people whose photo or video is gone from --source"),
     "exact_up_to": _flag("number of people up to which search is exact", int, 2_000_000),
     "photo": _flag("photo or video whose people are forgotten; default: none"),
     "person": _flag("id of one person to forget, from ranking.json; default: none"),
     "convention": _flag("pixels of a ResNet-50, torchvision or caffe; default: by its name"),
-    "target": _flag(
-        "file to write; its suffix decides the format: detect .json (COCO), .csv, .npz; export "
-        ".pth, .safetensors, .stablehlo, of a gallery .parquet, .arrow; scaling .json, default: "
-        "runs/scaling/gate.json or measured.json",
-        _path,
-    ),
+    "target": _flag("file to write; its suffix says what; default: below runs/scaling", _path),
     "table": _flag("table of the paper: 1 to 6, or fig4"),
     "seeds": _flag("runs of each row of the table", int, 2),
-    "what": _flag(
-        "visualize: the kind of figure: sampling_points, comparison, gallery_size, detections, "
-        "similarity, precision_recall; benchmark, scaling: parts a,b,...; default: all"
-    ),
+    "what": _flag("kind of figure (without one they are listed), or parts a,b,...; default: all"),
     "runs": _flag("timed runs of each row", int, 5),
     "quick": _switch("tiny shapes, only to see that it runs"),
-    "topology": _flag(
-        "chips to compile for, a,b,...: v5e:2x4, h100:8, a100:1, v100:1, cpu:8; default: measures "
-        "the devices that are here"
-    ),
+    "topology": _flag("chips to compile for: v5e:2x4,h100:8,v100:1,cpu:8; default: measures"),
     "scale": _flag("<long>x<short> in pixels; default: the test and the largest training scale"),
     "batch": _flag("images per device; default: config.train.batch_size", int),
-    "host": _flag(
-        "address to listen on; others than this machine need a token", default="127.0.0.1"
-    ),
+    "host": _flag("address to listen on; all but this machine need a token", default="127.0.0.1"),
     "port": _flag("port to listen on, 0 for a free one", int, 8000),
     "accept_changes": _switch("resume although fields changed that decide what training does"),
-    "distributed": _switch(
-        "join the processes that SLURM, Open MPI, Kubernetes or a TPU pod starts"
-    ),
+    "distributed": _switch("join the processes that SLURM, Open MPI, Kubernetes or a TPU starts"),
     "coordinator": _flag("without such a manager: host:port of process 0; default: one process"),
     "processes": _flag("number of processes of the run; default: 1", int),
     "process": _flag("number of this process, from 0; default: 0", int),

@@ -192,7 +192,7 @@ def test_other_settings_have_a_folder_of_their_own(run, tmp_path, capsys):
     assert folder() == folder("--config.data.root=/there", "--config.eval.batch_size=1") == run
     threshold = "--config.eval.score_threshold=0.5"
     assert folder(threshold, workdir=tmp_path) == tmp_path
-    named = run / "eval-score_threshold=0.5-protocols=TestG50,all"
+    named = run / "eval-protocols=TestG50,all-score_threshold=0.5"
     protocols = "--config.eval.protocols=('TestG50','all')"
     assert folder(threshold, protocols) == folder(threshold, protocols, workdir=run) == named
     assert f"results go to {named}, " in capsys.readouterr().out
