@@ -31,6 +31,7 @@ $(READY): requirements.lock pyproject.toml
 	  { echo "error: $(PYTHON) is too old, expected Python 3.11 or newer (make PYTHON=python3.12 ...)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 demo: setup
@@ -157,4 +158,4 @@ lock:
 	  --constraints requirements.lock --custom-compile-command "make lock" --output-file requirements-aot.lock
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(NEWEST) $(AOT) docs/_build docs/api runs/demo data/synthetic
+	rm -rf build *.egg-info $(VENV) $(PARITY) $(NEWEST) $(AOT) docs/_build docs/api runs/demo data/synthetic

@@ -3,17 +3,16 @@
 Modes import what they use, so that `--help` and mistakes are answered at once.
 """
 
-import errno
-import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from alignps_jax.flags import MODES, PROCESSES, Arguments, mode, parse
+from alignps_jax.streams import lasting
 
 
 @mode(any_of="config workdir", takes=f"checkpoint accept_changes {PROCESSES}")
@@ -59,14 +58,15 @@ def search(args: Arguments) -> None:
     --mode=search --checkpoint=runs/cuhk --query=photo.jpg --box=310,120,390,330 --gallery=photos/
     --mode=search --checkpoint=runs/cuhk --query=photo.jpg --gallery=people.lance
     """
-    from alignps_jax.configuration import checkpoint_config, say_folder
-    from alignps_jax.gallery.photos import search_photos
+    from alignps_jax.configuration import say_folder
     from alignps_jax.gallery.query import is_gallery, parse_box
     from alignps_jax.peers import leads
 
     workdir = args.workdir or say_folder(args.checkpoint) / "search" / args.query.stem
-    person = checkpoint_config(args, args.checkpoint), args.query, parse_box(args.box)
+    person = _own_config(args), args.query, parse_box(args.box)
     if not is_gallery(args.gallery):
+        from alignps_jax.gallery.photos import search_photos
+
         search_photos(args.checkpoint, *person, Path(args.gallery), workdir)
     elif leads():  # one query in a gallery is work for one process
         from alignps_jax.gallery.searching import search_gallery
@@ -81,19 +81,12 @@ def index(args: Arguments) -> None:
     --mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/photos
     --mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/videos --every=500ms
     """
-    from alignps_jax.configuration import checkpoint_config
     from alignps_jax.gallery.indexing import index_source
     from alignps_jax.gallery.sources import parse_every
 
-    index_source(
-        args.checkpoint,
-        checkpoint_config(args, args.checkpoint),
-        args.gallery,
-        args.source,
-        every=parse_every(args.every),
-        prune=args.prune,
-        exact_up_to=args.exact_up_to,
-    )
+    config, every = _own_config(args), parse_every(args.every)
+    options = {"prune": args.prune, "exact_up_to": args.exact_up_to}
+    index_source(args.checkpoint, config, args.gallery, args.source, every=every, **options)
 
 
 @mode("gallery", "exact_up_to", one_of="photo person")
@@ -101,7 +94,6 @@ def forget(args: Arguments) -> None:
     """removes people from a gallery for good, and keeps them out of the next indexing
 
     --mode=forget --gallery=people.lance --photo=/photos/party.jpg
-    --mode=forget --gallery=people.lance --person=1f3a5c7e9b2d4f6a8c0e1b3d-0
     """
     from alignps_jax.gallery.forgetting import forget
 
@@ -110,15 +102,14 @@ def forget(args: Arguments) -> None:
 
 @mode("checkpoint source target", "every config")
 def detect(args: Arguments) -> None:
-    """finds everybody in photos and videos, and writes boxes, scores and embeddings
+    """finds everybody in photos and videos, and writes .json (COCO), .csv or .npz (embeddings)
 
     --mode=detect --checkpoint=runs/cuhk --source=/photos --target=people.json
     """
-    from alignps_jax.configuration import checkpoint_config
     from alignps_jax.evaluation.detect import detect_source
     from alignps_jax.gallery.sources import parse_every
 
-    config = checkpoint_config(args, args.checkpoint)
+    config = _own_config(args)
     detect_source(args.checkpoint, config, args.source, parse_every(args.every), args.target)
 
 
@@ -128,10 +119,9 @@ def serve(args: Arguments) -> None:
 
     --mode=serve --gallery=people.lance --checkpoint=runs/cuhk
     """
-    from alignps_jax.configuration import checkpoint_config
     from alignps_jax.gallery.page.serve import serve_checkpoint
 
-    config = checkpoint_config(args, args.checkpoint)
+    config = _own_config(args)
     serve_checkpoint(args.checkpoint, config, _gallery(args), args.host, args.port)
 
 
@@ -150,9 +140,8 @@ def convert(args: Arguments) -> None:
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")
 def export(args: Arguments) -> None:
-    """writes a checkpoint for PyTorch or as a program without ours, or a gallery as one table
+    """writes a checkpoint as .pth, .safetensors or .stablehlo, or a gallery as .parquet or .arrow
 
-    --mode=export --checkpoint=runs/cuhk --target=cuhk.safetensors
     --mode=export --checkpoint=runs/cuhk --target=detector.stablehlo --config.eval.batch_size=1
     --mode=export --gallery=people.lance --target=people.parquet
     """
@@ -161,19 +150,18 @@ def export(args: Arguments) -> None:
 
         export_gallery(_gallery(args), args.target)
         return
-    from alignps_jax.configuration import checkpoint_config
     from alignps_jax.inference.exported import SUFFIX, export_programs
     from alignps_jax.registry import choose
     from alignps_jax.weights.convert import export_released
 
     writers = {".pth": export_released, ".safetensors": export_released, SUFFIX: export_programs}
     write = choose(f"--target: suffix of {args.target}", args.target.suffix, writers)
-    write(args.checkpoint, args.target, checkpoint_config(args, args.checkpoint))
+    write(args.checkpoint, args.target, _own_config(args))
 
 
 @mode(takes="what query box gallery workdir config", one_of="checkpoint detections")
 def visualize(args: Arguments) -> None:
-    """draws figures: sampling points, comparisons, similarity, detections, curves
+    """draws sampling_points, comparison, gallery_size, detections, similarity, precision_recall
 
     --mode=visualize --what=sampling_points --checkpoint=runs/cuhk --query=photo.jpg
     --mode=visualize --what=comparison --checkpoint=runs/cuhk,runs/baseline
@@ -185,9 +173,8 @@ def visualize(args: Arguments) -> None:
     if args.what is None:
         args.refuse(f"--what: missing, expected one of {', '.join(FIGURES)}")
     kind = known_name("--what", args.what, FIGURES)
-    sources = str(args.detections or args.checkpoint)
-    config_of = partial(checkpoint_config, args)
-    request = figure_request(sources, config_of, args.query, args.box, args.gallery, args.workdir)
+    sources, own = str(args.detections or args.checkpoint), partial(checkpoint_config, args)
+    request = figure_request(sources, own, args.query, args.box, args.gallery, args.workdir)
     if not args.workdir:
         say_folder(request.checkpoints[0])
     draw_figures(kind, request)
@@ -211,21 +198,14 @@ def scaling(args: Arguments) -> None:
     """compiles for chips that are not here, or measures 1, 2, 4, ... of the devices that are
 
     --mode=scaling --config=cuhk --topology=v5e:2x4,h100:8,v100:1 --batch=1
-    --mode=scaling --what=train --batch=4 --scale=1000x600
     """
     from alignps_jax.configuration import configuration
     from alignps_jax.experiments.scaling.run import run_scaling
 
     default = "gate.json" if args.topology else "measured.json"
-    run_scaling(
-        configuration(args),
-        args.topology,
-        what=args.what,
-        scale=args.scale,
-        batch=args.batch,
-        runs=args.runs,
-        target=args.target or Path("runs/scaling", default),
-    )
+    options = {name: getattr(args, name) for name in ("what", "scale", "batch", "runs")}
+    options["target"] = args.target or Path("runs/scaling", default)
+    run_scaling(configuration(args), args.topology, **options)
 
 
 @mode(takes="config")
@@ -256,6 +236,12 @@ def reproduce(args: Arguments) -> None:
     reproduce_table(configuration(args), args.config_name, args.table, args.seeds, workdir, run)
 
 
+def _own_config(args: Arguments) -> Any:
+    from alignps_jax.configuration import checkpoint_config
+
+    return checkpoint_config(args, args.checkpoint)
+
+
 def _gallery(args: Arguments) -> Any:
     from alignps_jax.gallery.store import Gallery
 
@@ -264,7 +250,7 @@ def _gallery(args: Arguments) -> Any:
 
 def entry() -> None:
     """Runs the command line of this process; output that nobody reads any more ends nothing."""
-    sys.stdout, sys.stderr = map(_lasting, (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = map(lasting, (sys.stdout, sys.stderr))
     sys.exit(main(sys.argv))
 
 
@@ -293,13 +279,10 @@ def main(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in ("alignps_jax", "data_pipeline"):
             raise
-        extras = "galleries need '.[gallery]', .pth files '.[torch]'"
-        print(
-            f"error: found no package {error.name}; in the project's folder run make setup, or pip "
-            f"install . ({extras})",
-            file=sys.stderr,
+        return _fail(
+            f"found no package {error.name}; in the project's folder run make setup, or pip "
+            "install . (galleries need '.[gallery]', .pth files '.[torch]')"
         )
-        return 2
 
 
 def _run(args: Arguments) -> int:
@@ -309,20 +292,20 @@ def _run(args: Arguments) -> int:
         _prepare(args)
         MODES[args.mode].run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(error, error.exit_code)
     except OSError as error:  # in the system's own words
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
-        return UserError.exit_code
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
     except MemoryError as error:
-        print(f"error: {error or 'out of memory'}", file=sys.stderr)
-        return UserError.exit_code
+        return _fail(str(error) or "out of memory")
     except UnicodeEncodeError as error:
         hint = "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
-        print(f"error: {error.object!r}: no name in this locale ({hint})", file=sys.stderr)
-        return UserError.exit_code
+        return _fail(f"{error.object!r}: cannot be a name in this locale ({hint})")
     return 0
+
+
+def _fail(reason: object, code: int = 2) -> int:
+    print(f"error: {reason}", file=sys.stderr)
+    return code
 
 
 def _prepare(args: Arguments) -> None:
@@ -345,26 +328,3 @@ def _prepare(args: Arguments) -> None:
     for flag in ("target", "detections", *(() if only_reads else ("workdir",))):
         if getattr(args, flag):
             check_lasting(f"--{flag}", getattr(args, flag))
-
-
-class _Stream(io.FileIO):
-    """Goes on as if it were read where its reader has left."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that was closed
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(data)
-
-
-def _lasting(stream: TextIO) -> TextIO:
-    """A standard stream that neither a reader who leaves nor a strange file name can end."""
-    if not isinstance(stream, io.TextIOWrapper):
-        return stream
-    raw = io.BufferedWriter(_Stream(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(
-        raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=True
-    )

@@ -87,7 +87,6 @@ _SCALE = _tuple_of(_SIDE, f"a pair {_PAIR}", lambda x: len(x) == 2 and x[0] >= x
 _SPAN_TEXT = '"<number> epochs" or "<number> steps"'
 _SPAN = Rule(str, lambda x: _DURATION.fullmatch(x) is not None, _SPAN_TEXT)
 _LONG = Rule(str, _is_long, f"{_SPAN_TEXT}, above 0")
-_DROPS = _tuple_of(_SPAN, f"a tuple of {_SPAN_TEXT}")
 _PROTOCOLS = _tuple_of(
     Rule(str, lambda x: _PROTOCOL.fullmatch(x) is not None, ""),
     "a tuple of TestG<size>, all, occlusion, resolution, cross_camera, such as ('TestG100','all')",

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
+import runpy
 import traceback
 import zlib
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from alignps_jax.checkpoint.places import holds_checkpoint, is_step, results_folder
 from alignps_jax.checkpoint.store import load_config, load_run_config
-from alignps_jax.config import FIELDS, NETWORK, check_config, check_name, flat_fields, out_of_range
+from alignps_jax.config import (
+    FIELD_KINDS,
+    FIELDS,
+    NETWORK,
+    check_config,
+    check_name,
+    flat_fields,
+    out_of_range,
+)
 from alignps_jax.flags import Arguments
 from alignps_jax.types import UserError
 
 # Configurations that --config finds by their name, wherever the command is typed.
 READY = ("cuhk", "prw", "synthetic", "tiny", "ablation")
 _FOLDER = Path(__file__).parents[1] / "configs"
+# Other fields than the network's that an evaluation depends on, but for these.
+_MEASURED, _UNSEEN = (
+    ("eval.", "data.name", "data.synthetic."),
+    ("eval.batch_size", "eval.untrained_baseline"),
+)
 _REFUSED = re.compile(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", re.DOTALL)
 
 
@@ -53,17 +66,14 @@ def _loaded(spec: str) -> ConfigDict:
     typed, _, variant = spec.partition(":")
     path = _file(typed)
     try:
-        module = _module(path)
-        config = module.get_config(variant) if variant else module.get_config()
+        get_config = runpy.run_path(str(path))["get_config"]
+        config = get_config(variant) if variant else get_config()
     except UserError:
         raise
     except Exception as error:  # the file is a program of the user's
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == str(path)
-        ]
-        place = f"{path}, line {lines[-1]}" if lines else str(path)
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(path)]
+        place = f"{path}{lines[-1] if lines else ''}"
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"--config: {place}: {what}") from error
     if not isinstance(config, ConfigDict):
@@ -83,19 +93,8 @@ def _file(typed: str) -> Path:
     raise UserError(f"--config: found {found}: {typed}, expected a configuration file or {ready}")
 
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config: found {path}, expected a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def train_config(args: Arguments) -> ConfigDict:
-    """The configuration to train with: --config, else that of the run to resume.
-
-    --checkpoint is the detector to fine-tune; where nothing else says how, with its configuration.
+    """The configuration to train with: --config, else that of the run to resume or to fine-tune.
 
     Raises:
       UserError: there is none of them, or a field is wrong.
@@ -103,25 +102,24 @@ def train_config(args: Arguments) -> ConfigDict:
     base = None
     if not args.config:
         base = load_run_config(args.workdir)
-        if base is None and args.checkpoint:
-            base = load_config(args.checkpoint)
-        if base is None:
+        if base is None and not args.checkpoint:
             raise UserError(
                 f"--workdir: found no run in {args.workdir}, expected one to resume (or --config "
                 "to start one)"
             )
-        base = _typed(base, args.workdir)
+        base = _typed(base or load_config(args.checkpoint), args.workdir)
     config = configuration(args, base)
-    if args.checkpoint:
-        if "model.pretrained" in args.overridden:
-            raise UserError("--checkpoint, --config.model.pretrained: found both, expected one")
-        if args.workdir and args.workdir.resolve() == args.checkpoint.resolve():
-            raise UserError(
-                f"--checkpoint: found the run in --workdir itself, {args.workdir}; leave it out to "
-                "resume that run, or choose another --workdir to fine-tune it"
-            )
-        with config.unlocked():
-            config.model.pretrained = str(args.checkpoint)
+    if not args.checkpoint:
+        return config
+    if "model.pretrained" in args.overridden:
+        raise UserError("--checkpoint, --config.model.pretrained: found both, expected one")
+    if args.workdir and args.workdir.resolve() == args.checkpoint.resolve():
+        raise UserError(
+            f"--checkpoint: found the run in --workdir itself, {args.workdir}; leave it out to "
+            "resume that run, or choose another --workdir to fine-tune it"
+        )
+    with config.unlocked():
+        config.model.pretrained = str(args.checkpoint)
     return config
 
 
@@ -136,21 +134,17 @@ def checkpoint_config(args: Arguments, checkpoint: Path) -> ConfigDict:
         return configuration(args)  # saved results without their network
     own = _typed(load_config(checkpoint), checkpoint)
     config = configuration(args, own)
-    was, now = dict(flat_fields(own)), dict(flat_fields(config))
-    different = [name for name, (kind, _) in FIELDS.items() if kind == NETWORK]
-    different = [name for name in different if was[name] != now[name]]
-    silent = "; ".join(
-        f"config.{name}: found {now[name]!r}, expected {was[name]!r}"
-        for name in different
-        if name not in args.overridden
-    )
-    if silent:
+    wrong = []
+    for name, (found, expected) in _changed(config, own).items():
+        if FIELD_KINDS[name] == NETWORK and name in args.overridden:
+            print(f"note: config.{name} is {found!r}; {checkpoint} has {expected!r}")
+        elif FIELD_KINDS[name] == NETWORK:
+            wrong.append(f"config.{name}: found {found!r}, expected {expected!r}")
+    if wrong:
         raise UserError(
-            f"--config: {args.config} is not what {checkpoint} was trained with: {silent} "
-            "(without --config, the checkpoint's own configuration holds)"
+            f"--config: {args.config} is not what {checkpoint} was trained with: "
+            f"{'; '.join(wrong)} (without --config, the checkpoint's own configuration holds)"
         )
-    for name in different:
-        print(f"note: config.{name} is {now[name]!r}; {checkpoint} has {was[name]!r}")
     return config
 
 
@@ -174,25 +168,18 @@ def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None
     folder = results_folder(checkpoint)
     if workdir and workdir.resolve() != folder.resolve():
         return workdir
-    was, now = dict(flat_fields(load_config(checkpoint))), dict(flat_fields(config))
-    changed = {
-        name.removeprefix("eval."): now[name]
-        for name, (kind, _) in FIELDS.items()
-        if kind == NETWORK or name.startswith(("eval.", "data.name", "data.synthetic."))
-        if name not in ("eval.batch_size", "eval.untrained_baseline") and was[name] != now[name]
-    }
-    if not changed:
+    settings = []
+    for name, (value, _) in _changed(config, load_config(checkpoint)).items():
+        if FIELD_KINDS[name] == NETWORK or (name.startswith(_MEASURED) and name not in _UNSEEN):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            settings.append(f"{name.removeprefix('eval.')}={text}")
+    if not settings:
         return say_folder(checkpoint)
-    values = {
-        name: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        for name, value in changed.items()
-    }
-    text = "-".join(f"{name}={value}" for name, value in values.items())
-    text = re.sub(r"[^\w.,=-]", "", text)
-    if len(text) > 100:
-        text = f"{text[:90]}-{zlib.crc32(text.encode()):08x}"
-    print(f"results go to {folder / f'eval-{text}'}, as these settings are not the run's own")
-    return folder / f"eval-{text}"
+    name = re.sub(r"[^\w.,=-]", "", "-".join(["eval", *settings]))
+    if len(name) > 100:
+        name = f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
+    print(f"results go to {folder / name}, as these settings are not the run's own")
+    return folder / name
 
 
 def say_folder(checkpoint: Path) -> Path:
@@ -201,6 +188,12 @@ def say_folder(checkpoint: Path) -> Path:
     if is_step(checkpoint):
         print(f"results go to {folder}, because training deletes the folders of steps in time")
     return folder
+
+
+def _changed(config: ConfigDict, own: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """The fields in which `config` differs from `own`, with both values."""
+    was = dict(flat_fields(own))
+    return {name: (now, was[name]) for name, now in flat_fields(config) if now != was[name]}
 
 
 def _typed(stored: ConfigDict, source: Path) -> ConfigDict:

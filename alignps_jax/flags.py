@@ -7,15 +7,17 @@ imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
-from collections.abc import Callable, Collection, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from alignps_jax.registry import nearest
+
 Run = Callable[["Arguments"], None]
 _OVERRIDE = re.compile(r"--(?:no)?config\.([^=]+)")
-_PROGRAM = "python launch.py"
+_PROGRAM = "alignps" if sys.argv[0].endswith("/alignps") else "python launch.py"
 
 
 def _text(value: str) -> str:
@@ -29,64 +31,42 @@ def _path(value: str) -> Path:
 
 
 def _flag(help: str, kind: Any = _text, default: Any = None) -> dict[str, Any]:
-    return {"help": help, "type": kind, "default": default}
+    told = help if default is None else f"{help}; default: {default}"
+    return {"help": told, "type": kind, "default": default}
 
 
 def _switch(help: str) -> dict[str, Any]:
-    return {"help": help, "action": "store_true"}
+    return {"help": f"{help}; default: no", "action": "store_true"}
 
 
 FLAGS: dict[str, dict[str, Any]] = {
-    "config": _flag(
-        "configuration file or its name, and a variant, such as configs/cuhk.py:plus or prw; "
-        "default: that of the run or checkpoint, else cuhk"
-    ),
-    "workdir": _flag(
-        "folder of the run, or where results go; default: below runs/, or the run's", _path
-    ),
-    "checkpoint": _flag("workdir of a run, or the folder of one step; default: --workdir", _path),
-    "detections": _flag("saved detections (.npz) instead of a checkpoint; default: none", _path),
+    "config": _flag("configuration, such as own.py or prw:plus; default: the run's, or cuhk"),
+    "workdir": _flag("folder of the run or of results; default: the run's, or below runs/", _path),
+    "checkpoint": _flag("workdir of a run, or folder of one step; default: --workdir", _path),
+    "detections": _flag("saved detections (.npz) in place of a checkpoint; default: none", _path),
     "query": _flag("photo with the person to find; default: none", _path),
-    "box": _flag("x1,y1,x2,y2 of the person in the query photo, in pixels; default: everybody"),
-    "gallery": _flag(
-        "what --mode=index made (a folder, or another address that LanceDB takes); for search "
-        "and visualize also a folder of photos; default: none"
-    ),
-    "source": _flag("folder of photos and videos, with everything below it, or one such file"),
+    "box": _flag("x1,y1,x2,y2 in pixels of the person in --query; default: everybody"),
+    "gallery": _flag("what --mode=index made, or a folder of photos; default: none"),
+    "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
     "every": _flag("time between two frames of a video: 1s, 500ms, 2min", default="1s"),
     "prune": _switch("remove people whose photo or video is gone from --source"),
     "exact_up_to": _flag("number of people up to which search is exact", int, 2_000_000),
     "photo": _flag("photo or video whose people are forgotten; default: none"),
     "person": _flag("id of one person to forget, from ranking.json; default: none"),
     "convention": _flag("pixels of a ResNet-50, torchvision or caffe; default: by its name"),
-    "target": _flag(
-        "file to write; its suffix decides the format: detect .json (COCO), .csv, .npz; export "
-        ".pth, .safetensors, .stablehlo, of a gallery .parquet, .arrow; scaling .json, default: "
-        "runs/scaling/gate.json or measured.json",
-        _path,
-    ),
+    "target": _flag("file to write; its suffix says what; default: below runs/scaling", _path),
     "table": _flag("table of the paper: 1 to 6, or fig4"),
     "seeds": _flag("runs of each row of the table", int, 2),
-    "what": _flag(
-        "visualize: the kind of figure: sampling_points, comparison, gallery_size, detections, "
-        "similarity, precision_recall; benchmark, scaling: parts a,b,...; default: all"
-    ),
+    "what": _flag("kind of figure (without one they are listed), or parts a,b,...; default: all"),
     "runs": _flag("timed runs of each row", int, 5),
     "quick": _switch("tiny shapes, only to see that it runs"),
-    "topology": _flag(
-        "chips to compile for, a,b,...: v5e:2x4, h100:8, a100:1, v100:1, cpu:8; default: measures "
-        "the devices that are here"
-    ),
+    "topology": _flag("chips to compile for: v5e:2x4,h100:8,v100:1,cpu:8; default: measures"),
     "scale": _flag("<long>x<short> in pixels; default: the test and the largest training scale"),
     "batch": _flag("images per device; default: config.train.batch_size", int),
-    "host": _flag(
-        "address to listen on; others than this machine need a token", default="127.0.0.1"
-    ),
+    "host": _flag("address to listen on; all but this machine need a token", default="127.0.0.1"),
     "port": _flag("port to listen on, 0 for a free one", int, 8000),
     "accept_changes": _switch("resume although fields changed that decide what training does"),
-    "distributed": _switch(
-        "join the processes that SLURM, Open MPI, Kubernetes or a TPU pod starts"
-    ),
+    "distributed": _switch("join the processes that SLURM, Open MPI, Kubernetes or a TPU starts"),
     "coordinator": _flag("without such a manager: host:port of process 0; default: one process"),
     "processes": _flag("number of processes of the run; default: 1", int),
     "process": _flag("number of this process, from 0; default: 0", int),
@@ -99,11 +79,6 @@ class Arguments(argparse.Namespace):
 
     mode: str
     overrides: list[str]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in FLAGS:  # a flag of other modes
-            return None
-        raise AttributeError(name)
 
     @property
     def config_name(self) -> str:
@@ -127,20 +102,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Names the default of every flag."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        if action.required:
-            return f"{text.partition('; default: ')[0]} (required)"
-        if isinstance(action, argparse._StoreTrueAction):
-            return f"{text}; default: no"
-        return (
-            text if action.default in (None, argparse.SUPPRESS) else f"{text}; default: %(default)s"
-        )
 
 
 class Mode(NamedTuple):
@@ -177,11 +138,12 @@ def mode(
             usage=f"{_PROGRAM} --mode={name} [flags] [--config.SECTION.FIELD=VALUE ...]",
             description=summary,
             epilog="\n  ".join(["examples:", *(f"{_PROGRAM} {line}" for line in examples)]),
-            formatter_class=_Help,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         for flag in needs.split():
-            parser.add_argument(f"--{flag}", required=True, **FLAGS[flag])
+            needed = f"{FLAGS[flag]['help'].partition('; default: ')[0]} (required)"
+            parser.add_argument(f"--{flag}", required=True, **FLAGS[flag] | {"help": needed})
         group = parser.add_mutually_exclusive_group(required=True) if one_of else parser
         for flag in one_of.split():
             group.add_argument(f"--{flag}", **FLAGS[flag])
@@ -206,19 +168,21 @@ def parse(argv: Sequence[str]) -> Arguments:
     name = found.mode or "train"
     if name not in MODES:
         known = ", ".join(MODES)
-        first.error(f"--mode: found {name!r}, expected one of {known}{_nearest(name, MODES)}")
+        first.error(f"--mode: found {name!r}, expected one of {known}{nearest(name, MODES)}")
     parser = MODES[name].parser
     if found.help:
         parser.print_help()
         parser.exit()
     args, rest = parser.parse_known_args(words, Arguments(mode=name))
+    vars(args).update({flag: None for flag in FLAGS if flag not in args})  # those of other modes
     args.overrides = _overrides(name, rest)
     given = [flag for flag in MODES[name].any_of if getattr(args, flag)]
     if MODES[name].any_of and not given:
         parser.error(f"missing: one of --{', --'.join(MODES[name].any_of)}")
     if {"checkpoint", "detections"} <= set(given):
         parser.error("found --checkpoint and --detections, expected one of them")
-    if args.coordinator is None and not (args.processes is None and args.process is None):
+    missing = [value is None for value in (args.coordinator, args.processes, args.process)]
+    if any(missing) and not all(missing):
         parser.error("--coordinator, --processes and --process go together")
     return args
 
@@ -232,7 +196,7 @@ def _overview() -> _Parser:
         description="\n".join(["Person search with AlignPS. Modes (default: train):", *lines]),
         epilog="--mode=MODE --help has the flags of a mode, with examples.\n"
         "configs/cuhk.py has every field of the configuration; --version says which one this is.",
-        formatter_class=_Help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
     for flag, options in FLAGS.items():
@@ -250,22 +214,16 @@ def _overrides(name: str, words: Sequence[str]) -> list[str]:
         elif value_follows and not word.startswith("--"):
             value_follows = False
         else:
-            _refuse(name, word)
+            MODES[name].parser.error(_wrong(name, word))
         overrides.append(word)
     return overrides
 
 
-def _refuse(name: str, word: str) -> NoReturn:
-    parser = MODES[name].parser
+def _wrong(name: str, word: str) -> str:
     if not word.startswith("-"):
-        parser.error(f"found {word!r}, expected only flags (--name=value)")
+        return f"found {word!r}, expected only flags (--name=value)"
     flag = word.lstrip("-").partition("=")[0]
     readers = [f"--mode={other}" for other, mode in MODES.items() if flag in mode.flags]
     if readers:
-        parser.error(f"--{flag}: --mode={name} does not read it, only {', '.join(readers)}")
-    parser.error(f"--{flag}: no such flag{_nearest(flag, FLAGS, '--')}")
-
-
-def _nearest(found: str, known: Collection[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(found[:100], known, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+        return f"--{flag}: --mode={name} does not read it, only {', '.join(readers)}"
+    return f"--{flag}: no such flag{nearest(f'--{flag[:100]}', [f'--{known}' for known in FLAGS])}"

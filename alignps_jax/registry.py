@@ -4,8 +4,6 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
-from alignps_jax.types import UserError
-
 Entry = TypeVar("Entry")
 
 
@@ -18,6 +16,8 @@ def known_name(field: str, found: object, known: Collection[str]) -> str:
     """`found` if it is one of the `known` names; else UserError, with the nearest name."""
     if isinstance(found, str) and found in known:
         return found
+    from alignps_jax.types import UserError  # slow to import, and `nearest` does without
+
     expected = ", ".join(known)
     raise UserError(f"{field}: found {found!r}, expected one of {expected}{nearest(found, known)}")
 

@@ -38,14 +38,6 @@ def run(own, tmp_path_factory):
     return workdir
 
 
-def changed(config, **values):
-    fields = config.copy_and_resolve_references().to_dict()
-    for name, value in values.items():
-        section, field = name.split("__")
-        fields[section][field] = value
-    return fields
-
-
 def test_fields_are_set_with_their_types():
     args = arguments(
         "--config=configs/tiny.py:plus",
@@ -69,10 +61,7 @@ def test_fields_are_set_with_their_types():
     found = configuration(args)
     assert found.to_dict() == expected.to_dict()
     assert found.is_locked
-
-
-def test_a_base_takes_fields_and_stays_as_it_is():
-    base = cuhk.get_config().lock()
+    base = cuhk.get_config().lock()  # stays as it is
     args = arguments("--mode=list", "--config.eval.score_threshold=0.3")
     assert configuration(args, base).eval.score_threshold == 0.3
     assert base.eval.score_threshold == 0.2
@@ -93,7 +82,7 @@ def test_a_base_takes_fields_and_stays_as_it_is():
         (["--noconfig.train.batch_size=3"], r"config\.train\.batch_size"),
         (["--config=nowhere.py"], r"nothing there: nowhere\.py, expected a configuration file or"),
         (["--config=configs"], "found a folder: configs"),
-        (["--config=pyproject.toml"], r"expected a Python file \(\.py\)"),
+        (["--config=pyproject.toml"], r"pyproject\.toml: SyntaxError: .*line 3"),
         (["--config=tiny:pluss"], "found 'pluss', expected one of .* did you mean 'plus'"),
     ],
 )
@@ -105,59 +94,48 @@ def test_mistakes_are_one_line_in_our_words(words, message):
 
 def test_the_ready_configurations_are_found_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
     for name in ("tiny:plus", "tiny.py:plus", "configs/tiny.py:plus"):
         found = configuration(arguments(f"--config={name}"))
         assert found.to_dict() == tiny.get_config("plus").to_dict()
-    (tmp_path / "tiny").mkdir()
-    assert configuration(arguments("--config=tiny")).model.channels == 16
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def get_config(:", "broken.py: SyntaxError: .*line 1"),
-        ("\nimport nowhere", "broken.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
-        ("x = 1", "broken.py: AttributeError: .*get_config"),
+        ("def get_config(:", "own.py: SyntaxError: .*line 1"),
+        ("\nimport nowhere", "own.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
+        ("x = 1", "own.py: KeyError: .get_config"),
         ("def get_config():\n    x = 0\n    return 1 / x", "line 3: ZeroDivisionError"),
         ("def get_config():\n    open('/no/file')", r"line 2: FileNotFoundError: .*/no/file"),
+        ("def get_config():\n    return 3", r"get_config of \S+ returns int, expected a"),
         (
-            "def get_config():\n    return 3",
-            r"get_config of \S+ returns int, expected a",
-        ),
-        (
-            "from configs import tiny\ndef get_config():\n    c = tiny.get_config()\n"
-            "    c.train.batch_size = 'four'\n    return c",
+            "from configs.tiny import get_config as tiny\ndef get_config():\n    config = tiny()\n"
+            "    config.train.batch_size = 'four'\n    return config",
             "line 4: TypeError: ",
-        ),
-        (
-            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()",
-            r"config\.seed: missing",
         ),
     ],
 )
 def test_a_configuration_file_that_fails_is_one_line_with_its_place(text, message, tmp_path):
-    file = tmp_path / "broken.py"
+    file = tmp_path / "own.py"
     file.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         configuration(arguments("--mode=list", f"--config={file}"))
     assert "\n" not in str(caught.value)
 
 
-def test_the_checkpoints_configuration_is_the_base(run, own):
-    args = arguments(
-        "--mode=evaluate",
-        f"--checkpoint={run}",
-        "--config.data.root=/elsewhere",
+def test_a_checkpoint_is_used_with_its_own_configuration(run, own, capsys):
+    words = [
+        *("--mode=evaluate", f"--checkpoint={run}", "--config.eval.score_threshold=0.3"),
         "--config.data.prepared_dir=/there",  # unset in the run, but a text
-        "--config.eval.score_threshold=0.3",
-    )
-    expected = changed(
-        own, data__root="/elsewhere", data__prepared_dir="/there", eval__score_threshold=0.3
-    )
-    assert checkpoint_config(args, run).to_dict() == expected
-    args = arguments("--mode=evaluate", f"--workdir={run}", "--config.eval.nms_iou=3")
+        "--config.data.test_scale=(256,192)",  # another network, as typed: it is said
+    ]
+    config = checkpoint_config(arguments(*words), run)
+    assert (config.eval.score_threshold, config.data.prepared_dir) == (0.3, "/there")
+    assert config.model.to_dict() == own.model.to_dict()
+    assert "note: config.data.test_scale is (256, 192); " in capsys.readouterr().out
     with pytest.raises(UserError, match=r"config\.eval\.nms_iou: found 3\.0"):
-        checkpoint_config(args, run)
+        checkpoint_config(arguments(*words, "--config.eval.nms_iou=3"), run)
 
 
 def test_a_file_that_disagrees_is_refused_field_by_field(run):
@@ -169,39 +147,29 @@ def test_a_file_that_disagrees_is_refused_field_by_field(run):
         assert f"config.{field}" in message
     assert "optimizer" not in message
     words[-1] = "--config=tiny:plus"  # what only training reads may differ
-    args = arguments(*words, "--config.model.pretrained=x", "--config.model.remat=True")
-    assert checkpoint_config(args, run).model.remat
-
-
-def test_what_is_typed_holds_and_is_said(run, capsys):
-    word = "--config.data.test_scale=(256,192)"
-    config = checkpoint_config(arguments("--mode=evaluate", f"--workdir={run}", word), run)
-    assert config.data.test_scale == (256, 192)
-    assert "note: config.data.test_scale is (256, 192); " in capsys.readouterr().out
+    assert checkpoint_config(arguments(*words, "--config.model.remat=True"), run).model.remat
 
 
 def test_training_resumes_with_the_configuration_of_its_run(run, own, tmp_path):
-    args = arguments(f"--workdir={run}", "--config.train.duration=9 steps")
-    assert train_config(args).to_dict() == changed(own, train__duration="9 steps")
+    config = train_config(arguments(f"--workdir={run}", "--config.train.duration=9 steps"))
+    assert config.train.duration == "9 steps"
+    assert config.model.to_dict() == own.model.to_dict()
     write_run_info(tmp_path, tiny.get_config())  # without a checkpoint yet
     assert train_config(arguments(f"--workdir={tmp_path}")).model.deform_stages == ()
     text = (tmp_path / "config.json").read_text()
     for old, new in (('"seed": 0', '"seed": {}'), ('"seed": 0', '"seed": '), ('"data"', '"d"')):
         (tmp_path / "config.json").write_text(text.replace(old, new))
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError, match=f"^{tmp_path}"):
             train_config(arguments(f"--workdir={tmp_path}"))
-        assert str(error.value).startswith(str(tmp_path))
-        assert str(error.value).isprintable()
     with pytest.raises(UserError, match=r"--workdir: found no run in .*nowhere"):
         train_config(arguments(f"--workdir={tmp_path / 'nowhere'}"))
 
 
 def test_fine_tuning_names_the_detector(run, tmp_path):
     new, source = f"--workdir={tmp_path}", f"--checkpoint={run}"
-    assert train_config(arguments(new, source)).model.deform_stages == (3, 4, 5)
-    assert train_config(arguments(new, source)).model.pretrained == str(run)
-    with_file = train_config(arguments(new, source, "--config=configs/tiny.py"))
-    assert (with_file.model.pretrained, with_file.model.deform_stages) == (str(run), ())
+    for words, stages in (((), (3, 4, 5)), (("--config=configs/tiny.py",), ())):
+        found = train_config(arguments(new, source, *words)).model
+        assert (found.pretrained, found.deform_stages) == (str(run), stages)
     with pytest.raises(UserError, match="leave it out to resume"):
         train_config(arguments(f"--workdir={run}", source))
     with pytest.raises(UserError, match=r"model\.pretrained: found both"):
@@ -224,9 +192,8 @@ def test_other_settings_have_a_folder_of_their_own(run, tmp_path, capsys):
     assert folder() == folder("--config.data.root=/there", "--config.eval.batch_size=1") == run
     threshold = "--config.eval.score_threshold=0.5"
     assert folder(threshold, workdir=tmp_path) == tmp_path
-    named = run / "eval-score_threshold=0.5-protocols=TestG50,all"
+    named = run / "eval-protocols=TestG50,all-score_threshold=0.5"
     protocols = "--config.eval.protocols=('TestG50','all')"
-    capsys.readouterr()
     assert folder(threshold, protocols) == folder(threshold, protocols, workdir=run) == named
     assert f"results go to {named}, " in capsys.readouterr().out
     many = folder(f"--config.eval.protocols={tuple(f'TestG{size}' for size in range(50))}")

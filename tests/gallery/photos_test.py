@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -110,6 +111,7 @@ def test_a_damaged_query_is_an_error(run, photos, capsys):
 
 
 def test_names_that_are_no_text_are_found_and_printed(run, photos, capsys):
+    sys.stdout.reconfigure(errors="backslashreplace")  # as it is on the command line
     name = os.fsdecode(b"\xff\xfe.png")
     try:
         write_image(photos / name, gray(160, 240))
