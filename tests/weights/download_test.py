@@ -28,7 +28,7 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
-    def do_GET(self):  # noqa: N802 (the library's name)
+    def do_GET(self):
         self.server.requests += 1
         if self.path.startswith("/moved/"):
             self.send_response(302)
