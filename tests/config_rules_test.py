@@ -3,10 +3,10 @@
 import time
 
 import pytest
-from alignps_jax.training.run import rehearse
 
 from alignps_jax.config_rules import RULES, check_config
 from alignps_jax.experiments.reproduce import flatten
+from alignps_jax.training.setup import validate
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
 from configs import ablation, cuhk, prw, synthetic, tiny
@@ -192,4 +192,4 @@ def test_fields_that_do_not_exist_or_are_missing_are_named():
 
 def test_every_variant_can_be_rehearsed():
     for name in ("", "plus", "baseline", "t3", "oim", "released"):
-        rehearse(tiny.get_config(name))
+        validate(tiny.get_config(name))

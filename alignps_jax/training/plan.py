@@ -29,6 +29,8 @@ class Plan:
 
 def make_plan(config: ConfigDict, steps_per_epoch: int) -> Plan:
     """The plan of a training; a duration below one step counts as one step."""
-    names = ("duration", "checkpoint_every", "eval_every")
-    steps = [max(1, steps_of(config.train[name], steps_per_epoch)) for name in names]
-    return Plan(*steps, log_every=config.train.log_every_steps)
+    total, checkpoint_every, eval_every = (
+        max(1, steps_of(config.train[name], steps_per_epoch))
+        for name in ("duration", "checkpoint_every", "eval_every")
+    )
+    return Plan(total, checkpoint_every, eval_every, config.train.log_every_steps)
