@@ -22,13 +22,13 @@ CUHK, PRW = "cuhk_sysu", "prw"
 class PaperRow:
     """One row of a table of the paper, with its metrics in percent (None: the paper has none).
 
-    `table` is "fig4" or "1" to "6", `position` that of the row in it, from 1, `dataset` a
-    `config.data.name`. `inferred` is True where the paper's text, not its table, says which of
+    `table` is "fig4", whose values are in a picture only, or "1" to "6"; `variant` is the network's
+    name in `VARIANTS`. `inferred` is True where the paper's text, not its table, says which of
     several numbers belongs to the row. `note` is a line for the reader.
     """
 
     table: str
-    position: int
+    variant: str
     label: str
     recall: float | None = None
     AP: float | None = None
@@ -41,11 +41,10 @@ class PaperRow:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What a variant is, the fields that it changes (dotted names), and its rows of the paper."""
+    """A description of the variant, and the fields that it changes (dotted names)."""
 
     description: str
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    rows: tuple[PaperRow, ...] = ()
 
 
 # Fields by dotted name, and what they become.
@@ -77,154 +76,41 @@ RELEASED: Changes = {
 }
 PLUS: Changes = {"model.deform_stages": (3, 4, 5)}
 
-
-def _figure_4(position: int, label: str, note: str = "") -> PaperRow:
-    """A row of Fig. 4, which shows its values as a picture only."""
-    return PaperRow("fig4", position, label, note=note)
-
-
 VARIANTS: dict[str, Variant] = {
-    "": Variant(
-        "AlignPS",
-        rows=(
-            _figure_4(8, "SA + RA + TA", "more than 20 mAP above the baseline"),
-            PaperRow("1", 1, "P3", 90.3, 81.2, 93.1, 93.4),
-            PaperRow("2", 8, "lateral + output + concat", mAP=93.1, top1=93.4),
-            PaperRow("3", 4, "AlignPS", 90.3, 81.2, 93.1, 93.4),
-            PaperRow("4", 3, "TOIM w/ LUT", mAP=93.1, top1=93.4),
-            PaperRow("5", 1, "none", mAP=93.1, top1=93.4),
-            PaperRow("6", 1, "AlignPS", mAP=93.1, top1=93.4),
-            PaperRow("6", 1, "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
-        ),
-    ),
+    "": Variant("AlignPS"),
     "baseline": Variant(
         "FCOS on an FPN (P3 to P7), with a re-id head beside the detection head",
         FPN | FCOS_LEVELS | PARALLEL,
-        (_figure_4(1, "baseline"),),
     ),
-    "sa": Variant(
-        "the baseline with scale alignment: P3 only",
-        FPN | PARALLEL,
-        (_figure_4(2, "SA"),),
-    ),
+    "sa": Variant("the baseline with scale alignment: P3 only", FPN | PARALLEL),
     "ra": Variant(
         "the baseline with region alignment: AFA, which makes P3 to P5, instead of the FPN",
         P3_P4_P5 | PARALLEL,
-        (_figure_4(3, "RA"),),
     ),
-    "ta": Variant(
-        "the baseline with task alignment: re-id first",
-        FPN | FCOS_LEVELS,
-        (_figure_4(4, "TA"),),
-    ),
-    "p4": Variant(
-        "people are searched on P4 (stride 16)",
-        {"model.levels": (4,)},
-        (PaperRow("1", 2, "P4", 87.5, 78.7, 92.7, 93.1),),
-    ),
-    "p5": Variant(
-        "people are searched on P5 (stride 32)",
-        {"model.levels": (5,)},
-        (PaperRow("1", 3, "P5", 79.0, 71.7, 89.3, 89.5),),
-    ),
-    "p3_p4": Variant(
-        "people on P3 or P4 by their size",
-        P3_P4,
-        (PaperRow("1", 4, "P3, P4", 90.4, 80.5, 91.1, 91.6),),
-    ),
-    "p3_p4_p5": Variant(
-        "people on P3, P4 or P5 by their size",
-        P3_P4_P5,
-        (
-            _figure_4(7, "RA + TA", "the network of Table 1's P3, P4, P5"),
-            PaperRow("1", 5, "P3, P4, P5", 90.9, 80.4, 90.0, 90.5),
-        ),
-    ),
-    "fpn": Variant(
-        "no deformable convolutions in the neck, maps are added: an FPN",
-        FPN,
-        (
-            _figure_4(6, "SA + TA", "the network of Table 2's first row"),
-            PaperRow("2", 1, "none", mAP=83.4, top1=83.7),
-        ),
-    ),
-    "lateral": Variant(
-        "AFA with lateral deformable convolutions only",
-        PLAIN_OUTPUT | SUM,
-        (PaperRow("2", 2, "lateral", mAP=90.6, top1=90.8),),
-    ),
-    "output": Variant(
-        "AFA with output deformable convolutions only",
-        PLAIN_LATERAL | SUM,
-        (PaperRow("2", 3, "output", mAP=91.4, top1=91.9),),
-    ),
-    "concat": Variant(
-        "AFA with concatenation only",
-        PLAIN_LATERAL | PLAIN_OUTPUT,
-        (PaperRow("2", 4, "concat", mAP=84.0, top1=84.1),),
-    ),
-    "lateral_output": Variant(
-        "AFA without concatenation",
-        SUM,
-        (PaperRow("2", 5, "lateral + output", mAP=91.8, top1=92.2, inferred=True),),
-    ),
-    "lateral_concat": Variant(
-        "AFA without output deformable convolutions",
-        PLAIN_OUTPUT,
-        (PaperRow("2", 6, "lateral + concat", mAP=90.7, top1=91.0, inferred=True),),
-    ),
-    "output_concat": Variant(
-        "AFA without lateral deformable convolutions",
-        PLAIN_LATERAL,
-        (PaperRow("2", 7, "output + concat", mAP=92.0, top1=92.5, inferred=True),),
-    ),
-    "t1": Variant(
-        "embeddings from the regression tower",
-        {"model.reid": "regression"},
-        (PaperRow("3", 1, "T1", 87.5, 79.0, 80.3, 79.2),),
-    ),
-    "t2": Variant(
-        "embeddings from the classification tower",
-        {"model.reid": "classification"},
-        (PaperRow("3", 2, "T2", 89.1, 78.6, 77.1, 75.9),),
-    ),
-    "t3": Variant(
-        "embeddings from a tower of their own",
-        PARALLEL,
-        (
-            _figure_4(5, "SA + RA", "the network of Table 3's T3"),
-            PaperRow("3", 3, "T3", 90.1, 81.4, 80.7, 80.2),
-        ),
-    ),
-    "oim": Variant(
-        "OIM loss, no triplet loss",
-        {"loss.triplet": "none"},
-        (PaperRow("4", 1, "OIM", mAP=92.4, top1=92.9),),
-    ),
+    "ta": Variant("the baseline with task alignment: re-id first", FPN | FCOS_LEVELS),
+    "p4": Variant("people are searched on P4 (stride 16)", {"model.levels": (4,)}),
+    "p5": Variant("people are searched on P5 (stride 32)", {"model.levels": (5,)}),
+    "p3_p4": Variant("people on P3 or P4 by their size", P3_P4),
+    "p3_p4_p5": Variant("people on P3, P4 or P5 by their size", P3_P4_P5),
+    "fpn": Variant("no deformable convolutions in the neck, maps are added: an FPN", FPN),
+    "lateral": Variant("AFA with lateral deformable convolutions only", PLAIN_OUTPUT | SUM),
+    "output": Variant("AFA with output deformable convolutions only", PLAIN_LATERAL | SUM),
+    "concat": Variant("AFA with concatenation only", PLAIN_LATERAL | PLAIN_OUTPUT),
+    "lateral_output": Variant("AFA without concatenation", SUM),
+    "lateral_concat": Variant("AFA without output deformable convolutions", PLAIN_OUTPUT),
+    "output_concat": Variant("AFA without lateral deformable convolutions", PLAIN_LATERAL),
+    "t1": Variant("embeddings from the regression tower", {"model.reid": "regression"}),
+    "t2": Variant("embeddings from the classification tower", {"model.reid": "classification"}),
+    "t3": Variant("embeddings from a tower of their own", PARALLEL),
+    "oim": Variant("OIM loss, no triplet loss", {"loss.triplet": "none"}),
     "toim_without_lut": Variant(
-        "triplet loss without entries of the lookup table",
-        {"loss.triplet": "batch"},
-        (PaperRow("4", 2, "TOIM w/o LUT", mAP=92.8, top1=93.2),),
+        "triplet loss without entries of the lookup table", {"loss.triplet": "batch"}
     ),
-    "res3": Variant(
-        "deformable convolutions in res3",
-        {"model.deform_stages": (3,)},
-        (PaperRow("5", 2, "res3", mAP=93.5, top1=93.9),),
-    ),
+    "res3": Variant("deformable convolutions in res3", {"model.deform_stages": (3,)}),
     "res3_res4": Variant(
-        "deformable convolutions in res3 and res4",
-        {"model.deform_stages": (3, 4)},
-        (PaperRow("5", 3, "res3 & res4", mAP=93.5, top1=94.0),),
+        "deformable convolutions in res3 and res4", {"model.deform_stages": (3, 4)}
     ),
-    "plus": Variant(
-        "AlignPS+: deformable convolutions in res3, res4 and res5",
-        PLUS,
-        (
-            PaperRow("5", 4, "res3 & res4 & res5", mAP=94.0, top1=94.5),
-            PaperRow("6", 2, "AlignPS+", mAP=94.0, top1=94.5),
-            PaperRow("6", 2, "AlignPS+", mAP=46.1, top1=82.1, dataset=PRW),
-        ),
-    ),
+    "plus": Variant("AlignPS+: deformable convolutions in res3, res4 and res5", PLUS),
     "released": Variant("AlignPS with the values of the released code", RELEASED),
     "released_plus": Variant("AlignPS+ with the values of the released code", RELEASED | PLUS),
     # Ready for machines, in float32; docs/devices.md has the memory that they need.
@@ -238,6 +124,46 @@ VARIANTS: dict[str, Variant] = {
         {"train.batch_size": 8, "optimizer.scale_with_batch": 4, "eval.batch_size": 8},
     ),
 }
+
+# The rows of the paper's tables, in their order.
+PAPER = (
+    PaperRow("fig4", "baseline", "baseline"),
+    PaperRow("fig4", "sa", "SA"),
+    PaperRow("fig4", "ra", "RA"),
+    PaperRow("fig4", "ta", "TA"),
+    PaperRow("fig4", "t3", "SA + RA", note="the network of Table 3's T3"),
+    PaperRow("fig4", "fpn", "SA + TA", note="the network of Table 2's first row"),
+    PaperRow("fig4", "p3_p4_p5", "RA + TA", note="the network of Table 1's P3, P4, P5"),
+    PaperRow("fig4", "", "SA + RA + TA", note="more than 20 mAP above the baseline"),
+    PaperRow("1", "", "P3", 90.3, 81.2, 93.1, 93.4),
+    PaperRow("1", "p4", "P4", 87.5, 78.7, 92.7, 93.1),
+    PaperRow("1", "p5", "P5", 79.0, 71.7, 89.3, 89.5),
+    PaperRow("1", "p3_p4", "P3, P4", 90.4, 80.5, 91.1, 91.6),
+    PaperRow("1", "p3_p4_p5", "P3, P4, P5", 90.9, 80.4, 90.0, 90.5),
+    PaperRow("2", "fpn", "none", mAP=83.4, top1=83.7),
+    PaperRow("2", "lateral", "lateral", mAP=90.6, top1=90.8),
+    PaperRow("2", "output", "output", mAP=91.4, top1=91.9),
+    PaperRow("2", "concat", "concat", mAP=84.0, top1=84.1),
+    PaperRow("2", "lateral_output", "lateral + output", mAP=91.8, top1=92.2, inferred=True),
+    PaperRow("2", "lateral_concat", "lateral + concat", mAP=90.7, top1=91.0, inferred=True),
+    PaperRow("2", "output_concat", "output + concat", mAP=92.0, top1=92.5, inferred=True),
+    PaperRow("2", "", "lateral + output + concat", mAP=93.1, top1=93.4),
+    PaperRow("3", "t1", "T1", 87.5, 79.0, 80.3, 79.2),
+    PaperRow("3", "t2", "T2", 89.1, 78.6, 77.1, 75.9),
+    PaperRow("3", "t3", "T3", 90.1, 81.4, 80.7, 80.2),
+    PaperRow("3", "", "AlignPS", 90.3, 81.2, 93.1, 93.4),
+    PaperRow("4", "oim", "OIM", mAP=92.4, top1=92.9),
+    PaperRow("4", "toim_without_lut", "TOIM w/o LUT", mAP=92.8, top1=93.2),
+    PaperRow("4", "", "TOIM w/ LUT", mAP=93.1, top1=93.4),
+    PaperRow("5", "", "none", mAP=93.1, top1=93.4),
+    PaperRow("5", "res3", "res3", mAP=93.5, top1=93.9),
+    PaperRow("5", "res3_res4", "res3 & res4", mAP=93.5, top1=94.0),
+    PaperRow("5", "plus", "res3 & res4 & res5", mAP=94.0, top1=94.5),
+    PaperRow("6", "", "AlignPS", mAP=93.1, top1=93.4),
+    PaperRow("6", "plus", "AlignPS+", mAP=94.0, top1=94.5),
+    PaperRow("6", "", "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
+    PaperRow("6", "plus", "AlignPS+", mAP=46.1, top1=82.1, dataset=PRW),
+)
 
 
 def _changed(changes: Mapping[str, Mapping[str, object]]) -> dict[str, Variant]:
@@ -293,13 +219,8 @@ def rows_of(table: str, dataset: str) -> tuple[tuple[str, PaperRow], ...]:
 
     Only rows with metrics on `figures_on(dataset)` count: on PRW that is Table 6.
     """
-    rows = [
-        (name, row)
-        for name, variant in VARIANTS.items()
-        for row in variant.rows
-        if row.table == table and row.dataset == figures_on(dataset)
-    ]
-    return tuple(sorted(rows, key=lambda entry: entry[1].position))
+    data = figures_on(dataset)
+    return tuple((row.variant, row) for row in PAPER if row.table == table and row.dataset == data)
 
 
 def apply_variant(

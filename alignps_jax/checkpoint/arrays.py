@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.older import NO_LONGER_READ
 from alignps_jax.types import TrainState, UserError
 
 # The largest JSON file; the manifest of the full model takes a thousandth of it.
@@ -116,11 +115,7 @@ def restore_arrays(folder: Path, template: Any, items: tuple[str, ...]) -> Any:
     """The template's structure with the arrays of these items of a checkpoint."""
     leaves = leaves_by_path(template)
     specs = read_manifest(folder, array_specs)
-    found = {
-        path: spec.get("type")
-        for path, spec in specs.items()
-        if item_of(path) in items and path not in NO_LONGER_READ
-    }
+    found = {path: spec.get("type") for path, spec in specs.items() if item_of(path) in items}
     expected = {path: _type(leaf) for path, leaf in leaves.items()}
     differences = [
         f"{path}: found {found.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"

@@ -50,7 +50,6 @@ from alignps_jax.checkpoint.arrays import (
     unsealed,
 )
 from alignps_jax.checkpoint.choice import await_folder, find_step
-from alignps_jax.checkpoint.older import complete
 from alignps_jax.checkpoint.places import steps_in
 from alignps_jax.checkpoint.saving import OrbaxLog, wait_until_saved
 from alignps_jax.checkpoint.scores import best_step, score_in, write_metrics
@@ -225,11 +224,8 @@ class Checkpoints:
 
 
 def load_config(path: Path, which: str | int = "chosen") -> ConfigDict:
-    """The config of a checkpoint, locked, lists as tuples; otherwise as `load_weights`.
-
-    Fields that are newer than the checkpoint say what the software did before it had them.
-    """
-    return read_manifest(find_step(path, which), lambda manifest: _completed(manifest["config"]))
+    """The config of a checkpoint, locked, lists as tuples; otherwise as `load_weights`."""
+    return read_manifest(find_step(path, which), lambda manifest: _as_config(manifest["config"]))
 
 
 def load_run_config(workdir: Path) -> ConfigDict | None:
@@ -242,7 +238,7 @@ def load_run_config(workdir: Path) -> ConfigDict | None:
         root = Path(workdir) / "checkpoints"
         return load_config(workdir, "latest") if steps_in(root) else None
     try:
-        return _completed(read_json(file))
+        return _as_config(read_json(file))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: cannot be read, expected a configuration ({error})") from error
 
@@ -303,8 +299,8 @@ def write_run_info(workdir: Path, config: ConfigDict) -> None:
         write_json(versions_file, package_versions())
 
 
-def _completed(stored: dict[str, Any]) -> ConfigDict:
-    return complete(ConfigDict(_tuples(stored))).lock()
+def _as_config(stored: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(_tuples(stored)).lock()
 
 
 def _iterator_file() -> str:

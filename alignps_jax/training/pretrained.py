@@ -16,17 +16,10 @@ from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import load_arrays, load_config
 from alignps_jax.nn.model import AlignPS, weights_template
-from alignps_jax.types import UserError, Weights
+from alignps_jax.types import UserError
 from alignps_jax.weights.conventions import CAFFE, CONVENTIONS, Convention, with_convention
 from alignps_jax.weights.download import fetch
-from alignps_jax.weights.released_names import (
-    backbone_origin,
-    backbone_tensors,
-    from_torch,
-    is_detector,
-    is_only_released,
-    released_name,
-)
+from alignps_jax.weights.released_names import backbone_origin, by_our_names, is_detector
 from alignps_jax.weights.sources import (
     FIELD,
     RANDOM,
@@ -35,7 +28,7 @@ from alignps_jax.weights.sources import (
     is_address,
     known_convention,
 )
-from alignps_jax.weights.tensor_files import Tensors, listed, read_tensors
+from alignps_jax.weights.tensor_files import listed, read_tensors
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -59,11 +52,9 @@ def starting_config(config: ConfigDict, workdir: Path, typed: Collection[str] = 
         if jax.process_index() == 0:
             print(f"note: {FIELD} is 'random': training starts from random weights")
         return config
-    return with_convention(config, _convention(config, typed), typed, f"{FIELD}={_name(config)}")
-
-
-def _name(config: ConfigDict) -> str:
-    return str(config.model.pretrained)
+    return with_convention(
+        config, _convention(config, typed), typed, f"{FIELD}={config.model.pretrained}"
+    )
 
 
 def _place(config: ConfigDict) -> Path:
@@ -73,7 +64,7 @@ def _place(config: ConfigDict) -> Path:
 
 
 def _convention(config: ConfigDict, typed: Collection[str]) -> Convention:
-    path, known = _place(config), known_convention(address_of(_name(config)))
+    path, known = _place(config), known_convention(address_of(config.model.pretrained))
     if known:
         return CONVENTIONS[known]
     if not path.is_file():
@@ -87,9 +78,10 @@ def _convention(config: ConfigDict, typed: Collection[str]) -> Convention:
         known = "torchvision" if config.model.channel_order == "RGB" else "caffe"
     if known is None:
         raise UserError(
-            f"{FIELD}: the names in {_name(config)} do not tell what pixels this ResNet-50 was "
-            "trained on: add --config.model.channel_order=RGB (torchvision, timm, DINO, MoCo, "
-            "SwAV) or --config.model.channel_order=BGR (Caffe: MSRA, most of detectron2)"
+            f"{FIELD}: the names in {config.model.pretrained} do not tell what pixels this "
+            "ResNet-50 was trained on: add --config.model.channel_order=RGB (torchvision, timm, "
+            "DINO, MoCo, SwAV) or --config.model.channel_order=BGR (Caffe: MSRA, most of "
+            "detectron2)"
         )
     return CONVENTIONS[known]
 
@@ -106,25 +98,13 @@ def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
         return None
     path, template = _place(config), weights_template(model)
     if path.is_file():
-        arrays = _converted(read_tensors(path), template)
+        paths = leaves_by_path({"params": template.params, "frozen": template.frozen})
+        arrays = by_our_names(read_tensors(path), paths)
     else:
         wanted = ("params", "frozen")
         arrays = load_arrays(path, lambda name: name.split("/")[0] in wanted)
     with_weights(template.params, template.frozen, arrays, config.model.pretrained)
     return arrays
-
-
-def _converted(tensors: Tensors, template: Weights) -> Arrays:
-    """The tensors of a PyTorch file by the paths of the template."""
-    if not is_detector(tensors):
-        tensors = backbone_tensors(tensors)
-    paths = leaves_by_path({"params": template.params, "frozen": template.frozen})
-    named = {released_name(path): path for path in paths}
-    return {
-        named.get(name, name): from_torch(tensor)
-        for name, tensor in tensors.items()
-        if name in named or not is_only_released(name)
-    }
 
 
 def with_weights(
@@ -153,9 +133,10 @@ def with_weights(
         )
     if say:
         backbone = sum(map(_in_backbone, fits))
+        head = f" and {len(fits) - backbone} of neck and head" if len(fits) > backbone else ""
         print(
-            f"{FIELD}: {backbone} arrays of the backbone and {len(fits) - backbone} of neck and "
-            f"head are taken from {source}; lookup table, queue and optimizer start anew"
+            f"{FIELD}: {backbone} arrays of the backbone{head} are taken from {source}; lookup "
+            "table, queue and optimizer start anew"
         )
         others = arrays.keys() - fits
         anew = [name for name in flat.keys() - fits if not _in_backbone(name)]

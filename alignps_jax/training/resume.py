@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grain
 from flax import traverse_util
@@ -24,7 +23,10 @@ def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
     """
     if not holds_checkpoint(workdir):
         return
-    before, now = _fields(load_config(workdir, "latest")), _fields(config)
+    before, now = (
+        traverse_util.flatten_dict(fields.to_dict(), sep=".")
+        for fields in (load_config(workdir, "latest"), config)
+    )
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     decisive = [n for n in changed if FIELD_KINDS.get(n, TRAINING) in (NETWORK, TRAINING)]
     if decisive and not accepted:
@@ -49,7 +51,3 @@ def restore(
     if iterator_state is not None:  # converted weights have seen no data
         batches.set_state(iterator_state)
     return state
-
-
-def _fields(config: ConfigDict) -> dict[str, Any]:
-    return traverse_util.flatten_dict(config.to_dict(), sep=".")

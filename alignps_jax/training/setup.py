@@ -19,7 +19,7 @@ from alignps_jax.training.pretrained import starting_arrays
 from alignps_jax.training.state import create_state, is_frozen, lut_size, max_positives
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import TrainState
-from data_pipeline.datasets import dataset_class, load_train, prepare
+from data_pipeline.datasets import load_train, prepare
 from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
 from data_pipeline.validation import hold_out
 
@@ -45,7 +45,6 @@ def validate(config: ConfigDict, resumes: bool = False) -> AlignPS:
     """
     check_batch_size(config, "train", config.train.accumulate)
     check_batch_size(config, "eval")
-    dataset_class(config.data.name)
     model = build_model(config)
     if not resumes:
         starting_arrays(config, model)
@@ -54,13 +53,11 @@ def validate(config: ConfigDict, resumes: bool = False) -> AlignPS:
 
 def make_run(config: ConfigDict, model: AlignPS) -> Run:
     """Prepares the data, and builds all that training a validated network takes."""
-    with first_process_first():  # it may have to draw the data set
+    fraction = config.data.validation_fraction
+    with first_process_first():  # it may have to draw or to prepare the data set
         scorer, people = make_scorer(config), load_train(config.data)
-    held = None
-    if config.data.validation_fraction:
-        held = hold_out(people, config.data.validation_fraction, config.seed)
-    rows = lut_size(config, (held.train if held else people).num_identities)
-    with first_process_first():
+        held = hold_out(people, fraction, config.seed) if fraction else None
+        rows = lut_size(config, (held.train if held else people).num_identities)
         data = prepare(config.data)
     photos = data.train
     selector = evaluator = make_evaluator(config, model, data.test, scorer)
@@ -69,18 +66,22 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         split = held.validation.photos(photos)
         selector = make_evaluator(config, model, split, scorer, predict=evaluator.predict)
         photos = held.train.photos(photos)
-    parts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     pipeline = make_train_pipeline(
-        photos, config.data, seed=config.seed, batch_size=config.train.batch_size, **parts
+        photos,
+        config.data,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
     )
     if jax.process_index() == 0:
         print(*filter(None, (held, pipeline.summary())), sep="\n")
-    epoch = pipeline.steps_per_epoch
-    schedule, step = make_step(config, model, epoch, max_positives(config, pipeline))
+    positives = max_positives(config, pipeline)
+    schedule, step = make_step(config, model, pipeline.steps_per_epoch, positives)
     create = partial(create_state, config, model, step.optimizer, rows)
     return Run(
         pipeline=pipeline,
-        plan=make_plan(config, epoch),
+        plan=make_plan(config, pipeline.steps_per_epoch),
         schedule=schedule,
         step=step,
         evaluator=evaluator,

@@ -6,15 +6,13 @@ import hashlib
 import http.client
 import tempfile
 import urllib.request
-from functools import cache
 from pathlib import Path
 from typing import IO
 
-import platformdirs
 from tqdm import tqdm
 
 from alignps_jax.types import UserError
-from alignps_jax.weights.sources import FIELD, expected_digits, file_name
+from alignps_jax.weights.sources import FIELD, cached_file, expected_digits, file_name
 from alignps_jax.weights.tensor_files import read_tensors, write_tensors
 
 _TIMEOUT = 30.0  # seconds without an answer
@@ -30,8 +28,7 @@ def fetch(address: str) -> Path:
     Raises:
       UserError: there is no network, no such file, or another file than the digits say.
     """
-    name = f"{hashlib.sha256(address.encode()).hexdigest()[:8]}-{Path(file_name(address)).stem}"
-    target = cache_folder() / f"{name}.safetensors"
+    target = cached_file(address)
     if not target.is_file():
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / file_name(address)
@@ -94,19 +91,3 @@ def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
     code = getattr(error, "code", None)
     return " ".join(f"{code} {reason}".split()) if code else str(reason) or type(error).__name__
-
-
-@cache
-def cache_folder() -> Path:
-    """The user's cache of weights; a temporary folder where it cannot be written."""
-    folder = platformdirs.user_cache_path("alignps_jax") / "weights"
-    try:
-        if not folder.is_absolute():  # no home
-            raise PermissionError
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        temporary = Path(tempfile.mkdtemp(prefix="alignps_jax-"))
-        print(f"note: {folder} cannot be written: downloaded weights go to {temporary}")
-        return temporary
-    return folder

@@ -106,6 +106,23 @@ def backbone_origin(names: Collection[str]) -> str | None:
     return "torchvision" if {"fc.weight", "conv1.weight"} <= set(names) else None
 
 
+def by_our_names(
+    tensors: Mapping[str, np.ndarray], paths: Collection[str]
+) -> dict[str, np.ndarray]:
+    """The tensors of a detector or a ResNet, in our layout, by those of our `paths` that they are.
+
+    Tensors without a path keep their names; those of training-only levels are left out.
+    """
+    if not is_detector(tensors):
+        tensors = backbone_tensors(tensors)
+    named = {released_name(path): path for path in paths}
+    return {
+        named.get(name, name): from_torch(tensor)
+        for name, tensor in tensors.items()
+        if name in named or not is_only_released(name)
+    }
+
+
 def backbone_tensors(
     tensors: Mapping[str, np.ndarray], source: str = "weights"
 ) -> dict[str, np.ndarray]:

@@ -1,12 +1,16 @@
-"""`config.model.pretrained`: the words it knows, and the check that takes no time."""
+"""`config.model.pretrained`: the words it knows, the cache, and the check that takes no time."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import re
-from pathlib import PurePosixPath
+import tempfile
+from functools import cache
+from pathlib import Path, PurePosixPath
 
+import platformdirs
 from ml_collections import ConfigDict
 
 from alignps_jax.types import UserError
@@ -85,9 +89,12 @@ def check_start(config: ConfigDict) -> None:
                 "keeps its initial stages or normalization. From scratch trains "
                 "--config.model.backbone=resnet_small --config.model.frozen_stages=-1"
             )
-    elif file_name(address_of(pretrained)).endswith(".pth") and not has_torch():
+        return
+    source = address_of(pretrained)
+    kept = is_address(source) and cached_file(source).is_file()
+    if source.endswith(".pth") and not kept and not has_torch():
         raise UserError(
-            f"{FIELD}: {file_name(address_of(pretrained))} needs PyTorch to be read: "
+            f"{FIELD}: {file_name(source)} needs PyTorch to be read: "
             "pip install '.[torch]', or start from weights that need none: "
             "--config.model.pretrained=torchvision"
         )
@@ -96,3 +103,25 @@ def check_start(config: ConfigDict) -> None:
 def has_torch() -> bool:
     """Whether PyTorch is installed, without importing it."""
     return importlib.util.find_spec("torch") is not None
+
+
+def cached_file(address: str) -> Path:
+    """Where the weights of an address are kept, as `.safetensors`."""
+    digits = hashlib.sha256(address.encode()).hexdigest()[:8]
+    return cache_folder() / f"{digits}-{PurePosixPath(file_name(address)).stem}.safetensors"
+
+
+@cache
+def cache_folder() -> Path:
+    """The user's cache of weights; a temporary folder where it cannot be written."""
+    folder = platformdirs.user_cache_path("alignps_jax") / "weights"
+    try:
+        if not folder.is_absolute():  # no home
+            raise PermissionError
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        temporary = Path(tempfile.mkdtemp(prefix="alignps_jax-"))
+        print(f"note: {folder} cannot be written: downloaded weights go to {temporary}")
+        return temporary
+    return folder

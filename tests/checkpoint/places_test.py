@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignps_jax.checkpoint.places import check_lasting, results_folder
+from alignps_jax.checkpoint.places import check_lasting, is_step, results_folder
 from alignps_jax.checkpoint.store import load_config
 from alignps_jax.cli import main
 from alignps_jax.figures.kinds import figure_request
@@ -47,6 +47,8 @@ def test_only_the_folder_of_a_step_is_none_for_results(run):
         with pytest.raises(UserError, match=r"^--target: found \S+, inside the checkpoint \S+/200"):
             check_lasting("--target", path)
     (run / "model").mkdir()  # of somebody's project
+    assert not is_step(run)
+    assert load_config(run).seed == 0
     for path in (run, run / "out", run / "checkpoints" / "out"):
         check_lasting("--target", path)
 

@@ -28,6 +28,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.arrays import system_reason
+from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.store import (
     Checkpoints,
     load_arrays,
@@ -39,7 +40,12 @@ from alignps_jax.types import OIMMemory, TrainState, UserError, Weights
 from configs.cuhk import get_config
 from tests.places import ROOT
 
-CONFIG = ConfigDict({"model": {"stages": (3, 4), "nested": ((1, 2), (3, 4)), "unset": None}}).lock()
+CONFIG = ConfigDict(
+    {
+        "model": {"stages": (3, 4), "nested": ((1, 2), (3, 4)), "unset": None},
+        "data": {"validation_fraction": 0.25},  # the best step is the one that counts
+    }
+).lock()
 
 
 def make_state(step: int, queue: int = 5) -> TrainState:
@@ -87,7 +93,7 @@ def steps_in(workdir: Path) -> list[str]:
 
 
 def best_step(workdir: Path) -> int:
-    """The step that readers take for the best."""
+    """The step that readers take."""
     return int(load_arrays(workdir, lambda name: name == "step")["step"])
 
 
@@ -134,18 +140,6 @@ def test_host_leaves_come_back_as_they_were(tmp_path):
         *(np.ndarray, int, float, np.float64)
     ]
     np.testing.assert_array_equal(frozen["numpy"], np.arange(3.0))
-
-
-def test_a_checkpoint_of_the_time_of_random_keys_is_read(tmp_path):
-    """Its `training` holds `rng` besides; with_rng.zip was written by that version."""
-    shutil.unpack_archive(Path(__file__).with_name("with_rng.zip"), tmp_path)
-    assert best_step(tmp_path) == 1
-    with open_checkpoints(tmp_path) as checkpoints:
-        restored, iterator_state = checkpoints.restore(jax.eval_shape(lambda: make_state(0)))
-        assert_same(restored, make_state(1))
-        assert iterator_state == {"position": 7}
-        checkpoints.save(make_state(2), None)
-        assert_same(checkpoints.restore(make_state(0))[0], make_state(2))
 
 
 def test_the_next_step_may_take_the_buffers_and_the_iterator_state(tmp_path):
@@ -245,14 +239,19 @@ def test_a_checkpoint_that_does_not_fit_is_refused(saved):
     assert "opt_state" not in str(error.value)
 
 
-def test_weights_of_the_best_the_latest_or_one_step(saved, copied):
+def test_weights_of_the_chosen_the_latest_or_one_step(saved, copied):
     def load(path, *which):
         weights = load_weights(path, jax.eval_shape(lambda: make_state(0)), *which)
         expected = make_state(int(weights.step))
         assert_same((weights.params, weights.frozen), (expected.params, expected.frozen))
         return int(weights.step)
 
-    assert [load(saved), load(saved, "best"), load(saved, "latest"), load(saved, 1)] == [2, 2, 3, 1]
+    assert [load(saved), load(saved, "chosen"), load(saved, "latest"), load(saved, 1)] == [
+        2,
+        2,
+        3,
+        1,
+    ]
     assert load(saved / "checkpoints") == 2
     # One step's folder, anywhere, under any name; nothing but the model is read.
     alone = (copied / "checkpoints" / "1").rename(copied.parent / "alone")
@@ -268,8 +267,33 @@ def test_weights_of_the_best_the_latest_or_one_step(saved, copied):
         load(copied.parent)
     with pytest.raises(UserError, match="no-such-place: found no checkpoint"):
         load(copied / "no-such-place")
-    with pytest.raises(UserError, match=r"found steps \[1, 2, 3\], expected best, latest"):
+    with pytest.raises(UserError, match=r"found steps \[1, 2, 3\], expected chosen, latest"):
         load(saved, 7)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "on_test", "expected"),
+    [
+        (0.0, False, ("3", "being the last")),
+        (0.0, True, ("2", "search mAP on the test split")),
+        (0.25, False, ("2", "search mAP on the validation split")),
+        (0.25, True, ("2", "search mAP on the validation split")),
+    ],
+)
+def test_the_last_step_counts_unless_a_split_chooses(tmp_path, fraction, on_test, expected):
+    config = get_config()
+    config.data.validation_fraction, config.eval.choose_on_test = fraction, on_test
+    with Checkpoints(tmp_path, keep=3, config=config) as checkpoints:
+        for step, score in ((1, 0.5), (2, 0.9), (3, 0.7)):
+            checkpoints.save(make_state(step), None, score)
+    folder, by = chosen_step(tmp_path)
+    assert (folder.name, by) == expected
+    assert best_step(tmp_path) == int(expected[0])
+    assert chosen_step(folder) == (folder, "hand")
+    config.data.validation_fraction, config.eval.choose_on_test = 0.0, not on_test
+    other = ("3", "being the last") if on_test else ("2", "search mAP on the test split")
+    folder, by = chosen_step(tmp_path, config)  # as the command line says
+    assert (folder.name, by) == other
 
 
 def test_config_and_versions(tmp_path, saved):
@@ -290,20 +314,6 @@ def test_config_and_versions(tmp_path, saved):
     assert versions["jax"] == jax.__version__
     assert versions["orbax-checkpoint"] != "not installed"
     assert versions["device"] == jax.devices()[0].device_kind
-
-
-def test_config_of_the_first_version_is_completed(tmp_path):
-    """With what that version did, which the defaults of today happen to be."""
-    first = json.loads(Path(__file__).with_name("first_config.json").read_text())
-    with Checkpoints(tmp_path, keep=1, config=ConfigDict(first)) as checkpoints:
-        checkpoints.save(make_state(1), None)
-    loaded = load_config(tmp_path)
-    assert loaded.is_locked
-    for section, today in get_config().to_dict().items():
-        if isinstance(today, dict):
-            assert set(loaded[section]) == set(today), section
-            newer = today.keys() - first[section].keys()
-            assert all(loaded[section][field] == today[field] for field in newer), section
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,15 @@ def test_later_lines_of_a_step_win_and_evaluations_are_in_percent(tmp_path):
     np.testing.assert_array_equal(seen["detection (%)", "AP"], [[20], [30]])
 
 
-def test_running_mean_against_a_loop():
-    values = np.random.default_rng(0).random(23)
-    for window in (1, 3, 5):
-        expected = [
-            values[max(0, i - window // 2) : i + window // 2 + 1].mean() for i in range(len(values))
-        ]
-        np.testing.assert_allclose(curves._running_mean(values, window), expected)
+def test_noisy_curves_are_drawn_with_their_running_mean(tmp_path):
+    values = np.random.default_rng(0).random(120)
+    lines = (f'{{"step": {step}, "grad_norm": {value}}}\n' for step, value in enumerate(values))
+    (tmp_path / "log.jsonl").write_text("".join(lines))
+    panel = curves.curves_figure(read_log(tmp_path / "log.jsonl")).axes[1]
+    faint, mean = (line.get_ydata() for line in panel.lines)
+    np.testing.assert_array_equal(faint, values)
+    np.testing.assert_allclose(mean[60], values[59:62].mean())
+    np.testing.assert_allclose(mean[0], values[:2].mean())
 
 
 def test_curves_errors(tmp_path):

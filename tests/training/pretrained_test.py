@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -108,6 +109,7 @@ def test_pixels_follow_a_run_and_another_backbone_is_refused(trained, tmp_path):
 @pytest.mark.parametrize("module", [cuhk, prw])
 @pytest.mark.parametrize("variant", ["", "plus", "released", "h100x8"])
 def test_the_paper_starts_from_imagenet_or_not_at_all(module, variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "cached_file", lambda address: tmp_path / "nothing")
     config = module.get_config(variant)
     assert config.model.pretrained == "msra"
     monkeypatch.setattr(sources, "has_torch", lambda: False)
@@ -134,12 +136,17 @@ def test_the_first_command_ends_with_one_line(tmp_path):
         pytest.skip("PyTorch is installed")
     flags = ["--config=configs/cuhk.py", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(
-        [sys.executable, "launch.py", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "launch.py", *flags],
+        cwd=ROOT,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: config.model.pretrained: resnet50_msra-5891d200.pth")
     assert len(done.stderr.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def with_classifier(tensors):

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from alignps_jax.checkpoint.store import chosen_by, load_arrays, load_config
+from alignps_jax.checkpoint.choice import chosen_step
+from alignps_jax.checkpoint.store import load_arrays, load_config
 from alignps_jax.evaluation.scoring import evaluate_detections
 from tests.places import ROOT
 
@@ -120,7 +121,7 @@ def test_a_run_writes_what_it_promises(whole_run):
     metrics = json.loads((whole_run / "metrics.json").read_text())
     assert metrics["dataset"] == "synthetic"
     assert metrics["checkpoint_step"] == 6
-    assert metrics["checkpoint_chosen_by"] == "search mAP on the test split"
+    assert metrics["checkpoint_chosen_by"] == "being the last"
     assert metrics["score_threshold"] == 0.2
     assert set(metrics["detection"]) == set(metrics["detection_labelled"]) == {"recall", "AP"}
     assert set(metrics["search"]["TestG50"]) == {"mAP", "top1", "top5", "top10"}
@@ -218,8 +219,7 @@ def test_a_validation_split_chooses_the_step(shared_dir):
     assert metrics["checkpoint_step"] == max(scores, key=lambda step: (scores[step], step))
     # The results are those of the test split.
     assert list(metrics["search"]) == ["TestG50", "all"]
-    assert chosen_by(workdir) == metrics["checkpoint_chosen_by"]
-    assert chosen_by(workdir / "checkpoints" / "6") == "hand"
+    assert chosen_step(workdir)[1] == metrics["checkpoint_chosen_by"]
 
 
 def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
@@ -230,7 +230,7 @@ def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
     )
     assert again["search"] == first["search"]
     assert again["checkpoint_chosen_by"] == first["checkpoint_chosen_by"]
-    assert "checkpoint step 6 (chosen by search mAP on the test split)" in done.stdout
+    assert "checkpoint step 6 (chosen by being the last)" in done.stdout
     assert list(first["search"]) == ["TestG50", "all"]
 
     # Without the network, the photos or a --config: the same figures.

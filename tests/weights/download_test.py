@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from alignps_jax.types import UserError
-from alignps_jax.weights import download
+from alignps_jax.weights import download, sources
 from alignps_jax.weights.sources import PUBLISHED, expected_digits, known_convention
 from alignps_jax.weights.tensor_files import read_tensors, write_tensors
+from configs import cuhk
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -71,9 +72,9 @@ def server(content) -> Iterator[Server]:
 def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    download.cache_folder.cache_clear()
+    sources.cache_folder.cache_clear()
     yield tmp_path / "cache"
-    download.cache_folder.cache_clear()
+    sources.cache_folder.cache_clear()
 
 
 def kept(cache) -> list[str]:
@@ -131,6 +132,17 @@ def test_a_cache_that_cannot_be_written_is_a_note(server, tmp_path, monkeypatch,
     assert download.fetch(address) == file
     assert server.requests == 1
     assert capsys.readouterr().out.count("note: ") == 1
+
+
+def test_pytorch_is_needed_once(monkeypatch):
+    config = cuhk.get_config()
+    monkeypatch.setattr(sources, "has_torch", lambda: False)
+    with pytest.raises(UserError, match=r"needs PyTorch to be read"):
+        sources.check_start(config)
+    file = sources.cached_file(PUBLISHED["msra"].address)
+    write_tensors(file, {"x": np.zeros(2, np.float32)}, {})
+    sources.check_start(config)
+    assert download.fetch(PUBLISHED["msra"].address) == file
 
 
 def test_published_files_have_digits_and_a_convention():
