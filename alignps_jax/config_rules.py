@@ -196,7 +196,6 @@ RULES: dict[str, Rule] = {
     ),
     "train.batch_size": _integer(1),
     "train.duration": _LONG,
-    "train.parallel": _TEXT,
     "train.accumulate": _integer(1, 2**15),
     "train.ema_decay": _unset_or(_number(0, 1, above=True)),
     "train.profile": _unset_or(_TEXT),

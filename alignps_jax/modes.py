@@ -11,6 +11,7 @@ from alignps_jax.checkpoint.places import check_lasting, is_step, results_folder
 from alignps_jax.choices import choose, known_name
 from alignps_jax.command_line import Arguments
 from alignps_jax.configuration import checkpoint_config, detections_config, train_config
+from alignps_jax.distributed import is_main_process
 from alignps_jax.evaluation.detect import detect_source
 from alignps_jax.evaluation.evaluate import evaluate_checkpoint
 from alignps_jax.evaluation.scoring import evaluate_detections
@@ -24,7 +25,6 @@ from alignps_jax.gallery.photos import search_photos
 from alignps_jax.gallery.query import parse_box
 from alignps_jax.gallery.sources import parse_every
 from alignps_jax.inference.exported import SUFFIX, export_programs
-from alignps_jax.peers import leads
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.weights.convert import convert_released, export_released
 from configs import cuhk
@@ -55,7 +55,7 @@ def search(args: Arguments) -> None:
         search_photos(checkpoint, config, query, box, Path(args.gallery), workdir)
         return
     need_extra("--mode=search")
-    if not leads():  # one query in a gallery is work for one process
+    if not is_main_process():  # one query in a gallery is work for one process
         return
     from alignps_jax.gallery.searching import search_gallery
 

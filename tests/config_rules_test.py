@@ -97,7 +97,6 @@ WRONG = {
     "optimizer.clip_norm": (0.0, -1.0, NAN, "1", None),
     "train.batch_size": COUNT,
     "train.duration": LONG,
-    "train.parallel": (*NAMES, "map"),
     "train.accumulate": (*COUNT, 3),
     "train.ema_decay": (0.0, -0.5, 1.5, NAN, "1", True),
     "train.profile": ("", "5", "0:3", "5:4", "a:b", 5),

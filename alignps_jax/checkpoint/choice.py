@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alignps_jax.checkpoint.places import is_step, steps_in
 from alignps_jax.checkpoint.scores import best_step
-from alignps_jax.peers import agree, leads
+from alignps_jax.distributed import broadcast_from_main, is_main_process
 from alignps_jax.types import UserError
 
 # Seconds after which every machine sees what another one wrote, or never will.
@@ -33,7 +33,8 @@ def find_step(path: Path, which: str | int) -> Path:
 
 def best_step_of(path: Path) -> int:
     """The step that `load_weights` takes of `path`; all processes agree on it."""
-    step = agree(lambda: int(find_step(path, "best").name))
+    own = int(find_step(path, "best").name) if is_main_process() else 0
+    step = int(broadcast_from_main(own))
     root = Path(path) / "checkpoints"
     if root.is_dir():
         await_folder(root / str(step))
@@ -43,5 +44,5 @@ def best_step_of(path: Path) -> int:
 def await_folder(folder: Path) -> None:
     """Waits for what process 0 sees: a network file system may show it here later."""
     end = time.monotonic() + _LATE
-    while not leads() and not folder.is_dir() and time.monotonic() < end:
+    while not is_main_process() and not folder.is_dir() and time.monotonic() < end:
         time.sleep(0.1)

@@ -24,7 +24,6 @@ BEFORE = {
     "loss.level_borders": (),
     "optimizer.name": "sgd",
     "optimizer.drop_factor": 0.1,
-    "train.parallel": "pmap",
     "train.accumulate": 1,
     "train.ema_decay": None,
     "train.profile": None,

@@ -20,7 +20,7 @@ FREE = (
     *("data.root", "data.prepared_dir", "data.max_pixels", "data.workers", "data.prefetch"),
     *("data.test_scale", "model.pretrained", "model.remat"),
     *("train.duration", "train.log_every_steps", "train.checkpoint_every", "train.eval_every"),
-    *("train.keep_checkpoints", "train.parallel", "train.accumulate", "train.profile"),
+    *("train.keep_checkpoints", "train.accumulate", "train.profile"),
 )
 FREE_SECTIONS = ("eval",)
 # Says which people a checkpoint's score is of, so that another value makes scores incomparable.

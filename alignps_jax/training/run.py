@@ -10,14 +10,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.choices import known_name
 from alignps_jax.config_rules import check_config
-from alignps_jax.devices import PARALLEL
+from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_evaluator
 from alignps_jax.evaluation.scoring import make_scorer, scorer_of
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.peers import first_process_first
+from alignps_jax.training.monitor import traced_steps
 from alignps_jax.training.optimizer import (
     Schedule,
     batch_factor,
@@ -26,7 +25,6 @@ from alignps_jax.training.optimizer import (
     steps_of,
 )
 from alignps_jax.training.pretrained import check_pretrained
-from alignps_jax.training.profile import traced_steps
 from alignps_jax.training.state import create_state, is_frozen, lut_size, max_positives
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import TrainState, UserError
@@ -43,8 +41,6 @@ class Run:
     plan: Plan
     schedule: Schedule
     step: TrainStep
-    # An entry of `PARALLEL`.
-    parallel: str
     # Of the test split, and of the split that chooses the best checkpoint: the same one, unless
     # there is a validation split.
     evaluator: Evaluator
@@ -61,15 +57,15 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     Raises:
       UserError: something is wrong with the data.
     """
-    with first_process_first():  # it may have to draw the data set
+    with main_process_first():  # it may have to draw the data set
         scorer, people = make_scorer(config), load_train(config.data)
     held = None
     if config.data.validation_fraction:
         held = hold_out(people, config.data.validation_fraction, config.seed)
-        if jax.process_index() == 0:
+        if is_main_process():
             print(held)
     rows = lut_size(config, (held.train if held else people).num_identities)
-    with first_process_first():
+    with main_process_first():
         data = prepare(config.data)
     evaluator = make_evaluator(config, model, data.test, scorer)
     selector = evaluator
@@ -79,7 +75,7 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         selector = make_evaluator(config, model, split, scorer, predict=evaluator.predict)
         data = dataclasses.replace(data, train=held.train.photos(data.train))
     pipeline = make_pipeline(config, data)
-    if jax.process_index() == 0:
+    if is_main_process():
         print(_padding(pipeline))
     steps_per_epoch = pipeline.steps_per_epoch
     schedule, step = make_step(config, model, steps_per_epoch, max_positives(config, pipeline))
@@ -89,7 +85,6 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         plan=make_plan(config, steps_per_epoch),
         schedule=schedule,
         step=step,
-        parallel=config.train.parallel,
         evaluator=evaluator,
         selector=selector,
         initial=initial,
@@ -109,9 +104,7 @@ def rehearse(config: ConfigDict, resumes: bool = False) -> AlignPS:
     check_batch_size(config, "train")
     check_batch_size(config, "eval")
     _check_parts(config)
-    if config.train.profile:
-        traced_steps(config.train.profile)
-    known_name("config.train.parallel", config.train.parallel, PARALLEL)
+    traced_steps(config.train.profile)
     dataset_class(config.data.name)
     model = build_model(config)
     make_step(config, model, steps_per_epoch=1, positives=1)

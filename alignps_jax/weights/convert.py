@@ -13,7 +13,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.lock import WorkdirLock
+from alignps_jax.checkpoint.lock import one_writer
 from alignps_jax.checkpoint.store import (
     RUN_INFO,
     Checkpoints,
@@ -103,7 +103,7 @@ def convert_released(
     else:
         state, extras = _backbone_state(config, tensors, source, convention), {}
     with (
-        WorkdirLock(workdir),
+        one_writer(workdir),
         Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
     ):
         checkpoints.save(state, None)

@@ -15,18 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from alignps_jax.training.interrupt import Interrupt
+from alignps_jax.training.profile import Profiler
+from alignps_jax.training.writer import Writer
 from jax import lax
 
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays
 from alignps_jax.devices import AXIS
 from alignps_jax.log import MetricLog
-from alignps_jax.training.interrupt import Interrupt
-from alignps_jax.training.profile import Profiler
 from alignps_jax.training.resume import FREE, FREE_SECTIONS, check_changes
 from alignps_jax.training.run import Plan, Run, rehearse
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.training.train import Training, measure_untrained
-from alignps_jax.training.writer import Writer
 from alignps_jax.types import OIMMemory, TrainState, UserError
 from configs import cuhk, tiny
 from tests.data_pipeline.pipeline_test import make_split, mixed_sizes, train

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from alignps_jax.devices import Devices, replicate, split_over_devices, sum_over_devices
+from alignps_jax.devices import AXIS, Devices, replicate, split_over_devices
 from alignps_jax.experiments.benchmark.measure import compiled, peak_memory, time_in_turns
 from alignps_jax.experiments.benchmark.report import machine_line, seconds, size, three_digits
 from alignps_jax.experiments.benchmark.simulate import made_up_split
@@ -132,7 +134,7 @@ def _rows(
     """Weak and strong scaling of one step, one measurement after the other."""
     known: dict[tuple[int, int], dict[str, Any]] = {}
     products = products_of(config.model.dtype, PRECISION[case.step](config))
-    how = how_computed(case.step, products, config.train.parallel, remat=config.model.remat)
+    how = how_computed(case.step, products, remat=config.model.remat)
     for scaling, pairs in scalings(case.batch, device_counts(len(devices))).items():
         alone = 0.0
         for count, batch in pairs:
@@ -216,11 +218,16 @@ def _timed_runs(
     return asked - start, waited
 
 
+def sum_over(devices: Devices) -> Callable[[Any], Any]:
+    """Adds up arrays with a leading axis of these devices; the sum is on all of them."""
+    return jax.pmap(partial(lax.psum, axis_name=AXIS), axis_name=AXIS, devices=devices)
+
+
 def _sum_seconds(arriving: float, devices: Devices, runs: int) -> float:
     """How long it takes to add up float32 arrays of so many bytes over the devices."""
     if not arriving:
         return 0.0
-    add = sum_over_devices(devices)
+    add = sum_over(devices)
     arrays = jax.block_until_ready(add(np.zeros((len(devices), int(arriving) // 4), np.float32)))
     return time_in_turns({"sum": lambda: add(arrays)}, runs=runs)["sum"].median
 
