@@ -105,11 +105,11 @@ def use_compilation_cache(folder: Path | None = None) -> None:
     `JAX_COMPILATION_CACHE_DIR` wins if it is set. Where the folder cannot be used, a note says so.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    used: Path | None = Path(named) if named else folder or platformdirs.user_cache_path(_NAME)
+    used: Path | None = Path(named) if named else folder
     try:
-        used = _usable(used.absolute(), private=not (named or folder))
-    except OSError as error:
-        print(f"note: compiled programs are not kept ({error.filename}: {error.strerror})")
+        used = _usable(used or platformdirs.user_cache_path(_NAME), private=used is None)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        print(f"note: compiled programs are not kept ({error})")
         used = None
     reset_cache()  # JAX opens a folder only once
     jax.config.update("jax_compilation_cache_dir", str(used) if used else None)
@@ -119,6 +119,7 @@ def use_compilation_cache(folder: Path | None = None) -> None:
 
 def _usable(folder: Path, private: bool) -> Path:
     """Makes the folder; OSError if it cannot be written, or is `private` and others can write."""
+    folder = folder.absolute()
     folder.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
     about = folder.stat()
     foreign = about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
