@@ -80,14 +80,16 @@ def _await_peers(joined: threading.Event, peers: str) -> None:
 def barrier(name: str) -> None:
     """Waits until all processes have come here."""
     if is_multiprocess():
-        global_state.client.wait_at_barrier(f"{name}/{next(_calls)}", _DAY_MS)
+        client: Any = global_state.client
+        client.wait_at_barrier(f"{name}/{next(_calls)}", _DAY_MS)
 
 
 def gather(value: Any) -> list[Any]:
     """What each process passes (JSON), in all of them."""
     if not is_multiprocess():
         return [value]
-    key, client, count = f"{next(_calls)}", global_state.client, global_state.num_processes
+    client: Any = global_state.client
+    key, count = f"{next(_calls)}", global_state.num_processes
     client.key_value_set(f"{key}/{global_state.process_id}", json.dumps(value))
     return [json.loads(client.blocking_key_value_get(f"{key}/{i}", _DAY_MS)) for i in range(count)]
 

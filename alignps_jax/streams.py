@@ -41,4 +41,4 @@ def outlive_readers() -> None:
         stream = getattr(sys, name)
         if type(stream) is io.TextIOWrapper:
             words = stream.encoding, "backslashreplace", None, stream.line_buffering
-            setattr(sys, name, Unbreakable(stream.buffer, *words))
+            setattr(sys, name, Unbreakable(stream.detach(), *words))

@@ -34,7 +34,8 @@ class Preemption:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if is_multiprocess():
-            global_state.preemption_sync_manager.shutdown()
+            manager: Any = global_state.preemption_sync_manager
+            manager.shutdown()
             global_state.preemption_sync_manager = None
             self._previous[signal.SIGTERM] = signal.SIG_DFL
         for number, handler in self._previous.items():

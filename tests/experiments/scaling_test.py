@@ -14,6 +14,7 @@ from absl.testing import flagsaver
 from jax import lax
 
 import launch
+from alignps_jax.devices import sum_over_devices
 from alignps_jax.experiments.scaling import gate, measure
 from alignps_jax.experiments.scaling.arithmetic import products
 from alignps_jax.experiments.scaling.cases import Case, cases, parse_scale
@@ -137,7 +138,7 @@ def test_a_compiled_loop_counts_as_often_as_it_runs():
 
 
 def test_collectives_of_a_compiled_sum():
-    program = measure.sum_over(jax.devices()[:4])
+    program = sum_over_devices(jax.devices()[:4])
     text = program.lower(jax.ShapeDtypeStruct((4, 100), jnp.float32)).compile().as_text()
     assert work_of(text).collectives == {"all-reduce": 400}
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from alignps_jax.devices import AXIS, Devices, replicate, split_over_devices
+from alignps_jax.devices import Devices, replicate, split_over_devices, sum_over_devices
 from alignps_jax.experiments.benchmark.measure import compiled, peak_memory, time_in_turns
 from alignps_jax.experiments.benchmark.report import machine_line, seconds, size, three_digits
 from alignps_jax.experiments.benchmark.simulate import made_up_split
@@ -218,16 +216,11 @@ def _timed_runs(
     return asked - start, waited
 
 
-def sum_over(devices: Devices) -> Callable[[Any], Any]:
-    """Adds up arrays with a leading axis of these devices; the sum is on all of them."""
-    return jax.pmap(partial(lax.psum, axis_name=AXIS), axis_name=AXIS, devices=devices)
-
-
 def _sum_seconds(arriving: float, devices: Devices, runs: int) -> float:
     """How long it takes to add up float32 arrays of so many bytes over the devices."""
     if not arriving:
         return 0.0
-    add = sum_over(devices)
+    add = sum_over_devices(devices)
     arrays = jax.block_until_ready(add(np.zeros((len(devices), int(arriving) // 4), np.float32)))
     return time_in_turns({"sum": lambda: add(arrays)}, runs=runs)["sum"].median
 
