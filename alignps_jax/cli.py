@@ -60,7 +60,6 @@ def search(args: Arguments) -> None:
     """
     from alignps_jax.configuration import say_folder
     from alignps_jax.gallery.query import is_gallery, parse_box
-    from alignps_jax.peers import leads
 
     workdir = args.workdir or say_folder(args.checkpoint) / "search" / args.query.stem
     person = _own_config(args), args.query, parse_box(args.box)
@@ -68,7 +67,7 @@ def search(args: Arguments) -> None:
         from alignps_jax.gallery.photos import search_photos
 
         search_photos(args.checkpoint, *person, Path(args.gallery), workdir)
-    elif leads():  # one query in a gallery is work for one process
+    elif is_main_process():  # one query in a gallery is work for one process
         from alignps_jax.gallery.searching import search_gallery
 
         search_gallery(args.checkpoint, *person, _gallery(args), workdir)
@@ -265,10 +264,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"alignps-jax {__version__}")
         return 0
     try:
-        args = parse(argv)
-        from alignps_jax.peers import end_together
-
-        return end_together(partial(_run, args))
+        return _run(parse(argv))
     except SystemExit as leaving:
         if not isinstance(leaving.code, int):
             raise  # a text, which Python prints
@@ -286,11 +282,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(args: Arguments) -> int:
+    from alignps_jax.distributed import barrier
     from alignps_jax.types import UserError
 
     try:
         _prepare(args)
         MODES[args.mode].run(args)
+        barrier("end")
     except UserError as error:
         return _fail(error, error.exit_code)
     except OSError as error:  # in the system's own words
@@ -313,7 +311,7 @@ def _prepare(args: Arguments) -> None:
     import jax
 
     from alignps_jax.checkpoint.places import check_lasting
-    from alignps_jax.peers import join
+    from alignps_jax.distributed import join
     from alignps_jax.types import UserError
 
     if args.coordinator or args.distributed:

@@ -182,7 +182,6 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "optimizer.clip_norm": (TRAINING, _NORM),
     "train.batch_size": (TRAINING, _COUNT),
     "train.duration": (RESULT, _LONG),
-    "train.parallel": (FREE, _choice("pmap", "shard_map")),
     "train.accumulate": (FREE, _SIDE),
     "train.ema_decay": (TRAINING, _unset_or(_DECAY)),
     "train.profile": (FREE, _unset_or(_TEXT)),

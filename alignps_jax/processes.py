@@ -17,12 +17,7 @@ _SAME_START = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A process, now or in the past.
-
-    `started` is when it began, in seconds since 1970: a later process with the same number `pid`
-    has another one. `machine` stands for the running system and its numbering of processes
-    (containers of one host have their own).
-    """
+    """A process, now or in the past, with its start in seconds since 1970."""
 
     host: str
     pid: int

@@ -191,9 +191,6 @@ def get_config(variant: str = "") -> ConfigDict:
     train.accumulate = 1
     # How long to train: "<number> epochs" or "<number> steps".
     train.duration = "24 epochs"
-    # How a step comes to run on all devices: pmap, or shard_map under jit and a mesh. Both compute
-    # the same to the last bit, and each resumes what the other began.
-    train.parallel = "pmap"
     # Number of positive locations per image that have room; training drops any further ones and
     # counts them in the log. If unset, the room suffices for the fullest training image: with a
     # center_radius of 1.5, 9 per person and level.

@@ -28,7 +28,7 @@ from absl import logging
 from jaxtyping import Bool, Float, Int
 
 from alignps_jax.image_files import decode_photo, read_photo
-from alignps_jax.progress import progress
+from alignps_jax.log import progress
 from alignps_jax.types import Annotations, UserError
 from data_pipeline.leftovers import sign
 from data_pipeline.records import (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.places import ROOT, free_port
-from tests.training.train_test import command, environment
+from tests.training.train_test import command, environment, heed_signals
 
 # Flags and environment variables of one of so many processes, given its number and a port.
 Joining = Callable[[int, int, int], tuple[list[str], dict[str, str]]]
@@ -53,6 +53,7 @@ def start(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                preexec_fn=heed_signals,
             )
         )
     return processes

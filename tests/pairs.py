@@ -7,14 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from alignps_jax import peers
+from alignps_jax.distributed import barrier, join
 from tests.places import ROOT, free_port
 
 COUNT = 2
 
 
-def start_pair(module: str, *words: str, devices: int = 4) -> list[subprocess.Popen[str]]:
-    """Starts both, with so many simulated devices each."""
+def start_pair(
+    module: str, *words: str, devices: int = 4, started: int | None = None
+) -> list[subprocess.Popen[str]]:
+    """Starts both, or the first ones, with so many simulated devices each."""
     port, flag = str(free_port()), f" --xla_force_host_platform_device_count={devices}"
     return [
         subprocess.Popen(
@@ -24,7 +26,7 @@ def start_pair(module: str, *words: str, devices: int = 4) -> list[subprocess.Po
             stdout=subprocess.PIPE,
             text=True,
         )
-        for index in range(COUNT)
+        for index in range(COUNT if started is None else started)
     ]
 
 
@@ -38,5 +40,7 @@ def outputs_of(pair: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
 def run_one(child: Callable[..., int]) -> None:
     """What a module does as one of the two; `child` gets the number and the words."""
     index, port, *words = sys.argv[1:]
-    peers.join(f"127.0.0.1:{port}", COUNT, int(index))
-    peers.end(peers.end_together(lambda: child(int(index), *words)))
+    join(f"127.0.0.1:{port}", COUNT, int(index))
+    code = child(int(index), *words)
+    barrier("end")
+    sys.exit(code)

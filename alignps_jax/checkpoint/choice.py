@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from alignps_jax.checkpoint.arrays import read_manifest
 from alignps_jax.checkpoint.places import is_step, steps_in
 from alignps_jax.checkpoint.scores import best_step
-from alignps_jax.peers import agree, leads
+from alignps_jax.distributed import broadcast_from_main, is_main_process
 from alignps_jax.types import UserError
 
 # Seconds after which every machine sees what another one wrote, or never will.
@@ -61,7 +61,8 @@ def find_step(path: Path, which: str | int = "chosen", config: ConfigDict | None
 
 def agreed_step(path: Path, config: ConfigDict) -> tuple[Path, str]:
     """`chosen_step`, the same in all processes."""
-    folder, by = agree(lambda: [str(found) for found in chosen_step(path, config)])
+    own = [str(part) for part in chosen_step(path, config)] if is_main_process() else None
+    folder, by = broadcast_from_main(own)
     await_folder(Path(folder))
     return Path(folder), by
 
@@ -69,5 +70,5 @@ def agreed_step(path: Path, config: ConfigDict) -> tuple[Path, str]:
 def await_folder(folder: Path) -> None:
     """Waits for what process 0 sees: a network file system may show it here later."""
     end = time.monotonic() + _LATE
-    while not leads() and not folder.is_dir() and time.monotonic() < end:
+    while not is_main_process() and not folder.is_dir() and time.monotonic() < end:
         time.sleep(0.1)

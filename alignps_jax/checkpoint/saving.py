@@ -9,7 +9,7 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 
 from alignps_jax.checkpoint.arrays import system_reason
-from alignps_jax.peers import several
+from alignps_jax.distributed import is_multiprocess
 
 _POLL = 0.1  # seconds
 
@@ -38,7 +38,7 @@ def wait_until_saved(manager: ocp.CheckpointManager, log: OrbaxLog) -> None:
     With several processes, one that could not write waits inside Orbax for those that could, which
     wait for it. So it raises as soon as Orbax has logged that; the others end with it.
     """
-    if not several():
+    if not is_multiprocess():
         return manager.wait_until_finished()
     raised: list[BaseException] = []
 

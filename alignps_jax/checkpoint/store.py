@@ -53,8 +53,8 @@ from alignps_jax.checkpoint.choice import await_folder, find_step
 from alignps_jax.checkpoint.places import steps_in
 from alignps_jax.checkpoint.saving import OrbaxLog, wait_until_saved
 from alignps_jax.checkpoint.scores import best_step, score_in, write_metrics
+from alignps_jax.distributed import broadcast_from_main, is_main_process, is_multiprocess
 from alignps_jax.files import write_json
-from alignps_jax.peers import agree, several
 from alignps_jax.types import TrainState, UserError, Weights
 
 _PACKAGES = (
@@ -125,7 +125,7 @@ class Checkpoints:
         error: BaseException | None = None,
         traceback: TracebackType | None = None,
     ) -> None:
-        if self._log.error is not None and several():
+        if self._log.error is not None and is_multiprocess():
             return  # others wait for this save; closing would wait for them
         try:
             with self._writing():
@@ -158,12 +158,12 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint, as process 0 sees it."""
         self.wait()
-        return agree(lambda: max(steps_in(self._root), default=None))
+        return broadcast_from_main(max(steps_in(self._root), default=None))
 
     def has_score(self, step: int) -> bool:
         """Whether the checkpoint of a step has its score, as process 0 sees it."""
         self.wait()
-        return agree(lambda: (self._root / str(step) / "metrics").is_dir())
+        return broadcast_from_main((self._root / str(step) / "metrics").is_dir())
 
     def save(self, state: TrainState, iterator_state: Any, score: float | None = None) -> None:
         """Copies the state, which may be donated afterwards, and writes it in the background.
@@ -183,7 +183,7 @@ class Checkpoints:
         if step == latest:
             # The barriers keep other processes from seeing the score early, or not yet.
             ocp.multihost.sync_global_processes("before_score")
-            if metrics and jax.process_index() == 0:
+            if metrics and is_main_process():
                 write_metrics(self._root / str(step), metrics)
             ocp.multihost.sync_global_processes("after_score")
             self._manager.reload()
@@ -291,7 +291,7 @@ def package_versions() -> dict[str, str]:
 
 def write_run_info(workdir: Path, config: ConfigDict) -> None:
     """Writes the files of `RUN_INFO` for people to read (process 0 only)."""
-    if jax.process_index() == 0:
+    if is_main_process():
         # A field may be infinite, such as a gradient norm that is not clipped.
         content = json.loads(config.to_json())
         config_file, versions_file = (Path(workdir) / name for name in RUN_INFO)

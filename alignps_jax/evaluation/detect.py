@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.devices import own_cache, use_compilation_cache
+from alignps_jax.devices import use_compilation_cache
 from alignps_jax.evaluation.detections_io import save_detections, unit_embeddings
 from alignps_jax.files import check_outputs, complete_file, write_json
 from alignps_jax.gallery.query import above
@@ -20,7 +20,7 @@ from alignps_jax.gallery.reading import SceneRead, Task, read_scene, video_tasks
 from alignps_jax.gallery.sources import MediaFile, media_files, report_skipped
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import detect_all
-from alignps_jax.progress import progress
+from alignps_jax.log import progress
 from alignps_jax.types import Detections, GalleryDetections, UserError
 
 # An image, the size of its pixels included, and who was found in it.
@@ -48,7 +48,7 @@ def detect_source(
     if target.suffix.lower() not in WRITERS:
         raise UserError(f"--target: found {target}, expected a file {', '.join(WRITERS)}")
     check_outputs(target)
-    use_compilation_cache(own_cache())
+    use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
     skipped: dict[str, str] = {}
     files = list(media_files(source, skipped))

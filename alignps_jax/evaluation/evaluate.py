@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 from alignps_jax.checkpoint.choice import agreed_step
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.devices import (
-    own_cache,
     parallel_predict_step,
     replicate,
     split_over_devices,
     use_compilation_cache,
 )
+from alignps_jax.distributed import main_process_first
 from alignps_jax.drawing.canvas import draw_detections
 from alignps_jax.drawing.rankings import PictureRow, ranking_picture
 from alignps_jax.evaluation.detections_io import check_detections, save_detections, unit_embeddings
@@ -32,10 +32,8 @@ from alignps_jax.evaluation.results import EvaluationResult, detection_values, s
 from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
 from alignps_jax.files import check_outputs, write_image
 from alignps_jax.inference.predict import make_predict_step
-from alignps_jax.log import MetricLog
+from alignps_jax.log import MetricLog, progress
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
-from alignps_jax.peers import first_process_first
-from alignps_jax.progress import progress
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import PreparedSplit, prepare
 from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
@@ -192,13 +190,13 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     """
     if jax.process_index() == 0:
         check_outputs(*(workdir / name for name in OUTPUTS))
-    use_compilation_cache(own_cache())
+    use_compilation_cache()
     check_batch_size(config, "eval")
     model = build_model(config)
     make_predict_step(model, config)  # what it refuses, it refuses before the data is prepared
     step, by = agreed_step(checkpoint, config)
     weights = load_weights(step, weights_template(model))
-    with first_process_first():
+    with main_process_first():
         scorer, photos = make_scorer(config), prepare(config.data).test
     evaluator = make_evaluator(config, model, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))

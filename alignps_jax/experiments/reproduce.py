@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import package_versions
 from alignps_jax.config import FIELD_KINDS, FREE
+from alignps_jax.distributed import broadcast_from_main
 from alignps_jax.evaluation.results import fraction
 from alignps_jax.experiments.catalogue import PAPER_METRICS
 from alignps_jax.files import check_outputs, read_json, write_atomically, write_json
-from alignps_jax.peers import agree
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
 from alignps_jax.weights.conventions import CAFFE
@@ -135,7 +135,7 @@ def run_folder(workdir: Path, variant: str, seed: int) -> Path:
 
 def run_row(config: ConfigDict, folder: Path, train: Train) -> None:
     """Trains and evaluates, unless that is done; resumes an interrupted run."""
-    if not agree(lambda: (folder / "metrics.json").exists()):
+    if not broadcast_from_main((folder / "metrics.json").exists()):
         train(config, folder)
         jax.clear_caches()  # the next row is another network: nothing of this one is used again
 

@@ -33,7 +33,7 @@ from alignps_jax.inference.location_maps import (
     sampling_points,
     similarity_map,
 )
-from alignps_jax.progress import progress
+from alignps_jax.log import progress
 from alignps_jax.types import UserError
 
 # Lateral convolutions whose sampling points are shown (Paper, Fig. 5).

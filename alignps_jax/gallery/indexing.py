@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from alignps_jax.devices import own_cache, use_compilation_cache
+from alignps_jax.devices import use_compilation_cache
 from alignps_jax.gallery.claims import Claims
 from alignps_jax.gallery.entries import folder_range
 from alignps_jax.gallery.forgotten import Forgotten
@@ -33,7 +33,7 @@ from alignps_jax.gallery.writing import (
 )
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import FindsPeople, Read, Result, detect_all
-from alignps_jax.progress import progress
+from alignps_jax.log import progress
 from alignps_jax.types import UserError
 
 # What a kill can cost, and what one commit holds at most.
@@ -87,7 +87,7 @@ def index_source(
       UserError: the checkpoint, source or gallery is wrong, or the gallery cannot be written.
       IncompleteError: all is done, but some files could not be read.
     """
-    use_compilation_cache(own_cache())
+    use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
     gallery = Gallery.open(address, create_for=detector, exact_up_to=exact_up_to)
     done = index(gallery, detector, [source], every, prune)

@@ -11,7 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.choice import chosen_step
-from alignps_jax.devices import gather_rows, own_cache, use_compilation_cache
+from alignps_jax.devices import gather_rows, use_compilation_cache
+from alignps_jax.distributed import (
+    broadcast_from_main,
+    gather,
+    is_main_process,
+    is_multiprocess,
+    main_process_first,
+)
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
 from alignps_jax.files import Image, read_image
 from alignps_jax.gallery.nearest import top_k
@@ -25,8 +32,7 @@ from alignps_jax.gallery.query import (
     above,
 )
 from alignps_jax.inference.detector import Detector
-from alignps_jax.peers import agree, first_process_first, gather, leads, several
-from alignps_jax.progress import progress
+from alignps_jax.log import progress
 from alignps_jax.types import Detections, IncompleteError, UserError
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -50,22 +56,23 @@ def search_photos(
         query photo or its box, or the results cannot be written.
       IncompleteError: all is done, but some photos of the gallery could not be read.
     """
-    with first_process_first():
+    with main_process_first():
         search = Search.begin(config, query, box, workdir)
-    names = agree(lambda: [path.name for path in gallery_photos(gallery, query)])
+    own_names = [path.name for path in gallery_photos(gallery, query)] if is_main_process() else []
+    names = broadcast_from_main(own_names)
     photos = [gallery / name for name in names]
-    use_compilation_cache(own_cache())
+    use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
-    if leads():
+    if is_main_process():
         print(
             f"checkpoint: step {detector.step} of {checkpoint}, chosen by "
             f"{chosen_step(checkpoint, config)[1]}"
         )
-    with first_process_first():  # the others find its compiled program
+    with main_process_first():  # the others find its compiled program
         queries = search.people(detector)
     reader, max_pixels = GalleryReader(), config.data.max_pixels
     own = photos[jax.process_index() :: jax.process_count()]
-    shown = progress(own, desc="search", unit="photo", disable=not leads())
+    shown = progress(own, desc="search", unit="photo", disable=not is_main_process())
     found = {
         path: above(detector.detect(image), search.threshold)
         for path, image in reader.readable(shown, max_pixels)
@@ -74,7 +81,7 @@ def search_photos(
     reader.check()
     read = [path for path in photos if path not in reader.skipped]
     people = _of_all_processes(found, read, queries[0])
-    if leads():
+    if is_main_process():
         rankings = rank(queries, query, people)
         drawn = rankings[:MAX_PICTURE_QUERIES]
         count = sum(len(detections.scores) for detections in people.values())
@@ -143,7 +150,7 @@ class GalleryReader:
         """
         if not self.skipped:
             return
-        if leads():
+        if is_main_process():
             print("skipped:", *self.skipped.values(), sep="\n  ")
         raise IncompleteError(
             f"--gallery: skipped {len(self.skipped):,} of "
@@ -156,7 +163,7 @@ def _of_all_processes(
     found: Mapping[Path, Detections], photos: Sequence[Path], query: Query
 ) -> dict[Path, Detections]:
     """What all processes of the run found in these photos, in their order, given each one's own."""
-    if not several():
+    if not is_multiprocess():
         return dict(found)
     nobody = Detections(
         boxes=np.zeros((0, 4), np.float32),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.devices import own_cache, use_compilation_cache
+from alignps_jax.devices import use_compilation_cache
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
 from alignps_jax.files import Image
 from alignps_jax.gallery.entries import Match, Scene
@@ -45,7 +45,7 @@ def search_gallery(
         checkpoint made the gallery, or the results cannot be written.
     """
     search = Search.begin(config, query, box, workdir)
-    use_compilation_cache(own_cache())
+    use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
     gallery.check_detector(detector)
     queries = search.people(detector)

@@ -9,10 +9,10 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
+from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_evaluator
 from alignps_jax.evaluation.scoring import make_scorer, scorer_of
 from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.peers import first_process_first
 from alignps_jax.training import optimizer
 from alignps_jax.training.plan import Plan, make_plan
 from alignps_jax.training.pretrained import starting_arrays
@@ -54,7 +54,7 @@ def validate(config: ConfigDict, resumes: bool = False) -> AlignPS:
 def make_run(config: ConfigDict, model: AlignPS) -> Run:
     """Prepares the data, and builds all that training a validated network takes."""
     fraction = config.data.validation_fraction
-    with first_process_first():  # it may have to draw or to prepare the data set
+    with main_process_first():  # it may have to draw or to prepare the data set
         scorer, people = make_scorer(config), load_train(config.data)
         held = hold_out(people, fraction, config.seed) if fraction else None
         rows = lut_size(config, (held.train if held else people).num_identities)
@@ -74,7 +74,7 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    if jax.process_index() == 0:
+    if is_main_process():
         print(*filter(None, (held, pipeline.summary())), sep="\n")
     positives = max_positives(config, pipeline)
     schedule, step = make_step(config, model, pipeline.steps_per_epoch, positives)

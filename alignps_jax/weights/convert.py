@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.choice import chosen_step
-from alignps_jax.checkpoint.lock import WorkdirLock
+from alignps_jax.checkpoint.lock import one_writer
 from alignps_jax.checkpoint.store import (
     RUN_INFO,
     Checkpoints,
@@ -93,7 +93,7 @@ def convert_released(
     expected = _convention(tensors, source, convention)
     config = with_convention(config, expected, typed, str(source))
     with (
-        WorkdirLock(workdir),
+        one_writer(workdir),
         Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
     ):
         checkpoints.save(state, None)

@@ -22,7 +22,7 @@ import numpy as np
 import scipy.io
 from jaxtyping import Float, Int
 
-from alignps_jax.progress import progress
+from alignps_jax.log import progress
 from alignps_jax.types import UserError
 from data_pipeline.synthetic.people import (
     Appearance,

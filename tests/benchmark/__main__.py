@@ -12,11 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from alignps_jax.allocator import restart_with_settings
-
-if __name__ == "__main__":
-    restart_with_settings()  # before the slow imports
-
 import jax
 
 from alignps_jax.experiments.benchmark.report import Report

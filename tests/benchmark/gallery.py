@@ -21,11 +21,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from alignps_jax.allocator import restart_with_settings
-
-if __name__ == "__main__":
-    restart_with_settings()  # before the slow imports
-
 import cv2
 import jax
 import numpy as np

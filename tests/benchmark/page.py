@@ -16,14 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from alignps_jax.allocator import restart_with_settings
-
-if __name__ == "__main__":
-    restart_with_settings()  # before the slow imports
-
 from starlette.testclient import TestClient
 
-from alignps_jax.devices import own_cache, use_compilation_cache
+from alignps_jax.devices import use_compilation_cache
 from alignps_jax.files import read_image
 from alignps_jax.gallery.page.app import make_app
 from alignps_jax.gallery.page.security import LOOPBACK, Door
@@ -81,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--people", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=5)
     arguments = parser.parse_args(argv)
-    use_compilation_cache(own_cache())
+    use_compilation_cache()
     detector = Detector.from_checkpoint(arguments.checkpoint)
     image = read_image(arguments.photo, detector.config.data.max_pixels)
     with tempfile.TemporaryDirectory() as folder:

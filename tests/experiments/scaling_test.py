@@ -203,7 +203,6 @@ def test_topologies():
         (["--topology=cpu:2", "--scale=600x1000"], "--scale: found '600x1000', expected"),
         (["--topology=cpu:2", "--batch=0"], "--batch: found 0, expected 1 or more"),
         (["--runs=0"], "--runs: found 0, expected 1 or more"),
-        (["--topology=cpu:2", "--config.train.parallel=map"], "config.train.parallel: found 'map'"),
         (["--target=here.txt"], "--target: found 'here.txt', expected a file that ends in .json"),
     ],
 )
@@ -320,7 +319,7 @@ def test_rows_stay_until_they_are_replaced(tmp_path):
 
 def test_what_computes_in_another_way_is_a_row_of_its_own(tmp_path):
     table = Table(tmp_path / "gate.json", gate.Row, {"type": lambda row: row.type})
-    fields = [{}, {"remat": True}, {"parallel": "shard_map"}, {"dtype": "bfloat16", "remat": True}]
+    fields = [{}, {"remat": True}, {"dtype": "bfloat16", "remat": True}]
     base = compiled(f"print({json.dumps(ANSWER)!r})")
     for changed in fields:
         table.add(dataclasses.replace(base, **changed))
@@ -328,7 +327,6 @@ def test_what_computes_in_another_way_is_a_row_of_its_own(tmp_path):
     assert [row.type for row in table.rows.values() if row.step == "train"] == [
         "float32 fast",
         "float32 fast remat",
-        "float32 fast shard_map",
         "bfloat16 remat",
     ]
     # What only training reads changes nothing there.

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignps_jax.checkpoint.lock import NAME as LOCK
-from alignps_jax.checkpoint.lock import Holder, WorkdirLock
 from alignps_jax.experiments.catalogue import PAPER_METRICS
 from alignps_jax.experiments.reproduce import (
     ReproducedRow,
@@ -24,7 +22,6 @@ from alignps_jax.experiments.reproduce import (
 from alignps_jax.experiments.scaling.gate import Row, run_gate
 from alignps_jax.experiments.scaling.table import Table
 from alignps_jax.figures.datasets import gallery_sizes
-from alignps_jax.processes import Process
 from configs import tiny
 from configs.variants import rows_of
 from data_pipeline.leftovers import clear_leftovers, sign
@@ -47,12 +44,10 @@ def _results(folder: Path) -> Sequence[Path]:
     for place in (folder, run):
         (place / _METRICS).write_text(json.dumps(metrics))
     (run / "config.json").write_text(tiny.get_config().to_json())
-    row = Row("h100:8", "train", (64, 48), 2, "float32", "highest", "jit", "a test")
+    row = Row("h100:8", "train", (64, 48), 2, "float32", "highest", "a test")
     row = dataclasses.replace(row, estimates={"products": 0.5}, cycles={"copies": 7.0})
     with contextlib.redirect_stdout(None):
         Table(folder / _GATE, Row, {"step": lambda row: str(row.step)}).add(row)
-    dead = dataclasses.replace(Process.this(), started=1.0)
-    (folder / LOCK).write_text(json.dumps(dataclasses.asdict(Holder(dead, "token"))))
     unfinished = folder / _DATA / "tiny" / "incomplete.x_1.0.0"
     unfinished.mkdir(parents=True)
     sign(unfinished)
@@ -66,8 +61,6 @@ def _read_result(folder: Path, path: Path) -> Any:
         with contextlib.redirect_stdout(None):
             run_gate(tiny.get_config(), (), (), path)
         return None
-    if path.name == LOCK:
-        return _locked(folder)
     if path.is_relative_to(folder / _DATA):
         return _cleared(folder)
     if path.name == "config.json":
@@ -76,15 +69,6 @@ def _read_result(folder: Path, path: Path) -> Any:
         return gallery_sizes([path]).maps
     _, row = next(iter(rows_of("6", "cuhk_sysu")))
     return reproduced(folder, "", row, (0,))
-
-
-def _locked(folder: Path) -> bool:
-    """Takes over from a holder that is dead, or whose file is no lock any more."""
-    workdir = folder / "locked"  # a lock that is given back is gone
-    workdir.mkdir(exist_ok=True)
-    shutil.copy(folder / LOCK, workdir)
-    with contextlib.redirect_stdout(None), WorkdirLock(workdir, heartbeat=0.01, patience=0.02):
-        return True
 
 
 def _cleared(folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ def results(workdir: Path) -> dict[str, object]:
         found[f"arrays of step {folder.name}"] = manifest["arrays"]
         score = folder / "metrics" / "metrics"
         found[f"score of step {folder.name}"] = score.read_text() if score.exists() else None
-    leftovers = [path.name for path in workdir.iterdir() if path.name.endswith((".lock", ".tmp"))]
+    leftovers = [path.name for path in workdir.iterdir() if path.name.endswith(".tmp")]
     found["left over"] = leftovers
     return found
 

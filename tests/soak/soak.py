@@ -101,8 +101,7 @@ class Soak:
         """One start that gets SIGTERM or Ctrl-C."""
         start = self._start()
         number = self._chance.choice(list(SIGNALS))
-        # Before its handlers are there, a signal ends it as it ends any program.
-        start.wait(PATIENCE, (self._workdir / "writer.lock").exists)
+        start.wait(PATIENCE, lambda: "training on" in start.output)
         start.wait(0.2 + self._chance.uniform(0, self._seconds))
         if self._ended_by_itself(start):
             return
@@ -111,7 +110,8 @@ class Soak:
         if start.exit_code == 0:  # it was about to end
             self._ended_by_itself(start)
             return
-        if start.exit_code != code or seconds > SOON:
+        # While it does not train, it ends as any program.
+        if start.exit_code not in (code, -number) or seconds > SOON:
             self._find(f"{name}: exit code {start.exit_code} after {seconds:.1f} s", start)
         self._check_output(start)
         self.stops[name].append(seconds)
@@ -141,7 +141,7 @@ class Soak:
     def crowd(self) -> None:
         """One start that reaches its end although a second one tries the same workdir."""
         start = self._start()
-        start.wait(PATIENCE, (self._workdir / "writer.lock").exists)
+        start.wait(PATIENCE, lambda: "training on" in start.output)
         start.wait(self._chance.uniform(0, 0.5 * self._seconds))
         if not start.is_over():
             second = self._start()

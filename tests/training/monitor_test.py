@@ -1,10 +1,16 @@
 """What the training loop says, and when it reads what the devices compute."""
 
+import time
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from alignps_jax.log import MetricLog, read_log
-from alignps_jax.training.monitor import FIRST_STEP, Monitor
+from alignps_jax.training.monitor import FIRST_STEP, Monitor, traced_steps
 from alignps_jax.training.step import StepMetrics
+from alignps_jax.types import UserError
 from tests.data_pipeline.pipeline_test import make_split, mixed_sizes, train
 
 
@@ -33,36 +39,107 @@ def metrics(step, events):
     )
 
 
-def test_a_step_is_read_when_the_next_one_is_under_way(tmp_path, capsys):
+def test_steps_are_read_where_they_are_logged(tmp_path, capsys):
     pipeline = train(make_split(mixed_sizes(11, 6)))
     batches = pipeline.iterator(4)
     events = []
     with (
         MetricLog(tmp_path) as log,
-        Monitor(pipeline, lambda step: 0.1, log, start=0, total=4, log_every=2) as monitor,
+        Monitor(pipeline, lambda step: 0.1 * step, log, start=0, total=4, log_every=2) as monitor,
     ):
-        monitor.compiles((96, 160), 1)
         for step in range(1, 5):
             monitor.next_batch(batches)
             events.append(f"dispatch {step}")
             monitor.record(step, metrics(step, events))
         monitor.flush()
-    seen = list(dict.fromkeys(events))
-    assert seen == [
-        "dispatch 1",
-        "dispatch 2",
-        "read 1",
-        "dispatch 3",
-        "read 2",
-        "dispatch 4",
-        "read 3",
-        "read 4",
+    # Of two steps at once, when the next one is under way.
+    assert list(dict.fromkeys(events)) == [
+        *("dispatch 1", "dispatch 2", "dispatch 3", "read 1", "read 2"),
+        *("dispatch 4", "read 3", "read 4"),
     ]
     lines = read_log(tmp_path / "log.jsonl")
     assert [line.step for line in lines] == [2, 4]
     assert all(0 <= line.values["data_wait"] <= 1 for line in lines)
+    assert [round(line.values["learning_rate"], 6) for line in lines] == [0.1, 0.3]
 
     said = capsys.readouterr().out.splitlines()
-    programs = f"(1 of at most {len(pipeline.buckets)} programs)"
-    assert f"compiling the training step for 96x160 images {programs}" in said
+    compiled = [line for line in said if line.startswith("compiling the training step for ")]
+    assert len(compiled) == len(set(compiled)) >= 1
+    assert compiled[0].endswith(f"images (1 of at most {len(pipeline.buckets)} shapes)")
     assert [line.startswith(FIRST_STEP) for line in said].count(True) == 1
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
+    pipeline = train(make_split(mixed_sizes(11, 6)))
+    one, rate = jnp.ones(()), lambda step: 0.1
+    with (
+        MetricLog(tmp_path) as log,
+        Monitor(pipeline, rate, log, start=0, total=9, log_every=5) as monitor,
+    ):
+        for step in range(1, 5):
+            loss = {"cls": one if step != 3 else jnp.inf * one}
+            monitor.record(step, StepMetrics(loss, one, one, one, one, one))
+        with pytest.raises(UserError, match=r"step 3: loss/cls not finite, on the images"):
+            monitor.flush()  # before a state is saved
+
+
+@pytest.mark.parametrize("saves_at", [0, 3])
+def test_the_rate_is_that_of_results_not_of_dispatches(tmp_path, saves_at):
+    """A device that computes 50 ms long, and dispatches that wait for it or do not."""
+    pipeline = train(make_split(mixed_sizes(11, 6)))
+    batches = pipeline.iterator(6)
+
+    def compute(x):
+        time.sleep(0.05)
+        return np.float32(x + 1)
+
+    @jax.jit
+    def step_fn(x):
+        return jax.pure_callback(compute, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    state = step_fn(jnp.float32(0))
+    with (
+        MetricLog(tmp_path) as log,
+        Monitor(pipeline, lambda step: 0.1, log, start=0, total=6, log_every=1) as monitor,
+    ):
+        for step in range(1, 7):
+            monitor.next_batch(batches)
+            state = step_fn(state)
+            monitor.record(step, StepMetrics({"cls": state}, state, state, state, state, state))
+            if step == saves_at:
+                monitor.flush()
+        monitor.flush()
+    rates = [line.values["images_per_second"] for line in read_log(tmp_path / "log.jsonl")][1:]
+    true = pipeline.batch_size / 0.05
+    assert all(0.4 * true < rate < 1.6 * true for rate in rates), rates
+
+
+@pytest.mark.parametrize("start", [0, 2])  # a resumed run may begin in the middle
+def test_the_steps_asked_for_are_traced(tmp_path, start, capsys):
+    pipeline, number = train(make_split(mixed_sizes(11, 6))), jnp.ones(())
+    batches, folder = pipeline.iterator(5), tmp_path / "profile"
+    with (
+        MetricLog(tmp_path) as log,
+        Monitor(
+            pipeline,
+            lambda step: 0.1,
+            log,
+            start=start,
+            total=5,
+            log_every=9,
+            profile="2:4",
+            folder=folder,
+        ) as monitor,
+    ):
+        for step in range(start + 1, 6):
+            monitor.next_batch(batches)
+            values = StepMetrics({"cls": number}, number, number, number, number, number)
+            monitor.record(step, values)
+        assert list(folder.rglob("*.xplane.pb"))
+    assert capsys.readouterr().out.count(f"profile     {folder}") == 1
+
+
+@pytest.mark.parametrize("steps", ["5", "0:3", "5:4", "a:b", "1:2:3", " 1:2"])
+def test_what_is_no_range_of_steps_is_one_line(steps):
+    with pytest.raises(UserError, match=r"config\.train\.profile: found .*100:105"):
+        traced_steps(steps)

@@ -67,24 +67,42 @@ def test_two_processes_from_nothing_give_the_losses_of_one(from_nothing, alone):
     assert_same_losses(losses(from_nothing), first_steps(alone))
     names = {path.name for path in from_nothing.iterdir()}
     assert names >= {"metrics.json", "curves.png", "log.jsonl", "config.json"}
-    assert "writer.lock" not in names
+    assert not any(name.startswith("process_") for name in names)  # process 0 alone writes
 
 
-def test_shard_map_gives_the_losses_of_one_and_sigterm_to_one_saves_in_all(from_nothing, alone):
-    workdir = from_nothing.with_name("shard_map")
-    long = ("--config.train.duration=400 steps", "--config.train.checkpoint_every=1000 steps")
-    shared, parallel = from_nothing.parent, "--config.train.parallel=shard_map"
-    processes = start(shared, workdir, *long, parallel)
+@pytest.mark.parametrize(
+    ("number", "to", "code"),
+    [(signal.SIGINT, "all", 130), (signal.SIGINT, "one", 130), (signal.SIGTERM, "one", 143)],
+)
+def test_a_signal_saves_in_all(from_nothing, alone, number, to, code):
+    workdir = from_nothing.with_name(f"{number.name}-{to}")
+    link_cache(from_nothing.parent, workdir)
+    long = ("--config.train.duration=4000 steps", "--config.train.checkpoint_every=9999 steps")
+    processes = start(from_nothing.parent, workdir, *long)
     while not (workdir / "log.jsonl").exists() or len(losses(workdir)) < 3:
         assert all(process.poll() is None for process in processes), finish(processes)
         time.sleep(0.1)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = finish(processes, code=143)
+    for process in processes if to == "all" else processes[1:]:
+        process.send_signal(number)
+    outputs = finish(processes, code=code)
     (last,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
     assert last == max(losses(workdir)) >= 3
-    for output in outputs:
-        assert f"SIGTERM: step {last} is saved" in output
+    said = f"step {last} is saved; the same command resumes from it\n"
+    assert [output.count(said) for output in outputs] == [1, 0]
     assert_same_losses(first_steps(workdir), first_steps(alone))
+
+
+def test_a_run_whose_output_has_no_reader_goes_on(from_nothing):
+    """The reader of both outputs, such as `2>&1 | tee`, dies while it trains."""
+    workdir = from_nothing.with_name("unread")
+    link_cache(from_nothing.parent, workdir)
+    processes = start(from_nothing.parent, workdir, *SHORT)
+    while "training on" not in processes[0].stdout.readline():
+        assert processes[0].poll() is None
+    for process in processes:
+        process.stdout.close()
+    assert [process.wait(600) for process in processes] == [0, 0]
+    assert (workdir / "metrics.json").exists()
 
 
 def test_one_process_resumes_what_two_began(from_nothing, alone):

@@ -129,7 +129,7 @@ def _train(config: ConfigDict, case: Case, devices: Devices) -> Prepared:
         return (dataclasses.replace(state, params=params, frozen=frozen),)
 
     return Prepared(
-        function=parallel_train_step(step, config.train.parallel, devices),
+        function=parallel_train_step(step, devices),
         batch=_batch(case, len(devices)),
         initial=initial,
         following=lambda state, result: (result[0],),
@@ -161,7 +161,6 @@ def products_of(dtype: str, precision: str) -> str:
     return f"float32 {precision}" if dtype == "float32" else dtype
 
 
-def how_computed(step: str, products: str, parallel: str, *, remat: bool) -> str:
+def how_computed(step: str, products: str, *, remat: bool) -> str:
     """What tells the programs of a step apart but its size, as the tables call it."""
-    training = {"shard_map": parallel == "shard_map", "remat": remat} if step == "train" else {}
-    return " ".join([products, *(name for name, used in training.items() if used)])
+    return f"{products} remat" if remat and step == "train" else products

@@ -56,7 +56,6 @@ class Row:
     batch: int
     dtype: str
     precision: str
-    parallel: str
     origin: str
     remat: bool = False
     problem: str = ""
@@ -87,7 +86,7 @@ class Row:
 
     @property
     def type(self) -> str:
-        return how_computed(self.step, self.products, self.parallel, remat=self.remat)
+        return how_computed(self.step, self.products, remat=self.remat)
 
     @property
     def dominates(self) -> str:
@@ -126,7 +125,6 @@ def compile_row(
         batch=case.batch,
         dtype=config.model.dtype,
         precision=PRECISION[case.step](config),
-        parallel=config.train.parallel,
         remat=config.model.remat,
         origin=f"{datetime.date.today().isoformat()}: {_versions()}.",
         chip_memory=topology.chip.memory,

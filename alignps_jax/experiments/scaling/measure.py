@@ -132,7 +132,7 @@ def _rows(
     """Weak and strong scaling of one step, one measurement after the other."""
     known: dict[tuple[int, int], dict[str, Any]] = {}
     products = products_of(config.model.dtype, PRECISION[case.step](config))
-    how = how_computed(case.step, products, config.train.parallel, remat=config.model.remat)
+    how = how_computed(case.step, products, remat=config.model.remat)
     for scaling, pairs in scalings(case.batch, device_counts(len(devices))).items():
         alone = 0.0
         for count, batch in pairs:

@@ -7,13 +7,11 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from alignps_jax.devices import PARALLEL
 from alignps_jax.experiments.scaling.cases import cases, parse_scale
 from alignps_jax.experiments.scaling.chips import parse_topologies
 from alignps_jax.experiments.scaling.gate import run_gate
 from alignps_jax.experiments.scaling.measure import measure_scaling
 from alignps_jax.nn.model import build_model
-from alignps_jax.registry import known_name
 from alignps_jax.types import UserError
 
 
@@ -47,7 +45,6 @@ def run_scaling(
             raise UserError(f"--{name}: found {value}, expected 1 or more")
     if target.suffix != ".json":
         raise UserError(f"--target: found {str(target)!r}, expected a file that ends in .json")
-    known_name("config.train.parallel", config.train.parallel, PARALLEL)
     build_model(config)  # raises if a field of it is wrong
     steps = cases(config, what or "inference,train", parse_scale(scale), batch)
     if topology is None:

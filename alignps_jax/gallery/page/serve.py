@@ -13,7 +13,7 @@ from typing import NoReturn
 import uvicorn
 from ml_collections import ConfigDict
 
-from alignps_jax.devices import own_cache, use_compilation_cache
+from alignps_jax.devices import use_compilation_cache
 from alignps_jax.gallery.page.app import make_app
 from alignps_jax.gallery.page.finder import Finder
 from alignps_jax.gallery.page.marks import Marks
@@ -77,7 +77,7 @@ def serve_checkpoint(
     Marks are kept beside the gallery; those of one that lies elsewhere (s3://...) in the current
     folder.
     """
-    use_compilation_cache(own_cache())
+    use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
     gallery.check_detector(detector)
     serve_gallery(gallery, detector, marks_file(gallery.address), host, port)

@@ -1,0 +1,109 @@
+"""The processes of one run: they join, wait for one another, and agree on values.
+
+They talk through JAX's coordination service, not through the devices, where waiting for an hour is
+an error. JAX ends a process whose peer died. In a run of one process nothing here waits.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax._src.distributed import global_state  # the client has no public name
+
+from alignps_jax.types import UserError
+
+# Seconds in which the processes have to find one another, and between two lines about it.
+START, REMINDER = 300, 15
+# Seconds that a process which failed waits for its peers before all of them end.
+_GOODBYE = 60
+_DAY_MS = 24 * 60 * 60 * 1000
+_calls = itertools.count()
+
+
+def is_multiprocess() -> bool:
+    """Whether the run has several processes."""
+    return global_state.client is not None and global_state.num_processes > 1
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0, which alone logs and writes results."""
+    return global_state.process_id == 0
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins the run's other processes, at host:port of process 0 or as the cluster's manager says.
+
+    Raises:
+      UserError: there is no cluster, or process 0 cannot listen where it should.
+    """
+    joined = threading.Event()
+    peers = f"{processes} processes at {coordinator}" if coordinator else "processes of the run"
+    threading.Thread(target=_await_peers, args=(joined, peers), daemon=True).start()
+    # JAX's preemption service swallows SIGTERM, so only training starts it.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            cluster_detection_method="deactivate" if coordinator else None,
+            initialization_timeout=2 * START,  # after which JAX aborts
+            shutdown_timeout_seconds=_GOODBYE,
+        )
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise UserError(
+            f"the processes of the run cannot join ({str(error).splitlines()[0]}), expected SLURM, "
+            "Open MPI, Kubernetes or Cloud TPUs, or --coordinator, --processes and --process"
+        ) from error
+    finally:
+        joined.set()
+
+
+def _await_peers(joined: threading.Event, peers: str) -> None:
+    """Says every `REMINDER` seconds what `join` waits for; ends the process after `START`."""
+    for seconds in range(REMINDER, START + 1, REMINDER):
+        if joined.wait(REMINDER):
+            return
+        print(f"waited {seconds} of {START} s for all {peers}", file=sys.stderr, flush=True)
+    print(f"error: found fewer processes than expected, all {peers}", file=sys.stderr, flush=True)
+    os._exit(UserError.exit_code)
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes have come here."""
+    if is_multiprocess():
+        client: Any = global_state.client
+        client.wait_at_barrier(f"{name}/{next(_calls)}", _DAY_MS)
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process passes (JSON), in all of them."""
+    if not is_multiprocess():
+        return [value]
+    client: Any = global_state.client
+    key, count = f"{next(_calls)}", global_state.num_processes
+    client.key_value_set(f"{key}/{global_state.process_id}", json.dumps(value))
+    return [json.loads(client.blocking_key_value_get(f"{key}/{i}", _DAY_MS)) for i in range(count)]
+
+
+def broadcast_from_main(value: Any) -> Any:
+    """What process 0 passes (JSON), in all processes; what the others pass does not matter."""
+    return gather(value)[0]
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """Process 0 goes through the body alone, the others after it."""
+    if not is_main_process():
+        barrier("main process first")
+    yield
+    if is_main_process():
+        barrier("main process first")

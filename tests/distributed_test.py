@@ -1,0 +1,106 @@
+"""Processes of one run: they find one another, agree, and none is left alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from alignps_jax import distributed
+from alignps_jax.types import UserError
+from tests.pairs import outputs_of, run_one, start_pair
+from tests.places import ROOT, free_port
+
+
+def child(index: int, what: str, folder: str) -> int:
+    return globals()[f"child_{what}"](index, Path(folder))
+
+
+def child_agrees(index: int, folder: Path) -> int:
+    with distributed.main_process_first():
+        seen = (folder / "made").exists()
+        if index == 0:
+            time.sleep(0.5)
+            (folder / "made").touch()
+    print("made before" if seen else "not made before")
+    print(distributed.broadcast_from_main({"from": index}), distributed.is_main_process())
+    print(distributed.gather(["a word", index]))
+    if index == 0:
+        time.sleep(2)  # writes results
+        (folder / "results").touch()
+    return 0
+
+
+def child_fails(index: int, folder: Path) -> int:
+    if index == 1:
+        raise UserError("its disk lacks the weights")
+    distributed.barrier("saved")
+    return 0
+
+
+def test_they_agree_one_after_the_other_and_end_together(tmp_path):
+    first, second = outputs_of(start_pair(__name__, "agrees", str(tmp_path)))
+    gathered = "[['a word', 0], ['a word', 1]]"
+    assert first.splitlines() == ["not made before", "{'from': 0} True", gathered]
+    assert second.splitlines() == ["made before", "{'from': 0} False", gathered]
+    assert (tmp_path / "results").exists()
+
+
+def test_a_process_that_fails_alone_ends_all(tmp_path):
+    """JAX ends the others, once the one that failed has waited for them in vain."""
+    pair = start_pair(__name__, "fails", str(tmp_path))
+    for process in pair:
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+
+
+def test_a_process_whose_peers_do_not_come_says_whom_it_waits_for():
+    port = free_port()
+    code = f"""if True:
+        from alignps_jax import distributed
+        distributed.START, distributed.REMINDER = 3, 1
+        distributed.join("127.0.0.1:{port}", 2, 0)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    peers = f"2 processes at 127.0.0.1:{port}"
+    assert done.stderr.splitlines() == [
+        *(f"waited {seconds} of 3 s for all {peers}" for seconds in (1, 2, 3)),
+        f"error: found fewer processes than expected, all {peers}",
+    ]
+
+
+def test_without_a_cluster_it_is_one_line():
+    # Not this machine's own cluster, should it have one.
+    managers = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_")
+    plain = {name: x for name, x in os.environ.items() if not name.startswith(managers)}
+    done = subprocess.run(
+        [sys.executable, "launch.py", "--config=configs/tiny.py", "--distributed"],
+        cwd=ROOT,
+        env=plain,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: the processes of the run cannot join .*\n", done.stderr)
+
+
+def test_a_run_of_one_process_waits_for_nobody():
+    assert not distributed.is_multiprocess()
+    assert distributed.is_main_process()
+    assert distributed.broadcast_from_main(3) == 3
+    assert distributed.gather("one") == ["one"]
+    distributed.barrier("end")
+    with distributed.main_process_first():
+        pass
+
+
+if __name__ == "__main__":
+    distributed._GOODBYE = 5
+    run_one(child)
