@@ -5,6 +5,7 @@ python launch.py --config configs/cuhk.py --config.data.root=/data/CUHK-SYSU --w
 
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 from alignps_jax.command_line import parse
@@ -43,11 +44,16 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return UserError.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
     return 0
 
 
 if __name__ == "__main__":
+    from alignps_jax.distributed import leave
+
     code = main(sys.argv)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of what ends Python
-    sys.exit(code)
+    leave(code)
