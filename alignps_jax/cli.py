@@ -6,6 +6,7 @@ Modes import what they use, so that `--help` and mistakes are answered at once.
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,7 @@ def search(args: Arguments) -> None:
     --mode=search --checkpoint=runs/cuhk --query=photo.jpg --gallery=people.lance
     """
     from alignps_jax.configuration import say_folder
+    from alignps_jax.distributed import is_main_process
     from alignps_jax.gallery.query import is_gallery, parse_box
 
     workdir = args.workdir or say_folder(args.checkpoint) / "search" / args.query.stem
@@ -250,7 +252,18 @@ def _gallery(args: Arguments) -> Any:
 def entry() -> None:
     """Runs the command line of this process; output that nobody reads any more ends nothing."""
     sys.stdout, sys.stderr = map(lasting, (sys.stdout, sys.stderr))
-    sys.exit(main(sys.argv))
+    try:
+        code = main(sys.argv)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of what ends Python
+    if "jax" in sys.modules:
+        from alignps_jax.distributed import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src.distributed import global_state  # the client has no public name
@@ -20,7 +20,7 @@ from alignps_jax.types import UserError
 
 # Seconds in which the processes have to find one another, and between two lines about it.
 START, REMINDER = 300, 15
-# Seconds that a process which failed waits for its peers before all of them end.
+# Seconds that a process which failed waits for its peers.
 _GOODBYE = 60
 _DAY_MS = 24 * 60 * 60 * 1000
 _calls = itertools.count()
@@ -75,6 +75,20 @@ def _await_peers(joined: threading.Event, peers: str) -> None:
         print(f"waited {seconds} of {START} s for all {peers}", file=sys.stderr, flush=True)
     print(f"error: found fewer processes than expected, all {peers}", file=sys.stderr, flush=True)
     os._exit(UserError.exit_code)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process, and after a failure soon all others of the run.
+
+    A process of several that failed waits for those that fail alike, but not for its own threads,
+    which may wait for others.
+    """
+    if code and is_multiprocess():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        jax.distributed.shutdown()  # in vain after `_GOODBYE`: JAX aborts all then
+        os._exit(code)
+    sys.exit(code)
 
 
 def barrier(name: str) -> None:

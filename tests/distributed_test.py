@@ -52,9 +52,9 @@ def test_they_agree_one_after_the_other_and_end_together(tmp_path):
 def test_a_process_that_fails_alone_ends_all(tmp_path):
     """JAX ends the others, once the one that failed has waited for them in vain."""
     pair = start_pair(__name__, "fails", str(tmp_path))
-    for process in pair:
-        process.communicate(timeout=60)
-        assert process.returncode != 0
+    said = [process.communicate(timeout=60)[0] for process in pair]
+    assert said[1] == "error: its disk lacks the weights\n"
+    assert all(process.returncode != 0 for process in pair)
 
 
 def test_a_process_whose_peers_do_not_come_says_whom_it_waits_for():

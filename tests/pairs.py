@@ -7,7 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from alignps_jax.distributed import barrier, join
+from alignps_jax.distributed import barrier, join, leave
+from alignps_jax.types import UserError
 from tests.places import ROOT, free_port
 
 COUNT = 2
@@ -41,6 +42,10 @@ def run_one(child: Callable[..., int]) -> None:
     """What a module does as one of the two; `child` gets the number and the words."""
     index, port, *words = sys.argv[1:]
     join(f"127.0.0.1:{port}", COUNT, int(index))
-    code = child(int(index), *words)
-    barrier("end")
-    sys.exit(code)
+    try:
+        code = child(int(index), *words)
+        barrier("end")
+    except UserError as error:
+        print(f"error: {error}")
+        code = error.exit_code
+    leave(code)

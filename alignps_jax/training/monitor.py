@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import time
@@ -150,21 +151,17 @@ class Monitor:
         step, seconds, loss = self._step, done - self._since, float(sum(metrics.terms.values()))
         rate = (step - self._logged) * self._pipeline.batch_size / seconds
         self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} images/s", refresh=False)
-        values: dict[str, Any] = {"loss": loss} | {
-            f"loss/{name}": x for name, x in metrics.terms.items()
-        }
-        values |= {
-            "learning_rate": self._rates[step - 1],
-            "grad_norm": metrics.grad_norm,
-            "update_norm": metrics.update_norm,
-            "param_norm": metrics.param_norm,
-            "positives": metrics.positives,
-            "dropped_positives": metrics.dropped_positives,
-            "epoch": step / self._pipeline.steps_per_epoch,
-            "images_per_second": rate,
-            "data_wait": min(1.0, self._waited / seconds),
-            "padding": self._pipeline.plan(step - 1).padding,
-        } | peak_memory()
+        values = (
+            {"loss": loss, **_by_name(metrics)}
+            | {
+                "learning_rate": self._rates[step - 1],
+                "epoch": step / self._pipeline.steps_per_epoch,
+                "images_per_second": rate,
+                "data_wait": min(1.0, self._waited / seconds),
+                "padding": self._pipeline.plan(step - 1).padding,
+            }
+            | peak_memory()
+        )
         self._log.scalars(step, values)
         self._since, self._waited, self._logged = done, 0.0, step
 
@@ -178,6 +175,11 @@ class Monitor:
                 f"step {step}: {', '.join(bad)} not finite, on the images {', '.join(images)}; "
                 "training stops, the last checkpoint stays"
             )
+
+
+def _by_name(metrics: StepMetrics) -> dict[str, Any]:
+    values = {field.name: getattr(metrics, field.name) for field in dataclasses.fields(metrics)}
+    return {f"loss/{name}": x for name, x in values.pop("terms").items()} | values
 
 
 def _when_done(metrics: StepMetrics) -> float:

@@ -20,7 +20,12 @@ from alignps_jax.devices import (
     split_over_devices,
     use_compilation_cache,
 )
-from alignps_jax.distributed import barrier, broadcast_from_main, is_main_process
+from alignps_jax.distributed import (
+    barrier,
+    broadcast_from_main,
+    is_main_process,
+    main_process_first,
+)
 from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, score_of
 from alignps_jax.files import check_outputs
 from alignps_jax.log import MetricLog
