@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from alignps_jax.registry import nearest
 from alignps_jax.types import UserError
 
-# What a field decides: what a trained network is and sees, what training makes of it, or neither
-# (where files lie, how fast they are read, what is measured and written when).
-NETWORK, TRAINING, FREE = "network", "training", "free"
+# What a field decides: the trained network and the pixels that it sees (a checkpoint is used with
+# its own values); the course of training (a run resumes with its values); the reported result, but
+# no training step; or where files are, how fast a run is and what it logs.
+NETWORK, TRAINING, RESULT, FREE = "network", "training", "result", "free"
 
 MOST = 2**31 - 1
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
@@ -129,7 +130,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "data.synthetic.height": (TRAINING, _SIDE),
     "data.synthetic.width": (TRAINING, _SIDE),
     "model.backbone": (NETWORK, _choice("resnet50", "resnet_small")),
-    "model.pretrained": (FREE, _unset_or(_TEXT)),
+    "model.pretrained": (RESULT, _unset_or(_TEXT)),
     "model.backbone_width": (NETWORK, _SIDE),
     "model.frozen_stages": (TRAINING, _integer(-1, 4)),
     "model.deform_stages": (NETWORK, _STAGES),
@@ -179,7 +180,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "optimizer.drop_factor": (TRAINING, _NOT_NEGATIVE),
     "optimizer.clip_norm": (TRAINING, _NORM),
     "train.batch_size": (TRAINING, _COUNT),
-    "train.duration": (FREE, _LONG),
+    "train.duration": (RESULT, _LONG),
     "train.parallel": (FREE, _choice("pmap", "shard_map")),
     "train.accumulate": (FREE, _SIDE),
     "train.ema_decay": (TRAINING, _unset_or(_DECAY)),
@@ -187,19 +188,19 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "train.max_positives": (TRAINING, _unset_or(_COUNT)),
     "train.log_every_steps": (FREE, _COUNT),
     "train.checkpoint_every": (FREE, _LONG),
-    "train.eval_every": (FREE, _LONG),
+    "train.eval_every": (RESULT, _LONG),
     "train.keep_checkpoints": (FREE, _COUNT),
     "eval.batch_size": (FREE, _COUNT),
-    "eval.score_threshold": (FREE, _SHARE),
-    "eval.pre_nms": (FREE, _COUNT),
-    "eval.min_cls_score": (FREE, _SHARE),
-    "eval.nms_iou": (FREE, _SHARE),
-    "eval.max_detections": (FREE, _COUNT),
-    "eval.precision": (FREE, _PRECISION),
-    "eval.boxes": (FREE, _choice("detected", "ground_truth")),
-    "eval.context_matching": (FREE, _CONTEXT),
+    "eval.score_threshold": (RESULT, _SHARE),
+    "eval.pre_nms": (RESULT, _COUNT),
+    "eval.min_cls_score": (RESULT, _SHARE),
+    "eval.nms_iou": (RESULT, _SHARE),
+    "eval.max_detections": (RESULT, _COUNT),
+    "eval.precision": (RESULT, _PRECISION),
+    "eval.boxes": (RESULT, _choice("detected", "ground_truth")),
+    "eval.context_matching": (RESULT, _CONTEXT),
     "eval.untrained_baseline": (FREE, _FLAG),
-    "eval.protocols": (FREE, _PROTOCOLS),
+    "eval.protocols": (RESULT, _PROTOCOLS),
 }
 FIELD_KINDS = {name: kind for name, (kind, _) in FIELDS.items()}
 

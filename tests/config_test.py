@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from alignps_jax.config import FIELDS, FREE, NETWORK, TRAINING, check_config, flat_fields
+from alignps_jax.config import FIELDS, FREE, NETWORK, RESULT, TRAINING, check_config, flat_fields
 from alignps_jax.types import UserError
 from configs import ablation, cuhk, prw, synthetic, tiny
 from configs.variants import VARIANTS
@@ -85,7 +85,7 @@ def with_field(name, value):
 def test_every_field_is_in_the_table_with_its_type():
     config = cuhk.get_config()
     assert dict(flat_fields(config)).keys() == FIELDS.keys()
-    assert {kind for kind, _ in FIELDS.values()} == {NETWORK, TRAINING, FREE}
+    assert {kind for kind, _ in FIELDS.values()} == {NETWORK, TRAINING, RESULT, FREE}
     for name, (_, rule) in FIELDS.items():
         *sections, field = name.split(".")
         section = config
