@@ -113,16 +113,6 @@ def test_wrong_values_are_refused(name):
         assert "\n" not in message
 
 
-def test_the_nearest_name_is_suggested():
-    for name, value, message in (
-        ("optimizer.name", "adam", r"found 'adam', expected one of sgd, adamw; .* 'adamw'\?"),
-        ("train.batchsize", 3, r"train\.batchsize: no such field; .* 'train\.batch_size'\?"),
-        ("batch_size", 3, r"config\.batch_size: no such field; .* 'train\.batch_size'\?"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check_config(with_field(name, value))
-
-
 def test_fields_that_do_not_fit_one_another_or_are_missing():
     for name, value, message in (
         ("model.channels", 18, r"norm_groups: found 4, expected a divisor of config\.model\.chan"),
