@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignps_jax.flags import MODES, PROCESSES, Arguments, mode, parse
-from alignps_jax.streams import lasting
+from alignps_jax.streams import outlive_readers
 
 
 @mode(any_of="config workdir", takes=f"checkpoint accept_changes {PROCESSES}")
@@ -251,7 +251,7 @@ def _gallery(args: Arguments) -> Any:
 
 def entry() -> None:
     """Runs the command line of this process; output that nobody reads any more ends nothing."""
-    sys.stdout, sys.stderr = map(lasting, (sys.stdout, sys.stderr))
+    outlive_readers()
     try:
         code = main(sys.argv)
     except Exception:
@@ -269,7 +269,7 @@ def entry() -> None:
 def main(argv: Sequence[str]) -> int:
     """Runs one mode; returns the exit code.
 
-    0, 2 after bad input, 3 where photos were skipped, 130 after Ctrl-C, 143 after SIGTERM.
+    0, 2 after bad input, 3 where photos were skipped, 129, 130, 143 after SIGHUP, Ctrl-C, SIGTERM.
     """
     if "--version" in argv:
         from alignps_jax import __version__

@@ -13,10 +13,9 @@ from ml_collections import ConfigDict
 from alignps_jax.registry import nearest
 from alignps_jax.types import UserError
 
-# What a field decides. NETWORK: the trained network and the pixels it sees; a checkpoint is used
-# with its own values. TRAINING: the course of training; a run resumes with the values that it began
-# with. RESULT: the reported result, but no training step; a resumed run may have another value, the
-# rows of a reproduced table may not. FREE: where files are, how fast a run is, what it logs.
+# What a field decides: the trained network and the pixels that it sees (a checkpoint is used with
+# its own values); the course of training (a run resumes with its values); the reported result, but
+# no training step; or where files are, how fast a run is and what it logs.
 NETWORK, TRAINING, RESULT, FREE = "network", "training", "result", "free"
 
 MOST = 2**31 - 1

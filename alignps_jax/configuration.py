@@ -18,6 +18,7 @@ from alignps_jax.checkpoint.store import load_config, load_run_config
 from alignps_jax.config import (
     FIELD_KINDS,
     FIELDS,
+    FREE,
     NETWORK,
     check_config,
     check_name,
@@ -30,11 +31,8 @@ from alignps_jax.types import UserError
 # Configurations that --config finds by their name, wherever the command is typed.
 READY = ("cuhk", "prw", "synthetic", "tiny", "ablation")
 _FOLDER = Path(__file__).parents[1] / "configs"
-# Other fields than the network's that an evaluation depends on, but for these.
-_MEASURED, _UNSEEN = (
-    ("eval.", "data.name", "data.synthetic."),
-    ("eval.batch_size", "eval.untrained_baseline"),
-)
+# Of other kinds than the network's, what an evaluation depends on.
+_MEASURED = ("eval.", "data.name", "data.synthetic.")
 _REFUSED = re.compile(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", re.DOTALL)
 
 
@@ -170,7 +168,8 @@ def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None
         return workdir
     settings = []
     for name, (value, _) in _changed(config, load_config(checkpoint)).items():
-        if FIELD_KINDS[name] == NETWORK or (name.startswith(_MEASURED) and name not in _UNSEEN):
+        seen = name.startswith(_MEASURED) and FIELD_KINDS[name] != FREE
+        if seen or FIELD_KINDS[name] == NETWORK:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             settings.append(f"{name.removeprefix('eval.')}={text}")
     if not settings:

@@ -3,7 +3,8 @@
 import errno
 import io
 import os
-from typing import Any, TextIO
+import sys
+from typing import Any
 
 # A pipe whose reader has left, a terminal that was closed.
 _UNREAD = (errno.EPIPE, errno.EIO)
@@ -20,9 +21,11 @@ class _Stream(io.FileIO):
             return len(data)
 
 
-def lasting(stream: TextIO) -> TextIO:
-    """A standard stream that ends nothing: neither its reader nor an odd character can."""
-    if not isinstance(stream, io.TextIOWrapper):
-        return stream
-    raw = io.BufferedWriter(_Stream(stream.fileno(), "w", closefd=False))
-    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
+def outlive_readers() -> None:
+    """Makes standard output and error go on where nobody reads them, whatever is written there."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            raw = io.BufferedWriter(_Stream(stream.fileno(), "w", closefd=False))
+            words = stream.encoding, "backslashreplace"
+            setattr(sys, name, io.TextIOWrapper(raw, *words, line_buffering=True))

@@ -163,6 +163,10 @@ def test_training_resumes_with_the_configuration_of_its_run(run, own, tmp_path):
             train_config(arguments(f"--workdir={tmp_path}"))
     with pytest.raises(UserError, match=r"--workdir: found no run in .*nowhere"):
         train_config(arguments(f"--workdir={tmp_path / 'nowhere'}"))
+    inside, outside = (f"--detections={folder / 'detections.npz'}" for folder in (run, tmp_path))
+    assert detections_config(arguments("--mode=evaluate", inside)).to_dict() == own.to_dict()
+    with pytest.raises(UserError, match=r"--config: missing, and .* is no run"):
+        detections_config(arguments("--mode=evaluate", outside))
 
 
 def test_fine_tuning_names_the_detector(run, tmp_path):
@@ -174,14 +178,6 @@ def test_fine_tuning_names_the_detector(run, tmp_path):
         train_config(arguments(f"--workdir={run}", source))
     with pytest.raises(UserError, match=r"model\.pretrained: found both"):
         train_config(arguments(new, source, "--config.model.pretrained=y"))
-
-
-def test_saved_detections_take_the_configuration_of_their_run(run, own, tmp_path):
-    inside = arguments("--mode=evaluate", f"--detections={run / 'detections.npz'}")
-    assert detections_config(inside).to_dict() == own.to_dict()
-    outside = arguments("--mode=evaluate", f"--detections={tmp_path / 'detections.npz'}")
-    with pytest.raises(UserError, match=r"--config: missing, and .* is no run"):
-        detections_config(outside)
 
 
 def test_other_settings_have_a_folder_of_their_own(run, tmp_path, capsys):

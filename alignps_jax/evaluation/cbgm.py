@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 
 from alignps_jax.types import GalleryDetections
 
@@ -55,6 +54,8 @@ def rescore(
     detection matched with the query takes that sum as its similarity, which may exceed one.
     An image where the query stays without a match (fewer detections than people) is unchanged.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import, and rarely needed
+
     rescored = similarity.copy()
     occupied = np.flatnonzero(np.diff(offsets))
     if occupied.size == 0:

@@ -158,6 +158,14 @@ def test_another_threshold_is_that_of_the_protocol(cuhk, tmp_path):
     assert metrics["score_threshold"] == 0.6
 
 
+def test_a_table_of_zeros_says_that_nothing_reached_the_threshold(cuhk, tmp_path, capsys):
+    root, _, found, _ = cuhk
+    file = save(tmp_path / "d.npz", found)
+    for threshold, said in ((0.6, False), (1.0, True)):
+        evaluate_detections(config_for(root, score_threshold=threshold), file, tmp_path / "out")
+        assert ("nothing reached the score threshold 1 " in capsys.readouterr().out) == said
+
+
 def test_what_does_not_fit_is_one_line(cuhk, tmp_path):
     root, _, found, _ = cuhk
     file = save(tmp_path / "d.npz", found)
