@@ -32,7 +32,7 @@ WRONG = {
     "data.train_scales": ((), (128, 96), *((scale,) for scale in SCALES)),
     "data.test_scale": ((), ((128, 96),), *SCALES),
     "data.flip_probability": SHARES,
-    "data.max_programs": (0, 1.5, "many", True),
+    "data.max_programs": (-1, 1.5, "many", True),
     "data.min_side": (-1, 1.5, None, True),
     "data.validation_fraction": (-0.1, 1.0, NAN, "0.1", None, True),
     "data.max_pixels": COUNT[:-1],
@@ -116,6 +116,7 @@ WRONG = {
     "eval.boxes": (*NAMES, "truth"),
     "eval.context_matching": ((3,), (0, 3), (10, 3, 1), (10, 3.0), (True, 2), "10", 10, None),
     "eval.untrained_baseline": FLAGS,
+    "eval.choose_on_test": FLAGS,
     "eval.protocols": ("all", ("TestG",), (3,), ("TestG50", "al"), None),
 }
 
