@@ -190,13 +190,15 @@ def array_specs(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def reading(folder: Path, read: Callable[[], Any]) -> Any:
-    """Returns what `read` returns; an error that a damaged file causes becomes a UserError."""
+    """Returns what `read` returns; an error of the system or of a damaged file names the folder."""
     try:
         return read()
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # Orbax and TensorStore document none of what they raise
-        raise damaged(folder, error) from error
+        if isinstance(error, FileNotFoundError) or not (reason := system_reason(error)):
+            raise damaged(folder, error) from error
+        raise UserError(f"{folder}: cannot be read ({reason})") from error
 
 
 def system_reason(error: BaseException | None) -> str | None:
@@ -216,7 +218,7 @@ def system_reason(error: BaseException | None) -> str | None:
 def damaged(folder: Path, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
     reason = reason if reason.isprintable() else ascii(reason)
-    return UserError(f"{folder}: damaged checkpoint, delete or replace it ({reason})")
+    return UserError(f"{folder}: damaged checkpoint ({reason})")
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

@@ -12,15 +12,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.experiments.benchmark.measure import Timing
+from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.monitor import FIRST_STEP
 from alignps_jax.types import UserError
+from alignps_jax.weights.tensor_files import write_tensors
 from configs import tiny
 from data_pipeline.datasets import prepare
 from data_pipeline.transforms import buckets
 from tests.benchmark.measure import Context, Row
+from tests.oracle.random_weights import random_state_dict
+from tests.parity.ours import released_shapes
 
 LAUNCH = Path(__file__).parents[2] / "launch.py"
 
@@ -52,6 +57,8 @@ def _starts(
     _few_scenes(config, folder / "data")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         prepare(config.data)
+    if config.model.backbone == "resnet50":
+        config.model.pretrained = str(_write_backbone(config, folder / "resnet50.safetensors"))
     _write_config(config, folder / "config.py")
     cold = _seconds_to_first_step(folder, launcher)
     yield Row("compile", f"first step, cold: {name}", _once(cold), note=note)
@@ -73,6 +80,17 @@ def _few_scenes(config: ConfigDict, root: Path) -> None:
     config.data.train_scales = (scale,)
     config.data.test_scale = scale
     config.train.duration = "1 steps"
+
+
+def _write_backbone(config: ConfigDict, path: Path) -> Path:
+    """A ResNet-50 with random weights, under torchvision's names."""
+    template = weights_template(build_model(config))
+    shapes = released_shapes({"params": template.params, "frozen": template.frozen})
+    tensors = random_state_dict(shapes, seed=0)
+    prefix = "backbone."
+    backbone = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    write_tensors(path, backbone | {"fc.weight": np.zeros((1, 1), np.float32)}, {})
+    return path
 
 
 def _write_config(config: ConfigDict, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint import arrays
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, load_weights
 from alignps_jax.types import OIMMemory, TrainState, UserError
 from tests.fuzz.mutations import damage, damage_json
@@ -40,13 +42,13 @@ def read_everything(workdir: Path) -> list:
     """All that a checkpoint holds, through every function that reads one."""
     config = load_config(workdir).to_dict()
     weights = load_weights(workdir, state())
-    arrays = load_arrays(workdir, lambda name: True)
+    everything = load_arrays(workdir, lambda name: True)
     checkpoints = Checkpoints(workdir, keep=1, config=CONFIG)
     try:
         restored, iterator_state = checkpoints.restore(state())
     finally:
         checkpoints.__exit__()
-    tree = [weights, restored, arrays]
+    tree = [weights, restored, everything]
     leaves = [(np.asarray(x).dtype.name, np.asarray(x).tolist()) for x in jax.tree.leaves(tree)]
     return [config, leaves, iterator_state]
 
@@ -158,3 +160,15 @@ def test_checkpoints_without_checksums_of_their_json_are_read(sound, tmp_path):
     for name in JSON_FILES:
         change_json(workdir / "checkpoints" / "1" / name, lambda content: content.pop("crc32"))
     assert read_everything(workdir) == read_everything(sound)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()])
+def test_what_the_system_says_is_no_damage(error, sound, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(arrays, "read_json", fail)
+    with pytest.raises((UserError, MemoryError)) as caught:
+        load_config(sound)
+    assert "damaged" not in str(caught.value)
+    assert isinstance(error, MemoryError) or str(caught.value).endswith("(Stale file handle)")

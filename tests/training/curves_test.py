@@ -1,16 +1,8 @@
-"""Plots, judged by their lines."""
+"""The course of a run, judged by the lines of its picture."""
 
 import numpy as np
 import pytest
 
-from alignps_jax.evaluation.precision_recall import PrecisionRecall
-from alignps_jax.figures.plots import (
-    GallerySizes,
-    Reference,
-    gallery_size_plot,
-    precision_recall_plot,
-    rendered,
-)
 from alignps_jax.files import read_image
 from alignps_jax.log import read_log
 from alignps_jax.training import curves
@@ -77,38 +69,3 @@ def test_curves_errors(tmp_path):
     (tmp_path / "log.jsonl").write_text("garbage\n")
     with pytest.raises(UserError, match="line 1"):
         curves.training_curves(tmp_path / "log.jsonl", tmp_path / "a.png")
-
-
-def test_gallery_sizes_and_the_papers_metrics():
-    figure = gallery_size_plot(
-        GallerySizes(
-            {"a": {"50": 0.5, "all": 0.25}, "b": {"100": 0.75}},
-            ("50", "100", "all"),
-            (Reference("paper", "100", 93.1),),
-        )
-    )
-    picture = rendered(figure)
-    assert picture.shape == (720, 1080, 3)
-    assert picture.dtype == np.uint8
-    axes = figure.axes[0]
-    lines = {line.get_label(): line for line in axes.lines}
-    np.testing.assert_array_equal(lines["a"].get_ydata(), [50, np.nan, 25])
-    np.testing.assert_array_equal(lines["b"].get_ydata(), [np.nan, 75, np.nan])
-    np.testing.assert_array_equal(lines["paper"].get_xydata(), [[1, 93.1]])
-    dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
-    assert len(dotted) == 1
-    np.testing.assert_array_equal(dotted[0].get_ydata(), [93.1, 93.1])
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["50", "100", "all"]
-
-
-def test_precision_recall_panels():
-    curve = PrecisionRecall(np.array([0, 0.5, 1]), np.array([1.0, 0.5]))
-    nothing = PrecisionRecall(np.array([0.0, 1.0]), np.zeros(1))
-    figure = precision_recall_plot({str(number): {"a": curve, "b": nothing} for number in range(4)})
-    assert rendered(figure).shape == (1200, 1950, 3)  # two rows of three
-    assert [axes.get_title() for axes in figure.axes] == list("0123")
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["a: 75.0", "b: 0.0"]
-    values, edges, _ = figure.axes[0].patches[0].get_data()
-    np.testing.assert_array_equal(values, [1, 0.5])
-    np.testing.assert_array_equal(edges, [0, 0.5, 1])

@@ -1,0 +1,44 @@
+"""What the ready configurations promise."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import ablation, cuhk, prw, synthetic, tiny
+from configs.variants import PAPER, VARIANTS, rows_of, variants_for
+from data_pipeline.pipeline import make_train_pipeline
+from tests.data_pipeline.pipeline_test import make_split
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_configuration_trains_in_float32_with_the_default_precision(name):
+    for module in (cuhk, prw, synthetic, tiny, ablation):
+        model = module.get_config(name).model
+        assert model.dtype == "float32"
+        assert model.precision == cuhk.get_config().model.precision
+
+
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_the_default_shapes_pad_at_most_15_percent_of_mixed_photos(batch_size):
+    landscape = [(600, 800), (600, 900), (540, 960)]
+    split = make_split([*landscape, *(size[::-1] for size in landscape)] * 200)
+
+    def padding(variant: str) -> float:
+        data = cuhk.get_config(variant).data
+        pipeline = make_train_pipeline(split, data, seed=0, batch_size=batch_size)
+        assert len(pipeline.buckets) <= 12
+        pixels = padded = 0.0
+        for plan in map(pipeline.plan, range(100)):
+            area = plan.bucket[0] * plan.bucket[1]
+            pixels, padded = pixels + area, padded + area * plan.padding
+        return padded / pixels
+
+    assert padding("") <= 0.15
+    assert padding("released") >= 0.4  # the batches of the paper
+
+
+def test_the_rows_of_the_paper_are_variants():
+    assert {row.variant for row in PAPER} <= VARIANTS.keys()
+    assert [name for name, _ in rows_of("5", "cuhk_sysu")] == ["", "res3", "res3_res4", "plus"]
+    assert [row.mAP for _, row in rows_of("6", "prw")] == [45.9, 46.1]
+    assert variants_for("prw")["released"].changes["loss.lut_size"] == 483
