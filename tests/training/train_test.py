@@ -18,7 +18,7 @@ import pytest
 
 from alignps_jax.checkpoint.store import chosen_by, load_arrays, load_config
 from alignps_jax.evaluation.scoring import evaluate_detections
-from tests.places import ROOT
+from tests.places import ROOT, heed_signals
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,6 @@ def begin(shared: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
         text=True,
         preexec_fn=heed_signals,
     )
-
-
-def heed_signals() -> None:
-    """Undoes what nohup and the background jobs of a shell do to their children."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def link_cache(shared: Path, workdir: Path) -> None:
