@@ -6,8 +6,8 @@ import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.places import ROOT, free_port
-from tests.training.train_test import command, environment, heed_signals
+from tests.places import ROOT, free_port, heed_signals
+from tests.training.train_test import command, environment
 
 # Flags and environment variables of one of so many processes, given its number and a port.
 Joining = Callable[[int, int, int], tuple[list[str], dict[str, str]]]

@@ -28,7 +28,7 @@ from alignps_jax.gallery.page.serve import serve_gallery
 from alignps_jax.types import UserError
 from tests.gallery.page_server import READ, painted_site, running
 from tests.gallery.painted import RED, ColorDetector, encoded, painted
-from tests.places import ROOT
+from tests.places import ROOT, heed_signals
 
 
 class Counting(ColorDetector):
@@ -235,7 +235,9 @@ serve_gallery(gallery, detector, folder / "marks.json", sys.argv[3], 0)
 def server_process(folder, host="127.0.0.1", delay=0.0):
     """A server of its own; gives the process and the address that it prints."""
     command = [sys.executable, "-c", SERVE, str(folder), str(delay), host]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed_signals
+    )
     try:
         lines = iter(process.stdout.readline, "")
         yield process, next(line.split()[1] for line in lines if line.startswith("page"))

@@ -19,7 +19,7 @@ import pytest
 from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.store import load_arrays, load_config
 from alignps_jax.evaluation.scoring import evaluate_detections
-from tests.places import ROOT
+from tests.places import ROOT, heed_signals
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,6 @@ def begin(shared: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
         text=True,
         preexec_fn=heed_signals,
     )
-
-
-def heed_signals() -> None:
-    """Undoes what nohup and the background jobs of a shell do to their children."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def link_cache(shared: Path, workdir: Path) -> None:

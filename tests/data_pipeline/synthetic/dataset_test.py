@@ -383,10 +383,12 @@ def test_the_number_of_photos_asked_for_is_enough(tmp_path):
 
 def test_an_interrupt_leaves_nothing(tmp_path):
     spec = dataclasses.replace(SPEC, train_images=5000)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
     ctrl_c = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
     ctrl_c.start()
     with pytest.raises(KeyboardInterrupt):
         write_synthetic(tmp_path / "set", spec)
+    signal.signal(signal.SIGINT, before)
     assert not list(tmp_path.iterdir())
 
 
