@@ -56,6 +56,10 @@ def _number(low: float, high: float = math.inf, *, above: bool = False) -> Rule:
     )
 
 
+def _one_of(*names: str) -> Rule:
+    return Rule(lambda x: isinstance(x, str) and x in names, f"one of {', '.join(names)}")
+
+
 def _unset_or(rule: Rule) -> Rule:
     return Rule(lambda x: x is None or rule.check(x), f"{rule.expected}, or None")
 
@@ -175,7 +179,7 @@ RULES: dict[str, Rule] = {
     "loss.lut_momentum": _SHARE,
     "loss.normalize_lut": _FLAG,
     "loss.queue_channels": _unset_or(_integer(1)),
-    "loss.triplet": _TEXT,
+    "loss.triplet": _one_of("none", "batch", "batch_and_lut"),
     "loss.triplet_margin": _NOT_NEGATIVE,
     "loss.triplet_first_lut_identity": _integer(0),
     "optimizer.name": _TEXT,
@@ -211,7 +215,8 @@ RULES: dict[str, Rule] = {
     "eval.min_cls_score": _SHARE,
     "eval.nms_iou": _SHARE,
     "eval.max_detections": _integer(1),
-    "eval.precision": _TEXT,
+    "eval.dtype": _one_of("float32", "bfloat16"),
+    "eval.precision": _one_of("exact", "fast"),
     "eval.boxes": _TEXT,
     "eval.context_matching": Rule(
         _is_context, "() or (k1, k2), the numbers of gallery images and of people, 1 or more"
@@ -247,6 +252,12 @@ def check_config(config: ConfigDict) -> None:
 
 def _check_together(found: Mapping[str, Any]) -> None:
     """What fields must be to one another."""
+    levels, borders = found["model.levels"], found["loss.level_borders"]
+    if len(borders) != len(levels) - 1 or not _ascending(borders):
+        raise UserError(
+            f"config.loss.level_borders: found {borders}, expected {len(levels) - 1} ascending "
+            f"numbers of pixels for config.model.levels = {levels}"
+        )
     channels, width = found["model.channels"], found["model.backbone_width"]
     groups = found["model.norm_groups"]
     divided = {"model.channels": channels}

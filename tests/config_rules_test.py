@@ -112,6 +112,7 @@ WRONG = {
     "eval.min_cls_score": SHARES,
     "eval.nms_iou": SHARES,
     "eval.max_detections": COUNT,
+    "eval.dtype": (*NAMES, "float16"),
     "eval.precision": (*NAMES, "float32"),
     "eval.boxes": (*NAMES, "truth"),
     "eval.context_matching": ((3,), (0, 3), (10, 3, 1), (10, 3.0), (True, 2), "10", 10, None),

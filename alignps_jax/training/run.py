@@ -71,12 +71,12 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     rows = lut_size(config, (held.train if held else people).num_identities)
     with first_process_first():
         data = prepare(config.data)
-    evaluator = make_evaluator(config, model, data.test, scorer)
+    evaluator = make_evaluator(config, data.test, scorer)
     selector = evaluator
     if held:
         scorer = scorer_of(config, held.validation.people(people), (held.protocol,))
         split = held.validation.photos(data.train)
-        selector = make_evaluator(config, model, split, scorer, predict=evaluator.predict)
+        selector = make_evaluator(config, split, scorer, predict=evaluator.predict)
         data = dataclasses.replace(data, train=held.train.photos(data.train))
     pipeline = make_pipeline(config, data)
     if jax.process_index() == 0:
@@ -115,7 +115,7 @@ def rehearse(config: ConfigDict, resumes: bool = False) -> AlignPS:
     dataset_class(config.data.name)
     model = build_model(config)
     make_step(config, model, steps_per_epoch=1, positives=1)
-    make_predict_step(model, config)
+    make_predict_step(config)
     if not resumes:
         check_pretrained(config)
     return model
