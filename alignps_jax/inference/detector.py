@@ -67,7 +67,7 @@ class Detector:
         Raises:
           UserError: there is none, it is damaged, or it does not fit `config`.
         """
-        if not jax.config.jax_compilation_cache_dir:
+        if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             devices.use_compilation_cache(devices.own_cache())
         config = config or load_config(Path(path))
         weights = load_weights(Path(path), weights_template(inference_model(config)))
@@ -114,12 +114,14 @@ class Detector:
 
     def detect_batch(self, batch: Batch) -> Detections:
         """Detections [devices, B / devices, K] of a batch, perhaps still being computed."""
-        return self._predict(*self._weights, devices.split_over_devices(batch))
+        params, frozen = self._weights
+        return self._predict(params, frozen, devices.split_over_devices(batch))
 
     def maps(self, photo: Photo) -> LocationMaps:
         """The network's values at every location of a photo; raises as `detect`."""
         batch = self._batch(photo)
-        return maps_of_photo(*self._compute_maps(*self._weights, batch), batch)
+        embeddings, offsets = self._compute_maps(*self._weights, batch)
+        return maps_of_photo(embeddings, offsets, batch)
 
     def _batch(self, photo: Photo) -> Batch:
         return single_image_batch(self._pixels(photo), self.config.data)

@@ -6,6 +6,7 @@ the one that wrote it, or up to three weeks older.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from alignps_jax.files import check_outputs, write_atomically
 from alignps_jax.inference.predict import PredictStep, inference_model
 from alignps_jax.nn.deform_sampling import for_all_platforms
 from alignps_jax.nn.model import weights_template
-from alignps_jax.types import Batch, Weights
+from alignps_jax.types import Weights
 from data_pipeline import transforms
 from data_pipeline.transforms import Size
 
@@ -77,7 +78,8 @@ def _detect(
     size: Int[Array, "B 2"],
     scale: Float[Array, "B 2"],
 ) -> dict[str, Any]:
-    nobody = transforms.empty_batch(len(photo), photo.shape[1:3], 0)
-    batch: Batch = nobody.replace(image=photo, size=size, scale=scale)
+    count, height, width, _ = photo.shape
+    nobody = transforms.empty_batch(count, (height, width), 0)
+    batch = dataclasses.replace(nobody, image=photo, size=size, scale=scale)
     found = step(weights.params, weights.frozen, batch)
     return {name: getattr(found, name) for name in ("boxes", "scores", "embeddings", "valid")}

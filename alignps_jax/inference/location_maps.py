@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -79,7 +80,7 @@ def compute_maps(
 
 def maps_of_photo(embeddings: list[Array], offsets: dict[str, Array], batch: Batch) -> LocationMaps:
     """What `compute_maps` gives for one photo, on the host, cut to what the network looks at."""
-    bucket, valid = batch.image.shape[1], np.asarray(valid_extent(batch.size))[0]
+    bucket, valid = batch.image.shape[1], np.asarray(valid_extent(jnp.asarray(batch.size)))[0]
 
     def cut(array: Array) -> np.ndarray:
         height, width = -(-valid // (bucket // array.shape[1]))

@@ -145,7 +145,7 @@ def embed_boxes(
     return jax.vmap(embed_one)(tuple(outputs), boxes, valid, scale)
 
 
-def _detections(boxes: Array, scores: Array, embeddings: Array, valid: AnyArray) -> Detections:
+def _detections(boxes: AnyArray, scores: Array, embeddings: Array, valid: AnyArray) -> Detections:
     """Detections with embeddings of length one; rows that are not valid are zero."""
     return Detections(
         boxes=jnp.where(valid[:, None], boxes, 0.0),

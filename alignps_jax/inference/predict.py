@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -84,10 +85,10 @@ class GroundTruthStep(PredictStep):
 
 def make_predict_step(config: ConfigDict) -> PredictStep:
     """The step that finds the people to be searched, as `config.eval.boxes` says."""
-    steps = {
+    borders = tuple(config.loss.level_borders)
+    steps: dict[str, Callable[..., PredictStep]] = {
         "detected": PredictStep,
-        "ground_truth": partial(GroundTruthStep, level_borders=tuple(config.loss.level_borders)),
+        "ground_truth": partial(GroundTruthStep, level_borders=borders),
     }
-    return choose("config.eval.boxes", config.eval.boxes, steps)(
-        inference_model(config), config.eval
-    )
+    make = choose("config.eval.boxes", config.eval.boxes, steps)
+    return make(inference_model(config), config.eval)
