@@ -1,8 +1,8 @@
 """Arithmetic of axis-aligned boxes.
 
-Boxes are `x1, y1, x2, y2` with `x1 <= x2` and `y1 <= y2` in continuous coordinates (no `+ 1`
-anywhere); distances are left, top, right, bottom from a location to the sides of a box. Functions
-are elementwise over leading axes unless they say otherwise.
+Boxes are `x1, y1, x2, y2` in continuous coordinates (no `+ 1`), with `x1 <= x2` and `y1 <= y2`.
+Distances are left, top, right, bottom: from a location to the sides of a box. Functions are
+elementwise over leading axes unless they say otherwise.
 """
 
 import jax.numpy as jnp
@@ -16,9 +16,7 @@ def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def _intersection(
-    a: Float[AnyArray, "*#N 4"], b: Float[AnyArray, "*#N 4"]
-) -> Float[AnyArray, "..."]:
+def _intersection(a: AnyArray, b: AnyArray) -> AnyArray:
     """Area that two boxes share; leading axes broadcast."""
     xp = a.__array_namespace__()
     low = xp.maximum(a[..., :2], b[..., :2])
@@ -38,17 +36,17 @@ def iou(a: Float[AnyArray, "*#N 4"], b: Float[AnyArray, "*#N 4"]) -> Float[AnyAr
     return xp.where(union > 0, shared / xp.where(union > 0, union, 1.0), 0.0)
 
 
-def giou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"], eps: float = 1e-6) -> Float[Array, "*N"]:
-    """Generalized intersection over union of corresponding boxes, in [-1, 1].
+def giou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"]) -> Float[Array, "*N"]:
+    """Generalized intersection over union of corresponding boxes (Rezatofighi et al., 2019).
 
-    Union and enclosing area are at least `eps`, so that values and gradients are finite for empty
-    boxes (Released code; Rezatofighi et al., 2019).
+    It lies in [-1, 1]. Union and enclosing area are at least 1e-6, so that values and gradients
+    are finite for empty boxes (Released code).
     """
     shared = jnp.asarray(_intersection(a, b))
-    union = jnp.maximum(area(a) + area(b) - shared, eps)
+    union = jnp.maximum(area(a) + area(b) - shared, 1e-6)
     low = jnp.minimum(a[..., :2], b[..., :2])
     high = jnp.maximum(a[..., 2:], b[..., 2:])
-    enclosing = jnp.maximum(area(jnp.concatenate([low, high], axis=-1)), eps)
+    enclosing = jnp.maximum(area(jnp.concatenate([low, high], axis=-1)), 1e-6)
     return shared / union - (enclosing - union) / enclosing
 
 
@@ -56,9 +54,8 @@ def boxes_from_distances(
     locations: Float[Array, "*N 2"], distances: Float[Array, "*N 4"]
 ) -> Float[Array, "*N 4"]:
     """Boxes whose sides lie at `distances` from `locations` (x, y), in the same unit."""
-    return jnp.concatenate(
-        [locations - distances[..., :2], locations + distances[..., 2:]], axis=-1
-    )
+    low, high = locations - distances[..., :2], locations + distances[..., 2:]
+    return jnp.concatenate([low, high], axis=-1)
 
 
 def distances_to_boxes(

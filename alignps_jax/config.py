@@ -80,6 +80,7 @@ _SHARE = _number("a number, from 0 to 1", lambda x: 0 <= x <= 1)
 _BELOW_1 = _number("a number, 0 or more and below 1", lambda x: 0 <= x < 1)
 _POSITIVE = _number("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a number, 0 or more", lambda x: x >= 0)
+_DTYPE = _choice("float32", "bfloat16")
 _PRECISION = _choice("fast", "exact")
 _PAIR = "(long, short) in pixels, integers with 32768 >= long >= short >= 1"
 _SCALE = _tuple_of(_SIDE, f"a pair {_PAIR}", lambda x: len(x) == 2 and x[0] >= x[1])
@@ -145,7 +146,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "model.norm_groups": (NETWORK, _SIDE),
     "model.initial_distance": (TRAINING, _FINITE),
     "model.background_levels": (NETWORK, _FLAG),
-    "model.dtype": (NETWORK, _choice("float32", "bfloat16")),
+    "model.dtype": (TRAINING, _DTYPE),
     "model.precision": (TRAINING, _PRECISION),
     "model.remat": (FREE, _FLAG),
     "model.channel_order": (NETWORK, _choice("BGR", "RGB")),
@@ -195,6 +196,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "eval.min_cls_score": (RESULT, _SHARE),
     "eval.nms_iou": (RESULT, _SHARE),
     "eval.max_detections": (RESULT, _COUNT),
+    "eval.dtype": (RESULT, _DTYPE),
     "eval.precision": (RESULT, _PRECISION),
     "eval.boxes": (RESULT, _choice("detected", "ground_truth")),
     "eval.context_matching": (RESULT, _CONTEXT),

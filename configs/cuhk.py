@@ -219,6 +219,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # IoU above which a better detection suppresses another, and detections kept per image.
     evaluation.nms_iou = 0.5
     evaluation.max_detections = 100
+    # Type of the activations in evaluation and search, whatever model.dtype was in training:
+    # float32 or bfloat16, which moves boxes and rankings.
+    evaluation.dtype = "float32"
     # The same choice as config.model.precision, for evaluation and search: exact or fast.
     evaluation.precision = "exact"
     # Which boxes are searched: detected, or ground_truth (perfect detection, an upper bound).

@@ -5,13 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from alignps_jax.nn.model import AlignPS, build_model
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.state import create_state, is_frozen
 from alignps_jax.training.step import TrainStep
-from alignps_jax.types import Batch, OIMMemory, TrainState
+from alignps_jax.types import Batch, OIMMemory, Positives, TrainState
 
 NUM_IDENTITIES = 7
 MAX_POSITIVES = 40
@@ -42,6 +43,23 @@ def random_batch(
         identity=rng.integers(0, NUM_IDENTITIES, (images, people)).astype(np.int32),
         labeled=rng.random((images, people)) < 0.7,
         valid=rng.random((images, people)) < 0.9,
+    )
+
+
+def positives_of(
+    embeddings: Array, identity: Array, labeled: Array | bool = True, valid: Array | bool = True
+) -> Positives:
+    """Positive locations as the re-id losses see them, without boxes."""
+    count = len(identity)
+    return Positives(
+        valid=jnp.broadcast_to(jnp.asarray(valid), count),
+        distances=jnp.zeros((count, 4)),
+        centerness_logits=jnp.zeros(count),
+        embeddings=jnp.asarray(embeddings),
+        target_distances=jnp.zeros((count, 4)),
+        target_centerness=jnp.zeros(count),
+        identity=jnp.asarray(identity),
+        labeled=jnp.broadcast_to(jnp.asarray(labeled), count),
     )
 
 

@@ -31,9 +31,9 @@ from alignps_jax.evaluation.pictures import protocol_row
 from alignps_jax.evaluation.results import EvaluationResult, detection_values, search_values
 from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
 from alignps_jax.files import check_outputs, write_image
-from alignps_jax.inference.predict import make_predict_step
+from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
-from alignps_jax.nn.model import AlignPS, build_model, weights_template
+from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import PreparedSplit, prepare
 from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
@@ -140,22 +140,20 @@ class Evaluator:
 
 def make_evaluator(
     config: ConfigDict,
-    model: AlignPS,
     split: PreparedSplit,
     scorer: Scorer,
     predict: Callable[[Any, Any, Batch], Detections] | None = None,
 ) -> Evaluator:
-    """An evaluator of `model` on a prepared split of `config.data`.
+    """An evaluator of the configured network on a prepared split of `config.data`.
 
     Args:
       config: the configuration.
-      model: the network.
       split: the photos.
       scorer: for their annotations.
       predict: that of another evaluator of the network, whose compiled programs are used again.
     """
     return Evaluator(
-        predict=predict or parallel_predict_step(make_predict_step(model, config)),
+        predict=predict or parallel_predict_step(make_predict_step(config)),
         batches=make_eval_batches(
             split,
             config.data,
@@ -192,13 +190,11 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
         check_outputs(*(workdir / name for name in OUTPUTS))
     use_compilation_cache()
     check_batch_size(config, "eval")
-    model = build_model(config)
-    make_predict_step(model, config)  # what it refuses, it refuses before the data is prepared
     step, by = agreed_step(checkpoint, config)
-    weights = load_weights(step, weights_template(model))
+    weights = load_weights(step, weights_template(inference_model(config)))
     with main_process_first():
         scorer, photos = make_scorer(config), prepare(config.data).test
-    evaluator = make_evaluator(config, model, photos, scorer)
+    evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
     workdir.mkdir(parents=True, exist_ok=True)
     evaluator.write(measured.chosen(by), None, workdir)

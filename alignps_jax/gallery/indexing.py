@@ -32,7 +32,7 @@ from alignps_jax.gallery.writing import (
     tidy,
 )
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import FindsPeople, Read, Result, detect_all
+from alignps_jax.inference.many import FindsPeople, Result, detect_all, pause
 from alignps_jax.log import progress
 from alignps_jax.types import UserError
 
@@ -141,10 +141,6 @@ def is_known(known: KnownFile | None, file: MediaFile, every: float) -> bool:
     return not file.is_video or (known.every == every and known.seconds is None)
 
 
-def _pause() -> Read[SceneRead | None]:
-    return Read(None)
-
-
 class _Run:
     """Indexes files that are not known."""
 
@@ -183,7 +179,7 @@ class _Run:
         max_pixels = self._gallery.about.max_pixels
         for share in claims.shares(files, self._missing):
             if not share:
-                yield _pause
+                yield pause
             for file in share:
                 if file.is_video:
                     yield from video_tasks(file, self._every, max_pixels, self._known_seconds(file))

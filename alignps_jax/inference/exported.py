@@ -6,12 +6,12 @@ the one that wrote it, or up to three weeks older.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jaxtyping import Array, Float, Int, UInt8
@@ -20,16 +20,14 @@ from ml_collections import ConfigDict
 from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.files import check_outputs, write_atomically
-from alignps_jax.inference.detector import inference_model
-from alignps_jax.inference.predict import PredictStep
+from alignps_jax.inference.predict import PredictStep, inference_model
 from alignps_jax.nn.deform_sampling import for_all_platforms
 from alignps_jax.nn.model import weights_template
-from alignps_jax.types import Batch, Detections, Weights
+from alignps_jax.types import Weights
 from data_pipeline import transforms
 from data_pipeline.transforms import Size
 
 SUFFIX = ".stablehlo"
-# What a program runs on; which of them decides where it is called.
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -45,42 +43,32 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
     Raises:
       UserError: there is no such checkpoint, or `target` cannot be written.
     """
-    files = program_files(target, config)
+    shapes = sorted(transforms.buckets([config.data.test_scale]))
+    targets = (target, target.with_name(f"{target.stem}.portrait{SUFFIX}"))
+    files = dict(zip(targets, shapes, strict=False))  # one where the test scale is square
     check_outputs(*files)
     model = inference_model(config)
-    step = PredictStep(model, config.eval)
     folder, by = chosen_step(checkpoint, config)
     weights = load_weights(folder, weights_template(model))
+    photos = config.eval.batch_size
+    detect = partial(_detect, PredictStep(model, config.eval), weights)
     for file, shape in files.items():
-        program = _program(step, weights, config.eval.batch_size, shape)
-        write_atomically(file, bytes(program.serialize()))
+        write_atomically(file, bytes(_program(detect, photos, shape).serialize()))
         print(
-            f"step {int(weights.step)} of {checkpoint} (chosen by {by}), for "
-            f"batches of {config.eval.batch_size} at {shape[0]}x{shape[1]} pixels on "
-            f"{', '.join(PLATFORMS)}, is now in {file}"
+            f"step {int(weights.step)} of {checkpoint} (chosen by {by}), for batches of {photos} "
+            f"at {shape[0]}x{shape[1]} pixels on {', '.join(PLATFORMS)}, is now in {file}"
         )
     print(f"note: JAX loads it in versions up to six months newer than this one, {jax.__version__}")
 
 
-def program_files(target: Path, config: ConfigDict) -> dict[Path, Size]:
-    """The files of the programs, and the (height, width) that each takes."""
-    shapes = transforms.buckets([config.data.test_scale])
-    landscape, *portrait = sorted(shapes)
-    files = {target: landscape}
-    for shape in portrait:
-        files[target.with_name(f"{target.stem}.portrait{SUFFIX}")] = shape
-    return files
-
-
-def _program(step: PredictStep, weights: Weights, photos: int, shape: Size) -> export.Exported:
+def _program(detect: Any, photos: int, shape: Size) -> export.Exported:
     arguments = (
         jax.ShapeDtypeStruct((photos, *shape, 3), np.uint8),
         jax.ShapeDtypeStruct((photos, 2), np.int32),
         jax.ShapeDtypeStruct((photos, 2), np.float32),
     )
-    detect = jax.jit(partial(_detect, step, weights))
     with for_all_platforms():
-        return export.export(detect, platforms=PLATFORMS)(*arguments)
+        return export.export(jax.jit(detect), platforms=PLATFORMS)(*arguments)
 
 
 def _detect(
@@ -90,18 +78,8 @@ def _detect(
     size: Int[Array, "B 2"],
     scale: Float[Array, "B 2"],
 ) -> dict[str, Any]:
-    count = len(photo)
-    nobody = jnp.zeros((count, 0), bool)
-    batch = Batch(
-        image=photo,
-        size=size,
-        scale=scale,
-        index=jnp.arange(count),
-        valid_image=jnp.ones(count, bool),
-        boxes=jnp.zeros((count, 0, 4)),
-        identity=nobody.astype(jnp.int32),
-        labeled=nobody,
-        valid=nobody,
-    )
-    found: Detections = step(weights.params, weights.frozen, batch)
+    count, height, width, _ = photo.shape
+    nobody = transforms.empty_batch(count, (height, width), 0)
+    batch = dataclasses.replace(nobody, image=photo, size=size, scale=scale)
+    found = step(weights.params, weights.frozen, batch)
     return {name: getattr(found, name) for name in ("boxes", "scores", "embeddings", "valid")}

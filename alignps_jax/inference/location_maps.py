@@ -1,9 +1,9 @@
-"""What the network computes at every location of a photo, and what can be seen in it.
+"""The network's values at every location of a photo, for pictures of how it works.
 
-The sampling points of the neck's deformable convolutions (Paper, Fig. 5) and the similarity of
-every location's embedding to a query. Level l of the pyramid has stride 2**l: its location
-(column, row) covers the input's pixels from 2**l * column to 2**l * (column + 1), and stands for
-their center, as in the head.
+They are the sampling points of the neck's deformable convolutions (Paper, Fig. 5) and the
+similarity of each location's embedding to a query. Level l of the pyramid has stride 2**l: its
+location (column, row) stands for the center of the input's pixels from 2**l * column to
+2**l * (column + 1).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import cv2
-import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from alignps_jax.nn.layers import SIZE_MULTIPLE
+from alignps_jax.arrays import l2_normalize
+from alignps_jax.nn.layers import valid_extent
 from alignps_jax.nn.precision import products_in
-from alignps_jax.types import Batch, Outputs, UserError
+from alignps_jax.types import Batch, UserError
 
 # (y, x) steps from a location to the nine taps of a 3x3 convolution, row by row.
 TAPS = np.stack(np.meshgrid((-1, 0, 1), (-1, 0, 1), indexing="ij"), axis=-1).reshape(9, 2)
@@ -31,26 +31,14 @@ _OUTPUT = "output3"
 _OUTPUT_STRIDE = 8
 
 
-@struct.dataclass
-class MapOutputs:
-    """The maps of a batch as they leave the network, bucket padding included.
-
-    `offsets` holds the channels of the `offset` convolution of each deformable convolution of the
-    neck, by its name (`lateral3`): y0, x0, y1, x1, ... of the nine taps.
-    """
-
-    outputs: tuple[Outputs, ...]
-    offsets: dict[str, Float[Array, "B _h _w 18"]]
-
-
 @dataclasses.dataclass(frozen=True)
 class LocationMaps:
     """The maps of one photo on the host, without bucket padding.
 
-    `embeddings` has one map per level that is searched, of vectors of length one (or zero), and
-    `strides` their strides. `offsets[name][row, column, tap]` is (y, x) in locations of that
-    convolution's input. `size` is the height and width that the photo was resized to, `scale`
-    the factors (x, y) by which its coordinates were multiplied.
+    `embeddings` has a map for each level that is searched, of vectors of length one (or zero), and
+    `strides` their strides. `offsets[name][row, column, tap]` is (y, x) in locations of the input
+    of the neck's deformable convolution of that name, such as `lateral3`. `size` is the height and
+    width of the resized photo, `scale` the factors (x, y) from the photo's coordinates to its.
     """
 
     embeddings: tuple[Float[np.ndarray, "_h _w D"], ...]
@@ -75,53 +63,37 @@ class SamplingPoints:
 
 def compute_maps(
     model: nn.Module, precision: str, params: Any, frozen: Any, batch: Batch
-) -> MapOutputs:
-    """Runs the network and keeps what its offset convolutions say on the way."""
+) -> tuple[list[Float[Array, "B _h _w D"]], dict[str, Float[Array, "B _h _w 18"]]]:
+    """The embeddings of each level, and the outputs of the neck's offset convolutions by name."""
     with products_in(precision):
         outputs, captured = model.apply(
             {"params": params, "frozen": frozen},
             batch.image,
             batch.size,
-            capture_intermediates=_is_offset_of_neck,
+            capture_intermediates=lambda module, _: module.path[::2] == ("neck", "offset"),
             mutable=["intermediates"],
         )
     neck = captured.get("intermediates", {}).get("neck", {})
     offsets = {name: layer["offset"]["__call__"][0] for name, layer in neck.items()}
-    return MapOutputs(outputs, offsets)
+    return [l2_normalize(level.embeddings) for level in outputs], offsets
 
 
-def _is_offset_of_neck(module: nn.Module, method: str) -> bool:
-    return method == "__call__" and module.path[:1] == ("neck",) and module.name == "offset"
+def maps_of_photo(embeddings: list[Array], offsets: dict[str, Array], batch: Batch) -> LocationMaps:
+    """What `compute_maps` gives for one photo, on the host, cut to what the network looks at."""
+    bucket, valid = batch.image.shape[1], np.asarray(valid_extent(jnp.asarray(batch.size)))[0]
 
+    def cut(array: Array) -> np.ndarray:
+        height, width = -(-valid // (bucket // array.shape[1]))
+        return np.asarray(array)[0, :height, :width]
 
-def maps_of_photo(maps: MapOutputs, batch: Batch) -> LocationMaps:
-    """The maps of a batch of one image, on the host, cut to the region the network looks at."""
-    host: Any = jax.device_get(maps)
-    bucket = batch.image.shape[1]
-    size = np.asarray(batch.size[0])
-    extent = -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
-
-    def cut(array: np.ndarray) -> tuple[np.ndarray, int]:
-        stride = bucket // array.shape[1]
-        height, width = -(-extent // stride)
-        return array[0, :height, :width].astype(np.float32), stride
-
-    embeddings, strides = zip(*(cut(level.embeddings) for level in host.outputs), strict=True)
+    taps = {name: cut(array) for name, array in offsets.items()}
     return LocationMaps(
-        embeddings=tuple(_normalized(embedding) for embedding in embeddings),
-        strides=strides,
-        offsets={
-            name: (cropped := cut(array)[0]).reshape(*cropped.shape[:2], 9, 2)
-            for name, array in host.offsets.items()
-        },
-        size=size,
+        embeddings=tuple(cut(array) for array in embeddings),
+        strides=tuple(bucket // array.shape[1] for array in embeddings),
+        offsets={name: array.reshape(*array.shape[:2], 9, 2) for name, array in taps.items()},
+        size=np.asarray(batch.size[0]),
         scale=np.asarray(batch.scale[0]),
     )
-
-
-def _normalized(vectors: Float[np.ndarray, "h w D"]) -> Float[np.ndarray, "h w D"]:
-    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
 
 
 def similarity_map(
@@ -162,8 +134,7 @@ def sampling_points(
     of the backbone's map. The nine points of a tap are means of these, weighted as bilinear
     interpolation weighs the pixels.
 
-    Raises:
-      UserError: the network has no such deformable convolutions.
+    Raises UserError if the network has no such deformable convolutions.
     """
     output, lateral = _offsets(maps, _OUTPUT), _offsets(maps, f"lateral{level}")
     stride = 2**level
@@ -187,10 +158,8 @@ def sampling_points(
 
 def _offsets(maps: LocationMaps, name: str) -> Float[np.ndarray, "h w 9 2"]:
     if name not in maps.offsets:
-        found = ", ".join(maps.offsets) or "none"
         raise UserError(
-            f"sampling points: {name} of this network's neck is not a deformable convolution "
-            f"(found {found}); expected config.model.lateral_deform=True, output_deform=True and "
-            "3 in levels"
+            f"sampling points: {name} of this network's neck is not a deformable convolution; "
+            "expected config.model.lateral_deform=True, output_deform=True and 3 in levels"
         )
     return maps.offsets[name]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -22,49 +21,40 @@ from data_pipeline.pipeline import single_image_batch
 Tag = TypeVar("Tag")
 Tag_co = TypeVar("Tag_co", covariant=True)
 Image = UInt8[np.ndarray, "_H _W 3"]
+Size = tuple[int, int]
 
-# So many batches may come before the photos that wait for others of their shape.
+# A photo waits for others of its shape until this many batches have come after it.
 _PATIENCE = 4
 
 
 @runtime_checkable  # as beartype asks where shapes are checked
-class DetectsBatches(Protocol):
-    """What finds the people of batches, on all local devices."""
+class FindsPeople(Protocol):
+    """What a gallery is made with: a `Detector`, which see, or a stand-in for one."""
 
     config: ConfigDict
-
-    def rows(self, bucket: tuple[int, int]) -> int:
-        """How many photos of a shape it takes at a time."""
-
-    def detect_batch(self, batch: Batch) -> Detections:
-        """Detections [devices, B / devices, K] of so many, perhaps still being computed."""
-
-
-@runtime_checkable
-class FindsPeople(DetectsBatches, Protocol):
-    """What a gallery is made with: a `Detector`, or what stands in for one."""
-
-    # Where its weights come from, for people to read.
     name: str
+    rows: int
 
     @property
-    def fingerprint(self) -> str:
-        """Equal for equal weights only."""
+    def fingerprint(self) -> str: ...
 
-    def detect(self, image: Image) -> Detections:
-        """All detections [K] of a photo, best first."""
+    def detect(self, photo: Image, /) -> Detections: ...
+
+    def detect_batch(self, batch: Batch) -> Detections: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Read(Generic[Tag_co]):
-    """What reading a photo gave: its pixels, or why there are none.
-
-    Without both it is a pause: everything before it is finished at once.
-    """
+    """The pixels of a photo, or why there are none (neither: see `pause`)."""
 
     tag: Tag_co
     image: Image | None = None
     error: UserError | None = None
+
+
+def pause() -> Read[None]:
+    """A task after which no other is taken before the results of all tasks so far are given."""
+    return Read(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,106 +66,75 @@ class Result(Generic[Tag]):
     error: UserError | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prepared(Generic[Tag]):
+@dataclasses.dataclass
+class _Photo(Generic[Tag]):
+    """A photo on its way: a batch of one row until the network has it, then the result."""
+
     tag: Tag
     batch: Batch | None
-    error: UserError | None
+    result: Result[Tag] | None
 
 
 def detect_all(
-    detector: DetectsBatches,
-    tasks: Iterable[Callable[[], Read[Tag]]],
-    threads: int | None = None,
+    detector: FindsPeople, tasks: Iterable[Callable[[], Read[Tag]]]
 ) -> Generator[Result[Tag], None, None]:
     """The people of many photos, in the order of the tasks.
 
-    Needs memory for a few batches only, whatever the number of photos. The device never waits
-    where reading is faster than the network.
+    Memory holds a few batches, whatever the number of photos. The device does not wait where
+    reading is faster than the network.
 
     Args:
-      detector: what finds them.
-      tasks: each reads a photo; they run in threads, and the iterator itself in one, ahead.
-      threads: to read in; default: one per core.
+      detector: finds the people.
+      tasks: each reads a photo, in a thread; they are taken a few ahead.
     """
-    data = detector.config.data
+    photos: deque[_Photo[Tag]] = deque()  # those whose result has not been given yet
+    waiting: dict[Size, list[_Photo[Tag]]] = {}
+    running: deque[tuple[list[_Photo[Tag]], Detections]] = deque()
 
-    def prepare(task: Callable[[], Read[Tag]]) -> _Prepared[Tag]:
-        read = task()
-        if read.image is None:
-            return _Prepared(read.tag, None, read.error)
-        try:
-            return _Prepared(read.tag, single_image_batch(read.image, data), None)
-        except UserError as error:
-            return _Prepared(read.tag, None, error)
+    def start(bucket: Size) -> None:
+        started = waiting.pop(bucket)
+        batch = join([photo.batch for photo in started], detector.rows)
+        running.append((started, detector.detect_batch(batch)))
+        for photo in started:
+            photo.batch = None
 
-    threads = threads or len(os.sched_getaffinity(0))
-    return _in_order(detector, _ahead(prepare, tasks, threads))
-
-
-def _in_order(
-    detector: DetectsBatches, prepared: Iterable[_Prepared[Tag]]
-) -> Generator[Result[Tag], None, None]:
-    waiting: dict[tuple[int, int], list[int]] = {}  # photos of a bucket, by number
-    photos: dict[int, _Prepared[Tag]] = {}
-    under_way: deque[tuple[list[int], Detections]] = deque()
-    results: dict[int, Result[Tag]] = {}
-    given = 0
-
-    def start(bucket: tuple[int, int]) -> None:
-        numbers = waiting.pop(bucket)
-        batch = _joined([photos[i].batch for i in numbers], detector.rows(bucket))
-        under_way.append((numbers, detector.detect_batch(batch)))
-
-    def finish() -> None:
-        numbers, found = under_way.popleft()
-        host = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(found))
-        for row, number in enumerate(numbers):
-            results[number] = Result(photos.pop(number).tag, _row(host, row), None)
-
-    def start_all() -> None:
-        for bucket in list(waiting):
-            start(bucket)
+    def finish(remaining: int) -> None:
+        while len(running) > remaining:
+            started, found = running.popleft()
+            for photo, people in zip(started, people_of(found), strict=False):
+                photo.result = Result(photo.tag, people, None)
 
     def finish_all() -> None:
-        while under_way:
-            finish()
+        for bucket in list(waiting):
+            start(bucket)
+        finish(0)
 
-    def ready() -> Iterator[Result[Tag]]:
-        nonlocal given
-        while given in results:
-            yield results.pop(given)
-            given += 1
+    def done() -> Iterator[Result[Tag]]:
+        while photos and (result := photos[0].result) is not None:
+            photos.popleft()
+            yield result
 
-    for number, photo in enumerate(prepared):
-        if photo.batch is None:
-            results[number] = Result(photo.tag, None, photo.error)
-            if photo.error is None:
-                start_all()
-                finish_all()
-        else:
-            photos[number] = photo
-            bucket = (photo.batch.image.shape[1], photo.batch.image.shape[2])
-            waiting.setdefault(bucket, []).append(number)
-            if len(waiting[bucket]) == detector.rows(bucket):
-                start(bucket)
-            for other in [b for b in waiting if number - waiting[b][0] > _limit(detector, b)]:
-                start(other)
-        # A batch is read back once the next one is under way: the device never waits for us.
-        while len(under_way) > 1:
-            finish()
-        yield from ready()
-    start_all()
+    for photo in _ahead(partial(_prepare, detector.config.data), tasks):
+        photos.append(photo)
+        if photo.batch is not None:
+            group = waiting.setdefault(_bucket(photo.batch), [])
+            group.append(photo)
+            if len(group) == detector.rows:
+                start(_bucket(photo.batch))
+        elif photo.result and photo.result.error is None:  # a pause
+            finish_all()
+        # A portrait among many landscapes does not hold them up.
+        if len(photos) > _PATIENCE * detector.rows and photos[0].batch is not None:
+            start(_bucket(photos[0].batch))
+        # A batch is read back once the next one runs, so that the device never waits.
+        finish(1)
+        yield from done()
     finish_all()
-    yield from ready()
+    yield from done()
 
 
-def _limit(detector: DetectsBatches, bucket: tuple[int, int]) -> int:
-    return _PATIENCE * detector.rows(bucket)
-
-
-def _joined(batches: list[Any], rows: int) -> Batch:
-    """Photos as one batch, filled up with rows that are not valid."""
+def join(batches: Sequence[Any], rows: int) -> Batch:
+    """Batches of one photo each as one batch, filled up to `rows` with rows that are not valid."""
     fill = dataclasses.replace(
         jax.tree.map(np.zeros_like, batches[0]), size=batches[0].size, scale=batches[0].scale
     )
@@ -183,46 +142,41 @@ def _joined(batches: list[Any], rows: int) -> Batch:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
-def _row(found: Detections, row: int) -> Detections:
-    valid = found.valid[row]
-    return jax.tree.map(lambda x: x[row][valid], found)
+def people_of(found: Detections) -> Iterator[Detections]:
+    """The valid detections of each photo of a batch [devices, B / devices, K], on the host."""
+    host = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(found))
+    for row, valid in enumerate(host.valid):
+        yield jax.tree.map(lambda x, row=row, valid=valid: x[row][valid], host)
+
+
+def _bucket(batch: Batch) -> Size:
+    return batch.image.shape[1], batch.image.shape[2]
+
+
+def _prepare(data: ConfigDict, task: Callable[[], Read[Tag]]) -> _Photo[Tag]:
+    read = task()
+    batch, error = None, read.error
+    if read.image is not None:
+        try:
+            batch = single_image_batch(read.image, data)
+        except UserError as wrong:
+            error = wrong
+    return _Photo(read.tag, batch, None if batch else Result(read.tag, None, error))
 
 
 def _ahead(
-    work: Callable[[Any], Any], tasks: Iterable[Callable[[], Any]], threads: int
-) -> Iterator[Any]:
-    """`work` of each task, in order, computed in threads a little ahead of whoever asks."""
-    results: queue.Queue[Future[Any] | None] = queue.Queue(maxsize=2 * threads)
-    stop = threading.Event()
-
-    def put(future: Future[Any] | None) -> bool:
-        while not stop.is_set():
-            try:
-                results.put(future, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    with ThreadPoolExecutor(threads, "read") as pool:
-
-        def feed() -> None:
-            try:
-                for task in tasks:
-                    if stop.is_set() or not put(pool.submit(work, task)):
-                        return
-                put(None)
-            except BaseException as error:
-                failed: Future[Any] = Future()
-                failed.set_exception(error)
-                put(failed)
-
-        feeder = threading.Thread(target=feed, name="feed", daemon=True)
-        feeder.start()
-        try:
-            while (future := results.get()) is not None:
-                yield future.result()
-        finally:
-            stop.set()
-            feeder.join()
-            pool.shutdown(cancel_futures=True)
+    work: Callable[[Any], Any], tasks: Iterable[Callable[[], Any]]
+) -> Generator[Any, None, None]:
+    """`work` of each task, in order, computed in threads a little ahead of the caller."""
+    threads = len(os.sched_getaffinity(0))
+    pool = ThreadPoolExecutor(threads, "read")
+    futures: deque[Future[Any]] = deque()
+    try:
+        for task in tasks:
+            futures.append(pool.submit(work, task))
+            while len(futures) > (0 if task is pause else 2 * threads):
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -8,7 +8,7 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alignps_jax.arrays import first_true, l2_normalize
+from alignps_jax.arrays import l2_normalize
 from alignps_jax.boxes import boxes_from_distances, clip_boxes, iou, locations
 from alignps_jax.types import AnyArray, Detections, Outputs
 
@@ -30,10 +30,9 @@ def nms(
     """Greedy non-maximum suppression of `boxes`, best first: which ones are kept.
 
     A box is kept when it is valid and no kept box before it overlaps it with an IoU above the
-    threshold. Instead of going through the boxes one by one, the rule is applied to all of them
-    until nothing changes. Whether box i is kept depends on earlier boxes only, so after t rounds
-    the first t answers are final, whatever they started from: the loop ends after at most K + 1
-    rounds (usually a handful) and its fixed point is the greedy answer, the only one there is.
+    threshold. The rule is applied to all boxes at once until nothing changes. Whether box i is kept
+    depends on earlier boxes only, so after t rounds the first t answers are final: the loop ends
+    after at most K + 1 rounds (usually a handful), and its fixed point is the greedy answer.
     """
     earlier = jnp.arange(len(boxes))[:, None] < jnp.arange(len(boxes))[None]
     suppresses = (iou(boxes[:, None], boxes[None]) > iou_threshold) & earlier
@@ -41,15 +40,11 @@ def nms(
     def apply_rule(keep: Bool[Array, "K"]) -> Bool[Array, "K"]:
         return valid & ~jnp.any(suppresses & keep[:, None], axis=0)
 
-    def advance(
-        state: tuple[Bool[Array, "K"], Bool[Array, "K"]],
-    ) -> tuple[Bool[Array, "K"], Bool[Array, "K"]]:
-        _, keep = state
-        return keep, apply_rule(keep)
+    def advance(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return state[1], apply_rule(state[1])
 
-    def changed(state: tuple[Bool[Array, "K"], Bool[Array, "K"]]) -> Bool[Array, ""]:
-        before, keep = state
-        return jnp.any(before != keep)
+    def changed(state: tuple[Array, Array]) -> Bool[Array, ""]:
+        return jnp.any(state[0] != state[1])
 
     return lax.while_loop(changed, advance, (valid, apply_rule(valid)))[1]
 
@@ -65,7 +60,7 @@ def detect(
     nms_iou: float,
     max_detections: int,
 ) -> Detections:
-    """The detections of a batch of images (Released code).
+    """The detections [B, K] of a batch of images, best first (Released code).
 
     Per image: the `pre_nms` locations of each level with the highest classification probability
     times centerness; their boxes, clipped to the image and scaled back to the photo; those with a
@@ -74,17 +69,14 @@ def detect(
     thus be below `min_cls_score`.
 
     Args:
-      outputs: one entry per level.
+      outputs: of each level.
       size: height and width of each image without any padding.
       scale: factors (x, y) from the photo's coordinates to the image's.
-      strides: one per level.
+      strides: of each level.
       pre_nms: candidates per level; levels with fewer locations take all of theirs.
       min_cls_score: classification probability that candidates must exceed.
       nms_iou: overlap (in the photo) above which the lower score is suppressed.
-      max_detections: K of the result.
-
-    Returns:
-      Detections [B, K], best first; rows that are not `valid` are zero.
+      max_detections: K.
     """
 
     def detect_one(
@@ -98,15 +90,13 @@ def detect(
         valid = candidates.valid & (candidates.cls > min_cls_score)
         boxes = clip_boxes(candidates.boxes, size) / jnp.tile(scale, 2)
         order = jnp.argsort(jnp.where(valid, -candidates.score, jnp.inf), stable=True)
-        kept = first_true(nms(boxes[order], valid[order], nms_iou), max_detections)
-        index = order[kept.index]
-        return Detections(
-            boxes=jnp.where(kept.valid[:, None], boxes[index], 0.0),
-            scores=jnp.where(kept.valid, candidates.score[index], 0.0),
-            embeddings=jnp.where(
-                kept.valid[:, None], l2_normalize(candidates.embeddings[index]), 0.0
-            ),
-            valid=kept.valid,
+        kept = nms(boxes[order], valid[order], nms_iou)
+        best = order[jnp.flatnonzero(kept, size=max_detections, fill_value=0)]
+        return _detections(
+            boxes[best],
+            candidates.score[best],
+            candidates.embeddings[best],
+            jnp.arange(max_detections) < kept.sum(),
         )
 
     return jax.vmap(detect_one)(tuple(outputs), size, scale)
@@ -121,23 +111,19 @@ def embed_boxes(
     strides: Sequence[int],
     borders: Sequence[float],
 ) -> Detections:
-    """Given boxes as if they had been detected: with score 1, and the embedding at their center.
+    """Given boxes [B, G] as if they were detections, with score 1 and their center's embedding.
 
     That is the one of the location nearest to the box's center (of two, the right or lower one),
     on the level that the center belongs to in training: the first whose border reaches half of
     the box's longer side.
 
     Args:
-      outputs: one entry per level.
+      outputs: of each level.
       boxes: in pixels of the network's input.
       valid: False for entries that only fill up G.
       scale: factors (x, y) from the photo's coordinates to the input's.
-      strides: one per level.
-      borders: largest extent of each level but the last, ascending.
-
-    Returns:
-      Detections [B, G] in the order of the boxes, boxes in the photo's pixels; rows that are not
-      `valid` are zero.
+      strides: of each level.
+      borders: `config.loss.level_borders`.
     """
 
     def embed_one(
@@ -153,24 +139,29 @@ def embed_boxes(
             for outputs, stride in zip(levels, strides, strict=True)
         ]
         embeddings = jnp.stack(nearest)[level, jnp.arange(len(boxes))]
-        counts = valid[:, None]
-        return Detections(
-            boxes=jnp.where(counts, boxes / jnp.tile(scale, 2), 0.0),
-            scores=valid.astype(jnp.float32),
-            embeddings=jnp.where(counts, l2_normalize(embeddings), 0.0),
-            valid=valid,
-        )
+        ones = jnp.ones(len(boxes), jnp.float32)
+        return _detections(boxes / jnp.tile(scale, 2), ones, embeddings, valid)
 
     return jax.vmap(embed_one)(tuple(outputs), boxes, valid, scale)
+
+
+def _detections(boxes: AnyArray, scores: Array, embeddings: Array, valid: AnyArray) -> Detections:
+    """Detections with embeddings of length one; rows that are not valid are zero."""
+    return Detections(
+        boxes=jnp.where(valid[:, None], boxes, 0.0),
+        scores=jnp.where(valid, scores, 0.0),
+        embeddings=jnp.where(valid[:, None], l2_normalize(embeddings), 0.0),
+        valid=valid,
+    )
 
 
 def _nearest_embeddings(
     level: Outputs, points: Float[AnyArray, "G 2"], stride: int
 ) -> Float[Array, "G D"]:
     """Embeddings of one image at the valid locations nearest to points (x, y)."""
-    extent = jnp.stack([level.valid.any(axis=0).sum(), level.valid.any(axis=1).sum()])
+    size = jnp.stack([level.valid.any(axis=0).sum(), level.valid.any(axis=1).sum()])
     cell = jnp.floor(points / stride).astype(jnp.int32)
-    column, row = jnp.clip(cell, 0, extent - 1).T
+    column, row = jnp.clip(cell, 0, size - 1).T
     return level.embeddings[row, column]
 
 

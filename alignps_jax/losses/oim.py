@@ -1,6 +1,6 @@
 """Online instance matching: the memory, its loss and its update (Paper, Sec. 3.3, Eqs. 1 and 2).
 
-The memory is an argument and a result, never hidden state.
+The memory is an argument and a result, never hidden state. Its table and its queue may be empty.
 """
 
 import jax
@@ -10,11 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.losses.terms import Term
-from alignps_jax.types import OIMMemory
+from alignps_jax.types import OIMMemory, Positives
 
 
 def init_memory(num_identities: int, queue_size: int, dim: int) -> OIMMemory:
-    """An empty memory: all zero. `queue_size` may be 0."""
+    """An empty memory: all zero."""
     return OIMMemory(
         lut=jnp.zeros((num_identities, dim), jnp.float32),
         queue=jnp.zeros((queue_size, dim), jnp.float32),
@@ -23,10 +23,7 @@ def init_memory(num_identities: int, queue_size: int, dim: int) -> OIMMemory:
 
 
 def oim_loss(
-    embeddings: Float[Array, "P D"],
-    identity: Int[Array, "P"],
-    labeled: Bool[Array, "P"],
-    valid: Bool[Array, "P"],
+    positives: Positives,
     memory: OIMMemory,
     *,
     inverse_lut_temperature: float,
@@ -38,85 +35,77 @@ def oim_loss(
         p_i = exp(v_i . f / tau) / (sum_j exp(v_j . f / tau) + sum_k exp(u_k . f / tau))
 
     with f the L2-normalized embedding, v the rows of the table, u the slots of the queue, i the
-    person's identity. The focal factor is that of Paper, Sec. 4.2; people without identity count
-    in the mean (Released code).
+    person's identity. The focal factor is that of Paper, Sec. 4.2; unlabeled people count in the
+    mean (Released code).
 
     Args:
-      embeddings: raw; L2-normalized here.
-      identity: row of the table, in [0, L), where `labeled` and `valid`.
-      labeled: whether the identity is known.
-      valid: False for entries that only fill up P.
+      positives: raw embeddings, and identities in [0, L) where `labeled` and `valid`.
       memory: the state before this step's update; receives no gradient.
       inverse_lut_temperature: 1 / tau of Eq. 1 for the table's rows.
       inverse_queue_temperature: the same for the queue's slots.
       focal_gamma: 0 gives the plain OIM loss.
     """
-    use = valid & labeled
-    table = lax.stop_gradient(
-        jnp.concatenate(
-            [memory.lut * inverse_lut_temperature, memory.queue * inverse_queue_temperature]
-        )
-    )
-    # Full precision: a GPU's default for matrix products would be off by 1e-2 in the logits.
-    logits = jnp.matmul(l2_normalize(embeddings), table.T, precision=lax.Precision.HIGHEST)
-    own = jnp.take_along_axis(logits, jnp.where(use, identity, 0)[:, None], axis=1)[:, 0]
+    count = jnp.sum(positives.valid, dtype=jnp.float32)
+    if len(memory.lut) == 0:  # the training set has no labeled people
+        return Term(sum=jnp.zeros(()), count=count)
+    use = positives.valid & positives.labeled
+    rows = memory.lut * inverse_lut_temperature
+    slots = memory.queue * inverse_queue_temperature
+    table = lax.stop_gradient(jnp.concatenate([rows, slots]))
+    features = l2_normalize(positives.embeddings)
+    # Full precision: the default of GPUs would be off by 1e-2 in the logits.
+    logits = jnp.matmul(features, table.T, precision=lax.Precision.HIGHEST)
+    identity = jnp.where(use, positives.identity, 0)
+    own = jnp.take_along_axis(logits, identity[:, None], axis=1)[:, 0]
     log_p = own - jax.nn.logsumexp(logits, axis=1)
     # Bounded away from 0, where powers below one have no derivative.
     not_p = jnp.maximum(-jnp.expm1(log_p), 1e-12)
-    return Term(
-        sum=jnp.sum(-(not_p**focal_gamma) * log_p, where=use),
-        count=jnp.sum(valid, dtype=jnp.float32),
-    )
+    return Term(sum=jnp.sum(-(not_p**focal_gamma) * log_p, where=use), count=count)
 
 
 def update_memory(
     memory: OIMMemory,
-    embeddings: Float[Array, "P D"],
-    identity: Int[Array, "P"],
-    labeled: Bool[Array, "P"],
-    valid: Bool[Array, "P"],
+    positives: Positives,
     *,
     momentum: float,
     normalize: bool,
     queue_channels: int | None,
 ) -> OIMMemory:
-    """Writes the positives into the memory, one after another, in order.
+    """Writes the positives of all devices into the memory, one after another, in order.
 
     A labeled positive turns its identity's row into momentum · row + (1 - momentum) · f, with f
     its L2-normalized embedding; an unlabeled one takes the queue's next slot, circularly.
 
     Args:
       memory: the state before.
-      embeddings: raw, in location order; on several devices the gathered ones of all of them.
-      identity: in [0, L) where `labeled` and `valid`; anything else is written nowhere.
-      labeled: whether the identity is known.
-      valid: False for entries that only fill up P.
+      positives: in location order; identities outside of [0, L) are written nowhere.
       momentum: share of the old row that is kept.
       normalize: scale a row back to length one after every write (OIM paper).
-      queue_channels: how many channels of a slot are written, the others keep what they hold (the
-        released code writes 64); None writes all.
+      queue_channels: number of channels of a slot that are written, the others keep their values
+        (Released code: 64); None writes all.
     """
-    # Gradients never reach the memory: it is a record of embeddings, not a parameter.
-    features = lax.stop_gradient(l2_normalize(embeddings))
-    tail, queue = _update_queue(memory, features, valid & ~labeled, queue_channels)
-    lut = _update_lut(memory.lut, features, identity, valid & labeled, momentum, normalize)
+    features, valid = l2_normalize(positives.embeddings), positives.valid
+    row = jnp.where(valid & positives.labeled, positives.identity, -1)
+    lut = _update_lut(memory.lut, features, row, momentum, normalize)
+    tail, queue = _update_queue(memory, features, valid & ~positives.labeled, queue_channels)
     return OIMMemory(lut=lut, queue=queue, tail=tail)
 
 
 def _update_lut(
     lut: Float[Array, "L D"],
     features: Float[Array, "P D"],
-    identity: Int[Array, "P"],
-    use: Bool[Array, "P"],
+    row: Int[Array, "P"],
     momentum: float,
     normalize: bool,
 ) -> Float[Array, "L D"]:
-    """All first positives of their identity at once, then all second ones, and so on.
+    """The first positives of all identities at once, then the second ones, and so on.
 
-    Rows of different identities do not meet, so this equals the one-by-one order.
+    Different identities write different rows, so this equals the one-by-one order.
     """
-    nowhere = lut.shape[0]
-    row = jnp.where(use & (identity >= 0) & (identity < nowhere), identity, nowhere)
+    nowhere = len(lut)
+    if nowhere == 0:
+        return lut
+    row = jnp.where((row >= 0) & (row < nowhere), row, nowhere)
     order = jnp.argsort(row, stable=True)
     row, features = row[order], features[order]
     rank = jnp.arange(len(row)) - jnp.searchsorted(row, row, side="left", method="scan_unrolled")
@@ -131,14 +120,11 @@ def _update_lut(
 
 
 def _update_queue(
-    memory: OIMMemory,
-    features: Float[Array, "P D"],
-    use: Bool[Array, "P"],
-    channels: int | None,
+    memory: OIMMemory, features: Float[Array, "P D"], use: Bool[Array, "P"], channels: int | None
 ) -> tuple[Int[Array, ""], Float[Array, "Q D"]]:
     """The new tail and queue; of more positives than slots, the last ones stay."""
     queue, tail = memory.queue, memory.tail
-    size = queue.shape[0]
+    size = len(queue)
     if size == 0:
         return tail, queue
     rank = jnp.cumsum(use, dtype=jnp.int32) - 1

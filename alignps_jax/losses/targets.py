@@ -24,36 +24,28 @@ def assign_targets(
 ) -> Targets:
     """Assigns to each location of one image the box that it should predict, if any.
 
-    A location can be positive for a box when it lies strictly inside both the box and the square
-    of half side `center_radius * stride` around the box's center (center sampling), and the
-    largest of its distances to the box's sides, in pixels, is within its level's range (ends
-    included). Of several boxes the one with the smallest area wins, of equal ones the first.
+    A location is a candidate for a box if it lies strictly inside both the box and the square of
+    half side `center_radius * stride` around the box's center (center sampling), and if its
+    largest distance to a side of the box, in pixels, is within its level's range (ends included).
+    The smallest box wins, the first of equal ones. Targets are zero where not positive.
 
     Args:
       locations: x, y in pixels of the image, of all levels together.
       strides: stride of each location's level.
-      ranges: smallest and largest extent of its level; (0, inf) takes any box, a range whose
-        lower end is above its upper one takes none (a level of pure background).
+      ranges: smallest and largest such distance of its level; (0, inf) takes any box, a range
+        whose lower end is above its upper one takes none (a level of pure background).
       location_valid: False for locations that are padding; they are never positive.
-      boxes: pixels of the image; G is at least 1.
-      identity: meaningful where `labeled`.
-      labeled: whether the person's identity is known.
+      boxes, identity, labeled: of the image's people, boxes in pixels; G is at least 1.
       box_valid: False for entries that only fill up G.
-
-    Returns:
-      Targets, all zero where not positive. Centerness is sqrt(min(l, r) / max(l, r) ·
-      min(t, b) / max(t, b)).
     """
     distances = distances_to_boxes(locations[:, None], boxes[None])  # [N, G, 4]
-    extent = distances.max(axis=-1)
-    center = (boxes[:, :2] + boxes[:, 2:]) / 2
-    radius = (center_radius * strides)[:, None]
-    near_center = jnp.abs(locations[:, None] - center[None]).max(axis=-1) < radius
+    largest = distances.max(axis=-1)
+    from_center = jnp.abs(locations[:, None] - (boxes[:, :2] + boxes[:, 2:]) / 2).max(axis=-1)
     candidate = (
         (distances.min(axis=-1) > 0)
-        & near_center
-        & (extent >= ranges[:, :1])
-        & (extent <= ranges[:, 1:])
+        & (from_center < (center_radius * strides)[:, None])
+        & (largest >= ranges[:, :1])
+        & (largest <= ranges[:, 1:])
         & location_valid[:, None]
         & box_valid[None]
     )
@@ -72,7 +64,7 @@ def assign_targets(
 
 
 def _centerness(distances: Float[Array, "N 4"]) -> Float[Array, "N"]:
-    """1 at the center of a box, falling to 0 at its sides; 0 for zero distances."""
+    """sqrt(min(l, r) / max(l, r) · min(t, b) / max(t, b)); 0 for zero distances."""
     opposite = distances.reshape(-1, 2, 2)  # [[left, top], [right, bottom]]
     largest = opposite.max(axis=1)
     ratio = opposite.min(axis=1) / jnp.where(largest > 0, largest, 1.0)

@@ -1,14 +1,13 @@
 """The paper's loss on one page: targets of all locations, the positive ones, and every term.
 
-Pure: nothing here knows the network or other devices. Who runs on several devices adds up the
-`Term`s of all of them before dividing.
+Pure: nothing here knows the network or other devices. A caller on several devices adds up the
+`Term`s of all of them before the division.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +15,25 @@ import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from alignps_jax.arrays import first_true
 from alignps_jax.boxes import locations
 from alignps_jax.losses.oim import oim_loss
 from alignps_jax.losses.targets import assign_targets
-from alignps_jax.losses.terms import (
-    People,
-    Term,
-    centerness_loss,
-    focal_loss,
-    giou_loss,
-    triplet_loss,
-)
-from alignps_jax.registry import choose
-from alignps_jax.types import Batch, OIMMemory, Outputs, Positives, Targets, UserError
+from alignps_jax.losses.terms import Term, centerness_loss, focal_loss, giou_loss, triplet_loss
+from alignps_jax.types import Batch, OIMMemory, Outputs, Positives, Targets
 
-# The range of a level that learns background only: no box is within it.
-NO_RANGE = (np.inf, 0.0)
-# config.loss.triplet: whether there is the term, and whether the table's rows take part in it.
+# config.loss.triplet: whether the loss has the term, and whether table rows are samples of it.
 TRIPLETS = {"none": (False, False), "batch": (True, False), "batch_and_lut": (True, True)}
 
 
 def total(
     outputs: Outputs,
     targets: Targets,
-    mine: Positives,
-    everyone: Positives,
+    local: Positives,
+    gathered: Positives,
     memory: OIMMemory,
-    rules: ConfigDict,
+    config: ConfigDict,
     *,
-    first: int | Int[Array, ""] = 0,
+    offset: int | Int[Array, ""] = 0,
 ) -> dict[str, Term]:
     """This device's part of every loss; all have weight 1 (Released code).
 
@@ -54,85 +42,46 @@ def total(
     Args:
       outputs: predictions at all locations, `[B, N, ...]`; see `flatten_levels`.
       targets: of the same locations.
-      mine: this device's positives.
-      everyone: those of all devices, in device order; `mine` itself on one device.
+      local: this device's positives.
+      gathered: those of all devices, in device order; `local` itself on one device.
       memory: table and queue before this step's update.
-      rules: `config.loss`.
-      first: where `mine` begins in `everyone`.
+      config: `config.loss`.
+      offset: index of the first of `local` in `gathered`.
     """
-    # Detection (FCOS). Every location is classified; only positive ones have a box to learn.
-    classified = focal_loss(
+    # Detection (FCOS). Every location is classified; only positive ones learn a box.
+    classification = focal_loss(
         outputs.cls_logits,
         targets.positive,
         outputs.valid,
-        alpha=rules.focal_alpha,
-        gamma=rules.focal_gamma,
+        alpha=config.focal_alpha,
+        gamma=config.focal_gamma,
     )
-    weight, valid = mine.target_centerness, mine.valid
+    centerness, valid = local.target_centerness, local.valid
     terms = {
-        "cls": Term(sum=classified, count=targets.positive.sum() + len(outputs.valid)),
-        "box": giou_loss(mine.distances, mine.target_distances, weight, valid),
-        "centerness": centerness_loss(mine.centerness_logits, weight, valid),
+        "cls": Term(sum=classification, count=targets.positive.sum() + len(outputs.valid)),
+        "box": giou_loss(local.distances, local.target_distances, centerness, valid),
+        "centerness": centerness_loss(local.centerness_logits, centerness, valid),
         # Re-id (TOIM, Paper, Sec. 3.3): every person against the whole memory ...
         "oim": oim_loss(
-            mine.embeddings,
-            mine.identity,
-            mine.labeled,
-            valid,
+            local,
             memory,
-            inverse_lut_temperature=rules.inverse_lut_temperature,
-            inverse_queue_temperature=rules.inverse_queue_temperature,
-            focal_gamma=rules.oim_focal_gamma,
+            inverse_lut_temperature=config.inverse_lut_temperature,
+            inverse_queue_temperature=config.inverse_queue_temperature,
+            focal_gamma=config.oim_focal_gamma,
         ),
     }
-    # ... and against the hardest people of this step, on whichever device they are.
-    use_triplet, use_lut = TRIPLETS[rules.triplet]
+    # ... and against the hardest people of this step, on all devices.
+    use_triplet, use_lut = TRIPLETS[config.triplet]
     if use_triplet:
         terms["triplet"] = triplet_loss(
-            _labeled(mine),
-            _labeled(everyone),
+            local,
+            gathered,
             memory.lut if use_lut else None,
-            first=first,
-            margin=rules.triplet_margin,
-            first_lut_identity=rules.triplet_first_lut_identity,
+            offset=offset,
+            margin=config.triplet_margin,
+            first_lut_identity=config.triplet_first_lut_identity,
         )
     return terms
-
-
-def _labeled(positives: Positives) -> People:
-    valid = positives.valid & positives.labeled
-    return People(positives.embeddings, positives.identity, valid)
-
-
-def check_triplet(rules: ConfigDict) -> None:
-    """Raises UserError unless `config.loss.triplet` is an entry of `TRIPLETS`."""
-    choose("config.loss.triplet", rules.triplet, TRIPLETS)
-
-
-def level_ranges(
-    levels: Sequence[int], borders: Sequence[float], background: int = 0
-) -> list[tuple[float, float]]:
-    """Smallest and largest extent of what each level predicts in training (FCOS), in pixels.
-
-    A location's extent is its largest distance to a side of its box.
-
-    Args:
-      levels: numbers of the levels that are searched on.
-      borders: `config.loss.level_borders`, between each of them and the next.
-      background: how many further levels learn background only.
-
-    Raises:
-      UserError: there are too few or too many borders, or they do not ascend.
-    """
-    edges = (0.0, *borders, np.inf)
-    numbers = all(isinstance(border, int | float) for border in borders)
-    ascending = numbers and all(low < high for low, high in pairwise(edges))
-    if not ascending or len(borders) != len(levels) - 1:
-        raise UserError(
-            f"config.loss.level_borders: found {tuple(borders)}, expected {len(levels) - 1} "
-            f"ascending numbers of pixels for config.model.levels = {tuple(levels)}"
-        )
-    return [*pairwise(edges), *[NO_RANGE] * background]
 
 
 def assign(
@@ -143,14 +92,10 @@ def assign(
     ranges: Sequence[tuple[float, float]],
     center_radius: float,
 ) -> Targets:
-    """Targets of all locations of all levels, `[B, N]`.
+    """Targets `[B, N]` of all locations of all levels.
 
-    Args:
-      outputs: of every level; only their shapes and `valid` matter.
-      batch: the annotations.
-      strides: of every level.
-      ranges: of every level; see `level_ranges`.
-      center_radius: `config.loss.center_radius`, in strides.
+    `strides` and `ranges` are those of each level, as for `assign_targets`; `center_radius` is
+    `config.loss.center_radius`, in strides.
     """
     maps = [level.cls_logits for level in outputs]
     sizes = [x.shape[1] * x.shape[2] for x in maps]
@@ -167,7 +112,7 @@ def assign(
 
 
 def flatten_levels(outputs: Sequence[Outputs]) -> Outputs:
-    """All levels as one row of locations per image: `[B, N, ...]`."""
+    """The locations of all levels as one axis: `[B, N, ...]`."""
     flat = [
         jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), level) for level in outputs
     ]
@@ -177,14 +122,16 @@ def flatten_levels(outputs: Sequence[Outputs]) -> Outputs:
 def select_positives(
     flat: Outputs, targets: Targets, limit: int
 ) -> tuple[Positives, Int[Array, ""]]:
-    """The first `limit` positive locations, image by image, and how many there were beyond."""
-    chosen = first_true(targets.positive.ravel(), limit)
+    """The first `limit` positive locations, image by image, and the number of those beyond."""
+    positive = targets.positive.ravel()
+    index = jnp.flatnonzero(positive, size=limit, fill_value=0)
+    count = jnp.sum(positive, dtype=jnp.int32)
 
     def take(x: Array) -> Array:
-        return x.reshape(-1, *x.shape[2:])[chosen.index]
+        return x.reshape(-1, *x.shape[2:])[index]
 
     positives = Positives(
-        valid=chosen.valid,
+        valid=jnp.arange(limit) < count,
         distances=take(flat.box_distances),
         centerness_logits=take(flat.centerness_logits),
         embeddings=take(flat.embeddings),
@@ -193,4 +140,4 @@ def select_positives(
         identity=take(targets.identity),
         labeled=take(targets.labeled),
     )
-    return positives, chosen.dropped
+    return positives, jnp.maximum(count - limit, 0)

@@ -60,11 +60,11 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         rows = lut_size(config, (held.train if held else people).num_identities)
         data = prepare(config.data)
     photos = data.train
-    selector = evaluator = make_evaluator(config, model, data.test, scorer)
+    selector = evaluator = make_evaluator(config, data.test, scorer)
     if held:
         scorer = scorer_of(config, held.validation.people(people), (held.protocol,))
         split = held.validation.photos(photos)
-        selector = make_evaluator(config, model, split, scorer, predict=evaluator.predict)
+        selector = make_evaluator(config, split, scorer, predict=evaluator.predict)
         photos = held.train.photos(photos)
     pipeline = make_train_pipeline(
         photos,

@@ -33,7 +33,8 @@ from alignps_jax.gallery.indexing import TIDY_COMMITS, index
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.gallery.table import IS_PERSON, IndexedScene
 from alignps_jax.gallery.writing import commit_scenes, known_files, tidy
-from alignps_jax.inference.detector import Detector, inference_model
+from alignps_jax.inference.detector import Detector
+from alignps_jax.inference.predict import inference_model
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Detections, Weights
 from configs import cuhk, tiny
@@ -173,7 +174,7 @@ def random_detector(config: ConfigDict) -> Detector:
     weights = jax.tree.map(
         lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype), weights_template(model)
     )
-    return Detector(config, model, Weights(np.int32(0), weights.params, weights.frozen))
+    return Detector(config, Weights(np.int32(0), weights.params, weights.frozen))
 
 
 def write_photos(folder: Path, count: int, height: int, width: int) -> None:
@@ -194,12 +195,12 @@ def throughput(photos: int) -> None:
     detector = random_detector(cuhk.get_config())
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_photos(folder / "warm", detector.rows((896, 1504)), 1080, 1920)
+        write_photos(folder / "warm", detector.rows, 1080, 1920)
         gallery = Gallery.open(folder / "people.lance", create_for=detector)
         index(gallery, detector, [str(folder / "warm")])
         image = cv2.imread(str(folder / "warm" / "0.jpg"))
         batch = single_image_batch(image, detector.config.data)
-        rows = detector.rows((batch.image.shape[1], batch.image.shape[2]))
+        rows = detector.rows
         batch = jax.tree.map(lambda x: np.concatenate([x] * rows), batch)
         spent: dict[str, list[tuple[float, float]]] = {"network": [], "index": []}
         for turn in range(4):

@@ -20,7 +20,7 @@ from alignps_jax.inference.postprocess import detect
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.losses.oim import oim_loss, update_memory
 from alignps_jax.losses.targets import assign_targets
-from alignps_jax.losses.terms import People, triplet_loss
+from alignps_jax.losses.terms import triplet_loss
 from alignps_jax.nn.model import build_model, init_variables
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.state import create_state, is_frozen
@@ -38,6 +38,7 @@ from tests.benchmark.evaluate import (
 )
 from tests.benchmark.measure import Context
 from tests.benchmark.search import QUERIES, K, unit_rows
+from tests.fakes import positives_of
 
 # The map of a 1500x900 image at stride 8, and the width of the embeddings.
 MAP: Size = (116, 188)
@@ -107,8 +108,8 @@ def triplet(context: Context, people: int) -> Work:
     embeddings, identity = _positives(people)
 
     def loss(embeddings: jax.Array, lut: jax.Array) -> jax.Array:
-        everyone = People(embeddings, identity, jnp.ones(len(identity), bool))
-        return triplet_loss(everyone, everyone, lut, first=0, margin=0.3, first_lut_identity=0).sum
+        people = positives_of(embeddings, identity)
+        return triplet_loss(people, people, lut, offset=0, margin=0.3, first_lut_identity=0).sum
 
     lut = unit_rows(jax.random.key(1), IDENTITIES)
     return _compiled(jax.value_and_grad(loss), embeddings, lut)
@@ -147,7 +148,6 @@ def oim(context: Context, identities: int) -> Work:
     """The OIM loss of a batch's positives, its gradient, and the update of the memory."""
     embeddings, identity = _positives(people=8)
     labeled = jnp.arange(len(identity)) % 2 == 0
-    everyone = jnp.ones(len(identity), bool)
     memory = OIMMemory(
         lut=unit_rows(jax.random.key(1), identities),
         queue=unit_rows(jax.random.key(2), 5000),
@@ -156,10 +156,7 @@ def oim(context: Context, identities: int) -> Work:
 
     def loss(embeddings: jax.Array, memory: OIMMemory) -> jax.Array:
         return oim_loss(
-            embeddings,
-            identity,
-            labeled,
-            everyone,
+            positives_of(embeddings, identity, labeled),
             memory,
             inverse_lut_temperature=10.0,
             inverse_queue_temperature=10.0,
@@ -170,10 +167,7 @@ def oim(context: Context, identities: int) -> Work:
         found = jax.value_and_grad(loss)(embeddings, memory)
         return found, update_memory(
             memory,
-            embeddings,
-            identity,
-            labeled,
-            everyone,
+            positives_of(embeddings, identity, labeled),
             momentum=0.5,
             normalize=True,
             queue_channels=None,

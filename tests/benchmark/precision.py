@@ -28,7 +28,7 @@ from alignps_jax.devices import parallel_predict_step
 from alignps_jax.evaluation.evaluate import Evaluator, Measured, make_evaluator
 from alignps_jax.evaluation.scoring import make_scorer
 from alignps_jax.inference.predict import make_predict_step
-from alignps_jax.nn.model import build_model, weights_template
+from alignps_jax.nn.model import weights_template
 from alignps_jax.types import GalleryDetections, UserError
 from data_pipeline.datasets import prepare
 
@@ -118,10 +118,9 @@ def moves(exact: GalleryDetections, other: GalleryDetections, threshold: float) 
 def measure(config: ConfigDict, checkpoint: Path) -> dict[str, tuple[Measured, Moves]]:
     """The test split with exact products and with each of `ROUNDINGS`."""
     config.eval.precision = "fast"  # products then say that they may be rounded
-    model = build_model(config)
-    weights = load_weights(checkpoint, weights_template(model))
-    evaluator = make_evaluator(config, model, prepare(config.data).test, make_scorer(config))
-    step = make_predict_step(model, config)
+    step = make_predict_step(config)
+    weights = load_weights(checkpoint, weights_template(step.model))
+    evaluator = make_evaluator(config, prepare(config.data).test, make_scorer(config))
 
     def run(evaluator: Evaluator) -> Measured:
         return evaluator.measure(weights.params, weights.frozen, int(weights.step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float
 from alignps_jax.experiments.benchmark.measure import peak_memory, time_in_turns
 from alignps_jax.experiments.benchmark.report import seconds
 from alignps_jax.losses.oim import oim_loss, update_memory
-from alignps_jax.losses.terms import People, triplet_loss
+from alignps_jax.losses.terms import triplet_loss
 from alignps_jax.types import OIMMemory, Positives
 from tests.benchmark.measure import Context, Row
 from tests.benchmark.network import configured
@@ -111,23 +112,20 @@ def make_work(
     loss = configured(context).loss
 
     def toim(memory: OIMMemory, positives: Positives) -> tuple[Float[Array, "P D"], OIMMemory]:
-        people = positives.identity, positives.labeled, positives.valid
-
         def total(embeddings: Float[Array, "P D"]) -> Float[Array, ""]:
+            people = dataclasses.replace(positives, embeddings=embeddings)
             oim = oim_loss(
-                embeddings,
-                *people,
+                people,
                 memory,
                 inverse_lut_temperature=loss.inverse_lut_temperature,
                 inverse_queue_temperature=loss.inverse_queue_temperature,
                 focal_gamma=loss.oim_focal_gamma,
             )
-            labeled = People(embeddings, positives.identity, positives.valid & positives.labeled)
             triplet = triplet_loss(
-                labeled,
-                labeled,
+                people,
+                people,
                 memory.lut,
-                first=0,
+                offset=0,
                 margin=loss.triplet_margin,
                 first_lut_identity=loss.triplet_first_lut_identity,
             )
@@ -135,8 +133,7 @@ def make_work(
 
         updated = update_memory(
             memory,
-            positives.embeddings,
-            *people,
+            positives,
             momentum=loss.lut_momentum,
             normalize=loss.normalize_lut,
             queue_channels=loss.queue_channels,

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import Checkpoints
 from alignps_jax.files import write_image
-from alignps_jax.inference.detector import inference_model
+from alignps_jax.inference.predict import inference_model
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import OIMMemory, TrainState
 from configs import tiny

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax.inference.detector import Detector, inference_model
+from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import (
     TAPS,
     LocationMaps,
@@ -178,7 +178,7 @@ def test_maps_of_the_network():
     for number, name in enumerate(shapes):
         params["neck"][name]["offset"]["kernel"][:] = 0
         params["neck"][name]["offset"]["bias"][:] = np.arange(18) / 16 + number
-    detector = Detector(config, inference_model(config), Weights(np.int32(1), params, frozen))
+    detector = Detector(config, Weights(np.int32(1), params, frozen))
     maps = detector.maps(rng.integers(0, 256, (200, 400, 3), np.uint8))
     # 128 x 64 pixels within a bucket of 128 x 96.
     np.testing.assert_array_equal(maps.size, [64, 128])

@@ -7,6 +7,7 @@ import pytest
 
 from alignps_jax.losses import oim
 from alignps_jax.types import OIMMemory
+from tests.fakes import positives_of
 
 L, Q, D = 6, 5, 8
 
@@ -64,10 +65,7 @@ def slow_update(memory, embeddings, identity, labeled, mask, momentum, normalize
 
 def loss(embeddings, identity, labeled, mask, memory, t=10.0, t_queue=7.0, gamma=2.0):
     return oim_loss(
-        embeddings,
-        identity,
-        labeled,
-        mask,
+        positives_of(embeddings, identity, labeled, mask),
         memory,
         inverse_lut_temperature=t,
         inverse_queue_temperature=t_queue,
@@ -77,15 +75,12 @@ def loss(embeddings, identity, labeled, mask, memory, t=10.0, t_queue=7.0, gamma
 
 def update(memory, *positives, momentum=0.5, normalize=False, channels=None):
     return update_memory(
-        memory, *positives, momentum=momentum, normalize=normalize, queue_channels=channels
+        memory,
+        positives_of(*positives),
+        momentum=momentum,
+        normalize=normalize,
+        queue_channels=channels,
     )
-
-
-def test_init_is_zero():
-    memory = oim.init_memory(4, 3, 2)
-    assert memory.lut.shape == (4, 2)
-    assert memory.queue.shape == (3, 2)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(memory))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0, 0.5])
@@ -162,12 +157,12 @@ def test_unlabeled_count_but_add_nothing():
     assert (term.sum, term.count) == (0, mask.sum())
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("queue_size", [0, Q])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("channels", [None, 3])
-def test_update_matches_loop(seed: int, normalize: bool, channels: int | None):
-    *positives, rng = sample(seed)
-    memory = filled_memory(rng)
+def test_update_matches_loop(queue_size: int, normalize: bool, channels: int | None):
+    *positives, rng = sample(queue_size)
+    memory = filled_memory(rng, queue_size, tail=3 if queue_size else 0)
     assert (~positives[2] & positives[3]).sum() != 0
     result = update(memory, *positives, momentum=0.7, normalize=normalize, channels=channels)
     lut, queue, tail = slow_update(memory, *positives, 0.7, normalize, channels)
@@ -185,6 +180,24 @@ def test_three_positives_of_one_identity_by_hand():
     assert not np.any(result.lut[0])
 
 
+@pytest.mark.parametrize("queue_size", [0, Q])
+def test_a_table_of_no_rows(queue_size: int):
+    """A training set without labeled people: they count, and only the queue changes."""
+    embeddings, identity, _, mask, rng = sample(9)
+    memory = filled_memory(rng, queue_size, tail=0).replace(lut=jnp.zeros((0, D)))
+    positives = identity, np.zeros(len(mask), bool), mask
+    term, gradient = jax.value_and_grad(
+        lambda x: (lambda term: (term.sum, term))(loss(x, *positives, memory)), has_aux=True
+    )(jnp.asarray(embeddings))
+    assert (term[0], term[1].count) == (0, mask.sum())
+    assert not np.any(gradient)
+    result = update(memory, embeddings, *positives, normalize=True)
+    _, queue, tail = slow_update(memory, embeddings, *positives, 0.5, True, None)
+    assert result.lut.shape == (0, D)
+    np.testing.assert_allclose(result.queue, queue, atol=1e-6)
+    assert result.tail == tail
+
+
 @pytest.mark.parametrize("unlabeled", [4, 5, 6, 13])
 def test_queue_wraps_and_the_last_ones_win(unlabeled: int):
     embeddings, identity, labeled, _, rng = sample(unlabeled)
@@ -197,13 +210,6 @@ def test_queue_wraps_and_the_last_ones_win(unlabeled: int):
     np.testing.assert_allclose(result.queue, queue, atol=1e-6)
     np.testing.assert_array_equal(result.lut, memory.lut)
     assert result.tail == tail == (3 + unlabeled) % Q
-
-
-def test_queue_of_no_slots():
-    *positives, rng = sample(5)
-    result = update(filled_memory(rng, queue_size=0, tail=0), *positives)
-    assert result.queue.shape == (0, D)
-    assert result.tail == 0
 
 
 def test_all_masked_changes_nothing():
@@ -232,15 +238,3 @@ def test_zero_embeddings_leave_zero_rows_zero():
         normalize=True,
     )
     assert not np.any(memory.lut)
-
-
-def test_update_in_two_halves_is_the_update_of_the_whole():
-    embeddings, identity, labeled, mask, rng = sample(8)
-    memory = filled_memory(rng)
-    whole = update(memory, embeddings, identity, labeled, mask, normalize=True)
-    halves = memory
-    for part in (slice(0, 12), slice(12, None)):
-        halves = update(
-            halves, embeddings[part], identity[part], labeled[part], mask[part], normalize=True
-        )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole, halves)

@@ -1,10 +1,9 @@
-"""Locations, assignment and compaction against literal loops."""
+"""Locations and assignment against literal loops."""
 
 import jax
 import numpy as np
 import pytest
 
-from alignps_jax.arrays import first_true
 from alignps_jax.boxes import locations
 from alignps_jax.losses import targets
 from alignps_jax.types import Targets
@@ -172,26 +171,3 @@ def test_assignment_vmaps_over_images():
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), batched, single
         )
-
-
-@pytest.mark.parametrize(
-    ("share", "size"), [(0.2, 8), (0.2, 3), (0.0, 4), (1.0, 10), (1.0, 41), (0.5, 60)]
-)
-def test_first_true_matches_flatnonzero(share: float, size: int):
-    flags = np.random.default_rng(int(share * 10) + size).random(41) < share
-    selection = jax.device_get(jax.jit(first_true, static_argnums=1)(flags, size))
-    expected = np.flatnonzero(flags)
-    kept = min(len(expected), size)
-    assert selection.index.shape == selection.valid.shape == (size,)
-    np.testing.assert_array_equal(selection.valid, np.arange(size) < kept)
-    np.testing.assert_array_equal(selection.index[:kept], expected[:kept])
-    assert not np.any(selection.index[kept:])
-    assert selection.dropped == max(len(expected) - size, 0)
-
-
-def test_first_true_vmaps():
-    flags = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], bool)
-    selection = jax.vmap(lambda row: first_true(row, 2))(flags)
-    assert selection.index.tolist() == [[1, 2], [0, 0], [0, 1]]
-    assert selection.valid.tolist() == [[True, True], [False, False], [True, True]]
-    assert selection.dropped.tolist() == [0, 0, 2]

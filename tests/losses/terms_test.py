@@ -8,6 +8,7 @@ import pytest
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.losses import terms as losses
+from tests.fakes import positives_of
 
 # One compilation per shape instead of one per operation.
 focal_loss = jax.jit(losses.focal_loss)
@@ -17,9 +18,9 @@ jit_triplet_loss = jax.jit(losses.triplet_loss)
 
 
 def triplet_loss(embeddings, identity, where, lut, margin=0.3, first_lut_identity=0):
-    people = losses.People(embeddings, identity, where)
+    people = positives_of(embeddings, identity, valid=where)
     return jit_triplet_loss(
-        people, people, lut, first=0, margin=margin, first_lut_identity=first_lut_identity
+        people, people, lut, offset=0, margin=margin, first_lut_identity=first_lut_identity
     )
 
 
@@ -222,7 +223,19 @@ class TestTriplet:
 
         assert_all_zero((total(embeddings), jax.grad(lambda x: total(x).sum)(embeddings)))
 
-    def test_duplicates_zero_vectors_and_empty_table_have_finite_gradients(self):
+    def test_a_table_of_no_rows_has_no_triplets(self):
+        """As where all people of the training set are unlabeled."""
+        embeddings = jnp.asarray(np.random.default_rng(2).normal(size=(5, 4)), jnp.float32)
+
+        def total(x):
+            people = positives_of(x, np.zeros(5, int), labeled=False)
+            return losses.triplet_loss(
+                people, people, jnp.zeros((0, 4)), offset=0, margin=0.3, first_lut_identity=0
+            )
+
+        assert_all_zero((total(embeddings), jax.grad(lambda x: total(x).sum)(embeddings)))
+
+    def test_duplicates_zero_vectors_and_zero_table_have_finite_gradients(self):
         embeddings = jnp.array([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0], [0.0, 0.0], [1.0, 2.0]])
         identity = jnp.array([0, 0, 1, 1, 2])
 
@@ -235,7 +248,8 @@ class TestTriplet:
 
     @pytest.mark.parametrize("pairs", [2**24, 40])
     @pytest.mark.parametrize("parts", [1, 2, 4])
-    def test_shares_add_up_to_the_loss_and_gradient_of_everybody(self, parts, pairs):
+    def test_shares_add_up_to_the_loss_and_gradient_of_all(self, parts, pairs, monkeypatch):
+        monkeypatch.setattr(losses, "PAIRS_AT_ONCE", pairs)
         *people, lut = self.sample(5)
         embeddings, identity, where = (jnp.asarray(x)[:16] for x in people)
 
@@ -244,19 +258,18 @@ class TestTriplet:
             return term.sum, term.count
 
         def in_parts(x):
-            everyone = losses.People(x, identity, where)
+            gathered = positives_of(x, identity, valid=where)
             size = len(x) // parts
             shares = [
                 losses.triplet_loss(
-                    jax.tree.map(lambda v, first=first: v[first : first + size], everyone),
-                    everyone,
+                    jax.tree.map(lambda v, offset=offset: v[offset : offset + size], gathered),
+                    gathered,
                     lut,
-                    first=first,
+                    offset=offset,
                     margin=0.3,
                     first_lut_identity=0,
-                    pairs_at_once=pairs,
                 )
-                for first in range(0, len(x), size)
+                for offset in range(0, len(x), size)
             ]
             return sum(share.sum for share in shares), sum(share.count for share in shares)
 
@@ -275,17 +288,3 @@ class TestTriplet:
         )
         np.testing.assert_allclose(masked.sum, kept.sum, rtol=1e-6)
         assert masked.count == kept.count
-
-
-def test_terms_of_two_halves_add_up():
-    rng = np.random.default_rng(6)
-    logits, target = rng.normal(size=10), rng.random(10).astype(np.float32)
-    where = rng.random(10) < 0.6
-    whole = centerness_loss(logits, target, where)
-    halves = [
-        centerness_loss(logits[part], target[part], where[part])
-        for part in (slice(0, 4), slice(4, 10))
-    ]
-    both = jax.tree.map(lambda a, b: a + b, *halves)
-    np.testing.assert_allclose(both.sum, whole.sum, rtol=1e-5)
-    assert both.count == whole.count

@@ -37,16 +37,16 @@ def memory_of(rng: np.random.Generator) -> OIMMemory:
 
 
 def parts_of(outputs, batch, limit, devices=1):
-    """(outputs, targets, mine) of every device's share of the images."""
+    """(outputs, targets, positives) of every device's share of the images."""
     shares = []
     for start in range(0, IMAGES, IMAGES // devices):
         rows = slice(start, start + IMAGES // devices)
         own, people = jax.tree.map(lambda x, rows=rows: x[rows], (outputs, batch))
         targets = assign([own], people, strides=[STRIDE], ranges=[(0.0, np.inf)], center_radius=1.5)
         flat = flatten_levels([own])
-        mine, dropped = select_positives(flat, targets, limit)
+        local, dropped = select_positives(flat, targets, limit)
         assert dropped == 0
-        shares.append((flat, targets, mine))
+        shares.append((flat, targets, local))
     return shares
 
 
@@ -54,9 +54,9 @@ def sums(outputs, batch, memory, rules, devices):
     """Every term's sum and count over the devices, by name."""
     limit = 200
     shares = parts_of(outputs, batch, limit, devices)
-    everyone = jax.tree.map(lambda *x: jnp.concatenate(x), *(mine for *_, mine in shares))
+    gathered = jax.tree.map(lambda *x: jnp.concatenate(x), *(local for *_, local in shares))
     terms = [
-        total(*share, everyone, memory, rules, first=number * limit)
+        total(*share, gathered, memory, rules, offset=number * limit)
         for number, share in enumerate(shares)
     ]
     return {
@@ -95,8 +95,8 @@ def test_without_people_only_classification_counts_and_gradients_are_finite():
 
     def loss(embeddings, distances):
         changed = outputs.replace(embeddings=embeddings, box_distances=distances)
-        flat, targets, mine = parts_of(changed, batch, 200)[0]
-        terms = total(flat, targets, mine, mine, memory, rules)
+        flat, targets, local = parts_of(changed, batch, 200)[0]
+        terms = total(flat, targets, local, local, memory, rules)
         return sum(term.sum for term in terms.values()), terms
 
     gradients, terms = jax.grad(loss, argnums=(0, 1), has_aux=True)(

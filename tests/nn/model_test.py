@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from alignps_jax.inference import predict
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.model import build_model, init_variables
 from alignps_jax.types import UserError
@@ -81,13 +82,14 @@ def test_detections_do_not_depend_on_bucket_or_company():
         np.testing.assert_allclose(alone.boxes[0], together.boxes[row], atol=1e-2)
 
 
-def test_large_photos_one_by_one_give_the_same():
+def test_large_photos_one_by_one_give_the_same(monkeypatch):
     config, model, params, frozen = tiny_model()
     config.eval.min_cls_score = 0.0
     batch = random_batch(np.random.default_rng(5), images=3)
 
     def compiled(smallest):
-        program = jax.jit(PredictStep(model, config.eval, smallest)).lower(params, frozen, batch)
+        monkeypatch.setattr(predict, "LARGE_PHOTO", smallest)
+        program = jax.jit(PredictStep(model, config.eval)).lower(params, frozen, batch)
         return program.as_text(), program.compile()(params, frozen, batch)
 
     (plain, together), (mapped, one_by_one) = compiled(2**30), compiled(1)

@@ -11,6 +11,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.devices import AXIS, parallel_train_step, replicate
+from alignps_jax.losses.oim import init_memory
 from alignps_jax.losses.total import select_positives
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.training.state import is_frozen
@@ -94,6 +95,22 @@ def test_images_without_people_give_only_a_classification_loss_and_finite_update
         assert np.isfinite(leaf).all()
     np.testing.assert_array_equal(after.memory.lut, case.state.memory.lut)
     np.testing.assert_array_equal(after.memory.queue, case.state.memory.queue)
+
+
+@pytest.mark.parametrize("case", [""], indirect=True)
+@pytest.mark.parametrize("queue_size", [0, 5])
+def test_a_training_set_without_labeled_people_is_learned(case, queue_size):
+    """Its lookup table has no rows."""
+    batch = random_batch(np.random.default_rng(6))
+    batch = batch.replace(labeled=np.zeros_like(batch.labeled))
+    memory = init_memory(0, queue_size, case.config.model.channels)
+    after, metrics = case.step(case.state.replace(memory=memory), split(batch, 1))
+    assert metrics.positives > 10
+    assert metrics.terms["box"] > 0
+    assert metrics.terms["oim"] == metrics.terms["triplet"] == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after, metrics)))
+    assert after.memory.lut.shape[0] == 0
+    assert np.count_nonzero(np.any(after.memory.queue, axis=1)) == queue_size
 
 
 def test_frozen_parameters_stay_and_all_others_move(case):

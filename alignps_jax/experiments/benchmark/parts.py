@@ -56,9 +56,9 @@ class Context:
 def inference(context: Context) -> list[Work]:
     """Photos at the test scale to detections: one per device, and the batch of an evaluation."""
     config = context.usable_config()
-    model = build_model(config)
-    weights = devices.replicate(simulate.plausible_weights(model))
-    predict = devices.parallel_predict_step(make_predict_step(model, config))
+    step = make_predict_step(config)
+    weights = devices.replicate(simulate.plausible_weights(step.model))
+    predict = devices.parallel_predict_step(step)
     long, short = config.data.test_scale
     works = []
     for images in sorted({jax.device_count(), config.eval.batch_size}):

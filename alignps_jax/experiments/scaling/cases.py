@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 from alignps_jax.devices import Devices, parallel_predict_step, parallel_train_step
 from alignps_jax.experiments.benchmark.parts import IDENTITIES
 from alignps_jax.experiments.benchmark.simulate import as_if_trained, plausible_weights
-from alignps_jax.inference.detector import inference_model
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import build_model
 from alignps_jax.training.setup import make_step
@@ -109,11 +108,11 @@ def prepare(config: ConfigDict, case: Case, devices: Devices) -> Prepared:
 
 
 def _inference(config: ConfigDict, case: Case, devices: Devices) -> Prepared:
-    model = inference_model(config)
+    step = make_predict_step(config)
     return Prepared(
-        function=parallel_predict_step(make_predict_step(model, config), devices),
+        function=parallel_predict_step(step, devices),
         batch=_batch(case, len(devices)),
-        initial=partial(plausible_weights, model),
+        initial=partial(plausible_weights, step.model),
         following=lambda weights, found: weights,
     )
 
@@ -149,10 +148,10 @@ def _batch(case: Case, devices: int) -> Batch:
     )
 
 
-# How each step multiplies float32 numbers: exact or fast.
-PRECISION: dict[str, Callable[[ConfigDict], str]] = {
-    "inference": lambda config: config.eval.precision,
-    "train": lambda config: config.model.precision,
+# The type of each step's activations, and how it multiplies float32 numbers: exact or fast.
+ARITHMETIC: dict[str, Callable[[ConfigDict], tuple[str, str]]] = {
+    "inference": lambda config: (config.eval.dtype, config.eval.precision),
+    "train": lambda config: (config.model.dtype, config.model.precision),
 }
 
 

@@ -21,7 +21,13 @@ from ml_collections import ConfigDict
 
 from alignps_jax.experiments.benchmark.report import seconds as seconds_text
 from alignps_jax.experiments.benchmark.report import size, three_digits
-from alignps_jax.experiments.scaling.cases import PRECISION, Case, how_computed, products_of, usable
+from alignps_jax.experiments.scaling.cases import (
+    ARITHMETIC,
+    Case,
+    how_computed,
+    products_of,
+    usable,
+)
 from alignps_jax.experiments.scaling.chips import Chip, Topology
 from alignps_jax.experiments.scaling.compile import Request
 from alignps_jax.experiments.scaling.table import Table
@@ -118,13 +124,14 @@ def compile_row(
     config: ConfigDict, topology: Topology, case: Case, command: Sequence[str] = _COMPILE
 ) -> Row:
     """Compiles a step in a process of its own, with what it says for a row."""
+    dtype, precision = ARITHMETIC[case.step](config)
     row = Row(
         topology=topology.name,
         step=case.step,
         size=case.size,
         batch=case.batch,
-        dtype=config.model.dtype,
-        precision=PRECISION[case.step](config),
+        dtype=dtype,
+        precision=precision,
         remat=config.model.remat,
         origin=f"{datetime.date.today().isoformat()}: {_versions()}.",
         chip_memory=topology.chip.memory,

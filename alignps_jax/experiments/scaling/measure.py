@@ -21,8 +21,8 @@ from alignps_jax.experiments.benchmark.measure import compiled, peak_memory, tim
 from alignps_jax.experiments.benchmark.report import machine_line, seconds, size, three_digits
 from alignps_jax.experiments.benchmark.simulate import made_up_split
 from alignps_jax.experiments.scaling.cases import (
+    ARITHMETIC,
     PEOPLE,
-    PRECISION,
     Case,
     Prepared,
     how_computed,
@@ -131,7 +131,7 @@ def _rows(
 ) -> Iterator[Row]:
     """Weak and strong scaling of one step, one measurement after the other."""
     known: dict[tuple[int, int], dict[str, Any]] = {}
-    products = products_of(config.model.dtype, PRECISION[case.step](config))
+    products = products_of(*ARITHMETIC[case.step](config))
     how = how_computed(case.step, products, remat=config.model.remat)
     for scaling, pairs in scalings(case.batch, device_counts(len(devices))).items():
         alone = 0.0
