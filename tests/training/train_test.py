@@ -271,30 +271,3 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(shared_dir, tmp_pa
     assert error.startswith("error: step 2: ")
     assert "loss/cls" in error.split(" not finite")[0]
     assert ".jpg" in error
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--config.train.batchsize=3"], 'Did you mean "batch_size"'),
-        (["--config.train.batch_size=three"], "invalid literal"),
-        (["--mode=trian"], "did you mean 'train'?"),
-        (["--confg=x"], "did you mean --config?"),
-        (["train"], "found 'train', expected only flags"),
-        (["--config=configs/cuhk.py:pluss"], "found 'pluss', expected one of"),
-        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
-        (["--config.data.name=cuhk"], "cuhk_sysu"),
-        (["--config.train.duration=3 weeks"], "config.train.duration: found '3 weeks'"),
-        (["--config.train.batch_size=0"], "config.train.batch_size: found 0"),
-        (["--mode=search"], "required: --checkpoint, --query, --gallery"),
-        (["--query=photo.jpg"], "--query: --mode=train does not read it"),
-        (["--config.model.levels=(3,9)"], "config.model.levels: found (3, 9)"),
-        (["--mode=evaluate", "--checkpoint=nowhere"], "nowhere"),
-    ],
-)
-def test_wrong_command_lines_are_one_line_and_exit_code_two(shared_dir, tmp_path, flags, message):
-    done = launch(shared_dir, tmp_path, *flags)
-    assert done.returncode == 2, done.stdout
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in done.stderr
