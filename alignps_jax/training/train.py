@@ -60,8 +60,7 @@ def train_and_evaluate(
       SystemExit: SIGTERM or Ctrl-C came, and the state was saved (exit code 143 or 130).
     """
     check_config(config)
-    with first_process_first():  # the others find the weights that it downloads
-        config = starting_config(config, workdir, typed)
+    config = starting_config(config, workdir, typed)
     if jax.process_index() == 0:
         check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))
     with one_writer(workdir) as writer, Interrupt(writer) as interrupt:
