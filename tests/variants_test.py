@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from configs import ablation, cuhk, prw, synthetic, tiny
-from configs.variants import PAPER, VARIANTS, rows_of, variants_for
+from configs.variants import VARIANTS
 from data_pipeline.pipeline import make_train_pipeline
 from tests.data_pipeline.pipeline_test import make_split
 
@@ -35,10 +35,3 @@ def test_the_default_shapes_pad_at_most_15_percent_of_mixed_photos(batch_size):
 
     assert padding("") <= 0.15
     assert padding("released") >= 0.4  # the batches of the paper
-
-
-def test_the_rows_of_the_paper_are_variants():
-    assert {row.variant for row in PAPER} <= VARIANTS.keys()
-    assert [name for name, _ in rows_of("5", "cuhk_sysu")] == ["", "res3", "res3_res4", "plus"]
-    assert [row.mAP for _, row in rows_of("6", "prw")] == [45.9, 46.1]
-    assert variants_for("prw")["released"].changes["loss.lut_size"] == 483

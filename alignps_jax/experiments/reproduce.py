@@ -23,13 +23,8 @@ from alignps_jax.files import check_outputs, read_json, write_atomically, write_
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
 from alignps_jax.weights.conventions import CAFFE
+from alignps_jax.weights.sources import RANDOM
 from configs.variants import PaperRow, apply_variant, rows_of, variants_for
-
-# Fields that a stored run may have other values of: those that decide no result, and those that
-# follow from the weights.
-_OTHER = {name for name, kind in FIELD_KINDS.items() if kind == FREE} | {
-    f"model.{name}" for name in CAFFE
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +141,11 @@ def refuse_other_settings(config: ConfigDict, folder: Path) -> None:
         return
     asked = flatten(json.loads(config.to_json()))
     found = flatten(_read(folder / "config.json"))
-    for field in sorted(asked.keys() | found.keys()):
-        if field not in _OTHER and asked.get(field) != found.get(field):
+    free = {name for name, kind in FIELD_KINDS.items() if kind == FREE}
+    if config.model.pretrained != RANDOM:
+        free |= {f"model.{name}" for name in CAFFE}  # they follow from the weights
+    for field in sorted((asked.keys() | found.keys()) - free):
+        if asked.get(field) != found.get(field):
             raise UserError(
                 f"{folder}: was run with config.{field} = {found.get(field)!r}, expected "
                 f"{asked.get(field)!r}; choose another --workdir, or remove that folder"

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import load_arrays, load_config
+from alignps_jax.distributed import broadcast_from_main, is_main_process
 from alignps_jax.nn.model import AlignPS, weights_template
 from alignps_jax.types import UserError
 from alignps_jax.weights.conventions import CAFFE, CONVENTIONS, Convention, with_convention
@@ -37,24 +37,29 @@ def starting_config(config: ConfigDict, workdir: Path, typed: Collection[str] = 
     """`config` with the pixels and the stride of the weights that the run in `workdir` starts from.
 
     Weights at an address are downloaded. A run that is resumed keeps its own pixels and needs no
-    weights.
+    weights. Process 0 decides.
 
     Raises:
       UserError: there are no such weights, they need PyTorch, nothing tells their pixels, or a
         `typed` field contradicts them.
     """
-    if holds_checkpoint(workdir):
-        own = load_config(workdir, "latest").model
-        kept = {name: own[name] for name in CAFFE.keys() & own if f"model.{name}" not in typed}
-        return with_convention(config, {**config.model, **kept}, (), str(workdir))
-    check_start(config)
-    if config.model.pretrained == RANDOM:
-        if jax.process_index() == 0:
+    own = {name: config.model[name] for name in CAFFE}
+
+    def expected() -> Convention:
+        if holds_checkpoint(workdir):
+            stored = load_config(workdir, "latest").model
+            kept = {name for name in CAFFE.keys() & stored if f"model.{name}" not in typed}
+            return own | {name: stored[name] for name in kept}
+        check_start(config)
+        if config.model.pretrained == RANDOM:
             print(f"note: {FIELD} is 'random': training starts from random weights")
-        return config
-    return with_convention(
-        config, _convention(config, typed), typed, f"{FIELD}={config.model.pretrained}"
-    )
+            return own
+        found = _convention(config, typed)
+        return {name: found[name] for name in CAFFE}
+
+    found = broadcast_from_main(expected() if is_main_process() else None)  # tuples become lists
+    found = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+    return with_convention(config, found, typed, f"{FIELD}={config.model.pretrained}")
 
 
 def _place(config: ConfigDict) -> Path:

@@ -24,7 +24,6 @@ from alignps_jax.distributed import (
     barrier,
     broadcast_from_main,
     is_main_process,
-    main_process_first,
 )
 from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, score_of
 from alignps_jax.files import check_outputs
@@ -59,8 +58,7 @@ def train_and_evaluate(
       SystemExit: SIGTERM, SIGHUP or Ctrl-C came, and the state was saved.
     """
     check_config(config)
-    with main_process_first():  # the others find the weights that it downloads
-        config = starting_config(config, workdir, typed)
+    config = starting_config(config, workdir, typed)
     if is_main_process():
         check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))
         check_changes(config, workdir, accept_changes)

@@ -233,7 +233,6 @@ def test_every_device_gets_as_many_photos_whatever_the_batch_size(quick):
     usable = Context(config, 1, quick).usable_config()
     assert usable.train.batch_size % jax.device_count() == 0
     assert usable.eval.batch_size % jax.device_count() == 0
-    assert usable.model.pretrained is None
     config.train.batch_size, config.eval.batch_size = 4, 4
     assert config.to_json() == before
 

@@ -101,7 +101,7 @@ def test_a_run_with_other_settings_is_not_taken_for_this_one(runs, tmp_path):
     with pytest.raises(UserError, match=r"config.train.batch_size = 4, expected 8"):
         reproduce_table(other, "tiny", "4", 1, tmp_path, runs.train)
     moved = tiny.get_config()
-    moved.data.root = "elsewhere"
+    moved.data.root, moved.data.workers, moved.train.log_every_steps = "elsewhere", 3, 7
     reproduce_table(moved, "tiny", "4", 1, tmp_path, runs.train)
     assert len(runs) == 3
 

