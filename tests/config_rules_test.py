@@ -174,7 +174,7 @@ def test_a_table_that_is_too_small_is_refused_before_photos_are_packed(tmp_path)
     config.data.root = str(tmp_path / "tiny")
     with pytest.raises(UserError, match=r"config\.loss\.lut_size: found 1, expected at least the"):
         train_and_evaluate(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "tiny" / "prepared").exists()
 
 
