@@ -9,22 +9,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from alignps_jax import devices
 from alignps_jax.checkpoint.choice import agreed_step
 from alignps_jax.checkpoint.lock import one_writer
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import Checkpoints, load_weights, write_run_info
 from alignps_jax.config import check_config
-from alignps_jax.devices import (
-    parallel_train_step,
-    replicate,
-    split_over_devices,
-    use_compilation_cache,
-)
-from alignps_jax.distributed import (
-    barrier,
-    broadcast_from_main,
-    is_main_process,
-)
+from alignps_jax.distributed import barrier, broadcast_from_main, is_main_process
 from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, score_of
 from alignps_jax.files import check_outputs
 from alignps_jax.log import MetricLog
@@ -64,7 +55,7 @@ def train_and_evaluate(
         check_changes(config, workdir, accept_changes)
     model = validate(config, resumes=broadcast_from_main(holds_checkpoint(workdir)))
     with one_writer(workdir):
-        use_compilation_cache(workdir / "xla_cache")
+        devices.use_compilation_cache(workdir / "xla_cache")
         run = make_run(config, model)
         with (
             Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
@@ -97,7 +88,7 @@ class Training:
         self._run, self._checkpoints, self._log = run, checkpoints, log
         self._workdir, self._profile = workdir, profile
         self._batches = run.pipeline.iterator(run.plan.total)
-        self._step = parallel_train_step(run.step)
+        self._step = devices.parallel_train_step(run.step)
 
     def begin(self) -> TrainState:
         """The state to start from, with batches and log brought to its step."""
@@ -141,7 +132,7 @@ class Training:
         with Preemption() as preemption:
             for step in range(int(state.step) + 1, plan.total + 1):
                 batch = monitor.next_batch(self._batches)
-                state, metrics = self._step(state, split_over_devices(batch))
+                state, metrics = self._step(state, devices.split_over_devices(batch))
                 monitor.record(step, metrics)
                 exit_code = preemption.exit_code(step)
                 if exit_code or plan.saves_at(step):
@@ -178,7 +169,7 @@ class Training:
 
 def _on_devices(state: TrainState) -> TrainState:
     """A copy whose buffers the training step may take."""
-    return replicate(jax.tree.map(jnp.copy, state))
+    return devices.replicate(jax.tree.map(jnp.copy, state))
 
 
 def reported(

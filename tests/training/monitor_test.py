@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignps_jax import log as log_module
 from alignps_jax.log import MetricLog, read_log
 from alignps_jax.training.monitor import FIRST_STEP, Monitor, traced_steps
 from alignps_jax.training.step import StepMetrics
@@ -143,3 +144,15 @@ def test_the_steps_asked_for_are_traced(tmp_path, start, capsys):
 def test_what_is_no_range_of_steps_is_one_line(steps):
     with pytest.raises(UserError, match=r"config\.train\.profile: found .*100:105"):
         traced_steps(steps)
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(capsys, monkeypatch):
+    for _ in log_module.progress(range(3), desc="quick", unit="step"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(log_module, "_SECONDS_PER_LINE", 0.01)
+    for _ in log_module.progress(range(3), desc="slow", unit="step"):
+        time.sleep(0.03)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert 1 <= len(lines) <= 4
+    assert lines[-1].strip().startswith("slow: 3 of 3 [")
