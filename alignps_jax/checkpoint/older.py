@@ -30,6 +30,7 @@ BEFORE = {
     "train.profile": None,
     "optimizer.scale_with_batch": None,
     # Everything that was measured then was measured on CPUs.
+    "eval.dtype": "float32",
     "eval.precision": "exact",
     "eval.boxes": "detected",
     "eval.context_matching": (),
