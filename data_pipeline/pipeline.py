@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import cv2
-import grain
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
@@ -29,6 +28,8 @@ from data_pipeline.trainable import (
 from data_pipeline.transforms import Scale, Size
 
 if TYPE_CHECKING:  # inference on single photos needs none of what reads data sets
+    import grain
+
     from data_pipeline.datasets import PreparedSplit
 
 
@@ -66,6 +67,8 @@ class BatchReader:
 
     def iterate(self, plan: Callable[[int], BatchPlan], count: int) -> grain.DatasetIterator:
         """Reads plans 0 .. count - 1 in order, ahead of the consumer, in `workers` threads."""
+        import grain
+
         # Every thread has an image of its own; OpenCV's own threads would only get in the way.
         cv2.setNumThreads(0)
         threads = self.workers if self.prefetch else 0

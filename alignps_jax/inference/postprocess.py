@@ -69,12 +69,10 @@ def detect(
     thus be below `min_cls_score`.
 
     Args:
-      outputs: of each level.
+      outputs, strides: of each level.
       size: height and width of each image without any padding.
       scale: factors (x, y) from the photo's coordinates to the image's.
-      strides: of each level.
-      pre_nms: candidates per level; levels with fewer locations take all of theirs.
-      min_cls_score: classification probability that candidates must exceed.
+      pre_nms, min_cls_score: see above; levels with fewer locations take all of theirs.
       nms_iou: overlap (in the photo) above which the lower score is suppressed.
       max_detections: K.
     """
@@ -118,11 +116,10 @@ def embed_boxes(
     the box's longer side.
 
     Args:
-      outputs: of each level.
+      outputs, strides: of each level.
       boxes: in pixels of the network's input.
       valid: False for entries that only fill up G.
       scale: factors (x, y) from the photo's coordinates to the input's.
-      strides: of each level.
       borders: `config.loss.level_borders`.
     """
 

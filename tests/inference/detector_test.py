@@ -76,7 +76,6 @@ def test_it_takes_files_pil_images_and_arrays(detector, tmp_path):
         np.zeros((0, 8, 3), np.uint8),
         Image.fromarray(np.zeros((8, 8), np.uint16)),
     ],
-    ids=repr,
 )
 def test_what_is_no_photo_is_one_clear_error(detector, wrong):
     for detect in (detector.detect, detector.maps, lambda x: next(detector.detect_many([x]))):

@@ -93,13 +93,6 @@ def test_loss_matches_loop(gamma: float, queue_size: int):
     assert term.count == positives[-1].sum()
 
 
-def test_loss_of_empty_memory_is_that_of_guessing():
-    embeddings = jnp.ones((1, D))
-    term = loss(embeddings, jnp.array([2]), *np.ones((2, 1), bool), oim.init_memory(L, Q, D))
-    p = 1 / (L + Q)
-    np.testing.assert_allclose(term.sum, -((1 - p) ** 2) * np.log(p), rtol=1e-6)
-
-
 def test_loss_gradient_matches_finite_differences():
     embeddings, identity, labeled, mask, rng = sample(1, count=6)
     memory = filled_memory(rng)
@@ -151,12 +144,6 @@ def test_loss_mask_is_slicing_and_all_masked_is_zero():
         assert not np.any(gradient)
 
 
-def test_unlabeled_count_but_add_nothing():
-    embeddings, identity, labeled, mask, rng = sample(4)
-    term = loss(embeddings, identity, np.zeros_like(labeled), mask, filled_memory(rng))
-    assert (term.sum, term.count) == (0, mask.sum())
-
-
 @pytest.mark.parametrize("queue_size", [0, Q])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("channels", [None, 3])
@@ -170,14 +157,6 @@ def test_update_matches_loop(queue_size: int, normalize: bool, channels: int | N
     np.testing.assert_allclose(result.queue, queue, atol=1e-6)
     assert result.tail == tail
     assert result.tail.dtype == jnp.int32
-
-
-def test_three_positives_of_one_identity_by_hand():
-    f = np.eye(3, D, dtype=np.float32)
-    flags = np.ones(3, bool)
-    result = update(oim.init_memory(2, 0, D), f * 9, np.array([1, 1, 1]), flags, flags)
-    np.testing.assert_allclose(result.lut[1, :4], [0.125, 0.25, 0.5, 0], atol=1e-7)
-    assert not np.any(result.lut[0])
 
 
 @pytest.mark.parametrize("queue_size", [0, Q])
@@ -225,16 +204,3 @@ def test_identities_out_of_range_are_written_nowhere():
     identity = rng.choice([-1, L, L + 100, -L], 24)
     result = update(memory, embeddings, identity, flags, flags)
     jax.tree.map(np.testing.assert_array_equal, result, memory)
-
-
-def test_zero_embeddings_leave_zero_rows_zero():
-    flags = np.ones(3, bool)
-    memory = update(
-        oim.init_memory(L, Q, D),
-        np.zeros((3, D)),
-        np.array([0, 0, 4]),
-        flags,
-        flags,
-        normalize=True,
-    )
-    assert not np.any(memory.lut)

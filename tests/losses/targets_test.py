@@ -153,21 +153,3 @@ def test_nothing_to_assign(why: str):
     for leaf in jax.tree.leaves(result):
         assert np.isfinite(leaf).all()
         assert not np.any(leaf)
-
-
-def test_assignment_vmaps_over_images():
-    points, strides, ranges = level(6, 5, 8)
-    rng = np.random.default_rng(5)
-    corner = rng.uniform(0, 20, (2, 3, 2))
-    boxes = np.concatenate([corner, corner + rng.uniform(8, 25, (2, 3, 2))], -1)
-    rest = np.arange(3), np.ones(3, bool), np.ones(3, bool)
-    batched = jax.vmap(
-        lambda b: assign_jit(
-            points, strides, ranges, np.ones(30, bool), b, *rest, center_radius=1.5
-        )
-    )(boxes.astype(np.float32))
-    for i in range(2):
-        single = assign(points, strides, ranges, boxes[i], identity=rest[0])
-        jax.tree.map(
-            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-6), batched, single
-        )
