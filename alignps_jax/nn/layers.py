@@ -1,6 +1,6 @@
 """Layers that look at the valid region only, so that bucket padding never changes a result.
 
-Every feature map comes with a `valid_size`, the int32 `[B, 2]` height and width of its valid region.
+Every feature map comes with a `valid_size`: int32 `[B, 2]`, height and width of its valid region.
 Maps are held at zero outside of it, which is what a convolution sees beyond the border of a map
 that is not padded at all.
 """
