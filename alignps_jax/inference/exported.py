@@ -21,7 +21,6 @@ from alignps_jax.checkpoint.store import chosen_by, load_weights
 from alignps_jax.files import check_outputs, write_atomically
 from alignps_jax.inference.detector import inference_model
 from alignps_jax.inference.predict import PredictStep
-from alignps_jax.nn.deform_sampling import for_all_platforms
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Batch, Detections, Weights
 from data_pipeline import transforms
@@ -77,8 +76,7 @@ def _program(step: PredictStep, weights: Weights, photos: int, shape: Size) -> e
         jax.ShapeDtypeStruct((photos, 2), np.float32),
     )
     detect = jax.jit(partial(_detect, step, weights))
-    with for_all_platforms():
-        return export.export(detect, platforms=PLATFORMS)(*arguments)
+    return export.export(detect, platforms=PLATFORMS)(*arguments)
 
 
 def _detect(
