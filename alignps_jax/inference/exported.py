@@ -21,7 +21,6 @@ from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.files import check_outputs, write_atomically
 from alignps_jax.inference.predict import PredictStep, inference_model
-from alignps_jax.nn.deform_sampling import for_all_platforms
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Weights
 from data_pipeline import transforms
@@ -67,8 +66,7 @@ def _program(detect: Any, photos: int, shape: Size) -> export.Exported:
         jax.ShapeDtypeStruct((photos, 2), np.int32),
         jax.ShapeDtypeStruct((photos, 2), np.float32),
     )
-    with for_all_platforms():
-        return export.export(jax.jit(detect), platforms=PLATFORMS)(*arguments)
+    return export.export(jax.jit(detect), platforms=PLATFORMS)(*arguments)
 
 
 def _detect(

@@ -28,22 +28,22 @@ class BottleneckBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B h w D"]:
         conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
-        y = nn.relu(self.norm(name="bn1")(conv_(self.features, 1, name="conv1")(x), extent))
+        y = nn.relu(self.norm(name="bn1")(conv_(self.features, 1, name="conv1")(x), valid_size))
         if self.deformable:
             conv2: nn.Module = ModulatedDeformConv(
                 self.features, stride=self.stride, dtype=self.dtype, name="conv2"
             )
         else:
             conv2 = conv_(self.features, 3, self.stride, name="conv2")
-        extent = extent // self.stride
-        y = nn.relu(self.norm(name="bn2")(conv2(y), extent))
-        y = self.norm(name="bn3")(conv_(4 * self.features, 1, name="conv3")(y), extent)
+        valid_size = valid_size // self.stride
+        y = nn.relu(self.norm(name="bn2")(conv2(y), valid_size))
+        y = self.norm(name="bn3")(conv_(4 * self.features, 1, name="conv3")(y), valid_size)
         if self.project:
             x = conv_(4 * self.features, 1, self.stride, name="downsample_conv")(x)
-            x = self.norm(name="downsample_bn")(x, extent)
+            x = self.norm(name="downsample_bn")(x, valid_size)
         return nn.relu(x + y)
 
 
@@ -59,20 +59,20 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B h w D"]:
         conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
-        extent = extent // self.stride
+        valid_size = valid_size // self.stride
         y = conv_(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, extent))
+        y = nn.relu(self.norm(name="bn1")(y, valid_size))
         if self.deformable:
             conv2: nn.Module = ModulatedDeformConv(self.features, dtype=self.dtype, name="conv2")
         else:
             conv2 = conv_(self.features, 3, name="conv2")
-        y = self.norm(name="bn2")(conv2(y), extent)
+        y = self.norm(name="bn2")(conv2(y), valid_size)
         if self.project:
             x = conv_(self.features, 1, self.stride, name="downsample_conv")(x)
-            x = self.norm(name="downsample_bn")(x, extent)
+            x = self.norm(name="downsample_bn")(x, valid_size)
         return nn.relu(x + y)
 
 
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
       width: channels of the stem, doubled in every stage.
       stem_size: kernel of the stem's convolution.
       stem: what becomes of the image before the stages; see `stem.py`.
-      norm: normalization, called with `name`, then on (map, extent).
+      norm: normalization, called with `name`, then on (map, valid_size).
       stride_in_blocks: whether the first block of a stage makes the map smaller, by its 3x3
         convolution (torchvision), or the stage begins with every second pixel of the map before it
         (Caffe, Released code: there the strides are those of 1x1 convolutions).
@@ -106,15 +106,15 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B H W 3"], extent: Int[Array, "B 2"]
+        self, image: Float[Array, "B H W 3"], valid_size: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B _h _w _C"], ...]:
-        """Maps an image, zero outside its valid `extent`, to C3, C4 and C5."""
+        """Maps an image, zero outside its valid `valid_size`, to C3, C4 and C5."""
         shape = (self.stem_size, self.stem_size, image.shape[-1], self.width)
         kernel = Kernel(shape, kaiming, name="conv1")().astype(self.dtype)
         if self.frozen_stages >= 0:
             kernel = lax.stop_gradient(kernel)
-        x = self.stem(image.astype(self.dtype), kernel, self.norm(name="bn1"), extent)
-        extent = extent // 4
+        x = self.stem(image.astype(self.dtype), kernel, self.norm(name="bn1"), valid_size)
+        valid_size = valid_size // 4
         if self.frozen_stages >= 0:
             x = lax.stop_gradient(x)
         maps = []
@@ -123,7 +123,7 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and index == 0 else 1
                 if stride == 2 and not self.stride_in_blocks:
                     # Here, not in the block: what the backward pass keeps of the map is small, too.
-                    x, extent, stride = x[:, ::2, ::2], extent // 2, 1
+                    x, valid_size, stride = x[:, ::2, ::2], valid_size // 2, 1
                 block = self.block(
                     features=self.width * 2**stage,
                     stride=stride,
@@ -133,8 +133,8 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     name=f"layer{stage + 1}_{index}",
                 )
-                x = block(x, extent)
-                extent = extent // stride
+                x = block(x, valid_size)
+                valid_size = valid_size // stride
             if self.frozen_stages > stage:
                 x = lax.stop_gradient(x)
             maps.append(x)

@@ -4,7 +4,8 @@ Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear int
 zeros outside the image; the rest is a convolution (Dai et al., "Deformable Convolutional
 Networks", Eq. 2; the mask is that of Zhu et al., "Deformable ConvNets v2", Eq. 1).
 
-How samples are taken and multiplied is said in `deform_sampling.py`.
+Samples are taken and multiplied in the way that is fast on the platform: by tiles on CPUs
+(`deform_cpu.py`), by windows on TPUs (`deform_tpu.py`), by gathers elsewhere (`deform_gathers.py`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,11 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from alignps_jax.nn.convolution import align_varying_axes
-from alignps_jax.nn.deform_blocks import MapSize
-from alignps_jax.nn.deform_sampling import (
-    Order,
-    Windows,
-    corners,
-    orders,
-    sample_and_multiply,
-)
+from alignps_jax.nn import deform_cpu, deform_gathers, deform_tpu
+from alignps_jax.nn.deform_gathers import samples_at
 from alignps_jax.nn.layers import conv
 
 Initializer = Callable[..., Array]
@@ -33,27 +28,22 @@ Initializer = Callable[..., Array]
 def deform_conv2d(
     inputs: Float[Array, "B H W C"],
     offsets: Float[Array, "B h w K 2"],
-    kernel: Float[Array, "kh kw C F"],
+    kernel: Float[Array, "k k C F"],
     mask: Float[Array, "B h w K"] | None = None,
     *,
     stride: int = 1,
-    padding: int = 1,
-    order: Order | Windows | None = None,
 ) -> Float[Array, "B h w F"]:
     """Convolves `inputs` at displaced positions; equals `torchvision.ops.deform_conv2d`.
 
     Args:
-      inputs: the map, float32 or bfloat16; the products are computed in this type, positions,
+      inputs: the map, float32 or bfloat16; matmuls are computed in this type, positions,
         interpolation weights and sums in float32.
-      offsets: displacement (y, x) of each of the K = kh * kw taps (row-major) at each output
+      offsets: displacement (y, x) of each of the K = k * k taps (row-major) at each output
         location, in pixels of `inputs`. Any value is allowed: a sample contributes what lies
         inside the image, hence nothing if y <= -1, y >= H, x <= -1 or x >= W.
-      kernel: weights; no bias.
+      kernel: weights, of an odd size k; k // 2 zeros are around the map, as in a plain convolution.
       mask: factor of each sample, all ones (DCNv1) if None.
       stride: step between output locations, in pixels of `inputs`.
-      padding: zeros around the map, which fixes h and w as in a plain convolution.
-      order: in which order samples are taken and multiplied, which changes rounding only; None
-        takes the one that is fast on the platform.
 
     Returns:
       The output, in the type of `inputs`. Differentiable once in all four arrays. On a pixel
@@ -64,10 +54,9 @@ def deform_conv2d(
       ValueError: if the shapes do not fit together.
     """
     batch, height, width, channels = inputs.shape
-    kh, kw, kernel_channels, features = kernel.shape
-    h = (height + 2 * padding - kh) // stride + 1
-    w = (width + 2 * padding - kw) // stride + 1
-    taps = (batch, h, w, kh * kw)
+    side, _, kernel_channels, features = kernel.shape
+    h, w = ((size - 1) // stride + 1 for size in (height, width))
+    taps = (batch, h, w, side**2)
     if kernel_channels != channels:
         raise ValueError(f"kernel takes {kernel_channels} channels, inputs have {channels}")
     if offsets.shape != (*taps, 2):
@@ -75,24 +64,20 @@ def deform_conv2d(
     if mask is not None and mask.shape != taps:
         raise ValueError(f"mask has shape {mask.shape}, expected {taps}")
 
-    # Where each tap reads, [B, h, w, kh * kw].
-    y, x, ky, kx = jnp.meshgrid(*map(jnp.arange, (h, w, kh, kw)), indexing="ij")
-    y = (y * stride - padding + ky).reshape(h, w, -1) + offsets[..., 0]
-    x = (x * stride - padding + kx).reshape(h, w, -1) + offsets[..., 1]
-    rows, weights = corners(y, x, (height, width))
+    # Where each tap reads, [B, h, w, K].
+    y, x, ky, kx = jnp.meshgrid(*map(jnp.arange, (h, w, side, side)), indexing="ij")
+    y = (y * stride - side // 2 + ky).reshape(h, w, -1) + offsets[..., 0]
+    x = (x * stride - side // 2 + kx).reshape(h, w, -1) + offsets[..., 1]
+    samples = samples_at(y, x, height, width)
     if mask is not None:
-        weights = [each * mask for each in weights]
+        samples = samples._replace(weights=tuple(weight * mask for weight in samples.weights))
 
-    inputs, kernel, *samples = align_varying_axes(
-        inputs, kernel.reshape(kh * kw, channels, features), *weights, *rows
-    )
-    if order is None:
-        size = MapSize(batch, height, width)
-        same = (h, w) == (height, width) and stride == 1
-        found = orders(size, batch * h * w, kh * kw, channels, features, same=same)
-    return sample_and_multiply(
-        order or found, inputs, tuple(samples[:4]), kernel, tuple(samples[4:])
-    )
+    kernel = kernel.reshape(-1, channels, features).astype(inputs.dtype)
+    ways = {"cpu": deform_cpu.convolve, "default": deform_gathers.convolve}
+    if stride == 1:
+        ways["tpu"] = deform_tpu.convolve
+    out = lax.platform_dependent(inputs, kernel, samples, **ways)
+    return out.astype(inputs.dtype)
 
 
 class DeformConv(nn.Module):

@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.deform_conv import ModulatedDeformConv
-from alignps_jax.nn.layers import GroupNorm, centered, conv, hold_zero, valid_mask
+from alignps_jax.nn.layers import GroupNorm, conv, mask_padding, subtract_mean, valid_mask
 from alignps_jax.types import Outputs
 
 normal = nn.initializers.normal(0.01)
@@ -30,7 +30,7 @@ class Tower(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B h w D"], extent: Int[Array, "B 2"]
+        self, x: Float[Array, "B h w D"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B h w C"]:
         for index in range(self.num_convs):
             name = f"conv{index}"
@@ -47,7 +47,7 @@ class Tower(nn.Module):
                     dtype=self.dtype,
                     name=name,
                 )
-            x = nn.relu(GroupNorm(self.norm_groups, name=f"norm{index}")(layer(x), extent))
+            x = nn.relu(GroupNorm(self.norm_groups, name=f"norm{index}")(layer(x), valid_size))
         return x
 
 
@@ -60,9 +60,9 @@ class HeadMaps:
     classification: Float[Array, "B h w C"]
 
 
-def input_embedding(maps: HeadMaps, extent: Int[Array, "B 2"]) -> Float[Array, "B h w D"]:
+def input_embedding(maps: HeadMaps, valid_size: Int[Array, "B 2"]) -> Float[Array, "B h w D"]:
     """The head's input as it is: "re-id first" (Paper, Sec. 3.2)."""
-    del extent  # the input is zero outside of it
+    del valid_size  # the input is zero outside of it
     return maps.input.astype(jnp.float32)
 
 
@@ -74,20 +74,20 @@ class PredictedEmbedding(nn.Module):
     Attributes:
       features: dimension of the embeddings.
       select: the head's map to start from.
-      tower: what comes before the linear convolution; called on (map, extent).
+      tower: what comes before the linear convolution; called on (map, valid_size).
     """
 
     features: int
     select: Callable[[HeadMaps], Float[Array, "B h w C"]]
-    tower: Callable[..., Float[Array, "B h w C"]] = lambda x, extent: x
+    tower: Callable[..., Float[Array, "B h w C"]] = lambda x, valid_size: x
 
     @nn.compact
     def __call__(
-        self, maps: HeadMaps, extent: Int[Array, "B 2"]
+        self, maps: HeadMaps, valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B h w {self.features}"]:
-        x = self.tower(self.select(maps), extent)
+        x = self.tower(self.select(maps), valid_size)
         predictor = conv(self.features, 3, kernel_init=normal, dtype=jnp.float32, name="predictor")
-        return centered(hold_zero(predictor(x), extent), extent)
+        return subtract_mean(mask_padding(predictor(x), valid_size), valid_size)
 
 
 class FCOSHead(nn.Module):
@@ -101,7 +101,7 @@ class FCOSHead(nn.Module):
       num_convs, norm_groups: of each tower.
       make_tower: constructor of a tower.
       levels: numbers of the levels that it is run on; each has a scale of its own.
-      embed: makes the embeddings of a level, called on (HeadMaps, extent).
+      embed: makes the embeddings of a level, called on (HeadMaps, valid_size).
     """
 
     features: int = 256
@@ -130,16 +130,16 @@ class FCOSHead(nn.Module):
         }
 
     def __call__(
-        self, x: Float[Array, "B h w D"], extent: Int[Array, "B 2"], level: int = 3
+        self, x: Float[Array, "B h w D"], valid_size: Int[Array, "B 2"], level: int = 3
     ) -> Outputs:
-        """Predicts on one level, zero outside its valid `extent` (in locations)."""
-        cls = self.cls_tower(x, extent)
-        box = self.box_tower(x, extent)
+        """Predicts on one level, zero outside its valid `valid_size` (in locations)."""
+        cls = self.cls_tower(x, valid_size)
+        box = self.box_tower(x, valid_size)
         distances = nn.relu(self.scales[level] * self.box_predictor(box))
         return Outputs(
             cls_logits=self.cls_predictor(cls)[..., 0],
-            box_distances=hold_zero(distances, extent),
+            box_distances=mask_padding(distances, valid_size),
             centerness_logits=self.centerness_predictor(box)[..., 0],
-            embeddings=self.embed(HeadMaps(x, box, cls), extent),
-            valid=valid_mask(extent, x.shape[1], x.shape[2]),
+            embeddings=self.embed(HeadMaps(x, box, cls), valid_size),
+            valid=valid_mask(valid_size, x.shape[1], x.shape[2]),
         )

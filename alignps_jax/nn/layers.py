@@ -1,6 +1,6 @@
 """Layers that look at the valid region only, so that bucket padding never changes a result.
 
-Every feature map comes with an `extent`: the int32 `[B, 2]` height and width of its valid region.
+Every feature map comes with a `valid_size`: int32 `[B, 2]`, height and width of its valid region.
 Maps are held at zero outside of it, which is what a convolution sees beyond the border of a map
 that is not padded at all.
 """
@@ -21,34 +21,43 @@ from alignps_jax.nn.convolution import conv2d
 SIZE_MULTIPLE = 32
 
 
-def valid_extent(size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
-    """Height and width of the region that the network looks at: `size` up to a multiple of 32."""
+def round_up(size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
+    """Valid size of a photo: the network sees it padded with zeros to a multiple of 32."""
     return -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 
-def valid_mask(extent: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, "B H W"]:
+def valid_mask(valid_size: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, "B H W"]:
     """True inside the valid region of a map of the given height and width."""
-    rows = jnp.arange(height)[None, :, None] < extent[:, 0, None, None]
-    columns = jnp.arange(width)[None, None, :] < extent[:, 1, None, None]
+    rows = jnp.arange(height)[None, :, None] < valid_size[:, 0, None, None]
+    columns = jnp.arange(width)[None, None, :] < valid_size[:, 1, None, None]
     return rows & columns
 
 
-def hold_zero(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B H W C"]:
+def mask_padding(
+    x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
+) -> Float[Array, "B H W C"]:
     """`x` with zeros outside the valid region."""
-    valid = valid_mask(extent, x.shape[1], x.shape[2])
+    valid = valid_mask(valid_size, x.shape[1], x.shape[2])
     return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
 
-def masked_mean(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B 1 1 C"]:
+def masked_mean(
+    x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
+) -> Float[Array, "B 1 1 C"]:
     """Mean over the valid region of maps that are zero outside of it, in float32."""
-    count = jnp.maximum(extent[:, 0] * extent[:, 1], 1).astype(jnp.float32)
+    count = jnp.maximum(valid_size[:, 0] * valid_size[:, 1], 1).astype(jnp.float32)
     total = x.astype(jnp.float32).sum((1, 2), keepdims=True)
     return total / count[:, None, None, None]
 
 
-def centered(x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]) -> Float[Array, "B H W C"]:
-    """Maps that are zero outside the valid region, less their mean over it (Released code)."""
-    return hold_zero(x - masked_mean(x, extent).astype(x.dtype), extent)
+def subtract_mean(
+    x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
+) -> Float[Array, "B H W C"]:
+    """Maps that are zero outside the valid region, less their mean over it (Released code).
+
+    In float32, whatever the type of `x` is: embeddings are compared, so they are not rounded again.
+    """
+    return mask_padding(x.astype(jnp.float32) - masked_mean(x, valid_size), valid_size)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -71,10 +80,10 @@ class FrozenBatchNorm(nn.Module):
         return factor, bias - mean * factor
 
     def __call__(
-        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B H W C"]:
         factor, shift = self.affine(x.shape[-1])
-        return hold_zero((x * factor + shift).astype(x.dtype), extent)  # in float32
+        return mask_padding((x * factor + shift).astype(x.dtype), valid_size)  # in float32
 
 
 class GroupNorm(nn.Module):
@@ -86,12 +95,12 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"], extent: Int[Array, "B 2"]
+        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
         scale = self.param("scale", self.scale_init, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
-        valid = valid_mask(extent, H, W)[..., None]
+        valid = valid_mask(valid_size, H, W)[..., None]
         count = jnp.maximum(valid.sum((1, 2)), 1) * (C // self.groups)
 
         def group_mean(values: Float[Array, "B H W C"]) -> Float[Array, "B C"]:

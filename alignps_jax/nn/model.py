@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 from alignps_jax.nn.backbone import BasicBlock, BottleneckBlock, ResNet50, ResNetSmall
 from alignps_jax.nn.deform_conv import DeformConv
 from alignps_jax.nn.head import FCOSHead, PredictedEmbedding, Tower, input_embedding
-from alignps_jax.nn.layers import GroupNorm, hold_zero, valid_extent
+from alignps_jax.nn.layers import GroupNorm, mask_padding, round_up
 from alignps_jax.nn.neck import (
     AlignedFeatureAggregation,
     concatenate,
     deformable,
-    level_extent,
+    level_size,
     plain_lateral,
     plain_output,
 )
@@ -49,7 +49,7 @@ class InputConvention:
         """RGB bytes to normalized float32, zero beyond each photo's own `size`."""
         pixels = image[..., ::-1] if self.channel_order == "BGR" else image
         pixels = (pixels.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
-        return hold_zero(pixels, size)
+        return mask_padding(pixels, size)
 
 
 class AlignPS(nn.Module):
@@ -79,13 +79,13 @@ class AlignPS(nn.Module):
         Returns:
           The outputs of each level of `predicted_levels(train)`.
         """
-        extent = valid_extent(size)
+        valid_size = round_up(size)
         pixels = self.convention.normalize(image, size).astype(self.dtype)
-        maps = self.neck(self.backbone(pixels, extent), extent, train=train)
+        maps = self.neck(self.backbone(pixels, valid_size), valid_size, train=train)
         # Initialisation runs the head on all levels, so that all parameters are made.
         levels = self.predicted_levels(train or self.is_initializing())
         return tuple(
-            self.head(level_map, level_extent(extent, level), level)
+            self.head(level_map, level_size(valid_size, level), level)
             for level_map, level in zip(maps, levels, strict=True)
         )
 

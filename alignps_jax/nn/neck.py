@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import centered, conv, hold_zero
+from alignps_jax.nn.layers import conv, mask_padding, subtract_mean
 
 FeatureMap = Float[Array, "B _ _ _"]  # [B, h, w, C], of sizes that differ from map to map
 MakeConv = Callable[..., nn.Module]
@@ -85,9 +85,9 @@ class AlignedFeatureAggregation(nn.Module):
 
     @nn.compact
     def __call__(
-        self, maps: Sequence[FeatureMap], extent: Int[Array, "B 2"], *, train: bool
+        self, maps: Sequence[FeatureMap], valid_size: Int[Array, "B 2"], *, train: bool
     ) -> tuple[FeatureMap, ...]:
-        """Aggregates C3, C4, C5; `extent` is the valid region of the image in pixels.
+        """Aggregates C3, C4, C5; `valid_size` is the valid region of the image in pixels.
 
         Returns the maps of `levels`, then, in training, those of `background_levels`; zero
         outside the valid region.
@@ -96,22 +96,24 @@ class AlignedFeatureAggregation(nn.Module):
         # Initialization makes all parameters, so that training and inference have the same ones.
         if train or self.is_initializing():
             wanted += self.background_levels
-        made = self._pyramid(maps, extent, wanted)
+        made = self._pyramid(maps, valid_size, wanted)
         return tuple(
-            centered(made[level], level_extent(extent, level))
+            subtract_mean(made[level], level_size(valid_size, level))
             if level in self.levels
             else made[level]
             for level in wanted
         )
 
     def _pyramid(
-        self, maps: Sequence[FeatureMap], extent: Int[Array, "B 2"], wanted: Sequence[int]
+        self, maps: Sequence[FeatureMap], valid_size: Int[Array, "B 2"], wanted: Sequence[int]
     ) -> dict[int, FeatureMap]:
         """The wanted levels, and those that they are made from, before the mean subtraction."""
         levels = range(min(*wanted, 5), 6)
         # Laterals give every level as many channels, and move what they read (alignment).
         laterals = {
-            level: self._conv(self.make_lateral, f"lateral{level}", maps[level - 3], level, extent)
+            level: self._conv(
+                self.make_lateral, f"lateral{level}", maps[level - 3], level, valid_size
+            )
             for level in levels
         }
         # From the top down, what lies above joins each level: context for embeddings (Sec. 3.2).
@@ -121,23 +123,23 @@ class AlignedFeatureAggregation(nn.Module):
         # Output convolutions bring the joined channels back to `features`.
         outputs = {level for level in wanted if level < 5} | ({5} if max(wanted) >= 5 else set())
         made = {
-            level: self._conv(self.make_output, f"output{level}", top[level], level, extent)
+            level: self._conv(self.make_output, f"output{level}", top[level], level, valid_size)
             for level in sorted(outputs)
         }
         coarser = partial(conv, size=3, stride=2, use_bias=True, kernel_init=xavier_uniform)
         if max(wanted) >= 6:
-            made[6] = self._conv(coarser, "output6", made[5], 6, extent)
+            made[6] = self._conv(coarser, "output6", made[5], 6, valid_size)
         if max(wanted) == 7:
-            made[7] = self._conv(coarser, "output7", nn.relu(made[6]), 7, extent)
+            made[7] = self._conv(coarser, "output7", nn.relu(made[6]), 7, valid_size)
         return made
 
     def _conv(
-        self, make: MakeConv, name: str, x: FeatureMap, level: int, extent: Int[Array, "B 2"]
+        self, make: MakeConv, name: str, x: FeatureMap, level: int, valid_size: Int[Array, "B 2"]
     ) -> FeatureMap:
         layer = make(self.features, dtype=self.dtype, name=name)
-        return hold_zero(layer(x), level_extent(extent, level))
+        return mask_padding(layer(x), level_size(valid_size, level))
 
 
-def level_extent(extent: Int[Array, "B 2"], level: int) -> Int[Array, "B 2"]:
-    """The valid region of a level's map; `extent` is that of the image in pixels."""
-    return -(-extent // 2**level)
+def level_size(valid_size: Int[Array, "B 2"], level: int) -> Int[Array, "B 2"]:
+    """The valid region of a level's map; `valid_size` is that of the image in pixels."""
+    return -(-valid_size // 2**level)

@@ -16,9 +16,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.convolution import conv2d, conv_by_rows, shifted
-from alignps_jax.nn.layers import FrozenBatchNorm, hold_zero
+from alignps_jax.nn.layers import FrozenBatchNorm, mask_padding
 
-# Makes [B, H/4, W/4, F] of image, convolution's kernel, normalization, and valid extent.
+# Makes [B, H/4, W/4, F] of image, convolution's kernel, normalization, and valid valid_size.
 Stem = Callable[[Array, Array, Any, Array], Array]
 # Pixels of a block, in either direction: the stride of the stem.
 BLOCK = 4
@@ -53,29 +53,29 @@ def plain_stem(
     image: Float[Array, "B H W 3"],
     kernel: Float[Array, "k k 3 F"],
     norm: Callable[..., Array],
-    extent: Int[Array, "B 2"],
+    valid_size: Int[Array, "B 2"],
 ) -> Float[Array, "B h w F"]:
     """The stem with any normalization."""
-    x = nn.relu(norm(conv2d(image, kernel, stride=2), extent // 2))
-    return hold_zero(max_pool_3x3(x), extent // 4)
+    x = nn.relu(norm(conv2d(image, kernel, stride=2), valid_size // 2))
+    return mask_padding(max_pool_3x3(x), valid_size // 4)
 
 
 def frozen_stem(
     image: Float[Array, "B H W 3"],
     kernel: Float[Array, "7 7 3 F"],
     norm: FrozenBatchNorm,
-    extent: Int[Array, "B 2"],
+    valid_size: Int[Array, "B 2"],
 ) -> Float[Array, "B h w F"]:
     """The stem of ResNet-50, whose normalization is a factor and a shift; by blocks on TPUs."""
     factor, shift = norm.affine(kernel.shape[-1])
 
-    def plain(image: Array, kernel: Array, factor: Array, shift: Array, extent: Array) -> Array:
-        def scaled(x: Array, extent: Array) -> Array:
-            return hold_zero((x * factor + shift).astype(x.dtype), extent)
+    def plain(image: Array, kernel: Array, factor: Array, shift: Array, valid_size: Array) -> Array:
+        def scaled(x: Array, valid_size: Array) -> Array:
+            return mask_padding((x * factor + shift).astype(x.dtype), valid_size)
 
-        return plain_stem(image, kernel, scaled, extent)
+        return plain_stem(image, kernel, scaled, valid_size)
 
-    args = image, kernel, factor, shift, extent
+    args = image, kernel, factor, shift, valid_size
     return lax.platform_dependent(*args, tpu=stem_by_blocks, default=plain)
 
 
@@ -84,23 +84,23 @@ def stem_by_blocks(
     kernel: Float[Array, "7 7 3 F"],
     factor: Float[Array, "F"],
     shift: Float[Array, "F"],
-    extent: Int[Array, "B 2"],
+    valid_size: Int[Array, "B 2"],
 ) -> Float[Array, "B h w F"]:
-    """`frozen_stem`; height and width of image and extent are multiples of four."""
+    """`frozen_stem`; height and width of image and valid_size are multiples of four."""
     blocks, (top, bottom) = _blocks(image), _kernels_of_blocks(kernel)
     # Two columns of a block's outputs side by side fill a vector.
     factor, shift = jnp.tile(factor, 2), jnp.tile(shift, 2)
 
     def row(kernel: Array) -> Array:
         y = conv_by_rows(blocks, kernel)
-        return nn.relu(hold_zero((y * factor + shift).astype(image.dtype), extent // BLOCK))
+        return nn.relu(mask_padding((y * factor + shift).astype(image.dtype), valid_size // BLOCK))
 
     upper, lower = row(top), row(bottom)
     # The window of a block's maximum has all of it, and what is next to it above and to the left.
     column = jnp.maximum(jnp.maximum(upper, lower), shifted(lower, 1, 0))
     left, right = jnp.split(column, 2, axis=-1)
     most = jnp.maximum(jnp.maximum(left, right), shifted(right, 0, 1))
-    return hold_zero(most, extent // BLOCK)
+    return mask_padding(most, valid_size // BLOCK)
 
 
 def _blocks(image: Float[Array, "B H W C"]) -> Float[Array, "B h w N"]:

@@ -1,6 +1,6 @@
 """Deformable convolution against literal loops, finite differences, plain JAX and torchvision."""
 
-import dataclasses
+import contextlib
 import functools
 
 import jax
@@ -9,37 +9,48 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from alignps_jax.nn.deform_blocks import MapSize
+from alignps_jax.nn import deform_cpu
 from alignps_jax.nn.deform_conv import DeformConv, ModulatedDeformConv, deform_conv2d
-from alignps_jax.nn.deform_sampling import Order, Windows, orders
 
-# name: (B, H, W, C, F, stride, padding, kernel height and width, with mask)
+# name: (B, H, W, C, F, stride, side of the kernel, with mask)
 CASES = {
-    "more_features": (2, 7, 5, 3, 6, 1, 1, 3, 3, True),
-    "fewer_features": (2, 5, 8, 8, 2, 1, 1, 3, 3, True),
-    "without_mask": (1, 6, 5, 4, 4, 1, 1, 3, 3, False),
-    "stride_2": (2, 7, 9, 5, 3, 2, 1, 3, 3, True),
-    "valid_asymmetric": (1, 6, 7, 2, 3, 1, 0, 3, 2, True),
-    "one_pixel": (1, 1, 1, 3, 2, 1, 1, 3, 3, True),
+    "more_features": (2, 7, 5, 3, 6, 1, 3, True),
+    "fewer_features": (2, 5, 8, 8, 2, 1, 3, True),
+    "without_mask": (1, 6, 5, 4, 4, 1, 3, False),
+    "stride_2": (2, 7, 9, 5, 3, 2, 3, True),
+    "side_5": (1, 6, 7, 2, 3, 1, 5, True),
+    "one_pixel": (1, 1, 1, 3, 2, 1, 3, True),
 }
+# A default that platforms without an own way take, as GPUs do.
+WAYS = ("cpu", "tpu", "default")
+
+
+@contextlib.contextmanager
+def as_on(platform):
+    """What is traced meanwhile takes the way of a platform, wherever it runs."""
+
+    def choose(*args, default, **ways):
+        return ways.get(platform, default)(*jax.tree.map(jnp.asarray, args))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("alignps_jax.nn.deform_conv.lax.platform_dependent", choose)
+        yield
 
 
 def make_case(name, spread=2.0, seed=0):
     """Arrays (inputs, offsets, kernel, mask) in float32, and the keyword arguments."""
-    batch, height, width, channels, features, stride, padding, kh, kw, with_mask = CASES[name]
+    batch, height, width, channels, features, stride, side, with_mask = CASES[name]
     rng = np.random.default_rng(seed)
-    h = (height + 2 * padding - kh) // stride + 1
-    w = (width + 2 * padding - kw) // stride + 1
+    h, w = -(-height // stride), -(-width // stride)
     inputs = rng.normal(size=(batch, height, width, channels))
     # Away from the kinks at whole pixels by 0.05, both sides of the border of the image included.
-    offsets = np.round(rng.normal(scale=spread, size=(batch, h, w, kh * kw, 2)))
+    offsets = np.round(rng.normal(scale=spread, size=(batch, h, w, side**2, 2)))
     offsets += rng.uniform(0.05, 0.95, size=offsets.shape)
-    kernel = rng.normal(size=(kh, kw, channels, features))
-    mask = rng.uniform(0.1, 1.5, size=(batch, h, w, kh * kw)) if with_mask else None
+    kernel = rng.normal(size=(side, side, channels, features))
+    mask = rng.uniform(0.1, 1.5, size=(batch, h, w, side**2)) if with_mask else None
     arrays = [None if a is None else a.astype(np.float32) for a in (inputs, offsets, kernel, mask)]
-    return arrays, {"stride": stride, "padding": padding}
+    return arrays, {"stride": stride}
 
 
 def bilinear_loop(image, y, x):
@@ -55,27 +66,27 @@ def bilinear_loop(image, y, x):
     return value
 
 
-def loop(inputs, offsets, kernel, mask, *, stride, padding):
+def loop(inputs, offsets, kernel, mask, *, stride=1):
     """The forward pass in float64, one sample at a time."""
     inputs, offsets, kernel = (np.asarray(a, np.float64) for a in (inputs, offsets, kernel))
     kh, kw, _, features = kernel.shape
     out = np.zeros((*offsets.shape[:3], features))
     for b, i, j in np.ndindex(*offsets.shape[:3]):
         for k, (ky, kx) in enumerate(np.ndindex(kh, kw)):
-            y = i * stride - padding + ky + offsets[b, i, j, k, 0]
-            x = j * stride - padding + kx + offsets[b, i, j, k, 1]
+            y = i * stride - kernel.shape[0] // 2 + ky + offsets[b, i, j, k, 0]
+            x = j * stride - kernel.shape[0] // 2 + kx + offsets[b, i, j, k, 1]
             factor = 1.0 if mask is None else float(mask[b, i, j, k])
             out[b, i, j] += factor * bilinear_loop(inputs[b], y, x) @ kernel[ky, kx]
     return out
 
 
-def plain(inputs, offsets, kernel, mask, *, stride, padding):
+def plain(inputs, offsets, kernel, mask, *, stride=1):
     """Plain JAX for `jax.grad`: dense interpolation matrices, no gather."""
     kh, kw = kernel.shape[:2]
     _, h, w = offsets.shape[:3]
     ky, kx = np.divmod(np.arange(kh * kw), kw)
-    y = offsets[..., 0] + (np.arange(h) * stride - padding)[:, None, None] + ky
-    x = offsets[..., 1] + (np.arange(w) * stride - padding)[:, None] + kx
+    y = offsets[..., 0] + (np.arange(h) * stride - kernel.shape[0] // 2)[:, None, None] + ky
+    x = offsets[..., 1] + (np.arange(w) * stride - kernel.shape[0] // 2)[:, None] + kx
 
     def hat(position, size):
         return jax.nn.relu(1 - jnp.abs(position[..., None] - np.arange(size)))
@@ -115,20 +126,16 @@ def plain_gradients(name):
     return evaluate(plain, arrays, options)[1]
 
 
-# Orders that no platform would choose for shapes as small as these.
-BY_TAPS, BY_TILES = Order(by_taps=True, tile=0), Order(by_taps=False, tile=7)
-
-
-@pytest.mark.parametrize(
-    ("name", "order"),
-    [*((name, None) for name in CASES), ("more_features", BY_TAPS), ("fewer_features", BY_TILES)],
-)
-def test_equals_loop_finite_differences_and_plain_jax(name, order):
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("platform", WAYS)
+def test_equals_loop_finite_differences_and_plain_jax(name, platform):
     arrays, options = make_case(name)
-    out, grads = evaluate(deform_conv2d, arrays, options | {"order": order})
+    with as_on(platform):
+        out, grads = evaluate(deform_conv2d, arrays, options)
     np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
     assert_all_close(grads, plain_gradients(name), atol=5e-5)
-
+    if platform != "cpu":
+        return
     rng = np.random.default_rng(3)
     weights = cotangent(out.shape).astype(np.float64)
     for position, gradient in enumerate(grads):
@@ -142,72 +149,18 @@ def test_equals_loop_finite_differences_and_plain_jax(name, order):
         np.testing.assert_allclose(np.sum(gradient * direction), expected, atol=2e-3)
 
 
-def test_order_is_chosen_by_shape_and_platform():
-    def by_taps(rows, locations, channels, features):
-        found = orders(MapSize(1, 1, rows), locations, 9, channels, features, same=False)
-        assert found.gpu == dataclasses.replace(found.tpu, group=3, at_once=True)
-        return found.cpu.by_taps, found.gpu.by_taps
-
-    assert by_taps(rows=100, locations=100, channels=1024, features=256) == (True, True)
-    assert by_taps(rows=100, locations=400, channels=2048, features=256) == (True, True)
-    assert by_taps(rows=100, locations=100, channels=768, features=256) == (False, True)
-    assert by_taps(rows=100, locations=100, channels=256, features=256) == (False, True)
-    assert by_taps(rows=100, locations=100, channels=128, features=256) == (False, False)
-    assert by_taps(rows=400, locations=100, channels=2048, features=256) == (False, False)
-
-
-def test_gpus_take_three_taps_at_a_time():
-    def group(taps):
-        return orders(MapSize(4, 38, 63), 4 * 38 * 63, taps, 256, 256, same=True).gpu.group
-
-    assert group(9) == 3
-    assert group(1) == group(25) == 1
-
-
-def test_tpus_take_windows_where_they_fit():
-    def tpu(size, channels=256):
-        found = orders(size, np.prod(size), 9, channels, 256, same=True)
-        return found.tpu if isinstance(found.tpu, Windows) else None
-
-    size = MapSize(4, 152, 252)
-    assert tpu(size).size == size
-    assert not tpu(size).interpret
-    # No more channels than VMEM has room for, and no part of 2000 fills whole lanes.
-    assert tpu(size, 2048) is not None
-    assert tpu(size, 2000) is None
-
-
-@pytest.mark.parametrize(
-    "order",
-    [
-        *(
-            Order(False, tile, fenced=fenced, lanes=lanes)
-            for tile, fenced, lanes in [
-                (1, True, 16),
-                (4, False, 1),
-                (70, True, 1),
-                (100, False, 2),
-            ]
-        ),
-        Order(True, 1, lanes=16),
-        Order(True, 1, lanes=1),
-        Order(True, 1, at_once=True),
-        Order(True, 1, group=3, at_once=True),
-        Order(True, 1, group=9),
-        Order(False, 30, at_once=True),
-    ],
-)
-def test_any_order_gives_the_same(order):
-    """Those of every platform; 70 is all locations, 100 more than there are."""
-    name = "more_features"
-    arrays, options = make_case(name)
-    out, grads = evaluate(deform_conv2d, arrays, options | {"order": order})
+@pytest.mark.parametrize("size", [1, 4, 70, 100])
+def test_tiles_of_any_size_give_the_same(size, monkeypatch):
+    """There are 70 locations; the last tile begins within the one before it."""
+    monkeypatch.setattr(deform_cpu, "TILE", size)
+    arrays, options = make_case("more_features")
+    out, grads = evaluate(deform_conv2d, arrays, options)
     np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
-    assert_all_close(grads, plain_gradients(name), atol=5e-5)
+    assert_all_close(grads, plain_gradients("more_features"), atol=5e-5)
 
 
-@pytest.mark.parametrize("order", [BY_TAPS, BY_TILES])
-def test_zero_offsets_are_a_plain_convolution(order):
+@pytest.mark.parametrize("platform", WAYS)
+def test_zero_offsets_are_a_plain_convolution(platform):
     (inputs, offsets, kernel, _), options = make_case("without_mask")
 
     def convolve(inputs, kernel):
@@ -216,18 +169,20 @@ def test_zero_offsets_are_a_plain_convolution(order):
             inputs, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout
         )
 
-    out, grads = evaluate(
-        deform_conv2d, [inputs, offsets * 0, kernel, None], options | {"order": order}
-    )
+    with as_on(platform):
+        out, grads = evaluate(deform_conv2d, [inputs, offsets * 0, kernel, None], options)
     expected, (d_inputs, d_kernel) = evaluate(convolve, [inputs, kernel], {})
     np.testing.assert_allclose(out, expected, atol=1e-5)
     assert_all_close([grads[0], grads[2]], [d_inputs, d_kernel], atol=2e-5)
 
 
-def test_integer_offsets():
-    (inputs, offsets, kernel, mask), options = make_case("more_features", spread=4)
+@pytest.mark.parametrize("platform", WAYS)
+@pytest.mark.parametrize("spread", [0, 4])
+def test_integer_offsets(platform, spread):
+    (inputs, offsets, kernel, mask), options = make_case("more_features", spread=spread)
     offsets = np.floor(offsets)
-    out, grads = evaluate(deform_conv2d, [inputs, offsets, kernel, mask], options)
+    with as_on(platform):
+        out, grads = evaluate(deform_conv2d, [inputs, offsets, kernel, mask], options)
     np.testing.assert_allclose(out, loop(inputs, offsets, kernel, mask, **options), atol=2e-5)
     # The derivative is the one towards larger coordinates.
     direction = np.random.default_rng(1).uniform(0.5, 1, size=offsets.shape)
@@ -245,15 +200,17 @@ def test_the_border_of_the_image():
     images = np.tile(np.array([1, 2, 3], np.float32).reshape(1, 3, 1, 1), (len(walk), 1, 1, 1))
     offsets = np.zeros((len(walk), 3, 1, 1, 2), np.float32)
     offsets[:, 0, 0, 0, 0] = walk
-    out = deform_conv2d(images, offsets, np.ones((1, 1, 1, 1), np.float32), padding=0)
+    out = deform_conv2d(images, offsets, np.ones((1, 1, 1, 1), np.float32))
     np.testing.assert_allclose(out[:, 0, 0, 0], expected, atol=1e-6)
 
 
-def test_far_outside_is_zero_with_zero_gradients():
+@pytest.mark.parametrize("platform", WAYS)
+def test_far_outside_is_zero_with_zero_gradients(platform):
     (inputs, offsets, kernel, mask), options = make_case("more_features")
     far = np.array([1e3, -1e3, 3e9, -1e30, np.inf, -np.inf], np.float32)
     offsets[..., 0] = np.random.default_rng(2).choice(far, size=mask.shape)
-    out, grads = evaluate(deform_conv2d, [inputs, offsets, kernel, mask], options)
+    with as_on(platform):
+        out, grads = evaluate(deform_conv2d, [inputs, offsets, kernel, mask], options)
     for array in (out, *grads):
         assert not np.any(array)  # NaN would count as nonzero
 
@@ -282,20 +239,23 @@ def test_all_samples_at_one_place():
     assert_all_close(grads, evaluate(plain, arrays, options)[1], atol=1e-4)
 
 
-def test_nan_offsets_show():
+@pytest.mark.parametrize("platform", WAYS)
+def test_nan_offsets_show(platform):
     (inputs, offsets, kernel, mask), options = make_case("more_features")
     offsets[1, 2, 3, 4, 0] = np.nan
-    out = deform_conv2d(inputs, offsets, kernel, mask, **options)
+    with as_on(platform):
+        out = deform_conv2d(inputs, offsets, kernel, mask, **options)
     assert np.isnan(out[1, 2, 3]).all()
     assert np.isnan(out).sum() == out.shape[-1]
 
 
-@pytest.mark.parametrize("order", [BY_TAPS, BY_TILES])
-def test_bfloat16_is_close(order):
+@pytest.mark.parametrize("platform", WAYS)
+def test_bfloat16_is_close(platform):
     arrays, options = make_case("fewer_features")
     inputs, offsets, kernel, mask = arrays
     low = [inputs.astype(jnp.bfloat16), offsets, kernel, mask]
-    low_results = evaluate(deform_conv2d, low, options | {"order": order})
+    with as_on(platform):
+        low_results = evaluate(deform_conv2d, low, options)
     results = loop(*arrays, **options), plain_gradients("fewer_features")
     low_results, results = (jax.tree.leaves(r) for r in (low_results, results))
     types = [jnp.bfloat16, *(a.dtype for a in low)]
@@ -318,30 +278,24 @@ def test_vmap_equals_batch():
     assert_all_close(grads, plain_gradients("more_features"), atol=5e-5)
 
 
-@pytest.mark.parametrize("checked", [True, False])
-def test_shard_map_with_a_replicated_kernel(checked):
-    (inputs, offsets, kernel, _), options = make_case("without_mask")
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split, whole = PartitionSpec("data"), PartitionSpec()
+@pytest.mark.parametrize("platform", WAYS)
+def test_pmap_with_a_replicated_kernel(platform):
+    (inputs, offsets, kernel, mask), _ = make_case("more_features")
 
-    @jax.jit
-    @functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(split, split, whole),
-        out_specs=whole,
-        check_vma=checked,
-    )
-    def gradient(inputs, offsets, kernel):
+    def gradient(inputs, offsets, kernel, mask):
         def loss(kernel):
-            out = deform_conv2d(inputs, offsets, kernel, **options)
-            return jnp.sum(out * cotangent(out.shape))
+            return jnp.sin(deform_conv2d(inputs, offsets, kernel, mask)).sum()
 
-        gradient = jax.grad(loss)(kernel)
-        return gradient if checked else lax.psum(gradient, "data")
+        return jax.grad(loss)(kernel)
 
-    expected = plain_gradients("without_mask")[2]
-    np.testing.assert_allclose(gradient(inputs, offsets, kernel), expected, atol=2e-5)
+    @functools.partial(jax.pmap, axis_name="data", in_axes=(0, 0, None, 0), out_axes=None)
+    def summed(*arrays):
+        return jax.lax.psum(gradient(*arrays), "data")
+
+    expected = gradient(inputs, offsets, kernel, mask)
+    with as_on(platform):
+        found = summed(inputs[:, None], offsets[:, None], kernel, mask[:, None])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("features", [64, 128])
@@ -374,6 +328,7 @@ def test_torchvision():
             offsets.flatten(3).permute(0, 3, 1, 2),
             kernel.permute(3, 2, 0, 1),
             mask=None if mask is None else mask.permute(0, 3, 1, 2),
+            padding=kernel.shape[0] // 2,
             **options,
         ).permute(0, 2, 3, 1)
         out.backward(torch.tensor(cotangent(tuple(out.shape))))
@@ -429,7 +384,7 @@ def test_modules(kind, stride):
     predicted = np.asarray(predicted + params["offset"]["bias"])
     offsets = np.stack([predicted[..., 0:18:2], predicted[..., 1:18:2]], axis=-1)
     mask = None if kind is DeformConv else 1 / (1 + np.exp(-predicted[..., 18:]))
-    expected = loop(inputs, offsets, params["kernel"], mask, stride=stride, padding=1)
+    expected = loop(inputs, offsets, params["kernel"], mask, stride=stride)
     out = jax.jit(module.apply)({"params": params}, inputs)
     np.testing.assert_allclose(out, expected + np.arange(3), atol=1e-4)
 

@@ -40,15 +40,15 @@ def test_remat_changes_memory_only():
 def test_a_bottleneck_block_has_the_same_gradients(deformable):
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(2, 6, 8, 12)), jnp.float32)
-    extent = np.array([[6, 8], [4, 6]], np.int32)
+    valid_size = np.array([[6, 8], [4, 6]], np.int32)
     found = []
     for block in (BottleneckBlock, recomputed(BottleneckBlock)):
         module = block(4, 2, True, FrozenBatchNorm, deformable)
-        variables = module.init(jax.random.key(0), x, extent)
+        variables = module.init(jax.random.key(0), x, valid_size)
         params = randomize(variables["params"])
 
         def loss(params, x, module=module, frozen=variables["frozen"]):
-            return jnp.sin(module.apply({"params": params, "frozen": frozen}, x, extent)).sum()
+            return jnp.sin(module.apply({"params": params, "frozen": frozen}, x, valid_size)).sum()
 
         found.append(jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x))
     assert_same_tree(*found)

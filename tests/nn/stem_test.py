@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import lax
 
 from alignps_jax.nn.convolution import conv_by_rows
-from alignps_jax.nn.layers import hold_zero
+from alignps_jax.nn.layers import mask_padding
 from alignps_jax.nn.neck import repeat_by_product, upsample_nearest
 from alignps_jax.nn.stem import stem_by_blocks
 
@@ -21,7 +21,7 @@ def convolved(x, kernel, stride=1):
     )
 
 
-def stem_in_float64(image, kernel, factor, shift, extent):
+def stem_in_float64(image, kernel, factor, shift, valid_size):
     """Convolution, factor and shift, zeros outside, and the maximum of 3x3 windows, literally."""
     image, kernel = (np.asarray(x, np.float64) for x in (image, kernel))
     batch, height, width, _ = image.shape
@@ -31,7 +31,7 @@ def stem_in_float64(image, kernel, factor, shift, extent):
         part = padded[:, row : row + height : 2, column : column + width : 2]
         x += part @ kernel[row, column]
     x = np.maximum(x * factor + shift, 0)
-    for image, (high, wide) in zip(x, extent // 2, strict=True):
+    for image, (high, wide) in zip(x, valid_size // 2, strict=True):
         image[high:], image[:, wide:] = 0, 0
     padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
     parts = [
@@ -43,17 +43,17 @@ def stem_in_float64(image, kernel, factor, shift, extent):
 
 def test_the_stem_by_blocks():
     rng = np.random.default_rng(0)
-    extent = np.array([[64, 96], [32, 64]], np.int32)
-    image = hold_zero(jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32), extent)
+    valid_size = np.array([[64, 96], [32, 64]], np.int32)
+    image = mask_padding(jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32), valid_size)
     kernel = rng.normal(size=(7, 7, 3, 5)).astype(np.float32)
     factor, shift = rng.normal(size=(2, 5)).astype(np.float32)
-    found = jax.jit(stem_by_blocks)(image, kernel, factor, shift, extent)
-    expected = stem_in_float64(image, kernel, factor, shift, extent)
-    expected = hold_zero(jnp.asarray(expected), extent // 4)
+    found = jax.jit(stem_by_blocks)(image, kernel, factor, shift, valid_size)
+    expected = stem_in_float64(image, kernel, factor, shift, valid_size)
+    expected = mask_padding(jnp.asarray(expected), valid_size // 4)
     assert expected.max() > 1
     np.testing.assert_allclose(found, expected, atol=1e-4)
     low = stem_by_blocks(
-        image.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), factor, shift, extent
+        image.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), factor, shift, valid_size
     )
     assert low.dtype == jnp.bfloat16
     assert np.abs(np.asarray(low, np.float32) - expected).max() < 0.02 * expected.max()

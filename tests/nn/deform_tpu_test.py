@@ -1,0 +1,113 @@
+"""Windows of the map and gathers of what lies outside them, as on TPUs, against the CPU's tiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignps_jax.nn.deform_conv import deform_conv2d
+from tests.nn.deform_conv_test import as_on
+
+
+def make_case(size, channels=5, features=3, *, spread=6.9, seed=0):
+    """Inputs, offsets, kernel and mask; offsets uniform within `spread` pixels."""
+    rng = np.random.default_rng(seed)
+    arrays = (
+        rng.normal(size=(*size, channels)),
+        rng.uniform(-spread, spread, size=(*size, 9, 2)),
+        rng.normal(size=(3, 3, channels, features)),
+        rng.uniform(0.1, 1.5, size=(*size, 9)),
+    )
+    return [a.astype(np.float32) for a in arrays]
+
+
+def evaluate(platform, arrays, dtype=np.float32):
+    """Output, and gradients of a random projection of it in all four arrays."""
+
+    @jax.jit
+    def run(inputs, offsets, kernel, mask):
+        out, pull = jax.vjp(deform_conv2d, inputs.astype(dtype), offsets, kernel, mask)
+        weights = np.random.default_rng(9).normal(size=out.shape)
+        return out, *pull(jnp.asarray(weights, out.dtype))
+
+    with as_on(platform):
+        return run(*arrays)
+
+
+def assert_same(arrays, tolerance=2e-5):
+    """On CPUs and TPUs."""
+    for a, e in zip(evaluate("tpu", arrays), evaluate("cpu", arrays), strict=True):
+        assert a.dtype == e.dtype
+        np.testing.assert_allclose(a, e, atol=tolerance * max(np.abs(e).max(), 1))
+
+
+def takes_windows(arrays):
+    """Whether few locations, or none, have samples outside their windows."""
+    taken = []
+
+    def cond(few, with_few, with_many, *args):
+        taken.append(bool(few))
+        return with_few(*args) if few else with_many(*args)
+
+    with pytest.MonkeyPatch.context() as patch, as_on("tpu"):
+        patch.setattr("alignps_jax.nn.deform_tpu.lax.cond", cond)
+        deform_conv2d(*arrays)
+    return taken[0]
+
+
+SIZES = [
+    (1, 1, 1),  # one pixel
+    (1, 8, 16),  # one block
+    (2, 9, 17),  # one pixel more than a block, either way
+    (1, 33, 5),  # high
+    (2, 20, 37),  # blocks with nine neighbors, images that must not see each other
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("band", [1, 96])
+def test_offsets_inside_the_windows(size, band, monkeypatch):
+    monkeypatch.setattr("alignps_jax.nn.deform_tpu.BAND", band)
+    monkeypatch.setattr("alignps_jax.nn.deform_tpu.FEW", 10**9)
+    arrays = make_case(size)
+    assert takes_windows(arrays)
+    assert_same(arrays)
+
+
+@pytest.mark.parametrize("offset", [0.0, -7.0, 6.99])
+def test_equal_offsets(offset):
+    """Zero is a plain convolution; whole pixels have the derivative to larger coordinates."""
+    arrays = make_case((1, 18, 35))
+    arrays[1] = np.full_like(arrays[1], offset)
+    assert_same(arrays)
+
+
+@pytest.mark.parametrize("spread", [7.5, 8.5, 1e6])
+def test_few_offsets_outside(spread):
+    """Some of their corners are in the window and some are not, or none is."""
+    arrays = make_case((1, 26, 40), spread=1)
+    for place in ((0, 0), (16, 16), (25, 39)):
+        arrays[1][0, *place, 0] = (-spread, spread)
+    assert takes_windows(arrays)
+    assert_same(arrays)
+
+
+def test_many_offsets_outside():
+    arrays = make_case((2, 20, 37), spread=20)
+    assert not takes_windows(arrays)
+    assert_same(arrays, 1e-4)
+
+
+def test_samples_outside_the_map_are_no_reason_for_gathers():
+    arrays = make_case((1, 6, 9), spread=30)
+    assert takes_windows(arrays)
+    assert_same(arrays)
+
+
+def test_bfloat16_is_close():
+    arrays = make_case((2, 9, 20), channels=16, features=8)
+    low = evaluate("tpu", arrays, jnp.bfloat16)
+    assert low[0].dtype == low[1].dtype == jnp.bfloat16
+    for actual, expected in zip(low, evaluate("cpu", arrays), strict=True):
+        error = np.abs(np.asarray(actual, np.float32) - expected).max()
+        assert error < 0.03 * np.abs(expected).max()
