@@ -19,7 +19,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.arrays import l2_normalize
-from alignps_jax.nn.layers import valid_extent
+from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.precision import products_in
 from alignps_jax.types import Batch, UserError
 
@@ -80,7 +80,7 @@ def compute_maps(
 
 def maps_of_photo(embeddings: list[Array], offsets: dict[str, Array], batch: Batch) -> LocationMaps:
     """What `compute_maps` gives for one photo, on the host, cut to what the network looks at."""
-    bucket, valid = batch.image.shape[1], np.asarray(valid_extent(jnp.asarray(batch.size)))[0]
+    bucket, valid = batch.image.shape[1], np.asarray(round_up(jnp.asarray(batch.size)))[0]
 
     def cut(array: Array) -> np.ndarray:
         height, width = -(-valid // (bucket // array.shape[1]))
