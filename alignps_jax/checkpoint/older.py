@@ -19,7 +19,7 @@ BEFORE = {
     "model.offset_gain": 1.0,
     "model.initial_distance": 0.0,
     "model.remat": False,
-    "model.precision": "fast",
+    "model.precision": "default",
     "model.stride_in_3x3": False,
     "loss.level_borders": (),
     "optimizer.name": "sgd",
@@ -30,7 +30,7 @@ BEFORE = {
     "train.profile": None,
     "optimizer.scale_with_batch": None,
     # Everything that was measured then was measured on CPUs.
-    "eval.precision": "exact",
+    "eval.precision": "highest",
     "eval.boxes": "detected",
     "eval.context_matching": (),
 }

@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.nn.layers import SIZE_MULTIPLE
-from alignps_jax.nn.precision import products_in
+from alignps_jax.nn.model import matmul_precision
 from alignps_jax.types import Batch, Outputs, UserError
 
 # (y, x) steps from a location to the nine taps of a 3x3 convolution, row by row.
@@ -77,7 +77,7 @@ def compute_maps(
     model: nn.Module, precision: str, params: Any, frozen: Any, batch: Batch
 ) -> MapOutputs:
     """Runs the network and keeps what its offset convolutions say on the way."""
-    with products_in(precision):
+    with matmul_precision(precision):
         outputs, captured = model.apply(
             {"params": params, "frozen": frozen},
             batch.image,

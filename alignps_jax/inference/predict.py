@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from alignps_jax.choices import choose, known_name
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.losses.total import level_ranges
-from alignps_jax.nn.model import AlignPS
-from alignps_jax.nn.precision import PRECISIONS, products_in
+from alignps_jax.nn.model import PRECISIONS, AlignPS, matmul_precision
 from alignps_jax.types import Batch, Detections, Outputs
 
 LARGE_PHOTO = 2**17  # pixels
@@ -50,7 +49,7 @@ class PredictStep:
         return jax.tree.map(lambda x: x[:, 0], found)
 
     def _together(self, params: Any, frozen: Any, batch: Batch) -> Detections:
-        with products_in(self.evaluation.precision):
+        with matmul_precision(self.evaluation.precision):
             outputs: Any = self.model.apply(
                 {"params": params, "frozen": frozen}, batch.image, batch.size
             )
@@ -89,7 +88,7 @@ class GroundTruthStep:
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """The batch's own boxes in the photos' pixels, with score 1 and their embeddings."""
-        with products_in(self.precision):
+        with matmul_precision(self.precision):
             outputs: Any = self.model.apply(
                 {"params": params, "frozen": frozen}, batch.image, batch.size
             )

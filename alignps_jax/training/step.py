@@ -25,8 +25,7 @@ from alignps_jax.losses.total import (
     select_positives,
     total,
 )
-from alignps_jax.nn.model import AlignPS
-from alignps_jax.nn.precision import products_in
+from alignps_jax.nn.model import AlignPS, matmul_precision
 from alignps_jax.training.optimizer import global_norm
 from alignps_jax.types import Batch, Outputs, TrainState
 
@@ -61,7 +60,7 @@ class TrainStep:
     optimizer: optax.GradientTransformation
     loss: ConfigDict
     max_positives: int
-    precision: str = "fast"
+    precision: str = "default"
     accumulate: int = 1
     ema_decay: float | None = None
 
@@ -119,7 +118,7 @@ class TrainStep:
             return loss, (shares, everyone, dropped)
 
         trained = state.params if state.raw is None else state.raw
-        with products_in(self.precision):
+        with matmul_precision(self.precision):
             gradient, (terms, everyone, dropped) = jax.grad(loss_fn, has_aux=True)(trained)
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)

@@ -150,7 +150,7 @@ def _batch(case: Case, devices: int) -> Batch:
     )
 
 
-# How each step multiplies float32 numbers: exact or fast.
+# How each step multiplies float32 numbers.
 PRECISION: dict[str, Callable[[ConfigDict], str]] = {
     "inference": lambda config: config.eval.precision,
     "train": lambda config: config.model.precision,
