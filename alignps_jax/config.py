@@ -81,7 +81,7 @@ _BELOW_1 = _number("a number, 0 or more and below 1", lambda x: 0 <= x < 1)
 _POSITIVE = _number("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a number, 0 or more", lambda x: x >= 0)
 _DTYPE = _choice("float32", "bfloat16")
-_PRECISION = _choice("fast", "exact")
+_PRECISION = _choice("default", "highest")
 _PAIR = "(long, short) in pixels, integers with 32768 >= long >= short >= 1"
 _SCALE = _tuple_of(_SIDE, f"a pair {_PAIR}", lambda x: len(x) == 2 and x[0] >= x[1])
 _SPAN_TEXT = '"<number> epochs" or "<number> steps"'

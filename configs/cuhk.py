@@ -111,9 +111,9 @@ def get_config(variant: str = "") -> ConfigDict:
     # Type of the activations: float32 or bfloat16. Parameters, losses, lookup table and queue are
     # float32 in any case.
     model.dtype = "float32"
-    # How accelerators multiply float32 numbers in training: exact, or fast (JAX's default, one pass
+    # How accelerators multiply float32 numbers in training: highest, or default (one pass
     # in bfloat16 on TPUs, TF32 on GPUs since Ampere). Losses are exact. See docs/devices.md.
-    model.precision = "fast"
+    model.precision = "default"
     # Recompute the activations of each block in the backward pass: it needs less memory and more
     # time.
     model.remat = False
@@ -222,8 +222,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # Type of the activations in evaluation and search, whatever model.dtype was in training:
     # float32 or bfloat16, which moves boxes and rankings.
     evaluation.dtype = "float32"
-    # The same choice as config.model.precision, for evaluation and search: exact or fast.
-    evaluation.precision = "exact"
+    # The same choice as config.model.precision, for evaluation and search.
+    evaluation.precision = "highest"
     # Which boxes are searched: detected, or ground_truth (perfect detection, an upper bound).
     evaluation.boxes = "detected"
     # (k1, k2): context bipartite graph matching (SeqNet) with k1 gallery images and k2 people of

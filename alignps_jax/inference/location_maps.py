@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.nn.layers import round_up
-from alignps_jax.nn.precision import products_in
+from alignps_jax.nn.model import matmul_precision
 from alignps_jax.types import Batch, UserError
 
 # (y, x) steps from a location to the nine taps of a 3x3 convolution, row by row.
@@ -65,7 +65,7 @@ def compute_maps(
     model: nn.Module, precision: str, params: Any, frozen: Any, batch: Batch
 ) -> tuple[list[Float[Array, "B _h _w D"]], dict[str, Float[Array, "B _h _w 18"]]]:
     """The embeddings of each level, and the outputs of the neck's offset convolutions by name."""
-    with products_in(precision):
+    with matmul_precision(precision):
         outputs, captured = model.apply(
             {"params": params, "frozen": frozen},
             batch.image,

@@ -13,8 +13,7 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from alignps_jax.inference.postprocess import detect, embed_boxes
-from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.nn.precision import products_in
+from alignps_jax.nn.model import AlignPS, build_model, matmul_precision
 from alignps_jax.registry import choose
 from alignps_jax.types import Batch, Detections, Outputs
 
@@ -52,7 +51,7 @@ class PredictStep:
 
     def _together(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         variables = {"params": params, "frozen": frozen}
-        with products_in(self.config.precision):
+        with matmul_precision(self.config.precision):
             outputs: Any = self.model.apply(variables, batch.image, batch.size)
         return self.decode(outputs, batch)
 

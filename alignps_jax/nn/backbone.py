@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from alignps_jax.nn.convolution import conv2d, conv_by_rows, shifted
 from alignps_jax.nn.deform_conv import ModulatedDeformConv
-from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, conv
-from alignps_jax.nn.stem import Kernel, Stem, frozen_stem, plain_stem
+from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, conv, mask_padding, scale_and_shift
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Pixels of a block of `stem_by_blocks`, in either direction: the stride of the stem.
+BLOCK = 4
 
 
 class BottleneckBlock(nn.Module):
@@ -84,7 +87,6 @@ class ResNet(nn.Module):
       depths: blocks per stage (res2 to res5).
       width: channels of the stem, doubled in every stage.
       stem_size: kernel of the stem's convolution.
-      stem: what becomes of the image before the stages; see `stem.py`.
       norm: normalization, called with `name`, then on (map, valid_size).
       stride_in_blocks: whether the first block of a stage makes the map smaller, by its 3x3
         convolution (torchvision), or the stage begins with every second pixel of the map before it
@@ -98,7 +100,6 @@ class ResNet(nn.Module):
     width: int
     stem_size: int
     norm: Callable[..., nn.Module]
-    stem: Stem = plain_stem
     stride_in_blocks: bool = True
     frozen_stages: int = -1
     deform_stages: tuple[int, ...] = ()
@@ -109,11 +110,7 @@ class ResNet(nn.Module):
         self, image: Float[Array, "B H W 3"], valid_size: Int[Array, "B 2"]
     ) -> tuple[Float[Array, "B _h _w _C"], ...]:
         """Maps an image, zero outside its valid `valid_size`, to C3, C4 and C5."""
-        shape = (self.stem_size, self.stem_size, image.shape[-1], self.width)
-        kernel = Kernel(shape, kaiming, name="conv1")().astype(self.dtype)
-        if self.frozen_stages >= 0:
-            kernel = lax.stop_gradient(kernel)
-        x = self.stem(image.astype(self.dtype), kernel, self.norm(name="bn1"), valid_size)
+        x = self._stem(image.astype(self.dtype), valid_size)
         valid_size = valid_size // 4
         if self.frozen_stages >= 0:
             x = lax.stop_gradient(x)
@@ -140,10 +137,125 @@ class ResNet(nn.Module):
             maps.append(x)
         return tuple(maps[1:])
 
+    def _stem(
+        self, image: Float[Array, "B H W 3"], valid_size: Int[Array, "B 2"]
+    ) -> Float[Array, "B h w F"]:
+        """Convolution, normalization, ReLU and max pooling; by blocks on TPUs for ResNet-50."""
+        shape = (self.stem_size, self.stem_size, image.shape[-1], self.width)
+        kernel = Kernel(shape, name="conv1")().astype(self.dtype)
+        if self.frozen_stages >= 0:
+            kernel = lax.stop_gradient(kernel)
+        norm = self.norm(name="bn1")
+        if not isinstance(norm, FrozenBatchNorm):
+            return plain_stem(image, kernel, norm, valid_size)
+
+        def plain(image: Array, kernel: Array, *affine: Array) -> Array:
+            def scaled(x: Array, valid_size: Array) -> Array:
+                return scale_and_shift(x, *affine, valid_size)
+
+            return plain_stem(image, kernel, scaled, valid_size)
+
+        by_blocks = partial(stem_by_blocks, valid_size) if self.stem_size == 7 else plain
+        args = image, kernel, *norm.affine(self.width)
+        return lax.platform_dependent(*args, tpu=by_blocks, default=plain)
+
     def is_frozen(self, path: tuple[str, ...]) -> bool:
         """Whether the parameter at `path` (inside the backbone) is never updated."""
         stage = int(path[0][5]) if path[0].startswith("layer") else 0
         return stage <= self.frozen_stages
+
+
+class Kernel(nn.Module):
+    """The kernel of a convolution without bias: the parameter `kernel` [k, k, C, F]."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "k k C F"]:
+        return self.param("kernel", kaiming, self.shape)
+
+
+def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Maximum of 3x3 windows with stride 2 and padding 1, of a map without negative values.
+
+    Zeros are then as good a padding as -inf. Written as maxima of shifted maps, whose backward
+    pass is elementwise; that of a windowed reduction is 10 times slower on a CPU.
+    """
+    for axis in (1, 2):
+        last = (x.shape[axis] - 1) // 2 * 2
+        padded = jnp.pad(x, [(1, 1) if a == axis else (0, 0) for a in range(4)])
+        parts = [lax.slice_in_dim(padded, k, k + last + 1, 2, axis) for k in range(3)]
+        x = jnp.maximum(jnp.maximum(parts[0], parts[1]), parts[2])
+    return x
+
+
+def plain_stem(
+    image: Float[Array, "B H W 3"],
+    kernel: Float[Array, "k k 3 F"],
+    norm: Callable[..., Array],
+    valid_size: Int[Array, "B 2"],
+) -> Float[Array, "B h w F"]:
+    """The stem of a ResNet with any normalization."""
+    x = nn.relu(norm(conv2d(image, kernel, stride=2), valid_size // 2))
+    return mask_padding(max_pool_3x3(x), valid_size // 4)
+
+
+def stem_by_blocks(
+    valid_size: Int[Array, "B 2"],
+    image: Float[Array, "B H W 3"],
+    kernel: Float[Array, "7 7 3 F"],
+    factor: Float[Array, "F"],
+    shift: Float[Array, "F"],
+) -> Float[Array, "B h w F"]:
+    """`plain_stem` with a factor and a shift as normalization, for sizes that 4 divides.
+
+    A TPU computes with vectors of 128 numbers, and an image's three channels fill three of them. A
+    block of 4 x 4 pixels has 48 channels: a 7x7 convolution with stride 2 is a 3x3 convolution of
+    blocks, with outputs for 2 x 2 places in a block.
+    """
+    blocks, (top, bottom) = _blocks(image), _kernels_of_blocks(kernel)
+    # Two columns of a block's outputs side by side fill a vector.
+    factor, shift = jnp.tile(factor, 2), jnp.tile(shift, 2)
+
+    def row(kernel: Array) -> Array:
+        y = conv_by_rows(blocks, kernel)
+        return nn.relu(scale_and_shift(y, factor, shift, valid_size // BLOCK))
+
+    upper, lower = row(top), row(bottom)
+    # The window of a block's maximum has all of it, and what is next to it above and to the left.
+    column = jnp.maximum(jnp.maximum(upper, lower), shifted(lower, 1, 0))
+    left, right = jnp.split(column, 2, axis=-1)
+    most = jnp.maximum(jnp.maximum(left, right), shifted(right, 0, 1))
+    return mask_padding(most, valid_size // BLOCK)
+
+
+def _blocks(image: Float[Array, "B H W C"]) -> Float[Array, "B h w N"]:
+    """The pixels of every block as channels: row, column, channel."""
+    batch, height, width, channels = image.shape
+    # To pick every fourth of the numbers in a vector is slow; a product with a matrix of zeros and
+    # ones is not, and exact.
+    place = BLOCK * jnp.arange(width // BLOCK) + jnp.arange(BLOCK)[:, None]
+    chosen = (jnp.arange(width)[:, None, None] == place).astype(image.dtype)
+    precision = lax.Precision.HIGHEST if image.dtype == jnp.float32 else None
+    x = jnp.einsum("bhwc,wjx->bhcjx", image, chosen, precision=precision)
+    x = x.reshape(batch, height // BLOCK, BLOCK, channels, BLOCK, -1)
+    x = x.transpose(0, 1, 5, 2, 4, 3)
+    return x.reshape(batch, height // BLOCK, width // BLOCK, -1)
+
+
+def _kernels_of_blocks(kernel: Float[Array, "7 7 C F"]) -> list[Float[Array, "3 3 N 2*F"]]:
+    """The kernels for the upper and the lower row of a block's outputs, [left, right] column."""
+    side, _, channels, features = kernel.shape
+    wide = 3 * BLOCK
+
+    def at(row: int, column: int) -> Array:
+        # The block's first output is two pixels ahead of the second, and has 3 pixels around it.
+        edges = [(1 + 2 * place, wide - side - 1 - 2 * place) for place in (row, column)]
+        placed = jnp.pad(kernel, [*edges, (0, 0), (0, 0)])
+        placed = placed.reshape(3, BLOCK, 3, BLOCK, channels, features).swapaxes(1, 2)
+        return placed.reshape(3, 3, -1, features)
+
+    return [jnp.concatenate([at(row, 0), at(row, 1)], axis=-1) for row in (0, 1)]
 
 
 # The last normalization of a block starts at its usual scale: weights come from ImageNet.
@@ -153,7 +265,6 @@ ResNet50 = partial(
     depths=(3, 4, 6, 3),
     stem_size=7,
     norm=FrozenBatchNorm,
-    stem=frozen_stem,
 )
 # For training from scratch on small scenes: group norm needs no batch and no pretraining.
 ResNetSmall = partial(ResNet, block=BasicBlock, depths=(1, 1, 1, 1), stem_size=3, norm=GroupNorm)

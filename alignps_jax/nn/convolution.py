@@ -30,24 +30,14 @@ def conv2d(
     takes a fourth channel on CPUs.
     """
     if kernel.shape[0] == 1:
-        return _conv_by_pixels(*align_varying_axes(inputs[:, ::stride, ::stride], kernel))
+        return _conv_by_pixels(inputs[:, ::stride, ::stride], kernel)
     if stride == 1:
-        return _rule(kernel)(*align_varying_axes(inputs, kernel))
+        return _rule(kernel)(inputs, kernel)
     if kernel.shape[:3] == (3, 3, 3):
         by_cpu = partial(_with_fourth_channel, stride=stride)
         default = partial(_plain_conv, stride=stride)
         return lax.platform_dependent(inputs, kernel, cpu=by_cpu, default=default)
     return _plain_conv(inputs, kernel, stride)
-
-
-def align_varying_axes(*arrays: Array) -> tuple[Array, ...]:
-    """Under `shard_map`, lets all arrays vary over the mesh axes over which any of them does.
-
-    `lax.scan` and `jax.custom_vjp` want that spelled out, arithmetic implies it. Its transpose
-    sums the cotangent of a replicated array (the kernel) over the devices.
-    """
-    zero: Any = sum(jnp.zeros_like(a, dtype=jnp.float32, shape=()) for a in arrays)
-    return tuple(a + zero.astype(a.dtype) for a in arrays)
 
 
 def _plain_conv(

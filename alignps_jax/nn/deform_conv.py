@@ -73,6 +73,7 @@ def deform_conv2d(
         samples = samples._replace(weights=tuple(weight * mask for weight in samples.weights))
 
     kernel = kernel.reshape(-1, channels, features).astype(inputs.dtype)
+    inputs = jnp.asarray(inputs)
     ways = {"cpu": deform_cpu.convolve, "default": deform_gathers.convolve}
     if stride == 1:
         ways["tpu"] = deform_tpu.convolve

@@ -19,6 +19,7 @@ from alignps_jax.nn.convolution import conv2d
 
 # Photos are fed padded to a multiple of this (Released code), the largest stride of the backbone.
 SIZE_MULTIPLE = 32
+EPSILON = 1e-5  # of both normalizations
 
 
 def round_up(size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
@@ -60,45 +61,50 @@ def subtract_mean(
     return mask_padding(x.astype(jnp.float32) - masked_mean(x, valid_size), valid_size)
 
 
+def scale_and_shift(
+    x: Float[Array, "B H W C"],
+    factor: Float[Array, "C"],
+    shift: Float[Array, "C"],
+    valid_size: Int[Array, "B 2"],
+) -> Float[Array, "B H W C"]:
+    """`x * factor + shift` in the valid region, computed in float32."""
+    return mask_padding((x * factor + shift).astype(x.dtype), valid_size)
+
+
 class FrozenBatchNorm(nn.Module):
     """Batch normalization with fixed statistics and affine parameters (collection `frozen`)."""
 
-    epsilon: float = 1e-5
-    scale_init: Callable = nn.initializers.ones
-
     @nn.compact
     def affine(self, channels: int) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
-        """What a map of so many channels is multiplied by, and what is added to it then."""
+        """The factor of each channel, and what is added to it then."""
 
         def vector(name: str, init: Callable) -> Array:
             return self.variable("frozen", name, init, None, (channels,), jnp.float32).value
 
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        scale, bias = vector("scale", self.scale_init), vector("bias", zeros)
+        scale, bias = vector("scale", ones), vector("bias", zeros)
         mean, var = vector("mean", zeros), vector("var", ones)
-        factor = scale * lax.rsqrt(var + self.epsilon)
+        factor = scale * lax.rsqrt(var + EPSILON)
         return factor, bias - mean * factor
 
     def __call__(
         self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B H W C"]:
         factor, shift = self.affine(x.shape[-1])
-        return mask_padding((x * factor + shift).astype(x.dtype), valid_size)  # in float32
+        return scale_and_shift(x, factor, shift, valid_size)
 
 
 class GroupNorm(nn.Module):
-    """Group normalization whose statistics run over the valid region only (eps 1e-5)."""
+    """Group normalization whose statistics run over the valid region only."""
 
     groups: int = 32
-    epsilon: float = 1e-5
-    scale_init: Callable = nn.initializers.ones
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B H W C"]:
         B, H, W, C = x.shape
-        scale = self.param("scale", self.scale_init, (C,), jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
         valid = valid_mask(valid_size, H, W)[..., None]
         count = jnp.maximum(valid.sum((1, 2)), 1) * (C // self.groups)
@@ -111,7 +117,7 @@ class GroupNorm(nn.Module):
         mean = group_mean(x32)[:, None, None]
         # Two passes: the variance from squared sums loses digits on maps with a large mean.
         centered = jnp.where(valid, x32 - mean, 0)
-        factor = scale * lax.rsqrt(group_mean(jnp.square(centered)) + self.epsilon)[:, None, None]
+        factor = scale * lax.rsqrt(group_mean(jnp.square(centered)) + EPSILON)[:, None, None]
         return jnp.where(valid, centered * factor + bias, 0).astype(x.dtype)
 
 
@@ -123,7 +129,7 @@ def conv(
         features,
         (size, size),
         use_bias=use_bias,
-        # What else Flax would tell it are the defaults.
+        # Flax's remaining arguments are all defaults here.
         conv_general_dilated=lambda x, kernel, *_, **__: conv2d(x, kernel, stride=stride),
         **kwargs,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -26,12 +27,12 @@ from alignps_jax.nn.neck import (
     plain_lateral,
     plain_output,
 )
-from alignps_jax.nn.precision import PRECISIONS
-from alignps_jax.nn.recompute import recomputed
-from alignps_jax.registry import choose, known_name
+from alignps_jax.registry import choose
 from alignps_jax.types import Outputs, UserError, Weights
 
 LEVELS = (3, 4, 5, 6, 7)
+# Of float32 matmuls on accelerators, in JAX's words: "highest" is float32 on every chip, "default"
+# one pass with operands in bfloat16 on TPUs and TensorFloat-32 on GPUs since Ampere.
 Params = Any
 
 
@@ -138,8 +139,13 @@ def _levels(model: ConfigDict) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return levels, LEVELS[1:]
 
 
-def _as_it_is(module: type[nn.Module]) -> type[nn.Module]:
-    return module
+def matmul_precision(precision: str) -> AbstractContextManager[None]:
+    """While it lasts, matmuls and convolutions are traced with "default" or "highest".
+
+    Those that ask for a precision of their own keep it: the losses' similarities are always exact.
+    Rules for gradients are traced with what holds where the gradient is taken.
+    """
+    return jax.default_matmul_precision(precision)
 
 
 def build_model(config: ConfigDict) -> AlignPS:
@@ -149,12 +155,13 @@ def build_model(config: ConfigDict) -> AlignPS:
       UserError: a field of `config.model` names something that does not exist.
     """
     model = config.model
-    dtype = known_name("config.model.dtype", model.dtype, ("float32", "bfloat16"))
-    known_name("config.model.precision", model.precision, PRECISIONS)
-    # Which activations of a module's inside are kept for the backward pass: none, or all.
-    wrap = recomputed if model.remat else _as_it_is
+    dtype = model.dtype
+
+    def wrap(module: type[nn.Module]) -> type[nn.Module]:
+        """Keeps none of a module's activations for the backward pass, if asked for."""
+        return nn.remat(module) if model.remat else module
+
     backbone = choose("config.model.backbone", model.backbone, BACKBONES)(model, wrap)
-    known_name("config.model.channel_order", model.channel_order, ("BGR", "RGB"))
     levels, background_levels = _levels(model)
     embedding = choose("config.model.reid", model.reid, EMBEDDINGS)
     make_tower = wrap(Tower)

@@ -20,8 +20,7 @@ from alignps_jax.devices import AXIS
 from alignps_jax.losses.oim import update_memory
 from alignps_jax.losses.terms import Term
 from alignps_jax.losses.total import assign, flatten_levels, select_positives, total
-from alignps_jax.nn.model import AlignPS
-from alignps_jax.nn.precision import products_in
+from alignps_jax.nn.model import AlignPS, matmul_precision
 from alignps_jax.types import Batch, Outputs, TrainState
 
 
@@ -55,7 +54,7 @@ class TrainStep:
     optimizer: optax.GradientTransformation
     loss: ConfigDict
     max_positives: int
-    precision: str = "fast"
+    precision: str = "default"
     accumulate: int = 1
     ema_decay: float | None = None
 
@@ -83,7 +82,7 @@ class TrainStep:
             return sum(losses.values()), (losses, gathered, dropped)
 
         trained = state.params if state.raw is None else state.raw
-        with products_in(self.precision):
+        with matmul_precision(self.precision):
             gradient, (terms, gathered, dropped) = jax.grad(loss_fn, has_aux=True)(trained)
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)

@@ -117,7 +117,7 @@ def moves(exact: GalleryDetections, other: GalleryDetections, threshold: float) 
 
 def measure(config: ConfigDict, checkpoint: Path) -> dict[str, tuple[Measured, Moves]]:
     """The test split with exact products and with each of `ROUNDINGS`."""
-    config.eval.precision = "fast"  # products then say that they may be rounded
+    config.eval.precision = "default"  # products then say that they may be rounded
     step = make_predict_step(config)
     weights = load_weights(checkpoint, weights_template(step.model))
     evaluator = make_evaluator(config, prepare(config.data).test, make_scorer(config))

@@ -287,7 +287,7 @@ def test_estimates_by_hand():
     }
     assert gate.seconds(row, H100.chip) == pytest.approx(expected)
     assert row.dominates == "arithmetic (71%)"
-    assert row.products == "float32 fast"  # as training multiplies
+    assert row.products == "float32 default"  # as training multiplies
     cycles = {"products": 3e6, "gathers": 6e6}
     row = compiled(f"print({json.dumps(ANSWER | {'cycles': cycles})!r})", H100)
     assert row.dominates == "gathers (67%)"
@@ -325,13 +325,13 @@ def test_what_computes_in_another_way_is_a_row_of_its_own(tmp_path):
         table.add(dataclasses.replace(base, **changed))
         table.add(dataclasses.replace(base, step="inference", **changed))
     assert [row.type for row in table.rows.values() if row.step == "train"] == [
-        "float32 fast",
-        "float32 fast remat",
+        "float32 default",
+        "float32 default remat",
         "bfloat16 remat",
     ]
     # What only training reads changes nothing there.
     inference = [row.type for row in table.rows.values() if row.step == "inference"]
-    assert inference == ["float32 fast", "bfloat16"]
+    assert inference == ["float32 default", "bfloat16"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": [{"a": 1}]}', '{"rows": 3}'])
@@ -382,7 +382,7 @@ def test_measured_on_simulated_devices(tmp_path, capsys):
         *(("weak", 1, 1), ("weak", 2, 1)),
         *(("strong", 1, 2), ("strong", 2, 1)),
     ]
-    assert {row["dtype"] for row in rows} == {"float32 exact"}
+    assert {row["dtype"] for row in rows} == {"float32 highest"}
     for row in rows:
         measured = row["measured"]
         assert measured["rate"] > 0

@@ -81,23 +81,3 @@ def test_bfloat16_sums_in_float32(channels):
     found, expected = gradient(jnp.bfloat16), gradient(jnp.float32)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(np.float32), expected, rtol=0.01, atol=0.5)
-
-
-@both_rules
-def test_gradients_of_a_replicated_kernel_are_summed_under_shard_map(channels):
-    mesh = jax.make_mesh((4,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec
-    rng = np.random.default_rng(2)
-    x = jnp.asarray(rng.normal(size=(4, 5, 6, channels)), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(3, 3, channels, 2)), jnp.float32)
-
-    def loss(kernel, x):
-        return jnp.square(conv2d(x, kernel)).sum()
-
-    def on_each(kernel, x):
-        return jax.grad(lambda k: lax.psum(loss(k, x), "device"))(kernel)
-
-    sharded = jax.shard_map(on_each, mesh=mesh, in_specs=(spec(), spec("device")), out_specs=spec())
-    np.testing.assert_allclose(
-        jax.jit(sharded)(kernel, x), jax.grad(loss)(kernel, x), rtol=1e-4, atol=1e-4
-    )

@@ -1,6 +1,7 @@
 """The network: shapes, and results that do not depend on the bucket."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -128,3 +129,24 @@ def test_bfloat16_gives_float32_outputs_close_to_float32():
         a, b = getattr(found, name), getattr(expected, name)
         assert a.dtype == np.float32
         assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b), name
+
+
+def test_remat_changes_no_result_and_no_gradient():
+    batch = random_batch(np.random.default_rng(0))
+    found = []
+    for remat in (False, True):
+        config = tiny.get_config()
+        config.model.remat = remat
+        model = build_model(config)
+        params, frozen = init_variables(model, jax.random.key(0))
+
+        def loss(params, model=model, frozen=frozen):
+            variables = {"params": params, "frozen": frozen}
+            outputs = model.apply(variables, batch.image, batch.size, train=True)
+            maps = [x for x in jax.tree.leaves(outputs) if x.dtype == np.float32]
+            return sum(jnp.sin(x / 3).sum() for x in maps)
+
+        found.append(jax.jit(jax.value_and_grad(loss))(randomize(params)))
+    assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * max(np.abs(b).max(), 1e-3))

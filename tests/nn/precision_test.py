@@ -23,13 +23,13 @@ def precisions(program):
     return Counter(re.findall(r"precision(?:_config)? = \[.*?(DEFAULT|HIGHEST)", program.as_text()))
 
 
-@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("precision", ["highest", "default"])
 def test_inference_multiplies_as_configured(precision):
     config, model, params, frozen = tiny_model()
     config.eval.precision = precision
     batch = random_batch(np.random.default_rng(0), images=1)
     found = precisions(jax.jit(PredictStep(model, config.eval)).lower(params, frozen, batch))
-    asked, other = ("HIGHEST", "DEFAULT") if precision == "exact" else ("DEFAULT", "HIGHEST")
+    asked, other = ("HIGHEST", "DEFAULT") if precision == "highest" else ("DEFAULT", "HIGHEST")
     assert found[asked] > 20
     assert found[other] == 0
 
@@ -53,7 +53,7 @@ def test_training_multiplies_as_configured_and_gradients_too():
         on_axis = jax.vmap(one, axis_name=AXIS, in_axes=(None, 0), out_axes=None, axis_size=1)
         return precisions(jax.jit(on_axis).lower(state, batch))
 
-    fast, exact = found("fast"), found("exact")
+    fast, exact = found("default"), found("highest")
     assert 0 < fast["HIGHEST"] < 20 < fast["DEFAULT"]  # the losses' similarities
     assert exact["HIGHEST"] == fast["HIGHEST"] + fast["DEFAULT"]
     assert exact["DEFAULT"] == 0

@@ -148,7 +148,7 @@ def _batch(case: Case, devices: int) -> Batch:
     )
 
 
-# The type of each step's activations, and how it multiplies float32 numbers: exact or fast.
+# The type of each step's activations, and how it multiplies float32 numbers: highest or default.
 ARITHMETIC: dict[str, Callable[[ConfigDict], tuple[str, str]]] = {
     "inference": lambda config: (config.eval.dtype, config.eval.precision),
     "train": lambda config: (config.model.dtype, config.model.precision),

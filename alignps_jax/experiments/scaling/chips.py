@@ -79,7 +79,7 @@ class Chip:
       platform: tpu, cuda or cpu.
       memory: bytes that a program can have; None if it is not known.
       peak: floating point operations a second, by how products are computed: bfloat16, or float32
-        `fast` (TF32 on an A100 or H100) or `exact`. A TPU's compiler knows better.
+        `default` (TF32 on an A100 or H100) or `highest`. A TPU's compiler knows better.
       bandwidth: bytes a second of the memory.
       link: bytes a second to the other chips, in one direction.
       clock: cycles a second, where the compiler estimates cycles and the clock is known.
@@ -98,7 +98,7 @@ class Chip:
 
 
 def _gpu(exact: float, fast: float, bfloat16: float, link: float, target: GpuTarget) -> Chip:
-    peak = {"float32 exact": exact, "float32 fast": fast, "bfloat16": bfloat16}
+    peak = {"float32 highest": exact, "float32 default": fast, "bfloat16": bfloat16}
     return Chip("cuda", target.memory, peak, target.bandwidth, link, target=target)
 
 
