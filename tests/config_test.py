@@ -28,7 +28,7 @@ WRONG = {
     "data.train_scales": ((), (128, 96), *((scale,) for scale in SCALES)),
     "data.test_scale": ((), ((128, 96),), *SCALES),
     "data.flip_probability": SHARES,
-    "data.max_programs": (0, 1.5, "many", True),
+    "data.max_programs": (-1, 1.5, "many", True),
     "data.min_side": (-1, 1.5, True),
     "data.validation_fraction": (-0.1, 1.0, NAN, "0.1", True),
     "data.synthetic.height": (*COUNT, 10**5),

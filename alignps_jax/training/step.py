@@ -68,7 +68,7 @@ class TrainStep:
                 outputs,
                 batch,
                 strides=self.model.strides(train=True),
-                ranges=self._ranges(),
+                ranges=self.ranges(),
                 center_radius=self.loss.center_radius,
             )
             flat = flatten_levels(outputs)
@@ -106,7 +106,7 @@ class TrainStep:
         state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state, memory=memory)
         return _with_params(state, trained, self.ema_decay), metrics
 
-    def _ranges(self) -> list[tuple[float, float]]:
+    def ranges(self) -> list[tuple[float, float]]:
         """Of each level: smallest and largest distance to a side of the boxes that it learns."""
         searched, made = (self.model.predicted_levels(train=train) for train in (False, True))
         edges = (0.0, *self.loss.level_borders, math.inf)
