@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -60,7 +61,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, LogLine]]:
             content = json.loads(line)
             step = int(content.pop("step"))
             values = {name: math.nan if x is None else float(x) for name, x in content.items()}
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             print(f"note: {path}, line {number}: found {line[:60]!r}, which is left out")
             continue
         yield line, LogLine(step, values)
@@ -90,7 +91,8 @@ class MetricLog:
         if self._writes:
             self._file.close()
         if self._events:
-            self._events.close()
+            with contextlib.suppress(*([OSError] if error[0] else [])):  # a full disk says so again
+                self._events.close()
 
     def sync(self) -> None:
         """Sees that what was measured is on the disk itself, as what is saved next will be."""

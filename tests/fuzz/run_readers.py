@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import math
 import pickle
 import random
 import zipfile
@@ -94,11 +93,9 @@ def _log(folder: Path) -> Sequence[Path]:
 def _check_log(lines: Sequence[LogLine]) -> None:
     for line in lines:
         assert type(line.step) is int, "a step that is no number"
-        assert 0 <= line.step < 2**31, "a step that no run reaches"
         for name, value in line.values.items():
             assert isinstance(name, str), "a name that is no text"
             assert type(value) is float, "a value that is no number"
-            assert not math.isinf(value), "an infinite value"
 
 
 def damage_lines(rng: random.Random, data: bytes) -> bytes:
