@@ -52,7 +52,7 @@ class Detector:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, config: ConfigDict | None = None) -> Self:
-        """Loads the best checkpoint of a workdir, or one step's folder.
+        """Loads the last step of a workdir (or that which a split chose), or one step's folder.
 
         Args:
           path: the workdir or folder.
