@@ -56,7 +56,7 @@ class Detector:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, config: ConfigDict | None = None) -> Self:
-        """Loads the best checkpoint of a workdir, or one step's folder.
+        """Loads the last step of a workdir (or that which a split chose), or one step's folder.
 
         Compiled programs go into the user's cache, unless JAX has a folder for them.
 
