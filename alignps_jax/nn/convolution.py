@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ from jaxtyping import Array, Float
 _LANES = 128  # of a TPU's vectors
 # Of bfloat16 too, sums in float32.
 matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
-_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def conv2d(
@@ -26,13 +24,21 @@ def conv2d(
     On CPUs, stride-1 convolutions larger than 1x1 use a kernel gradient of their own, because XLA's
     transposes batch and channels and is 1.5 to 2 times slower. 1x1 convolutions are matrix
     products but on NVIDIA's GPUs, because XLA's gradient of them is 3 to 20 times slower on CPUs.
-    Convolutions with few outputs (offsets, scores, boxes) have a rule for both passes. A 3x3 stem
+    Convolutions with few outputs (offsets, scores, boxes) are made by taps. A 3x3 stem
     takes a fourth channel on CPUs.
     """
-    if kernel.shape[0] == 1:
-        return _conv_by_pixels(inputs[:, ::stride, ::stride], kernel)
+    side, _, channels, features = kernel.shape
+    if side == 1:
+        inputs = inputs[:, ::stride, ::stride]
+        # XLA's Triton code finds no tiles for the matmuls of large maps (A100, float32), and
+        # aborts where it meets a stride.
+        return lax.platform_dependent(inputs, kernel, cuda=_plain_conv, default=_product)
+    if stride == 1 and side**2 * features <= 2 * channels:
+        # The projections for all taps take at most twice the memory of the map.
+        ways = {"cuda": _plain_conv, "tpu": _by_taps_on_tpu, "default": _by_taps}
+        return lax.platform_dependent(inputs, kernel, **ways)
     if stride == 1:
-        return _rule(kernel)(inputs, kernel)
+        return _conv(inputs, kernel)
     if kernel.shape[:3] == (3, 3, 3):
         by_cpu = partial(_with_fourth_channel, stride=stride)
         default = partial(_plain_conv, stride=stride)
@@ -80,12 +86,6 @@ def conv_by_rows(
         )
         total += shifted(found.reshape(batch, height, width, -1), side // 2 - row, 0)
     return total.astype(inputs.dtype)
-
-
-def _rule(kernel: Float[Array, "k k C F"]) -> Callable[[Array, Array], Array]:
-    """By taps where their projections take at most twice the memory of the map."""
-    side, _, channels, features = kernel.shape
-    return _conv_by_taps if side**2 * features <= 2 * channels else _conv
 
 
 @jax.custom_vjp
@@ -140,17 +140,6 @@ def _kernel_gradient(
     return gradient.reshape(side, side, channels, features).astype(inputs.dtype)
 
 
-def _tap_rows(kernel: Float[Array, "k k C F"]) -> Float[Array, "N C"]:
-    """A row of C weights for every tap and output."""
-    return kernel.swapaxes(2, 3).reshape(-1, kernel.shape[2])
-
-
-def _shifts(side: int) -> list[tuple[int, int]]:
-    """How far each tap's projection is from the location that it counts for."""
-    reach = range(side // 2, -(side // 2) - 1, -1)
-    return [(y, x) for y in reach for x in reach]
-
-
 def shifted(x: Float[Array, "B H W F"], down: int, right: int) -> Float[Array, "B H W F"]:
     """The map moved by that many pixels, zeros where nothing comes from."""
     edges = [(0, 0, 0), (down, -down, 0), (right, -right, 0), (0, 0, 0)]
@@ -166,20 +155,15 @@ def _by_taps(
     Maps keep their four dimensions: on a TPU, few columns are laid out along the rows of the map,
     and to join these takes long, to run and to compile, unless they are a multiple of 128.
     """
-    side = kernel.shape[0]
-    projected = _einsum("bhwc,pc->bhwp", inputs, _tap_rows(kernel))
-    taps = zip(jnp.split(projected, side**2, axis=-1), _shifts(side), strict=True)
-    total: Any = sum(shifted(tap, y, x) for tap, (y, x) in taps)
+    side, _, channels, _ = kernel.shape
+    rows = kernel.swapaxes(2, 3).reshape(-1, channels)
+    projected = jnp.einsum("bhwc,pc->bhwp", inputs, rows, preferred_element_type=jnp.float32)
+    taps = jnp.split(projected, side**2, axis=-1)
+    # How far each tap's projection is from the location that it counts for.
+    reach = range(side // 2, -(side // 2) - 1, -1)
+    places = [(y, x) for y in reach for x in reach]
+    total: Any = sum(shifted(tap, y, x) for tap, (y, x) in zip(taps, places, strict=True))
     return total.astype(inputs.dtype)
-
-
-def _by_taps_bwd(inputs: Array, kernel: Array, d_out: Array) -> tuple[Array, Array]:
-    side, _, channels, features = kernel.shape
-    d_projected = jnp.concatenate([shifted(d_out, -y, -x) for y, x in _shifts(side)], axis=-1)
-    d_inputs = _einsum("bhwp,pc->bhwc", d_projected, _tap_rows(kernel)).astype(inputs.dtype)
-    d_kernel = _einsum("bhwp,bhwc->pc", d_projected, inputs).astype(kernel.dtype)
-    d_kernel = d_kernel.reshape(side, side, features, channels)
-    return d_inputs, d_kernel.swapaxes(2, 3)
 
 
 def _product(
@@ -189,44 +173,9 @@ def _product(
     return (inputs.reshape(-1, channels) @ kernel[0, 0]).reshape(batch, height, width, -1)
 
 
-def _cotangents(
-    conv: Callable[[Array, Array], Array], inputs: Array, kernel: Array, d_out: Array
-) -> tuple[Array, Array]:
-    return jax.vjp(conv, inputs, kernel)[1](d_out)
-
-
-def _by_products(
-    forward: Callable[[Array, Array], Array],
-    backward: Callable[[Array, Array, Array], tuple[Array, Array]],
-    tpu_forward: Callable[[Array, Array], Array],
-) -> Callable[[Array, Array], Array]:
-    """A convolution by matrix products, but by cuDNN on NVIDIA's GPUs, and as TPUs want it.
-
-    XLA's Triton code finds no tiles on GPUs for the products of large maps (A100, float32), and
-    aborts where it meets a stride.
-    """
-
-    def run(inputs: Array, kernel: Array, **others: Any) -> Array:
-        ways = {"cuda": _plain_conv, "default": forward, **others}
-        return lax.platform_dependent(inputs, kernel, **ways)
-
-    conv = jax.custom_vjp(partial(run, tpu=tpu_forward))
-
-    def conv_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
-        cuda = partial(_cotangents, _plain_conv)
-        return lax.platform_dependent(*residuals, d_out, cuda=cuda, default=backward)
-
-    conv.defvjp(lambda *args: (run(*args), args), conv_bwd)
-    return conv
-
-
 def _by_taps_on_tpu(
     inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
 ) -> Float[Array, "B H W F"]:
     """By taps where a vector holds all of them; to shift parts of vectors is slow."""
     one_vector = kernel.shape[0] ** 2 * kernel.shape[-1] <= _LANES
-    return (_by_taps if one_vector else conv_by_rows)(inputs, kernel)
-
-
-_conv_by_pixels = _by_products(_product, partial(_cotangents, _product), _product)
-_conv_by_taps = _by_products(_by_taps, _by_taps_bwd, _by_taps_on_tpu)
+    return (_by_taps if one_vector else _conv)(inputs, kernel)
