@@ -72,6 +72,11 @@ def _is_long(value: str) -> bool:
     return found is not None and float(found[1]) > (0.5 if found[2] == "step" else 0)
 
 
+def _is_range(value: str) -> bool:
+    found = re.fullmatch(r"(\d+):(\d+)", value)
+    return found is not None and 1 <= int(found[1]) <= int(found[2])
+
+
 _FLAG = Rule(bool, lambda x: True, "True or False")
 _TEXT = Rule(str, lambda x: x != "" and "\0" not in x, "a text")
 _COUNT, _SIDE, _FROM_0 = _integer(1), _integer(1, 2**15), _integer(0)
@@ -86,6 +91,7 @@ _PAIR = "(long, short) in pixels, integers with 32768 >= long >= short >= 1"
 _SCALE = _tuple_of(_SIDE, f"a pair {_PAIR}", lambda x: len(x) == 2 and x[0] >= x[1])
 _SPAN_TEXT = '"<number> epochs" or "<number> steps"'
 _SPAN = Rule(str, lambda x: _DURATION.fullmatch(x) is not None, _SPAN_TEXT)
+_TRACED = Rule(str, _is_range, '"first:last", two steps from 1, such as 100:105')
 _LONG = Rule(str, _is_long, f"{_SPAN_TEXT}, above 0")
 _PROTOCOLS = _tuple_of(
     Rule(str, lambda x: _PROTOCOL.fullmatch(x) is not None, ""),
@@ -184,7 +190,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "train.duration": (RESULT, _LONG),
     "train.accumulate": (FREE, _SIDE),
     "train.ema_decay": (TRAINING, _unset_or(_DECAY)),
-    "train.profile": (FREE, _unset_or(_TEXT)),
+    "train.profile": (FREE, _unset_or(_TRACED)),
     "train.max_positives": (TRAINING, _unset_or(_COUNT)),
     "train.log_every_steps": (FREE, _COUNT),
     "train.checkpoint_every": (FREE, _LONG),
@@ -256,6 +262,11 @@ def _check_together(found: Mapping[str, Any]) -> None:
         raise UserError(
             f"config.loss.level_borders: found {found['loss.level_borders']}, expected "
             f"{len(levels) - 1} ascending numbers of pixels for config.model.levels = {levels}"
+        )
+    if found["model.background_levels"] and levels != (3,):
+        raise UserError(
+            f"config.model.background_levels: found True with config.model.levels = {levels}, "
+            "expected (3,): the levels above are the background"
         )
 
 

@@ -59,6 +59,7 @@ WRONG = {
     "optimizer.clip_norm": (0.0, -1.0, NAN, "1"),
     "train.batch_size": COUNT,
     "train.duration": LONG,
+    "train.profile": ("5", "0:3", "5:4", "a:b", "1:2:3", " 1:2"),
     "train.ema_decay": (0.0, -0.5, 1.5, NAN, "1", True),
     "eval.score_threshold": (*SHARES, 20),
     "eval.precision": (*TEXT, "float32"),
@@ -124,4 +125,27 @@ def test_fields_that_do_not_fit_one_another_or_are_missing():
     config = with_field("seed", 3)
     del config.eval.nms_iou
     with pytest.raises(UserError, match=r"config\.eval\.nms_iou: missing, expected a number"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"levels": ()}, r"config.model.levels: found \(\)"),
+        ({"levels": (4, 3)}, r"config.model.levels: found \(4, 3\)"),
+        ({"levels": (2, 3)}, r"config.model.levels: found \(2, 3\)"),
+        ({"levels": (3, 4)}, r"config.loss.level_borders: found \(\), expected 1 "),
+        ({"level_borders": (64,)}, r"config.loss.level_borders: found \(64,\), expected 0 "),
+        ({"levels": (3, 4, 5), "level_borders": (64, 64)}, r"level_borders: found \(64, 64\)"),
+        ({"levels": (3, 4), "level_borders": (-1,)}, r"level_borders: found \(-1,\)"),
+        ({"levels": (3, 4), "level_borders": (float("nan"),)}, r"level_borders: found \(nan,\)"),
+        ({"levels": (4,), "background_levels": True}, "config.model.background_levels: found"),
+    ],
+)
+def test_levels_that_do_not_fit_one_another_are_refused(fields, message):
+    config = tiny.get_config()
+    for name, value in fields.items():
+        section = config.loss if name == "level_borders" else config.model
+        section[name] = value
+    with pytest.raises(UserError, match=message):
         check_config(config)

@@ -27,8 +27,7 @@ from alignps_jax.nn.neck import (
     plain_lateral,
     plain_output,
 )
-from alignps_jax.registry import choose
-from alignps_jax.types import Outputs, UserError, Weights
+from alignps_jax.types import Outputs, Weights
 
 LEVELS = (3, 4, 5, 6, 7)
 # Of float32 matmuls on accelerators, in JAX's words: "highest" is float32 on every chip, "default"
@@ -122,23 +121,6 @@ EMBEDDINGS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _levels(model: ConfigDict) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The levels that people are searched on, and those of training only."""
-    levels = tuple(model.levels)
-    if not levels or levels != tuple(level for level in LEVELS if level in levels):
-        raise UserError(
-            f"config.model.levels: found {levels}, expected some of {LEVELS} in ascending order"
-        )
-    if not model.background_levels:
-        return levels, ()
-    if levels != LEVELS[:1]:
-        raise UserError(
-            "config.model.background_levels: found True with config.model.levels = "
-            f"{levels}, expected {LEVELS[:1]}: the levels above are the background"
-        )
-    return levels, LEVELS[1:]
-
-
 def matmul_precision(precision: str) -> AbstractContextManager[None]:
     """While it lasts, matmuls and convolutions are traced with "default" or "highest".
 
@@ -149,11 +131,7 @@ def matmul_precision(precision: str) -> AbstractContextManager[None]:
 
 
 def build_model(config: ConfigDict) -> AlignPS:
-    """The network that a configuration describes.
-
-    Raises:
-      UserError: a field of `config.model` names something that does not exist.
-    """
+    """The network that a checked configuration describes."""
     model = config.model
     dtype = model.dtype
 
@@ -161,9 +139,9 @@ def build_model(config: ConfigDict) -> AlignPS:
         """Keeps none of a module's activations for the backward pass, if asked for."""
         return nn.remat(module) if model.remat else module
 
-    backbone = choose("config.model.backbone", model.backbone, BACKBONES)(model, wrap)
-    levels, background_levels = _levels(model)
-    embedding = choose("config.model.reid", model.reid, EMBEDDINGS)
+    backbone = BACKBONES[model.backbone](model, wrap)
+    levels, background_levels = tuple(model.levels), LEVELS[1:] if model.background_levels else ()
+    embedding = EMBEDDINGS[model.reid]
     make_tower = wrap(Tower)
     tower = partial(make_tower, model.channels, model.head_convs, model.norm_groups, dtype=dtype)
     deform = deformable(model.offset_gain, wrap(DeformConv))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ import numpy as np
 
 from alignps_jax.devices import device_names, peak_memory
 from alignps_jax.distributed import is_main_process
-from alignps_jax.log import MetricLog, on_terminal, progress
+from alignps_jax.log import MetricLog, progress
 from alignps_jax.training.optimizer import Schedule
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import Batch, UserError
@@ -27,21 +23,19 @@ from data_pipeline.pipeline import TrainPipeline
 FIRST_STEP = "first step done"
 
 
-def traced_steps(steps: str | None) -> tuple[int, int]:
-    """First and last step of `config.train.profile`; UserError unless it is "first:last"."""
-    found = re.fullmatch(r"(\d+):(\d+)", steps or "0:0")
-    if not found or (steps and not 1 <= int(found[1]) <= int(found[2])):
-        raise UserError(
-            f'config.train.profile: found {steps!r}, expected "first:last", such as 100:105'
-        )
-    return int(found[1]), int(found[2])
-
-
 class Monitor:
     """Shows and logs the training steps, and stops at what is not finite; a context manager.
 
-    The loop waits for each step once the next one is dispatched, so that the devices never wait
-    for it, and reads what they measured only where it is logged or saved.
+    The devices never wait for the host, which dispatches a step while the one before it runs, but
+    at the steps that are logged or saved: there it reads all that was measured since.
+
+    Args:
+      pipeline: of the batches.
+      schedule: the learning rate at a step.
+      log: where the measurements go.
+      start, total: first and last step.
+      log_every: steps between two lines of the log.
+      profile: "first:last", the steps to trace with jax.profiler into `folder`.
     """
 
     def __init__(
@@ -56,19 +50,18 @@ class Monitor:
         profile: str | None = None,
         folder: Path = Path("profile"),
     ):
-        self._pipeline, self._log, self._total = pipeline, log, total
-        self._log_every, self._trace, self._folder = log_every, traced_steps(profile), folder
-        self._rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))  # nothing is trained yet
+        self._pipeline, self._log = pipeline, log
+        self._total, self._log_every, self._logged = total, log_every, start
+        self._first, self._last = map(int, (profile or "0:0").split(":"))
+        self._folder, self._traces = folder, False
+        # On the host: later, a value from the device would wait for the steps under way.
+        self._rates = np.asarray(jax.vmap(schedule)(jnp.arange(total)))
+        self._unread: list[tuple[int, StepMetrics]] = []
+        self._shapes: set[tuple[int, ...]] = set()
         self._bar = progress(
             desc="train", unit="step", total=total, initial=start, disable=not is_main_process()
         )
         self.say(f"training on {device_names()}")
-        self._step, self._traces = start, False
-        self._unread: list[tuple[int, StepMetrics]] = []
-        # A thread notes when a step is done; dispatching the next one may take longer.
-        self._clock = ThreadPoolExecutor(1)
-        self._done: Future[float] | None = None
-        self._shapes: set[tuple[int, ...]] = set()
         self._begun: float | None = time.perf_counter()
         self.restart_clock()
 
@@ -78,92 +71,85 @@ class Monitor:
     def __exit__(self, *error: object) -> None:
         if self._traces:
             jax.profiler.stop_trace()
-        self._clock.shutdown()
         self._bar.close()
 
     def restart_clock(self) -> None:
         """Forgets the time that has passed since the last line of the log."""
-        self._since, self._waited, self._logged = time.perf_counter(), 0.0, self._step
+        self._since, self._waited = time.perf_counter(), 0.0
 
     def say(self, message: str) -> None:
         """Prints a line above the progress bar."""
         if is_main_process():
-            (self._bar.write if on_terminal() else print)(message)
-            sys.stdout.flush()
+            self._bar.write(message)
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; the time that it takes counts as waiting for data."""
+    def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
+        """The batch of a step; the time that it takes counts as waiting for data."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        shape = batch.image.shape[1:3]
+        height, width = shape = batch.image.shape[1:3]
         if shape not in self._shapes:
             self._shapes.add(shape)
             self.say(
-                f"compiling the training step for {shape[0]}x{shape[1]} images "
+                f"compiling the training step for {height}x{width} images "
                 f"({len(self._shapes)} of at most {len(self._pipeline.buckets)} shapes)"
             )
-        if not self._traces and self._trace[0] <= self._step + 1 <= self._trace[1]:
+        if not self._traces and self._first <= step <= self._last:
             jax.profiler.start_trace(self._folder)
             self._traces = True
         return batch
 
     def record(self, step: int, metrics: StepMetrics) -> None:
         """Takes note of a step that was dispatched, and waits for the one before it."""
-        self._wait()
-        self._step, self._done = step, self._clock.submit(_when_done, metrics)
+        if self._unread:
+            jax.block_until_ready(self._unread[-1])
         self._unread.append((step, metrics))
-        if self._traces and step == self._trace[1]:
-            jax.block_until_ready(metrics)
+        self._bar.update()
+        if self._begun or self._traces or step % self._log_every == 0 or step == self._total:
+            self.flush()
+        if self._traces and step >= self._last:
             jax.profiler.stop_trace()
             self._traces = False
             self.say(f"profile     {self._folder}")
 
     def flush(self) -> None:
-        """Waits for the last recorded step, and checks all that is not checked yet.
+        """Waits for the last recorded step, checks what was measured, and logs it where it is due.
 
         Raises:
           UserError: a loss term or the gradient is not finite.
         """
-        self._wait()
-        self._read()
-
-    def _wait(self) -> None:
-        """Waits for the last recorded step, and logs it where it is due."""
-        if self._done is None:
-            return
-        done, self._done = self._done.result(), None
-        self._bar.update()
-        if self._begun is not None:
-            self.say(f"{FIRST_STEP} after {done - self._begun:.1f} s, compilation included")
-            self._begun = None
-        if self._step % self._log_every == 0 or self._step == self._total:
-            self._report(self._read()[-1], done)
-
-    def _read(self) -> list[StepMetrics]:
-        """What was measured since it was read last; all of it is finite."""
-        steps, self._unread = jax.device_get(self._unread), []
-        for step, metrics in steps:
+        measured, self._unread = jax.device_get(self._unread), []
+        for step, metrics in measured:
             self._check_finite(step, metrics)
-        return [metrics for _, metrics in steps]
+        if measured and self._begun:
+            seconds = time.perf_counter() - self._begun
+            self.say(f"{FIRST_STEP} after {seconds:.1f} s, compilation included")
+            self._begun = None
+        if measured and (step % self._log_every == 0 or step == self._total):
+            self._report(step, metrics)
 
-    def _report(self, metrics: StepMetrics, done: float) -> None:
-        step, seconds, loss = self._step, done - self._since, float(sum(metrics.terms.values()))
+    def _report(self, step: int, metrics: StepMetrics) -> None:
+        seconds, loss = time.perf_counter() - self._since, float(sum(metrics.terms.values()))
         rate = (step - self._logged) * self._pipeline.batch_size / seconds
         self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} images/s", refresh=False)
-        values = (
-            {"loss": loss, **_by_name(metrics)}
-            | {
-                "learning_rate": self._rates[step - 1],
-                "epoch": step / self._pipeline.steps_per_epoch,
-                "images_per_second": rate,
-                "data_wait": min(1.0, self._waited / seconds),
-                "padding": self._pipeline.plan(step - 1).padding,
-            }
-            | peak_memory()
-        )
+        values: dict[str, Any] = {"loss": loss} | {
+            f"loss/{name}": x for name, x in metrics.terms.items()
+        }
+        values |= {
+            "learning_rate": self._rates[step - 1],
+            "grad_norm": metrics.grad_norm,
+            "update_norm": metrics.update_norm,
+            "param_norm": metrics.param_norm,
+            "positives": metrics.positives,
+            "dropped_positives": metrics.dropped_positives,
+            "epoch": step / self._pipeline.steps_per_epoch,
+            "images_per_second": rate,
+            "data_wait": self._waited / seconds,
+            "padding": self._pipeline.plan(step - 1).padding,
+        } | peak_memory()
         self._log.scalars(step, values)
-        self._since, self._waited, self._logged = done, 0.0, step
+        self._logged = step
+        self.restart_clock()
 
     def _check_finite(self, step: int, metrics: StepMetrics) -> None:
         named = {f"loss/{name}": value for name, value in metrics.terms.items()}
@@ -175,13 +161,3 @@ class Monitor:
                 f"step {step}: {', '.join(bad)} not finite, on the images {', '.join(images)}; "
                 "training stops, the last checkpoint stays"
             )
-
-
-def _by_name(metrics: StepMetrics) -> dict[str, Any]:
-    values = {field.name: getattr(metrics, field.name) for field in dataclasses.fields(metrics)}
-    return {f"loss/{name}": x for name, x in values.pop("terms").items()} | values
-
-
-def _when_done(metrics: StepMetrics) -> float:
-    jax.block_until_ready(metrics)
-    return time.perf_counter()

@@ -131,7 +131,7 @@ class Training:
         plan, checkpoints = self._run.plan, self._checkpoints
         with Preemption() as preemption:
             for step in range(int(state.step) + 1, plan.total + 1):
-                batch = monitor.next_batch(self._batches)
+                batch = monitor.next_batch(self._batches, step)
                 state, metrics = self._step(state, devices.split_over_devices(batch))
                 monitor.record(step, metrics)
                 exit_code = preemption.exit_code(step)

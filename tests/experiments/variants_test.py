@@ -321,37 +321,6 @@ def test_people_go_to_the_level_of_their_size(levels):
         assert np.bincount(own, minlength=1).max() <= 9 * len(levels)
 
 
-def wrong(**fields: object):
-    config = tiny.get_config()
-    for name, value in fields.items():
-        section = config.loss if name == "level_borders" else config.model
-        section[name] = value
-    TrainStep(build_model(config), optax.identity(), config.loss, max_positives=1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"levels": ()}, r"config.model.levels: found \(\)"),
-        ({"levels": (4, 3)}, r"config.model.levels: found \(4, 3\)"),
-        ({"levels": (2, 3)}, r"config.model.levels: found \(2, 3\)"),
-        ({"levels": (3, 3)}, r"config.model.levels: found \(3, 3\)"),
-        ({"levels": (3, 4)}, r"config.loss.level_borders: found \(\), expected 1 "),
-        ({"level_borders": (64,)}, r"config.loss.level_borders: found \(64,\), expected 0 "),
-        ({"levels": (3, 4, 5), "level_borders": (64, 64)}, r"level_borders: found \(64, 64\)"),
-        ({"levels": (3, 4), "level_borders": (-1,)}, r"level_borders: found \(-1,\)"),
-        ({"levels": (3, 4), "level_borders": ("a",)}, r"level_borders: found \('a',\)"),
-        ({"levels": (3, 4), "level_borders": (float("nan"),)}, r"level_borders: found \(nan,\)"),
-        ({"reid": "head"}, "config.model.reid: found 'head', expected one of input, regression"),
-        ({"levels": (4,), "background_levels": True}, "config.model.background_levels: found"),
-    ],
-)
-def test_wrong_fields(unchecked, fields, message):
-    with pytest.raises(UserError, match=message) as caught:
-        wrong(**fields)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("dataset", ["cuhk_sysu", "prw", "synthetic"])
 def test_the_list_names_every_variant_and_row_and_fits(dataset, capsys, monkeypatch):
     tables = list(catalogue(dataset))
