@@ -137,6 +137,7 @@ class ResNet(nn.Module):
             maps.append(x)
         return tuple(maps[1:])
 
+    @nn.nowrap  # no stage of its own where intermediates are captured
     def _stem(
         self, image: Float[Array, "B H W 3"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B h w F"]:
