@@ -150,9 +150,9 @@ class ResNet(nn.Module):
         if not isinstance(norm, FrozenBatchNorm):
             return plain_stem(image, kernel, norm, valid_size)
 
-        def plain(image: Array, kernel: Array, *affine: Array) -> Array:
+        def plain(image: Array, kernel: Array, factor: Array, shift: Array) -> Array:
             def scaled(x: Array, valid_size: Array) -> Array:
-                return scale_and_shift(x, *affine, valid_size)
+                return scale_and_shift(x, factor, shift, valid_size)
 
             return plain_stem(image, kernel, scaled, valid_size)
 

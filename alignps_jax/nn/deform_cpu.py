@@ -60,7 +60,7 @@ def _by_tiles(
         return lax.dynamic_update_slice_in_dim(out, product, start, axis=0), None
 
     # The last tile may begin within the one before it: no need to cut anything off, which copies.
-    starts = np.minimum(np.arange(0, locations, size), locations - size)
+    starts = jnp.minimum(jnp.arange(0, locations, size), locations - size)
     return lax.scan(tile, jnp.zeros((locations, kernel.shape[-1])), starts)[0]
 
 

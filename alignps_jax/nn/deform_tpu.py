@@ -10,6 +10,8 @@ locations with others take these by gathers; where there are many, all samples a
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
@@ -83,7 +85,8 @@ def _windows(
 
         def sample(kernel: Array, places: Array, weights: Array) -> Array:
             projected = jnp.split(squares @ kernel, len(places), axis=-1)
-            return sum(map(sample_tap, projected, places, weights))
+            total: Any = sum(map(sample_tap, projected, places, weights))
+            return total
 
         return sum_over_taps(sample, GROUP, kernel, *corners)
 
