@@ -1,7 +1,4 @@
-"""The command line: what each mode makes of its flags, and what its errors look like.
-
-Modes import what they use, so that `--help` and mistakes are answered at once.
-"""
+"""The command line: the modes, which import what they use, and what errors look like."""
 
 import os
 import signal
@@ -12,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from alignps_jax.errors import UserError, known_name
 from alignps_jax.flags import MODES, PROCESSES, Arguments, mode, parse
 from alignps_jax.streams import outlive_readers
 
@@ -24,14 +22,19 @@ def train(args: Arguments) -> None:
     --workdir=runs/cuhk
     --checkpoint=runs/cuhk --config=configs/prw.py --config.data.root=/data/PRW
     """
+    from alignps_jax.checkpoint.places import holds_checkpoint
     from alignps_jax.configuration import train_config
+    from alignps_jax.weights.sources import check_start
+
+    config, workdir = train_config(args), args.workdir or Path("runs", args.config_name)
+    if not holds_checkpoint(workdir):
+        check_start(config)  # before the slow imports
     from alignps_jax.training.train import train_and_evaluate
 
-    workdir = args.workdir or Path("runs", args.config_name)
-    train_and_evaluate(train_config(args), workdir, args.accept_changes, args.overridden)
+    train_and_evaluate(config, workdir, args.accept_changes, args.overridden)
 
 
-@mode(any_of="checkpoint workdir detections", takes=f"config {PROCESSES}")
+@mode(one_of="checkpoint detections", any_of="workdir", takes=f"config {PROCESSES}")
 def evaluate(args: Arguments) -> None:
     """measures detection and search of a checkpoint, or of saved detections
 
@@ -39,16 +42,16 @@ def evaluate(args: Arguments) -> None:
     --mode=evaluate --workdir=runs/cuhk --config.eval.score_threshold=0.3
     --mode=evaluate --detections=runs/cuhk/detections.npz
     """
-    from alignps_jax.configuration import checkpoint_config, detections_config, evaluation_folder
+    from alignps_jax.configuration import checkpoint_config, evaluation_folder
     from alignps_jax.evaluation.evaluate import evaluate_checkpoint
     from alignps_jax.evaluation.scoring import evaluate_detections
 
     if args.detections:
-        evaluate_detections(detections_config(args), args.detections, args.workdir)
+        config = checkpoint_config(args, args.detections.parent)
+        evaluate_detections(config, args.detections, args.workdir)
         return
-    checkpoint = args.checkpoint or args.workdir
+    checkpoint, folder = args.checkpoint or args.workdir, args.checkpoint and args.workdir
     config = checkpoint_config(args, checkpoint)
-    folder = args.workdir if args.checkpoint else None
     evaluate_checkpoint(config, checkpoint, evaluation_folder(config, checkpoint, folder))
 
 
@@ -64,15 +67,15 @@ def search(args: Arguments) -> None:
     from alignps_jax.gallery.query import is_gallery, parse_box
 
     workdir = args.workdir or say_folder(args.checkpoint) / "search" / args.query.stem
-    person = _own_config(args), args.query, parse_box(args.box)
+    person = args.checkpoint, _config(args), args.query, parse_box(args.box)
     if not is_gallery(args.gallery):
         from alignps_jax.gallery.photos import search_photos
 
-        search_photos(args.checkpoint, *person, Path(args.gallery), workdir)
+        search_photos(*person, Path(args.gallery), workdir)
     elif is_main_process():  # one query in a gallery is work for one process
         from alignps_jax.gallery.searching import search_gallery
 
-        search_gallery(args.checkpoint, *person, _gallery(args), workdir)
+        search_gallery(*person, _gallery(args), workdir)
 
 
 @mode("checkpoint gallery source", "every prune exact_up_to config")
@@ -85,9 +88,9 @@ def index(args: Arguments) -> None:
     from alignps_jax.gallery.indexing import index_source
     from alignps_jax.gallery.sources import parse_every
 
-    config, every = _own_config(args), parse_every(args.every)
     options = {"prune": args.prune, "exact_up_to": args.exact_up_to}
-    index_source(args.checkpoint, config, args.gallery, args.source, every=every, **options)
+    places, every = (args.gallery, args.source), parse_every(args.every)
+    index_source(args.checkpoint, _config(args), *places, every=every, **options)
 
 
 @mode("gallery", "exact_up_to", one_of="photo person")
@@ -110,8 +113,8 @@ def detect(args: Arguments) -> None:
     from alignps_jax.evaluation.detect import detect_source
     from alignps_jax.gallery.sources import parse_every
 
-    config = _own_config(args)
-    detect_source(args.checkpoint, config, args.source, parse_every(args.every), args.target)
+    every = parse_every(args.every)
+    detect_source(args.checkpoint, _config(args), args.source, every, args.target)
 
 
 @mode("checkpoint gallery", "host port exact_up_to config")
@@ -122,8 +125,7 @@ def serve(args: Arguments) -> None:
     """
     from alignps_jax.gallery.page.serve import serve_checkpoint
 
-    config = _own_config(args)
-    serve_checkpoint(args.checkpoint, config, _gallery(args), args.host, args.port)
+    serve_checkpoint(args.checkpoint, _config(args), _gallery(args), args.host, args.port)
 
 
 @mode("config source workdir", "convention")
@@ -132,11 +134,10 @@ def convert(args: Arguments) -> None:
 
     --mode=convert --config=cuhk:released --source=cuhk_alignps.pth --workdir=runs/cuhk_released
     """
-    from alignps_jax.configuration import configuration
     from alignps_jax.weights.convert import convert_released
 
-    config, source = configuration(args), Path(args.source)
-    convert_released(config, source, args.workdir, args.convention, args.overridden)
+    options = args.convention, args.overridden
+    convert_released(_config(args), Path(args.source), args.workdir, *options)
 
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")
@@ -152,12 +153,11 @@ def export(args: Arguments) -> None:
         export_gallery(_gallery(args), args.target)
         return
     from alignps_jax.inference.exported import SUFFIX, export_programs
-    from alignps_jax.registry import choose
     from alignps_jax.weights.convert import export_released
 
     writers = {".pth": export_released, ".safetensors": export_released, SUFFIX: export_programs}
-    write = choose(f"--target: suffix of {args.target}", args.target.suffix, writers)
-    write(args.checkpoint, args.target, _own_config(args))
+    suffix = known_name(f"--target: suffix of {args.target}", args.target.suffix, writers)
+    writers[suffix](args.checkpoint, args.target, _config(args))
 
 
 @mode(takes="what query box gallery workdir config", one_of="checkpoint detections")
@@ -169,10 +169,7 @@ def visualize(args: Arguments) -> None:
     """
     from alignps_jax.configuration import checkpoint_config, say_folder
     from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
-    from alignps_jax.registry import known_name
 
-    if args.what is None:
-        args.refuse(f"--what: missing, expected one of {', '.join(FIGURES)}")
     kind = known_name("--what", args.what, FIGURES)
     sources, own = str(args.detections or args.checkpoint), partial(checkpoint_config, args)
     request = figure_request(sources, own, args.query, args.box, args.gallery, args.workdir)
@@ -187,11 +184,10 @@ def benchmark(args: Arguments) -> None:
 
     --mode=benchmark --what=inference,train
     """
-    from alignps_jax.configuration import configuration
     from alignps_jax.experiments.benchmark.run import run_benchmark
 
     workdir = args.workdir or Path("runs/benchmark")
-    run_benchmark(configuration(args), args.what, workdir, runs=args.runs, quick=args.quick)
+    run_benchmark(_config(args), args.what, workdir, runs=args.runs, quick=args.quick)
 
 
 @mode(takes="config topology what scale batch runs target")
@@ -200,13 +196,12 @@ def scaling(args: Arguments) -> None:
 
     --mode=scaling --config=cuhk --topology=v5e:2x4,h100:8,v100:1 --batch=1
     """
-    from alignps_jax.configuration import configuration
     from alignps_jax.experiments.scaling.run import run_scaling
 
     default = "gate.json" if args.topology else "measured.json"
     options = {name: getattr(args, name) for name in ("what", "scale", "batch", "runs")}
     options["target"] = args.target or Path("runs/scaling", default)
-    run_scaling(configuration(args), args.topology, **options)
+    run_scaling(_config(args), args.topology, **options)
 
 
 @mode(takes="config")
@@ -215,11 +210,10 @@ def list_mode(args: Arguments) -> None:
 
     --mode=list --config=configs/prw.py
     """
-    from alignps_jax.configuration import configuration
     from alignps_jax.experiments.catalogue import print_catalogue
 
     name = (args.config or "configs/cuhk.py").partition(":")[0]
-    print_catalogue(name, configuration(args).data.name)
+    print_catalogue(name, _config(args).data.name)
 
 
 @mode("config table", f"seeds workdir {PROCESSES}")
@@ -228,19 +222,18 @@ def reproduce(args: Arguments) -> None:
 
     --mode=reproduce --config=configs/ablation.py --table=2
     """
-    from alignps_jax.configuration import configuration
     from alignps_jax.experiments.reproduce import reproduce_table
     from alignps_jax.training.train import train_and_evaluate
 
     workdir = args.workdir or Path(f"runs/reproduce-{args.config_name}")
     run = partial(train_and_evaluate, typed=args.overridden)
-    reproduce_table(configuration(args), args.config_name, args.table, args.seeds, workdir, run)
+    reproduce_table(_config(args), args.config_name, args.table, args.seeds, workdir, run)
 
 
-def _own_config(args: Arguments) -> Any:
-    from alignps_jax.configuration import checkpoint_config
+def _config(args: Arguments) -> Any:
+    from alignps_jax.configuration import checkpoint_config, configuration
 
-    return checkpoint_config(args, args.checkpoint)
+    return checkpoint_config(args, args.checkpoint) if args.checkpoint else configuration(args)
 
 
 def _gallery(args: Arguments) -> Any:
@@ -271,13 +264,17 @@ def main(argv: Sequence[str]) -> int:
 
     0, 2 after bad input, 3 where photos were skipped, 129, 130, 143 after SIGHUP, Ctrl-C, SIGTERM.
     """
-    if "--version" in argv:
-        from alignps_jax import __version__
-
-        print(f"alignps-jax {__version__}")
-        return 0
     try:
-        return _run(parse(argv))
+        args = parse(argv)
+        _prepare(args)
+        MODES[args.mode].run(args)
+        from alignps_jax.distributed import barrier
+
+        barrier("end")
+    except UserError as error:
+        return _fail(error, error.exit_code)
+    except (OSError, MemoryError, UnicodeEncodeError) as error:  # in the system's own words
+        return _fail(str(error) or "out of memory")
     except SystemExit as leaving:
         if not isinstance(leaving.code, int):
             raise  # a text, which Python prints
@@ -292,25 +289,6 @@ def main(argv: Sequence[str]) -> int:
             f"found no package {error.name}; in the project's folder run make setup, or pip "
             "install . (galleries need '.[gallery]', .pth files '.[torch]')"
         )
-
-
-def _run(args: Arguments) -> int:
-    from alignps_jax.distributed import barrier
-    from alignps_jax.types import UserError
-
-    try:
-        _prepare(args)
-        MODES[args.mode].run(args)
-        barrier("end")
-    except UserError as error:
-        return _fail(error, error.exit_code)
-    except OSError as error:  # in the system's own words
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
-    except MemoryError as error:
-        return _fail(str(error) or "out of memory")
-    except UnicodeEncodeError as error:
-        hint = "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
-        return _fail(f"{error.object!r}: cannot be a name in this locale ({hint})")
     return 0
 
 
@@ -325,9 +303,8 @@ def _prepare(args: Arguments) -> None:
 
     from alignps_jax.checkpoint.places import check_lasting
     from alignps_jax.distributed import join
-    from alignps_jax.types import UserError
 
-    if args.coordinator or args.distributed:
+    if args.distributed or {args.coordinator, args.processes, args.process} != {None}:
         join(args.coordinator, args.processes, args.process)
     platforms = os.environ.get("JAX_PLATFORMS")
     try:
@@ -335,7 +312,9 @@ def _prepare(args: Arguments) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition(" (set JAX")[0] or "it finds no such device"
         raise UserError(f"JAX_PLATFORMS={platforms}: JAX cannot use it here ({reason})") from error
-    only_reads = args.mode == "evaluate" and not (args.checkpoint or args.detections)
-    for flag in ("target", "detections", *(() if only_reads else ("workdir",))):
+    written = ["target", "detections", "workdir"]
+    if args.mode == "evaluate" and not (args.checkpoint or args.detections):
+        written.remove("workdir")  # the run itself
+    for flag in written:
         if getattr(args, flag):
             check_lasting(f"--{flag}", getattr(args, flag))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from alignps_jax.registry import nearest
+from alignps_jax.errors import nearest
 from alignps_jax.types import UserError
 
 # What a field decides: the trained network and the pixels that it sees (a checkpoint is used with

@@ -1,7 +1,6 @@
 """The flags of every mode: one argparse parser each, and one line for what is wrong with them.
 
-Flags of the form `--config.section.field=value` are left to `alignps_jax.config`. Nothing slow is
-imported here, so that `--help` answers at once.
+Nothing slow is imported here, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from alignps_jax.registry import nearest
+from alignps_jax import __version__
+from alignps_jax.errors import nearest
 
 Run = Callable[["Arguments"], None]
 _OVERRIDE = re.compile(r"--(?:no)?config\.([^=]+)")
@@ -84,12 +85,7 @@ class Arguments(argparse.Namespace):
     def config_name(self) -> str:
         """The name of the configuration and its variant, as folders carry it."""
         path, _, variant = self.config.partition(":")
-        stem = path.rpartition("/")[2].removesuffix(".py")
-        return f"{stem}-{variant}" if variant else stem
-
-    def refuse(self, message: str) -> NoReturn:
-        """Exits with one line on what is wrong with the flags."""
-        MODES[self.mode].parser.error(message)
+        return "-".join(filter(None, (Path(path).stem, variant)))
 
     @property
     def overridden(self) -> frozenset[str]:
@@ -98,7 +94,14 @@ class Arguments(argparse.Namespace):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    def __init__(self, mode: str, **options: Any):
+        super().__init__(
+            prog=f"{_PROGRAM} --mode={mode}",
+            usage=f"{_PROGRAM} --mode={mode} [flags] [--config.SECTION.FIELD=VALUE ...]",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
@@ -110,7 +113,7 @@ class Mode(NamedTuple):
     run: Run
     parser: _Parser
     flags: frozenset[str]
-    any_of: tuple[str, ...] = ()
+    any_of: tuple[str, ...]
 
 
 MODES: dict[str, Mode] = {}
@@ -127,30 +130,24 @@ def mode(
       needs: names of the flags that it cannot do without.
       takes: names of those that it reads besides.
       one_of: names of flags of which it takes exactly one.
-      any_of: names of flags of which it needs at least one.
+      any_of: names of flags of which it needs at least one; those in `one_of` exclude each other.
     """
 
     def add(run: Run) -> Run:
         name = run.__name__.removesuffix("_mode")
         summary, _, *examples = map(str.strip, (run.__doc__ or "").strip().splitlines())
-        parser = _Parser(
-            prog=f"{_PROGRAM} --mode={name}",
-            usage=f"{_PROGRAM} --mode={name} [flags] [--config.SECTION.FIELD=VALUE ...]",
-            description=summary,
-            epilog="\n  ".join(["examples:", *(f"{_PROGRAM} {line}" for line in examples)]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        examples = ["examples:", *(f"{_PROGRAM} {line}" for line in examples)]
+        parser = _Parser(name, description=summary, epilog="\n  ".join(examples))
         for flag in needs.split():
             needed = f"{FLAGS[flag]['help'].partition('; default: ')[0]} (required)"
             parser.add_argument(f"--{flag}", required=True, **FLAGS[flag] | {"help": needed})
-        group = parser.add_mutually_exclusive_group(required=True) if one_of else parser
+        group = parser.add_mutually_exclusive_group()
         for flag in one_of.split():
             group.add_argument(f"--{flag}", **FLAGS[flag])
         for flag in (*any_of.split(), *takes.split()):
             parser.add_argument(f"--{flag}", **FLAGS[flag])
         flags = frozenset(f"{needs} {takes} {one_of} {any_of}".split())
-        MODES[name] = Mode(run, parser, flags, tuple(any_of.split()))
+        MODES[name] = Mode(run, parser, flags, tuple(f"{one_of} {any_of}".split()))
         return run
 
     return add
@@ -158,65 +155,39 @@ def mode(
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Reads a command line, whose first word is the program; exits after --help and mistakes."""
-    first = _Parser(prog=_PROGRAM, add_help=False, allow_abbrev=False)
-    first.add_argument("--mode", type=_text)
-    first.add_argument("--help", "-h", action="store_true")
-    found, words = first.parse_known_args(argv[1:])
-    if found.help and not found.mode:
-        _overview().print_help()
-        first.exit()
-    name = found.mode or "train"
-    if name not in MODES:
-        known = ", ".join(MODES)
-        first.error(f"--mode: found {name!r}, expected one of {known}{nearest(name, MODES)}")
-    parser = MODES[name].parser
-    if found.help:
-        parser.print_help()
-        parser.exit()
-    args, rest = parser.parse_known_args(words, Arguments(mode=name))
-    vars(args).update({flag: None for flag in FLAGS if flag not in args})  # those of other modes
-    args.overrides = _overrides(name, rest)
-    given = [flag for flag in MODES[name].any_of if getattr(args, flag)]
-    if MODES[name].any_of and not given:
-        parser.error(f"missing: one of --{', --'.join(MODES[name].any_of)}")
-    if {"checkpoint", "detections"} <= set(given):
-        parser.error("found --checkpoint and --detections, expected one of them")
-    missing = [value is None for value in (args.coordinator, args.processes, args.process)]
-    if any(missing) and not all(missing):
-        parser.error("--coordinator, --processes and --process go together")
-    return args
-
-
-def _overview() -> _Parser:
-    """Knows every mode and every flag."""
     lines = [f"  --mode={name:10} {mode.parser.description}" for name, mode in MODES.items()]
     overview = _Parser(
-        prog=_PROGRAM,
-        usage=f"{_PROGRAM} --mode=MODE [flags] [--config.SECTION.FIELD=VALUE ...]",
+        "MODE",
         description="\n".join(["Person search with AlignPS. Modes (default: train):", *lines]),
         epilog="--mode=MODE --help has the flags of a mode, with examples.\n"
         "configs/cuhk.py has every field of the configuration; --version says which one this is.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    for flag, options in FLAGS.items():
-        overview.add_argument(f"--{flag}", **options)
-    return overview
-
-
-def _overrides(name: str, words: Sequence[str]) -> list[str]:
-    """The words that set fields of the configuration; exits if there are others."""
-    overrides: list[str] = []
-    value_follows = False
-    for word in words:
-        if _OVERRIDE.match(word):
-            value_follows = "=" not in word
-        elif value_follows and not word.startswith("--"):
-            value_follows = False
-        else:
-            MODES[name].parser.error(_wrong(name, word))
-        overrides.append(word)
-    return overrides
+    overview.add_argument("--mode", type=_text, help=argparse.SUPPRESS)
+    version = f"alignps-jax {__version__}"
+    overview.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)
+    found, words = overview.parse_known_args(argv[1:])
+    if not found.mode and {"-h", "--help"} & set(words):
+        for flag, options in FLAGS.items():
+            overview.add_argument(f"--{flag}", **options)
+        overview.print_help()
+        overview.exit()
+    name = found.mode or "train"
+    if name not in MODES:
+        known = ", ".join(MODES)
+        overview.error(f"--mode: found {name!r}, expected one of {known}{nearest(name, MODES)}")
+    _, parser, _, any_of = MODES[name]
+    args, rest = parser.parse_known_args(words, Arguments(mode=name, overrides=[]))
+    vars(args).update({flag: None for flag in FLAGS if flag not in args})  # those of other modes
+    for before, word in pairwise(["", *rest]):
+        # --config.field=value, or --config.field value
+        value = _OVERRIDE.match(before) and "=" not in before and not word.startswith("--")
+        if not (value or _OVERRIDE.match(word)):
+            parser.error(_wrong(name, word))
+        args.overrides.append(word)
+    if any_of and not any(getattr(args, flag) for flag in any_of):
+        parser.error(f"missing: one of --{', --'.join(any_of)}")
+    return args
 
 
 def _wrong(name: str, word: str) -> str:

@@ -1,21 +1,22 @@
 """The types that every module speaks.
 
-Device-side types are frozen `flax.struct` dataclasses (pytrees); host-side types are frozen
-standard dataclasses that hold numpy arrays. Conventions, everywhere: images are NHWC RGB
-`uint8`, boxes are `x1, y1, x2, y2` in pixels, sizes are `(height, width)`, and whether an entry
-counts is said by a boolean array, never by a special value.
+`flax.struct` dataclasses live on devices, standard ones, which hold numpy arrays, on the host.
+Everywhere, images are NHWC RGB `uint8`, boxes `x1, y1, x2, y2` in pixels, sizes `(height, width)`,
+and a boolean array says which entries count.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from alignps_jax.errors import IncompleteError as IncompleteError
+from alignps_jax.errors import UserError as UserError
+from alignps_jax.errors import blame as blame
 
 # On a device, or on the host.
 AnyArray = Array | np.ndarray
@@ -23,12 +24,11 @@ AnyArray = Array | np.ndarray
 
 @struct.dataclass
 class Batch:
-    """Images padded into one bucket, with their annotations.
+    """Images padded into one bucket, with their annotations; boxes in pixels of the resized image.
 
-    `size` is the valid height and width of each image inside the bucket (the pixels that came
-    from the photo), `scale` the factors (x, y) by which the photo's coordinates were multiplied.
-    `index` is the image's position in its split. `valid_image` is False for the rows that only fill
-    up the last batch of an evaluation. Boxes are in pixels of the resized image.
+    `size` is the part of the bucket that came from the photo, `scale` the factors (x, y) by which
+    the photo was resized, `index` its position in the split. `valid_image` is False for rows that
+    only fill up the last batch of an evaluation.
     """
 
     image: UInt8[AnyArray, "B H W 3"]
@@ -46,9 +46,8 @@ class Batch:
 class Outputs:
     """What the network says at every location of one level.
 
-    `valid` marks the locations that lie on the image (or on its padding to a multiple of 32,
-    which the released code feeds to the network as well); the others are bucket padding.
-    `box_distances` are left, top, right, bottom in units of the level's stride.
+    `box_distances` are left, top, right, bottom in strides. `valid` locations lie on the image, or
+    on its padding to a multiple of 32 (Released code); the others are padding of the bucket.
     """
 
     cls_logits: Float[Array, "B h w"]
@@ -60,10 +59,9 @@ class Outputs:
 
 @struct.dataclass
 class Targets:
-    """Training targets of N locations of one image (vmap adds the batch).
+    """Targets of N locations of an image; all but `positive` mean something at positive ones only.
 
-    `positive` locations carry `distances` (left, top, right, bottom in stride units),
-    `centerness`, and the `identity` and `labeled` of their box.
+    `distances` are left, top, right, bottom in strides, `identity` and `labeled` those of the box.
     """
 
     positive: Bool[Array, "*B N"]
@@ -108,10 +106,10 @@ class OIMMemory:
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes, and what it needs to resume.
+    """Everything that training changes.
 
-    `params` are what inference takes. Where these are an average over the steps, `raw` are the
-    parameters that gradients are of and that the optimizer updates.
+    Where `params`, which inference takes, are an average over the steps, the optimizer updates
+    `raw`.
     """
 
     step: Int[Array, ""]
@@ -133,10 +131,9 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Annotations:
-    """The people of one split, image by image (host side, numpy).
+    """The people of one split, image by image.
 
-    `identity[i]` is contiguous from 0 within the split and meaningful where `labeled[i]`.
-    `camera` is the camera's number (0 where the data set has none).
+    Where `labeled`, `identity` counts from 0 within the split. `camera` is 0 where there is none.
     """
 
     names: tuple[str, ...]
@@ -156,9 +153,8 @@ class Annotations:
 class SearchProtocol:
     """Who is searched, and where: Q queries over the images of one `Annotations`.
 
-    `gallery[q]` lists the image indices in the order in which the published evaluation visits
-    them. `target_images[q]` are the images among them that hold the query person, and
-    `target_boxes[q]` the person's box in each.
+    `gallery[q]` lists images in the order of the published evaluation; `target_images[q]` are those
+    that hold the person, and `target_boxes[q]` the person's box in each.
     """
 
     name: str
@@ -185,29 +181,3 @@ class GalleryDetections:
     def of(self, image: int) -> slice:
         """The rows of one image."""
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
-
-
-class UserError(Exception):
-    """Bad input: one clear line, which the command line prints before it exits with `exit_code`."""
-
-    exit_code: ClassVar[int] = 2
-
-    def __str__(self) -> str:
-        # Names of files come from strangers: a terminal shows their control characters.
-        text = super().__str__()
-        return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
-class IncompleteError(UserError):
-    """The work is done and its results are written, except for a part of the input."""
-
-    exit_code = 3
-
-
-@contextlib.contextmanager
-def blame(path: object) -> Iterator[None]:
-    """Turns a ValueError, and nothing else, into a UserError that names `path`."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error

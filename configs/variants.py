@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from alignps_jax.registry import known_name
+from alignps_jax.errors import known_name
 
 CUHK, PRW = "cuhk_sysu", "prw"
 

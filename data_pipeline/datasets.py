@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.registry import choose
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.leftovers import clear_leftovers
 from data_pipeline.prepared import SPLITS, PersonSearchBuilder, PreparedSplit
@@ -123,13 +122,8 @@ def prepare(data: ConfigDict) -> PreparedDataset:
     return PreparedDataset(**{split: builder.open(split) for split in SPLITS})
 
 
-def dataset_class(name: str) -> type[PersonSearchBuilder]:
-    """The entry of `DATASETS`; UserError if there is none."""
-    return choose("config.data.name", name, DATASETS)
-
-
 def _builder_class(data: ConfigDict) -> type[PersonSearchBuilder]:
-    builder_class = dataset_class(data.name)
+    builder_class = DATASETS[data.name]
     if data.name == "synthetic":
         # Imported here, because nothing else needs the module that draws figures.
         from data_pipeline.synthetic import dataset as synthetic

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.nn.model import AlignPS, build_model, matmul_precision
-from alignps_jax.registry import choose
 from alignps_jax.types import Batch, Detections, Outputs
 
 LARGE_PHOTO = 2**17  # pixels
@@ -89,5 +88,4 @@ def make_predict_step(config: ConfigDict) -> PredictStep:
         "detected": PredictStep,
         "ground_truth": partial(GroundTruthStep, level_borders=borders),
     }
-    make = choose("config.eval.boxes", config.eval.boxes, steps)
-    return make(inference_model(config), config.eval)
+    return steps[config.eval.boxes](inference_model(config), config.eval)

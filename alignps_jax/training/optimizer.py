@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from alignps_jax.config import steps_of
-from alignps_jax.registry import choose
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
@@ -73,7 +72,7 @@ def make_optimizer(
 
     Frozen parameters get no update and, having no gradient, no share in the norm.
     """
-    rule = partial(choose("config.optimizer.name", optimizer.name, RULES), optimizer.momentum)
+    rule = partial(RULES[optimizer.name], optimizer.momentum)
 
     def group(rate_factor: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alignps_jax.registry import known_name
+from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.source import (

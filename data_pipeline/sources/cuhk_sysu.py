@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, Int, Shaped
 
-from alignps_jax.registry import known_name
+from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.mat_structs import Structs, cells, class_of, numbers, read_structs, text

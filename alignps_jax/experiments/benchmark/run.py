@@ -10,10 +10,10 @@ from typing import TypeVar
 import jax
 from ml_collections import ConfigDict
 
+from alignps_jax.errors import known_name
 from alignps_jax.experiments.benchmark.measure import Row, timed
 from alignps_jax.experiments.benchmark.parts import PARTS, Context
 from alignps_jax.experiments.benchmark.report import PartResult, Report, machine_line
-from alignps_jax.registry import known_name
 from alignps_jax.types import UserError
 
 C = TypeVar("C", bound=Context)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from alignps_jax.registry import choose
+from alignps_jax.errors import known_name
 from alignps_jax.types import UserError
 
 _GIB = 2.0**30
@@ -179,7 +179,7 @@ def parse_topologies(text: str) -> list[Topology]:
 
 def _topology(name: str) -> Topology:
     chip_name, _, shape_text = name.partition(":")
-    chip = choose("--topology", chip_name, CHIPS)
+    chip = CHIPS[known_name("--topology", chip_name, CHIPS)]
     most = {"tpu": chip.dimensions, "cuda": 2, "cpu": 1}[chip.platform]
     least = chip.dimensions if chip.platform == "tpu" else 1
     shape = tuple(map(int, re.findall(r"\d+", shape_text)))
