@@ -6,18 +6,16 @@ import copy
 import re
 import runpy
 import traceback
-import zlib
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import ConfigDict, config_flags
 
 from alignps_jax.checkpoint.places import holds_checkpoint, is_step, results_folder
 from alignps_jax.checkpoint.store import load_config, load_run_config
 from alignps_jax.config import (
     FIELD_KINDS,
-    FIELDS,
     FREE,
     NETWORK,
     check_config,
@@ -31,8 +29,6 @@ from alignps_jax.types import UserError
 # Configurations that --config finds by their name, wherever the command is typed.
 READY = ("cuhk", "prw", "synthetic", "tiny", "ablation")
 _FOLDER = Path(__file__).parents[1] / "configs"
-# Of other kinds than the network's, what an evaluation depends on.
-_MEASURED = ("eval.", "data.name", "data.synthetic.")
 _REFUSED = re.compile(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", re.DOTALL)
 
 
@@ -42,18 +38,18 @@ def configuration(args: Arguments, base: ConfigDict | None = None) -> ConfigDict
     Raises:
       UserError: the file or variant does not exist, the file fails, or a field is wrong.
     """
-    config = _loaded(args.config or "cuhk") if args.config or base is None else base
-    config = copy.deepcopy(config).lock()  # unset fields keep their types
+    if args.config or base is None:
+        base = _loaded(args.config or "cuhk")
+    config = copy.deepcopy(base).lock()  # unset fields keep their types
     for name in args.overridden:
         check_name(name)
     values, words = flags.FlagValues(), args.overrides
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
         values(["", *words])
-    except flags.IllegalFlagValueError as error:
-        found = _REFUSED.match(str(error))
-        raise out_of_range(found[1], found[2]) if found else UserError(str(error)) from error
     except flags.Error as error:
+        if found := _REFUSED.match(str(error)):
+            raise out_of_range(found[1], found[2]) from error
         raise UserError(f"command line: {str(error).splitlines()[0]}") from error
     check_config(config)
     return config
@@ -62,33 +58,27 @@ def configuration(args: Arguments, base: ConfigDict | None = None) -> ConfigDict
 def _loaded(spec: str) -> ConfigDict:
     """The configuration of FILE or FILE:VARIANT."""
     typed, _, variant = spec.partition(":")
-    path = _file(typed)
+    path = Path(typed)
+    if not path.is_file() and path.stem in READY and path.parent in (Path(), Path("configs")):
+        path = _FOLDER / f"{path.stem}.py"
+    if not path.is_file():
+        found, ready = "a folder" if path.is_dir() else "nothing there", ", ".join(READY)
+        raise UserError(
+            f"--config: found {found}: {path}, expected a configuration file or {ready}"
+        )
     try:
         get_config = runpy.run_path(str(path))["get_config"]
         config = get_config(variant) if variant else get_config()
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"get_config returns {type(config).__name__}, expected a ConfigDict")
     except UserError:
         raise
     except Exception as error:  # the file is a program of the user's
         frames = traceback.extract_tb(error.__traceback__)
         lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(path)]
-        place = f"{path}{lines[-1] if lines else ''}"
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--config: {place}: {what}") from error
-    if not isinstance(config, ConfigDict):
-        found = type(config).__name__
-        raise UserError(f"--config: get_config of {path} returns {found}, expected a ConfigDict")
+        raise UserError(f"--config: {path}{''.join(lines[-1:])}: {what}") from error
     return config
-
-
-def _file(typed: str) -> Path:
-    path = Path(typed)
-    if path.is_file():
-        return path
-    if path.stem in READY and path.parent in (Path(), Path("configs")):
-        return _FOLDER / f"{path.stem}.py"
-    found = "a folder" if path.is_dir() else "nothing there"
-    ready = ", ".join(READY)
-    raise UserError(f"--config: found {found}: {typed}, expected a configuration file or {ready}")
 
 
 def train_config(args: Arguments) -> ConfigDict:
@@ -146,18 +136,6 @@ def checkpoint_config(args: Arguments, checkpoint: Path) -> ConfigDict:
     return config
 
 
-def detections_config(args: Arguments) -> ConfigDict:
-    """The configuration to measure --detections with: --config, else that of their run.
-
-    Raises:
-      UserError: they lie in no run's folder, or a field is wrong.
-    """
-    folder = args.detections.parent
-    if not args.config and not holds_checkpoint(folder):
-        raise UserError(f"--config: missing, and {folder}, where the detections lie, is no run")
-    return configuration(args, None if args.config else _typed(load_config(folder), folder))
-
-
 def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None) -> Path:
     """Where an evaluation goes: `workdir`, else the checkpoint's place for results.
 
@@ -166,19 +144,14 @@ def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None
     folder = results_folder(checkpoint)
     if workdir and workdir.resolve() != folder.resolve():
         return workdir
-    settings = []
-    for name, (value, _) in _changed(config, load_config(checkpoint)).items():
-        seen = name.startswith(_MEASURED) and FIELD_KINDS[name] != FREE
-        if seen or FIELD_KINDS[name] == NETWORK:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            settings.append(f"{name.removeprefix('eval.')}={text}")
+    changed = _changed(config, load_config(checkpoint)).items()
+    settings = [f"-{name}={now}" for name, (now, _) in changed if FIELD_KINDS[name] != FREE]
     if not settings:
         return say_folder(checkpoint)
-    name = re.sub(r"[^\w.,=-]", "", "-".join(["eval", *settings]))
-    if len(name) > 100:
-        name = f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
-    print(f"results go to {folder / name}, as these settings are not the run's own")
-    return folder / name
+    name = "eval" + "".join(settings).replace("-eval.", "-")
+    folder /= re.sub(r",\)|[^\w.,=-]", "", name)[:240]
+    print(f"results go to {folder}, as these settings are not the run's own")
+    return folder
 
 
 def say_folder(checkpoint: Path) -> Path:
@@ -197,17 +170,10 @@ def _changed(config: ConfigDict, own: ConfigDict) -> dict[str, tuple[Any, Any]]:
 
 def _typed(stored: ConfigDict, source: Path) -> ConfigDict:
     """A stored configuration whose unset fields have their types again."""
-    config = stored.copy_and_resolve_references()
     try:
-        check_config(config)
+        check_config(stored)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    with config.unlocked():
-        for name, (_, rule) in FIELDS.items():
-            *sections, field = name.split(".")
-            section = config
-            for part in sections:
-                section = section[part]
-            if section[field] is None:
-                section[field] = config_dict.placeholder(rule.type)
+    config = _loaded(str(_FOLDER / "cuhk.py"))
+    config.update(stored)
     return config

@@ -9,7 +9,6 @@ from alignps_jax.cli import parse
 from alignps_jax.configuration import (
     checkpoint_config,
     configuration,
-    detections_config,
     evaluation_folder,
     train_config,
 )
@@ -108,7 +107,7 @@ def test_the_ready_configurations_are_found_from_everywhere(tmp_path, monkeypatc
         ("x = 1", "own.py: KeyError: .get_config"),
         ("def get_config():\n    x = 0\n    return 1 / x", "line 3: ZeroDivisionError"),
         ("def get_config():\n    open('/no/file')", r"line 2: FileNotFoundError: .*/no/file"),
-        ("def get_config():\n    return 3", r"get_config of \S+ returns int, expected a"),
+        ("def get_config():\n    return 3", r"own.py: TypeError: get_config returns int, exp"),
         (
             "from configs.tiny import get_config as tiny\ndef get_config():\n    config = tiny()\n"
             "    config.train.batch_size = 'four'\n    return config",
@@ -163,10 +162,6 @@ def test_training_resumes_with_the_configuration_of_its_run(run, own, tmp_path):
             train_config(arguments(f"--workdir={tmp_path}"))
     with pytest.raises(UserError, match=r"--workdir: found no run in .*nowhere"):
         train_config(arguments(f"--workdir={tmp_path / 'nowhere'}"))
-    inside, outside = (f"--detections={folder / 'detections.npz'}" for folder in (run, tmp_path))
-    assert detections_config(arguments("--mode=evaluate", inside)).to_dict() == own.to_dict()
-    with pytest.raises(UserError, match=r"--config: missing, and .* is no run"):
-        detections_config(arguments("--mode=evaluate", outside))
 
 
 def test_fine_tuning_names_the_detector(run, tmp_path):
@@ -193,4 +188,4 @@ def test_other_settings_have_a_folder_of_their_own(run, tmp_path, capsys):
     assert folder(threshold, protocols) == folder(threshold, protocols, workdir=run) == named
     assert f"results go to {named}, " in capsys.readouterr().out
     many = folder(f"--config.eval.protocols={tuple(f'TestG{size}' for size in range(50))}")
-    assert len(many.name) < 120
+    assert len(many.name) < 250

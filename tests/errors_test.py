@@ -22,8 +22,10 @@ def test_a_bad_value_is_blamed_on_its_file_and_nothing_else_is():
 
 @pytest.mark.parametrize(
     ("found", "near"),
-    [("groundtruth", "ground_truth"), ("DETECTED", "detected"), ("groundup", "GroundUp")]
-    + [("det", "detected"), ("xyz", None), (None, None), (["detected"], "detected")],
+    [
+        *[("groundtruth", "ground_truth"), ("DETECTED", "detected"), ("groundup", "GroundUp")],
+        *[("det", "detected"), ("xyz", None), (None, None), (["detected"], "detected")],
+    ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(found, near):
     names = ("detected", "ground_truth", "GroundUp")
