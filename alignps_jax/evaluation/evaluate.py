@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.choice import agreed_step
+from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.devices import (
     parallel_predict_step,
@@ -30,7 +32,7 @@ from alignps_jax.evaluation.detections_io import check_detections, save_detectio
 from alignps_jax.evaluation.pictures import protocol_row
 from alignps_jax.evaluation.results import EvaluationResult, detection_values, search_values
 from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
-from alignps_jax.files import check_outputs, write_image
+from alignps_jax.files import check_outputs, write_image, write_json
 from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
 from alignps_jax.nn.model import weights_template
@@ -182,6 +184,8 @@ def score_of(result: EvaluationResult) -> float:
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> None:
     """Evaluates the chosen step of a run, or one step's folder, on `config.data`.
 
+    In the run's own metrics, the entry of the untrained network stays.
+
     Raises:
       UserError: there is no such checkpoint, it does not fit `config`, the data is wrong, or
         `workdir` cannot be written; all that is found before the evaluation.
@@ -197,7 +201,13 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
     workdir.mkdir(parents=True, exist_ok=True)
+    metrics = workdir / METRICS
+    is_own = workdir == results_folder(checkpoint) and metrics.is_file()
+    before = json.loads(metrics.read_bytes()) if is_own else {}
     evaluator.write(measured.chosen(by), None, workdir)
+    if "untrained" in before and jax.process_index() == 0:
+        own = json.loads(metrics.read_bytes())
+        write_json(metrics, own | {"untrained": before["untrained"]})
 
 
 def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:
