@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from alignps_jax.errors import nearest
-from alignps_jax.types import UserError
+from alignps_jax.errors import UserError, nearest
 
 # What a field decides: the trained network and the pixels that it sees (a checkpoint is used with
 # its own values); the course of training (a run resumes with its values); the reported result, but
 # no training step; or where files are, how fast a run is and what it logs.
 NETWORK, TRAINING, RESULT, FREE = "network", "training", "result", "free"
 
-MOST = 2**31 - 1
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
-_PROTOCOL = re.compile(r"TestG\d+|all|occlusion|resolution|cross_camera")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,31 +25,29 @@ class Rule:
     """The type of a field's values, a condition on them, and both in words."""
 
     type: type
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], Any]
     expected: str
     unset: bool = False  # whether None is a value
-    names: tuple[str, ...] = ()  # of which it is one
 
     def accepts(self, value: Any) -> bool:
         """Whether a field may hold this; an integer is a number, True and False are neither."""
-        if value is None:
-            return self.unset
+        if value is None or isinstance(value, bool) != (self.type is bool):
+            return value is None and self.unset
         types = (int, float) if self.type is float else self.type
-        is_flag = isinstance(value, bool)
-        return isinstance(value, types) and is_flag == (self.type is bool) and self.holds(value)
+        return isinstance(value, types) and bool(self.holds(value))
 
 
-def _integer(low: int, high: int = MOST) -> Rule:
-    bounds = f"{low} or more" if high == MOST else f"from {low} to {high}"
+def _integer(low: int, high: int = 2**31 - 1) -> Rule:
+    bounds = f"{low} or more" if high == 2**31 - 1 else f"from {low} to {high}"
     return Rule(int, lambda x: low <= x <= high, f"an integer, {bounds}")
 
 
-def _number(expected: str, holds: Callable[[float], bool]) -> Rule:
-    return Rule(float, lambda x: -1e300 < x < 1e300 and holds(x), expected)
+def _number(expected: str, holds: Callable[[float], bool] = lambda x: True) -> Rule:
+    return Rule(float, lambda x: -1e300 < x < 1e300 and holds(x), f"a number{expected}")
 
 
 def _choice(*names: str) -> Rule:
-    return Rule(str, lambda x: x in names, f"one of {', '.join(names)}", names=names)
+    return Rule(str, lambda x: x in names, f"one of {', '.join(names)}")
 
 
 def _tuple_of(rule: Rule, expected: str, holds: Callable[[Any], bool] = lambda x: True) -> Rule:
@@ -60,59 +55,46 @@ def _tuple_of(rule: Rule, expected: str, holds: Callable[[Any], bool] = lambda x
 
 
 def _unset_or(rule: Rule) -> Rule:
-    return dataclasses.replace(rule, expected=f"{rule.expected}, or None", unset=True)
+    return Rule(rule.type, rule.holds, f"{rule.expected}, or None", unset=True)
 
 
 def _ascending(values: Any) -> bool:
     return all(low < high for low, high in pairwise(values))
 
 
-def _is_long(value: str) -> bool:
-    found = _DURATION.fullmatch(value)
-    return found is not None and float(found[1]) > (0.5 if found[2] == "step" else 0)
-
-
-def _is_range(value: str) -> bool:
-    found = re.fullmatch(r"(\d+):(\d+)", value)
-    return found is not None and 1 <= int(found[1]) <= int(found[2])
+def _are_steps(text: str) -> bool:
+    first, _, last = text.partition(":")
+    return text.isascii() and first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)
 
 
 _FLAG = Rule(bool, lambda x: True, "True or False")
 _TEXT = Rule(str, lambda x: x != "" and "\0" not in x, "a text")
 _COUNT, _SIDE, _FROM_0 = _integer(1), _integer(1, 2**15), _integer(0)
-_FINITE = _number("a number", lambda x: True)
-_SHARE = _number("a number, from 0 to 1", lambda x: 0 <= x <= 1)
-_BELOW_1 = _number("a number, 0 or more and below 1", lambda x: 0 <= x < 1)
-_POSITIVE = _number("a number above 0", lambda x: x > 0)
-_NOT_NEGATIVE = _number("a number, 0 or more", lambda x: x >= 0)
+_FINITE = _number("")
+_SHARE = _number(", from 0 to 1", lambda x: 0 <= x <= 1)
+_BELOW_1 = _number(", 0 or more and below 1", lambda x: 0 <= x < 1)
+_POSITIVE = _number(" above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _number(", 0 or more", lambda x: x >= 0)
 _DTYPE = _choice("float32", "bfloat16")
 _PRECISION = _choice("default", "highest")
 _PAIR = "(long, short) in pixels, integers with 32768 >= long >= short >= 1"
 _SCALE = _tuple_of(_SIDE, f"a pair {_PAIR}", lambda x: len(x) == 2 and x[0] >= x[1])
 _SPAN_TEXT = '"<number> epochs" or "<number> steps"'
-_SPAN = Rule(str, lambda x: _DURATION.fullmatch(x) is not None, _SPAN_TEXT)
-_TRACED = Rule(str, _is_range, '"first:last", two steps from 1, such as 100:105')
-_LONG = Rule(str, _is_long, f"{_SPAN_TEXT}, above 0")
+_SPAN = Rule(str, _DURATION.fullmatch, _SPAN_TEXT)
+_LONG = Rule(str, lambda x: _DURATION.fullmatch(x) and steps_of(x, 10**9), f"{_SPAN_TEXT}, above 0")
+_TRACED = Rule(str, _are_steps, '"first:last", two steps from 1, such as 100:105')
 _PROTOCOLS = _tuple_of(
-    Rule(str, lambda x: _PROTOCOL.fullmatch(x) is not None, ""),
+    Rule(str, re.compile(r"TestG\d+|all|occlusion|resolution|cross_camera").fullmatch, ""),
     "a tuple of TestG<size>, all, occlusion, resolution, cross_camera, such as ('TestG100','all')",
 )
-_CONTEXT = _tuple_of(
-    _COUNT,
-    "() or (k1, k2), the numbers of gallery images and of people, 1 or more",
-    lambda x: len(x) in (0, 2),
-)
+_CONTEXT_TEXT = "() or (k1, k2), the numbers of gallery images and of people, 1 or more"
+_CONTEXT = _tuple_of(_COUNT, _CONTEXT_TEXT, lambda x: len(x) in (0, 2))
 _STAGES = _tuple_of(_integer(3, 5), "some of (3, 4, 5) in ascending order, or ()", _ascending)
-_LEVELS = _tuple_of(
-    _integer(3, 7),
-    "some of (3, 4, 5, 6, 7) in ascending order",
-    lambda x: x != () and _ascending(x),
-)
+_LEVELS_TEXT = "some of (3, 4, 5, 6, 7) in ascending order"
+_LEVELS = _tuple_of(_integer(3, 7), _LEVELS_TEXT, lambda x: x != () and _ascending(x))
 _MEAN = _tuple_of(_FINITE, "three numbers, in channel order", lambda x: len(x) == 3)
 _STD = _tuple_of(_POSITIVE, "three numbers above 0, in channel order", lambda x: len(x) == 3)
 _BORDERS = _tuple_of(_POSITIVE, "a tuple of ascending numbers of pixels", _ascending)
-_RADIUS = _number("a number, above 0 and up to 100", lambda x: 0 < x <= 100)
-_DECAY = _number("a number, above 0 and up to 1", lambda x: 0 < x <= 1)
 _NORM = Rule(float, lambda x: x > 0, "a number above 0; inf clips nothing")
 
 FIELDS: dict[str, tuple[str, Rule]] = {
@@ -161,7 +143,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "model.stride_in_3x3": (NETWORK, _FLAG),
     "loss.focal_alpha": (TRAINING, _SHARE),
     "loss.focal_gamma": (TRAINING, _NOT_NEGATIVE),
-    "loss.center_radius": (TRAINING, _RADIUS),
+    "loss.center_radius": (TRAINING, _POSITIVE),
     "loss.level_borders": (TRAINING, _BORDERS),
     "loss.lut_size": (TRAINING, _unset_or(_COUNT)),
     "loss.queue_size": (TRAINING, _FROM_0),
@@ -189,7 +171,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "train.batch_size": (TRAINING, _COUNT),
     "train.duration": (RESULT, _LONG),
     "train.accumulate": (FREE, _SIDE),
-    "train.ema_decay": (TRAINING, _unset_or(_DECAY)),
+    "train.ema_decay": (TRAINING, _unset_or(_SHARE)),
     "train.profile": (FREE, _unset_or(_TRACED)),
     "train.max_positives": (TRAINING, _unset_or(_COUNT)),
     "train.log_every_steps": (FREE, _COUNT),
@@ -217,7 +199,8 @@ def check_config(config: ConfigDict) -> None:
     """Holds every field of a complete configuration against its rule.
 
     Raises:
-      UserError: a field does not exist (the nearest is named), is missing, or is out of range.
+      UserError: a field does not exist (the nearest is named), is missing, is out of range, or
+        does not fit another.
     """
     found = dict(flat_fields(config))
     for name in found:
@@ -227,7 +210,17 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.{name}: missing, expected {rule.expected}")
         if not rule.accepts(found[name]):
             raise out_of_range(name, found[name])
-    _check_together(found)
+    levels, groups = config.model.levels, config.model.norm_groups
+    for name in ("model.channels", "model.backbone_width"):
+        normalized = name == "model.channels" or config.model.backbone == "resnet_small"
+        if normalized and found[name] % groups:
+            raise _wrong("model.norm_groups", groups, f"a divisor of {name} = {found[name]}")
+    if len(config.loss.level_borders) != len(levels) - 1:
+        expected = f"{len(levels) - 1} ascending numbers for config.model.levels = {levels}"
+        raise _wrong("loss.level_borders", config.loss.level_borders, expected)
+    if config.model.background_levels and levels != (3,):
+        expected = f"False, as config.model.levels is {levels} and not (3,)"
+        raise _wrong("model.background_levels", True, expected)
 
 
 def check_name(name: str) -> None:
@@ -241,33 +234,11 @@ def check_name(name: str) -> None:
 
 def out_of_range(name: str, found: object) -> UserError:
     """What is wrong with the value of a field."""
-    rule = FIELDS[name][1]
-    hint = nearest(str(found), rule.names)
-    return UserError(f"config.{name}: found {found!r}, expected {rule.expected}{hint}")
+    return _wrong(name, found, FIELDS[name][1].expected)
 
 
-def _check_together(found: Mapping[str, Any]) -> None:
-    """Raises UserError for fields that do not fit one another."""
-    groups, levels = found["model.norm_groups"], found["model.levels"]
-    divided = ["model.channels"]
-    if found["model.backbone"] == "resnet_small":
-        divided.append("model.backbone_width")
-    for name in divided:
-        if found[name] % groups:
-            raise UserError(
-                f"config.model.norm_groups: found {groups}, expected a divisor of "
-                f"config.{name} = {found[name]}"
-            )
-    if len(found["loss.level_borders"]) != len(levels) - 1:
-        raise UserError(
-            f"config.loss.level_borders: found {found['loss.level_borders']}, expected "
-            f"{len(levels) - 1} ascending numbers of pixels for config.model.levels = {levels}"
-        )
-    if found["model.background_levels"] and levels != (3,):
-        raise UserError(
-            f"config.model.background_levels: found True with config.model.levels = {levels}, "
-            "expected (3,): the levels above are the background"
-        )
+def _wrong(name: str, found: object, expected: str) -> UserError:
+    return UserError(f"config.{name}: found {found!r}, expected {expected}")
 
 
 def steps_of(duration: str, steps_per_epoch: int) -> int:

@@ -73,7 +73,7 @@ def test_fields_are_set_with_their_types():
         (["--config.batch_size=4"], r"config\.batch_size: no such field; .* 'train\.batch_size'"),
         (["--config.train.batch_size=four"], r"batch_size: found 'four', expected an integer, 1"),
         (["--config.model.remat=yes"], r"config\.model\.remat: found 'yes', expected True or Fal"),
-        (["--config.optimizer.name=adam"], r"found 'adam', .* did you mean 'adamw'"),
+        (["--config.optimizer.name=adam"], "found 'adam', expected one of sgd, adamw"),
         (["--config.eval.score_threshold=20"], r"score_threshold: found 20\.0, .* from 0 to 1"),
         (["--config.optimizer.drops=3 epochs"], r"drops: found '3 epochs', expected a tuple of"),
         (["--config.model=5"], r"config\.model: no such field"),
