@@ -48,8 +48,7 @@ def evaluate(args: Arguments) -> None:
 
     if args.detections:
         config = checkpoint_config(args, args.detections.parent)
-        evaluate_detections(config, args.detections, args.workdir)
-        return
+        return evaluate_detections(config, args.detections, args.workdir)
     checkpoint, folder = args.checkpoint or args.workdir, args.checkpoint and args.workdir
     config = checkpoint_config(args, checkpoint)
     evaluate_checkpoint(config, checkpoint, evaluation_folder(config, checkpoint, folder))
@@ -150,8 +149,7 @@ def export(args: Arguments) -> None:
     if args.gallery:
         from alignps_jax.gallery.exporting import export_gallery
 
-        export_gallery(_gallery(args), args.target)
-        return
+        return export_gallery(_gallery(args), args.target)
     from alignps_jax.inference.exported import SUFFIX, export_programs
     from alignps_jax.weights.convert import export_released
 
@@ -198,10 +196,9 @@ def scaling(args: Arguments) -> None:
     """
     from alignps_jax.experiments.scaling.run import run_scaling
 
-    default = "gate.json" if args.topology else "measured.json"
+    target = args.target or Path("runs/scaling", f"{'gate' if args.topology else 'measured'}.json")
     options = {name: getattr(args, name) for name in ("what", "scale", "batch", "runs")}
-    options["target"] = args.target or Path("runs/scaling", default)
-    run_scaling(_config(args), args.topology, **options)
+    run_scaling(_config(args), args.topology, target=target, **options)
 
 
 @mode(takes="config")
@@ -276,15 +273,11 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, MemoryError, UnicodeEncodeError) as error:  # in the system's own words
         return _fail(str(error) or "out of memory")
     except SystemExit as leaving:
-        if not isinstance(leaving.code, int):
-            raise  # a text, which Python prints
-        return leaving.code
+        return leaving.code if isinstance(leaving.code, int) else _fail(leaving.code)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
-        if str(error.name).partition(".")[0] in ("alignps_jax", "data_pipeline"):
-            raise
         return _fail(
             f"found no package {error.name}; in the project's folder run make setup, or pip "
             "install . (galleries need '.[gallery]', .pth files '.[torch]')"

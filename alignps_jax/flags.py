@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from alignps_jax import __version__
 from alignps_jax.errors import nearest
@@ -93,27 +93,21 @@ class Arguments(argparse.Namespace):
         return frozenset(found[1] for word in self.overrides if (found := _OVERRIDE.match(word)))
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, mode: str, **options: Any):
+class Mode(argparse.ArgumentParser):
+    """Reads the flags of a mode, of which it needs one of `any_of`, and runs it."""
+
+    def __init__(self, name: str, run: Run = lambda args: None, any_of: str = "", **options: Any):
         super().__init__(
-            prog=f"{_PROGRAM} --mode={mode}",
-            usage=f"{_PROGRAM} --mode={mode} [flags] [--config.SECTION.FIELD=VALUE ...]",
+            prog=f"{_PROGRAM} --mode={name}",
+            usage=f"{_PROGRAM} --mode={name} [flags] [--config.SECTION.FIELD=VALUE ...]",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             **options,
         )
+        self.run, self.any_of, self.flags = run, any_of.split(), set[str]()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
-
-
-class Mode(NamedTuple):
-    """What a mode does, and how its flags are read."""
-
-    run: Run
-    parser: _Parser
-    flags: frozenset[str]
-    any_of: tuple[str, ...]
 
 
 MODES: dict[str, Mode] = {}
@@ -137,17 +131,17 @@ def mode(
         name = run.__name__.removesuffix("_mode")
         summary, _, *examples = map(str.strip, (run.__doc__ or "").strip().splitlines())
         examples = ["examples:", *(f"{_PROGRAM} {line}" for line in examples)]
-        parser = _Parser(name, description=summary, epilog="\n  ".join(examples))
-        for flag in needs.split():
-            needed = f"{FLAGS[flag]['help'].partition('; default: ')[0]} (required)"
-            parser.add_argument(f"--{flag}", required=True, **FLAGS[flag] | {"help": needed})
-        group = parser.add_mutually_exclusive_group()
-        for flag in one_of.split():
-            group.add_argument(f"--{flag}", **FLAGS[flag])
-        for flag in (*any_of.split(), *takes.split()):
-            parser.add_argument(f"--{flag}", **FLAGS[flag])
-        flags = frozenset(f"{needs} {takes} {one_of} {any_of}".split())
-        MODES[name] = Mode(run, parser, flags, tuple(f"{one_of} {any_of}".split()))
+        texts = {"description": summary, "epilog": "\n  ".join(examples)}
+        MODES[name] = mode = Mode(name, run, f"{one_of} {any_of}", **texts)
+        group = mode.add_mutually_exclusive_group()
+        mode.flags |= {*f"{needs} {takes} {one_of} {any_of}".split()}
+        for flag, options in FLAGS.items():
+            if flag in needs.split():
+                needed = f"{options['help'].partition('; default: ')[0]} (required)"
+                mode.add_argument(f"--{flag}", required=True, **options | {"help": needed})
+            elif flag in mode.flags:
+                holder = group if flag in one_of.split() else mode
+                holder.add_argument(f"--{flag}", **options)
         return run
 
     return add
@@ -155,8 +149,8 @@ def mode(
 
 def parse(argv: Sequence[str]) -> Arguments:
     """Reads a command line, whose first word is the program; exits after --help and mistakes."""
-    lines = [f"  --mode={name:10} {mode.parser.description}" for name, mode in MODES.items()]
-    overview = _Parser(
+    lines = [f"  --mode={name:10} {mode.description}" for name, mode in MODES.items()]
+    overview = Mode(
         "MODE",
         description="\n".join(["Person search with AlignPS. Modes (default: train):", *lines]),
         epilog="--mode=MODE --help has the flags of a mode, with examples.\n"
@@ -176,17 +170,17 @@ def parse(argv: Sequence[str]) -> Arguments:
     if name not in MODES:
         known = ", ".join(MODES)
         overview.error(f"--mode: found {name!r}, expected one of {known}{nearest(name, MODES)}")
-    _, parser, _, any_of = MODES[name]
-    args, rest = parser.parse_known_args(words, Arguments(mode=name, overrides=[]))
+    mode = MODES[name]
+    args, rest = mode.parse_known_args(words, Arguments(mode=name, overrides=[]))
     vars(args).update({flag: None for flag in FLAGS if flag not in args})  # those of other modes
     for before, word in pairwise(["", *rest]):
         # --config.field=value, or --config.field value
         value = _OVERRIDE.match(before) and "=" not in before and not word.startswith("--")
         if not (value or _OVERRIDE.match(word)):
-            parser.error(_wrong(name, word))
+            mode.error(_wrong(name, word))
         args.overrides.append(word)
-    if any_of and not any(getattr(args, flag) for flag in any_of):
-        parser.error(f"missing: one of --{', --'.join(any_of)}")
+    if mode.any_of and not any(getattr(args, flag) for flag in mode.any_of):
+        mode.error(f"missing: one of --{', --'.join(mode.any_of)}")
     return args
 
 
