@@ -42,21 +42,20 @@ def test_fields_are_set_with_their_types():
         "--config=configs/tiny.py:plus",
         "--config.train.batch_size=8",
         "--config.optimizer.learning_rate=1",
-        "--config.model.levels=(4,)",
-        "--config.model.remat",
-        "--config.model.frozen_stages",
-        "-1",
-        "--noconfig.model.concatenate",
-        "--config.data.prepared_dir=/somewhere",
-        "--config.eval.protocols=TestG50",
+        *("--config.model.levels=(4,)", "--config.model.remat", "--noconfig.model.concatenate"),
+        *("--config.model.frozen_stages", "-1"),
+        *("--config.data.prepared_dir=/somewhere", "--config.eval.protocols=TestG50"),
     )
     assert args.config_name == "tiny-plus"
     assert {"model.concatenate", "model.frozen_stages"} <= args.overridden
     expected = tiny.get_config("plus")
-    expected.train.batch_size, expected.optimizer.learning_rate = 8, 1.0
-    expected.model.levels, expected.model.remat, expected.model.frozen_stages = (4,), True, -1
-    expected.model.concatenate, expected.data.prepared_dir = False, "/somewhere"
-    expected.eval.protocols = ("TestG50",)
+    expected.update_from_flattened_dict(
+        {
+            **{"train.batch_size": 8, "optimizer.learning_rate": 1.0, "model.levels": (4,)},
+            **{"model.remat": True, "model.frozen_stages": -1, "model.concatenate": False},
+            **{"data.prepared_dir": "/somewhere", "eval.protocols": ("TestG50",)},
+        }
+    )
     found = configuration(args)
     assert found.to_dict() == expected.to_dict()
     assert found.is_locked
@@ -69,34 +68,31 @@ def test_fields_are_set_with_their_types():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config.data.rot=x"], r"config\.data\.rot: no such field; did you mean 'data\.root'"),
-        (["--config.batch_size=4"], r"config\.batch_size: no such field; .* 'train\.batch_size'"),
-        (["--config.train.batch_size=four"], r"batch_size: found 'four', expected an integer, 1"),
-        (["--config.model.remat=yes"], r"config\.model\.remat: found 'yes', expected True or Fal"),
-        (["--config.optimizer.name=adam"], "found 'adam', expected one of sgd, adamw"),
-        (["--config.eval.score_threshold=20"], r"score_threshold: found 20\.0, .* from 0 to 1"),
-        (["--config.optimizer.drops=3 epochs"], r"drops: found '3 epochs', expected a tuple of"),
-        (["--config.model=5"], r"config\.model: no such field"),
-        (["--config.train.duration"], r"config\.train\.duration"),
-        (["--noconfig.train.batch_size=3"], r"config\.train\.batch_size"),
-        (["--config=nowhere.py"], r"nothing there: nowhere\.py, expected a configuration file or"),
-        (["--config=configs"], "found a folder: configs"),
-        (["--config=pyproject.toml"], r"pyproject\.toml: SyntaxError: .*line 3"),
-        (["--config=tiny:pluss"], "found 'pluss', expected one of .* did you mean 'plus'"),
+        (".data.rot=x", r"config\.data\.rot: no such field; did you mean 'data\.root'"),
+        (".batch_size=4", r"config\.batch_size: no such field; .* 'train\.batch_size'"),
+        (".train.batch_size=four", r"batch_size: found 'four', expected an integer, 1"),
+        (".model.remat=yes", r"config\.model\.remat: found 'yes', expected True or Fal"),
+        (".eval.score_threshold=20", r"score_threshold: found 20\.0, .* from 0 to 1"),
+        (".optimizer.drops=3 epochs", r"drops: found '3 epochs', expected a tuple of"),
+        (".model=5", r"config\.model: no such field"),
+        (".train.duration", r"config\.train\.duration"),
+        ("=nowhere.py", r"nothing there: nowhere\.py, expected a configuration file or"),
+        ("=configs", "found a folder: configs"),
+        ("=pyproject.toml", r"pyproject\.toml: SyntaxError: .*line 3"),
+        ("=tiny:pluss", "found 'pluss', expected one of .* did you mean 'plus'"),
     ],
 )
 def test_mistakes_are_one_line_in_our_words(words, message):
     with pytest.raises(UserError, match=message) as caught:
-        configuration(arguments("--mode=list", *words))
+        configuration(arguments("--mode=list", f"--config{words}"))
     assert "\n" not in str(caught.value)
 
 
 def test_the_ready_configurations_are_found_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    for name in ("tiny:plus", "tiny.py:plus", "configs/tiny.py:plus"):
-        found = configuration(arguments(f"--config={name}"))
-        assert found.to_dict() == tiny.get_config("plus").to_dict()
+    for name in ("tiny", "tiny.py", "configs/tiny.py"):
+        assert configuration(arguments(f"--config={name}")).data.root == "data/tiny"
 
 
 @pytest.mark.parametrize(
@@ -104,9 +100,7 @@ def test_the_ready_configurations_are_found_from_everywhere(tmp_path, monkeypatc
     [
         ("def get_config(:", "own.py: SyntaxError: .*line 1"),
         ("\nimport nowhere", "own.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
-        ("x = 1", "own.py: KeyError: .get_config"),
         ("def get_config():\n    x = 0\n    return 1 / x", "line 3: ZeroDivisionError"),
-        ("def get_config():\n    open('/no/file')", r"line 2: FileNotFoundError: .*/no/file"),
         ("def get_config():\n    return 3", r"own.py: TypeError: get_config returns int, exp"),
         (
             "from configs.tiny import get_config as tiny\ndef get_config():\n    config = tiny()\n"

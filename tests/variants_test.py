@@ -1,21 +1,10 @@
 """What the ready configurations promise."""
 
-from __future__ import annotations
-
 import pytest
 
-from configs import ablation, cuhk, prw, synthetic, tiny
-from configs.variants import VARIANTS
+from configs import cuhk
 from data_pipeline.pipeline import make_train_pipeline
 from tests.data_pipeline.pipeline_test import make_split
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_configuration_trains_in_float32_with_the_default_precision(name):
-    for module in (cuhk, prw, synthetic, tiny, ablation):
-        model = module.get_config(name).model
-        assert model.dtype == "float32"
-        assert model.precision == cuhk.get_config().model.precision
 
 
 @pytest.mark.parametrize("batch_size", [4, 32])
