@@ -38,20 +38,17 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     # The same limits for evaluation and search.
     data.test_scale = (1500, 900)
-    # Maximum number of padded shapes; they are chosen from the image sizes to minimize padding,
-    # and the images of a batch share a scale. With 0, one shape for each scale and orientation,
-    # and each image of a batch draws a scale of its own (Paper).
+    # Maximum number of padded shapes, chosen to minimize padding; the images of a batch share a
+    # scale. With 0, a shape for each scale and orientation, and each image draws a scale (Paper).
     data.max_programs = 12
     # Probability that a training image is mirrored.
     data.flip_probability = 0.5
     # Training leaves out photos with a side of fewer pixels than this.
     data.min_side = 32
-    # Share of the training identities that is held out as a validation split, whose search mAP then
-    # chooses the checkpoint that counts; all photos with one of these people leave training. With
-    # 0, the last checkpoint counts. See docs/evaluation.md.
+    # Share of the training identities, and all photos of them, that are held out as a validation
+    # split, whose search mAP chooses the checkpoint that counts; with 0, the last one counts.
     data.validation_fraction = 0.0
-    # Photos with more pixels are refused before they are decoded, here and in searches: a file of a
-    # few hundred bytes can ask for all the memory there is.
+    # Photos with more pixels are refused before they are decoded, here and in searches.
     data.max_pixels = 100_000_000
     # Threads that decode and resize photos; with 0, the training thread does it.
     data.workers = 8
@@ -105,8 +102,7 @@ def get_config(variant: str = "") -> ConfigDict:
     model.norm_groups = 32
     # Distances from a location to its box's sides before training, in strides (Released code: 0).
     model.initial_distance = 0.0
-    # In training, also run the head on P4 to P7, where every location is background (Released
-    # code).
+    # In training, run the head on P4 to P7, too: all background (Released code).
     model.background_levels = False
     # Type of the activations: float32 or bfloat16. Parameters, losses, lookup table and queue are
     # float32 in any case.
@@ -114,8 +110,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # How accelerators multiply float32 numbers in training: highest, or default (one pass
     # in bfloat16 on TPUs, TF32 on GPUs since Ampere). Losses are exact. See docs/devices.md.
     model.precision = "default"
-    # Recompute the activations of each block in the backward pass: it needs less memory and more
-    # time.
+    # Recompute the activations of each block in the backward pass: less memory, more time.
     model.remat = False
     # What the backbone's weights expect of a pixel: the order of its channels (BGR or RGB), then
     # (pixel - pixel_mean) / pixel_std in that order. Set by model.pretrained, unless it is random.
@@ -191,14 +186,13 @@ def get_config(variant: str = "") -> ConfigDict:
     train.accumulate = 1
     # How long to train: "<number> epochs" or "<number> steps".
     train.duration = "24 epochs"
-    # Number of positive locations per image that have room; training drops any further ones and
-    # counts them in the log. If unset, the room suffices for the fullest training image: with a
-    # center_radius of 1.5, 9 per person and level.
+    # Number of positive locations per image that have room; training drops others and counts them
+    # in the log. If unset, the fullest training image has room.
     train.max_positives = config_dict.placeholder(int)
     # Evaluate, save and search with a moving average of the parameters: after each step it keeps
     # this share of what it was (less at first). If unset, with the parameters themselves.
     train.ema_decay = config_dict.placeholder(float)
-    # "first:last": steps to trace with jax.profiler, into <workdir>/profile. If unset, none.
+    # "first:last": steps to trace with jax.profiler, into <workdir>/profile.
     train.profile = config_dict.placeholder(str)
     # Steps between two lines of the log, and time between two checkpoints.
     train.log_every_steps = 50
@@ -224,16 +218,15 @@ def get_config(variant: str = "") -> ConfigDict:
     evaluation.dtype = "float32"
     # The same choice as config.model.precision, for evaluation and search.
     evaluation.precision = "highest"
-    # Which boxes are searched: detected, or ground_truth (perfect detection, an upper bound).
+    # Which boxes are searched: detected, or ground_truth (an upper bound).
     evaluation.boxes = "detected"
     # (k1, k2): context bipartite graph matching (SeqNet) with k1 gallery images and k2 people of
     # the query photo replaces similarities; () does without. SeqNet uses (10, 3), on PRW (30, 4).
     evaluation.context_matching = ()
     # Also evaluate the network as it was before training, for comparison.
     evaluation.untrained_baseline = False
-    # Choose the checkpoint that counts by the search mAP on the test split, with the first
-    # protocol. The result is then too good, as the test split chose it. If False, the last
-    # checkpoint counts, or the best one on the validation split.
+    # Choose the checkpoint that counts by the first search mAP on the test split: the result is then
+    # too good. If False, the last checkpoint counts, or the best one on the validation split.
     evaluation.choose_on_test = False
     # Search protocols to report. () means all that the folder has, in this order: cuhk_sysu has
     # TestG100, TestG50, TestG500, TestG1000, TestG2000, TestG4000, all, occlusion and resolution,

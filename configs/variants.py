@@ -1,10 +1,7 @@
-"""Named variants of a configuration: one table that says what each changes and which experiment of
-the paper (Yan et al., CVPR 2021) it is.
+"""Named variants of a configuration, and the paper's results with them (Yan et al., CVPR 2021).
 
-    python launch.py --mode=list                                # prints it
-    python launch.py --config=configs/cuhk.py:t3 ...            # runs an entry
-
-A new experiment is one more entry of `VARIANTS`.
+python launch.py --mode=list                                # prints both
+python launch.py --config=configs/cuhk.py:t3 ...            # runs a variant
 """
 
 import dataclasses
@@ -22,9 +19,8 @@ CUHK, PRW = "cuhk_sysu", "prw"
 class PaperRow:
     """One row of a table of the paper, with its metrics in percent (None: the paper has none).
 
-    `table` is "fig4", whose values are in a picture only, or "1" to "6"; `variant` is the network's
-    name in `VARIANTS`. `inferred` is True where the paper's text, not its table, says which of
-    several numbers belongs to the row. `note` is a line for the reader.
+    `table` is "fig4", whose values are in a picture only, or "1" to "6", `variant` a name in
+    `VARIANTS`. `inferred` rows owe their numbers to the paper's text, not to the table.
     """
 
     table: str
@@ -47,7 +43,6 @@ class Variant:
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-# Fields by dotted name, and what they become.
 Changes = dict[str, Any]
 
 # Region alignment: without these three components, AFA is an FPN (Paper, Table 2).
@@ -103,13 +98,9 @@ VARIANTS: dict[str, Variant] = {
     "t2": Variant("embeddings from the classification tower", {"model.reid": "classification"}),
     "t3": Variant("embeddings from a tower of their own", PARALLEL),
     "oim": Variant("OIM loss, no triplet loss", {"loss.triplet": "none"}),
-    "toim_without_lut": Variant(
-        "triplet loss without entries of the lookup table", {"loss.triplet": "batch"}
-    ),
+    "toim_without_lut": Variant("triplet loss without table rows", {"loss.triplet": "batch"}),
     "res3": Variant("deformable convolutions in res3", {"model.deform_stages": (3,)}),
-    "res3_res4": Variant(
-        "deformable convolutions in res3 and res4", {"model.deform_stages": (3, 4)}
-    ),
+    "res3_res4": Variant("deformable convolutions in res3, res4", {"model.deform_stages": (3, 4)}),
     "plus": Variant("AlignPS+: deformable convolutions in res3, res4 and res5", PLUS),
     "released": Variant("AlignPS with the values of the released code", RELEASED),
     "released_plus": Variant("AlignPS+ with the values of the released code", RELEASED | PLUS),
@@ -125,7 +116,6 @@ VARIANTS: dict[str, Variant] = {
     ),
 }
 
-# The rows of the paper's tables, in their order.
 PAPER = (
     PaperRow("fig4", "baseline", "baseline"),
     PaperRow("fig4", "sa", "SA"),
@@ -215,10 +205,7 @@ def figures_on(dataset: str) -> str:
 
 
 def rows_of(table: str, dataset: str) -> tuple[tuple[str, PaperRow], ...]:
-    """The rows of a table in the paper's order, each with the name of its variant.
-
-    Only rows with metrics on `figures_on(dataset)` count: on PRW that is Table 6.
-    """
+    """The rows of a table with metrics on `figures_on(dataset)`, each after its variant's name."""
     data = figures_on(dataset)
     return tuple((row.variant, row) for row in PAPER if row.table == table and row.dataset == data)
 
@@ -226,14 +213,8 @@ def rows_of(table: str, dataset: str) -> tuple[tuple[str, PaperRow], ...]:
 def apply_variant(
     config: ConfigDict, variant: str, variants: Mapping[str, Variant] = VARIANTS
 ) -> ConfigDict:
-    """Returns `config` with the fields of one entry of `variants` replaced.
-
-    Raises:
-      UserError: there is no such variant.
-    """
+    """`config` with the fields of one entry of `variants` replaced; UserError if there is none."""
     if variant:
         known_name("variant of the configuration", variant, sorted(filter(None, variants)))
-    with config.unlocked():
-        for field, value in variants[variant].changes.items():
-            config.update_from_flattened_dict({field: value})
+    config.update_from_flattened_dict(dict(variants[variant].changes))
     return config
