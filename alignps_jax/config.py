@@ -95,7 +95,6 @@ _LEVELS = _tuple_of(_integer(3, 7), _LEVELS_TEXT, lambda x: x != () and _ascendi
 _MEAN = _tuple_of(_FINITE, "three numbers, in channel order", lambda x: len(x) == 3)
 _STD = _tuple_of(_POSITIVE, "three numbers above 0, in channel order", lambda x: len(x) == 3)
 _BORDERS = _tuple_of(_POSITIVE, "a tuple of ascending numbers of pixels", _ascending)
-_NORM = Rule(float, lambda x: x > 0, "a number above 0; inf clips nothing")
 
 FIELDS: dict[str, tuple[str, Rule]] = {
     "seed": (TRAINING, _FROM_0),
@@ -167,7 +166,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "optimizer.warmup_start": (TRAINING, _SHARE),
     "optimizer.drops": (TRAINING, _tuple_of(_SPAN, f"a tuple of {_SPAN_TEXT}")),
     "optimizer.drop_factor": (TRAINING, _NOT_NEGATIVE),
-    "optimizer.clip_norm": (TRAINING, _NORM),
+    "optimizer.clip_norm": (TRAINING, _POSITIVE),
     "train.batch_size": (TRAINING, _COUNT),
     "train.duration": (RESULT, _LONG),
     "train.accumulate": (FREE, _SIDE),

@@ -119,12 +119,8 @@ def mode(
     """Makes a function the mode of its name.
 
     The first line of its docstring says what it does; the lines after an empty one are examples.
-
-    Args:
-      needs: names of the flags that it cannot do without.
-      takes: names of those that it reads besides.
-      one_of: names of flags of which it takes exactly one.
-      any_of: names of flags of which it needs at least one; those in `one_of` exclude each other.
+    It cannot do without the flags in `needs`, and reads those in `takes` besides; it needs one of
+    those in `one_of`, which exclude each other, and `any_of`.
     """
 
     def add(run: Run) -> Run:

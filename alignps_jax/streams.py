@@ -6,16 +6,13 @@ import os
 import sys
 from typing import Any
 
-# A pipe whose reader has left, a terminal that was closed.
-_UNREAD = (errno.EPIPE, errno.EIO)
-
 
 class _Stream(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _UNREAD:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # the reader or terminal has left
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return len(data)

@@ -59,10 +59,7 @@ class Outputs:
 
 @struct.dataclass
 class Targets:
-    """Targets of N locations of an image; all but `positive` mean something at positive ones only.
-
-    `distances` are left, top, right, bottom in strides, `identity` and `labeled` those of the box.
-    """
+    """Targets of N locations of an image; only positive ones have a box, at `distances` in strides."""
 
     positive: Bool[Array, "*B N"]
     distances: Float[Array, "*B N 4"]
@@ -106,11 +103,7 @@ class OIMMemory:
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes.
-
-    Where `params`, which inference takes, are an average over the steps, the optimizer updates
-    `raw`.
-    """
+    """Everything that training changes; where `params` are an average, the optimizer updates `raw`."""
 
     step: Int[Array, ""]
     params: Any

@@ -203,7 +203,6 @@ def get_config(variant: str = "") -> ConfigDict:
     train.keep_checkpoints = 3
 
     evaluation = config.eval = ConfigDict()
-    # Images per step, over all devices together.
     evaluation.batch_size = 4
     # Detections with a lower score take no part in search and detection metrics.
     evaluation.score_threshold = 0.2
@@ -225,8 +224,8 @@ def get_config(variant: str = "") -> ConfigDict:
     evaluation.context_matching = ()
     # Also evaluate the network as it was before training, for comparison.
     evaluation.untrained_baseline = False
-    # Choose the checkpoint that counts by the first search mAP on the test split: the result is then
-    # too good. If False, the last checkpoint counts, or the best one on the validation split.
+    # Choose the checkpoint that counts by its search mAP on the test split, which is too good then;
+    # if False, the last one counts, or the best one on the validation split.
     evaluation.choose_on_test = False
     # Search protocols to report. () means all that the folder has, in this order: cuhk_sysu has
     # TestG100, TestG50, TestG500, TestG1000, TestG2000, TestG4000, all, occlusion and resolution,
