@@ -59,7 +59,7 @@ class Outputs:
 
 @struct.dataclass
 class Targets:
-    """Targets of N locations of an image; only positive ones have a box, at `distances` in strides."""
+    """Targets of N locations; only positive ones have a box, at `distances` in strides."""
 
     positive: Bool[Array, "*B N"]
     distances: Float[Array, "*B N 4"]
@@ -103,7 +103,7 @@ class OIMMemory:
 
 @struct.dataclass
 class TrainState:
-    """Everything that training changes; where `params` are an average, the optimizer updates `raw`."""
+    """All that training changes; where `params` are an average, the optimizer updates `raw`."""
 
     step: Int[Array, ""]
     params: Any
