@@ -435,20 +435,6 @@ def test_protocols_by_name(root):
         datasets.load_test(data, ("crosscamera",))
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("cuhk", "cuhk_sysu"), ("PRW", "prw"), ("coco", "coco_person_search")]
-)
-def test_unknown_data_set(tmp_path, name, hint):
-    data = fixtures.data_config(name, tmp_path)
-    for action in (
-        lambda: datasets.prepare(data),
-        lambda: datasets.load_test(data, ()),
-    ):
-        message = rf"config\.data\.name: found '{name}', .*; did you mean '{hint}'\?"
-        with pytest.raises(UserError, match=message):
-            action()
-
-
 def test_people_are_evaluated_as_published_not_clipped_to_the_photo(tmp_path):
     people = {"c1s1_000004": [(5, 50, 20, 400, 20)], "c3s1_000005": [(5, 11, 21, 31, 21)]}
     fixtures.write_prw(tmp_path, TRAIN, people, [(5, 50, 20, 400, 20, "c1s1_000004")])
