@@ -87,9 +87,9 @@ def index(args: Arguments) -> None:
     from alignps_jax.gallery.indexing import index_source
     from alignps_jax.gallery.sources import parse_every
 
-    options = {"prune": args.prune, "exact_up_to": args.exact_up_to}
-    places, every = (args.gallery, args.source), parse_every(args.every)
-    index_source(args.checkpoint, _config(args), *places, every=every, **options)
+    places = args.checkpoint, _config(args), args.gallery, args.source
+    options = {"every": parse_every(args.every), "prune": args.prune}
+    index_source(*places, exact_up_to=args.exact_up_to, **options)
 
 
 @mode("gallery", "exact_up_to", one_of="photo person")
@@ -268,10 +268,8 @@ def main(argv: Sequence[str]) -> int:
         from alignps_jax.distributed import barrier
 
         barrier("end")
-    except UserError as error:
-        return _fail(error, error.exit_code)
-    except (OSError, MemoryError, UnicodeEncodeError) as error:  # in the system's own words
-        return _fail(str(error) or "out of memory")
+    except (UserError, OSError, MemoryError, UnicodeEncodeError) as error:  # in their own words
+        return _fail(str(error) or "out of memory", getattr(error, "exit_code", 2))
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else _fail(leaving.code)
     except KeyboardInterrupt:

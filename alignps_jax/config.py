@@ -225,9 +225,8 @@ def check_config(config: ConfigDict) -> None:
 def check_name(name: str) -> None:
     """Raises UserError, with the nearest name, for a field that does not exist."""
     if name not in FIELDS:
-        last = name.rpartition(".")[2]
-        same = [field for field in FIELDS if field.rpartition(".")[2] == last]
-        hint = f"; did you mean {same[0]!r}?" if same else nearest(name, FIELDS)
+        same = [field for field in FIELDS if field.endswith(f".{name.rpartition('.')[2]}")]
+        hint = f"; did you mean {' or '.join(same)}?" if same else nearest(name, FIELDS)
         raise UserError(f"config.{name}: no such field{hint}")
 
 
