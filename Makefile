@@ -109,9 +109,10 @@ parity: $(PARITY_READY)
 	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/weights/convert_test.py
 
 # Our speed beside PyTorch's and what the machine can do: make benchmark [WHAT=search,growth] [RUNS=5].
+# WHAT=starts AGAINST=../before: seconds to the first result, in turns with another checkout.
 RUNS ?= 5
 benchmark: $(PARITY_READY)
-	$(PARITY)/bin/python -m tests.benchmark --runs=$(RUNS) $(if $(WHAT),--what=$(WHAT))
+	$(PARITY)/bin/python -m tests.benchmark --runs=$(RUNS) $(if $(WHAT),--what=$(WHAT)) $(if $(AGAINST),--against=$(AGAINST))
 
 # Inference and the paper's largest training step, compiled for chips that are not here: some ten
 # minutes on two cores. The short form has small images. docs/scaling.md has results.

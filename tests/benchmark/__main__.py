@@ -19,13 +19,13 @@ from alignps_jax.experiments.benchmark.run import run_parts
 from alignps_jax.types import UserError
 from configs import cuhk
 from tests.benchmark import (
-    compile,
     data,
     deform_conv,
     evaluate,
     growth,
     inference,
     search,
+    starts,
     toim,
     train,
 )
@@ -40,7 +40,7 @@ PARTS: dict[str, Callable[[Context], Iterable[Row]]] = {
     "data": data.rows,
     "evaluate": evaluate.rows,
     "search": search.rows,
-    "compile": compile.rows,
+    "starts": starts.rows,
     "growth": growth.rows,
 }
 
@@ -52,9 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="timed runs of every figure")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--workdir", type=Path, default=Path("runs/compare"), help="for results")
+    parser.add_argument(
+        "--against", type=Path, help="another checkout, whose starts are measured in turns"
+    )
     flags = parser.parse_args(argv)
     rate = FloatRate(runs=flags.runs, quick=flags.quick)
-    context = Context(cuhk.get_config(), flags.runs, flags.quick, flags.workdir, find_torch(), rate)
+    context = Context(
+        cuhk.get_config(),
+        flags.runs,
+        flags.quick,
+        flags.workdir,
+        find_torch(),
+        rate,
+        against=flags.against,
+    )
     try:
         report = Report(flags.workdir / "benchmark.json", COLUMNS, Row)
         run_parts(PARTS, flags.what, context, report)

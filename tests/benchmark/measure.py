@@ -89,12 +89,14 @@ class Context(parts.Context):
       torch: PyTorch, if it and torchvision are installed and run on our kind of device.
       rate: what floors are computed from; ask it right after the timing.
       step_seconds: of the training steps so far, by title, for other parts.
+      against: another checkout to compare starts with.
     """
 
     workdir: Path
     torch: ModuleType | None
     rate: FloatRate
     step_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    against: Path | None = None
 
     @property
     def torch_note(self) -> str:
