@@ -36,17 +36,23 @@ def is_main_process() -> bool:
     return global_state.process_id == 0
 
 
-def join(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Joins the run's other processes, at host:port of process 0 or as the cluster's manager says.
 
-    Raises:
-      UserError: there is no cluster, or process 0 cannot listen where it should.
+    Raises UserError if there is no cluster, or process 0 cannot listen where it should.
     """
     joined = threading.Event()
     peers = f"{processes} processes at {coordinator}" if coordinator else "processes of the run"
-    threading.Thread(target=_await_peers, args=(joined, peers), daemon=True).start()
+
+    def remind() -> None:
+        for seconds in range(REMINDER, START + 1, REMINDER):
+            if joined.wait(REMINDER):
+                return
+            print(f"waited {seconds} of {START} s for all {peers}", file=sys.stderr, flush=True)
+        print(f"error: found not all {peers}", file=sys.stderr, flush=True)
+        os._exit(UserError.exit_code)
+
+    threading.Thread(target=remind, daemon=True).start()
     # JAX's preemption service swallows SIGTERM, so only training starts it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -67,16 +73,6 @@ def join(
         joined.set()
 
 
-def _await_peers(joined: threading.Event, peers: str) -> None:
-    """Says every `REMINDER` seconds what `join` waits for; ends the process after `START`."""
-    for seconds in range(REMINDER, START + 1, REMINDER):
-        if joined.wait(REMINDER):
-            return
-        print(f"waited {seconds} of {START} s for all {peers}", file=sys.stderr, flush=True)
-    print(f"error: found fewer processes than expected, all {peers}", file=sys.stderr, flush=True)
-    os._exit(UserError.exit_code)
-
-
 def leave(code: int) -> NoReturn:
     """Ends the process, and after a failure soon all others of the run.
 
@@ -84,8 +80,8 @@ def leave(code: int) -> NoReturn:
     which may wait for others.
     """
     if code and is_multiprocess():
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         jax.distributed.shutdown()  # in vain after `_GOODBYE`: JAX aborts all then
         os._exit(code)
     sys.exit(code)

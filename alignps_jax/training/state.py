@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from alignps_jax.arrays import leaves_by_path
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import AlignPS, init_variables
-from alignps_jax.training.pretrained import Arrays, with_weights
+from alignps_jax.training.pretrained import Arrays
 from alignps_jax.types import TrainState, UserError
 from data_pipeline.pipeline import TrainPipeline
 
@@ -59,11 +60,14 @@ def create_state(
     num_identities: int,
     weights: Arrays | None = None,
 ) -> TrainState:
-    """The state before the first step, decided by `config.seed` and the `weights` to start from."""
+    """The state before the first step: of `config.seed`, with the `weights` to start from."""
     params, frozen = init_variables(model, jax.random.key(config.seed))
-    if weights is not None:
-        leads = jax.process_index() == 0
-        params, frozen = with_weights(params, frozen, weights, config.model.pretrained, say=leads)
+    if weights:
+        tree = {"params": params, "frozen": frozen}
+        flat = leaves_by_path(tree)
+        flat |= {name: jnp.asarray(array, flat[name].dtype) for name, array in weights.items()}
+        tree = jax.tree.unflatten(jax.tree.structure(tree), flat.values())
+        params, frozen = tree["params"], tree["frozen"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -37,7 +37,8 @@ def state_of(config, identities: int):
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
     optimizer = make_optimizer(config.optimizer, schedule, lambda path: False)
     model = build_model(config)
-    return create_state(config, model, optimizer, identities, starting_arrays(config, model))
+    weights = starting_arrays(config, model, say=True)
+    return create_state(config, model, optimizer, identities, weights)
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,14 @@ from alignps_jax.checkpoint.store import Checkpoints, load_arrays
 from alignps_jax.config import FIELD_KINDS
 from alignps_jax.devices import AXIS
 from alignps_jax.log import MetricLog
-from alignps_jax.training.plan import Plan
-from alignps_jax.training.resume import check_changes
-from alignps_jax.training.setup import Run, validate
+from alignps_jax.training.resume import check_changes, restore
+from alignps_jax.training.setup import Plan, Run, validate
 from alignps_jax.training.step import StepMetrics
-from alignps_jax.training.train import Training, measure_untrained
+from alignps_jax.training.train import measure_untrained, train
 from alignps_jax.types import OIMMemory, TrainState, UserError
 from configs import cuhk, tiny
-from tests.data_pipeline.pipeline_test import make_split, mixed_sizes, train
+from tests.data_pipeline.pipeline_test import make_split, mixed_sizes
+from tests.data_pipeline.pipeline_test import train as train_pipeline
 
 PLAN = Plan(total=11, checkpoint_every=3, eval_every=4, log_every=1)
 # mAP by step: the best is neither the first nor the last.
@@ -80,7 +80,7 @@ class Evaluator:
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return train(make_split(mixed_sizes(11, 6)), batch_size=4)
+    return train_pipeline(make_split(mixed_sizes(11, 6)), batch_size=4)
 
 
 def make_run(pipeline, stop: str = "", first_state: Callable[[], TrainState] = initial) -> Run:
@@ -104,8 +104,9 @@ def go(run: Run, workdir: Path) -> None:
         Checkpoints(workdir, keep=2, config=tiny.get_config()) as checkpoints,
         MetricLog(workdir) as log,
     ):
-        training = Training(run, checkpoints, log, workdir)
-        training.run(training.begin())
+        batches = run.pipeline.iterator(run.plan.total)
+        state = restore(run.template, batches, checkpoints) or run.initial()
+        train(run, state, batches, checkpoints, log)
 
 
 def results(workdir: Path) -> tuple[list[dict], dict[int, float | None], int]:
