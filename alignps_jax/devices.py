@@ -38,10 +38,7 @@ def parallel_train_step(step: Step, devices: Devices | None = None) -> Step:
 
 
 def parallel_predict_step(step: PredictStep, devices: Devices | None = None) -> PredictStep:
-    """`step` over this process's devices, or those given.
-
-    Batch and detections have a leading device axis.
-    """
+    """The same for `step` over this process's devices; detections have the leading axis too."""
     used = devices or jax.local_devices()
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), devices=used)
 
@@ -71,8 +68,8 @@ def device_names() -> str:
 def peak_memory() -> dict[str, int]:
     """The most that a local device has held at a time, in bytes; nothing where that is unknown."""
     known = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [stats["peak_bytes_in_use"] for stats in known if "peak_bytes_in_use" in stats]
-    return {"peak_memory": max(peaks)} if peaks else {}
+    peak = max(stats.get("peak_bytes_in_use", 0) for stats in known)
+    return {"peak_memory": peak} if peak else {}
 
 
 def replicate(tree: Any, devices: Devices | None = None) -> Any:
@@ -83,8 +80,8 @@ def replicate(tree: Any, devices: Devices | None = None) -> Any:
 
 def split_over_devices(batch: Batch, devices: int | None = None) -> Batch:
     """Adds the leading axis: of all local devices, or of this many."""
-    devices = devices or jax.local_device_count()
-    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+    count = devices or jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def use_compilation_cache(folder: Path | None = None) -> None:

@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from alignps_jax.distributed import is_main_process
 
-# Progress in a log file.
-_SECONDS_PER_LINE = 30.0
+_SECONDS_PER_LINE = 30.0  # of progress in a log file
 _LINE = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
 
 
@@ -97,7 +96,7 @@ class MetricLog:
 
         def stays(line: LogLine) -> bool:
             repeated = any(name.startswith(again) for name in line.values)
-            return line.step < step or (line.step == step and not repeated)
+            return line.step < step + (not repeated)
 
         if self._writes:
             kept = [line.encode() for line in read_log(self._path) if stays(line)]

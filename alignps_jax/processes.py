@@ -11,8 +11,7 @@ from typing import Any, Self
 
 import psutil
 
-# Two views of one process's start, which the system counts from its own, adjusted start.
-_SAME_START = 2.0
+_SAME_START = 2.0  # seconds: the system counts from its own, adjusted start
 
 
 @dataclasses.dataclass(frozen=True)

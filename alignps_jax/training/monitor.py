@@ -25,16 +25,16 @@ FIRST_STEP = "first step done"
 class Monitor:
     """Shows and logs the training steps, and stops at what is not finite.
 
-    The devices never wait for the host, which dispatches a step while the one before it runs, but
-    at the steps that are logged or saved: there it reads all that was measured since.
+    The host dispatches a step while the one before it runs; only at steps that are logged or saved
+    the devices wait for it: there it reads all that was measured since.
     """
 
     def __init__(
         self, pipeline: TrainPipeline, schedule: Schedule, log: MetricLog, plan: Plan, start: int
     ):
         self._pipeline, self._schedule, self._log, self._plan = pipeline, schedule, log, plan
-        self._traces = False
-        self._first, self._last = map(int, (plan.profile or "0:0").split(":"))
+        first, last = map(int, (plan.profile or "0:0").split(":"))
+        self._traced = range(max(first, start + 1), min(last, plan.total) + 1)
         self._unread: list[tuple[int, StepMetrics]] = []
         self._shapes: set[tuple[int, ...]] = set()
         shown = is_main_process()
@@ -46,9 +46,7 @@ class Monitor:
         self.restart_clock()
 
     def close(self) -> None:
-        """Ends the progress bar, and a trace under way."""
-        if self._traces:
-            jax.profiler.stop_trace()
+        """Ends the progress bar."""
         self._bar.close()
 
     def restart_clock(self) -> None:
@@ -72,9 +70,8 @@ class Monitor:
                 f"compiling the training step for {height}x{width} images "
                 f"({len(self._shapes)} of at most {len(self._pipeline.buckets)} shapes)"
             )
-        if not self._traces and self._first <= step <= self._last:
+        if step in self._traced[:1]:
             jax.profiler.start_trace(self._log.workdir / "profile")
-            self._traces = True
         return batch
 
     def record(self, step: int, metrics: StepMetrics) -> None:
@@ -84,11 +81,10 @@ class Monitor:
         self._unread.append((step, metrics))
         self._steps += 1
         self._bar.update()
-        if self._begun or self._traces or self._plan.logs_at(step):
+        if self._begun or step in self._traced[-1:] or self._plan.logs_at(step):
             self.flush()
-        if self._traces and step >= self._last:
+        if step in self._traced[-1:]:
             jax.profiler.stop_trace()
-            self._traces = False
             self.say(f"profile     {self._log.workdir / 'profile'}")
 
     def flush(self) -> None:
@@ -101,16 +97,15 @@ class Monitor:
         for step, metrics in measured:
             losses = {f"loss/{name}": value for name, value in metrics.terms.items()}
             found = losses | {"grad_norm": metrics.grad_norm}
-            if bad := [name for name, value in found.items() if not np.isfinite(value)]:
+            if bad := ", ".join(name for name, x in found.items() if not np.isfinite(x)):
                 images = self._pipeline.names(self._pipeline.plan(step - 1).indices)
                 raise UserError(
-                    f"step {step}: {', '.join(bad)} not finite, on the images "
-                    f"{', '.join(images)}; training stops, the last checkpoint stays"
+                    f"step {step}: {bad} not finite, on the images {', '.join(images)}; training "
+                    "stops, the last checkpoint stays"
                 )
             if self._begun:
-                seconds = time.perf_counter() - self._begun
+                seconds, self._begun = time.perf_counter() - self._begun, None
                 self.say(f"{FIRST_STEP} after {seconds:.1f} s, compilation included")
-                self._begun = None
             if self._plan.logs_at(step):
                 self._report(step, metrics, losses)
 

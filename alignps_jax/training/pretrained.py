@@ -66,8 +66,7 @@ def _convention(config: ConfigDict, workdir: Path, typed: Collection[str]) -> Co
         raise UserError(
             f"{FIELD}: the names in {config.model.pretrained} do not tell what pixels this "
             "ResNet-50 was trained on: add --config.model.channel_order=RGB (torchvision, timm, "
-            "DINO, MoCo, SwAV) or --config.model.channel_order=BGR (Caffe: MSRA, most of "
-            "detectron2)"
+            "DINO, MoCo, SwAV) or BGR (Caffe: MSRA, most of detectron2)"
         )
     return CONVENTIONS[known]
 

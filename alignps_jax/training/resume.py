@@ -16,10 +16,9 @@ from alignps_jax.types import TrainState, UserError
 
 
 def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
-    """Compares `config` with that of the newest checkpoint in `workdir`, and prints the changes.
+    """Prints how `config` differs from that of the newest checkpoint in `workdir`.
 
-    Raises:
-      UserError: a field changed that decides what training does, and that was not `accepted`.
+    Raises UserError for a change that training feels, unless it was `accepted`.
     """
     if not holds_checkpoint(workdir):
         return

@@ -99,16 +99,14 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     )
     if is_main_process():
         print(*filter(None, (held, pipeline.summary())), sep="\n")
-    per_epoch = pipeline.steps_per_epoch
-    total, save, evaluate = (
-        max(1, steps_of(config.train[name], per_epoch))
-        for name in ("duration", "checkpoint_every", "eval_every")
-    )
+    times, per_epoch = config.train, pipeline.steps_per_epoch
+    durations = times.duration, times.checkpoint_every, times.eval_every
+    total, save, evaluate = (max(1, steps_of(x, per_epoch)) for x in durations)
     schedule, step = make_step(config, model, per_epoch, max_positives(config, pipeline))
     create = partial(create_state, config, model, step.optimizer, rows)
     return Run(
         pipeline=pipeline,
-        plan=Plan(total, save, evaluate, config.train.log_every_steps, config.train.profile),
+        plan=Plan(total, save, evaluate, times.log_every_steps, times.profile),
         schedule=schedule,
         step=step,
         evaluator=evaluator,
@@ -126,5 +124,5 @@ def make_step(
         config.optimizer, steps_per_epoch, config.train.batch_size
     )
     rule = optimizer.make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
-    fields = config.model.precision, config.train.accumulate, config.train.ema_decay
-    return schedule, TrainStep(model, rule, config.loss, positives, *fields)
+    others = config.model.precision, config.train.accumulate, config.train.ema_decay
+    return schedule, TrainStep(model, rule, config.loss, positives, *others)

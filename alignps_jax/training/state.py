@@ -25,8 +25,7 @@ def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
 def positives_per_image(config: ConfigDict, people: int) -> int:
     """Positive locations of an image with room for this many people.
 
-    Center sampling makes at most the locations strictly inside a square with a side of 2
-    `center_radius` strides positive, 3 x 3 with 1.5, on each level.
+    On each level, at most the locations inside a square of 2 `center_radius` strides are positive.
     """
     per_level = math.ceil(2 * config.loss.center_radius) ** 2
     return config.train.max_positives or per_level * len(config.model.levels) * people
@@ -39,11 +38,7 @@ def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
 
 
 def lut_size(config: ConfigDict, found: int) -> int:
-    """Rows of the lookup table: as configured, or one per `found` identity of the training set.
-
-    Raises:
-      UserError: the configured table is too small.
-    """
+    """Rows of the lookup table: as configured, which must do, or one per `found` identity."""
     size = found if config.loss.lut_size is None else config.loss.lut_size
     if size < found:
         raise UserError(
