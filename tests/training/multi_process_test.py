@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,14 @@ import pytest
 
 from tests.cluster import finish, slurm, start
 from tests.places import ROOT
-from tests.training.train_test import command, environment, link_cache, losses
+from tests.training.train_test import (
+    ENDLESS,
+    await_steps,
+    command,
+    environment,
+    link_cache,
+    losses,
+)
 
 SHORT = ("--config.train.duration=3 steps", "--config.train.checkpoint_every=3 steps")
 
@@ -77,11 +83,8 @@ def test_two_processes_from_nothing_give_the_losses_of_one(from_nothing, alone):
 def test_a_signal_saves_in_all(from_nothing, alone, number, to, code):
     workdir = from_nothing.with_name(f"{number.name}-{to}")
     link_cache(from_nothing.parent, workdir)
-    long = ("--config.train.duration=4000 steps", "--config.train.checkpoint_every=9999 steps")
-    processes = start(from_nothing.parent, workdir, *long)
-    while not (workdir / "log.jsonl").exists() or len(losses(workdir)) < 3:
-        assert all(process.poll() is None for process in processes), finish(processes)
-        time.sleep(0.1)
+    processes = start(from_nothing.parent, workdir, *ENDLESS)
+    await_steps(workdir, processes)
     for process in processes if to == "all" else processes[1:]:
         process.send_signal(number)
     outputs = finish(processes, code=code)
