@@ -89,14 +89,9 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         split = held.validation.photos(photos)
         selector = make_evaluator(config, split, scorer, predict=evaluator.predict)
         photos = held.train.photos(photos)
-    pipeline = make_train_pipeline(
-        photos,
-        config.data,
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
+    pipeline = make_train_pipeline(photos, config.data, **sizes, **process)
     if is_main_process():
         print(*filter(None, (held, pipeline.summary())), sep="\n")
     times, per_epoch = config.train, pipeline.steps_per_epoch
