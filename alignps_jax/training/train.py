@@ -67,7 +67,6 @@ def train_and_evaluate(
             state = restore(run.template, batches, checkpoints) or run.initial()
             write_run_info(workdir, config)
             last = train(run, state, batches, checkpoints, log)
-            checkpoints.wait()
         trained = reported(last, run, config, workdir)
         untrained = measure_untrained(run) if config.eval.untrained_baseline else None
         run.evaluator.write(trained, untrained, workdir)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 
+from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.store import Checkpoints, load_config
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -50,10 +50,7 @@ def trained(tmp_path_factory):
 
 
 def flat(state):
-    return {
-        name: np.asarray(leaf)
-        for name, leaf in traverse_util.flatten_dict(jax.device_get(state.params), sep="/").items()
-    }
+    return leaves_by_path(jax.device_get(state.params))
 
 
 def fields(config) -> dict:

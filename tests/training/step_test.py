@@ -86,8 +86,7 @@ def test_images_without_people_give_only_a_classification_loss_and_finite_update
     assert metrics.positives == 0
     for name in ("box", "centerness", "oim", "triplet"):
         assert metrics.terms[name] == 0
-    for leaf in jax.tree.leaves(after.params):
-        assert np.isfinite(leaf).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
     np.testing.assert_array_equal(after.memory.lut, case.state.memory.lut)
     np.testing.assert_array_equal(after.memory.queue, case.state.memory.queue)
 

