@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,12 +18,12 @@ from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from alignps_jax.types import AnyArray, Batch, Detections, TrainState
+from alignps_jax.types import Batch, Detections, TrainState
 
 AXIS = "device"
-_NAME = "alignps_jax"  # of the folder in the user's cache
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Any]]
+PredictStep = Callable[[Any, Any, Batch], Detections]
 Devices = Sequence[jax.Device]
 
 
@@ -34,23 +33,12 @@ def parallel_train_step(step: Step, devices: Devices | None = None) -> Step:
     The batch has a leading axis of local devices. The state goes in and out as ordinary replicated
     arrays (`replicate` makes them so first) and its buffers are reused.
     """
-    return jax.pmap(
-        step,
-        axis_name=AXIS,
-        in_axes=(None, 0),
-        out_axes=(None, None),
-        devices=devices,
-        donate_argnums=0,
-    )
+    axes: dict[str, Any] = {"in_axes": (None, 0), "out_axes": (None, None)}
+    return jax.pmap(step, axis_name=AXIS, devices=devices, donate_argnums=0, **axes)
 
 
-def parallel_predict_step(
-    step: Callable[[Any, Any, Batch], Detections], devices: Devices | None = None
-) -> Callable[[Any, Any, Batch], Detections]:
-    """`step` over this process's devices, or those given.
-
-    Batch and detections have a leading device axis.
-    """
+def parallel_predict_step(step: PredictStep, devices: Devices | None = None) -> PredictStep:
+    """The same for `step` over this process's devices; detections have the leading axis too."""
     used = devices or jax.local_devices()
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), devices=used)
 
@@ -61,24 +49,14 @@ def sum_over_devices(devices: Devices) -> Callable[[Any], Any]:
 
 
 def gather_rows(rows: Any) -> Any:
-    """The rows of all processes, those of process 0 first, in each of them.
-
-    Args:
-      rows: arrays [N, ...] of one N, which may differ from process to process.
-    """
+    """Arrays [N, ...] of all processes, in each of them; N may differ between the processes."""
     if jax.process_count() == 1:
         return rows
-    count = len(jax.tree.leaves(rows)[0])
-    counts = multihost_utils.process_allgather(np.int32(count))
-
-    def padded(array: AnyArray) -> np.ndarray:
-        return np.pad(array, [(0, int(counts.max()) - count)] + [(0, 0)] * (array.ndim - 1))
-
-    gathered = multihost_utils.process_allgather(jax.tree.map(padded, rows))
-    return jax.tree.map(
-        lambda parts: np.concatenate([part[:n] for part, n in zip(parts, counts, strict=True)]),
-        gathered,
-    )
+    counts = multihost_utils.process_allgather(np.int32(len(jax.tree.leaves(rows)[0])))
+    most = counts.max()
+    padded = jax.tree.map(lambda x: np.resize(x, (most, *x.shape[1:])), rows)
+    gathered = multihost_utils.process_allgather(padded)
+    return jax.tree.map(lambda x: x[np.arange(most) < counts[:, None]], gathered)
 
 
 def device_names() -> str:
@@ -90,8 +68,8 @@ def device_names() -> str:
 def peak_memory() -> dict[str, int]:
     """The most that a local device has held at a time, in bytes; nothing where that is unknown."""
     known = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [stats["peak_bytes_in_use"] for stats in known if "peak_bytes_in_use" in stats]
-    return {"peak_memory": max(peaks)} if peaks else {}
+    peak = max(stats.get("peak_bytes_in_use", 0) for stats in known)
+    return {"peak_memory": peak} if peak else {}
 
 
 def replicate(tree: Any, devices: Devices | None = None) -> Any:
@@ -102,8 +80,8 @@ def replicate(tree: Any, devices: Devices | None = None) -> Any:
 
 def split_over_devices(batch: Batch, devices: int | None = None) -> Batch:
     """Adds the leading axis: of all local devices, or of this many."""
-    devices = devices or jax.local_device_count()
-    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+    count = devices or jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def use_compilation_cache(folder: Path | None = None) -> None:
@@ -112,26 +90,19 @@ def use_compilation_cache(folder: Path | None = None) -> None:
     `JAX_COMPILATION_CACHE_DIR` wins if it is set. Where the folder cannot be used, a note says so.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    used: Path | None = Path(named) if named else folder
+    given = Path(named) if named else folder
+    used: Path | None = None
     try:
-        used = _usable(used or platformdirs.user_cache_path(_NAME), private=used is None)
+        found = (given or platformdirs.user_cache_path("alignps_jax")).absolute()
+        found.mkdir(mode=0o777 if given else 0o700, parents=True, exist_ok=True)
+        about = found.stat()
+        if not given and (about.st_uid != os.getuid() or about.st_mode & 0o022):
+            raise PermissionError(f"others can write there: '{found}'")  # programs are native code
+        tempfile.TemporaryFile(dir=found).close()
+        used = found
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         print(f"note: compiled programs are not kept ({error})")
-        used = None
     reset_cache()  # JAX opens a folder only once
     jax.config.update("jax_compilation_cache_dir", str(used) if used else None)
     # Small ones too: a start compiles hundreds of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def _usable(folder: Path, private: bool) -> Path:
-    """Makes the folder; OSError if it cannot be written, or is `private` and others can write."""
-    folder = folder.absolute()
-    folder.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
-    about = folder.stat()
-    foreign = about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if private and foreign:  # programs are native code
-        raise PermissionError(errno.EPERM, "others can write there", str(folder))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "not writable", str(folder))
-    return folder

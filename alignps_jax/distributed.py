@@ -14,15 +14,14 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
-from jax._src.distributed import global_state  # the client has no public name
+from jax._src import distributed as _distributed
 
 from alignps_jax.types import UserError
 
-# Seconds in which the processes have to find one another, and between two lines about it.
-START, REMINDER = 300, 15
-# Seconds that a process which failed waits for its peers.
-_GOODBYE = 60
+START, REMINDER = 300, 15  # seconds to find one another, and between two lines about it
+_GOODBYE = 60  # seconds that a process which failed waits for its peers
 _DAY_MS = 24 * 60 * 60 * 1000
+global_state: Any = _distributed.global_state  # the client has no public name
 _calls = itertools.count()
 
 
@@ -36,17 +35,23 @@ def is_main_process() -> bool:
     return global_state.process_id == 0
 
 
-def join(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
     """Joins the run's other processes, at host:port of process 0 or as the cluster's manager says.
 
-    Raises:
-      UserError: there is no cluster, or process 0 cannot listen where it should.
+    Raises UserError if there is no cluster, or process 0 cannot listen where it should.
     """
     joined = threading.Event()
     peers = f"{processes} processes at {coordinator}" if coordinator else "processes of the run"
-    threading.Thread(target=_await_peers, args=(joined, peers), daemon=True).start()
+
+    def remind() -> None:
+        for seconds in range(REMINDER, START + 1, REMINDER):
+            if joined.wait(REMINDER):
+                return
+            print(f"waited {seconds} of {START} s for all {peers}", file=sys.stderr, flush=True)
+        print(f"error: found not all {peers}", file=sys.stderr, flush=True)
+        os._exit(UserError.exit_code)
+
+    threading.Thread(target=remind, daemon=True).start()
     # JAX's preemption service swallows SIGTERM, so only training starts it.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -67,25 +72,14 @@ def join(
         joined.set()
 
 
-def _await_peers(joined: threading.Event, peers: str) -> None:
-    """Says every `REMINDER` seconds what `join` waits for; ends the process after `START`."""
-    for seconds in range(REMINDER, START + 1, REMINDER):
-        if joined.wait(REMINDER):
-            return
-        print(f"waited {seconds} of {START} s for all {peers}", file=sys.stderr, flush=True)
-    print(f"error: found fewer processes than expected, all {peers}", file=sys.stderr, flush=True)
-    os._exit(UserError.exit_code)
-
-
 def leave(code: int) -> NoReturn:
     """Ends the process, and after a failure soon all others of the run.
 
-    A process of several that failed waits for those that fail alike, but not for its own threads,
-    which may wait for others.
+    It waits for those that fail alike, but not for its own threads, which may wait for others.
     """
     if code and is_multiprocess():
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         jax.distributed.shutdown()  # in vain after `_GOODBYE`: JAX aborts all then
         os._exit(code)
     sys.exit(code)
@@ -94,18 +88,17 @@ def leave(code: int) -> NoReturn:
 def barrier(name: str) -> None:
     """Waits until all processes have come here."""
     if is_multiprocess():
-        client: Any = global_state.client
-        client.wait_at_barrier(f"{name}/{next(_calls)}", _DAY_MS)
+        global_state.client.wait_at_barrier(f"{name}/{next(_calls)}", _DAY_MS)
 
 
 def gather(value: Any) -> list[Any]:
     """What each process passes (JSON), in all of them."""
     if not is_multiprocess():
         return [value]
-    client: Any = global_state.client
-    key, count = f"{next(_calls)}", global_state.num_processes
-    client.key_value_set(f"{key}/{global_state.process_id}", json.dumps(value))
-    return [json.loads(client.blocking_key_value_get(f"{key}/{i}", _DAY_MS)) for i in range(count)]
+    client, call = global_state.client, next(_calls)
+    client.key_value_set(f"{call}/{global_state.process_id}", json.dumps(value))
+    keys = [f"{call}/{process}" for process in range(global_state.num_processes)]
+    return [json.loads(client.blocking_key_value_get(key, _DAY_MS)) for key in keys]
 
 
 def broadcast_from_main(value: Any) -> Any:

@@ -11,8 +11,7 @@ from typing import Any, Self
 
 import psutil
 
-# Two views of one process's start, which the system counts from its own, adjusted start.
-_SAME_START = 2.0
+_SAME_START = 2.0  # seconds: the system counts from its own, adjusted start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Process:
     host: str
     pid: int
     started: float
-    machine: str
+    machine: str  # the running system and its numbering of processes
 
     def __str__(self) -> str:
         start = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
@@ -31,24 +30,25 @@ class Process:
     @classmethod
     def this(cls) -> Self:
         """The present one."""
-        started = psutil.Process().create_time()
-        return cls(socket.gethostname(), os.getpid(), started, this_machine())
+        machine = host = socket.gethostname()
+        if (boot := Path("/proc/sys/kernel/random/boot_id")).exists():
+            machine = f"{host} {boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        return cls(host, os.getpid(), psutil.Process().create_time(), machine)
 
     @classmethod
     def parse(cls, content: Any) -> Process | None:
         """From `dataclasses.asdict`, by way of a file; None from anything else."""
         try:
-            process = cls(**content)
+            found = cls(**content)
         except TypeError:
             return None
-        kinds = tuple(map(type, dataclasses.astuple(process)))
-        sound = kinds == (str, int, float, str) and 0 < process.pid < 2**31
-        sound = sound and 0 <= process.started < 2**40 and process.host.isprintable()
-        return process if sound and len(process.host) <= 255 else None
+        sound = tuple(map(type, dataclasses.astuple(found))) == (str, int, float, str)
+        sound = sound and 0 < found.pid < 2**31 and 0 <= found.started < 2**40
+        return found if sound and found.host.isprintable() else None
 
     def is_running(self) -> bool | None:
         """Whether it is there, and no other took its number; None: it is of another machine."""
-        if self.machine != this_machine():
+        if self.machine != Process.this().machine:
             return None
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) < _SAME_START
@@ -56,12 +56,3 @@ class Process:
             return False
         except psutil.Error:
             return None
-
-
-def this_machine() -> str:
-    """The running system and its numbering of processes."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -46,39 +45,27 @@ def curves_figure(lines: Sequence[LogLine]) -> Figure:
         "detection (%)": {f"eval/detection/{metric}": metric for metric in DETECTION_METRICS},
         "images per second": {"images_per_second": ""},
     }
-    last = max((step for curve in curves.values() for step in curve), default=0)
     figure = Figure(figsize=(16, 9), dpi=100, layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
-    for panel, (title, labels) in zip(axes, panels.items(), strict=True):
+    last = max((line.step for line in lines), default=0)
+    for axes, (title, labels) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+        percent = title.endswith("(%)")
         for number, (name, label) in enumerate(labels.items()):
-            _plot(panel, curves.get(name, {}), label, f"C{number}", percent="%" in title)
-        _finish(panel, title, last)
+            curve = {step: x for step, x in sorted(curves[name].items()) if np.isfinite(x)}
+            steps, values = list(curve), (100 if percent else 1) * np.array([*curve.values()])
+            look = {"color": f"C{number}"}
+            if len(steps) > 50:
+                axes.plot(steps, values, alpha=0.25, linewidth=0.8, **look)
+                ones = np.ones(1 + len(steps) // 50)
+                # At the ends, the mean over the values that there are.
+                counts = np.convolve(np.ones(len(steps)), ones, "same")
+                values = np.convolve(values, ones, "same") / counts
+            # Few points are marked, since one alone has no line.
+            marker = "o" if len(steps) <= 30 else ""
+            axes.plot(steps, values, marker=marker, label=label, **look)
+        axes.set(title=title, xlabel="step", xlim=(0, 1.02 * max(last, 1)))
+        axes.set_ylim(0, 102 if percent else None)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        if len(labels) > 1:
+            axes.legend()
     return figure
-
-
-def _plot(axes: Axes, curve: Mapping[int, float], label: str, color: str, percent: bool) -> None:
-    """Adds the finite values of a curve; few points are marked, since one alone has no line."""
-    steps = [step for step in sorted(curve) if np.isfinite(curve[step])]
-    values = np.array([curve[step] for step in steps]) * (100 if percent else 1)
-    if len(values) > 50:
-        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        ones = np.ones(1 + len(values) // 50)
-        # At the ends, the mean over the values that there are.
-        counts = np.convolve(np.ones(len(values)), ones, "same")
-        values = np.convolve(values, ones, "same") / counts
-    if steps:
-        axes.plot(steps, values, marker="o" if len(steps) <= 30 else "", color=color, label=label)
-
-
-def _finish(axes: Axes, title: str, last_step: int) -> None:
-    """Title, axes that start at zero and reach as far as the training, legend."""
-    axes.set(title=title, xlabel="step")
-    axes.grid(alpha=0.3)
-    if not axes.lines:
-        axes.text(0.5, 0.5, "no measurements", ha="center", transform=axes.transAxes)
-        return
-    axes.set_xlim(0, 1.02 * max(last_step, 1))
-    axes.set_ylim(0, 102 if title.endswith("(%)") else None)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    if any(axes.get_legend_handles_labels()[1]):
-        axes.legend()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import optax
@@ -16,17 +15,15 @@ from alignps_jax.config import steps_of
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
-def batch_factor(config: ConfigDict) -> float:
-    """Factor on the learning rate: 1, or linear in the batch (Goyal et al., 2017)."""
-    meant_for = config.optimizer.scale_with_batch
-    return config.train.batch_size / meant_for if meant_for else 1.0
-
-
 def learning_rate_schedule(
-    optimizer: ConfigDict, steps_per_epoch: int, factor: float = 1.0
+    optimizer: ConfigDict, steps_per_epoch: int, batch_size: int = 1
 ) -> Schedule:
-    """`factor` times the rate at a step: linear warm-up, `drop_factor` after each of `drops`."""
+    """The rate at a step: linear warm-up, `drop_factor` after each of `drops`.
+
+    With `scale_with_batch`, linear in the batch (Goyal et al., 2017).
+    """
     drops = [steps_of(drop, steps_per_epoch) for drop in optimizer.drops]
+    factor = batch_size / optimizer.scale_with_batch if optimizer.scale_with_batch else 1.0
     rate = optax.piecewise_constant_schedule(
         factor * optimizer.learning_rate, dict.fromkeys(drops, optimizer.drop_factor)
     )
@@ -52,17 +49,13 @@ def parameter_labels(params: Any, is_frozen: Callable[[tuple[str, ...]], bool]) 
     return traverse_util.unflatten_dict({path: label(path) for path in flat})
 
 
-def _sgd(momentum: float, decay: optax.GradientTransformation) -> optax.GradientTransformation:
-    """PyTorch's SGD: weight decay enters the momentum."""
-    return optax.chain(decay, optax.trace(momentum))
-
-
-def _adamw(momentum: float, decay: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Adam with decoupled weight decay (Loshchilov and Hutter)."""
-    return optax.chain(optax.scale_by_adam(b1=momentum), decay)
-
-
-RULES = {"sgd": _sgd, "adamw": _adamw}
+# Of momentum and decay of the weights.
+RULES = {
+    # PyTorch's SGD: weight decay enters the momentum.
+    "sgd": lambda momentum, decay: optax.chain(decay, optax.trace(momentum)),
+    # Adam with decoupled weight decay (Loshchilov and Hutter).
+    "adamw": lambda momentum, decay: optax.chain(optax.scale_by_adam(b1=momentum), decay),
+}
 
 
 def make_optimizer(
@@ -72,11 +65,11 @@ def make_optimizer(
 
     Frozen parameters get no update and, having no gradient, no share in the norm.
     """
-    rule = partial(RULES[optimizer.name], optimizer.momentum)
+    rule = RULES[optimizer.name]
 
     def group(rate_factor: float, weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(
-            rule(optax.add_decayed_weights(weight_decay)),
+            rule(optimizer.momentum, optax.add_decayed_weights(weight_decay)),
             optax.scale_by_learning_rate(lambda step: rate_factor * schedule(step)),
         )
 

@@ -11,8 +11,6 @@ from jax.experimental import multihost_utils
 
 from alignps_jax.distributed import gather, is_multiprocess
 
-_NOTICE = b"stopping after this step; Ctrl-C again exits at once\n"
-
 
 class Preemption:
     """Notes a request, so that training saves before it stops; a context manager.
@@ -22,8 +20,7 @@ class Preemption:
     """
 
     def __enter__(self) -> Self:
-        self._signal = 0
-        numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+        self._signal, numbers = 0, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
         if is_multiprocess():
             numbers.remove(signal.SIGTERM)
             jax.config.update("jax_enable_preemption_service", True)
@@ -50,12 +47,12 @@ class Preemption:
         if is_multiprocess():
             os.kill(os.getpid(), signal.SIGTERM)
         with contextlib.suppress(OSError):  # nobody reads the standard error
-            os.write(2, _NOTICE)
+            os.write(2, b"stopping after this step; Ctrl-C again exits at once\n")
 
     def exit_code(self, step: int) -> int | None:
         """The code to exit with after this step, None to go on; all processes ask at each step."""
-        if is_multiprocess() and multihost_utils.reached_preemption_sync_point(step):
+        if is_multiprocess():
+            if not multihost_utils.reached_preemption_sync_point(step):
+                return None
             self._signal = max(gather(self._signal)) or signal.SIGTERM
-        elif is_multiprocess():
-            return None
         return 128 + self._signal if self._signal else None

@@ -6,27 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grain
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import Checkpoints, load_config
-from alignps_jax.config import FIELD_KINDS, NETWORK, TRAINING
+from alignps_jax.config import FIELD_KINDS, NETWORK, TRAINING, flat_fields
+from alignps_jax.distributed import is_main_process
 from alignps_jax.types import TrainState, UserError
 
 
 def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
-    """Compares `config` with that of the newest checkpoint in `workdir`, and prints the changes.
+    """Prints how `config` differs from that of the newest checkpoint in `workdir`.
 
-    Raises:
-      UserError: a field changed that decides what training does, and that was not `accepted`.
+    Raises UserError for a change that training feels, unless it was `accepted`.
     """
     if not holds_checkpoint(workdir):
         return
-    before, now = (
-        traverse_util.flatten_dict(fields.to_dict(), sep=".")
-        for fields in (load_config(workdir, "latest"), config)
-    )
+    before, now = (dict(flat_fields(x)) for x in (load_config(workdir, "latest"), config))
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     decisive = [n for n in changed if FIELD_KINDS.get(n, TRAINING) in (NETWORK, TRAINING)]
     if decisive and not accepted:
@@ -50,4 +46,6 @@ def restore(
     state, iterator_state = checkpoints.restore(template())
     if iterator_state is not None:  # converted weights have seen no data
         batches.set_state(iterator_state)
+    if is_main_process():
+        print(f"resuming from step {int(state.step)}", flush=True)
     return state

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from alignps_jax.arrays import leaves_by_path
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import AlignPS, init_variables
-from alignps_jax.training.pretrained import Arrays, with_weights
+from alignps_jax.training.pretrained import Arrays
 from alignps_jax.types import TrainState, UserError
 from data_pipeline.pipeline import TrainPipeline
 
@@ -24,8 +25,7 @@ def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
 def positives_per_image(config: ConfigDict, people: int) -> int:
     """Positive locations of an image with room for this many people.
 
-    Center sampling makes at most the locations strictly inside a square with a side of 2
-    `center_radius` strides positive, 3 x 3 with 1.5, on each level.
+    On each level, at most the locations inside a square of 2 `center_radius` strides are positive.
     """
     per_level = math.ceil(2 * config.loss.center_radius) ** 2
     return config.train.max_positives or per_level * len(config.model.levels) * people
@@ -38,11 +38,7 @@ def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
 
 
 def lut_size(config: ConfigDict, found: int) -> int:
-    """Rows of the lookup table: as configured, or one per `found` identity of the training set.
-
-    Raises:
-      UserError: the configured table is too small.
-    """
+    """Rows of the lookup table: as configured, which must do, or one per `found` identity."""
     size = found if config.loss.lut_size is None else config.loss.lut_size
     if size < found:
         raise UserError(
@@ -59,11 +55,14 @@ def create_state(
     num_identities: int,
     weights: Arrays | None = None,
 ) -> TrainState:
-    """The state before the first step, decided by `config.seed` and the `weights` to start from."""
+    """The state before the first step: of `config.seed`, with the `weights` to start from."""
     params, frozen = init_variables(model, jax.random.key(config.seed))
-    if weights is not None:
-        leads = jax.process_index() == 0
-        params, frozen = with_weights(params, frozen, weights, config.model.pretrained, say=leads)
+    if weights:
+        tree = {"params": params, "frozen": frozen}
+        flat = leaves_by_path(tree)
+        flat |= {name: jnp.asarray(array, flat[name].dtype) for name, array in weights.items()}
+        tree = jax.tree.unflatten(jax.tree.structure(tree), flat.values())
+        params, frozen = tree["params"], tree["frozen"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import closing
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -57,129 +59,79 @@ def train_and_evaluate(
     with one_writer(workdir):
         devices.use_compilation_cache(workdir / "xla_cache")
         run = make_run(config, model)
+        batches = run.pipeline.iterator(run.plan.total)
         with (
             Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
             MetricLog(workdir) as log,
         ):
-            training = Training(run, checkpoints, log, workdir, config.train.profile)
-            state = training.begin()
+            state = restore(run.template, batches, checkpoints) or run.initial()
             write_run_info(workdir, config)
-            measured = training.run(state)
-            trained = reported(measured, checkpoints, run, config, workdir)
+            last = train(run, state, batches, checkpoints, log)
+        trained = reported(last, run, config, workdir)
         untrained = measure_untrained(run) if config.eval.untrained_baseline else None
         run.evaluator.write(trained, untrained, workdir)
         if is_main_process():
-            curves = workdir / CURVES
-            training_curves(workdir / "log.jsonl", curves)
-            print(f"curves      {curves}")
+            training_curves(workdir / "log.jsonl", workdir / CURVES)
+            print(f"curves      {workdir / CURVES}")
 
 
-class Training:
-    """The loop over the training steps, with all that accompanies it."""
-
-    def __init__(
-        self,
-        run: Run,
-        checkpoints: Checkpoints,
-        log: MetricLog,
-        workdir: Path,
-        profile: str | None = None,
-    ):
-        self._run, self._checkpoints, self._log = run, checkpoints, log
-        self._workdir, self._profile = workdir, profile
-        self._batches = run.pipeline.iterator(run.plan.total)
-        self._step = devices.parallel_train_step(run.step)
-
-    def begin(self) -> TrainState:
-        """The state to start from, with batches and log brought to its step."""
-        state = restore(self._run.template, self._batches, self._checkpoints)
-        if state is None:
-            self._log.truncate_after(-1)
-            return _on_devices(self._run.initial())
-        step = int(state.step)
-        self._log.truncate_after(step, again="eval/" if self._lacks_score(step) else "")
-        if is_main_process():
-            print(f"resuming from step {step} in {self._workdir}", flush=True)
-        return _on_devices(state)
-
-    def run(self, state: TrainState) -> Measured:
-        """Trains from `state` to the last step, and evaluates where it is due.
-
-        An evaluation that was due at `state`, but did not come to its score, is made up for.
-        """
-        plan, step = self._run.plan, int(state.step)
-        with Monitor(
-            self._run.pipeline,
-            self._run.schedule,
-            self._log,
-            start=step,
-            total=plan.total,
-            log_every=plan.log_every,
-            profile=self._profile,
-            folder=self._workdir / "profile",
-        ) as monitor:
-            while step < plan.total:
-                if self._lacks_score(step):
-                    self.evaluate(state)
-                    monitor.restart_clock()
-                state = self._train(state, monitor)
-                step = int(state.step)
-        return self.evaluate(state)
-
-    def _train(self, state: TrainState, monitor: Monitor) -> TrainState:
-        """Trains up to the next evaluation; all is saved then."""
-        plan, checkpoints = self._run.plan, self._checkpoints
-        with Preemption() as preemption:
-            for step in range(int(state.step) + 1, plan.total + 1):
-                batch = monitor.next_batch(self._batches, step)
-                state, metrics = self._step(state, devices.split_over_devices(batch))
-                monitor.record(step, metrics)
-                exit_code = preemption.exit_code(step)
-                if exit_code or plan.saves_at(step):
-                    # A state is saved only once its loss is known to be finite.
-                    monitor.flush()
-                    self._log.sync()
-                    checkpoints.save(state, self._batches.get_state())
-                if exit_code:
-                    checkpoints.wait()
-                    barrier("saved")
-                    monitor.say(f"step {step} is saved; the same command resumes from it")
-                    raise SystemExit(exit_code)
-                if plan.evaluates_at(step):
-                    break
-            checkpoints.wait()
-        return state
-
-    def evaluate(self, state: TrainState) -> Measured:
-        """Evaluates a state that is saved, and adds its score to the checkpoint.
-
-        On the validation split, where there is one, else on the test split.
-        """
-        measured = self._run.selector.measure(state.params, state.frozen, int(state.step))
-        self._run.selector.log(measured, self._log)
-        self._log.sync()
-        self._checkpoints.save(state, self._batches.get_state(), score=score_of(measured.result))
-        return measured
-
-    def _lacks_score(self, step: int) -> bool:
-        """Whether an evaluation is due at a step that was saved; the last one is in any case."""
-        due = self._run.plan.evaluates_at(step)
-        return step >= self._run.plan.total or (due and not self._checkpoints.has_score(step))
-
-
-def _on_devices(state: TrainState) -> TrainState:
-    """A copy whose buffers the training step may take."""
-    return devices.replicate(jax.tree.map(jnp.copy, state))
-
-
-def reported(
-    last: Measured, checkpoints: Checkpoints, run: Run, config: ConfigDict, workdir: Path
+def train(
+    run: Run,
+    state: TrainState,
+    batches: grain.DatasetIterator,
+    checkpoints: Checkpoints,
+    log: MetricLog,
 ) -> Measured:
-    """The evaluation on the test split of the step that `chosen_step` says.
+    """Trains from `state` to the last step, and evaluates where it is due.
+
+    An evaluation that was due at `state`, but did not come to its score, is made up for.
+    """
+    plan, start = run.plan, int(state.step)
+    due = plan.evaluates_at(start) and not checkpoints.has_score(start)
+    log.truncate_after(start, again="eval/" if due or start >= plan.total else ())
+    train_step = devices.parallel_train_step(run.step)
+    # A copy, whose buffers the step may take.
+    state = devices.replicate(jax.tree.map(jnp.copy, state))
+    with closing(Monitor(run.pipeline, run.schedule, log, plan, start)) as monitor:
+        while start < plan.total:
+            if due:
+                evaluate(run, state, checkpoints, log)
+                monitor.restart_clock()
+            with Preemption() as preemption:
+                for step in range(start + 1, plan.total + 1):
+                    batch = monitor.next_batch(batches, step)
+                    state, metrics = train_step(state, devices.split_over_devices(batch))
+                    monitor.record(step, metrics)
+                    exit_code = preemption.exit_code(step)
+                    if exit_code or plan.saves_at(step):
+                        # A state is saved only once its loss is known to be finite.
+                        monitor.flush()
+                        checkpoints.save(state, batches.get_state())
+                    if exit_code:
+                        checkpoints.wait()
+                        barrier("saved")
+                        monitor.say(f"step {step} is saved; the same command resumes from it")
+                        raise SystemExit(exit_code)
+                    if plan.evaluates_at(step):
+                        break
+                checkpoints.wait()
+            start, due = step, True
+    return evaluate(run, state, checkpoints, log)
+
+
+def evaluate(run: Run, state: TrainState, checkpoints: Checkpoints, log: MetricLog) -> Measured:
+    """Evaluates a state that is saved, on `run.selector`'s split, and adds its score there."""
+    measured = run.selector.measure(state.params, state.frozen, int(state.step))
+    run.selector.log(measured, log)
+    checkpoints.save(state, None, score=score_of(measured.result))
+    return measured
+
+
+def reported(last: Measured, run: Run, config: ConfigDict, workdir: Path) -> Measured:
+    """The evaluation on the test split of the step that counts (`agreed_step`).
 
     `last` is the evaluation of the last step during training.
     """
-    checkpoints.wait()
     folder, by = agreed_step(workdir, config)
     step = int(folder.name)
     if step == last.result.step and run.selector is run.evaluator:
@@ -191,11 +143,10 @@ def reported(
 
 
 def measure_untrained(run: Run) -> Measured | None:
-    """The evaluation of the network as it was before training; None if that cannot be had."""
+    """The evaluation of the network before training; None where its weights are gone by now."""
     try:
         initial = run.initial()
     except UserError as error:
-        # A resumed run does without the weights that it started from.
         print(f"note: no evaluation of the network before training ({error})")
         return None
     return run.evaluator.measure(initial.params, initial.frozen, 0)

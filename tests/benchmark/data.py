@@ -23,6 +23,7 @@ from alignps_jax.log import MetricLog, read_log
 from alignps_jax.nn.model import build_model
 from alignps_jax.training.monitor import Monitor
 from alignps_jax.training.optimizer import Schedule, learning_rate_schedule, make_optimizer
+from alignps_jax.training.setup import Plan
 from alignps_jax.training.state import create_state, is_frozen, max_positives
 from alignps_jax.training.step import StepMetrics, TrainStep
 from alignps_jax.types import Batch
@@ -190,14 +191,15 @@ def fed_steps(
     """
     settled = 3
     total = settled + steps
+    plan = Plan(total, checkpoint_every=total, eval_every=total, log_every=total)
     batches = pipeline.iterator(total)
     with tempfile.TemporaryDirectory() as folder:
         with (
             MetricLog(Path(folder)) as log,
-            Monitor(pipeline, schedule, log, start=0, total=total, log_every=total) as monitor,
+            contextlib.closing(Monitor(pipeline, schedule, log, plan, start=0)) as monitor,
         ):
             for step in range(1, total + 1):
-                batch = monitor.next_batch(batches)
+                batch = monitor.next_batch(batches, step)
                 state, metrics = step_fn(state, split_over_devices(batch))
                 monitor.record(step, metrics)
                 if step == settled:

@@ -1,5 +1,6 @@
 """What the training loop says, and when it reads what the devices compute."""
 
+import contextlib
 import time
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from alignps_jax import log as log_module
 from alignps_jax.log import MetricLog, read_log
 from alignps_jax.training.monitor import FIRST_STEP, Monitor
+from alignps_jax.training.setup import Plan
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import UserError
 from tests.data_pipeline.pipeline_test import make_split, mixed_sizes, train
@@ -28,31 +30,28 @@ class Measured(float):
         return np.array(float(self), dtype)
 
 
-def metrics(step, events):
-    one = np.ones(())
-    return StepMetrics(
-        terms={"cls": Measured(1.0, step, events)},
-        positives=one,
-        dropped_positives=one,
-        grad_norm=one,
-        update_norm=one,
-        param_norm=one,
-    )
+def metrics(loss, others=1.0) -> StepMetrics:
+    return StepMetrics({"cls": loss}, *[np.float32(others)] * 5)
+
+
+@contextlib.contextmanager
+def monitored(folder, *, total, log_every, start=0, profile=None):
+    """A monitor, the batches of its pipeline, and the images of a batch."""
+    pipeline, plan = train(make_split(mixed_sizes(11, 6))), Plan(total, 99, 99, log_every, profile)
+    with (
+        MetricLog(folder) as log,
+        contextlib.closing(Monitor(pipeline, lambda step: 0.1 * step, log, plan, start)) as monitor,
+    ):
+        yield monitor, pipeline.iterator(total), pipeline
 
 
 def test_steps_are_read_where_they_are_logged(tmp_path, capsys):
-    pipeline = train(make_split(mixed_sizes(11, 6)))
-    batches = pipeline.iterator(4)
     events = []
-    with (
-        MetricLog(tmp_path) as log,
-        Monitor(pipeline, lambda step: 0.1 * step, log, start=0, total=4, log_every=2) as monitor,
-    ):
+    with monitored(tmp_path, total=4, log_every=2) as (monitor, batches, pipeline):
         for step in range(1, 5):
             monitor.next_batch(batches, step)
             events.append(f"dispatch {step}")
-            monitor.record(step, metrics(step, events))
-        monitor.flush()
+            monitor.record(step, metrics(Measured(1.0, step, events)))
     # The first step, since a line says when it was done; the others where they are logged.
     assert list(dict.fromkeys(events)) == [
         *("dispatch 1", "read 1", "dispatch 2", "read 2"),
@@ -62,6 +61,7 @@ def test_steps_are_read_where_they_are_logged(tmp_path, capsys):
     assert [line.step for line in lines] == [2, 4]
     assert all(0 <= line.values["data_wait"] <= 1 for line in lines)
     assert [round(line.values["learning_rate"], 6) for line in lines] == [0.1, 0.3]
+    assert all(line.values["loss"] == line.values["loss/cls"] == 1 for line in lines)
 
     said = capsys.readouterr().out.splitlines()
     compiled = [line for line in said if line.startswith("compiling the training step for ")]
@@ -71,24 +71,16 @@ def test_steps_are_read_where_they_are_logged(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
-    pipeline = train(make_split(mixed_sizes(11, 6)))
-    one, rate = jnp.ones(()), lambda step: 0.1
-    with (
-        MetricLog(tmp_path) as log,
-        Monitor(pipeline, rate, log, start=0, total=9, log_every=5) as monitor,
-    ):
+    with monitored(tmp_path, total=9, log_every=5) as (monitor, *_):
         for step in range(1, 5):
-            loss = {"cls": one if step != 3 else jnp.inf * one}
-            monitor.record(step, StepMetrics(loss, one, one, one, one, one))
+            monitor.record(step, metrics(np.inf if step == 3 else 1.0))
         with pytest.raises(UserError, match=r"step 3: loss/cls not finite, on the images"):
             monitor.flush()  # before a state is saved
 
 
-@pytest.mark.parametrize("saves_at", [0, 3])
-def test_the_rate_is_that_of_results_not_of_dispatches(tmp_path, saves_at):
-    """A device that computes 50 ms long, and dispatches that wait for it or do not."""
-    pipeline = train(make_split(mixed_sizes(11, 6)))
-    batches = pipeline.iterator(6)
+@pytest.mark.parametrize("pause", [0, 3])
+def test_the_rate_is_that_of_results_not_of_dispatches(tmp_path, pause):
+    """A device that computes 50 ms long, and an evaluation that takes a while."""
 
     def compute(x):
         time.sleep(0.05)
@@ -99,45 +91,32 @@ def test_the_rate_is_that_of_results_not_of_dispatches(tmp_path, saves_at):
         return jax.pure_callback(compute, jax.ShapeDtypeStruct((), jnp.float32), x)
 
     state = step_fn(jnp.float32(0))
-    with (
-        MetricLog(tmp_path) as log,
-        Monitor(pipeline, lambda step: 0.1, log, start=0, total=6, log_every=1) as monitor,
-    ):
+    with monitored(tmp_path, total=6, log_every=2) as (monitor, batches, pipeline):
         for step in range(1, 7):
             monitor.next_batch(batches, step)
             state = step_fn(state)
-            monitor.record(step, StepMetrics({"cls": state}, state, state, state, state, state))
-            if step == saves_at:
+            monitor.record(step, metrics(state))
+            if step == pause:
                 monitor.flush()
-        monitor.flush()
-    rates = [line.values["images_per_second"] for line in read_log(tmp_path / "log.jsonl")][1:]
+                time.sleep(0.5)
+                monitor.restart_clock()
+    rates = [line.values["images_per_second"] for line in read_log(tmp_path / "log.jsonl")]
     true = pipeline.batch_size / 0.05
-    assert all(0.4 * true < rate < 1.6 * true for rate in rates), rates
+    assert all(0.4 * true < rate < 1.6 * true for rate in rates[1:]), rates
 
 
 @pytest.mark.parametrize("start", [0, 2])  # a resumed run may begin in the middle
 def test_the_steps_asked_for_are_traced(tmp_path, start, capsys):
-    pipeline, number = train(make_split(mixed_sizes(11, 6))), jnp.ones(())
-    batches, folder = pipeline.iterator(5), tmp_path / "profile"
-    with (
-        MetricLog(tmp_path) as log,
-        Monitor(
-            pipeline,
-            lambda step: 0.1,
-            log,
-            start=start,
-            total=5,
-            log_every=9,
-            profile="2:4",
-            folder=folder,
-        ) as monitor,
+    with monitored(tmp_path, total=5, log_every=9, start=start, profile="2:4") as (
+        monitor,
+        batches,
+        _,
     ):
         for step in range(start + 1, 6):
             monitor.next_batch(batches, step)
-            values = StepMetrics({"cls": number}, number, number, number, number, number)
-            monitor.record(step, values)
-        assert list(folder.rglob("*.xplane.pb"))
-    assert capsys.readouterr().out.count(f"profile     {folder}") == 1
+            monitor.record(step, metrics(jnp.ones(())))
+        assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert capsys.readouterr().out.count(f"profile     {tmp_path / 'profile'}") == 1
 
 
 def test_progress_in_a_log_file_is_a_line_now_and_then(capsys, monkeypatch):

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +13,22 @@ import pytest
 
 from tests.cluster import finish, slurm, start
 from tests.places import ROOT
-from tests.training.train_test import command, environment, link_cache, losses
+from tests.training.train_test import (
+    ENDLESS,
+    await_steps,
+    command,
+    environment,
+    link_cache,
+    losses,
+)
 
 SHORT = ("--config.train.duration=3 steps", "--config.train.checkpoint_every=3 steps")
 
 
 def run_alone(shared: Path, workdir: Path, *flags: str, devices: int = 1) -> None:
     link_cache(shared, workdir)
-    subprocess.run(
-        command(shared, workdir, *flags),
-        cwd=ROOT,
-        env=environment(devices),
-        check=True,
-        capture_output=True,
-        timeout=600,
-    )
+    options = {"cwd": ROOT, "env": environment(devices), "capture_output": True, "timeout": 600}
+    subprocess.run(command(shared, workdir, *flags), check=True, **options)
 
 
 def assert_same_losses(found: dict, expected: dict) -> None:
@@ -77,11 +77,8 @@ def test_two_processes_from_nothing_give_the_losses_of_one(from_nothing, alone):
 def test_a_signal_saves_in_all(from_nothing, alone, number, to, code):
     workdir = from_nothing.with_name(f"{number.name}-{to}")
     link_cache(from_nothing.parent, workdir)
-    long = ("--config.train.duration=4000 steps", "--config.train.checkpoint_every=9999 steps")
-    processes = start(from_nothing.parent, workdir, *long)
-    while not (workdir / "log.jsonl").exists() or len(losses(workdir)) < 3:
-        assert all(process.poll() is None for process in processes), finish(processes)
-        time.sleep(0.1)
+    processes = start(from_nothing.parent, workdir, *ENDLESS)
+    await_steps(workdir, processes)
     for process in processes if to == "all" else processes[1:]:
         process.send_signal(number)
     outputs = finish(processes, code=code)
@@ -90,19 +87,6 @@ def test_a_signal_saves_in_all(from_nothing, alone, number, to, code):
     said = f"step {last} is saved; the same command resumes from it\n"
     assert [output.count(said) for output in outputs] == [1, 0]
     assert_same_losses(first_steps(workdir), first_steps(alone))
-
-
-def test_a_run_whose_output_has_no_reader_goes_on(from_nothing):
-    """The reader of both outputs, such as `2>&1 | tee`, dies while it trains."""
-    workdir = from_nothing.with_name("unread")
-    link_cache(from_nothing.parent, workdir)
-    processes = start(from_nothing.parent, workdir, *SHORT)
-    while "training on" not in processes[0].stdout.readline():
-        assert processes[0].poll() is None
-    for process in processes:
-        process.stdout.close()
-    assert [process.wait(600) for process in processes] == [0, 0]
-    assert (workdir / "metrics.json").exists()
 
 
 def test_one_process_resumes_what_two_began(from_nothing, alone):

@@ -6,7 +6,6 @@ import optax
 import pytest
 
 from alignps_jax.training.optimizer import (
-    batch_factor,
     learning_rate_schedule,
     make_optimizer,
     parameter_labels,
@@ -108,12 +107,11 @@ def test_adamw_is_that_of_optax():
 
 
 def test_the_rate_follows_the_batch_if_asked():
-    config = cuhk.get_config()
-    config.train.batch_size = 32
-    assert batch_factor(config) == 1.0
-    config.optimizer.scale_with_batch = 4
-    assert batch_factor(config) == 8.0
-    rate = learning_rate_schedule(config.optimizer, steps_per_epoch=100, factor=8.0)
-    assert float(rate(1599)) == pytest.approx(0.008)
-    assert float(rate(1601)) == pytest.approx(0.0008)
-    assert float(rate(0)) == pytest.approx(0.008 / 3)
+    config = cuhk.get_config().optimizer
+    for meant_for, factor in ((None, 1), (4, 8)):
+        config.scale_with_batch = meant_for
+        rate = learning_rate_schedule(config, steps_per_epoch=100, batch_size=32)
+        expected = {0: 0.001 / 3, 1599: 0.001, 1601: 0.0001}
+        assert {n: float(rate(n)) for n in expected} == pytest.approx(
+            {n: factor * x for n, x in expected.items()}
+        )

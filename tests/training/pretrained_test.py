@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 
+from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.store import Checkpoints, load_config
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -22,8 +18,9 @@ from alignps_jax.weights.conventions import CAFFE, TORCHVISION
 from alignps_jax.weights.released_names import to_torch
 from configs import ablation, cuhk, prw, synthetic, tiny
 from tests.fakes import randomize
-from tests.places import ROOT
 from tests.weights.convert_test import fake_backbone, fake_detector, saved, small_config
+
+CLASSIFIER = {"fc.weight": np.ones((5, 3), np.float32)}
 
 
 def small(variant: str = ""):
@@ -37,7 +34,8 @@ def state_of(config, identities: int):
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
     optimizer = make_optimizer(config.optimizer, schedule, lambda path: False)
     model = build_model(config)
-    return create_state(config, model, optimizer, identities, starting_arrays(config, model))
+    weights = starting_arrays(config, model, say=True)
+    return create_state(config, model, optimizer, identities, weights)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +50,7 @@ def trained(tmp_path_factory):
 
 
 def flat(state):
-    return {
-        name: np.asarray(leaf)
-        for name, leaf in traverse_util.flatten_dict(jax.device_get(state.params), sep="/").items()
-    }
+    return leaves_by_path(jax.device_get(state.params))
 
 
 def fields(config) -> dict:
@@ -104,6 +99,9 @@ def test_pixels_follow_a_run_and_another_backbone_is_refused(trained, tmp_path):
     config.model.backbone_width = 8
     with pytest.raises(UserError, match="another backbone"):
         state_of(config, identities=3)
+    config.model.pretrained = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^config\.model\.pretrained: .*nowhere"):
+        starting_config(config, tmp_path)
 
 
 @pytest.mark.parametrize("module", [cuhk, prw])
@@ -131,32 +129,10 @@ def test_small_networks_start_from_random_weights_and_say_so(module, tmp_path, c
         starting_config(config, tmp_path)
 
 
-def test_the_first_command_ends_with_one_line(tmp_path):
-    if sources.has_torch():
-        pytest.skip("PyTorch is installed")
-    flags = ["--config=configs/cuhk.py", f"--workdir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, "launch.py", *flags],
-        cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: config.model.pretrained: resnet50_msra-5891d200.pth")
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "run").exists()
-
-
-def with_classifier(tensors):
-    return tensors | {"fc.weight": np.ones((5, 3), np.float32)}
-
-
 @pytest.mark.parametrize("variant", ["", "plus"])
 def test_a_file_of_a_backbone_is_converted_on_the_way(variant, tmp_path):
     config, tensors = small_config(variant), fake_backbone()
-    config.model.pretrained = str(saved(tmp_path, with_classifier(tensors)))
+    config.model.pretrained = str(saved(tmp_path, tensors | CLASSIFIER))
     config = starting_config(config, tmp_path)
     assert fields(config) == TORCHVISION
     state = state_of(config, identities=3)
@@ -203,13 +179,6 @@ def test_a_released_detector_is_fine_tuned_from_its_file(tmp_path, capsys):
     plain.model.pretrained = plus.model.pretrained
     with pytest.raises(UserError, match=r"another backbone .*conv_offset"):
         state_of(plain, identities=3)
-
-
-def test_what_cannot_be_read_is_named(tmp_path):
-    config = small_config()
-    config.model.pretrained = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"^config\.model\.pretrained: .*nowhere"):
-        starting_config(config, tmp_path)
 
 
 def test_a_resumed_run_keeps_its_pixels_and_needs_no_weights(tmp_path):

@@ -11,22 +11,23 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.devices import AXIS, parallel_train_step, replicate
+from alignps_jax.devices import split_over_devices as split
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.losses.total import select_positives
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.training.state import is_frozen
-from alignps_jax.types import Batch, Outputs, Targets, TrainState
+from alignps_jax.types import Outputs, Targets, TrainState
 from configs import tiny
 from tests.fakes import random_batch, train_setup
-
-
-def split(batch: Batch, devices: int) -> Batch:
-    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12))
+
+
+def pairs(one, other):
+    return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
 
 
 def one_device(step):
@@ -70,14 +71,8 @@ def test_four_devices_with_one_image_equal_one_device_with_four(case):
         assert value > 0, name
         assert relative_error(found_metrics.terms[name], value) <= 1e-5, name
     # Without momentum yet, the trace of the optimizer holds the clipped, decayed gradients.
-    for found_leaf, leaf in zip(
-        jax.tree.leaves((found.params, found.opt_state)),
-        jax.tree.leaves((expected.params, expected.opt_state)),
-        strict=True,
-    ):
-        assert relative_error(found_leaf, leaf) <= 1e-5
-    assert relative_error(found.memory.lut, expected.memory.lut) <= 1e-5
-    assert relative_error(found.memory.queue, expected.memory.queue) <= 1e-5
+    for leaf, wanted in pairs(found, expected):
+        assert relative_error(leaf, wanted) <= 1e-5
     assert found.memory.tail == expected.memory.tail
     assert found.memory.tail != state.memory.tail
     assert found.step == expected.step == 1
@@ -91,8 +86,7 @@ def test_images_without_people_give_only_a_classification_loss_and_finite_update
     assert metrics.positives == 0
     for name in ("box", "centerness", "oim", "triplet"):
         assert metrics.terms[name] == 0
-    for leaf in jax.tree.leaves(after.params):
-        assert np.isfinite(leaf).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
     np.testing.assert_array_equal(after.memory.lut, case.state.memory.lut)
     np.testing.assert_array_equal(after.memory.queue, case.state.memory.queue)
 
@@ -162,11 +156,7 @@ def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
     in_parts = one_device(dataclasses.replace(step, accumulate=parts))
     found, found_metrics = jax.device_get(in_parts(case.state, batch))
     assert expected_metrics.positives > 10
-    for one, other in zip(
-        jax.tree.leaves((found, found_metrics)),
-        jax.tree.leaves((expected, expected_metrics)),
-        strict=True,
-    ):
+    for one, other in pairs((found, found_metrics), (expected, expected_metrics)):
         # The gradient of a single bias is a sum over all locations, of which little remains.
         cancels = np.size(one) == 1 and abs(one - other).max() < 1e-7
         assert cancels or relative_error(one, other) <= 1e-5
@@ -186,13 +176,9 @@ def test_the_average_follows_the_parameters_that_are_trained(case):
         average = jax.tree.map(
             lambda old, new, s=share: (1 - s) * old + s * new, average, expected.params
         )
-    for one, other in (
-        (found.raw, expected.params),
-        (found.params, average),
-        (found.memory, expected.memory),
-    ):
-        for leaf, wanted in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-            assert relative_error(leaf, wanted) <= 1e-5
+    wanted = expected.params, average, expected.memory
+    for one, other in pairs((found.raw, found.params, found.memory), wanted):
+        assert relative_error(one, other) <= 1e-5
     still = {path for path in traverse_util.flatten_dict(before) if is_frozen(case.model, path)}
     after = traverse_util.flatten_dict(found.params)
     for path in still:
