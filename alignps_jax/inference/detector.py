@@ -18,7 +18,7 @@ from alignps_jax import devices
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.store import load_config, load_weights
 from alignps_jax.files import read_image
-from alignps_jax.inference.location_maps import LocationMaps, compute_maps, maps_of_photo
+from alignps_jax.inference.location_maps import LocationMaps, location_maps
 from alignps_jax.inference.many import Photo, detect_all, join, people_of
 from alignps_jax.inference.predict import PredictStep, inference_model
 from alignps_jax.nn.model import weights_template
@@ -49,35 +49,29 @@ class Detector:
         # CPUs gain nothing from larger batches, and `detect` then runs the same program.
         each = 1 if jax.default_backend() == "cpu" else max(1, config.eval.batch_size // count)
         self.rows = count * each
-        model = inference_model(config)
-        self._weights = devices.replicate((weights.params, weights.frozen))
-        self._predict = devices.parallel_predict_step(PredictStep(model, config.eval))
-        self._compute_maps = jax.jit(partial(compute_maps, model, config.eval.precision))
+        self._step = PredictStep(inference_model(config), config.eval)
+        self._params, self._frozen = devices.replicate((weights.params, weights.frozen))
+        self._predict = devices.parallel_predict_step(self._step)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, config: ConfigDict | None = None) -> Self:
         """Loads the last step of a workdir (or that which a split chose), or one step's folder.
 
-        Compiled programs go into the user's cache, unless JAX has a folder for them.
-
-        Args:
-          path: the workdir or folder.
-          config: replaces the checkpoint's own configuration.
-
-        Raises:
-          UserError: there is none, it is damaged, or it does not fit `config`.
+        `config` replaces the checkpoint's own configuration. Compiled programs go into the user's
+        cache, unless JAX has a folder for them. Raises UserError if there is no such checkpoint,
+        it is damaged, or does not fit.
         """
         if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             devices.use_compilation_cache()
         config = config or load_config(Path(path))
-        weights = load_weights(Path(path), weights_template(inference_model(config)), config=config)
-        return cls(config, weights, str(path))
+        template = weights_template(inference_model(config))
+        return cls(config, load_weights(Path(path), template, config=config), str(path))
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all weights, in hexadecimal digits: equal for equal weights only."""
         digest = hashlib.sha256()
-        for path, array in leaves_by_path(self._weights).items():
+        for path, array in leaves_by_path((self._params, self._frozen)).items():
             values = np.ascontiguousarray(array)
             digest.update(f"{path} {values.dtype} {values.shape}".encode() + values.tobytes())
         return digest.hexdigest()
@@ -86,10 +80,8 @@ class Detector:
         """All detections [K] of a photo by the released code's inference rule, best first.
 
         Callers filter by score. All are valid; boxes are x1, y1, x2, y2 in the photo's own pixels,
-        scores in [0, 1], embeddings of length one.
-
-        Raises:
-          UserError: `photo` is no photo, or cannot be read.
+        scores in [0, 1], embeddings of length one. Raises UserError if `photo` is no photo, or
+        cannot be read.
         """
         batch = join([self._batch(photo)], jax.local_device_count())
         return next(people_of(self.detect_batch(batch)))
@@ -115,14 +107,11 @@ class Detector:
 
     def detect_batch(self, batch: Batch) -> Detections:
         """Detections [devices, B / devices, K] of a batch, perhaps still being computed."""
-        params, frozen = self._weights
-        return self._predict(params, frozen, devices.split_over_devices(batch))
+        return self._predict(self._params, self._frozen, devices.split_over_devices(batch))
 
     def maps(self, photo: PhotoLike) -> LocationMaps:
         """The network's values at every location of a photo; raises as `detect`."""
-        batch = self._batch(photo)
-        embeddings, offsets = self._compute_maps(*self._weights, batch)
-        return maps_of_photo(embeddings, offsets, batch)
+        return location_maps(self._step, self._params, self._frozen, self._batch(photo))
 
     def _batch(self, photo: PhotoLike) -> Batch:
         return single_image_batch(self._pixels(photo), self.config.data)

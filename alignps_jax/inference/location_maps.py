@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.arrays import l2_normalize
+from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import matmul_precision
 from alignps_jax.types import Batch, UserError
@@ -46,12 +48,11 @@ class LocationMaps:
     scale: Float[np.ndarray, "2"]
 
 
-def compute_maps(
-    model: nn.Module, precision: str, params: Any, frozen: Any, batch: Batch
-) -> tuple[list[Float[Array, "B _h _w D"]], dict[str, Float[Array, "B _h _w 18"]]]:
+@partial(jax.jit, static_argnums=0)
+def _compute(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
     """The embeddings of each level, and the outputs of the neck's offset convolutions by name."""
-    with matmul_precision(precision):
-        outputs, captured = model.apply(
+    with matmul_precision(step.config.precision):
+        outputs, captured = step.model.apply(
             {"params": params, "frozen": frozen},
             batch.image,
             batch.size,
@@ -63,20 +64,20 @@ def compute_maps(
     return [l2_normalize(level.embeddings) for level in outputs], offsets
 
 
-def maps_of_photo(embeddings: list[Array], offsets: dict[str, Array], batch: Batch) -> LocationMaps:
-    """What `compute_maps` gives for one photo, on the host, cut to what the network looks at."""
+def location_maps(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> LocationMaps:
+    """The maps of a batch of one photo, cut to what the network looks at."""
+    embeddings, offsets = _compute(step, params, frozen, batch)
     bucket, valid = batch.image.shape[1], np.asarray(round_up(jnp.asarray(batch.size)))[0]
 
     def cut(array: Array) -> np.ndarray:
         height, width = -(-valid // (bucket // array.shape[1]))
         return np.asarray(array)[0, :height, :width]
 
+    taps = {name: x.reshape(*x.shape[:3], 9, 2) for name, x in offsets.items()}
     return LocationMaps(
         embeddings=tuple(map(cut, embeddings)),
         strides=tuple(bucket // array.shape[1] for array in embeddings),
-        offsets={
-            name: cut(array.reshape(*array.shape[:3], 9, 2)) for name, array in offsets.items()
-        },
+        offsets={name: cut(array) for name, array in taps.items()},
         size=np.asarray(batch.size[0]),
         scale=np.asarray(batch.scale[0]),
     )

@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -19,7 +18,6 @@ from alignps_jax.types import Batch, Detections, UserError
 from data_pipeline.pipeline import single_image_batch
 
 Tag = TypeVar("Tag")
-Size = tuple[int, int]
 
 # A photo waits for others of its shape until this many batches have come after it.
 _PATIENCE = 4
@@ -62,10 +60,10 @@ def detect_all(
       tasks: each reads a photo, in a thread; they are taken a few ahead.
     """
     photos: deque[Photo[Tag]] = deque()  # those whose turn has not come
-    waiting: dict[Size, list[Photo[Tag]]] = {}
+    waiting: dict[tuple[int, ...], list[Photo[Tag]]] = {}
     running: deque[tuple[list[Photo[Tag]], Detections]] = deque()
 
-    def start(bucket: Size) -> None:
+    def start(bucket: tuple[int, ...]) -> None:
         started = waiting.pop(bucket)
         running.append((started, detect(join([photo.batch for photo in started], rows))))
         for photo in started:
@@ -79,16 +77,16 @@ def detect_all(
         while photos and (photos[0].found or photos[0].error):
             yield photos.popleft()
 
-    for photo in _ahead(partial(_prepare, data), tasks):
+    for photo in _ahead(data, tasks):
         photos.append(photo)
         if photo.batch is not None:
-            bucket = _bucket(photo.batch)
+            bucket = photo.batch.image.shape[1:3]
             waiting.setdefault(bucket, []).append(photo)
             if len(waiting[bucket]) == rows:
                 start(bucket)
         # A portrait among many landscapes does not hold them up.
         if len(photos) > _PATIENCE * rows and photos[0].batch is not None:
-            start(_bucket(photos[0].batch))
+            start(photos[0].batch.image.shape[1:3])
         # A batch is read back once the next one runs, so that the device never waits.
         yield from finish(1)
     for bucket in list(waiting):
@@ -111,10 +109,6 @@ def people_of(found: Detections) -> Iterator[Detections]:
         yield jax.tree.map(lambda x, row=row, valid=valid: x[row][valid], host)
 
 
-def _bucket(batch: Batch) -> Size:
-    return batch.image.shape[1], batch.image.shape[2]
-
-
 def _prepare(data: ConfigDict, task: Callable[[], Photo[Tag]]) -> Photo[Tag]:
     photo = task()
     if photo.image is not None:
@@ -122,16 +116,13 @@ def _prepare(data: ConfigDict, task: Callable[[], Photo[Tag]]) -> Photo[Tag]:
     return photo
 
 
-def _ahead(
-    work: Callable[[Callable[[], Photo[Tag]]], Photo[Tag]],
-    tasks: Iterable[Callable[[], Photo[Tag]]],
-) -> Iterator[Photo[Tag]]:
-    """`work` of each task, in order, computed in threads a little ahead of the caller."""
+def _ahead(data: ConfigDict, tasks: Iterable[Callable[[], Photo[Tag]]]) -> Iterator[Photo[Tag]]:
+    """The photos of the tasks, in order, prepared in threads a little ahead of the caller."""
     threads = len(os.sched_getaffinity(0))
     futures: deque[Future[Photo[Tag]]] = deque()
     with ThreadPoolExecutor(threads, "read") as pool:
         for task in tasks:
-            futures.append(pool.submit(work, task))
+            futures.append(pool.submit(_prepare, data, task))
             if len(futures) > 2 * threads:
                 yield futures.popleft().result()
         while futures:
