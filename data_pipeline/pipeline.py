@@ -296,15 +296,7 @@ def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> B
     Args:
       image: RGB.
       data: the `data` section of the configuration.
-
-    Raises:
-      UserError: the image is no RGB uint8 array with pixels.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise UserError(
-            f"image: found an array of {image.dtype} {image.shape}, "
-            "expected RGB uint8 of shape (height, width, 3)"
-        )
     size = image.shape[:2]
     batch = transforms.empty_batch(1, _test_bucket(size, data.test_scale), _round_people(0))
     new_size = transforms.rescaled_size(size, data.test_scale)

@@ -45,10 +45,12 @@ def encoded(variant, height, width):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sizes_are_pillows_and_the_decoders(tmp_path, variant, size):
-    path = tmp_path / "a"
+def test_sizes_are_pillows_and_the_decoders_and_limited(tmp_path, variant, size):
+    path, pixels = tmp_path / "a", size[0] * size[1]
     path.write_bytes(encoded(variant, *size))
-    data, header = read_photo(path, size[0] * size[1])
+    with pytest.raises(UserError, match=rf"a: has {size[1]}x{size[0]} pixels; expected at most"):
+        read_photo(path, pixels - 1)
+    data, header = read_photo(path, pixels)
     with PILImage.open(path) as image:
         assert (header.width, header.height) == image.size
         assert header.format.lower() == image.format.lower()
@@ -73,11 +75,12 @@ def test_tiff_of_either_byte_order(order, side):
     assert read_header(head + entries[0] * 2) is None
 
 
-def test_a_windows_bitmap_from_above_and_an_old_one():
-    top_down = b"BM" + bytes(12) + struct.pack("<Iii", 40, 30, -20)
-    assert (read_header(top_down).height, read_header(top_down).width) == (20, 30)
-    old = b"BM" + bytes(12) + struct.pack("<IHH", 12, 30, 20)
-    assert (read_header(old).height, read_header(old).width) == (20, 30)
+@pytest.mark.parametrize(
+    "about", [struct.pack("<Iii", 40, 30, -20), struct.pack("<IHH", 12, 30, 20)]
+)
+def test_a_windows_bitmap_from_above_and_an_old_one(about):
+    header = read_header(b"BM" + bytes(12) + about)
+    assert (header.height, header.width) == (20, 30)
 
 
 def test_a_thumbnail_does_not_count():
@@ -87,37 +90,26 @@ def test_a_thumbnail_does_not_count():
     assert (header.height, header.width) == (40, 60)
 
 
-def _png_of_zeros(height, width):
+def _png_of_zeros(side):
     def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
 
-    packer = zlib.compressobj(9)
-    row = bytes(1 + (width + 7) // 8)
-    rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    packer, row = zlib.compressobj(9), bytes(1 + side // 8)
+    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     path = tmp_path / "bomb.png"
-    path.write_bytes(_png_of_zeros(20_000, 20_000))
+    path.write_bytes(_png_of_zeros(20_000))
     assert path.stat().st_size < 60_000
     tracemalloc.start()
     with pytest.raises(UserError, match=r"bomb.png: has 20000x20000 pixels; expected at most 100,"):
         read_photo(path, 100_000_000)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_limit_counts_pixels(tmp_path, variant):
-    path = tmp_path / "a"
-    path.write_bytes(encoded(variant, 40, 60))
-    read_photo(path, 2400)
-    with pytest.raises(UserError, match=r"a: has 60x40 pixels; expected at most 2,399 in all"):
-        read_photo(path, 2399)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -139,26 +131,22 @@ def test_other_formats_are_refused(tmp_path, file_format):
         read_photo(path, 10**6)
 
 
-def test_a_header_that_the_decoder_does_not_see(tmp_path):
+@pytest.mark.parametrize("promised", [(40, 61), (60, 40)])
+def test_a_header_that_the_decoder_does_not_see(promised):
     """What is decoded has the size that was checked, or is refused."""
-    data = encoded("png", 40, 60)
-    header = read_header(encoded("png", 40, 61))
+    header = read_header(encoded("png", *promised))
     with pytest.raises(UserError, match="a: cannot be decoded"):
-        decode_photo(data, header, "a", upright=False)
-    turned = read_header(encoded("png", 60, 40))
-    with pytest.raises(UserError, match="a: cannot be decoded"):
-        decode_photo(data, turned, "a", upright=False)
+        decode_photo(encoded("png", 40, 60), header, "a", upright=False)
 
 
-def test_pipes_folders_and_missing_files(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("pipe.jpg", "is no file; expected"), ("missing.jpg", "No such file"), (".", "directory")],
+)
+def test_pipes_folders_and_missing_files(tmp_path, name, message):
     os.mkfifo(tmp_path / "pipe.jpg")
-    for name, message in (
-        ("pipe.jpg", "is no file; expected an image"),
-        ("missing.jpg", "No such file"),
-        (".", "directory"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_photo(tmp_path / name, 100)
+    with pytest.raises(UserError, match=message):
+        read_photo(tmp_path / name, 100)
 
 
 def test_a_file_larger_than_its_pixels_is_not_read_in_full(tmp_path):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -156,7 +155,7 @@ def like(leaf: Any, arrays: dict[str, np.ndarray], path: str, spec: dict[str, An
     if _checksum(array) != spec["crc32"]:
         raise ValueError(f"wrong checksum of {path}")
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return jnp.array(array)
+        return jax.device_put(array)
     return array if isinstance(leaf, np.ndarray) else type(leaf)(array[()])
 
 

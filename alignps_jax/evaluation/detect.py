@@ -55,10 +55,9 @@ def detect_source(
     threshold, found = config.eval.score_threshold, []
     bar = progress(desc="detect", unit="file", total=len(files))
     with bar:
-        for result in detect_all(detector, _tasks(files, every, config.data.max_pixels)):
+        tasks = _tasks(files, every, config.data.max_pixels)
+        for result in detect_all(detector.detect_batch, config.data, detector.rows, tasks):
             read = result.tag
-            if read is None:
-                continue
             if result.found is None:
                 skipped[read.file.path] = str(result.error)
             else:

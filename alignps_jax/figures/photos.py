@@ -84,7 +84,7 @@ def sampling_points_picture(
         points = [sampling_points(maps, location, level) for location in locations]
         drawn = draw_point_clouds(
             canvas,
-            [cloud.xy[cloud.used] * factor for cloud in points],
+            [cloud[np.isfinite(cloud[:, 0])] * factor for cloud in points],
             [origin * factor for origin in origins],
             centers * factor,
         )

@@ -16,7 +16,7 @@ import lancedb
 import pyarrow as pa
 
 from alignps_jax.gallery.table import PEOPLE, About, schema
-from alignps_jax.inference.many import FindsPeople
+from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
 
 # What another writer causes, in Lance's words; a commit is then tried again.
@@ -160,7 +160,7 @@ def about_of(address: str, table: Any) -> About:
         ) from error
 
 
-def about_detector(detector: FindsPeople) -> About:
+def about_detector(detector: Detector) -> About:
     """What a gallery of this detector's says of it."""
     config = detector.config
     long, short = config.data.test_scale

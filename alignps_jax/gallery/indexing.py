@@ -32,7 +32,7 @@ from alignps_jax.gallery.writing import (
     tidy,
 )
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import FindsPeople, Result, detect_all, pause
+from alignps_jax.inference.many import Photo, detect_all
 from alignps_jax.log import progress
 from alignps_jax.types import UserError
 
@@ -102,7 +102,7 @@ def index_source(
 
 def index(
     gallery: Gallery,
-    detector: FindsPeople,
+    detector: Detector,
     sources: Sequence[str],
     every: float = 1.0,
     prune: bool = False,
@@ -147,7 +147,7 @@ class _Run:
     def __init__(
         self,
         gallery: Gallery,
-        detector: FindsPeople,
+        detector: Detector,
         forgotten: Forgotten,
         every: float,
         commit_seconds: float,
@@ -164,27 +164,31 @@ class _Run:
         self._committed = time.monotonic()
 
     def go(self, files: Sequence[MediaFile]) -> None:
+        detector = self._detector
         with (
             Claims(self._gallery) as claims,
             self._writer,
             progress(desc="index", unit="file", total=len(files)) as bar,
-            contextlib.closing(detect_all(self._detector, self._tasks(claims, files))) as results,
         ):
-            for result in results:
-                self._take(result, bar)
-            self._commit().result()
+            # An empty share asks for the commit of those before it.
+            for _, shares in itertools.groupby(claims.shares(files, self._missing), bool):
+                tasks = self._tasks(itertools.chain.from_iterable(shares))
+                photos = detect_all(
+                    detector.detect_batch, detector.config.data, detector.rows, tasks
+                )
+                with contextlib.closing(photos):
+                    for photo in photos:
+                        self._take(photo, bar)
+                self._commit().result()
             bar.update(len(files) - bar.n)  # those that other processes did
 
-    def _tasks(self, claims: Claims, files: Sequence[MediaFile]) -> Iterator[Task]:
+    def _tasks(self, files: Iterable[MediaFile]) -> Iterator[Task]:
         max_pixels = self._gallery.about.max_pixels
-        for share in claims.shares(files, self._missing):
-            if not share:
-                yield pause
-            for file in share:
-                if file.is_video:
-                    yield from video_tasks(file, self._every, max_pixels, self._known_seconds(file))
-                else:
-                    yield partial(read_scene, file, max_pixels)
+        for file in files:
+            if file.is_video:
+                yield from video_tasks(file, self._every, max_pixels, self._known_seconds(file))
+            else:
+                yield partial(read_scene, file, max_pixels)
 
     def _missing(self, files: Sequence[MediaFile]) -> list[MediaFile]:
         known = known_files(self._gallery, [file.path for file in files])
@@ -197,13 +201,10 @@ class _Run:
             return frozenset()
         return known.seconds or frozenset()
 
-    def _take(self, result: Result[SceneRead | None], bar: Any) -> None:
-        read, found = result.tag, result.found
-        if read is None:
-            self._commit().result()
-            return
+    def _take(self, photo: Photo[SceneRead], bar: Any) -> None:
+        read, found = photo.tag, photo.found
         if found is None or read.scene is None or read.state is None:
-            self._done.skipped[read.file.path] = str(result.error)
+            self._done.skipped[read.file.path] = str(photo.error)
         else:
             people = above(found, self._threshold)
             one = IndexedScene(read.scene, read.state, people, read.every, read.final)

@@ -17,7 +17,7 @@ from alignps_jax.gallery.entries import FileState, Scene, scene_id
 from alignps_jax.gallery.pixels import Video, open_video
 from alignps_jax.gallery.sources import MediaFile, Origin, origin
 from alignps_jax.image_files import decode_photo, read_photo
-from alignps_jax.inference.many import Read
+from alignps_jax.inference.many import Photo
 from alignps_jax.types import UserError
 
 # How often a file that changes meanwhile is read again.
@@ -45,17 +45,17 @@ class SceneRead:
     final: bool = True
 
 
-# Of a photo or frame, or of a pause.
-Task = Callable[[], Read[SceneRead | None]]
+# Reads a photo or frame.
+Task = Callable[[], Photo[SceneRead]]
 
 
-def read_scene(file: MediaFile, max_pixels: int) -> Read[SceneRead | None]:
+def read_scene(file: MediaFile, max_pixels: int) -> Photo[SceneRead]:
     """A photo, or why it cannot be read."""
     try:
         state, scene, image = _read_unchanged(file.path, max_pixels)
     except UserError as error:
-        return Read(SceneRead(file), error=error)
-    return Read(SceneRead(file, scene, state), image)
+        return Photo(SceneRead(file), error=error)
+    return Photo(SceneRead(file, scene, state), image)
 
 
 def _read_unchanged(
@@ -118,14 +118,14 @@ def video_tasks(
     except UserError as error:
         if last is not None:
             yield _given(last, image)
-        yield partial(Read, SceneRead(file, every=every), error=error)
+        yield partial(Photo, SceneRead(file, every=every), error=error)
         return
     if last is not None:
         yield _given(dataclasses.replace(last, final=True), image)
 
 
 def _given(read: SceneRead, image: UInt8[np.ndarray, "H W 3"] | None) -> Task:
-    return partial(Read, read, image)
+    return partial(Photo, read, image)
 
 
 def _frames(

@@ -32,7 +32,7 @@ from alignps_jax.gallery.table import (
     scene_of,
     where_sql,
 )
-from alignps_jax.inference.many import FindsPeople
+from alignps_jax.inference.detector import Detector
 from alignps_jax.types import AnyArray, UserError
 
 EXACT_UP_TO = 2_000_000
@@ -62,7 +62,7 @@ class Gallery:
         table: Any,
         database: Any,
         exact_up_to: int,
-        detector: FindsPeople | None = None,
+        detector: Detector | None = None,
     ):
         self.address = address
         self._detector = detector
@@ -78,7 +78,7 @@ class Gallery:
         cls,
         address: str | os.PathLike[str],
         *,
-        create_for: FindsPeople | None = None,
+        create_for: Detector | None = None,
         exact_up_to: int = EXACT_UP_TO,
     ) -> Self:
         """Opens the gallery at a folder, or any other address that LanceDB takes.
@@ -108,7 +108,7 @@ class Gallery:
             gallery.check_detector(create_for)
         return gallery
 
-    def check_detector(self, detector: FindsPeople) -> None:
+    def check_detector(self, detector: Detector) -> None:
         """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
         found = about_detector(detector)
         if found.deciding != self.about.deciding:
@@ -205,7 +205,7 @@ class Gallery:
         matches: list[Match] = self.search(query.embedding, k, where, offset)
         return matches
 
-    def _own_detector(self) -> FindsPeople:
+    def _own_detector(self) -> Detector:
         if self._detector is None:
             raise UserError(
                 f"{self.address}: was opened without a detector; expected "

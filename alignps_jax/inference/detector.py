@@ -18,14 +18,14 @@ from alignps_jax import devices
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.store import load_config, load_weights
 from alignps_jax.files import read_image
-from alignps_jax.inference.location_maps import LocationMaps, compute_maps, maps_of_photo
-from alignps_jax.inference.many import Read, detect_all, join, people_of
+from alignps_jax.inference.location_maps import LocationMaps, location_maps
+from alignps_jax.inference.many import Photo, detect_all, join, people_of
 from alignps_jax.inference.predict import PredictStep, inference_model
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Batch, Detections, UserError, Weights
 from data_pipeline.pipeline import single_image_batch
 
-Photo = str | Path | Image.Image | UInt8[np.ndarray, "_H _W 3"]
+PhotoLike = str | Path | Image.Image | UInt8[np.ndarray, "_H _W 3"]
 
 
 class Detector:
@@ -49,94 +49,84 @@ class Detector:
         # CPUs gain nothing from larger batches, and `detect` then runs the same program.
         each = 1 if jax.default_backend() == "cpu" else max(1, config.eval.batch_size // count)
         self.rows = count * each
-        model = inference_model(config)
-        self._weights = devices.replicate((weights.params, weights.frozen))
-        self._predict = devices.parallel_predict_step(PredictStep(model, config.eval))
-        self._compute_maps = jax.jit(partial(compute_maps, model, config.eval.precision))
+        self._step = PredictStep(inference_model(config), config.eval)
+        self._params, self._frozen = devices.replicate((weights.params, weights.frozen))
+        self._predict = devices.parallel_predict_step(self._step)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, config: ConfigDict | None = None) -> Self:
         """Loads the last step of a workdir (or that which a split chose), or one step's folder.
 
-        Compiled programs go into the user's cache, unless JAX has a folder for them.
-
-        Args:
-          path: the workdir or folder.
-          config: replaces the checkpoint's own configuration.
-
-        Raises:
-          UserError: there is none, it is damaged, or it does not fit `config`.
+        `config` replaces the checkpoint's own configuration. Compiled programs go into the user's
+        cache, unless JAX has a folder for them. Raises UserError if there is no such checkpoint,
+        it is damaged, or does not fit.
         """
         if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             devices.use_compilation_cache()
         config = config or load_config(Path(path))
-        weights = load_weights(Path(path), weights_template(inference_model(config)), config=config)
-        return cls(config, weights, str(path))
+        template = weights_template(inference_model(config))
+        return cls(config, load_weights(Path(path), template, config=config), str(path))
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all weights, in hexadecimal digits: equal for equal weights only."""
         digest = hashlib.sha256()
-        for path, array in leaves_by_path(self._weights).items():
+        for path, array in leaves_by_path((self._params, self._frozen)).items():
             values = np.ascontiguousarray(array)
             digest.update(f"{path} {values.dtype} {values.shape}".encode() + values.tobytes())
         return digest.hexdigest()
 
-    def detect(self, photo: Photo) -> Detections:
+    def detect(self, photo: PhotoLike) -> Detections:
         """All detections [K] of a photo by the released code's inference rule, best first.
 
         Callers filter by score. All are valid; boxes are x1, y1, x2, y2 in the photo's own pixels,
-        scores in [0, 1], embeddings of length one.
-
-        Raises:
-          UserError: `photo` is no photo, or cannot be read.
+        scores in [0, 1], embeddings of length one. Raises UserError if `photo` is no photo, or
+        cannot be read.
         """
         batch = join([self._batch(photo)], jax.local_device_count())
         return next(people_of(self.detect_batch(batch)))
 
-    def detect_many(self, photos: Iterable[Photo]) -> Iterator[Detections]:
+    def detect_many(self, photos: Iterable[PhotoLike]) -> Iterator[Detections]:
         """The detections of each of many photos, in their order; see `detect`.
 
         Photos are read ahead in threads, batched, and spread over all local devices; memory does
         not grow with their number. UserError comes in the turn of the photo that causes it.
         """
 
-        def read(photo: Photo) -> Read[None]:
+        def read(photo: PhotoLike) -> Photo[None]:
             try:
-                return Read(None, self._pixels(photo))
+                return Photo(None, self._pixels(photo))
             except UserError as error:
-                return Read(None, error=error)
+                return Photo(None, error=error)
 
-        for result in detect_all(self, (partial(read, photo) for photo in photos)):
-            if result.found is None:
-                raise result.error or AssertionError("neither found nor failed")
-            yield result.found
+        tasks = (partial(read, photo) for photo in photos)
+        for photo in detect_all(self.detect_batch, self.config.data, self.rows, tasks):
+            if photo.found is None:
+                raise photo.error or AssertionError("neither found nor failed")
+            yield photo.found
 
     def detect_batch(self, batch: Batch) -> Detections:
         """Detections [devices, B / devices, K] of a batch, perhaps still being computed."""
-        params, frozen = self._weights
-        return self._predict(params, frozen, devices.split_over_devices(batch))
+        return self._predict(self._params, self._frozen, devices.split_over_devices(batch))
 
-    def maps(self, photo: Photo) -> LocationMaps:
+    def maps(self, photo: PhotoLike) -> LocationMaps:
         """The network's values at every location of a photo; raises as `detect`."""
-        batch = self._batch(photo)
-        embeddings, offsets = self._compute_maps(*self._weights, batch)
-        return maps_of_photo(embeddings, offsets, batch)
+        return location_maps(self._step, self._params, self._frozen, self._batch(photo))
 
-    def _batch(self, photo: Photo) -> Batch:
+    def _batch(self, photo: PhotoLike) -> Batch:
         return single_image_batch(self._pixels(photo), self.config.data)
 
     def _pixels(self, photo: Any) -> np.ndarray:
-        """RGB pixels; of arrays the caller of this checks them."""
+        """RGB pixels."""
         if isinstance(photo, str | Path):
             return read_image(Path(photo), self.config.data.max_pixels)
         # Pillow would cut numbers of more than 8 bits (modes I and F) to the first 256.
         if isinstance(photo, Image.Image) and photo.mode[0] not in "IF":
-            return np.asarray(ImageOps.exif_transpose(photo).convert("RGB"))
-        if isinstance(photo, np.ndarray):
-            return photo
-        found = f"mode {photo.mode}" if isinstance(photo, Image.Image) else type(photo).__name__
-        raise UserError(
-            f"photo: found {found}, expected a file, a PIL image of 8 bits per channel, or an RGB "
-            "uint8 array of shape (height, width, 3)"
-        )
+            photo = ImageOps.exif_transpose(photo).convert("RGB")
+        pixels = np.asarray(photo)
+        if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,) or not pixels.size:
+            raise UserError(
+                f"photo: found {type(photo).__name__} ({pixels.dtype}, {pixels.shape}), expected a "
+                "file, a PIL image of 8 bits per channel, or an RGB uint8 array (height, width, 3)"
+            )
+        return pixels

@@ -7,9 +7,7 @@ the one that wrote it, or up to three weeks older.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +20,7 @@ from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.files import check_outputs, write_atomically
 from alignps_jax.inference.predict import PredictStep, inference_model
 from alignps_jax.nn.model import weights_template
-from alignps_jax.types import Weights
 from data_pipeline import transforms
-from data_pipeline.transforms import Size
 
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -46,38 +42,28 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
     targets = (target, target.with_name(f"{target.stem}.portrait{SUFFIX}"))
     files = dict(zip(targets, shapes, strict=False))  # one where the test scale is square
     check_outputs(*files)
-    model = inference_model(config)
+    step = PredictStep(inference_model(config), config.eval)
     folder, by = chosen_step(checkpoint, config)
-    weights = load_weights(folder, weights_template(model))
+    weights = load_weights(folder, weights_template(step.model))
     photos = config.eval.batch_size
-    detect = partial(_detect, PredictStep(model, config.eval), weights)
+
+    def detect(
+        photo: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"], scale: Float[Array, "B 2"]
+    ) -> dict[str, Array]:
+        nobody = transforms.empty_batch(photos, (photo.shape[1], photo.shape[2]), 0)
+        batch = dataclasses.replace(nobody, image=photo, size=size, scale=scale)
+        return dict(vars(step(weights.params, weights.frozen, batch)))
+
     for file, shape in files.items():
-        write_atomically(file, bytes(_program(detect, photos, shape).serialize()))
+        arguments = (
+            jax.ShapeDtypeStruct((photos, *shape, 3), np.uint8),
+            jax.ShapeDtypeStruct((photos, 2), np.int32),
+            jax.ShapeDtypeStruct((photos, 2), np.float32),
+        )
+        program = export.export(jax.jit(detect), platforms=PLATFORMS)(*arguments)
+        write_atomically(file, bytes(program.serialize()))
         print(
             f"step {int(weights.step)} of {checkpoint} (chosen by {by}), for batches of {photos} "
             f"at {shape[0]}x{shape[1]} pixels on {', '.join(PLATFORMS)}, is now in {file}"
         )
     print(f"note: JAX loads it in versions up to six months newer than this one, {jax.__version__}")
-
-
-def _program(detect: Any, photos: int, shape: Size) -> export.Exported:
-    arguments = (
-        jax.ShapeDtypeStruct((photos, *shape, 3), np.uint8),
-        jax.ShapeDtypeStruct((photos, 2), np.int32),
-        jax.ShapeDtypeStruct((photos, 2), np.float32),
-    )
-    return export.export(jax.jit(detect), platforms=PLATFORMS)(*arguments)
-
-
-def _detect(
-    step: PredictStep,
-    weights: Weights,
-    photo: UInt8[Array, "B H W 3"],
-    size: Int[Array, "B 2"],
-    scale: Float[Array, "B 2"],
-) -> dict[str, Any]:
-    count, height, width, _ = photo.shape
-    nobody = transforms.empty_batch(count, (height, width), 0)
-    batch = dataclasses.replace(nobody, image=photo, size=size, scale=scale)
-    found = step(weights.params, weights.frozen, batch)
-    return {name: getattr(found, name) for name in ("boxes", "scores", "embeddings", "valid")}

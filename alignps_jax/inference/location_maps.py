@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import cv2
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from alignps_jax.arrays import l2_normalize
+from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import matmul_precision
 from alignps_jax.types import Batch, UserError
 
 # (y, x) steps from a location to the nine taps of a 3x3 convolution, row by row.
 TAPS = np.stack(np.meshgrid((-1, 0, 1), (-1, 0, 1), indexing="ij"), axis=-1).reshape(9, 2)
-# (y, x) steps from the pixel at or before a position to the four around it.
-_CORNERS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
 _OUTPUT = "output3"
 _OUTPUT_STRIDE = 8
 
@@ -48,25 +48,11 @@ class LocationMaps:
     scale: Float[np.ndarray, "2"]
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingPoints:
-    """Where a location of P3 looks in the photo, through one lateral convolution.
-
-    `xy` are pixels of the photo, tap by tap of the output convolution and, within it, of the
-    lateral one. `used` is False where the output convolution's tap falls outside of the map, where
-    it reads zeros.
-    """
-
-    xy: Float[np.ndarray, "81 2"]
-    used: Bool[np.ndarray, "81"]
-
-
-def compute_maps(
-    model: nn.Module, precision: str, params: Any, frozen: Any, batch: Batch
-) -> tuple[list[Float[Array, "B _h _w D"]], dict[str, Float[Array, "B _h _w 18"]]]:
+@partial(jax.jit, static_argnums=0)
+def _compute(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
     """The embeddings of each level, and the outputs of the neck's offset convolutions by name."""
-    with matmul_precision(precision):
-        outputs, captured = model.apply(
+    with matmul_precision(step.config.precision):
+        outputs, captured = step.model.apply(
             {"params": params, "frozen": frozen},
             batch.image,
             batch.size,
@@ -78,19 +64,20 @@ def compute_maps(
     return [l2_normalize(level.embeddings) for level in outputs], offsets
 
 
-def maps_of_photo(embeddings: list[Array], offsets: dict[str, Array], batch: Batch) -> LocationMaps:
-    """What `compute_maps` gives for one photo, on the host, cut to what the network looks at."""
+def location_maps(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> LocationMaps:
+    """The maps of a batch of one photo, cut to what the network looks at."""
+    embeddings, offsets = _compute(step, params, frozen, batch)
     bucket, valid = batch.image.shape[1], np.asarray(round_up(jnp.asarray(batch.size)))[0]
 
     def cut(array: Array) -> np.ndarray:
         height, width = -(-valid // (bucket // array.shape[1]))
         return np.asarray(array)[0, :height, :width]
 
-    taps = {name: cut(array) for name, array in offsets.items()}
+    taps = {name: x.reshape(*x.shape[:3], 9, 2) for name, x in offsets.items()}
     return LocationMaps(
-        embeddings=tuple(cut(array) for array in embeddings),
+        embeddings=tuple(map(cut, embeddings)),
         strides=tuple(bucket // array.shape[1] for array in embeddings),
-        offsets={name: array.reshape(*array.shape[:2], 9, 2) for name, array in taps.items()},
+        offsets={name: cut(array) for name, array in taps.items()},
         size=np.asarray(batch.size[0]),
         scale=np.asarray(batch.scale[0]),
     )
@@ -126,34 +113,31 @@ def location_xy(maps: LocationMaps, location: Int[np.ndarray, "2"]) -> Float[np.
 
 def sampling_points(
     maps: LocationMaps, location: Int[np.ndarray, "2"], level: int
-) -> SamplingPoints:
+) -> Float[np.ndarray, "81 2"]:
     """Where a location (row, column) of P3 looks through the lateral convolution of a level.
 
-    The output convolution's nine taps fall between the pixels of its input, and the pixels
-    around a tap (up to four, of which upsampling makes several the same) each look at nine points
-    of the backbone's map. The nine points of a tap are means of these, weighted as bilinear
-    interpolation weighs the pixels.
+    Pixels (x, y) of the photo, tap by tap of the output convolution and, within it, of the lateral
+    one. An output tap falls between pixels, each of which looks at nine points of the backbone's
+    map; its nine points are the means of these, weighted as bilinear interpolation weighs the
+    pixels. They are NaN where the tap falls outside of the map, where it reads zeros.
 
     Raises UserError if the network has no such deformable convolutions.
     """
+    from scipy.ndimage import map_coordinates  # slow to import, and rarely needed
+
     output, lateral = _offsets(maps, _OUTPUT), _offsets(maps, f"lateral{level}")
-    stride = 2**level
-    row, column = (int(index) for index in location)
-    taps = np.array([row, column]) + TAPS + output[row, column]
-    # Cells of the level that the pixels around each tap come from, by nearest upsampling.
-    corners = np.floor(taps).astype(int)[:, None] + _CORNERS
-    weights = np.prod(1 - np.abs(taps[:, None] - corners), axis=-1)
-    inside = ((corners >= 0) & (corners < output.shape[:2])).all(axis=-1)
-    weights = np.where(inside, weights, 0.0)
-    cells = np.where(inside[..., None], corners, 0) // (stride // _OUTPUT_STRIDE)
-    points = cells[:, :, None] + TAPS + lateral[cells[..., 0], cells[..., 1]]
-    total = weights.sum(axis=1)
-    share = weights / np.where(total > 0, total, 1.0)[:, None]
-    mean = np.einsum("tc,tckd->tkd", share, points).reshape(81, 2)
-    return SamplingPoints(
-        xy=(mean[:, ::-1] + 0.5) * stride / maps.scale,
-        used=np.repeat(total > 0, 9),
-    )
+    (height, width), stride = output.shape[:2], 2**level
+    grid = np.moveaxis(np.indices(lateral.shape[:2]), 0, -1)[:, :, None]
+    points: np.ndarray = grid + TAPS + lateral
+    for axis in (0, 1):  # nearest upsampling to the size of P3
+        points = points.repeat(stride // _OUTPUT_STRIDE, axis)
+    taps = (location + TAPS + output[tuple(location)]).T
+    # With a channel of ones, whose values are the shares of the taps inside of the map.
+    channels = [*np.moveaxis(points.reshape(height, width, 18), -1, 0), np.ones((height, width))]
+    *read, share = (map_coordinates(x, taps, order=1, mode="grid-constant") for x in channels)
+    with np.errstate(invalid="ignore"):
+        mean = (np.stack(read, axis=-1) / share[:, None]).reshape(81, 2)
+    return (mean[:, ::-1] + 0.5) * stride / maps.scale
 
 
 def _offsets(maps: LocationMaps, name: str) -> Float[np.ndarray, "h w 9 2"]:

@@ -4,24 +4,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.boxes import boxes_from_distances, clip_boxes, iou, locations
 from alignps_jax.types import AnyArray, Detections, Outputs
-
-
-@struct.dataclass
-class _Candidates:
-    """Locations of one image that may become detections; boxes in pixels of the network input."""
-
-    boxes: Float[Array, "C 4"]
-    cls: Float[Array, "C"]
-    score: Float[Array, "C"]
-    embeddings: Float[Array, "C D"]
-    valid: Bool[Array, "C"]
 
 
 def nms(
@@ -81,18 +69,18 @@ def detect(
         levels: tuple[Outputs, ...], size: Int[AnyArray, "2"], scale: Float[AnyArray, "2"]
     ) -> Detections:
         per_level = [
-            _level_candidates(level, stride, pre_nms)
+            _level_candidates(level, stride, pre_nms, min_cls_score)
             for level, stride in zip(levels, strides, strict=True)
         ]
         candidates = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_level)
-        valid = candidates.valid & (candidates.cls > min_cls_score)
         boxes = clip_boxes(candidates.boxes, size) / jnp.tile(scale, 2)
-        order = jnp.argsort(jnp.where(valid, -candidates.score, jnp.inf), stable=True)
-        kept = nms(boxes[order], valid[order], nms_iou)
+        ranked = jnp.where(candidates.valid, -candidates.scores, jnp.inf)
+        order = jnp.argsort(ranked, stable=True)
+        kept = nms(boxes[order], candidates.valid[order], nms_iou)
         best = order[jnp.flatnonzero(kept, size=max_detections, fill_value=0)]
         return _detections(
             boxes[best],
-            candidates.score[best],
+            candidates.scores[best],
             candidates.embeddings[best],
             jnp.arange(max_detections) < kept.sum(),
         )
@@ -162,18 +150,17 @@ def _nearest_embeddings(
     return level.embeddings[row, column]
 
 
-def _level_candidates(level: Outputs, stride: int, limit: int) -> _Candidates:
-    """The `limit` best-scoring valid locations of one level of one image ([h, w, ...])."""
+def _level_candidates(level: Outputs, stride: int, limit: int, min_cls_score: float) -> Detections:
+    """The `limit` best-scoring locations of one level of one image, in pixels of the input."""
     height, width = level.cls_logits.shape
     cls = jax.nn.sigmoid(level.cls_logits.ravel().astype(jnp.float32))
-    score = cls * jax.nn.sigmoid(level.centerness_logits.ravel().astype(jnp.float32))
+    scores = cls * jax.nn.sigmoid(level.centerness_logits.ravel().astype(jnp.float32))
     valid = level.valid.ravel()
-    _, index = lax.top_k(jnp.where(valid, score, -1.0), min(limit, height * width))
+    _, index = lax.top_k(jnp.where(valid, scores, -1.0), min(limit, height * width))
     distances = level.box_distances.reshape(-1, 4)[index].astype(jnp.float32) * stride
-    return _Candidates(
+    return Detections(
         boxes=boxes_from_distances(locations(height, width, stride)[index], distances),
-        cls=cls[index],
-        score=score[index],
+        scores=scores[index],
         embeddings=level.embeddings.reshape(height * width, -1)[index],
-        valid=valid[index],
+        valid=(valid & (cls > min_cls_score))[index],
     )

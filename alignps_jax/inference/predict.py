@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.nn.model import AlignPS, build_model, matmul_precision
-from alignps_jax.types import Batch, Detections, Outputs
+from alignps_jax.types import Batch, Detections
 
 LARGE_PHOTO = 2**17  # pixels
 
@@ -29,10 +28,18 @@ def inference_model(config: ConfigDict) -> AlignPS:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # pmap needs a hash: that of the identity
 class PredictStep:
-    """The detections of a batch; `config` is `config.eval`."""
+    """The detections of a batch.
+
+    Attributes:
+      model: the network.
+      config: `config.eval`.
+      level_borders: `config.loss.level_borders` where the people of the ground truth are taken, as
+        a perfect detector would find them: an upper bound.
+    """
 
     model: AlignPS
     config: ConfigDict
+    level_borders: tuple[float, ...] | None = None
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """Boxes in the photos' own pixels, best first."""
@@ -52,15 +59,15 @@ class PredictStep:
         variables = {"params": params, "frozen": frozen}
         with matmul_precision(self.config.precision):
             outputs: Any = self.model.apply(variables, batch.image, batch.size)
-        return self.decode(outputs, batch)
-
-    def decode(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:
-        """What follows the network: the choice of locations, and non-maximum suppression."""
+        strides = self.model.strides(train=False)
+        if self.level_borders is not None:
+            people = batch.boxes, batch.valid, batch.scale
+            return embed_boxes(outputs, *people, strides=strides, borders=self.level_borders)
         return detect(
             outputs,
             batch.size,
             batch.scale,
-            strides=self.model.strides(train=False),
+            strides=strides,
             pre_nms=self.config.pre_nms,
             min_cls_score=self.config.min_cls_score,
             nms_iou=self.config.nms_iou,
@@ -68,24 +75,7 @@ class PredictStep:
         )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class GroundTruthStep(PredictStep):
-    """The people of the ground truth, as a perfect detector would find them: an upper bound."""
-
-    level_borders: tuple[float, ...] = ()  # config.loss.level_borders
-
-    def decode(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:
-        """The batch's own boxes in the photos' pixels, with score 1 and their embeddings."""
-        strides, borders = self.model.strides(train=False), self.level_borders
-        people = batch.boxes, batch.valid, batch.scale
-        return embed_boxes(outputs, *people, strides=strides, borders=borders)
-
-
 def make_predict_step(config: ConfigDict) -> PredictStep:
     """The step that finds the people to be searched, as `config.eval.boxes` says."""
-    borders = tuple(config.loss.level_borders)
-    steps: dict[str, Callable[..., PredictStep]] = {
-        "detected": PredictStep,
-        "ground_truth": partial(GroundTruthStep, level_borders=borders),
-    }
-    return steps[config.eval.boxes](inference_model(config), config.eval)
+    choices = {"detected": None, "ground_truth": tuple(config.loss.level_borders)}
+    return PredictStep(inference_model(config), config.eval, choices[config.eval.boxes])

@@ -6,7 +6,7 @@ The memory is an argument and a result, never hidden state. Its table and its qu
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.losses.terms import Term
@@ -87,7 +87,15 @@ def update_memory(
     features, valid = l2_normalize(positives.embeddings), positives.valid
     row = jnp.where(valid & positives.labeled, positives.identity, -1)
     lut = _update_lut(memory.lut, features, row, momentum, normalize)
-    tail, queue = _update_queue(memory, features, valid & ~positives.labeled, queue_channels)
+    queue, tail, size = memory.queue, memory.tail, len(memory.queue)
+    if size > 0:
+        use = valid & ~positives.labeled
+        rank = jnp.cumsum(use, dtype=jnp.int32) - 1
+        count = jnp.sum(use, dtype=jnp.int32)
+        stays = use & (rank >= count - size)  # the last ones, where they are more than the slots
+        slot = jnp.where(stays, (tail + rank) % size, size)
+        queue = queue.at[slot, :queue_channels].set(features[:, :queue_channels], mode="drop")
+        tail = (tail + count) % size
     return OIMMemory(lut=lut, queue=queue, tail=tail)
 
 
@@ -117,19 +125,3 @@ def _update_lut(
         return lut.at[jnp.where(rank == turn, row, nowhere)].set(new, mode="drop")
 
     return lax.fori_loop(0, rounds, write, lut)
-
-
-def _update_queue(
-    memory: OIMMemory, features: Float[Array, "P D"], use: Bool[Array, "P"], channels: int | None
-) -> tuple[Int[Array, ""], Float[Array, "Q D"]]:
-    """The new tail and queue; of more positives than slots, the last ones stay."""
-    queue, tail = memory.queue, memory.tail
-    size = len(queue)
-    if size == 0:
-        return tail, queue
-    rank = jnp.cumsum(use, dtype=jnp.int32) - 1
-    count = jnp.sum(use, dtype=jnp.int32)
-    stays = use & (rank >= count - size)
-    slot = jnp.where(stays, (tail + rank) % size, size)
-    queue = queue.at[slot, :channels].set(features[:, :channels], mode="drop")
-    return (tail + count) % size, queue

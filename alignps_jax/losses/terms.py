@@ -73,13 +73,8 @@ def centerness_loss(
     return Term(sum=jnp.sum(losses, where=where), count=jnp.sum(where, dtype=jnp.float32))
 
 
-@struct.dataclass
-class _Samples:
-    """Vectors, their identities (rows of the LUT), and which ones count."""
-
-    vectors: Float[Array, "N D"]
-    identity: Int[Array, "N"]
-    valid: Bool[Array, "N"]
+# Vectors [N, D], their identities (rows of the LUT) [N], and which ones count [N].
+_Samples = tuple[Array, Array, Array]
 
 
 def triplet_loss(
@@ -116,9 +111,9 @@ def triplet_loss(
         own = jnp.concatenate([own, len(gathered.identity) + own])
     # The hardest pairs are searched without gradient; only their distances are differentiated.
     farthest, nearest, has_negative = _hardest(*lax.stop_gradient((anchors, samples)), own)
-    a, other = anchors.vectors, samples.vectors
-    excess = margin + _distance(a, other[farthest]) - _distance(a, other[nearest])
-    is_anchor = anchors.valid & has_negative
+    (vectors, _, valid), (others, _, _) = anchors, samples
+    excess = margin + _distance(vectors, others[farthest]) - _distance(vectors, others[nearest])
+    is_anchor = valid & has_negative
     return Term(
         sum=jnp.sum(jax.nn.relu(excess), where=is_anchor),
         count=jnp.sum(is_anchor, dtype=jnp.float32),
@@ -130,13 +125,11 @@ def _samples(positives: Positives, lut: Float[Array, "L D"] | None, first: int) 
     valid, identity = positives.valid & positives.labeled, positives.identity
     vectors = l2_normalize(positives.embeddings)
     if lut is None:
-        return _Samples(vectors, identity, valid)
+        return vectors, identity, valid
     rows = lax.stop_gradient(lut)[jnp.where(valid, identity, 0)]
-    return _Samples(
-        vectors=jnp.concatenate([vectors, rows]),
-        identity=jnp.concatenate([identity, identity]),
-        valid=jnp.concatenate([valid, valid & (identity >= first)]),
-    )
+    parts = (vectors, rows), (identity, identity), (valid, valid & (identity >= first))
+    vectors, identity, valid = map(jnp.concatenate, parts)
+    return vectors, identity, valid
 
 
 def _hardest(
@@ -147,22 +140,22 @@ def _hardest(
     `own` is the index of each anchor among the samples. Anchors are searched in blocks, so that
     memory does not grow with anchors times samples: that would be gigabytes on many devices.
     """
-    norms = jnp.sum(samples.vectors**2, axis=1)
+    vectors, identities, valid = samples
+    norms = jnp.sum(vectors**2, axis=1)
 
     def search(anchor: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         vector, identity, own = anchor
         # Full precision: the default of GPUs blurs distances by several percent.
-        product = jnp.matmul(samples.vectors, vector, precision=lax.Precision.HIGHEST)
+        product = jnp.matmul(vectors, vector, precision=lax.Precision.HIGHEST)
         square = jnp.sum(vector**2) + norms - 2 * product
         square = jnp.where(jnp.arange(len(norms)) == own, 0.0, square)
-        same = samples.identity == identity
-        different = ~same & samples.valid
-        farthest = jnp.argmax(jnp.where(same & samples.valid, square, -jnp.inf))
-        nearest = jnp.argmin(jnp.where(different, square, jnp.inf))
-        return farthest, nearest, different.any()
+        same = identities == identity
+        farthest = jnp.argmax(jnp.where(same & valid, square, -jnp.inf))
+        nearest = jnp.argmin(jnp.where(~same & valid, square, jnp.inf))
+        return farthest, nearest, (~same & valid).any()
 
     block = max(1, PAIRS_AT_ONCE // len(norms))
-    return lax.map(search, (anchors.vectors, anchors.identity, own), batch_size=block)
+    return lax.map(search, (*anchors[:2], own), batch_size=block)
 
 
 def _distance(a: Float[Array, "N D"], b: Float[Array, "N D"]) -> Float[Array, "N"]:

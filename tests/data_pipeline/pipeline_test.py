@@ -498,20 +498,6 @@ class TestEvaluation:
                 np.testing.assert_array_equal(getattr(single, field), getattr(batch, field))
             assert not single.valid.any()
 
-    @pytest.mark.parametrize(
-        "image",
-        [
-            np.zeros((4, 5), np.uint8),
-            np.zeros((4, 5, 4), np.uint8),
-            np.zeros((4, 5, 3), np.float32),
-            np.zeros((0, 5, 3), np.uint8),
-        ],
-    )
-    @pytest.mark.usefixtures("unchecked")
-    def test_single_image_of_another_kind(self, image):
-        with pytest.raises(UserError, match="expected RGB uint8"):
-            single_image_batch(image, settings())
-
 
 class TestErrors:
     @pytest.mark.parametrize("workers", [0, 2])

@@ -4,16 +4,16 @@ import numpy as np
 
 from alignps_jax.evaluation.detections_io import load_detections, save_detections
 from alignps_jax.evaluation.evaluate import collect, example_queries
-from alignps_jax.inference.predict import GroundTruthStep, PredictStep, make_predict_step
+from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.types import Detections
 from configs import tiny
 
 
 def test_boxes_are_chosen_by_name():
     config = tiny.get_config()
-    assert type(make_predict_step(config)) is PredictStep
+    assert make_predict_step(config).level_borders is None
     config.eval.boxes = "ground_truth"
-    assert type(make_predict_step(config)) is GroundTruthStep
+    assert make_predict_step(config).level_borders == config.loss.level_borders
 
 
 def test_what_is_collected_survives_a_file_bit_for_bit(tmp_path):

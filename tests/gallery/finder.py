@@ -8,13 +8,14 @@ import numpy as np
 
 from alignps_jax.gallery.indexing import Indexed, index
 from alignps_jax.gallery.store import Gallery
+from alignps_jax.inference.detector import Detector
 from alignps_jax.types import Batch, Detections
 from tests.gallery.networks import network_config
 
 MOST = 5
 
 
-class Finder:
+class Finder(Detector):
     """Finds up to four people, by the colors of a photo: always the same in the same pixels."""
 
     config = network_config()

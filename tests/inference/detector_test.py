@@ -1,4 +1,4 @@
-"""`Detector`: what it takes, what it computes in, and how often it compiles."""
+"""`Detector`: what it takes, many photos at once, what it computes in, how often it compiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignps_jax.files import write_image
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
 from tests.gallery.networks import network_config, photo, write_checkpoint
@@ -67,14 +68,9 @@ def test_it_takes_files_pil_images_and_arrays(detector, tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [
-        None,
-        b"photo.jpg",
-        [[0, 0, 0]],
+        *(None, b"photo.jpg", [[0, 0, 0]], Image.fromarray(np.zeros((8, 8), np.uint16))),
         np.zeros((8, 8, 3), np.float32),
-        np.zeros((8, 8), np.uint8),
-        np.zeros((8, 8, 4), np.uint8),
-        np.zeros((0, 8, 3), np.uint8),
-        Image.fromarray(np.zeros((8, 8), np.uint16)),
+        *(np.zeros(shape, np.uint8) for shape in ((8, 8), (8, 8, 4), (0, 8, 3))),
     ],
 )
 def test_what_is_no_photo_is_one_clear_error(detector, wrong):
@@ -82,6 +78,33 @@ def test_what_is_no_photo_is_one_clear_error(detector, wrong):
         with pytest.raises(UserError, match=r"expected .*RGB.*uint8") as error:
             detect(wrong)
         assert "\n" not in str(error.value)
+
+
+def test_many_photos_are_found_as_each_alone(detector, tmp_path):
+    """Landscape and portrait in turns, so that batches fill up out of order."""
+    sizes = [(96, 128), (128, 96), (50, 100), (96, 128), (300, 90)]
+    photos = [photo(seed, *sizes[seed * 7 % 5]) for seed in range(11)]
+    write_image(tmp_path / "a.png", photos[4])
+    mixed = [*photos[:4], tmp_path / "a.png", *photos[5:]]
+    many = list(detector.detect_many(mixed))
+    for found, one in zip(many, photos, strict=True):
+        assert_same(found, detector.detect(one), atol=2e-3)
+    assert list(detector.detect_many([])) == []
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_photo_that_cannot_be_read_comes_in_its_turn(detector):
+    found = detector.detect_many([photo(0), "nothing.jpg", photo(1)])
+    assert len(next(found).scores)
+    with pytest.raises(UserError, match=r"nothing\.jpg: cannot be read"):
+        next(found)
+
+
+def test_the_fingerprint_is_of_the_weights(detector, tmp_path):
+    same = write_checkpoint(tmp_path / "same", network_config(0.9))
+    other = write_checkpoint(tmp_path / "other", network_config(), seed=1)
+    assert Detector.from_checkpoint(same).fingerprint == detector.fingerprint
+    assert Detector.from_checkpoint(other).fingerprint != detector.fingerprint
 
 
 def test_a_network_that_was_trained_in_bfloat16_searches_in_float32(checkpoint, detector):

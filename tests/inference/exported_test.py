@@ -6,19 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from jax import export
 
-from alignps_jax.checkpoint.store import Checkpoints
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.exported import PLATFORMS, export_programs
-from alignps_jax.losses.oim import init_memory
-from alignps_jax.nn.model import build_model, init_variables
-from alignps_jax.types import TrainState, UserError
+from alignps_jax.types import UserError
 from configs import tiny
 from data_pipeline.pipeline import single_image_batch
+from tests.gallery.networks import write_checkpoint
 
 # Runs in a process and a folder of its own, where nothing of this project can be imported.
 ALONE = """
@@ -44,12 +41,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("run")
-    params, frozen = init_variables(build_model(config), jax.random.key(3))
-    memory = init_memory(1, 1, config.model.channels)
-    with Checkpoints(workdir, keep=1, config=config) as checkpoints:
-        checkpoints.save(TrainState(np.int32(7), params, frozen, (), memory), None)
-    return workdir
+    return write_checkpoint(tmp_path_factory.mktemp("run"), config)
 
 
 @pytest.fixture(scope="module")

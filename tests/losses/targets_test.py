@@ -72,17 +72,8 @@ def test_assignment_matches_loop_on_two_levels(seed: int):
     boxes = np.concatenate([corner, corner + rng.uniform(3, 70, (12, 2))], 1).astype(np.float32)
     valid, box_valid = rng.random(len(points)) < 0.9, rng.random(12) < 0.8
     identity, labeled = rng.integers(0, 90, 12), rng.random(12) < 0.5
-    result = assign(
-        points,
-        strides,
-        ranges,
-        boxes,
-        valid=valid,
-        identity=identity,
-        labeled=labeled,
-        box_valid=box_valid,
-    )
-
+    people = {"identity": identity, "labeled": labeled, "box_valid": box_valid}
+    result = assign(points, strides, ranges, boxes, valid=valid, **people)
     chosen = slow_assignment(points, strides, ranges, valid, boxes, box_valid, 1.5)
     assert (chosen[: 9 * 14] >= 0).any()
     assert (chosen[9 * 14 :] >= 0).any()
@@ -142,14 +133,8 @@ def test_range_ends_are_included():
 def test_nothing_to_assign(why: str):
     points, strides, ranges = level(3, 4, 8)
     boxes = np.zeros((2, 4)) if why == "empty boxes" else np.array([[0, 0, 32, 24.0]] * 2)
-    result = assign(
-        points,
-        strides,
-        ranges,
-        boxes,
-        valid=np.full(12, why != "no valid location"),
-        box_valid=np.full(2, why != "no valid box"),
-    )
+    valid, box_valid = np.full(12, why != "no valid location"), np.full(2, why != "no valid box")
+    result = assign(points, strides, ranges, boxes, valid=valid, box_valid=box_valid)
     for leaf in jax.tree.leaves(result):
         assert np.isfinite(leaf).all()
         assert not np.any(leaf)

@@ -21,7 +21,7 @@ from alignps_jax.boxes import iou
 from alignps_jax.files import Image
 from alignps_jax.gallery.page.pictures import PREVIEW, decoded, jpeg, person_picture
 from alignps_jax.image_files import decode_photo, read_header
-from alignps_jax.inference.many import FindsPeople
+from alignps_jax.inference.detector import Detector
 from alignps_jax.types import Detections, UserError
 from data_pipeline.transforms import is_landscape
 
@@ -97,7 +97,7 @@ class Finder:
       kept: how many photos are kept, the latest ones.
     """
 
-    def __init__(self, detector: FindsPeople, waiting: int = MAX_WAITING, kept: int = MAX_KEPT):
+    def __init__(self, detector: Detector, waiting: int = MAX_WAITING, kept: int = MAX_KEPT):
         self._detector = detector
         self._kept = kept
         self._uploads: OrderedDict[str, Upload] = OrderedDict()

@@ -23,7 +23,6 @@ from alignps_jax.gallery.page.security import Door, is_loopback, own_names
 from alignps_jax.gallery.page.site import Overview, Site
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import FindsPeople
 from alignps_jax.types import UserError
 
 HOST, PORT = "127.0.0.1", 8000
@@ -32,7 +31,7 @@ _PATIENCE = 5  # seconds that requests under way have when the server stops
 
 
 def serve_gallery(
-    gallery: Gallery, detector: FindsPeople, marks: Path, host: str = HOST, port: int = PORT
+    gallery: Gallery, detector: Detector, marks: Path, host: str = HOST, port: int = PORT
 ) -> None:
     """Serves the page of a gallery until a signal comes.
 
@@ -90,7 +89,7 @@ def marks_file(address: str) -> Path:
     return path.with_name(f"{path.stem}.marks.json")
 
 
-def make_site(gallery: Gallery, detector: FindsPeople, marks: Path) -> Site:
+def make_site(gallery: Gallery, detector: Detector, marks: Path) -> Site:
     """Everything that the page needs; UserError if the file of marks is none."""
     return Site(
         gallery=gallery,
