@@ -35,8 +35,11 @@ def conv2d(
         return lax.platform_dependent(inputs, kernel, cuda=_plain_conv, default=_product)
     if stride == 1 and side**2 * features <= 2 * channels:
         # The projections for all taps take at most twice the memory of the map.
-        ways = {"cuda": _plain_conv, "tpu": _by_taps_on_tpu, "default": _by_taps}
-        return lax.platform_dependent(inputs, kernel, **ways)
+        # To shift parts of a vector is slow.
+        on_tpu = _by_taps if side**2 * features <= _LANES else _conv
+        return lax.platform_dependent(
+            inputs, kernel, cuda=_plain_conv, tpu=on_tpu, default=_by_taps
+        )
     if stride == 1:
         return _conv(inputs, kernel)
     if kernel.shape[:3] == (3, 3, 3):
@@ -171,11 +174,3 @@ def _product(
 ) -> Float[Array, "B H W F"]:
     batch, height, width, channels = inputs.shape
     return (inputs.reshape(-1, channels) @ kernel[0, 0]).reshape(batch, height, width, -1)
-
-
-def _by_taps_on_tpu(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
-) -> Float[Array, "B H W F"]:
-    """By taps where a vector holds all of them; to shift parts of vectors is slow."""
-    one_vector = kernel.shape[0] ** 2 * kernel.shape[-1] <= _LANES
-    return (_by_taps if one_vector else _conv)(inputs, kernel)

@@ -42,15 +42,6 @@ def mask_padding(
     return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
 
-def masked_mean(
-    x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-) -> Float[Array, "B 1 1 C"]:
-    """Mean over the valid region of maps that are zero outside of it, in float32."""
-    count = jnp.maximum(valid_size[:, 0] * valid_size[:, 1], 1).astype(jnp.float32)
-    total = x.astype(jnp.float32).sum((1, 2), keepdims=True)
-    return total / count[:, None, None, None]
-
-
 def subtract_mean(
     x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
 ) -> Float[Array, "B H W C"]:
@@ -58,13 +49,16 @@ def subtract_mean(
 
     In float32, whatever the type of `x` is: embeddings are compared, so they are not rounded again.
     """
-    return mask_padding(x.astype(jnp.float32) - masked_mean(x, valid_size), valid_size)
+    x = x.astype(jnp.float32)
+    count = jnp.maximum(valid_size[:, 0] * valid_size[:, 1], 1).astype(jnp.float32)
+    mean = x.sum((1, 2), keepdims=True) / count[:, None, None, None]
+    return mask_padding(x - mean, valid_size)
 
 
 def scale_and_shift(
-    x: Float[Array, "B H W C"],
     factor: Float[Array, "C"],
     shift: Float[Array, "C"],
+    x: Float[Array, "B H W C"],
     valid_size: Int[Array, "B 2"],
 ) -> Float[Array, "B H W C"]:
     """`x * factor + shift` in the valid region, computed in float32."""
@@ -90,8 +84,7 @@ class FrozenBatchNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
     ) -> Float[Array, "B H W C"]:
-        factor, shift = self.affine(x.shape[-1])
-        return scale_and_shift(x, factor, shift, valid_size)
+        return scale_and_shift(*self.affine(x.shape[-1]), x, valid_size)
 
 
 class GroupNorm(nn.Module):

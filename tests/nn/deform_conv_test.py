@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 from alignps_jax.nn import deform_cpu
-from alignps_jax.nn.deform_conv import DeformConv, ModulatedDeformConv, deform_conv2d
+from alignps_jax.nn.deform_conv import DeformConv, deform_conv2d
 
 # name: (B, H, W, C, F, stride, side of the kernel, with mask)
 CASES = {
@@ -354,46 +354,41 @@ def test_wrong_shapes(shapes, message):
         deform_conv2d(*arrays)
 
 
-@pytest.mark.parametrize(("kind", "stride"), [(DeformConv, 1), (ModulatedDeformConv, 2)])
-def test_modules(kind, stride):
-    inputs = np.random.default_rng(0).normal(size=(2, 5, 6, 4)).astype(np.float32)
-    normal = nn.initializers.normal(0.3)
-    module = kind(
-        features=3,
-        stride=stride,
-        use_bias=True,
-        offset_kernel_init=normal,
-        offset_bias_init=normal,
-    )
+@pytest.mark.parametrize(("modulated", "stride"), [(False, 1), (True, 2)])
+def test_modules(modulated, stride):
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(2, 5, 6, 4)).astype(np.float32)
+    module = DeformConv(3, stride, modulated, use_bias=True, offset_gain=2.0)
     params = jax.jit(module.init)(jax.random.key(1), inputs)["params"]
     params["bias"] = jnp.arange(3.0)
-    shapes = jax.tree.map(jnp.shape, params)
-    channels = 18 if kind is DeformConv else 27
-    assert shapes == {
+    channels = 27 if modulated else 18
+    params["offset"]["bias"] = rng.normal(0, 0.3, channels).astype(np.float32)
+    assert jax.tree.map(jnp.shape, params) == {
         "kernel": (3, 3, 4, 3),
         "bias": (3,),
         "offset": {"kernel": (3, 3, 4, channels), "bias": (channels,)},
     }
-    predicted = lax.conv_general_dilated(
-        inputs,
-        params["offset"]["kernel"],
-        (stride, stride),
-        ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    predicted = np.asarray(predicted + params["offset"]["bias"])
+    plain = nn.Conv(channels, (3, 3), stride, padding=1)
+    predicted = np.asarray(plain.apply({"params": params["offset"]}, inputs))
     offsets = np.stack([predicted[..., 0:18:2], predicted[..., 1:18:2]], axis=-1)
-    mask = None if kind is DeformConv else 1 / (1 + np.exp(-predicted[..., 18:]))
+    mask = 1 / (1 + np.exp(-predicted[..., 18:])) if modulated else None
     expected = loop(inputs, offsets, params["kernel"], mask, stride=stride)
     out = jax.jit(module.apply)({"params": params}, inputs)
     np.testing.assert_allclose(out, expected + np.arange(3), atol=1e-4)
+    low = DeformConv(3, stride, modulated, use_bias=True, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(low.init(jax.random.key(0), inputs))} == {
+        jnp.dtype(jnp.float32)
+    }
+    found = jax.jit(low.apply)({"params": params}, inputs)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(np.float32), out, atol=0.03)
 
 
-@pytest.mark.parametrize("kind", [DeformConv, ModulatedDeformConv])
-def test_module_defaults(kind):
+@pytest.mark.parametrize(("modulated", "factor"), [(False, 1.0), (True, 0.5)])
+def test_module_defaults(modulated, factor):
     """Initially a plain convolution (times one half in DCNv2, the sigmoid of zero)."""
     inputs = np.random.default_rng(0).normal(size=(1, 5, 6, 40)).astype(np.float32)
-    module = kind(features=30)
+    module = DeformConv(30, modulated=modulated)
     params = jax.jit(module.init)(jax.random.key(0), inputs)["params"]
     assert set(params) == {"kernel", "offset"}
     limit = 1 / np.sqrt(9 * 40)
@@ -401,16 +396,4 @@ def test_module_defaults(kind):
     plain_conv = nn.Conv(30, (3, 3), padding=1, use_bias=False)
     expected = plain_conv.apply({"params": {"kernel": params["kernel"]}}, inputs)
     out = jax.jit(module.apply)({"params": params}, inputs)
-    factor = 1.0 if kind is DeformConv else 0.5
     np.testing.assert_allclose(out, factor * expected, atol=1e-5)
-
-
-def test_module_in_bfloat16():
-    inputs = np.random.default_rng(0).normal(size=(1, 5, 6, 4)).astype(np.float32)
-    module = ModulatedDeformConv(features=3, use_bias=True, dtype=jnp.bfloat16)
-    params = jax.jit(module.init)(jax.random.key(0), inputs)["params"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-    out = jax.jit(module.apply)({"params": params}, inputs)
-    assert out.dtype == jnp.bfloat16
-    exact = ModulatedDeformConv(features=3, use_bias=True).apply({"params": params}, inputs)
-    np.testing.assert_allclose(out.astype(np.float32), exact, atol=0.02)
