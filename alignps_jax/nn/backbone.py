@@ -8,11 +8,18 @@ from functools import partial
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from alignps_jax.nn.convolution import conv2d, conv_by_rows, shifted
+from alignps_jax.nn.convolution import Map, conv2d, conv_by_rows, shifted
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, conv, mask_padding, scale_and_shift
+from alignps_jax.nn.layers import (
+    FrozenBatchNorm,
+    GroupNorm,
+    ValidSize,
+    conv,
+    mask_padding,
+    scale_and_shift,
+)
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Pixels of a block of `stem_by_blocks`, in either direction: the stride of the stem.
@@ -31,9 +38,7 @@ class Block(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-    ) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Map, valid_size: ValidSize) -> Float[Array, "B h w D"]:
         conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
         smaller = valid_size // self.stride
         if self.bottleneck:
@@ -89,7 +94,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B H W 3"], valid_size: Int[Array, "B 2"]
+        self, image: Float[Array, "B H W 3"], valid_size: ValidSize
     ) -> tuple[Float[Array, "B _h _w _C"], ...]:
         """Maps an image, zero outside its valid `valid_size`, to C3, C4 and C5."""
         x = self._stem(image.astype(self.dtype), valid_size)
@@ -122,7 +127,7 @@ class ResNet(nn.Module):
 
     @nn.nowrap  # no stage of its own where intermediates are captured
     def _stem(
-        self, image: Float[Array, "B H W 3"], valid_size: Int[Array, "B 2"]
+        self, image: Float[Array, "B H W 3"], valid_size: ValidSize
     ) -> Float[Array, "B h w F"]:
         """Convolution, normalization, ReLU and max pooling; by blocks on TPUs for ResNet-50."""
         shape = (self.stem_size, self.stem_size, image.shape[-1], self.width)
@@ -157,7 +162,7 @@ class Kernel(nn.Module):
         return self.param("kernel", kaiming, self.shape)
 
 
-def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+def max_pool_3x3(x: Map) -> Float[Array, "B h w C"]:
     """Maximum of 3x3 windows with stride 2 and padding 1, of a map without negative values.
 
     Zeros are then as good a padding as -inf. Written as maxima of shifted maps, whose backward
@@ -175,7 +180,7 @@ def plain_stem(
     image: Float[Array, "B H W 3"],
     kernel: Float[Array, "k k 3 F"],
     norm: Callable[..., Array],
-    valid_size: Int[Array, "B 2"],
+    valid_size: ValidSize,
 ) -> Float[Array, "B h w F"]:
     """The stem of a ResNet with any normalization."""
     x = nn.relu(norm(conv2d(image, kernel, stride=2), valid_size // 2))
@@ -183,7 +188,7 @@ def plain_stem(
 
 
 def stem_by_blocks(
-    valid_size: Int[Array, "B 2"],
+    valid_size: ValidSize,
     image: Float[Array, "B H W 3"],
     kernel: Float[Array, "7 7 3 F"],
     factor: Float[Array, "F"],
@@ -211,7 +216,7 @@ def stem_by_blocks(
     return mask_padding(most, valid_size // BLOCK)
 
 
-def _blocks(image: Float[Array, "B H W C"]) -> Float[Array, "B h w N"]:
+def _blocks(image: Map) -> Float[Array, "B h w N"]:
     """The pixels of every block as channels: row, column, channel."""
     batch, height, width, channels = image.shape
     # To pick every fourth of the numbers in a vector is slow; a product with a matrix of zeros and

@@ -8,10 +8,18 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from alignps_jax.nn.convolution import Map
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import GroupNorm, conv, mask_padding, subtract_mean, valid_mask
+from alignps_jax.nn.layers import (
+    GroupNorm,
+    ValidSize,
+    conv,
+    mask_padding,
+    subtract_mean,
+    valid_mask,
+)
 from alignps_jax.types import Outputs
 
 normal = nn.initializers.normal(0.01)
@@ -28,9 +36,7 @@ class Tower(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B h w D"], valid_size: Int[Array, "B 2"]
-    ) -> Float[Array, "B h w C"]:
+    def __call__(self, x: Map, valid_size: ValidSize) -> Float[Array, "B h w C"]:
         plain = partial(conv, size=3, kernel_init=normal)
         last = partial(DeformConv, modulated=True)
         for index in range(self.num_convs):
@@ -50,9 +56,7 @@ class PredictedEmbedding(nn.Module):
     make_tower: Callable[..., nn.Module] | None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B h w D"], valid_size: Int[Array, "B 2"]
-    ) -> Float[Array, "B h w {self.features}"]:
+    def __call__(self, x: Map, valid_size: ValidSize) -> Float[Array, "B h w {self.features}"]:
         if self.make_tower is not None:
             x = self.make_tower(name="tower")(x, valid_size)
         predictor = conv(self.features, 3, kernel_init=normal, dtype=jnp.float32, name="predictor")
@@ -105,9 +109,7 @@ class FCOSHead(nn.Module):
             for level in self.levels
         }
 
-    def __call__(
-        self, x: Float[Array, "B h w D"], valid_size: Int[Array, "B 2"], level: int = 3
-    ) -> Outputs:
+    def __call__(self, x: Map, valid_size: ValidSize, level: int = 3) -> Outputs:
         """Predicts on one level, zero outside its valid `valid_size` (in locations)."""
         cls = self.cls_tower(x, valid_size)
         box = self.box_tower(x, valid_size)

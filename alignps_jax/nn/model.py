@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from alignps_jax.nn.backbone import ResNet50, ResNetSmall
 from alignps_jax.nn.head import FCOSHead
-from alignps_jax.nn.layers import GroupNorm, mask_padding, round_up
+from alignps_jax.nn.layers import GroupNorm, ValidSize, mask_padding, round_up
 from alignps_jax.nn.neck import AlignedFeatureAggregation, level_size
 from alignps_jax.types import Outputs, Weights
 
@@ -39,7 +39,7 @@ class AlignPS(nn.Module):
     dtype: str = "float32"
 
     def __call__(
-        self, image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"], *, train: bool = False
+        self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
     ) -> tuple[Outputs, ...]:
         """Runs the network on RGB images padded into one bucket.
 
@@ -62,7 +62,7 @@ class AlignPS(nn.Module):
         )
 
     def normalized(
-        self, image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"]
+        self, image: UInt8[Array, "B H W 3"], size: ValidSize
     ) -> Float[Array, "B H W 3"]:
         """RGB bytes to normalized float32, zero beyond each photo's own `size`."""
         pixels = image[..., ::-1] if self.channel_order == "BGR" else image

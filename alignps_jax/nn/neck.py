@@ -7,10 +7,10 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import conv, mask_padding, subtract_mean
+from alignps_jax.nn.layers import ValidSize, conv, mask_padding, subtract_mean
 
 FeatureMap = Float[Array, "B _ _ _"]  # [B, h, w, C], of sizes that differ from map to map
 
@@ -53,7 +53,7 @@ class AlignedFeatureAggregation(nn.Module):
 
     @nn.compact
     def __call__(
-        self, maps: Sequence[FeatureMap], valid_size: Int[Array, "B 2"], *, train: bool
+        self, maps: Sequence[FeatureMap], valid_size: ValidSize, *, train: bool
     ) -> tuple[FeatureMap, ...]:
         """Aggregates C3, C4, C5; `valid_size` is the valid region of the image in pixels.
 
@@ -73,7 +73,7 @@ class AlignedFeatureAggregation(nn.Module):
         )
 
     def _pyramid(
-        self, maps: Sequence[FeatureMap], valid_size: Int[Array, "B 2"], wanted: Sequence[int]
+        self, maps: Sequence[FeatureMap], valid_size: ValidSize, wanted: Sequence[int]
     ) -> dict[int, FeatureMap]:
         """The wanted levels, and those that they are made from, before the mean subtraction."""
         plain = partial(conv, kernel_init=nn.initializers.xavier_uniform())
@@ -111,6 +111,6 @@ class AlignedFeatureAggregation(nn.Module):
         return made
 
 
-def level_size(valid_size: Int[Array, "B 2"], level: int) -> Int[Array, "B 2"]:
+def level_size(valid_size: ValidSize, level: int) -> ValidSize:
     """The valid region of a level's map; `valid_size` is that of the image in pixels."""
     return -(-valid_size // 2**level)

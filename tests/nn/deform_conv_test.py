@@ -1,4 +1,4 @@
-"""Deformable convolution against literal loops, finite differences, plain JAX and torchvision."""
+"""Deformable convolution against literal loops, plain JAX and torchvision."""
 
 import contextlib
 import functools
@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax import lax
 
 from alignps_jax.nn import deform_cpu
 from alignps_jax.nn.deform_conv import DeformConv, deform_conv2d
@@ -128,25 +127,12 @@ def plain_gradients(name):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("platform", WAYS)
-def test_equals_loop_finite_differences_and_plain_jax(name, platform):
+def test_equals_loop_and_plain_jax(name, platform):
     arrays, options = make_case(name)
     with as_on(platform):
         out, grads = evaluate(deform_conv2d, arrays, options)
     np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
     assert_all_close(grads, plain_gradients(name), atol=5e-5)
-    if platform != "cpu":
-        return
-    rng = np.random.default_rng(3)
-    weights = cotangent(out.shape).astype(np.float64)
-    for position, gradient in enumerate(grads):
-        direction = rng.choice([-1.0, 1.0], size=gradient.shape)
-        values = []
-        for step in (1e-4, -1e-4):
-            moved = [None if a is None else a.astype(np.float64) for a in arrays]
-            moved[position] = moved[position] + step * direction
-            values.append(np.sum(weights * loop(*moved, **options)))
-        expected = (values[0] - values[1]) / 2e-4
-        np.testing.assert_allclose(np.sum(gradient * direction), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("size", [1, 4, 70, 100])
@@ -157,23 +143,6 @@ def test_tiles_of_any_size_give_the_same(size, monkeypatch):
     out, grads = evaluate(deform_conv2d, arrays, options)
     np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
     assert_all_close(grads, plain_gradients("more_features"), atol=5e-5)
-
-
-@pytest.mark.parametrize("platform", WAYS)
-def test_zero_offsets_are_a_plain_convolution(platform):
-    (inputs, offsets, kernel, _), options = make_case("without_mask")
-
-    def convolve(inputs, kernel):
-        layout = ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(
-            inputs, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout
-        )
-
-    with as_on(platform):
-        out, grads = evaluate(deform_conv2d, [inputs, offsets * 0, kernel, None], options)
-    expected, (d_inputs, d_kernel) = evaluate(convolve, [inputs, kernel], {})
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-    assert_all_close([grads[0], grads[2]], [d_inputs, d_kernel], atol=2e-5)
 
 
 @pytest.mark.parametrize("platform", WAYS)
@@ -225,20 +194,6 @@ def test_mask_of_zeros():
     np.testing.assert_allclose(d_mask, plain_gradients("fewer_features")[3], atol=5e-5)
 
 
-def test_all_samples_at_one_place():
-    """Every location adds to the same four pixels in the backward pass."""
-    (inputs, _, kernel, mask), options = make_case("fewer_features")
-    _, height, width, _ = inputs.shape
-    ky, kx = np.divmod(np.arange(9), 3)
-    y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    offsets = np.stack(
-        [1.3 - (y[..., None] + ky - 1), 4.6 - (x[..., None] + kx - 1)], axis=-1
-    ).astype(np.float32)
-    arrays = [inputs, np.stack([offsets] * 2), kernel, mask]
-    _, grads = evaluate(deform_conv2d, arrays, options)
-    assert_all_close(grads, evaluate(plain, arrays, options)[1], atol=1e-4)
-
-
 @pytest.mark.parametrize("platform", WAYS)
 def test_nan_offsets_show(platform):
     (inputs, offsets, kernel, mask), options = make_case("more_features")
@@ -276,26 +231,6 @@ def test_vmap_equals_batch():
     out, grads = evaluate(mapped, arrays, options)
     np.testing.assert_allclose(out, loop(*arrays, **options), atol=2e-5)
     assert_all_close(grads, plain_gradients("more_features"), atol=5e-5)
-
-
-@pytest.mark.parametrize("platform", WAYS)
-def test_pmap_with_a_replicated_kernel(platform):
-    (inputs, offsets, kernel, mask), _ = make_case("more_features")
-
-    def gradient(inputs, offsets, kernel, mask):
-        def loss(kernel):
-            return jnp.sin(deform_conv2d(inputs, offsets, kernel, mask)).sum()
-
-        return jax.grad(loss)(kernel)
-
-    @functools.partial(jax.pmap, axis_name="data", in_axes=(0, 0, None, 0), out_axes=None)
-    def summed(*arrays):
-        return jax.lax.psum(gradient(*arrays), "data")
-
-    expected = gradient(inputs, offsets, kernel, mask)
-    with as_on(platform):
-        found = summed(inputs[:, None], offsets[:, None], kernel, mask[:, None])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("features", [64, 128])
@@ -339,19 +274,18 @@ def test_torchvision():
 
 
 @pytest.mark.parametrize(
-    ("shapes", "message"),
+    ("offsets", "kernel", "mask", "wrong"),
     [
-        ([(1, 4, 5, 3), (1, 4, 5, 9, 2), (3, 3, 4, 2), None], "kernel takes 4 channels"),
-        ([(1, 4, 5, 3), (1, 5, 4, 9, 2), (3, 3, 3, 2), None], "offsets have shape"),
-        ([(1, 4, 5, 3), (1, 4, 5, 18), (3, 3, 3, 2), None], "offsets have shape"),
-        ([(1, 4, 5, 3), (1, 4, 5, 9, 2), (3, 3, 3, 2), (1, 4, 5, 8)], "mask has shape"),
+        ((1, 4, 5, 9, 2), (3, 3, 4, 2), (1, 4, 5, 9), "kernel"),
+        ((1, 5, 4, 9, 2), (3, 3, 3, 2), (1, 4, 5, 9), "offsets"),
+        ((1, 4, 5, 18), (3, 3, 3, 2), (1, 4, 5, 9), "offsets"),
+        ((1, 4, 5, 9, 2), (3, 3, 3, 2), (1, 4, 5, 8), "mask"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_wrong_shapes(shapes, message):
-    arrays = [None if shape is None else np.zeros(shape, np.float32) for shape in shapes]
-    with pytest.raises(ValueError, match=message):
-        deform_conv2d(*arrays)
+def test_wrong_shapes(offsets, kernel, mask, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        deform_conv2d(*map(np.zeros, ((1, 4, 5, 3), offsets, kernel, mask)))
 
 
 @pytest.mark.parametrize(("modulated", "stride"), [(False, 1), (True, 2)])
