@@ -1,8 +1,7 @@
 """Deformable 3x3 convolutions (DCNv1 and DCNv2): a pure function and a Flax module.
 
-Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear interpolation and with
-zeros outside the image; the rest is a convolution (Dai et al., "Deformable Convolutional
-Networks", Eq. 2; the mask is that of Zhu et al., "Deformable ConvNets v2", Eq. 1).
+Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear interpolation (Dai et
+al., "Deformable Convolutional Networks", Eq. 2; Zhu et al., "Deformable ConvNets v2", Eq. 1).
 
 Samples are taken and multiplied in the way that is fast on the platform: by tiles on CPUs
 (`deform_cpu.py`), by windows on TPUs (`deform_tpu.py`), by gathers elsewhere (`deform_gathers.py`).
@@ -35,8 +34,7 @@ def deform_conv2d(
     """Convolves `inputs` at displaced positions; equals `torchvision.ops.deform_conv2d`.
 
     Args:
-      inputs: the map, float32 or bfloat16; matmuls are computed in this type, positions,
-        interpolation weights and sums in float32.
+      inputs: the map, float32 or bfloat16, the type of the matmuls; all else is float32.
       offsets: displacement (y, x) of each of the K = k * k taps (row-major) at each output
         location, in pixels of `inputs`. Any value is allowed: a sample contributes what lies
         inside the image, hence nothing if y <= -1, y >= H, x <= -1 or x >= W.

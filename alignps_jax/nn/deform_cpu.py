@@ -45,7 +45,7 @@ def _by_tiles(
 ) -> Float[Array, "M F"]:
     """Samples all taps of a tile, then multiplies."""
     locations, taps = rows.shape[1:]
-    size = _tile_size(locations, table)
+    size = min(TILE, PIXELS // table.shape[1], locations)
     corners = [x.reshape(4, -1) for x in (weights, rows)]
 
     def tile(out: Array, start: Array) -> tuple[Array, None]:
@@ -62,7 +62,7 @@ def _by_tiles(
 def _by_tiles_bwd(residuals: tuple[Any, ...], d_out: Float[Array, "M F"]) -> tuple[Any, ...]:
     table, kernel, weights, rows = residuals
     (locations, features), taps, transposed_kernel = d_out.shape, rows.shape[-1], kernel.T
-    size = _tile_size(locations, table)
+    size = min(TILE, PIXELS // table.shape[1], locations)
 
     def split(x: Array) -> Array:
         """[n, M, k] -> [tiles, n, size * k], with zeros after the last location."""
@@ -77,7 +77,12 @@ def _by_tiles_bwd(residuals: tuple[Any, ...], d_out: Float[Array, "M F"]) -> tup
         d_samples = _behind_branch(matmul, d_out, transposed_kernel).reshape(-1, table.shape[-1])
         # Behind a barrier: XLA would store the corners, for `samples` and this to share.
         d_weights = _corner_products(table, lax.optimization_barrier(rows), d_samples)
-        return (_scatter(d_table, weights, rows, d_samples), d_kernel), d_weights
+
+        def add_corner(d_table: Array, corner: tuple[Array, Array]) -> tuple[Array, None]:
+            weights, rows = corner
+            return d_table.at[rows].add(weights[:, None] * d_samples, **IN_BOUNDS), None
+
+        return (lax.scan(add_corner, d_table, (weights, rows))[0], d_kernel), d_weights
 
     d_out_tiles = split(d_out[None]).reshape(-1, size, features)
     # The transpose in one go: XLA's matmul on CPUs is slow when its left side is transposed.
@@ -89,10 +94,6 @@ def _by_tiles_bwd(residuals: tuple[Any, ...], d_out: Float[Array, "M F"]) -> tup
 
 
 _by_tiles.defvjp(lambda *args: (_by_tiles(*args), args), _by_tiles_bwd)
-
-
-def _tile_size(locations: int, table: Float[Array, "R C"]) -> int:
-    return min(TILE, PIXELS // table.shape[1], locations)
 
 
 def _behind_branch(function: Callable[..., Array], *args: Any) -> Array:
@@ -111,18 +112,6 @@ def _sample(table: Float[Array, "R C"], weights: Weights, rows: Rows) -> Float[A
     corners = zip(weights, rows, strict=True)
     total: Any = sum(weight[:, None] * table.at[row].get(**IN_BOUNDS) for weight, row in corners)
     return total
-
-
-def _scatter(
-    table: Float[Array, "R C"], weights: Weights, rows: Rows, values: Float[Array, "M C"]
-) -> Float[Array, "R C"]:
-    """The transpose of `_sample`, added to `table`."""
-
-    def add_corner(table: Array, corner: tuple[Array, Array]) -> tuple[Array, None]:
-        weights, rows = corner
-        return table.at[rows].add(weights[:, None] * values, **IN_BOUNDS), None
-
-    return lax.scan(add_corner, table, (weights, rows))[0]
 
 
 def _corner_products(

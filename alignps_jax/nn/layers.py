@@ -53,10 +53,7 @@ def subtract_mean(x: Map, valid_size: ValidSize) -> Map:
 
 
 def scale_and_shift(
-    factor: Float[Array, "C"],
-    shift: Float[Array, "C"],
-    x: Map,
-    valid_size: ValidSize,
+    factor: Float[Array, "C"], shift: Float[Array, "C"], x: Map, valid_size: ValidSize
 ) -> Map:
     """`x * factor + shift` in the valid region, computed in float32."""
     return mask_padding((x * factor + shift).astype(x.dtype), valid_size)

@@ -64,18 +64,6 @@ class AlignedFeatureAggregation(nn.Module):
         # Initialization makes all parameters, so that training and inference have the same ones.
         if train or self.is_initializing():
             wanted += self.background_levels
-        made = self._pyramid(maps, valid_size, wanted)
-        return tuple(
-            subtract_mean(made[level], level_size(valid_size, level))
-            if level in self.levels
-            else made[level]
-            for level in wanted
-        )
-
-    def _pyramid(
-        self, maps: Sequence[FeatureMap], valid_size: ValidSize, wanted: Sequence[int]
-    ) -> dict[int, FeatureMap]:
-        """The wanted levels, and those that they are made from, before the mean subtraction."""
         plain = partial(conv, kernel_init=nn.initializers.xavier_uniform())
         deform = partial(
             nn.remat(DeformConv) if self.remat else DeformConv, offset_gain=self.offset_gain
@@ -108,7 +96,12 @@ class AlignedFeatureAggregation(nn.Module):
             made[6] = convolved("output", coarser, made[5], 6)
         if max(wanted) == 7:
             made[7] = convolved("output", coarser, nn.relu(made[6]), 7)
-        return made
+        return tuple(
+            subtract_mean(made[level], level_size(valid_size, level))
+            if level in self.levels
+            else made[level]
+            for level in wanted
+        )
 
 
 def level_size(valid_size: ValidSize, level: int) -> ValidSize:
