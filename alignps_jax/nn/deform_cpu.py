@@ -127,4 +127,4 @@ def _corner_products(
     products = [p.reshape(len(p), -1, lanes) for p in products]
     zeros = [np.float32(0)] * len(products)
     sums = lax.reduce(products, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))
-    return jnp.stack(sums).sum(axis=-1)
+    return jnp.stack([each.sum(axis=-1) for each in sums])
