@@ -8,20 +8,28 @@ from functools import partial
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from alignps_jax.nn.convolution import conv2d, conv_by_rows, shifted
-from alignps_jax.nn.deform_conv import ModulatedDeformConv
-from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, conv, mask_padding, scale_and_shift
+from alignps_jax.nn.convolution import Map, conv2d, conv_by_rows, shifted
+from alignps_jax.nn.deform_conv import DeformConv
+from alignps_jax.nn.layers import (
+    FrozenBatchNorm,
+    GroupNorm,
+    ValidSize,
+    conv,
+    mask_padding,
+    scale_and_shift,
+)
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Pixels of a block of `stem_by_blocks`, in either direction: the stride of the stem.
 BLOCK = 4
 
 
-class BottleneckBlock(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1, and a shortcut."""
+class Block(nn.Module):
+    """Convolutions and a shortcut: 1x1, 3x3 (with the stride), 1x1 (bottleneck), or two of 3x3."""
 
+    bottleneck: bool
     features: int
     stride: int
     project: bool
@@ -30,52 +38,29 @@ class BottleneckBlock(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-    ) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Map, valid_size: ValidSize) -> Float[Array, "B h w D"]:
         conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
-        y = nn.relu(self.norm(name="bn1")(conv_(self.features, 1, name="conv1")(x), valid_size))
+        smaller = valid_size // self.stride
+        if self.bottleneck:
+            y = conv_(self.features, 1, name="conv1")(x)
+            y = nn.relu(self.norm(name="bn1")(y, valid_size))
+        else:
+            y = conv_(self.features, 3, self.stride, name="conv1")(x)
+            y = nn.relu(self.norm(name="bn1")(y, smaller))
+        stride = self.stride if self.bottleneck else 1
         if self.deformable:
-            conv2: nn.Module = ModulatedDeformConv(
-                self.features, stride=self.stride, dtype=self.dtype, name="conv2"
+            conv2: nn.Module = DeformConv(
+                self.features, stride, modulated=True, dtype=self.dtype, name="conv2"
             )
         else:
-            conv2 = conv_(self.features, 3, self.stride, name="conv2")
-        valid_size = valid_size // self.stride
-        y = nn.relu(self.norm(name="bn2")(conv2(y), valid_size))
-        y = self.norm(name="bn3")(conv_(4 * self.features, 1, name="conv3")(y), valid_size)
+            conv2 = conv_(self.features, 3, stride, name="conv2")
+        y = self.norm(name="bn2")(conv2(y), smaller)
+        if self.bottleneck:
+            y = conv_(4 * self.features, 1, name="conv3")(nn.relu(y))
+            y = self.norm(name="bn3")(y, smaller)
         if self.project:
-            x = conv_(4 * self.features, 1, self.stride, name="downsample_conv")(x)
-            x = self.norm(name="downsample_bn")(x, valid_size)
-        return nn.relu(x + y)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut."""
-
-    features: int
-    stride: int
-    project: bool
-    norm: Callable[..., nn.Module]
-    deformable: bool = False
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-    ) -> Float[Array, "B h w D"]:
-        conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
-        valid_size = valid_size // self.stride
-        y = conv_(self.features, 3, self.stride, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y, valid_size))
-        if self.deformable:
-            conv2: nn.Module = ModulatedDeformConv(self.features, dtype=self.dtype, name="conv2")
-        else:
-            conv2 = conv_(self.features, 3, name="conv2")
-        y = self.norm(name="bn2")(conv2(y), valid_size)
-        if self.project:
-            x = conv_(self.features, 1, self.stride, name="downsample_conv")(x)
-            x = self.norm(name="downsample_bn")(x, valid_size)
+            x = conv_(y.shape[-1], 1, self.stride, name="downsample_conv")(x)
+            x = self.norm(name="downsample_bn")(x, smaller)
         return nn.relu(x + y)
 
 
@@ -83,7 +68,7 @@ class ResNet(nn.Module):
     """A residual network of four stages after a stride-4 stem.
 
     Attributes:
-      block: residual block, with everything but width, stride and shortcut bound.
+      bottleneck: see `Block`.
       depths: blocks per stage (res2 to res5).
       width: channels of the stem, doubled in every stage.
       stem_size: kernel of the stem's convolution.
@@ -92,10 +77,11 @@ class ResNet(nn.Module):
         convolution (torchvision), or the stage begins with every second pixel of the map before it
         (Caffe, Released code: there the strides are those of 1x1 convolutions).
       frozen_stages: stages up to res(1 + n) get no gradient; 0 freezes the stem, -1 nothing.
-      deform_stages: stages (3, 4, 5) whose 3x3 convolutions are deformable (Table 5).
+      deform_stages: stages (3, 4, 5) whose second convolutions are deformable (Table 5).
+      remat: the backward pass computes the blocks again.
     """
 
-    block: Callable[..., nn.Module]
+    bottleneck: bool
     depths: tuple[int, ...]
     width: int
     stem_size: int
@@ -103,11 +89,12 @@ class ResNet(nn.Module):
     stride_in_blocks: bool = True
     frozen_stages: int = -1
     deform_stages: tuple[int, ...] = ()
+    remat: bool = False
     dtype: str = "float32"
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "B H W 3"], valid_size: Int[Array, "B 2"]
+        self, image: Float[Array, "B H W 3"], valid_size: ValidSize
     ) -> tuple[Float[Array, "B _h _w _C"], ...]:
         """Maps an image, zero outside its valid `valid_size`, to C3, C4 and C5."""
         x = self._stem(image.astype(self.dtype), valid_size)
@@ -121,7 +108,8 @@ class ResNet(nn.Module):
                 if stride == 2 and not self.stride_in_blocks:
                     # Here, not in the block: what the backward pass keeps of the map is small, too.
                     x, valid_size, stride = x[:, ::2, ::2], valid_size // 2, 1
-                block = self.block(
+                block = (nn.remat(Block) if self.remat else Block)(
+                    bottleneck=self.bottleneck,
                     features=self.width * 2**stage,
                     stride=stride,
                     project=index == 0,
@@ -139,7 +127,7 @@ class ResNet(nn.Module):
 
     @nn.nowrap  # no stage of its own where intermediates are captured
     def _stem(
-        self, image: Float[Array, "B H W 3"], valid_size: Int[Array, "B 2"]
+        self, image: Float[Array, "B H W 3"], valid_size: ValidSize
     ) -> Float[Array, "B h w F"]:
         """Convolution, normalization, ReLU and max pooling; by blocks on TPUs for ResNet-50."""
         shape = (self.stem_size, self.stem_size, image.shape[-1], self.width)
@@ -150,13 +138,11 @@ class ResNet(nn.Module):
         if not isinstance(norm, FrozenBatchNorm):
             return plain_stem(image, kernel, norm, valid_size)
 
-        def plain(image: Array, kernel: Array, factor: Array, shift: Array) -> Array:
-            def scaled(x: Array, valid_size: Array) -> Array:
-                return scale_and_shift(x, factor, shift, valid_size)
-
+        def plain(image: Array, kernel: Array, *affine: Array) -> Array:
+            scaled = partial(scale_and_shift, *affine)
             return plain_stem(image, kernel, scaled, valid_size)
 
-        by_blocks = partial(stem_by_blocks, valid_size) if self.stem_size == 7 else plain
+        by_blocks = partial(stem_by_blocks, valid_size)
         args = image, kernel, *norm.affine(self.width)
         return lax.platform_dependent(*args, tpu=by_blocks, default=plain)
 
@@ -176,7 +162,7 @@ class Kernel(nn.Module):
         return self.param("kernel", kaiming, self.shape)
 
 
-def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+def max_pool_3x3(x: Map) -> Float[Array, "B h w C"]:
     """Maximum of 3x3 windows with stride 2 and padding 1, of a map without negative values.
 
     Zeros are then as good a padding as -inf. Written as maxima of shifted maps, whose backward
@@ -194,7 +180,7 @@ def plain_stem(
     image: Float[Array, "B H W 3"],
     kernel: Float[Array, "k k 3 F"],
     norm: Callable[..., Array],
-    valid_size: Int[Array, "B 2"],
+    valid_size: ValidSize,
 ) -> Float[Array, "B h w F"]:
     """The stem of a ResNet with any normalization."""
     x = nn.relu(norm(conv2d(image, kernel, stride=2), valid_size // 2))
@@ -202,7 +188,7 @@ def plain_stem(
 
 
 def stem_by_blocks(
-    valid_size: Int[Array, "B 2"],
+    valid_size: ValidSize,
     image: Float[Array, "B H W 3"],
     kernel: Float[Array, "7 7 3 F"],
     factor: Float[Array, "F"],
@@ -220,7 +206,7 @@ def stem_by_blocks(
 
     def row(kernel: Array) -> Array:
         y = conv_by_rows(blocks, kernel)
-        return nn.relu(scale_and_shift(y, factor, shift, valid_size // BLOCK))
+        return nn.relu(scale_and_shift(factor, shift, y, valid_size // BLOCK))
 
     upper, lower = row(top), row(bottom)
     # The window of a block's maximum has all of it, and what is next to it above and to the left.
@@ -230,7 +216,7 @@ def stem_by_blocks(
     return mask_padding(most, valid_size // BLOCK)
 
 
-def _blocks(image: Float[Array, "B H W C"]) -> Float[Array, "B h w N"]:
+def _blocks(image: Map) -> Float[Array, "B h w N"]:
     """The pixels of every block as channels: row, column, channel."""
     batch, height, width, channels = image.shape
     # To pick every fourth of the numbers in a vector is slow; a product with a matrix of zeros and
@@ -260,12 +246,6 @@ def _kernels_of_blocks(kernel: Float[Array, "7 7 C F"]) -> list[Float[Array, "3 
 
 
 # The last normalization of a block starts at its usual scale: weights come from ImageNet.
-ResNet50 = partial(
-    ResNet,
-    block=BottleneckBlock,
-    depths=(3, 4, 6, 3),
-    stem_size=7,
-    norm=FrozenBatchNorm,
-)
+ResNet50 = partial(ResNet, bottleneck=True, depths=(3, 4, 6, 3), stem_size=7, norm=FrozenBatchNorm)
 # For training from scratch on small scenes: group norm needs no batch and no pretraining.
-ResNetSmall = partial(ResNet, block=BasicBlock, depths=(1, 1, 1, 1), stem_size=3, norm=GroupNorm)
+ResNetSmall = partial(ResNet, bottleneck=False, depths=(1, 1, 1, 1), stem_size=3, norm=GroupNorm)

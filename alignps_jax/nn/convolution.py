@@ -11,14 +11,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+Map = Float[Array, "B H W C"]
+Kernel = Float[Array, "k k C F"]
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
 _LANES = 128  # of a TPU's vectors
 # Of bfloat16 too, sums in float32.
 matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
-def conv2d(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"], *, stride: int = 1
-) -> Float[Array, "B h w F"]:
+def conv2d(inputs: Map, kernel: Kernel, *, stride: int = 1) -> Float[Array, "B h w F"]:
     """A convolution with an odd square kernel and `k // 2` zeros around the map, as in PyTorch.
 
     On CPUs, stride-1 convolutions larger than 1x1 use a kernel gradient of their own, because XLA's
@@ -32,41 +33,39 @@ def conv2d(
         inputs = inputs[:, ::stride, ::stride]
         # XLA's Triton code finds no tiles for the matmuls of large maps (A100, float32), and
         # aborts where it meets a stride.
-        return lax.platform_dependent(inputs, kernel, cuda=_plain_conv, default=_product)
-    if stride == 1 and side**2 * features <= 2 * channels:
-        # The projections for all taps take at most twice the memory of the map.
-        ways = {"cuda": _plain_conv, "tpu": _by_taps_on_tpu, "default": _by_taps}
-        return lax.platform_dependent(inputs, kernel, **ways)
-    if stride == 1:
+        ways = {"cuda": _plain_conv, "default": _product}
+    elif stride == 1 and side**2 * features <= 2 * channels:
+        # The projections for all taps take at most twice the memory of the map; on TPUs, to shift
+        # parts of vectors is slow.
+        on_tpu = _by_taps if side**2 * features <= _LANES else _conv
+        ways = {"cuda": _plain_conv, "tpu": on_tpu, "default": _by_taps}
+    elif stride == 1:
         return _conv(inputs, kernel)
-    if kernel.shape[:3] == (3, 3, 3):
-        by_cpu = partial(_with_fourth_channel, stride=stride)
-        default = partial(_plain_conv, stride=stride)
-        return lax.platform_dependent(inputs, kernel, cpu=by_cpu, default=default)
-    return _plain_conv(inputs, kernel, stride)
+    elif kernel.shape[:3] == (3, 3, 3):
+        ways = {
+            "cpu": partial(_with_fourth_channel, stride=stride),
+            "default": partial(_plain_conv, stride=stride),
+        }
+    else:
+        return _plain_conv(inputs, kernel, stride)
+    return lax.platform_dependent(inputs, kernel, **ways)
 
 
-def _plain_conv(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"], stride: int = 1
-) -> Float[Array, "B h w F"]:
+def _plain_conv(inputs: Map, kernel: Kernel, stride: int = 1) -> Float[Array, "B h w F"]:
     padding = [(side // 2, side // 2) for side in kernel.shape[:2]]
     return lax.conv_general_dilated(
-        inputs, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        inputs, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT
     )
 
 
-def _with_fourth_channel(
-    inputs: Float[Array, "B H W 3"], kernel: Float[Array, "3 3 3 F"], stride: int
-) -> Float[Array, "B h w F"]:
+def _with_fourth_channel(inputs: Map, kernel: Kernel, stride: int) -> Float[Array, "B h w F"]:
     """The same result with a channel of zeros: XLA's CPU code takes ten times as long for three."""
     inputs = jnp.pad(inputs, [(0, 0), (0, 0), (0, 0), (0, 1)])
     kernel = jnp.pad(kernel, [(0, 0), (0, 0), (0, 1), (0, 0)])
     return _plain_conv(inputs, kernel, stride)
 
 
-def conv_by_rows(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
-) -> Float[Array, "B H W F"]:
+def conv_by_rows(inputs: Map, kernel: Kernel) -> Float[Array, "B H W F"]:
     """`_plain_conv` as a sum of convolutions along the rows, every row an image of its own.
 
     A TPU's compiler cuts few images into strips, and copies them back and forth. Gradients do
@@ -89,9 +88,7 @@ def conv_by_rows(
 
 
 @jax.custom_vjp
-def _conv(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
-) -> Float[Array, "B H W F"]:
+def _conv(inputs: Map, kernel: Kernel) -> Float[Array, "B H W F"]:
     return lax.platform_dependent(inputs, kernel, tpu=conv_by_rows, default=_plain_conv)
 
 
@@ -112,9 +109,7 @@ def _conv_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Arra
 _conv.defvjp(lambda *args: (_plain_conv(*args), args), _conv_bwd)
 
 
-def _kernel_gradient(
-    inputs: Float[Array, "B H W C"], d_out: Float[Array, "B H W F"], side: int
-) -> Float[Array, "k k C F"]:
+def _kernel_gradient(inputs: Map, d_out: Float[Array, "B H W F"], side: int) -> Kernel:
     """The gradient in the kernel: for every tap, a product of the shifted map and `d_out`.
 
     Both maps are padded to the same size and laid out row after row, so that a tap's shift in
@@ -146,9 +141,7 @@ def shifted(x: Float[Array, "B H W F"], down: int, right: int) -> Float[Array, "
     return lax.pad(x, np.zeros((), x.dtype), edges)
 
 
-def _by_taps(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
-) -> Float[Array, "B H W F"]:
+def _by_taps(inputs: Map, kernel: Kernel) -> Float[Array, "B H W F"]:
     """Projects every pixel for all taps at once; each location then adds up what meets there.
 
     One product with k * k * F columns instead of k * k with F, which are too few for it to be fast.
@@ -158,24 +151,13 @@ def _by_taps(
     side, _, channels, _ = kernel.shape
     rows = kernel.swapaxes(2, 3).reshape(-1, channels)
     projected = jnp.einsum("bhwc,pc->bhwp", inputs, rows, preferred_element_type=jnp.float32)
-    taps = jnp.split(projected, side**2, axis=-1)
-    # How far each tap's projection is from the location that it counts for.
-    reach = range(side // 2, -(side // 2) - 1, -1)
-    places = [(y, x) for y in reach for x in reach]
-    total: Any = sum(shifted(tap, y, x) for tap, (y, x) in zip(taps, places, strict=True))
+    taps = enumerate(jnp.split(projected, side**2, axis=-1))
+    # Each tap's projection is as far from its location as the tap is from the middle.
+    middle = side // 2
+    total: Any = sum(shifted(tap, middle - at // side, middle - at % side) for at, tap in taps)
     return total.astype(inputs.dtype)
 
 
-def _product(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C F"]
-) -> Float[Array, "B H W F"]:
+def _product(inputs: Map, kernel: Kernel) -> Float[Array, "B H W F"]:
     batch, height, width, channels = inputs.shape
     return (inputs.reshape(-1, channels) @ kernel[0, 0]).reshape(batch, height, width, -1)
-
-
-def _by_taps_on_tpu(
-    inputs: Float[Array, "B H W C"], kernel: Float[Array, "k k C F"]
-) -> Float[Array, "B H W F"]:
-    """By taps where a vector holds all of them; to shift parts of vectors is slow."""
-    one_vector = kernel.shape[0] ** 2 * kernel.shape[-1] <= _LANES
-    return (_by_taps if one_vector else _conv)(inputs, kernel)

@@ -1,8 +1,7 @@
-"""Deformable 3x3 convolutions (DCNv1 and DCNv2): a pure function and two Flax modules.
+"""Deformable 3x3 convolutions (DCNv1 and DCNv2): a pure function and a Flax module.
 
-Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear interpolation and with
-zeros outside the image; the rest is a convolution (Dai et al., "Deformable Convolutional
-Networks", Eq. 2; the mask is that of Zhu et al., "Deformable ConvNets v2", Eq. 1).
+Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear interpolation (Dai et
+al., "Deformable Convolutional Networks", Eq. 2; Zhu et al., "Deformable ConvNets v2", Eq. 1).
 
 Samples are taken and multiplied in the way that is fast on the platform: by tiles on CPUs
 (`deform_cpu.py`), by windows on TPUs (`deform_tpu.py`), by gathers elsewhere (`deform_gathers.py`).
@@ -10,8 +9,7 @@ Samples are taken and multiplied in the way that is fast on the platform: by til
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -22,7 +20,7 @@ from alignps_jax.nn import deform_cpu, deform_gathers, deform_tpu
 from alignps_jax.nn.deform_gathers import samples_at
 from alignps_jax.nn.layers import conv
 
-Initializer = Callable[..., Array]
+scaled = nn.initializers.variance_scaling
 
 
 def deform_conv2d(
@@ -36,8 +34,7 @@ def deform_conv2d(
     """Convolves `inputs` at displaced positions; equals `torchvision.ops.deform_conv2d`.
 
     Args:
-      inputs: the map, float32 or bfloat16; matmuls are computed in this type, positions,
-        interpolation weights and sums in float32.
+      inputs: the map, float32 or bfloat16, the type of the matmuls; all else is float32.
       offsets: displacement (y, x) of each of the K = k * k taps (row-major) at each output
         location, in pixels of `inputs`. Any value is allowed: a sample contributes what lies
         inside the image, hence nothing if y <= -1, y >= H, x <= -1 or x >= W.
@@ -70,8 +67,7 @@ def deform_conv2d(
     x = (x * stride - side // 2 + kx).reshape(h, w, -1) + offsets[..., 1]
     samples = samples_at(y, x, height, width)
     if mask is not None:
-        samples = samples._replace(weights=tuple(weight * mask for weight in samples.weights))
-
+        samples = samples._replace(weights=samples.weights * mask)
     kernel = kernel.reshape(-1, channels, features).astype(inputs.dtype)
     inputs = jnp.asarray(inputs)
     ways = {"cpu": deform_cpu.convolve, "default": deform_gathers.convolve}
@@ -82,61 +78,47 @@ def deform_conv2d(
 
 
 class DeformConv(nn.Module):
-    """DCNv1: 3x3, padding 1; offsets from a plain 3x3 convolution of the same map.
+    """3x3, padding 1; offsets from a plain 3x3 convolution of the same map.
 
     Parameters: `kernel` [3, 3, C, features], `bias` [features] if `use_bias`, and the `offset`
     convolution, whose channels are y0, x0, y1, x1, ... of the taps in row-major order, in pixels
-    of the map. Parameters and offsets are float32, activations `dtype`. Initially the
-    offsets are zero.
+    of the map. Parameters and offsets are float32, activations `dtype`.
+
+    Attributes:
+      modulated: nine more `offset` channels, through a sigmoid, are the mask (DCNv2).
+      offset_gain: offsets start as Xavier uniform times this.
     """
 
     features: int
     stride: int = 1
+    modulated: bool = False
     use_bias: bool = False
+    offset_gain: float = 0.0
     dtype: Any = jnp.float32
-    # Uniform within 1 / sqrt(9 * C).
-    kernel_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    offset_kernel_init: Initializer = nn.initializers.zeros
-    offset_bias_init: Initializer = nn.initializers.zeros
-
-    channels_per_tap: ClassVar[int] = 2
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w F"]:
         """Returns the map at ceil(H / stride) x ceil(W / stride) locations."""
         inputs = inputs.astype(self.dtype)
         predicted = conv(
-            9 * self.channels_per_tap,
+            27 if self.modulated else 18,
             3,
             self.stride,
             use_bias=True,
             # An offset of 20 pixels in bfloat16 is a multiple of 1/8 pixel.
             dtype=jnp.float32,
-            kernel_init=self.offset_kernel_init,
-            bias_init=self.offset_bias_init,
+            kernel_init=scaled(self.offset_gain**2, "fan_avg", "uniform"),
             name="offset",
         )(inputs)
-        offsets, mask = self.split(predicted)
-        kernel = self.param("kernel", self.kernel_init, (3, 3, inputs.shape[-1], self.features))
+        # Uniform within 1 / sqrt(9 * C).
+        shape = (3, 3, inputs.shape[-1], self.features)
+        kernel = self.param("kernel", scaled(1 / 3, "fan_in", "uniform"), shape)
         if self.is_initializing():  # nothing of the map but its shape matters
             out = jnp.zeros((*predicted.shape[:-1], self.features), self.dtype)
         else:
+            offsets = predicted[..., :18].reshape(*predicted.shape[:-1], 9, 2)
+            mask = nn.sigmoid(predicted[..., 18:]) if self.modulated else None
             out = deform_conv2d(inputs, offsets, kernel, mask, stride=self.stride)
         if self.use_bias:
             out += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return out
-
-    def split(self, predicted: Float[Array, "B h w N"]) -> tuple[Array, Array | None]:
-        """Offsets [B, h, w, 9, 2] and mask [B, h, w, 9] from the channels of `offset`."""
-        return predicted.reshape(*predicted.shape[:-1], 9, 2), None
-
-
-class ModulatedDeformConv(DeformConv):
-    """DCNv2: like `DeformConv`; nine more `offset` channels, through a sigmoid, are the mask."""
-
-    channels_per_tap: ClassVar[int] = 3
-
-    def split(self, predicted: Float[Array, "B h w N"]) -> tuple[Array, Array]:
-        """Offsets [B, h, w, 9, 2] and mask [B, h, w, 9] from the channels of `offset`."""
-        offsets, _ = super().split(predicted[..., :18])
-        return offsets, nn.sigmoid(predicted[..., 18:])

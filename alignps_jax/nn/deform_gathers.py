@@ -26,46 +26,38 @@ class Samples(NamedTuple):
       weights: bilinear, in float32; 0 outside the map, NaN where a coordinate is.
     """
 
-    y: tuple[Int[Array, "B h w K"], ...]
-    x: tuple[Int[Array, "B h w K"], ...]
-    weights: tuple[Float[Array, "B h w K"], ...]
+    y: Int[Array, "4 B h w K"]
+    x: Int[Array, "4 B h w K"]
+    weights: Float[Array, "4 B h w K"]
 
-    def rows(self, maps: Float[Array, "B H W C"]) -> tuple[Int[Array, "B h w K"], ...]:
+    def rows(self, maps: Float[Array, "B H W C"]) -> Int[Array, "4 B h w K"]:
         """Where the pixels, or the nearest ones inside, are in the table [B*H*W, C] of a map."""
         batch, height, width, _ = maps.shape
         image = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None] * height
-
-        def row(y: Array, x: Array) -> Array:
-            return (image + jnp.clip(y, 0, height - 1)) * width + jnp.clip(x, 0, width - 1)
-
-        return tuple(map(row, self.y, self.x))
+        y, x = jnp.clip(self.y, 0, height - 1), jnp.clip(self.x, 0, width - 1)
+        return (image + y) * width + x
 
 
 def samples_at(
     y: Float[Array, "B h w K"], x: Float[Array, "B h w K"], height: int, width: int
 ) -> Samples:
     """The samples of a map of this height and width at given positions."""
-    rows, columns = _neighbors(y, height), _neighbors(x, width)
-    corners = [
-        (row, column, row_weight * column_weight)
-        for row, row_weight in rows
-        for column, column_weight in columns
-    ]
-    return Samples(*zip(*corners, strict=True))
+    (rows, row_weights), (columns, column_weights) = _neighbors(y, height), _neighbors(x, width)
+    pairs = rows[:, None], columns[None], row_weights[:, None] * column_weights
+    return Samples(*(jnp.broadcast_to(z, (2, 2, *y.shape)).reshape(4, *y.shape) for z in pairs))
 
 
 def _neighbors(
     position: Float[Array, "B h w K"], size: int
-) -> list[tuple[Int[Array, "B h w K"], Float[Array, "B h w K"]]]:
-    """The pixel at or before and that after each position, along one axis, with linear weights."""
+) -> tuple[Int[Array, "2 B h w K"], Float[Array, "2 B h w K"]]:
+    """The pixels at or before and after each position, along one axis, and linear weights."""
     # Far outside all weights are 0 and stay so, whatever the gradient of `clip` is at its ends.
     position = jnp.clip(position.astype(jnp.float32), -2.0, size + 1.0)
     first = jnp.floor(position)
     fraction = position - first
-    return [
-        (pixel.astype(jnp.int32), jnp.where((pixel < 0) | (pixel >= size), 0.0, weight))
-        for pixel, weight in ((first, 1 - fraction), (first + 1, fraction))
-    ]
+    pixels, weights = jnp.stack([first, first + 1]), jnp.stack([1 - fraction, fraction])
+    weights = jnp.where((pixels < 0) | (pixels >= size), 0.0, weights)
+    return pixels.astype(jnp.int32), weights
 
 
 def convolve(
@@ -86,8 +78,7 @@ def convolve(
         rows = rows * group + jnp.arange(group).reshape(-1, 1, 1, 1, 1)
         return (projected.at[rows].get(**IN_BOUNDS) * weights[..., None]).sum((0, 1))
 
-    corners = jnp.stack(samples.rows(maps)), jnp.stack(samples.weights)
-    return sum_over_taps(sample, group, kernel, *corners)
+    return sum_over_taps(sample, group, kernel, samples.rows(maps), samples.weights)
 
 
 def sum_over_taps(

@@ -29,7 +29,7 @@ def convolve(
     maps: Float[Array, "B H W C"], kernel: Float[Array, "K C F"], samples: Samples
 ) -> Float[Array, "B H W F"]:
     """Sum over the taps of sample(map) @ kernel, in float32, at every pixel."""
-    (_, height, width, _), y, x = maps.shape, jnp.stack(samples.y), jnp.stack(samples.x)
+    (_, height, width, _), y, x = maps.shape, samples.y, samples.x
     in_map = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     y = y + 8 - (jnp.arange(height) // 8 * 8)[:, None, None]
     x = x + 8 - (jnp.arange(width) // 16 * 16)[:, None]
@@ -41,14 +41,13 @@ def convolve(
 
     def with_few(maps: Array, kernel: Array, weights: Array) -> Array:
         at = jnp.searchsorted(far, jnp.arange(1, most + 1), method="compare_all")
-        rest = samples._replace(weights=tuple(jnp.where(outside, weights, 0.0)))
+        rest = samples._replace(weights=jnp.where(outside, weights, 0.0))
         return _windows(maps, kernel, places, weights) + _at_locations(maps, kernel, rest, at)
 
     def with_many(maps: Array, kernel: Array, weights: Array) -> Array:
-        each = samples._replace(weights=tuple(weights))
-        return deform_gathers.convolve(maps, kernel, each, group=1)
+        return deform_gathers.convolve(maps, kernel, samples._replace(weights=weights), group=1)
 
-    return lax.cond(far[-1] <= most, with_few, with_many, maps, kernel, jnp.stack(samples.weights))
+    return lax.cond(far[-1] <= most, with_few, with_many, maps, kernel, samples.weights)
 
 
 def _windows(
@@ -112,9 +111,9 @@ def _at_locations(
 ) -> Float[Array, "B H W F"]:
     """The convolution at some locations, zero elsewhere and where `at` is beyond the last one."""
     (batch, height, width, channels), (taps, _, features) = maps.shape, kernel.shape
-    corners = jnp.stack(samples.rows(maps)), jnp.stack(samples.weights)
     rows, weights = (
-        x.reshape(4, -1, taps).at[:, at].get(mode="fill", fill_value=0) for x in corners
+        x.reshape(4, -1, taps).at[:, at].get(mode="fill", fill_value=0)
+        for x in (samples.rows(maps), samples.weights)
     )
     found = maps.reshape(-1, channels).at[rows].get(**IN_BOUNDS) * weights[..., None]
     found = found.sum(0).astype(maps.dtype).reshape(len(at), -1)

@@ -7,7 +7,6 @@ that is not padded at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,58 +14,47 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from alignps_jax.nn.convolution import conv2d
+from alignps_jax.nn.convolution import Map, conv2d
+
+ValidSize = Int[Array, "B 2"]
 
 # Photos are fed padded to a multiple of this (Released code), the largest stride of the backbone.
 SIZE_MULTIPLE = 32
 EPSILON = 1e-5  # of both normalizations
 
 
-def round_up(size: Int[Array, "B 2"]) -> Int[Array, "B 2"]:
+def round_up(size: ValidSize) -> ValidSize:
     """Valid size of a photo: the network sees it padded with zeros to a multiple of 32."""
     return -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
 
 
-def valid_mask(valid_size: Int[Array, "B 2"], height: int, width: int) -> Bool[Array, "B H W"]:
+def valid_mask(valid_size: ValidSize, height: int, width: int) -> Bool[Array, "B H W"]:
     """True inside the valid region of a map of the given height and width."""
     rows = jnp.arange(height)[None, :, None] < valid_size[:, 0, None, None]
     columns = jnp.arange(width)[None, None, :] < valid_size[:, 1, None, None]
     return rows & columns
 
 
-def mask_padding(
-    x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-) -> Float[Array, "B H W C"]:
+def mask_padding(x: Map, valid_size: ValidSize) -> Map:
     """`x` with zeros outside the valid region."""
     valid = valid_mask(valid_size, x.shape[1], x.shape[2])
     return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
 
-def masked_mean(
-    x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-) -> Float[Array, "B 1 1 C"]:
-    """Mean over the valid region of maps that are zero outside of it, in float32."""
-    count = jnp.maximum(valid_size[:, 0] * valid_size[:, 1], 1).astype(jnp.float32)
-    total = x.astype(jnp.float32).sum((1, 2), keepdims=True)
-    return total / count[:, None, None, None]
-
-
-def subtract_mean(
-    x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-) -> Float[Array, "B H W C"]:
+def subtract_mean(x: Map, valid_size: ValidSize) -> Map:
     """Maps that are zero outside the valid region, less their mean over it (Released code).
 
     In float32, whatever the type of `x` is: embeddings are compared, so they are not rounded again.
     """
-    return mask_padding(x.astype(jnp.float32) - masked_mean(x, valid_size), valid_size)
+    x = x.astype(jnp.float32)
+    count = jnp.maximum(valid_size[:, 0] * valid_size[:, 1], 1).astype(jnp.float32)
+    mean = x.sum((1, 2), keepdims=True) / count[:, None, None, None]
+    return mask_padding(x - mean, valid_size)
 
 
 def scale_and_shift(
-    x: Float[Array, "B H W C"],
-    factor: Float[Array, "C"],
-    shift: Float[Array, "C"],
-    valid_size: Int[Array, "B 2"],
-) -> Float[Array, "B H W C"]:
+    factor: Float[Array, "C"], shift: Float[Array, "C"], x: Map, valid_size: ValidSize
+) -> Map:
     """`x * factor + shift` in the valid region, computed in float32."""
     return mask_padding((x * factor + shift).astype(x.dtype), valid_size)
 
@@ -77,21 +65,16 @@ class FrozenBatchNorm(nn.Module):
     @nn.compact
     def affine(self, channels: int) -> tuple[Float[Array, "C"], Float[Array, "C"]]:
         """The factor of each channel, and what is added to it then."""
-
-        def vector(name: str, init: Callable) -> Array:
-            return self.variable("frozen", name, init, None, (channels,), jnp.float32).value
-
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        scale, bias = vector("scale", ones), vector("bias", zeros)
-        mean, var = vector("mean", zeros), vector("var", ones)
+        scale, bias, mean, var = (
+            self.variable("frozen", name, init, None, (channels,), jnp.float32).value
+            for name, init in {"scale": ones, "bias": zeros, "mean": zeros, "var": ones}.items()
+        )
         factor = scale * lax.rsqrt(var + EPSILON)
         return factor, bias - mean * factor
 
-    def __call__(
-        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-    ) -> Float[Array, "B H W C"]:
-        factor, shift = self.affine(x.shape[-1])
-        return scale_and_shift(x, factor, shift, valid_size)
+    def __call__(self, x: Map, valid_size: ValidSize) -> Map:
+        return scale_and_shift(*self.affine(x.shape[-1]), x, valid_size)
 
 
 class GroupNorm(nn.Module):
@@ -100,16 +83,14 @@ class GroupNorm(nn.Module):
     groups: int = 32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], valid_size: Int[Array, "B 2"]
-    ) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Map, valid_size: ValidSize) -> Map:
         B, H, W, C = x.shape
         scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
         valid = valid_mask(valid_size, H, W)[..., None]
         count = jnp.maximum(valid.sum((1, 2)), 1) * (C // self.groups)
 
-        def group_mean(values: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
+        def group_mean(values: Map) -> Float[Array, "B C"]:
             per_channel = values.sum((1, 2)).reshape(B, self.groups, -1)
             return jnp.repeat(per_channel.sum(-1) / count, C // self.groups, axis=-1)
 

@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.nn.backbone import BasicBlock, BottleneckBlock, ResNet50, ResNetSmall
-from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.head import FCOSHead, PredictedEmbedding, Tower, input_embedding
-from alignps_jax.nn.layers import GroupNorm, mask_padding, round_up
-from alignps_jax.nn.neck import (
-    AlignedFeatureAggregation,
-    concatenate,
-    deformable,
-    level_size,
-    plain_lateral,
-    plain_output,
-)
+from alignps_jax.nn.backbone import ResNet50, ResNetSmall
+from alignps_jax.nn.head import FCOSHead
+from alignps_jax.nn.layers import GroupNorm, ValidSize, mask_padding, round_up
+from alignps_jax.nn.neck import AlignedFeatureAggregation, level_size
 from alignps_jax.types import Outputs, Weights
 
 LEVELS = (3, 4, 5, 6, 7)
-# Of float32 matmuls on accelerators, in JAX's words: "highest" is float32 on every chip, "default"
-# one pass with operands in bfloat16 on TPUs and TensorFloat-32 on GPUs since Ampere.
 Params = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class InputConvention:
-    """What the backbone's weights expect of a pixel; mean and std in `channel_order`."""
-
-    channel_order: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def normalize(
-        self, image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"]
-    ) -> Float[Array, "B H W 3"]:
-        """RGB bytes to normalized float32, zero beyond each photo's own `size`."""
-        pixels = image[..., ::-1] if self.channel_order == "BGR" else image
-        pixels = (pixels.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
-        return mask_padding(pixels, size)
 
 
 class AlignPS(nn.Module):
@@ -57,17 +27,19 @@ class AlignPS(nn.Module):
 
     Attributes:
       backbone, neck, head: see the modules of the same names.
-      convention: what a pixel becomes before the backbone.
+      channel_order, pixel_mean, pixel_std: of the pixels that the backbone's weights expect.
     """
 
     backbone: nn.Module
     neck: nn.Module
     head: nn.Module
-    convention: InputConvention
+    channel_order: str
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
     dtype: str = "float32"
 
     def __call__(
-        self, image: UInt8[Array, "B H W 3"], size: Int[Array, "B 2"], *, train: bool = False
+        self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
     ) -> tuple[Outputs, ...]:
         """Runs the network on RGB images padded into one bucket.
 
@@ -80,7 +52,7 @@ class AlignPS(nn.Module):
           The outputs of each level of `predicted_levels(train)`.
         """
         valid_size = round_up(size)
-        pixels = self.convention.normalize(image, size).astype(self.dtype)
+        pixels = self.normalized(image, size).astype(self.dtype)
         maps = self.neck(self.backbone(pixels, valid_size), valid_size, train=train)
         # Initialisation runs the head on all levels, so that all parameters are made.
         levels = self.predicted_levels(train or self.is_initializing())
@@ -88,6 +60,14 @@ class AlignPS(nn.Module):
             self.head(level_map, level_size(valid_size, level), level)
             for level_map, level in zip(maps, levels, strict=True)
         )
+
+    def normalized(
+        self, image: UInt8[Array, "B H W 3"], size: ValidSize
+    ) -> Float[Array, "B H W 3"]:
+        """RGB bytes to normalized float32, zero beyond each photo's own `size`."""
+        pixels = image[..., ::-1] if self.channel_order == "BGR" else image
+        pixels = pixels.astype(jnp.float32) - jnp.array(self.pixel_mean)
+        return mask_padding(pixels / jnp.array(self.pixel_std), size)
 
     def predicted_levels(self, train: bool) -> tuple[int, ...]:
         """Numbers of the levels that are predicted on; those of training only come last."""
@@ -98,25 +78,11 @@ class AlignPS(nn.Module):
         return tuple(2**level for level in self.predicted_levels(train))
 
 
-# Given `config.model` and how to wrap the class of a block.
+# Given `config.model`.
 BACKBONES = {
-    "resnet50": lambda model, wrap: partial(
-        ResNet50, block=wrap(BottleneckBlock), stride_in_blocks=model.stride_in_3x3
-    ),
-    "resnet_small": lambda model, wrap: partial(
-        ResNetSmall, block=wrap(BasicBlock), norm=partial(GroupNorm, groups=model.norm_groups)
-    ),
-}
-
-# Where the embeddings come from (Fig. 6 of the paper), given their dimension and a new tower.
-EMBEDDINGS: dict[str, Callable[..., Any]] = {
-    "input": lambda features, tower: input_embedding,
-    "regression": lambda features, tower: PredictedEmbedding(features, attrgetter("regression")),
-    "classification": lambda features, tower: PredictedEmbedding(
-        features, attrgetter("classification")
-    ),
-    "independent": lambda features, tower: PredictedEmbedding(
-        features, attrgetter("input"), tower()
+    "resnet50": lambda model: partial(ResNet50, stride_in_blocks=model.stride_in_3x3),
+    "resnet_small": lambda model: partial(
+        ResNetSmall, norm=partial(GroupNorm, groups=model.norm_groups)
     ),
 }
 
@@ -133,48 +99,40 @@ def matmul_precision(precision: str) -> AbstractContextManager[None]:
 def build_model(config: ConfigDict) -> AlignPS:
     """The network that a checked configuration describes."""
     model = config.model
-    dtype = model.dtype
-
-    def wrap(module: type[nn.Module]) -> type[nn.Module]:
-        """Keeps none of a module's activations for the backward pass, if asked for."""
-        return nn.remat(module) if model.remat else module
-
-    backbone = BACKBONES[model.backbone](model, wrap)
     levels, background_levels = tuple(model.levels), LEVELS[1:] if model.background_levels else ()
-    embedding = EMBEDDINGS[model.reid]
-    make_tower = wrap(Tower)
-    tower = partial(make_tower, model.channels, model.head_convs, model.norm_groups, dtype=dtype)
-    deform = deformable(model.offset_gain, wrap(DeformConv))
     return AlignPS(
-        backbone=backbone(
+        backbone=BACKBONES[model.backbone](model)(
             width=model.backbone_width,
             frozen_stages=model.frozen_stages,
             deform_stages=tuple(model.deform_stages),
-            dtype=dtype,
+            remat=model.remat,
+            dtype=model.dtype,
         ),
         neck=AlignedFeatureAggregation(
             model.channels,
             levels=levels,
             background_levels=background_levels,
-            make_lateral=deform if model.lateral_deform else plain_lateral,
-            make_output=deform if model.output_deform else plain_output,
-            join=concatenate if model.concatenate else jnp.add,
-            dtype=dtype,
+            lateral_deform=model.lateral_deform,
+            output_deform=model.output_deform,
+            concatenate=model.concatenate,
+            offset_gain=model.offset_gain,
+            remat=model.remat,
+            dtype=model.dtype,
         ),
         head=FCOSHead(
             model.channels,
             model.head_convs,
             model.norm_groups,
-            make_tower=make_tower,
             levels=levels + background_levels,
-            embed=embedding(model.channels, tower),
+            reid=model.reid,
             initial_distance=model.initial_distance,
-            dtype=dtype,
+            remat=model.remat,
+            dtype=model.dtype,
         ),
-        convention=InputConvention(
-            model.channel_order, tuple(model.pixel_mean), tuple(model.pixel_std)
-        ),
-        dtype=dtype,
+        channel_order=model.channel_order,
+        pixel_mean=tuple(model.pixel_mean),
+        pixel_std=tuple(model.pixel_std),
+        dtype=model.dtype,
     )
 
 

@@ -7,32 +7,12 @@ from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import conv, mask_padding, subtract_mean
+from alignps_jax.nn.layers import ValidSize, conv, mask_padding, subtract_mean
 
 FeatureMap = Float[Array, "B _ _ _"]  # [B, h, w, C], of sizes that differ from map to map
-MakeConv = Callable[..., nn.Module]
-# What a feature pyramid network has in place of a lateral and of an output deformable convolution.
-xavier_uniform = nn.initializers.xavier_uniform()
-plain_lateral = partial(conv, size=1, kernel_init=xavier_uniform)
-plain_output = partial(conv, size=3, kernel_init=xavier_uniform)
-
-
-def deformable(offset_gain: float, layer: Callable[..., nn.Module] = DeformConv) -> MakeConv:
-    """Constructor of AFA's convolutions: offsets start as Xavier uniform times `offset_gain`."""
-    if offset_gain == 0:
-        return partial(layer, offset_kernel_init=nn.initializers.zeros)
-    init = nn.initializers.variance_scaling(offset_gain**2, "fan_avg", "uniform")
-    return partial(layer, offset_kernel_init=init)
-
-
-def concatenate(
-    lateral: Float[Array, "B h w C"], above: Float[Array, "B h w D"]
-) -> Float[Array, "B h w C+D"]:
-    """AFA's way to join a level with the ones above it: all channels side by side."""
-    return jnp.concatenate([lateral, above], axis=-1)
 
 
 def upsample_nearest(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
@@ -55,21 +35,25 @@ class AlignedFeatureAggregation(nn.Module):
       features: channels of every lateral and of every P.
       levels: numbers of the maps to make, ascending in 3..7; level l has stride 2**l.
       background_levels: further ones, in training only (Released code: 4 to 7), mean and all.
-      make_lateral, make_output: constructors of the convolutions (Paper: deformable both).
-      join: puts a lateral map and what comes from above it together (Paper: concatenation).
+      lateral_deform, output_deform: which convolutions are deformable (Paper: both).
+      concatenate: how a lateral map and those above it are joined (Paper: so); else they are added.
+      offset_gain: see `DeformConv`.
+      remat: the backward pass computes deformable convolutions again.
     """
 
-    features: int = 256
+    features: int
     levels: tuple[int, ...] = (3,)
     background_levels: tuple[int, ...] = ()
-    make_lateral: MakeConv = DeformConv
-    make_output: MakeConv = DeformConv
-    join: Callable[[FeatureMap, FeatureMap], FeatureMap] = concatenate
+    lateral_deform: bool = True
+    output_deform: bool = True
+    concatenate: bool = True
+    offset_gain: float = 1.0
+    remat: bool = False
     dtype: str = "float32"
 
     @nn.compact
     def __call__(
-        self, maps: Sequence[FeatureMap], valid_size: Int[Array, "B 2"], *, train: bool
+        self, maps: Sequence[FeatureMap], valid_size: ValidSize, *, train: bool
     ) -> tuple[FeatureMap, ...]:
         """Aggregates C3, C4, C5; `valid_size` is the valid region of the image in pixels.
 
@@ -80,7 +64,38 @@ class AlignedFeatureAggregation(nn.Module):
         # Initialization makes all parameters, so that training and inference have the same ones.
         if train or self.is_initializing():
             wanted += self.background_levels
-        made = self._pyramid(maps, valid_size, wanted)
+        plain = partial(conv, kernel_init=nn.initializers.xavier_uniform())
+        deform = partial(
+            nn.remat(DeformConv) if self.remat else DeformConv, offset_gain=self.offset_gain
+        )
+        lateral = deform if self.lateral_deform else partial(plain, size=1)
+        output = deform if self.output_deform else partial(plain, size=3)
+        coarser = partial(plain, size=3, stride=2, use_bias=True)
+
+        def convolved(kind: str, make: Callable, x: FeatureMap, level: int) -> FeatureMap:
+            layer = make(self.features, dtype=self.dtype, name=f"{kind}{level}")
+            return mask_padding(layer(x), level_size(valid_size, level))
+
+        levels = range(min(*wanted, 5), 6)
+        # Laterals give every level as many channels, and move what they read (alignment).
+        top = {level: convolved("lateral", lateral, maps[level - 3], level) for level in levels}
+        # From the top down, what lies above joins each level: context for embeddings (Sec. 3.2).
+        for level in reversed(levels[:-1]):
+            above = upsample_nearest(top[level + 1])
+            if self.concatenate:
+                top[level] = jnp.concatenate([top[level], above], axis=-1)
+            else:
+                top[level] += above
+        # Output convolutions bring the joined channels back to `features`.
+        made = {
+            level: convolved("output", output, top[level], level)
+            for level in levels
+            if level in wanted or level == 5 < max(wanted)
+        }
+        if max(wanted) >= 6:
+            made[6] = convolved("output", coarser, made[5], 6)
+        if max(wanted) == 7:
+            made[7] = convolved("output", coarser, nn.relu(made[6]), 7)
         return tuple(
             subtract_mean(made[level], level_size(valid_size, level))
             if level in self.levels
@@ -88,42 +103,7 @@ class AlignedFeatureAggregation(nn.Module):
             for level in wanted
         )
 
-    def _pyramid(
-        self, maps: Sequence[FeatureMap], valid_size: Int[Array, "B 2"], wanted: Sequence[int]
-    ) -> dict[int, FeatureMap]:
-        """The wanted levels, and those that they are made from, before the mean subtraction."""
-        levels = range(min(*wanted, 5), 6)
-        # Laterals give every level as many channels, and move what they read (alignment).
-        laterals = {
-            level: self._conv(
-                self.make_lateral, f"lateral{level}", maps[level - 3], level, valid_size
-            )
-            for level in levels
-        }
-        # From the top down, what lies above joins each level: context for embeddings (Sec. 3.2).
-        top = {5: laterals[5]}
-        for level in reversed(levels[:-1]):
-            top[level] = self.join(laterals[level], upsample_nearest(top[level + 1]))
-        # Output convolutions bring the joined channels back to `features`.
-        outputs = {level for level in wanted if level < 5} | ({5} if max(wanted) >= 5 else set())
-        made = {
-            level: self._conv(self.make_output, f"output{level}", top[level], level, valid_size)
-            for level in sorted(outputs)
-        }
-        coarser = partial(conv, size=3, stride=2, use_bias=True, kernel_init=xavier_uniform)
-        if max(wanted) >= 6:
-            made[6] = self._conv(coarser, "output6", made[5], 6, valid_size)
-        if max(wanted) == 7:
-            made[7] = self._conv(coarser, "output7", nn.relu(made[6]), 7, valid_size)
-        return made
 
-    def _conv(
-        self, make: MakeConv, name: str, x: FeatureMap, level: int, valid_size: Int[Array, "B 2"]
-    ) -> FeatureMap:
-        layer = make(self.features, dtype=self.dtype, name=name)
-        return mask_padding(layer(x), level_size(valid_size, level))
-
-
-def level_size(valid_size: Int[Array, "B 2"], level: int) -> Int[Array, "B 2"]:
+def level_size(valid_size: ValidSize, level: int) -> ValidSize:
     """The valid region of a level's map; `valid_size` is that of the image in pixels."""
     return -(-valid_size // 2**level)

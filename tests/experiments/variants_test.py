@@ -15,7 +15,6 @@ from flax import traverse_util
 from alignps_jax.devices import AXIS
 from alignps_jax.experiments.catalogue import TABLES, catalogue, print_catalogue
 from alignps_jax.losses.total import assign
-from alignps_jax.nn.head import HeadMaps
 from alignps_jax.nn.model import build_model, init_variables
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Outputs, UserError
@@ -229,22 +228,28 @@ def test_heads(name):
 
 
 def test_embeddings_come_from_where_the_variant_says():
-    rng = np.random.default_rng(4)
-    maps = HeadMaps(*(rng.normal(size=(1, 5, 6, 8)).astype(np.float32) for _ in range(3)))
+    x = np.random.default_rng(4).normal(size=(1, 5, 6, 8)).astype(np.float32)
+    x[:, 4:] = 0
     extents = np.array([[4, 6]], np.int32)
-    for name, field in (("t1", "regression"), ("t2", "classification"), ("t3", "input")):
-        embed = build_model(narrow(name)).head.embed
-        variables = {"params": initial(embed, maps, extents)}
-        run = jax.jit(embed.apply)
-        whole = run(variables, maps, extents)
+    for name, sources in (
+        ("", set()),
+        ("t1", {"box_tower", "embed"}),
+        ("t2", {"cls_tower", "embed"}),
+        ("t3", {"embed"}),
+    ):
+        head = build_model(narrow(name)).head
+        params = initial(head, x, extents)
+        run = jax.jit(lambda params, head=head: head.apply({"params": params}, x, extents))
+        whole = run(params).embeddings
         assert whole.dtype == np.float32
-        np.testing.assert_allclose(whole.sum((1, 2)), 0, atol=1e-4)
-        for other in ("input", "regression", "classification"):
-            changed = maps.replace(**{other: getattr(maps, other) * rng.normal(size=(8,))})
-            same = np.allclose(run(variables, changed, extents), whole)
-            assert same == (other != field), (name, other)
-    embed = build_model(narrow("")).head.embed
-    np.testing.assert_array_equal(embed(maps, extents), maps.input)
+        if name == "":
+            np.testing.assert_array_equal(whole, x)
+        else:
+            np.testing.assert_allclose(whole.sum((1, 2)), 0, atol=1e-4)
+        for part in params:
+            changed = run(params | {part: jax.tree.map(lambda z: 2 * z + 1, params[part])})
+            same = np.allclose(changed.embeddings, whole)
+            assert same == (part not in sources), (name, part)
 
 
 def test_one_step_on_two_levels_reaches_every_parameter():

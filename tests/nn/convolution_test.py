@@ -9,7 +9,7 @@ from jax import lax
 from alignps_jax.nn.convolution import conv2d
 
 
-def xla_conv(x, kernel, stride):
+def xla_conv(x, kernel, stride=1):
     pad = kernel.shape[0] // 2
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -43,26 +43,7 @@ def test_values_and_gradients_are_those_of_xla(size, stride, shape, features):
 
 
 # 3 channels in, or so many that 2 out are few.
-both_rules = pytest.mark.parametrize("channels", [3, 24])
-
-
-@both_rules
-def test_the_gradient_in_the_kernel_is_a_finite_difference(channels):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 4, 5, channels)), jnp.float32)
-    shape = (3, 3, channels, 2)
-    kernel, step = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
-    weight = jnp.asarray(rng.normal(size=(2, 4, 5, 2)), jnp.float32)
-
-    def loss(kernel):
-        return (conv2d(x, kernel) * weight).sum()
-
-    # Linear in the kernel: the difference is exact but for rounding.
-    found = (jax.grad(loss)(kernel) * step).sum()
-    np.testing.assert_allclose(found, loss(kernel + step) - loss(kernel), rtol=1e-4)
-
-
-@both_rules
+@pytest.mark.parametrize("channels", [3, 24])
 def test_bfloat16_sums_in_float32(channels):
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(2, 40, 40, channels)), jnp.bfloat16)

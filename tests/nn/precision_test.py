@@ -12,8 +12,8 @@ import pytest
 from alignps_jax.devices import AXIS
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.deform_conv import DeformConv
+from alignps_jax.nn.layers import subtract_mean
 from configs import tiny
-from tests.benchmark.precision import rounded
 from tests.fakes import random_batch, train_setup
 from tests.nn.model_test import tiny_model
 
@@ -35,9 +35,10 @@ def test_inference_multiplies_as_configured(precision):
 
 
 def test_offsets_of_a_bfloat16_network_are_float32():
-    module = DeformConv(4, dtype=jnp.bfloat16, offset_bias_init=jax.nn.initializers.constant(20.03))
+    module = DeformConv(4, dtype=jnp.bfloat16)
     inputs = jnp.ones((1, 5, 6, 3), jnp.bfloat16)
     variables = module.init(jax.random.key(0), inputs)
+    variables["params"]["offset"]["bias"] += 20.03
     _, captured = module.apply(variables, inputs, capture_intermediates=True)
     offsets = captured["intermediates"]["offset"]["__call__"][0]
     assert offsets.dtype == jnp.float32
@@ -59,24 +60,10 @@ def test_training_multiplies_as_configured_and_gradients_too():
     assert exact["DEFAULT"] == 0
 
 
-def test_simulated_rounding_reaches_every_product():
-    rng = np.random.default_rng(4)
-    a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 7), (7, 3)))
-
-    def function(a, b):
-        once = jax.nn.relu(a) @ b
-        looped = jax.lax.map(lambda row: row @ b, a)
-        chosen = jax.lax.cond(a[0, 0] > -9, lambda x: x @ b, lambda x: x @ b + 1, a)
-        exact = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        return once, looped, jax.jit(jnp.matmul)(a, b), chosen, exact
-
-    def bfloat16(x):
-        return np.asarray(x, jnp.bfloat16).astype(np.float32)
-
-    once, looped, called, chosen, exact = rounded(function, 7)(a, b)
-    expected = bfloat16(a) @ bfloat16(b)
-    for found in (looped, called, chosen):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(once, bfloat16(np.maximum(a, 0)) @ bfloat16(b), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(exact, a @ b, rtol=1e-5, atol=1e-6)
-    assert np.abs(expected - a @ b).max() > 1e-3
+def test_the_mean_of_a_bfloat16_map_is_subtracted_in_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(30.3, 0.5, (2, 12, 20, 16)), jnp.bfloat16)
+    found = subtract_mean(x, np.array([[12, 20], [12, 20]], np.int32))
+    exact = np.asarray(x, np.float64)
+    exact -= exact.mean((1, 2), keepdims=True)
+    np.testing.assert_allclose(found, exact, atol=1e-5)

@@ -5,19 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax import lax
 
 from alignps_jax.nn.backbone import stem_by_blocks
 from alignps_jax.nn.convolution import conv_by_rows
 from alignps_jax.nn.layers import mask_padding
-
-
-def convolved(x, kernel, stride=1):
-    side = kernel.shape[0] // 2
-    layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(side, side)] * 2, dimension_numbers=layout
-    )
+from tests.nn.convolution_test import xla_conv
 
 
 def stem_in_float64(image, kernel, factor, shift, valid_size):
@@ -69,7 +61,7 @@ def test_convolutions_by_rows(shape, side):
         jax.jit(jax.value_and_grad(lambda *a, c=conv: jnp.sum(nn.tanh(c(*a)) * weights), (0, 1)))(
             x, kernel
         )
-        for conv in (conv_by_rows, convolved)
+        for conv in (conv_by_rows, xla_conv)
     )
     for actual, same in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(actual, same, atol=2e-4)

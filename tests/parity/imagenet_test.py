@@ -57,7 +57,7 @@ def test_torchvision_weights_and_pixels(tmp_path):
 
     @jax.jit
     def run(params, frozen):
-        normalized = model.convention.normalize(image[None], size)
+        normalized = model.normalized(image[None], size)
         variables = {"params": params["backbone"], "frozen": frozen["backbone"]}
         return model.backbone.apply(variables, normalized, size)
 
