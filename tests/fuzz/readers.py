@@ -14,7 +14,7 @@ import scipy.io
 from alignps_jax.files import read_image
 from alignps_jax.gallery.sources import origin
 from alignps_jax.image_files import read_photo
-from alignps_jax.types import Annotations, SearchProtocol
+from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline import datasets
 from data_pipeline.datasets import PreparedSplit
 from data_pipeline.pipeline import photo_of
@@ -97,7 +97,7 @@ def _read_values(path: Path) -> list[object]:
     """Everything in a file, decoded."""
     names = ("deep", "text", "numbers")
     with reading(path, "a MATLAB file"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError, ValueError):
             for row in read_structs(path, "deep"):
                 list(map(_decoded, row.values()))
         return [_decoded(read_variable(path, names))]
