@@ -90,12 +90,14 @@ def train_config(args: Arguments) -> ConfigDict:
     base = None
     if not args.config:
         base = load_run_config(args.workdir)
-        if base is None and not args.checkpoint:
+        if base is None and args.checkpoint:
+            base = load_config(args.checkpoint)
+        if base is None:
             raise UserError(
                 f"--workdir: found no run in {args.workdir}, expected one to resume (or --config "
                 "to start one)"
             )
-        base = _typed(base or load_config(args.checkpoint), args.workdir)
+        base = _typed(base, args.workdir)
     config = configuration(args, base)
     if not args.checkpoint:
         return config
