@@ -8,8 +8,10 @@ counts is said by a boolean array, never by a special value.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -212,3 +214,14 @@ class IncompleteError(UserError):
     """The work is done and its results are written, but for a part of the input."""
 
     exit_code = 3
+
+
+@contextlib.contextmanager
+def blame(path: object) -> Iterator[None]:
+    """Turns a ValueError about the content of `path`, and nothing else, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

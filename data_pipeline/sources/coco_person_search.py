@@ -1,15 +1,16 @@
-"""Person search data sets in COCO-style JSON, the form of AlignPS's released annotations."""
+"""Person search data sets in COCO-style JSON, as annotation tools write it."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import reprlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from alignps_jax.choices import known_name
@@ -17,46 +18,85 @@ from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.source import (
     LARGEST_COORDINATE,
+    Folders,
     Queries,
     Source,
     all_but,
-    contiguous,
-    image_index,
-    quoted,
+    annotate,
+    check_name,
     reading,
     search_everywhere,
 )
 
-_EXPECTED = "JSON with the lists `images` and `annotations`"
-# Some two million annotations; what JSON holds takes many times its size in memory.
-_MAX_BYTES = 256 << 20
-_Record = Mapping[str, Any]
+# The file of a split: by hand or CVAT; CVAT, Roboflow, Label Studio, FiftyOne.
+_FILES = (
+    "{}.json",
+    "annotations/instances_{}.json",
+    "{}/annotations/instances_default.json",
+    "{}/_annotations.coco.json",
+    "{}/result.json",
+    "{}/labels.json",
+)
+_PERSON = re.compile(r"(?:person|people|pedestrian|human)s?(?:[ _-]*(\d+))?", re.IGNORECASE)
+_NOBODY = re.compile(r"|none|null|nan|<na>|-\d+(\.\d+)?", re.IGNORECASE)
+_LISTED = 10
+
+_Id = int | float | str
+
+
+class _Image(msgspec.Struct):
+    id: _Id
+    file_name: str
+    width: float | None = None
+    height: float | None = None
+
+
+class _Category(msgspec.Struct):
+    id: _Id
+    name: _Id | None = None
+    supercategory: Any = None
+
+
+class _Identity(msgspec.Struct, kw_only=True):
+    person_id: _Id | None = None
+    track_id: _Id | None = None
+
+
+class _Person(_Identity, kw_only=True):
+    image_id: _Id
+    bbox: tuple[float, float, float, float]
+    category_id: _Id | None = None
+    iscrowd: bool | int | float | None = None
+    attributes: _Identity | list[Any] | None = None
+
+
+class _Records(msgspec.Struct):
+    images: list[msgspec.Raw]
+    annotations: list[msgspec.Raw]
+    categories: list[_Category] | None = None
 
 
 class CocoPersonSearchSource(Source):
     """Reads a folder of COCO-style annotations.
 
-    `train.json` and `test.json` are objects with two lists (whatever else they hold, as
-    `categories`, is not looked at; every annotation is a person):
+    `train.json` and `test.json` (or `_FILES`, as tools write them) are objects with two lists:
 
-    - `images`: `id` (any whole number, unique), `file_name`, `width`, `height` of the photo as
-      stored. The photo, JPEG or PNG, is `<root>/images/<file_name>`, or `<root>/<file_name>`
-      where that does not exist; a name or a link that leaves the folder is refused.
-    - `annotations`: `image_id`, `bbox` (`x, y, w, h` in pixels, corner first) and `person_id`, a
-      whole number; a negative one is a person without identity. In `train.json` it is the row of
-      the lookup table: identities are numbered from 0, gaps are allowed, and no number may reach
-      the number of annotations. In `test.json` any numbers will do (they are renumbered).
+    - `images`: `id`, `file_name`, and `width`, `height` of the photo as stored. The photo is
+      `images/<file_name>`, or where the tools put it. Where there is a folder `images/train`, or
+      the file is in `train`, names are relative to that.
+    - `annotations`: `image_id`, `bbox` (`x, y, w, h` in pixels, corner first) and the identity:
+      `person_id` or `track_id`, there or in `attributes`, any number or text. A person without it,
+      or with a negative number, has no identity. Annotations of other `categories` than people and
+      those with `iscrowd` are left out. A category that is named `person 17`, or whose
+      supercategory is `person_id`, is an identity.
 
-    `query.json`, optional, has the same form: each annotation asks for one person; its image is
-    named as in `test.json`, its `person_id` occurs there in at least one other image. Without it
-    every identity that is in at least two test images is asked for once, by its first box.
+    Identities are numbered 0, 1, ... within each split. `query.json`, optional, has the same form:
+    each annotation asks for one person, who is in at least one other image of `test.json`. Without
+    it every identity that is in at least two test images is asked for once, by its first box.
+
+    Records that cannot be used are left out; `notes` lists them, and says what else looks wrong.
 
     Protocol: `all` (every test image but the query's own, in the order of `test.json`).
-
-    Sizes and boxes refer to the pixels as stored. Where an EXIF orientation turns a photo by 90
-    degrees and the annotations refer to the turned one, its size gives that away and is an error.
-    By 180 degrees, or mirrored, the size stays the same: nothing can notice that such boxes are in
-    the wrong place. Turn such photos for good before annotating them (`jpegtran`, `exiftran -a`).
     """
 
     title = "COCO-style person search"
@@ -66,90 +106,81 @@ class CocoPersonSearchSource(Source):
   train.json
   test.json
   query.json (optional)
+  (or what CVAT, Roboflow, Label Studio or FiftyOne exported: docs/data.md)
 """
-    photo_folders = ("images", "")
+    photo_folders = ("images", "", "data", "images/default")
     protocols = ("all",)
     default_protocols = ("all",)
 
+    @classmethod
+    def missing(cls, root: Path) -> list[str]:
+        return [f"{split}.json" for split in ("train", "test") if not _locate(root, split)[0]]
+
     @functools.cached_property
     def train(self) -> Annotations:
-        split = self._train
-        limit = sum(len(boxes) for boxes in split.boxes)
-        if split.num_identities > limit:
-            raise UserError(
-                f"{self.root / 'train.json'}: identities out of range: person_id "
-                f"{split.num_identities - 1} with {limit} annotations; expected identities "
-                "numbered from 0"
-            )
-        return split
+        return self._train.annotations[0]
 
-    @property
+    @functools.cached_property
     def test(self) -> Annotations:
-        return self._test[0]
+        self._note_shared(list(self._train.sizes), list(self._test.sizes))
+        return self._test.annotations[0]
 
     def protocol(self, name: str) -> SearchProtocol:
         known_name("config.eval.protocols", name, self.protocols)
         path = self.root / "query.json"
-        given = path.is_file()
-        queries = self._given_queries(path) if given else _first_appearances(self.test)
-        galleries = all_but(len(self.test.names), queries.image)
+        asked = _File(path, self._test.folder) if path.is_file() else None
+        number, index = (
+            self._test.annotations[1],
+            {name: i for i, name in enumerate(self.test.names)},
+        )
+        people = [
+            person
+            for person in (asked.people if asked else self._test.first())
+            if person.image in index and person.identity in number
+        ]
+        queries = Queries.of((index[p.image], p.box, number[p.identity]) for p in people)
+        galleries = all_but(len(index), queries.image)
         protocol, answered = search_everywhere(name, self.test, queries, galleries)
-        if given and not answered.all():
-            query = int(np.argmin(answered))
-            raise UserError(
-                f"{path}: the person of annotation {query} is in no other image of test.json; "
-                "expected at least one"
-            )
+        if asked:
+            found = {people[query].number for query in np.flatnonzero(answered)}
+            asked.bad += [
+                f"annotations[{person.number}]: {person.identity!r} is in no other test image"
+                for person in asked.people
+                if person.number not in found
+            ]
+            self.notes += asked.notes()
         if not answered.any():
             raise UserError(
-                f"{self.root / 'test.json'}: no identity is in two images; expected some, or "
-                "there is nobody to search for"
+                f"{self._test.path}: no identity that is asked for is in two images; expected "
+                "some, or there is nobody to search for"
             )
         return protocol
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
-        return self._sizes[name]
+        return self._train.sizes.get(name) or self._test.sizes.get(name)
 
     @functools.cached_property
-    def _sizes(self) -> dict[str, tuple[int, int]]:
-        return {
-            image["file_name"]: (image["height"], image["width"])
-            for file in self.required
-            for image in _read_json(self.root / file)[0]
-        }
+    def _train(self) -> _File:
+        return self._read("train")
 
     @functools.cached_property
-    def _train(self) -> Annotations:
-        return _annotations(self.root / "train.json")
+    def _test(self) -> _File:
+        return self._read("test")
 
-    @functools.cached_property
-    def _test(self) -> tuple[Annotations, dict[int, int]]:
-        """The test images and the new number of each person_id."""
-        split = _annotations(self.root / "test.json")
-        identity, number = contiguous(split.identity, split.labeled)
-        return (
-            Annotations(split.names, split.boxes, identity, split.labeled, split.camera),
-            number,
-        )
+    def _read(self, split: str) -> _File:
+        path, folder = _locate(self.root, split)
+        file = _File(path or self.root / f"{split}.json", folder)
+        self.notes += file.notes()
+        return file
 
-    def _given_queries(self, path: Path) -> Queries:
-        asked = _annotations(path)
-        index = image_index(self.test.names, self.root / "test.json")
-        number = self._test[1]
-        images, boxes, people = [], [], []
-        for name, rows, ids in zip(asked.names, asked.boxes, asked.identity, strict=True):
-            if name not in index:
-                raise UserError(f"{path}: has the image {quoted(name)}; expected one of test.json")
-            for box, person in zip(rows, ids, strict=True):
-                if int(person) not in number:
-                    raise UserError(
-                        f"{path}: asks in {name} for person_id {person}; expected an identity of "
-                        "test.json"
-                    )
-                images.append(index[name])
-                boxes.append(box)
-                people.append(number[int(person)])
-        return _queries(images, boxes, people)
+    def _places(self, name: str) -> list[str]:
+        """As the tools put photos; the first folder of a name may be there by mistake."""
+        first, _, rest = name.partition("/")
+        places = [PurePosixPath(folder, name) for folder in self.photo_folders]
+        places += [PurePosixPath(first, folder, rest) for folder in self.photo_folders if rest]
+        if first.lower() in ("images", "train", "test"):
+            places += [PurePosixPath(folder, rest) for folder in self.photo_folders]
+        return [str(place) for place in places]
 
 
 class CocoPersonSearch(PersonSearchBuilder):
@@ -158,110 +189,174 @@ class CocoPersonSearch(PersonSearchBuilder):
     source_class = CocoPersonSearchSource
 
 
-def _queries(images: Sequence[int], boxes: Sequence[np.ndarray], people: Sequence[int]) -> Queries:
-    return Queries(
-        image=np.array(images, np.int32),
-        box=np.array(boxes, np.float32).reshape(-1, 4),
-        identity=np.array(people, np.int32),
-    )
+class _Box(NamedTuple):
+    """A person: number of the annotation, name of the image, box, and who it is."""
+
+    number: int
+    image: str
+    box: tuple[float, ...]
+    identity: int | str | None
 
 
-def _first_appearances(test: Annotations) -> Queries:
-    """Every identity once, where it is seen first."""
-    first: dict[int, tuple[int, np.ndarray]] = {}
-    for image, labeled in enumerate(test.labeled):
-        for row in np.flatnonzero(labeled):
-            first.setdefault(int(test.identity[image][row]), (image, test.boxes[image][row]))
-    people = sorted(first)
-    return _queries([first[p][0] for p in people], [first[p][1] for p in people], people)
+class _File:
+    """The content of a file, as far as it can be used; names are relative to `folder`.
+
+    Attributes:
+      sizes: (height, width) of each image by name, None where the file does not say.
+      people: in the order of the file.
+      bad: descriptions of the records that cannot be used.
+    """
+
+    def __init__(self, path: Path, folder: str):
+        self.path, self.folder = path, folder
+        self.sizes: dict[str, tuple[int, int] | None] = {}
+        self.people: list[_Box] = []
+        self.bad: list[str] = []
+        self._names: dict[str, str] = {}
+        self._left_out: Counter[str] = Counter()
+        with reading(path):
+            records = _parse(path.read_bytes())
+            self._categories = {_key(row.id): row for row in records.categories or []}
+            self._only_people = not any(map(_is_person, self._categories.values()))
+            self._each("images", records.images, self._take_image)
+            self._each("annotations", records.annotations, self._take_person)
+            if not self.sizes or (records.annotations and not self.people):
+                raise ValueError(f"holds nothing that can be used{self._listed()}")
+
+    @functools.cached_property
+    def annotations(self) -> tuple[Annotations, dict[int | str, int]]:
+        """The images with their people, and the number of each identity."""
+        rows: dict[str, list[_Box]] = {name: [] for name in self.sizes}
+        for person in self.people:
+            rows[person.image].append(person)
+        return annotate(
+            list(rows),
+            [[person.box for person in row] for row in rows.values()],
+            [[person.identity for person in row] for row in rows.values()],
+        )
+
+    def first(self) -> list[_Box]:
+        """Every identity once, where it is in the first image."""
+        order = {name: row for row, name in enumerate(self.sizes)}
+        first: dict[int | str | None, _Box] = {}
+        for person in sorted(self.people, key=lambda person: order[person.image]):
+            first.setdefault(person.identity, person)
+        return list(first.values())
+
+    def notes(self) -> list[str]:
+        """Lines about what is not used, and what looks wrong."""
+        lines = [f"{len(self.bad):,} records cannot be used:{self._listed()}"] if self.bad else []
+        if self._left_out:
+            parts = [f"{count:,} {what}" for what, count in self._left_out.items()]
+            lines.append(f"left out {', '.join(parts)}")
+        sizes = [self.sizes[person.image] or (np.inf, np.inf) for person in self.people]
+        limits = np.array(sizes).reshape(-1, 2)[:, ::-1]
+        corners = np.array([person.box for person in self.people]).reshape(-1, 4)
+        leaving = (corners[:, 2:] > 1.1 * limits).any(axis=1)
+        if leaving.sum() > 0.1 * len(leaving):
+            share = f"{leaving.mean():.0%} of the boxes leave their photo"
+            lines.append(f"{share}; is bbox x, y, width, height?")
+        tiny = (corners[:, 2:] - corners[:, :2] <= 1).all(axis=1).sum()
+        if tiny:
+            lines.append(f"{tiny:,} boxes are within a pixel; are they fractions of the photo?")
+        if self.people and not any(person.identity is not None for person in self.people):
+            lines.append("nobody has an identity (person_id or track_id, there or in attributes)")
+        return [f"{self.path}: {line}" for line in lines]
+
+    def _listed(self) -> str:
+        more = [f"and {len(self.bad) - _LISTED} more"] if len(self.bad) > _LISTED else []
+        return "".join(f"\n  {line}" for line in [*self.bad[:_LISTED], *more])
+
+    def _each(
+        self, what: str, records: Sequence[msgspec.Raw], take: Callable[[int, msgspec.Raw], None]
+    ) -> None:
+        for number, record in enumerate(records):
+            try:
+                take(number, record)
+            except (ValueError, RecursionError) as error:
+                self.bad.append(f"{what}[{number}]: {error}")
+
+    def _take_image(self, number: int, record: msgspec.Raw) -> None:
+        image = _read_image(record)
+        name = str(PurePosixPath(image.file_name.replace("\\", "/")))
+        check_name(name)
+        if self.folder and not name.startswith(f"{self.folder}/"):
+            name = f"{self.folder}/{name}"
+        key = _key(image.id)
+        if key in self._names or name in self.sizes:
+            self._names[key] = ""
+            raise ValueError(f"has the id {key} or the name {name!r} of another image")
+        self._names[key] = name
+        height, width = image.height or 0, image.width or 0
+        whole = min(height, width) >= 1 and height.is_integer() and width.is_integer()
+        self.sizes[name] = (int(height), int(width)) if whole else None
+
+    def _take_person(self, number: int, record: msgspec.Raw) -> None:
+        person = _read_person(record)
+        image = self._names.get(_key(person.image_id))
+        if not image:
+            raise ValueError(f"image_id {person.image_id!r} is none of the usable images")
+        if not all(abs(value) <= LARGEST_COORDINATE for value in person.bbox):
+            raise ValueError(f"bbox {person.bbox} is in no photo")
+        x, y, w, h = person.bbox
+        box = tuple(np.array([x, y, x + w, y + h], np.float32).tolist())
+        category = self._categories.get(_key(person.category_id))
+        if person.iscrowd:
+            self._left_out["crowd regions"] += 1
+        elif category and not (self._only_people or _is_person(category)):
+            self._left_out[f"boxes of {str(category.name)[:40]!r}"] += 1
+        elif box[2] <= box[0] or box[3] <= box[1]:
+            self._left_out["boxes without area"] += 1
+        else:
+            self.people.append(_Box(number, image, box, _identity(person, category)))
 
 
-def _annotations(path: Path) -> Annotations:
-    """The images of one file with their people; identities as the file numbers them, else -1."""
-    images, people = _read_json(path)
-    names = tuple(image["file_name"] for image in images)
-    image_index(names, path)
-    position = {image["id"]: row for row, image in enumerate(images)}
-    if len(position) < len(images):
-        raise UserError(f"{path}: two images have the same id; expected each id once")
-    boxes: list[list[np.ndarray]] = [[] for _ in images]
-    identity: list[list[int]] = [[] for _ in images]
-    for number, person in enumerate(people):
-        row = position.get(person["image_id"])
-        if row is None:
-            raise UserError(
-                f"{path}: annotations[{number}] has image_id {person['image_id']}; expected the "
-                "id of one of the images"
-            )
-        x, y, w, h = person["bbox"]
-        x1, y1, x2, y2 = corners = np.array([x, y, x + w, y + h], np.float32)
-        if x2 > x1 and y2 > y1:
-            boxes[row].append(corners)
-            identity[row].append(max(person["person_id"], -1))
-    ids = tuple(np.array(row, np.int32) for row in identity)
-    return Annotations(
-        names=names,
-        boxes=tuple(np.array(row, np.float32).reshape(-1, 4) for row in boxes),
-        identity=ids,
-        labeled=tuple(row >= 0 for row in ids),
-        camera=np.zeros(len(names), np.int32),
-    )
+_read_records = msgspec.json.Decoder(_Records, strict=False).decode
+_read_image = msgspec.json.Decoder(_Image, strict=False).decode
+_read_person = msgspec.json.Decoder(_Person, strict=False).decode
 
 
-def _read_json(path: Path) -> tuple[list[_Record], list[_Record]]:
-    """The images and the annotations of a file, each with the fields that we need, in range."""
-    with reading(path, _EXPECTED), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _MAX_BYTES:
-            raise UserError(f"{path}: has {size:,} bytes; expected at most {_MAX_BYTES:,}")
-        content = json.loads(file.read(size).decode())
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}; expected {_EXPECTED}")
-    records = []
-    for key, fields in (("images", _IMAGE_FIELDS), ("annotations", _PERSON_FIELDS)):
-        rows = content.get(key)
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: has no list {key!r}; expected {_EXPECTED}")
-        for number, row in enumerate(rows):
-            for field, (sound, expected) in fields.items():
-                value = row.get(field) if isinstance(row, dict) else None
-                if not sound(value):
-                    raise UserError(
-                        f"{path}: {key}[{number}].{field} is {quoted(reprlib.repr(value))}; "
-                        f"expected {expected}"
-                    )
-        records.append(rows)
-    return records[0], records[1]
+def _parse(data: bytes) -> _Records:
+    try:
+        return _read_records(data)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{error}; expected COCO's lists `images` and `annotations`") from error
+    except RecursionError as error:
+        raise ValueError("nests too deep") from error
+    except msgspec.DecodeError:  # a byte-order mark, UTF-16, or the NaN of Python and pandas
+        return _read_records(msgspec.json.encode(json.loads(data)))
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+def _locate(root: Path, split: str) -> tuple[Path | None, str]:
+    """The file of a split, and its folder, as in `images/train/a.jpg` or `train/a.jpg`."""
+    folders = Folders()
+    paths = (folders.find(root, pattern.format(split)) for pattern in _FILES)
+    path = next((path for path in paths if path), None)
+    if path and path.parent != root and path.relative_to(root).parts[0].lower() == split:
+        return path, path.relative_to(root).parts[0]
+    own = folders.find(root, f"images/{split}")
+    return path, own.name if own else ""
 
 
-def _is_coordinate(value: object) -> bool:
-    # NaN is not between anything. A number of 400 digits is compared without becoming a float.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return -LARGEST_COORDINATE <= value <= LARGEST_COORDINATE
+def _key(value: _Id | None) -> str:
+    """The text of an id, which is the same for 7, 7.0 and "7"."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip().removesuffix(".0")
 
 
-def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_coordinate, value))
+def _is_person(category: _Category) -> bool:
+    named = _PERSON.fullmatch(str(category.name).strip())
+    return bool(named) or category.supercategory in ("person_id", "track_id")
 
 
-_WHOLE = (_is_whole, "a whole number")
-_SIDE = (lambda value: _is_whole(value) and value > 0, "a positive whole number")
-_IMAGE_FIELDS = {
-    "id": _WHOLE,
-    "file_name": (lambda value: isinstance(value, str) and value != "", "a file name"),
-    "width": _SIDE,
-    "height": _SIDE,
-}
-_PERSON_FIELDS = {
-    "image_id": _WHOLE,
-    "bbox": (_is_box, f"the four numbers x, y, w, h, none beyond {LARGEST_COORDINATE}"),
-    "person_id": (
-        _is_whole,
-        "a whole number (identities out of range: 0-based, negative: no identity)",
-    ),
-}
+def _identity(person: _Person, category: _Category | None) -> int | str | None:
+    attributes = person.attributes if isinstance(person.attributes, _Identity) else _Identity()
+    found = [person.person_id, attributes.person_id, person.track_id, attributes.track_id]
+    if category and _is_person(category):
+        named = _PERSON.fullmatch(str(category.name).strip())
+        found.append(named[1] if named else category.name)
+    key = _key(next((value for value in found if value is not None), None))
+    if _NOBODY.fullmatch(key):
+        return None
+    return int(key) if key.isdecimal() else key
