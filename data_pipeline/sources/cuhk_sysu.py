@@ -185,11 +185,11 @@ class CuhkSysuSource(Source):
         images, boxes, people, galleries, targets = [], [], [], [], []
         with reading(path):
             for number, row in enumerate(read_structs(path, variable), start=1):
-                asked = _only(_field(row, "Query"))
-                images.append(image_of(_field(asked, "imname")))
-                boxes.append(box_of(_field(asked, "idlocate")))
-                people.append(person.setdefault(text(_field(asked, "idname")), len(person)))
-                gallery = structs(_field(row, "Gallery"))
+                asked = _only(row["Query"])
+                images.append(image_of(asked["imname"]))
+                boxes.append(box_of(asked["idlocate"]))
+                people.append(person.setdefault(text(asked["idname"]), len(person)))
+                gallery = structs(row["Gallery"])
                 found = [(image_of(n), box_of(box)) for n, box, *_ in map(dict.values, gallery)]
                 galleries.append(np.array([image for image, _ in found], np.int32))
                 targets.append([(image, box) for image, box in found if box.size])
@@ -228,12 +228,6 @@ def _only(body: bytes) -> dict[str, bytes]:
     if len(entries) != 1:
         raise ValueError(f"holds {len(entries)} structs in place of one")
     return entries[0]
-
-
-def _field(entry: Mapping[str, bytes], name: str) -> bytes:
-    if name not in entry:
-        raise ValueError(f"has no field {name}, but {', '.join(entry)}")
-    return entry[name]
 
 
 def _box(idlocate: bytes) -> Float[np.ndarray, "_n"]:

@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Shaped
@@ -28,14 +28,21 @@ _ENCODINGS = {1: "utf-8", 2: "utf-8", 16: "utf-8", 4: "utf-16-le", 17: "utf-16-l
 _CHUNK = 4096  # zlib makes at most a thousand times as many bytes of it
 
 
-def read_structs(path: Path, variable: str) -> Iterator[dict[str, bytes]]:
+class Entry(dict[str, bytes]):
+    """The values of a struct by field; a field that it lacks is a ValueError."""
+
+    def __missing__(self, field: str) -> bytes:
+        raise ValueError(f"has no field {field}, but {', '.join(self)}")
+
+
+def read_structs(path: Path, variable: str) -> Iterator[Entry]:
     """Yields the entries of the struct array `variable`, by field; one entry is in memory."""
     with path.open("rb") as file:
         start, stream = _find(file, [variable])
-        count = _header(start, "structs").count
+        _, shape, _ = _header(start, "structs")
         fields, _ = _fields(stream.part() + stream.part(), 0)
-        for _ in range(count):
-            yield {field: stream.part()[8:] for field in fields}
+        for _ in range(math.prod(shape)):
+            yield Entry((field, stream.part()[8:]) for field in fields)
         stream.finish()
 
 
@@ -48,39 +55,40 @@ def read_variable(path: Path, names: Sequence[str]) -> bytes:
         return body
 
 
-def structs(body: bytes) -> Iterator[dict[str, bytes]]:
+def structs(body: bytes) -> Iterator[Entry]:
     """The entries of a struct array, by field; none of an empty array of any kind."""
-    if count := (header := _header(body, "structs")).count:
-        fields, position = _fields(body, header.position)
-        yield from _entries(body, position, fields, count)
+    _, shape, position = _header(body, "structs")
+    if math.prod(shape):
+        fields, position = _fields(body, position)
+        yield from _entries(body, position, fields, shape)
 
 
 def cells(body: bytes) -> Iterator[bytes]:
     """The values of a cell array, column by column; none of an empty array of any kind."""
-    header = _header(body, "cells")
-    for entry in _entries(body, header.position, ("value",), header.count):
+    _, shape, position = _header(body, "cells")
+    for entry in _entries(body, position, ("value",), shape):
         yield entry["value"]
 
 
 def numbers(body: bytes) -> Shaped[np.ndarray, "..."]:
     """A numeric array, in the type that it is stored in, which may be smaller than its class."""
-    header = _header(body, "numbers")
-    if not header.count:
-        return np.zeros(header.shape)
-    kind, data, _ = _part(body, header.position)
+    _, shape, position = _header(body, "numbers")
+    if not math.prod(shape):
+        return np.zeros(shape)
+    kind, data, _ = _part(body, position)
     if kind not in _NUMBERS:
         raise ValueError(f"holds numbers of type {kind}, which are not read")
-    return np.frombuffer(data, _NUMBERS[kind]).reshape(header.shape, order="F")
+    return np.frombuffer(data, _NUMBERS[kind]).reshape(shape, order="F")
 
 
 def text(body: bytes) -> str:
     """The characters of a char array of one row."""
-    header = _header(body, "characters")
-    if not header.count:
+    _, shape, position = _header(body, "characters")
+    if not math.prod(shape):
         return ""
-    kind, data, _ = _part(body, header.position)
-    if kind not in _ENCODINGS or header.shape[0] != 1:
-        raise ValueError(f"holds characters of type {kind} in shape {header.shape}, not a text")
+    kind, data, _ = _part(body, position)
+    if kind not in _ENCODINGS or shape[0] != 1:
+        raise ValueError(f"holds characters of type {kind} in shape {shape}, not a text")
     return data.decode(_ENCODINGS[kind])
 
 
@@ -145,25 +153,17 @@ def _find(file: BinaryIO, names: Sequence[str]) -> tuple[bytes, _Stream]:
             end = file.tell() + size
             stream = _Stream(file, kind, size)
             start = stream.read(16) + stream.part() + stream.part()
-            found.append(_header(start).name)
+            found.append(_header(start)[0])
             if found[-1] == name:
                 return start, stream
             file.seek(end)
     raise ValueError(f"has no variable {' or '.join(names)}, but {', '.join(found) or 'none'}")
 
 
-class _Header(NamedTuple):
-    """Name, shape and number of values of a matrix, and the position of its content."""
-
-    name: str
-    shape: tuple[int, ...]
-    count: int
-    position: int
-
-
-def _header(body: bytes, expected: str = "") -> _Header:
+def _header(body: bytes, expected: str = "") -> tuple[str, tuple[int, ...], int]:
+    """Name and shape of a matrix, and the position of its content."""
     if not body:
-        return _Header("", (0, 0), 0, 0)
+        return "", (0, 0), 0
     kind = _KINDS.get(body[8]) if body[:8] == _FLAGS_TAG and len(body) > 16 else None
     if kind is None or body[9] & 8:
         raise ValueError("holds complex numbers or an array of a class that is not read")
@@ -172,7 +172,7 @@ def _header(body: bytes, expected: str = "") -> _Header:
     shape = struct.unpack(f"<{len(sides) // 4}I", sides[: len(sides) // 4 * 4]) or (0,)
     if expected not in ("", kind) and math.prod(shape):
         raise ValueError(f"holds {kind} where {expected} belong")
-    return _Header(name.decode(), shape, math.prod(shape), position)
+    return name.decode(), shape, position
 
 
 def _part(body: bytes, position: int) -> tuple[int, bytes, int]:
@@ -200,12 +200,12 @@ def _fields(body: bytes, position: int) -> tuple[tuple[str, ...], int]:
 
 
 def _entries(
-    body: bytes, position: int, fields: Sequence[str], count: int
-) -> Iterator[dict[str, bytes]]:
+    body: bytes, position: int, fields: Sequence[str], shape: tuple[int, ...]
+) -> Iterator[Entry]:
     """The matrices from `position` on, taken together by `fields`."""
     end, unpack = len(body), _TAG.unpack_from
-    for _ in range(count):
-        entry = {}
+    for _ in range(math.prod(shape)):
+        entry = Entry()
         for field in fields:
             begin = position + 8
             kind, size = unpack(body, position) if begin <= end else (_MATRIX, 1)

@@ -115,7 +115,7 @@ class Source(abc.ABC):
         """Where a photo may be, below `root`."""
         return [str(PurePosixPath(folder, name)) for folder in self.photo_folders]
 
-    def _note_shared(self, train: Sequence[str], test: Sequence[str]) -> None:
+    def _note_shared(self, train: Iterable[str], test: Iterable[str]) -> None:
         shared = len(set(train) & set(test))
         if shared:
             self.notes.append(f"{self.root}: {shared:,} photos are in both splits, train and test")
