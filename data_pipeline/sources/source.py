@@ -139,24 +139,22 @@ class Folders:
     """Finds paths in spite of another case or Unicode composition; lists each folder once."""
 
     def __init__(self) -> None:
-        self._list = functools.cache(_names)
+        self._names = functools.cache(_names)
 
     def find(self, folder: Path, name: str) -> Path | None:
         """The path below `folder`, as written or alike; None if there is none, or several."""
-        if os.path.exists(folder / name):
-            return folder / name
         for part in PurePosixPath(name).parts:
-            alike = self._list(folder).get(_folded(part), [])
-            if not os.path.exists(folder / part) and len(alike) != 1:
+            alike = self._names(folder).get(_folded(part), [])
+            if part not in alike and len(alike) != 1:
                 return None
-            folder /= part if os.path.exists(folder / part) else alike[0]
+            folder /= part if part in alike else alike[0]
         return folder
 
 
 def _names(folder: Path) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = defaultdict(list)
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        names.setdefault(_folded(name), []).append(name)
+        names[_folded(name)].append(name)
     return names
 
 

@@ -361,6 +361,15 @@ def test_links_are_followed(root):
         assert source.image_path(name) == root / "images" / name
 
 
+def test_what_lies_there_in_place_of_a_photo_is_said(tmp_path):
+    content = fixtures.coco({"a.jpg": (8, 9)}, [("a.jpg", (1, 2, 3, 4), 0)])
+    for split in ("train", "test"):
+        fixtures.write_json(tmp_path / f"{split}.json", content)
+    (tmp_path / "a.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:9f86")
+    with pytest.raises(UserError, match=r"a\.jpg: is a Git LFS pointer, .*git lfs pull"):
+        datasets.prepare(fixtures.data_config("coco_person_search", tmp_path))
+
+
 def test_photos_of_both_splits_are_counted_where_people_are_evaluated(root, capsys):
     fixtures.write_json(root / "train.json", TEST)
     source = CocoPersonSearchSource(root)
