@@ -217,16 +217,9 @@ def annotate(
     identity: Sequence[Sequence[Any]],
     camera: Sequence[int] | None = None,
 ) -> tuple[Annotations, dict[Any, int]]:
-    """The images with their people, who are numbered 0, 1, ... in ascending order.
+    """The images with the boxes of each that have an area, and the new number of each identity.
 
-    Args:
-      names: of the images.
-      boxes: of each image, G x 4; those without area are left out.
-      identity: of each box, a number or text; None is a person without identity.
-      camera: of each image.
-
-    Returns:
-      The annotations, and the new number of each identity.
+    The identity of a box is a number or text, or None; these are numbered 0, 1, ... in order.
     """
     known = {person for row in identity for person in row} - {None}
     ordered = sorted(known, key=lambda person: (isinstance(person, str), person))

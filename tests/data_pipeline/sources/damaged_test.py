@@ -93,6 +93,7 @@ def check_splits(source, splits, protocols):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    """A small data set for each reader."""
     cuhk, prw, coco = (tmp_path_factory.mktemp(name) for name in ("cuhk", "prw", "coco"))
     box, other = (20, 30, 40, 50), (300, 100, 20, 50)
     images = {f"s{number}.jpg": [box, other] for number in range(1, 7)}
@@ -113,8 +114,8 @@ def folders(tmp_path_factory):
 def check_damaged(source_class, root, path, content):
     """`check` with another content of one file."""
     sound = path.read_bytes()
+    path.write_bytes(content)
     try:
-        path.write_bytes(content)
         check(source_class(root))
     finally:
         path.write_bytes(sound)
@@ -138,20 +139,15 @@ def test_matlab(folders, source_class, number, changes, packed):
     check_damaged(source_class, root, path, data)
 
 
-@QUICK
-@given(changes=CHANGES)
-def test_prw_text(folders, changes):
-    root = folders[PrwSource]
-    path = root / "query_info.txt"
-    check_damaged(PrwSource, root, path, damage(path.read_bytes(), changes))
+TEXTS = [(PrwSource, "query_info.txt")]
+TEXTS += [(CocoPersonSearchSource, f"{file}.json") for file in ("train", "test", "query")]
 
 
 @QUICK
-@given(file=st.sampled_from(["train", "test", "query"]), changes=CHANGES)
-def test_json_bytes(folders, file, changes):
-    root = folders[CocoPersonSearchSource]
-    path = root / f"{file}.json"
-    check_damaged(CocoPersonSearchSource, root, path, damage(path.read_bytes(), changes))
+@given(file=st.sampled_from(TEXTS), changes=CHANGES)
+def test_bytes_of_text(folders, file, changes):
+    path = folders[file[0]] / file[1]
+    check_damaged(file[0], path.parent, path, damage(path.read_bytes(), changes))
 
 
 @QUICK

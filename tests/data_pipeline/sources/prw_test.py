@@ -177,14 +177,6 @@ def test_errors_of_frames_name_the_file(root, array, message):
         _ = PrwSource(root).train
 
 
-def test_what_is_missing_is_said(root):
-    with pytest.raises(UserError, match="did you mean 'all'"):
-        PrwSource(root).protocol("al")
-    (root / "query_info.txt").unlink()
-    with pytest.raises(UserError, match=r"lacks query_info.txt; a PRW folder has\n  frames/"):
-        PrwSource(root)
-
-
 def test_query_whose_person_is_nowhere_else_is_an_error(tmp_path):
     queries = [QUERIES[0], (77, 1, 2, 3, 4, "c1s1_000090")]
     fixtures.write_prw(tmp_path, TRAIN, TEST | {"c1s1_000090": [(77, 1, 2, 3, 4)]}, queries)
