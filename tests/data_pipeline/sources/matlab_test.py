@@ -91,7 +91,7 @@ def test_one_entry_is_in_memory():
     size = sum(len(row["Gallery"]) for row in read_structs(REAL_PROTOCOL, "TestG100"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 << 20 < size // 10
+    assert peak < 1 << 20 < size // 20
 
 
 def test_the_first_name_that_a_file_has_counts(tmp_path):
