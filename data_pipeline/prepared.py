@@ -303,8 +303,9 @@ def _read_photo(source: Source, annotations: Annotations, max_pixels: int, index
     height, width = header.height, header.width
     annotated = source.photo_size(name)
     if annotated not in (None, (height, width)):
+        turned = "; an EXIF orientation turns it when shown" * (annotated == (width, height))
         raise UserError(
-            f"{path}: is {height}x{width} pixels (height x width, as stored); expected "
+            f"{path}: is {height}x{width} pixels (height x width, as stored{turned}); expected "
             f"{annotated[0]}x{annotated[1]} as annotated"
         )
     boxes, keep = clip_to_photo(annotations.boxes[index], height, width)

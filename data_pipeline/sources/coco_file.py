@@ -17,7 +17,7 @@ from alignps_jax.types import Annotations
 from data_pipeline.sources.source import LARGEST_COORDINATE, annotate, check_name, reading
 
 _PERSON = re.compile(r"(?:person|people|pedestrian|human)s?(?:[ _-]*(\d+))?", re.IGNORECASE)
-_NOBODY = re.compile(r"|none|null|nan|<na>|-\d+(\.\d+)?", re.IGNORECASE)
+_NOBODY = re.compile(r"|none|null|nan|<na>|unknown|-\d+(\.\d+)?", re.IGNORECASE)
 _LISTED = 10
 
 _Id = int | float | str
@@ -188,10 +188,12 @@ def _parse(data: bytes) -> _Records:
         return _read_records(data)
     except msgspec.ValidationError as error:
         raise ValueError(f"{error}; expected COCO's lists `images` and `annotations`") from error
-    except RecursionError as error:
-        raise ValueError("nests too deep") from error
-    except msgspec.DecodeError:  # a byte-order mark, UTF-16, or the NaN of Python and pandas
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    try:  # a byte-order mark, UTF-16, or the NaN of Python and pandas
         return _read_records(msgspec.json.encode(json.loads(data)))
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(f"cannot be read ({error})") from error
 
 
 def _key(value: _Id | None) -> str:

@@ -196,7 +196,8 @@ def check_pixels(values: Shaped[np.ndarray, "*n"]) -> None:
 def check_name(name: str) -> None:
     """Raises ValueError for an image name that may leave the folder, or that no file can have."""
     path = PureWindowsPath(name)  # takes / and \, a drive or a leading slash is its anchor
-    if not path.name or path.anchor or ".." in path.parts or _UNPRINTABLE.search(name):
+    possible = not _UNPRINTABLE.search(name) and all(len(p.encode()) < 256 for p in path.parts)
+    if not path.name or path.anchor or ".." in path.parts or not possible:
         raise ValueError(f"names the image {name[:120]!r}; expected a file inside the data set")
 
 
