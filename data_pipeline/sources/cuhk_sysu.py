@@ -212,7 +212,7 @@ class CuhkSysuSource(Source):
         galleries = []
         for image, gallery in zip(small.query_image, small.gallery, strict=True):
             rest = np.ones(len(self._pool), bool)
-            rest[[*gallery, image]] = False
+            rest[gallery] = rest[image] = False
             galleries.append(np.concatenate([gallery, np.flatnonzero(rest).astype(np.int32)]))
         return dataclasses.replace(small, name="all", gallery=tuple(galleries))
 
