@@ -16,7 +16,6 @@ from data_pipeline.sources.prw import PrwSource
 from data_pipeline.sources.source import LARGEST_COORDINATE
 from tests.data_pipeline import dataset_fixtures as fixtures
 
-# The folder of a test is written once; each example changes one file in it.
 QUICK = settings(
     max_examples=150,
     deadline=None,
@@ -24,27 +23,15 @@ QUICK = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-CHANGES = st.lists(
-    st.tuples(
-        st.integers(0, 5000),
-        st.sampled_from(["flip", "word", "cut", "remove", "repeat"]),
-        st.one_of(st.integers(0, 20), st.integers(0, 2**32 - 1)),
-    ),
-    min_size=1,
-    max_size=4,
-)
+KINDS = st.sampled_from(["flip", "word", "cut", "remove", "repeat"])
+NUMBERS = st.one_of(st.integers(0, 20), st.integers(0, 2**32 - 1))
+CHANGES = st.lists(st.tuples(st.integers(0, 5000), KINDS, NUMBERS), min_size=1, max_size=4)
+ODD = st.sampled_from([None, True, "../x.jpg", "/etc/passwd", "a\0b", "nan", "9" * 5000, 10**400])
+LEAVES = st.one_of(ODD, st.integers(-(2**65), 2**65), st.floats(), st.text(max_size=8))
+NAMES = st.sampled_from(["person_id", "x"])
 VALUES = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-(2**65), 2**65),
-        st.floats(),
-        st.text(max_size=8),
-        st.sampled_from(["../x.jpg", "/etc/passwd", "a\0b", "nan", "9" * 5000, 10**400]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4), inner, max_size=2)
-    ),
+    LEAVES,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner)),
     max_leaves=6,
 )
 
