@@ -120,17 +120,16 @@ def hold_out(people: Annotations, fraction: float, seed: int) -> HeldOut:
     train, validation = (
         _part(shown, np.flatnonzero(mask), people.num_identities) for mask in (~leaves, leaves)
     )
-    found = f"config.data.validation_fraction: found {fraction:g}, which holds out {count} of"
-    if not train.num_identities:
-        raise UserError(
-            f"{found} {len(known)} identities and with them every photo that could be trained on; "
-            "expected less"
-        )
     protocol = _search(validation.people(people), validation.numbering[held])
+    problem = ""
     if not len(protocol.query_image):
+        problem = ", none of them in two photos; expected more, or another seed"
+    if not train.num_identities:
+        problem = " and with them every photo that could be trained on; expected less"
+    if problem:
         raise UserError(
-            f"{found} {len(known)} identities, none of them in two photos; expected more, or "
-            "another seed"
+            f"config.data.validation_fraction: found {fraction:g}, which holds out {count} of "
+            f"{len(known)} identities{problem}"
         )
     return HeldOut(train, validation, held, protocol)
 

@@ -11,7 +11,7 @@ from alignps_jax.choices import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.coco_file import CocoFile
-from data_pipeline.sources.source import Folders, Queries, Source, all_but, search_everywhere
+from data_pipeline.sources.source import Queries, Source, all_but, find_alike, search_everywhere
 
 # The file of a split: by hand or CVAT; CVAT, Roboflow, Label Studio, FiftyOne.
 _FILES = (
@@ -138,10 +138,9 @@ class CocoPersonSearch(PersonSearchBuilder):
 
 def _locate(root: Path, split: str) -> tuple[Path | None, str]:
     """The file of a split, and its folder, as in `images/train/a.jpg` or `train/a.jpg`."""
-    folders = Folders()
-    paths = (folders.find(root, pattern.format(split)) for pattern in _FILES)
+    paths = (find_alike(root, pattern.format(split)) for pattern in _FILES)
     path = next((path for path in paths if path), None)
     if path and path.parent != root and path.relative_to(root).parts[0].lower() == split:
         return path, path.relative_to(root).parts[0]
-    own = folders.find(root, f"images/{split}")
+    own = find_alike(root, f"images/{split}")
     return path, own.name if own else ""

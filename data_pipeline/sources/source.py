@@ -15,7 +15,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar
 
@@ -65,7 +65,7 @@ class Source(abc.ABC):
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
         self.notes: list[str] = []
-        self._folders = Folders()
+        self._list_names = functools.cache(list_names)
         self._check_layout()
 
     @property
@@ -98,7 +98,7 @@ class Source(abc.ABC):
         A name that differs in case or in the composition of Unicode characters is found, too.
         """
         places = self._places(name)
-        found = (self._folders.find(self.root, place) for place in places)
+        found = (find_alike(self.root, place, self._list_names) for place in places)
         return next((path for path in found if path), self.root / places[0])
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
@@ -135,27 +135,24 @@ class Source(abc.ABC):
         )
 
 
-class Folders:
-    """Finds paths in spite of another case or Unicode composition; lists each folder once."""
-
-    def __init__(self) -> None:
-        self._names = functools.cache(_names)
-
-    def find(self, folder: Path, name: str) -> Path | None:
-        """The path below `folder`, as written or alike; None if there is none, or several."""
-        for part in PurePosixPath(name).parts:
-            alike = self._names(folder).get(_folded(part), [])
-            if part not in alike and len(alike) != 1:
-                return None
-            folder /= part if part in alike else alike[0]
-        return folder
-
-
-def _names(folder: Path) -> dict[str, list[str]]:
+def list_names(folder: Path) -> dict[str, list[str]]:
+    """The entries of a folder, by their names in one case and Unicode composition."""
     names: dict[str, list[str]] = defaultdict(list)
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
         names[_folded(name)].append(name)
     return names
+
+
+def find_alike(
+    folder: Path, name: str, list_names: Callable[[Path], dict[str, list[str]]] = list_names
+) -> Path | None:
+    """The path below `folder`, as written or alike; None if there is none, or several."""
+    for part in PurePosixPath(name).parts:
+        alike = list_names(folder).get(_folded(part), [])
+        if part not in alike and len(alike) != 1:
+            return None
+        folder /= part if part in alike else alike[0]
+    return folder
 
 
 def _folded(name: str) -> str:
