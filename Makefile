@@ -80,7 +80,7 @@ $(NEWEST_READY): requirements.lock pyproject.toml
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	touch $@
 
-# Damaged files for every reader of files, for so long: make fuzz SECONDS=600 [ONLY=cuhk_mat,images].
+# Damaged files for every reader of files, for so long: make fuzz SECONDS=600 [ONLY=prepared,images].
 SECONDS ?= 600
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --seconds=$(SECONDS) $(if $(ONLY),--only=$(ONLY))

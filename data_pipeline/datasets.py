@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,7 +21,7 @@ from data_pipeline.prepared import SPLITS, PersonSearchBuilder, PreparedSplit
 from data_pipeline.sources.coco_person_search import CocoPersonSearch
 from data_pipeline.sources.cuhk_sysu import CuhkSysu, CuhkSysuSource
 from data_pipeline.sources.prw import Prw
-from data_pipeline.sources.source import Counts
+from data_pipeline.sources.source import Counts, Source
 
 __all__ = [
     "DATASETS",
@@ -67,7 +68,10 @@ class PreparedDataset:
 
 def load_train(data: ConfigDict) -> Annotations:
     """The people of the training split; reads and raises as `load_test`."""
-    return _builder_class(data).source_class(data.root).train
+    source = _builder_class(data).source_class(data.root)
+    people = source.train
+    _print_notes(source)
+    return people
 
 
 def load_test(
@@ -86,8 +90,16 @@ def load_test(
       UserError: an unknown name, or files that are missing or not in the expected form.
     """
     source = _builder_class(data).source_class(data.root)
-    protocols = names or source.default_protocols
-    return source.test, tuple(source.protocol(name) for name in protocols)
+    protocols = [source.protocol(name) for name in names or source.default_protocols]
+    people = source.test
+    _print_notes(source)
+    return people, tuple(protocols)
+
+
+def _print_notes(source: Source) -> None:
+    if jax.process_index() == 0:
+        for note in source.notes:
+            print(note, flush=True)
 
 
 def prepare(data: ConfigDict) -> PreparedDataset:

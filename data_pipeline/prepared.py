@@ -41,7 +41,7 @@ from data_pipeline.records import (
     intact,
     read_sizes,
 )
-from data_pipeline.sources.source import Source
+from data_pipeline.sources.source import Source, stand_in
 
 SPLITS = ("train", "test")
 # Images per file; so many encoded photos are held in memory while preparing.
@@ -266,19 +266,15 @@ PhotoFile = tuple[int, int] | None
 
 def photo_files(source: Source, names: Sequence[str]) -> list[PhotoFile]:
     """What the file system says of each photo, which is where `Source.image_path` finds it."""
-    folders = [os.path.join(source.root, folder) for folder in source.photo_folders]
-    return [_photo_file(folders, name) for name in names]
+    return [_photo_file(source.image_path(name)) for name in names]
 
 
-def _photo_file(folders: Sequence[str], name: str) -> PhotoFile:
-    for folder in folders:
-        try:
-            about = os.stat(f"{folder}/{name}")
-        except (OSError, ValueError):  # no path at all
-            continue
-        if stat.S_ISREG(about.st_mode):
-            return about.st_size, about.st_mtime_ns
-    return None
+def _photo_file(path: Path) -> PhotoFile:
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else None
 
 
 def fingerprint(
@@ -298,13 +294,18 @@ def fingerprint(
 def _read_photo(source: Source, annotations: Annotations, max_pixels: int, index: int) -> _Photo:
     name = annotations.names[index]
     path = source.image_path(name)
-    image, header = read_photo(path, max_pixels)
+    try:
+        image, header = read_photo(path, max_pixels)
+    except UserError as error:
+        found = stand_in(path) if path.is_file() else None
+        raise UserError(f"{path}: {found}") if found else error from error
     decode_photo(image, header, str(path), upright=False)
     height, width = header.height, header.width
     annotated = source.photo_size(name)
     if annotated not in (None, (height, width)):
+        turned = "; an EXIF orientation turns it when shown" * (annotated == (width, height))
         raise UserError(
-            f"{path}: is {height}x{width} pixels (height x width, as stored); expected "
+            f"{path}: is {height}x{width} pixels (height x width, as stored{turned}); expected "
             f"{annotated[0]}x{annotated[1]} as annotated"
         )
     boxes, keep = clip_to_photo(annotations.boxes[index], height, width)

@@ -15,7 +15,6 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float, Int
 
 from alignps_jax.types import Annotations, UserError
-from data_pipeline.sources.source import quoted
 
 # Beside the records: (height, width) of the photos of each split.
 SIZES_FILE = "sizes.json"
@@ -138,7 +137,8 @@ def intact(folder: Path) -> Iterator[None]:
     except (UserError, OSError):  # what the system says is no damage
         raise
     except Exception as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{folder}: is damaged ({type(error).__name__}: {quoted(str(error))}); delete it to "
-            "prepare the data set again"
+            f"{folder}: is damaged ({type(error).__name__}: {reason[:120]}); delete it to prepare "
+            "the data set again"
         ) from error

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
 def with_trainable_boxes(split: PreparedSplit) -> PreparedSplit:
     """The split without the boxes that cannot be trained on."""
     people = split.annotations
-    keep = [
-        transforms.trainable_boxes(boxes, (int(height), int(width)))
-        for boxes, (height, width) in zip(people.boxes, split.sizes, strict=True)
-    ]
+    sizes = split.sizes.tolist()
+    keep = [transforms.trainable_boxes(*pair) for pair in zip(people.boxes, sizes, strict=True)]
 
     def kept(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         return tuple(array[mask] for array, mask in zip(arrays, keep, strict=True))
@@ -38,19 +37,18 @@ def with_trainable_boxes(split: PreparedSplit) -> PreparedSplit:
 
 
 def usable_images(split: PreparedSplit, min_side: int) -> Int[np.ndarray, "n"]:
-    """Images with people and with no side below `min_side`; says how many are not."""
-    total = len(split.annotations.names)
+    """Images with people and with no side below `min_side`; prints how many are left out."""
     empty = np.array([len(boxes) == 0 for boxes in split.annotations.boxes], bool)
     small = (split.sizes < min_side).any(axis=1)
     usable = np.flatnonzero(~empty & ~small)
     found = (
-        f"{total - len(usable)} of {total} images left out of training "
+        f"{len(empty) - len(usable)} of {len(empty)} images left out of training "
         f"({int(empty.sum())} without a usable box, {int((small & ~empty).sum())} with a side "
         f"below {min_side} pixels)"
     )
     if not len(usable):
         raise UserError(f"training set: {found}; expected at least one to train on")
-    if len(usable) < total:
+    if len(usable) < len(empty) and jax.process_index() == 0:
         print(found)
     return usable
 
@@ -64,8 +62,5 @@ def orientations(
 
 
 def rescaled_sizes(split: PreparedSplit, scales: Sequence[Scale]) -> Int[np.ndarray, "N S 2"]:
-    sizes = [
-        [transforms.rescaled_size((int(height), int(width)), scale) for scale in scales]
-        for height, width in split.sizes
-    ]
+    sizes = [[transforms.rescaled_size(size, s) for s in scales] for size in split.sizes.tolist()]
     return np.array(sizes, np.int32).reshape(-1, len(scales), 2)

@@ -1,7 +1,7 @@
-"""A validation split by identity: people of the training split whom training never sees.
+"""A validation split by identity: people of the training split who are not trained on.
 
-A photo with anybody who is held out leaves training, with all its other people: the network would
-see who is held out, or learn that there is nobody. The other people stay in the photos of the
+A photo with a held-out person leaves training with all its other people: the network would see the
+held-out person, or learn that nobody is there. The other people stay in the photos of the
 validation split, where nobody searches for them.
 """
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 # The name of the search protocol over the held-out people.
 PROTOCOL = "validation"
-# Told apart from what else the seed decides.
+# A random stream of its own, so that other draws with the same seed do not change it.
 _STREAM = 0x7A11D
 
 
-class Chosen(Sequence[bytes]):
-    """Some of a split's encoded photos, in the given order; read when they are asked for."""
+class _Chosen(Sequence[bytes]):
+    """Some of a split's encoded photos, read on demand."""
 
     def __init__(self, jpegs: Sequence[bytes], images: Int[np.ndarray, "n"]):
         self._jpegs, self._images = jpegs, images
@@ -57,19 +57,15 @@ class Part:
 
     def people(self, split: Annotations) -> Annotations:
         """The people of these photos, renumbered."""
-
-        def renumbered(image: int) -> np.ndarray:
-            labeled = split.labeled[image]
-            identity = np.full(len(labeled), -1, np.int32)
-            identity[labeled] = self.numbering[split.identity[image][labeled]]
-            return identity
-
+        numbering = np.append(self.numbering, np.int32(-1))  # -1 stays -1
         images = self.images.tolist()
         return Annotations(
-            names=tuple(split.names[image] for image in images),
-            boxes=tuple(split.boxes[image] for image in images),
-            identity=tuple(renumbered(image) for image in images),
-            labeled=tuple(split.labeled[image] for image in images),
+            names=tuple(split.names[i] for i in images),
+            boxes=tuple(split.boxes[i] for i in images),
+            identity=tuple(
+                numbering[np.where(split.labeled[i], split.identity[i], -1)] for i in images
+            ),
+            labeled=tuple(split.labeled[i] for i in images),
             camera=split.camera[self.images],
         )
 
@@ -79,7 +75,7 @@ class Part:
             split,
             annotations=self.people(split.annotations),
             sizes=split.sizes[self.images],
-            jpegs=Chosen(split.jpegs, self.images),
+            jpegs=_Chosen(split.jpegs, self.images),
         )
 
 
@@ -99,65 +95,48 @@ class HeldOut:
 
     def __str__(self) -> str:
         photos = len(self.train.images) + len(self.validation.images)
-        everybody = np.union1d(
-            np.flatnonzero(self.train.numbering >= 0),
-            np.flatnonzero(self.validation.numbering >= 0),
-        )
+        everybody = ((self.train.numbering >= 0) | (self.validation.numbering >= 0)).sum()
         return (
-            f"validation: {len(self.identities):,} of {len(everybody):,} identities are held out, "
-            f"and with them {len(self.validation.images):,} of {photos:,} training photos; "
+            f"validation: {len(self.identities):,} of {everybody:,} identities are held out, and "
+            f"with them {len(self.validation.images):,} of {photos:,} training photos; "
             f"{len(self.protocol.query_image):,} queries; {self.train.num_identities:,} identities "
             "are left to train on"
         )
 
 
 def hold_out(people: Annotations, fraction: float, seed: int) -> HeldOut:
-    """Draws the share `fraction` of the identities, one at least, and parts the photos.
+    """Draws the share `fraction` of the identities, one at least, and divides the photos.
 
     The same seed draws the same identities; a larger fraction draws them too.
 
     Raises:
       UserError: nobody is held out who is in two photos, or no identity is left to train on.
     """
-    known = _identities(people.identity, people.labeled)
+    shown = [ids[mask] for ids, mask in zip(people.identity, people.labeled, strict=True)]
+    known = np.unique(np.concatenate([np.zeros(0, np.int32), *shown]))
     count = min(len(known), max(1, round(fraction * len(known))))
     held = np.sort(np.random.default_rng((seed, _STREAM)).permutation(known)[:count])
-    leaves = np.array(
-        [
-            np.isin(ids[mask], held).any()
-            for ids, mask in zip(people.identity, people.labeled, strict=True)
-        ],
-        bool,
+    leaves = np.array([np.isin(ids, held).any() for ids in shown], bool)
+    train, validation = (
+        _part(shown, np.flatnonzero(mask), people.num_identities) for mask in (~leaves, leaves)
     )
-    train = _part(people, np.flatnonzero(~leaves))
-    validation = _part(people, np.flatnonzero(leaves))
-    if not train.num_identities:
-        raise UserError(
-            f"config.data.validation_fraction: found {fraction:g}, which holds out {count} of "
-            f"{len(known)} identities and with them every photo that could be trained on; expected "
-            "less"
-        )
     protocol = _search(validation.people(people), validation.numbering[held])
+    problem = ""
     if not len(protocol.query_image):
+        problem = ", none of them in two photos; expected more, or another seed"
+    if not train.num_identities:
+        problem = " and with them every photo that could be trained on; expected less"
+    if problem:
         raise UserError(
             f"config.data.validation_fraction: found {fraction:g}, which holds out {count} of "
-            f"{len(known)} identities, none of them in two photos; expected more, or another seed"
+            f"{len(known)} identities{problem}"
         )
     return HeldOut(train, validation, held, protocol)
 
 
-def _identities(
-    identity: Sequence[Int[np.ndarray, "_"]], labeled: Sequence[np.ndarray]
-) -> Int[np.ndarray, "L"]:
-    found = [ids[mask] for ids, mask in zip(identity, labeled, strict=True)]
-    return np.unique(np.concatenate([np.zeros(0, np.int32), *found]))
-
-
-def _part(people: Annotations, images: Int[np.ndarray, "n"]) -> Part:
-    present = _identities(
-        [people.identity[image] for image in images], [people.labeled[image] for image in images]
-    )
-    numbering = np.full(people.num_identities, -1, np.int32)
+def _part(shown: Sequence[np.ndarray], images: Int[np.ndarray, "n"], identities: int) -> Part:
+    present = np.unique(np.concatenate([np.zeros(0, np.int32), *(shown[i] for i in images)]))
+    numbering = np.full(identities, -1, np.int32)
     numbering[present] = np.arange(len(present))
     return Part(images, numbering)
 
@@ -168,10 +147,6 @@ def _search(people: Annotations, wanted: Int[np.ndarray, "k"]) -> SearchProtocol
     for image, (ids, labeled) in enumerate(zip(people.identity, people.labeled, strict=True)):
         for row in np.flatnonzero(labeled & np.isin(ids, wanted)).tolist():
             queries.setdefault((image, int(ids[row])), people.boxes[image][row])
-    asked = Queries(
-        image=np.array([image for image, _ in queries], np.int32),
-        box=np.array(list(queries.values()), np.float32).reshape(-1, 4),
-        identity=np.array([identity for _, identity in queries], np.int32),
-    )
+    asked = Queries.of((image, box, identity) for (image, identity), box in queries.items())
     galleries = all_but(len(people.names), asked.image)
     return search_everywhere(PROTOCOL, people, asked, galleries)[0]

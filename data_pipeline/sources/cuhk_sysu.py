@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from absl import logging
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
-from data_pipeline.sources.mat_structs import Structs, cells, class_of, numbers, read_structs, text
-from data_pipeline.sources.source import (
-    Counts,
-    Source,
-    check_pixels,
-    image_index,
-    mat_variable,
-    quoted,
-    reading,
+from data_pipeline.sources.matlab import (
+    cells,
+    numbers,
+    read_structs,
+    read_variable,
+    structs,
+    text,
 )
+from data_pipeline.sources.source import Counts, Source, check_pixels, image_index, reading
 
-GALLERY_SIZES = (50, 100, 500, 1000, 2000, 4000)
-_PROTOCOL_FOLDER = "annotation/test/train_test"
+_GALLERIES = tuple(f"TestG{size}" for size in (50, 100, 500, 1000, 2000, 4000))
 # Subsets of the queries with protocols of their own: file and variable.
 _SUBSETS = {
     "occlusion": ("annotation/test/subset/Occlusion.mat", "Occlusion1"),
     "resolution": ("annotation/test/subset/Resolution.mat", "Test_Size"),
 }
+_FOLDER = "annotation/test/train_test"
+_Label = tuple[int, Float[np.ndarray, "4"], int]  # image, box, identity
 
 
 class CuhkSysuSource(Source):
@@ -43,21 +42,17 @@ class CuhkSysuSource(Source):
     in its order; their identities are the people of the queries, in the order in which the
     smallest `TestG` file asks for them (all of these files ask for the same people, and list
     every image that holds them). A labeled box is found among the boxes of its image by its
-    coordinates; whoever is not found so has no label. Boxes are `x, y, w, h` as int32.
+    coordinates; a person who is not found so has no label. Boxes are `x, y, w, h` as int32.
 
     Protocols: `TestG50` to `TestG4000` (those in the folder), `all` (the smallest gallery, then
     the remaining test images), and `occlusion`, `resolution` (if in the folder). Galleries are in
-    file order, images that a file lists twice included. All of them are reported unless the
-    configuration names some; `TestG100`, the one of the papers' tables, comes first.
+    file order, images that a file lists twice included. All but the last two are reported unless
+    the configuration names some; `TestG100`, the one of the papers' tables, comes first.
     """
 
     title = "CUHK-SYSU"
     published: ClassVar[Counts | None] = Counts(11_206, 5_532, 6_978, 2_900)
-    required = (
-        "annotation/Images.mat",
-        "annotation/pool.mat",
-        f"{_PROTOCOL_FOLDER}/Train.mat",
-    )
+    required = ("annotation/Images.mat", "annotation/pool.mat", f"{_FOLDER}/Train.mat")
     layout = """
   Image/SSM/s1.jpg ...
   annotation/Images.mat
@@ -66,7 +61,6 @@ class CuhkSysuSource(Source):
   annotation/test/train_test/TestG50.mat, TestG100.mat ... (at least one)
   annotation/test/subset/Occlusion.mat, Resolution.mat (optional)
 """
-
     photo_folders = ("Image/SSM",)
 
     @functools.cached_property
@@ -74,15 +68,15 @@ class CuhkSysuSource(Source):
         tested = set(self._pool)
         names = tuple(sorted(name for name in self._boxes if name not in tested))
         path = self.root / self.required[2]
-        index = image_index(names, path)
-        people = mat_variable(path, ["Train"])
-        labels = []
-        with reading(path, "the identities with name, number of appearances and scenes"):
-            for identity, (_, _, scenes, *_) in enumerate(_identities(people)):
-                for name, idlocate, *_ in Structs.of(scenes):
-                    image = _known_image(text(name), index, path, "training images")
-                    labels.append((image, _box(numbers(idlocate)), identity))
-        return self._annotations(names, labels, path)
+        with reading(path):
+            index = image_index(names)
+            labels = []
+            for identity, person in enumerate(cells(read_variable(path, ["Train"]))):
+                _, _, scenes, *_ = _only(person).values()
+                for name, box, *_ in map(dict.values, structs(scenes)):
+                    image = _position(text(name), index, "training images")
+                    labels.append((image, _box(box), identity))
+            return self._annotations(names, labels, path)
 
     @functools.cached_property
     def test(self) -> Annotations:
@@ -95,25 +89,25 @@ class CuhkSysuSource(Source):
                 *zip(protocol.target_images[query], protocol.target_boxes[query], strict=True),
             )
         ]
-        return self._annotations(self._pool, labels, self._protocol_files[protocol.name][0])
+        return self._annotations(self._pool, labels, self._file(protocol.name)[0])
 
     @functools.cached_property
     def protocols(self) -> tuple[str, ...]:
-        names = [f"TestG{size}" for size in GALLERY_SIZES]
-        present = [name for name in names if self._protocol_files[name][0].is_file()]
+        present = [name for name in _GALLERIES if self._file(name)[0].is_file()]
         if not present:
             raise UserError(
-                f"{self.root / _PROTOCOL_FOLDER}: no test protocol; expected {', '.join(names)} "
+                f"{self.root / _FOLDER}: no test protocol; expected {', '.join(_GALLERIES)} "
                 "(.mat), at least one of them"
             )
-        subsets = [name for name in _SUBSETS if self._protocol_files[name][0].is_file()]
+        subsets = [name for name in _SUBSETS if self._file(name)[0].is_file()]
         return (*present, "all", *subsets)
 
     @property
     def default_protocols(self) -> tuple[str, ...]:
-        """All that the folder has: TestG100 (without it the smallest) first, by size after it."""
-        main = "TestG100" if "TestG100" in self.protocols else self.protocols[0]
-        return (main, *(name for name in self.protocols if name != main))
+        """All but the subsets: TestG100 (without it the smallest) first, by size after it."""
+        names = [name for name in self.protocols if name not in _SUBSETS]
+        main = "TestG100" if "TestG100" in names else names[0]
+        return (main, *(name for name in names if name != main))
 
     def protocol(self, name: str) -> SearchProtocol:
         known_name("config.eval.protocols", name, self.protocols)
@@ -123,61 +117,50 @@ class CuhkSysuSource(Source):
             return self._smallest[0]
         return self._read_protocol(name)[0]
 
-    @property
-    def _protocol_files(self) -> dict[str, tuple[Path, str]]:
-        """File and variable of each protocol that has one."""
-        galleries = {
-            f"TestG{size}": (f"{_PROTOCOL_FOLDER}/TestG{size}.mat", f"TestG{size}")
-            for size in GALLERY_SIZES
-        }
-        files = galleries | _SUBSETS
-        return {name: (self.root / file, variable) for name, (file, variable) in files.items()}
+    def _file(self, protocol: str) -> tuple[Path, str]:
+        """File and variable of a protocol that has one."""
+        file, variable = _SUBSETS.get(protocol, (f"{_FOLDER}/{protocol}.mat", protocol))
+        return self.root / file, variable
 
     @functools.cached_property
     def _pool(self) -> tuple[str, ...]:
         path = self.root / self.required[1]
-        pool = mat_variable(path, ["pool"])
-        with reading(path, "a list of image names"):
-            names = tuple(text(name) for name in cells(pool))
-        image_index(names, path)
-        for name in names:
-            if name not in self._boxes:
-                raise UserError(f"{path}: lists {name}; expected an image of Images.mat")
-        return names
+        with reading(path):
+            names = tuple(text(name) for name in cells(read_variable(path, ["pool"])))
+            unknown = [name for name in image_index(names) if name not in self._boxes]
+            if unknown:
+                raise ValueError(f"lists {unknown[0]!r}, which is no image of Images.mat")
+            return names
 
     @functools.cached_property
     def _boxes(self) -> dict[str, Float[np.ndarray, "_G 4"]]:
         """The people of every image of the data set."""
         path = self.root / self.required[0]
-        with reading(path, "the variable Img: images with name, number of boxes and boxes"):
+        with reading(path):
             names, boxes = [], []
             for name, _, people, *_ in map(dict.values, read_structs(path, "Img")):
                 names.append(text(name))
-                boxes.append(_people([numbers(idlocate) for idlocate, *_ in Structs.of(people)]))
-            image_index(names, path)
+                rows = [_box(box) for box, *_ in map(dict.values, structs(people))]
+                corners = np.array(rows, np.float32).reshape(-1, 4)
+                boxes.append(corners[(corners[:, 2:] > corners[:, :2]).all(axis=1)])
+            image_index(names)
             return dict(zip(names, boxes, strict=True))
 
     def _annotations(
-        self,
-        names: Sequence[str],
-        labels: Sequence[tuple[int, Float[np.ndarray, "4"], int]],
-        path: Path,
+        self, names: Sequence[str], labels: Iterable[_Label], path: Path
     ) -> Annotations:
-        """The boxes of the images, labeled with (image, box, identity) where they are found."""
+        """The boxes of the images, labeled where they are found."""
         boxes = tuple(self._boxes[name] for name in names)
         identity = tuple(np.full(len(rows), -1, np.int32) for rows in boxes)
-        strays = [
-            names[image]
-            for image, box, person in labels
-            if not _label(boxes[image], identity[image], box, person)
-        ]
+        strays = []
+        for image, box, person in labels:
+            same = np.flatnonzero((boxes[image] == box).all(axis=1))
+            identity[image][same[:1]] = person
+            strays += [] if same.size else [names[image]]
         if strays:
-            logging.warning(
-                "%s: %d labeled boxes, the first in %s, are not among the boxes of Images.mat; "
-                "these people stay without identity",
-                path,
-                len(strays),
-                strays[0],
+            self.notes.append(
+                f"{path}: {len(strays)} labeled boxes, the first in {strays[0]}, are not among the "
+                "boxes of Images.mat; these people stay without identity"
             )
         return Annotations(
             names=tuple(names),
@@ -193,33 +176,35 @@ class CuhkSysuSource(Source):
 
     def _read_protocol(self, name: str) -> tuple[SearchProtocol, Int[np.ndarray, "Q"]]:
         """A protocol file, and whom each query is about (numbered by first appearance)."""
-        path, variable = self._protocol_files[name]
-        gallery_of = _GalleryReader(path, image_index(self._pool, path))
+        path, variable = self._file(name)
+        index = image_index(self._pool)
+        # Gallery entries repeat a thousand times.
+        image_of = functools.cache(lambda name: _position(text(name), index, "images of pool.mat"))
+        box_of = functools.cache(_box)
         person: dict[str, int] = {}
         images, boxes, people, galleries, targets = [], [], [], [], []
-        with reading(path, f"an array {variable} with the fields Query and Gallery"):
+        with reading(path):
             for number, row in enumerate(read_structs(path, variable), start=1):
-                query = Structs.of(row["Query"])
-                asked = dict(zip(query.fields, query.only(), strict=True))
-                images.append(gallery_of.image(asked["imname"]))
-                boxes.append(_box(numbers(asked["idlocate"])))
+                asked = _only(row["Query"])
+                images.append(image_of(asked["imname"]))
+                boxes.append(box_of(asked["idlocate"]))
                 people.append(person.setdefault(text(asked["idname"]), len(person)))
-                gallery_images, held = gallery_of.read(Structs.of(row["Gallery"]))
-                if not held:
-                    raise UserError(
-                        f"{path}: query {number} has no gallery image with its person; expected "
-                        "at least one idlocate that is not empty"
+                gallery = structs(row["Gallery"])
+                found = [(image_of(n), box_of(box)) for n, box, *_ in map(dict.values, gallery)]
+                galleries.append(np.array([image for image, _ in found], np.int32))
+                targets.append([(image, box) for image, box in found if box.size])
+                if not (boxes[-1].size and targets[-1]):
+                    raise ValueError(
+                        f"query {number} has no box, or no gallery image of its person"
                     )
-                galleries.append(gallery_images)
-                targets.append(held)
-        protocol = SearchProtocol(
-            name=name,
-            query_image=np.array(images, np.int32),
-            query_box=np.array(boxes, np.float32).reshape(-1, 4),
-            gallery=tuple(galleries),
-            target_images=tuple(np.array([image for image, _ in t], np.int32) for t in targets),
-            target_boxes=tuple(np.array([box for _, box in t], np.float32) for t in targets),
-        )
+            protocol = SearchProtocol(
+                name=name,
+                query_image=np.array(images, np.int32),
+                query_box=np.array(boxes, np.float32).reshape(-1, 4),
+                gallery=tuple(galleries),
+                target_images=tuple(np.array([image for image, _ in t], np.int32) for t in targets),
+                target_boxes=tuple(np.array([box for _, box in t], np.float32) for t in targets),
+            )
         return protocol, np.array(people, np.int32)
 
     def _whole_test_set(self) -> SearchProtocol:
@@ -227,17 +212,9 @@ class CuhkSysuSource(Source):
         galleries = []
         for image, gallery in zip(small.query_image, small.gallery, strict=True):
             rest = np.ones(len(self._pool), bool)
-            rest[gallery] = False
-            rest[image] = False
+            rest[gallery] = rest[image] = False
             galleries.append(np.concatenate([gallery, np.flatnonzero(rest).astype(np.int32)]))
-        return SearchProtocol(
-            name="all",
-            query_image=small.query_image,
-            query_box=small.query_box,
-            gallery=tuple(galleries),
-            target_images=small.target_images,
-            target_boxes=small.target_boxes,
-        )
+        return dataclasses.replace(small, name="all", gallery=tuple(galleries))
 
 
 class CuhkSysu(PersonSearchBuilder):
@@ -246,79 +223,24 @@ class CuhkSysu(PersonSearchBuilder):
     source_class = CuhkSysuSource
 
 
-@dataclasses.dataclass(frozen=True)
-class _GalleryReader:
-    """Reads the galleries of one file; entries repeat a thousand times, so each is read once."""
-
-    path: Path
-    index: dict[str, int]
-    images: dict[bytes, int] = dataclasses.field(default_factory=dict)
-    boxes: dict[bytes, Float[np.ndarray, "4"] | None] = dataclasses.field(default_factory=dict)
-
-    def read(
-        self, gallery: Structs
-    ) -> tuple[Int[np.ndarray, "N"], list[tuple[int, Float[np.ndarray, "4"]]]]:
-        """The images of a gallery, and those that hold the person with the person's box."""
-        images, held = [], []
-        for name, idlocate, *_ in gallery:
-            image = self.images.get(name)
-            if image is None:
-                image = self.images[name] = self.image(name)
-            images.append(image)
-            if idlocate not in self.boxes:
-                values = numbers(idlocate)
-                self.boxes[idlocate] = _box(values) if values.size else None
-            box = self.boxes[idlocate]
-            if box is not None:
-                held.append((image, box))
-        return np.array(images, np.int32), held
-
-    def image(self, name: bytes) -> int:
-        """The position of the image of that name."""
-        return _known_image(text(name), self.index, self.path, "images of pool.mat")
+def _only(body: bytes) -> dict[str, bytes]:
+    entries = list(structs(body))
+    if len(entries) != 1:
+        raise ValueError(f"holds {len(entries)} structs in place of one")
+    return entries[0]
 
 
-def _identities(people: bytes) -> Iterator[list[bytes]]:
-    """The values of the fields of each entry, be they structs in cells or a struct array."""
-    if class_of(people) == "struct":
-        yield from Structs.of(people)
-    else:
-        yield from (Structs.of(cell).only() for cell in cells(people))
+def _box(idlocate: bytes) -> Float[np.ndarray, "_n"]:
+    """One box from `x, y, w, h`, nothing from an empty array."""
+    values = numbers(idlocate).ravel()
+    if values.size not in (0, 4):
+        raise ValueError(f"has {values.size} numbers for a box, not x, y, w, h")
+    check_pixels(values)
+    xywh = values.astype(np.int32)
+    return np.concatenate([xywh[:2], xywh[:2] + xywh[2:]]).astype(np.float32)
 
 
-def _xywh(idlocate: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "4"]:
-    if len(idlocate) != 4:
-        raise ValueError(f"found {len(idlocate)} numbers for a box, not x, y, w, h")
-    check_pixels(idlocate)
-    return idlocate.astype(np.int32)
-
-
-def _box(idlocate: Shaped[np.ndarray, "n"]) -> Float[np.ndarray, "4"]:
-    """One box from `x, y, w, h`."""
-    x, y, w, h = _xywh(idlocate)
-    return np.array([x, y, x + w, y + h], np.float32)
-
-
-def _people(idlocates: Sequence[Shaped[np.ndarray, "_n"]]) -> Float[np.ndarray, "G 4"]:
-    """The boxes of positive size from rows of `x, y, w, h`."""
-    rows = np.array([_xywh(idlocate) for idlocate in idlocates], np.int32).reshape(-1, 4)
-    rows = rows[(rows[:, 2:] > 0).all(axis=1)]
-    return np.concatenate([rows[:, :2], rows[:, :2] + rows[:, 2:]], axis=1).astype(np.float32)
-
-
-def _label(
-    boxes: Float[np.ndarray, "G 4"],
-    identity: Int[np.ndarray, "G"],
-    box: Float[np.ndarray, "4"],
-    person: int,
-) -> bool:
-    """Gives the first box with these coordinates the identity; says whether there is one."""
-    same = np.flatnonzero((boxes == box).all(axis=1))
-    identity[same[:1]] = person
-    return same.size > 0
-
-
-def _known_image(name: str, index: dict[str, int], path: Path, where: str) -> int:
+def _position(name: str, index: Mapping[str, int], where: str) -> int:
     if name not in index:
-        raise UserError(f"{path}: names the image {quoted(name)}; expected one of the {where}")
+        raise ValueError(f"names the image {name[:120]!r}, which is none of the {where}")
     return index[name]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -13,32 +11,21 @@ from jaxtyping import Bool, Float, Int
 from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import PersonSearchBuilder
-from data_pipeline.sources.mat_structs import cells, matrix, text
+from data_pipeline.sources.matlab import cells, numbers, read_variable, text
 from data_pipeline.sources.source import (
     Counts,
     Queries,
     Source,
     all_but,
+    annotate,
     check_pixels,
-    contiguous,
     image_index,
-    mat_variable,
-    quoted,
     reading,
     search_everywhere,
 )
 
-# Names that the array of a frame's people goes by, the first one present counts.
+# Names that the array of a frame's people goes by; the first one present counts.
 _BOX_VARIABLES = ("box_new", "anno_file", "anno_previous")
-_QUERY_FIELDS = "lines of `id x y w h image`"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """A split with the new number of each of the data set's identities."""
-
-    annotations: Annotations
-    number: dict[int, int]
 
 
 class PrwSource(Source):
@@ -73,28 +60,21 @@ class PrwSource(Source):
         """Both, or `all` alone where no query's person was seen by another camera."""
         return self.protocols if self._search("cross_camera")[1].any() else self.protocols[:1]
 
-    @property
+    @functools.cached_property
     def train(self) -> Annotations:
-        return self._train.annotations
+        return self._split("train")[0]
 
     @property
     def test(self) -> Annotations:
-        return self._test.annotations
+        return self._test[0]
 
     def protocol(self, name: str) -> SearchProtocol:
         known_name("config.eval.protocols", name, self.protocols)
         protocol, answered = self._search(name)
-        path = self.root / "query_info.txt"
-        if not answered.any():
+        if not answered.any() or (name == "all" and not answered.all()):
             raise UserError(
-                f"{path}: found no query whose person is in another photo of protocol {name}, "
-                "expected at least one"
-            )
-        if name == "all" and not answered.all():
-            query = int(np.argmin(answered))
-            raise UserError(
-                f"{path}: the person of query {query + 1} is in no test frame but its own; "
-                "expected at least one"
+                f"{self.root / 'query_info.txt'}: the person of query {np.argmin(answered) + 1} is "
+                f"in no other photo of protocol {name}"
             )
         return protocol
 
@@ -108,81 +88,65 @@ class PrwSource(Source):
         return search_everywhere(name, self.test, queries, galleries)
 
     @functools.cached_property
-    def _train(self) -> _Split:
-        return self._split("frame_train.mat", "img_index_train")
+    def _test(self) -> tuple[Annotations, dict[int, int]]:
+        self._note_shared(self._frames("train"), self._frames("test"))
+        return self._split("test")
 
-    @functools.cached_property
-    def _test(self) -> _Split:
-        return self._split("frame_test.mat", "img_index_test")
+    def _frames(self, split: str) -> dict[str, int]:
+        """The camera of each image of a split, in the order of the split."""
+        path = self.root / f"frame_{split}.mat"
+        with reading(path):
+            frames = cells(read_variable(path, [f"img_index_{split}"]))
+            return {name: _camera(name) for name in image_index([f"{text(f)}.jpg" for f in frames])}
 
-    def _split(self, file: str, variable: str) -> _Split:
-        path = self.root / file
-        frames = mat_variable(path, [variable])
-        with reading(path, "a list of frame names"):
-            names = tuple(f"{text(frame)}.jpg" for frame in cells(frames))
-        image_index(names, path)
-        people = [self._read_frame(name) for name in names]
-        labeled = tuple(rows[:, 0] >= 0 for rows in people)
-        identity, number = contiguous([rows[:, 0].astype(np.int64) for rows in people], labeled)
-        boxes = tuple(_published_boxes(rows[:, 1:]) for rows in people)
-        sound = tuple((rows[:, 2:] > rows[:, :2]).all(axis=1) for rows in boxes)
-        annotations = Annotations(
-            names=names,
-            boxes=tuple(rows[keep] for rows, keep in zip(boxes, sound, strict=True)),
-            identity=tuple(ids[keep] for ids, keep in zip(identity, sound, strict=True)),
-            labeled=tuple(mask[keep] for mask, keep in zip(labeled, sound, strict=True)),
-            camera=np.array([_camera(name, path) for name in names], np.int32),
-        )
-        return _Split(annotations, number)
+    def _split(self, split: str) -> tuple[Annotations, dict[int, int]]:
+        """A split, and the new number of each of the data set's identities in it."""
+        cameras = self._frames(split)
+        people = [self._read_frame(name) for name in cameras]
+        boxes = [_published_boxes(rows[:, 1:]) for rows in people]
+        ids = [[int(number) if number >= 0 else None for number in rows[:, 0]] for rows in people]
+        return annotate(list(cameras), boxes, ids, list(cameras.values()))
 
     def _read_frame(self, name: str) -> Float[np.ndarray, "G 5"]:
         """Rows `id, x, y, w, h` of one frame."""
         path = self.root / "annotations" / f"{name}.mat"
-        people = mat_variable(path, _BOX_VARIABLES)
-        with reading(path, "rows of `id x y w h` with whole ids"):
-            rows = matrix(people)
+        with reading(path):
+            rows = numbers(read_variable(path, _BOX_VARIABLES)).astype(np.float64)
             if rows.size == 0:
                 return np.zeros((0, 5))
-            if rows.shape[1] != 5:
-                raise ValueError(f"found an array of {rows.shape[0]}x{rows.shape[1]}")
+            if rows.ndim != 2 or rows.shape[1] != 5:
+                raise ValueError(f"has an array of shape {rows.shape}, not rows of id, x, y, w, h")
             check_pixels(rows)
-            rows = rows.astype(np.float64)
             if (rows[:, 0] % 1).any():
-                raise ValueError(f"found the id {rows[(rows[:, 0] % 1) != 0][0, 0]}")
+                raise ValueError("has an id that is not whole")
             return rows
 
     @functools.cached_property
     def _queries(self) -> Queries:
         path = self.root / "query_info.txt"
-        index = image_index(self.test.names, self.root / "frame_test.mat")
-        images, boxes, people = [], [], []
-        with reading(path, _QUERY_FIELDS):
-            lines = path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                person, *xywh, frame = line.split()
-                x, y, w, h = (float(field) for field in xywh)
-                check_pixels(np.array([x, y, w, h]))
-                people.append(self._test.number[int(person)])
-                images.append(index[f"{frame}.jpg"])
-            except ValueError as error:
-                raise UserError(
-                    f"{path}: line {number} is {quoted(line)!r}; expected {_QUERY_FIELDS}"
-                ) from error
-            except KeyError as error:
-                missing = quoted(str(error.args[0]))
-                raise UserError(
-                    f"{path}: line {number} is {quoted(line)!r}, but {missing} is not in the test "
-                    "frames; expected an image of frame_test.mat and an id that occurs there"
-                ) from error
-            boxes.append(np.array([x, y, x + w, y + h]).astype(np.int32).clip(min=0))
-        return Queries(
-            image=np.array(images, np.int32),
-            box=np.array(boxes, np.float32).reshape(-1, 4),
-            identity=np.array(people, np.int32),
-        )
+        index = {name: position for position, name in enumerate(self.test.names)}
+        rows = []
+        with reading(path):
+            for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
+                try:
+                    rows += [self._query(line.split(), index)] if line.strip() else []
+                except (ValueError, LookupError) as error:
+                    raise ValueError(
+                        f"line {number} is {line[:120]!r}; expected `id x y w h image`, with an id "
+                        "and an image of the test frames"
+                    ) from error
+            if not rows:
+                raise ValueError("has no query")
+        return Queries.of(rows)
+
+    def _query(
+        self, words: list[str], index: dict[str, int]
+    ) -> tuple[int, Float[np.ndarray, "4"], int]:
+        person, x, y, w, h, frame = words
+        xywh = np.array([x, y, w, h], np.float64)
+        check_pixels(xywh)
+        corners = np.concatenate([xywh[:2], xywh[:2] + xywh[2:]]).astype(np.int32)
+        return index[f"{frame}.jpg"], corners.clip(min=0), self._test[1][int(person)]
 
 
 class Prw(PersonSearchBuilder):
@@ -197,11 +161,11 @@ def _published_boxes(xywh: Float[np.ndarray, "G 4"]) -> Float[np.ndarray, "G 4"]
     return corners.astype(np.int32).astype(np.float32)
 
 
-def _camera(name: str, path: Path) -> int:
+def _camera(name: str) -> int:
     match = re.match(r"c(\d)", name)
     if match is None:
-        raise UserError(f"{path}: names the frame {name}; expected c, the camera's digit, s ...")
-    return int(match.group(1))
+        raise ValueError(f"names the frame {name!r}; expected c, the digit of the camera, s ...")
+    return int(match[1])
 
 
 def _other_cameras(

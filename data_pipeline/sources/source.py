@@ -1,6 +1,6 @@
-"""What the data sets' readers share: the interface, file checks, a search over all images.
+"""The interface of the data sets' readers, and what these share.
 
-A source reads the annotations of a data set from its own folder layout; it never opens an image.
+A source reads the annotations of a data set from its own folder layout; it never opens a photo.
 Boxes are `x1, y1, x2, y2` in pixels of the photo as stored (an EXIF orientation is ignored, here
 and when decoding).
 """
@@ -10,25 +10,24 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
-from typing import ClassVar
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.sources.mat_structs import read_variable
+from alignps_jax.types import Annotations, SearchProtocol, UserError, blame
 
 # Boxes are kept in float32, which holds every whole number up to this one.
 LARGEST_COORDINATE = 2**24
-
-_LISTED_ENTRIES = 12
-_LONGEST_NAME = 1024
-_LONGEST_QUOTE = 120
-# Control characters, line ends, and halves of surrogate pairs, which no file name can hold.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# No file has these characters in its name: control characters, halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Source(abc.ABC):
     """A data set in its own layout below `root`.
 
     `train` and `test` hold the annotations as the published evaluation takes them: boxes of
-    non-positive size are dropped, but nothing is clipped to the photo.
+    non-positive size are dropped, but nothing is clipped to the photo. `notes` are lines about the
+    annotations that were read so far, for the user to see.
 
     Raises (all members):
       UserError: the folder lacks files, or a file does not hold what it should.
@@ -56,7 +56,7 @@ class Source(abc.ABC):
     published: ClassVar[Counts | None] = None
     # What to say when a folder differs from `published`.
     remark: ClassVar[str] = ""
-    # Annotation files that every copy of the data set has, and the layout to show when they miss.
+    # Annotation files that every copy of the data set has, and the layout to show without them.
     required: ClassVar[tuple[str, ...]]
     layout: ClassVar[str]
     # Folders below `root` with the photos; the first one that has a photo counts.
@@ -64,6 +64,8 @@ class Source(abc.ABC):
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
+        self.notes: list[str] = []
+        self._list_names = functools.cache(list_names)
         self._check_layout()
 
     @property
@@ -91,84 +93,93 @@ class Source(abc.ABC):
         """One of `protocols`, over the images of `test`."""
 
     def image_path(self, name: str) -> Path:
-        """Where the photo of that name should be.
+        """The photo of that name, or where it should be; links are followed.
 
-        Raises:
-          UserError: a link leads out of the folder of the photos (which may itself be one).
+        A name that differs in case or in the composition of Unicode characters is found, too.
         """
-        folders = [self.root / folder for folder in self.photo_folders]
-        try:
-            present = [folder for folder in folders if (folder / name).is_file()]
-            folder = (present or folders)[0]
-            path, target = folder / name, (folder / name).resolve()
-            inside = target.is_relative_to(folder.resolve())
-        except (OSError, RuntimeError) as error:  # too long a name, a circle of links
-            raise UserError(
-                f"{folders[0] / name}: cannot be found ({error}); expected a photo"
-            ) from error
-        if not inside:
-            raise UserError(f"{path}: is a link to {target}; expected a photo inside {folder}")
-        return path
+        places = self._places(name)
+        found = (find_alike(self.root, place, self._list_names) for place in places)
+        return next((path for path in found if path), self.root / places[0])
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
         """The (height, width) that the annotations give for a photo; None: they do not say."""
         del name
         return None
 
+    @classmethod
+    def missing(cls, root: Path) -> list[str]:
+        """The required files that a folder lacks."""
+        return [path for path in cls.required if not (root / path).is_file()]
+
+    def _places(self, name: str) -> list[str]:
+        """Where a photo may be, below `root`."""
+        return [str(PurePosixPath(folder, name)) for folder in self.photo_folders]
+
+    def _note_shared(self, train: Iterable[str], test: Iterable[str]) -> None:
+        shared = len(set(train) & set(test))
+        if shared:
+            self.notes.append(f"{self.root}: {shared:,} photos are in both splits, train and test")
+
     def _check_layout(self) -> None:
-        missing = [path for path in self.required if not (self.root / path).is_file()]
+        missing = self.missing(self.root)
         if not missing:
             return
-        if len(missing) <= len(self.required) // 2:
-            raise UserError(
-                f"{self.root / missing[0]}: no such file; expected it as part of {self.title}"
-            )
+        entries = sorted(self.root.iterdir()) if self.root.is_dir() else []
+        names = [entry.name + "/" * entry.is_dir() for entry in entries]
+        for entry in entries:
+            if entry.is_dir() and not self.missing(entry):
+                names = [f"the data set in {entry}: set --config.data.root={entry}"]
         raise UserError(
-            f"data.root={self.root}: not a {self.title} folder; expected"
-            f"{self.layout.rstrip()}\nbut found {self._found()}"
+            f"data.root={self.root}: lacks {', '.join(missing)}; a {self.title} folder has"
+            f"{self.layout.rstrip()}\nbut found {', '.join(names[:12]) or 'nothing there'}"
         )
 
-    def _found(self) -> str:
-        if not self.root.is_dir():
-            return "nothing there"
-        entries = sorted(self.root.iterdir())
-        for entry in entries:
-            if all((entry / path).is_file() for path in self.required):
-                return f"the data set in {entry}: set --config.data.root={entry}"
-        names = [entry.name + "/" * entry.is_dir() for entry in entries]
-        if len(names) > _LISTED_ENTRIES:
-            names = [*names[:_LISTED_ENTRIES], f"and {len(names) - _LISTED_ENTRIES} more"]
-        return ", ".join(names) if names else "an empty folder"
+
+def list_names(folder: Path) -> dict[str, list[str]]:
+    """The entries of a folder, by their names in one case and Unicode composition."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        names[_folded(name)].append(name)
+    return names
+
+
+def find_alike(
+    folder: Path, name: str, list_names: Callable[[Path], dict[str, list[str]]] = list_names
+) -> Path | None:
+    """The path below `folder`, as written or alike; None if there is none, or several."""
+    for part in PurePosixPath(name).parts:
+        alike = list_names(folder).get(_folded(part), [])
+        if part not in alike and len(alike) != 1:
+            return None
+        folder /= part if part in alike else alike[0]
+    return folder
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 @contextlib.contextmanager
-def reading(path: Path, expected: str) -> Iterator[None]:
-    """Turns what goes wrong while a file is taken apart into a UserError that names the file."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected {expected}") from error
-    except (OSError, ValueError, LookupError, RecursionError) as error:
-        found = quoted(str(error))
-        if type(error) is not ValueError:  # ours are sentences
-            found = f"cannot be read ({type(error).__name__}: {found})"
-        raise UserError(f"{path}: {found}; expected {expected}") from error
+def reading(path: Path) -> Iterator[None]:
+    """Names the file in errors about its content, and what lies there in place of it."""
+    with blame(path):
+        try:
+            yield
+        except UserError:
+            raise
+        except ValueError as error:
+            raise ValueError(stand_in(path) or str(error)) from error
 
 
-def quoted(content: str) -> str:
-    """Something from a file for a message: on one line, without control characters, not long."""
-    line = _UNPRINTABLE.sub("?", content)
-    return line if len(line) <= _LONGEST_QUOTE else f"{line[:_LONGEST_QUOTE]}..."
-
-
-def mat_variable(path: Path, names: Sequence[str]) -> bytes:
-    """The first of the variables `names` that a MATLAB file holds, for `mat_structs`.
-
-    Raises:
-      UserError: there is no such file or variable, or the file is damaged.
-    """
-    with reading(path, f"a MATLAB file (version 5) with the variable {' or '.join(names)}"):
-        return read_variable(path, names)
+def stand_in(path: Path) -> str | None:
+    """What lies in place of a file that was never downloaded; None: something else."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull`"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, not the file itself; download it again"
+    return None
 
 
 def check_pixels(values: Shaped[np.ndarray, "*n"]) -> None:
@@ -176,52 +187,53 @@ def check_pixels(values: Shaped[np.ndarray, "*n"]) -> None:
     # NaN is not below anything; the smallest integers have no absolute value of their own type.
     sound = np.abs(values.astype(np.float64)) <= LARGEST_COORDINATE
     if not sound.all():
-        raise ValueError(
-            f"found the coordinate {values[~sound].flat[0]}, beyond {LARGEST_COORDINATE} pixels"
-        )
+        raise ValueError(f"has the coordinate {values[~sound].flat[0]}, which is in no photo")
 
 
-def image_index(
-    names: Sequence[str], path: Path, what: str = "two images of the same name"
-) -> dict[str, int]:
-    """Position of each image name.
+def check_name(name: str) -> None:
+    """Raises ValueError for an image name that may leave the folder, or that no file can have."""
+    path = PureWindowsPath(name)  # takes / and \, a drive or a leading slash is its anchor
+    possible = not _UNPRINTABLE.search(name) and all(len(p.encode()) < 256 for p in path.parts)
+    if not path.name or path.anchor or ".." in path.parts or not possible:
+        raise ValueError(f"names the image {name[:120]!r}; expected a file inside the data set")
 
-    Raises:
-      UserError: a name occurs twice, or is not the name of a file inside a folder.
-    """
+
+def image_index(names: Sequence[str]) -> dict[str, int]:
+    """The position of each image name; ValueError for a bad name, or one that occurs twice."""
     for name in names:
-        if not _stays_inside(name):
-            raise UserError(
-                f"{path}: names the image {quoted(name)!r}; expected a file name that stays inside "
-                "the folder, without control characters"
-            )
+        check_name(name)
     index = {name: position for position, name in enumerate(names)}
     if len(index) < len(names):
         twice = next(name for position, name in enumerate(names) if index[name] != position)
-        raise UserError(f"{path}: {what}, {twice}; expected each once")
+        raise ValueError(f"has two images of the same name, {twice}")
     return index
 
 
-def _stays_inside(name: str) -> bool:
-    path = PurePath(name)
-    fits = 0 < len(name) <= _LONGEST_NAME and not _UNPRINTABLE.search(name)
-    return fits and not path.is_absolute() and ".." not in path.parts
+def annotate(
+    names: Sequence[str],
+    boxes: Sequence[Any],
+    identity: Sequence[Sequence[Any]],
+    camera: Sequence[int] | None = None,
+) -> tuple[Annotations, dict[Any, int]]:
+    """The images with the boxes of each that have an area, and the new number of each identity.
 
-
-def contiguous(
-    identity: Sequence[Int[np.ndarray, "_"]], labeled: Sequence[Bool[np.ndarray, "_"]]
-) -> tuple[tuple[Int[np.ndarray, "_"], ...], dict[int, int]]:
-    """Renumbers labeled identities 0, 1, ... in the order of their numbers.
-
-    Returns the new identities (-1 where not labeled) and the mapping from old to new.
+    The identity of a box is a number or text, or None; these are numbered 0, 1, ... in order.
     """
-    used = [ids[mask] for ids, mask in zip(identity, labeled, strict=True)]
-    known = np.unique(np.concatenate([np.zeros(0, np.int64), *used]))
-    renumbered = tuple(
-        np.where(mask, np.searchsorted(known, ids), -1).astype(np.int32)
-        for ids, mask in zip(identity, labeled, strict=True)
+    known = {person for row in identity for person in row} - {None}
+    ordered = sorted(known, key=lambda person: (isinstance(person, str), person))
+    number = {person: new for new, person in enumerate(ordered)}
+    corners = [np.array(rows, np.float32).reshape(-1, 4) for rows in boxes]
+    numbered = [np.array([number.get(person, -1) for person in row], np.int32) for row in identity]
+    sound = [(rows[:, 2:] > rows[:, :2]).all(axis=1) for rows in corners]
+    kept = tuple(row[keep] for row, keep in zip(numbered, sound, strict=True))
+    annotations = Annotations(
+        names=tuple(names),
+        boxes=tuple(rows[keep] for rows, keep in zip(corners, sound, strict=True)),
+        identity=kept,
+        labeled=tuple(row >= 0 for row in kept),
+        camera=np.array(camera or [0] * len(names), np.int32),
     )
-    return renumbered, {int(old): new for new, old in enumerate(known)}
+    return annotations, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +243,16 @@ class Queries:
     image: Int[np.ndarray, "Q"]
     box: Float[np.ndarray, "Q 4"]
     identity: Int[np.ndarray, "Q"]
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, Any, int]]) -> Queries:
+        """Takes (image, box, identity) of each person."""
+        images, boxes, people = zip(*rows, strict=True) if (rows := list(rows)) else ((), (), ())
+        return cls(
+            image=np.array(images, np.int32),
+            box=np.array(boxes, np.float32).reshape(-1, 4),
+            identity=np.array(people, np.int32),
+        )
 
 
 def search_everywhere(
@@ -247,11 +269,16 @@ def search_everywhere(
 
     Returns the protocol of the queries that have a target, and which these are.
     """
-    images, boxes = _appearances(test)
+    seen: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
+    for image, mask in enumerate(test.labeled):
+        for identity, box in zip(test.identity[image][mask], test.boxes[image][mask], strict=True):
+            seen[int(identity)].setdefault(image, box)
     targets = []
     for image, identity in zip(queries.image, queries.identity, strict=True):
-        rows = np.isin(images[int(identity)], galleries[int(image)])
-        targets.append((images[int(identity)][rows], boxes[int(identity)][rows]))
+        images = np.array(list(seen[int(identity)]), np.int32)
+        boxes = np.array(list(seen[int(identity)].values()), np.float32).reshape(-1, 4)
+        rows = np.isin(images, galleries[int(image)])
+        targets.append((images[rows], boxes[rows]))
     answered = np.array([len(found) > 0 for found, _ in targets], bool)
     kept = np.flatnonzero(answered)
     protocol = SearchProtocol(
@@ -269,21 +296,3 @@ def all_but(num_images: int, images: Int[np.ndarray, "Q"]) -> dict[int, Int[np.n
     """For each of `images` all `num_images` images but itself."""
     everything = np.arange(num_images, dtype=np.int32)
     return {int(image): np.delete(everything, int(image)) for image in np.unique(images)}
-
-
-def _appearances(
-    test: Annotations,
-) -> tuple[list[Int[np.ndarray, "_T"]], list[Float[np.ndarray, "_T 4"]]]:
-    """Images of each identity in ascending order, and its first box in each."""
-    images: list[list[int]] = [[] for _ in range(test.num_identities)]
-    boxes: list[list[np.ndarray]] = [[] for _ in images]
-    for image, labeled in enumerate(test.labeled):
-        for row in np.flatnonzero(labeled):
-            identity = int(test.identity[image][row])
-            if image not in images[identity][-1:]:
-                images[identity].append(image)
-                boxes[identity].append(test.boxes[image][row])
-    return (
-        [np.array(rows, np.int32) for rows in images],
-        [np.array(rows, np.float32).reshape(-1, 4) for rows in boxes],
-    )

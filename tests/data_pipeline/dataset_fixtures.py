@@ -1,7 +1,6 @@
 """Writes miniature data sets in the layouts of CUHK-SYSU, PRW and COCO-style JSON."""
 
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -157,28 +156,3 @@ def matrix(box: Box) -> np.ndarray:
 def save(path: Path, name: str, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scipy.io.savemat(path, {name: value}, do_compression=True)
-
-
-def big_endian(file: bytes) -> bytes:
-    """A MATLAB file without compression, in the byte order of other machines."""
-
-    def element(data: bytes) -> tuple[bytes, int]:
-        kind, size = struct.unpack("<II", data[:8])
-        if kind >> 16:
-            swapped = content(kind & 0xFFFF, data[4 : 4 + (kind >> 16)])
-            return struct.pack(">I", kind) + swapped.ljust(4, b"\0"), 8
-        end = 8 + size + (0 if kind == 14 else -size % 8)
-        return struct.pack(">II", kind, size) + content(kind, data[8:end]), end
-
-    def content(kind: int, data: bytes) -> bytes:
-        if kind != 14:
-            width = {3: 2, 4: 2, 5: 4, 6: 4, 7: 4, 9: 8, 12: 8, 13: 8, 17: 2}.get(kind, 1)
-            return b"".join(data[i : i + width][::-1] for i in range(0, len(data), width))
-        parts = []
-        while data:
-            part, end = element(data)
-            parts.append(part)
-            data = data[end:]
-        return b"".join(parts)
-
-    return file[:124] + b"\x01\x00MI" + content(14, file[128:])

@@ -398,7 +398,9 @@ def test_sizes_are_those_of_the_stored_pixels(tmp_path):
     fixtures.write_photo(tmp_path / "images" / "b.jpg", 40, 30)
     data = fixtures.data_config("coco_person_search", tmp_path)
     _write_coco(tmp_path, {"a.jpg": (30, 40), "b.jpg": (40, 30)})
-    with pytest.raises(UserError, match=r"a.jpg: is 40x30 pixels .*expected 30x40 as annotated"):
+    with pytest.raises(
+        UserError, match=r"a.jpg: is 40x30 pixels .*EXIF.*expected 30x40 as annotated"
+    ):
         datasets.prepare(data)
     _write_coco(tmp_path, {"a.jpg": (40, 30), "b.jpg": (40, 30)})
     split = datasets.prepare(data).train

@@ -14,7 +14,7 @@ from alignps_jax.evaluation.metrics import search_metrics
 from alignps_jax.evaluation.scoring import context_matching, evaluate_detections, make_scorer
 from alignps_jax.types import UserError
 from configs.cuhk import get_config
-from data_pipeline.sources.mat_structs import Structs, numbers, read_structs, text
+from data_pipeline.sources.matlab import numbers, read_structs, structs, text
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.evaluation import metrics_oracles as oracle
 from tests.evaluation.metrics_test import detect, flat, lay_out, protocol_of
@@ -89,11 +89,11 @@ def test_every_protocol_of_a_folder_in_one_run(cuhk, tmp_path, context, capsys):
     names = rng.permutation(list(extra)).tolist()
     file = save(tmp_path / "mine.npz", extra, scale=7.5, names=names)
     before = file.read_bytes()
-    evaluate_detections(config_for(root, context_matching=context), file)
+    order = ["TestG100", "TestG50", "TestG4000", "all", "occlusion", "resolution"]
+    evaluate_detections(config_for(root, context_matching=context, protocols=tuple(order)), file)
     assert file.read_bytes() == before
     results = tmp_path / "mine_rescored"
     metrics = json.loads((results / "metrics.json").read_text())
-    order = ["TestG100", "TestG50", "TestG4000", "all", "occlusion", "resolution"]
     assert list(metrics["search"]) == order
     assert metrics["context_matching"] == list(context)
     assert "1 images that are none of the 24 test images" in capsys.readouterr().out
@@ -256,11 +256,12 @@ def test_context_matching_on_real_queries(tmp_path):
     for number, row in enumerate(read_structs(REAL_PROTOCOL, "TestG100")):
         if number % 400:
             continue
-        name, box, *_ = next(iter(Structs.of(row["Query"])))
-        gallery = [(text(n), numbers(b).astype(int)) for n, b, _ in Structs.of(row["Gallery"])]
+        (query,), entries = (map(dict.values, structs(row[part])) for part in ("Query", "Gallery"))
+        name, box, *_ = query
+        gallery = [(text(n), numbers(b).ravel().astype(int)) for n, b, _ in entries]
         gallery = [(n, b if b.size else None) for n, b in gallery]
-        queries.append((text(name), numbers(box).astype(int), gallery))
-        for image, held in [(text(name), numbers(box).astype(int)), *gallery]:
+        queries.append((text(name), numbers(box).ravel().astype(int), gallery))
+        for image, held in [queries[-1][:2], *gallery]:
             boxes = people.setdefault(image, {})
             if held is not None:
                 boxes[number] = np.concatenate([held[:2], held[:2] + held[2:]])

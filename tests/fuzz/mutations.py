@@ -30,34 +30,6 @@ def damage(rng: random.Random, data: bytes) -> bytes:
     return data
 
 
-def damage_mat(rng: random.Random, data: bytes) -> bytes:
-    """Changes of a MATLAB file, most of them behind the compression."""
-    if rng.random() < 0.2 or data[126:128] == b"MI":
-        return data[:128] + rng.choice((damage, _word, _words))(rng, data[128:])
-    elements, position = [], 128
-    while position + 8 <= len(data):
-        kind, size = struct.unpack_from("<II", data, position)
-        body = data[position + 8 : position + 8 + size]
-        if kind == 15:
-            body = zlib.decompress(body)[8:]
-        elements.append(body)
-        position += 8 + size
-    chosen = rng.randrange(len(elements)) if elements else 0
-    parts = []
-    for number, body in enumerate(elements):
-        changed = body
-        if number == chosen:
-            for _ in range(rng.choice((1, 1, 2, 5))):
-                changed = rng.choice(_MAT_CHANGES)(rng, changed)
-        promised = rng.choice(_INTEGERS) % 2**32 if rng.random() < 0.05 else len(changed)
-        element = struct.pack("<II", 14, promised) + changed
-        if rng.random() < 0.5:
-            packed = zlib.compress(element, 1)
-            element = struct.pack("<II", 15, len(packed)) + packed
-        parts.append(element)
-    return data[:128] + b"".join(parts)
-
-
 def damage_json(rng: random.Random, data: bytes) -> bytes:
     """Changes of values anywhere in a JSON file, or of its text."""
     if rng.random() < 0.25:
@@ -144,35 +116,6 @@ def _move(rng: random.Random, data: bytes) -> bytes:
 
 _CHANGES: tuple[Mutation, ...] = (_flip, _flip, _number, _number, _cut, _remove, _repeat)
 _CHANGES += (_noise, _move)
-
-
-def _word(rng: random.Random, data: bytes) -> bytes:
-    """A number where tags, sizes, flags and lengths are."""
-    return _put(data, rng, struct.pack("<I", rng.choice(_INTEGERS) % 2**32), align=4)
-
-
-def _small_word(rng: random.Random, data: bytes) -> bytes:
-    return _put(data, rng, struct.pack("<I", rng.randrange(20)), align=4)
-
-
-def _float(rng: random.Random, data: bytes) -> bytes:
-    return _put(data, rng, struct.pack("<d", rng.choice(_FLOATS)), align=8)
-
-
-def _name(rng: random.Random, data: bytes) -> bytes:
-    return _put(data, rng, rng.choice(_NAMES).encode()[:16], align=8)
-
-
-def _words(rng: random.Random, data: bytes) -> bytes:
-    """Eight-byte words out, in, or in another place; so most sizes stay multiples of eight."""
-    begin, end = (8 * (place // 8) for place in _range(rng, data))
-    part = data[begin:end]
-    return rng.choice(
-        (data[:begin] + data[end:], data[:end] + part + data[end:], _put(data, rng, part, align=8))
-    )
-
-
-_MAT_CHANGES: tuple[Mutation, ...] = (_word, _word, _small_word, _float, _name, _words, damage)
 
 
 def _put(data: bytes, rng: random.Random, part: bytes, align: int = 1) -> bytes:

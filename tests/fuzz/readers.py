@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import PIL.Image
-import scipy.io
 
 from alignps_jax.files import read_image
 from alignps_jax.gallery.sources import origin
 from alignps_jax.image_files import read_photo
-from alignps_jax.types import Annotations, SearchProtocol, UserError
+from alignps_jax.types import Annotations
 from data_pipeline import datasets
 from data_pipeline.datasets import PreparedSplit
 from data_pipeline.pipeline import photo_of
-from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
-from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
-from data_pipeline.sources.mat_structs import (
-    Structs,
-    cells,
-    class_of,
-    numbers,
-    read_structs,
-    read_variable,
-    text,
-)
-from data_pipeline.sources.prw import PrwSource
-from data_pipeline.sources.source import LARGEST_COORDINATE, Source, reading
+from data_pipeline.sources.source import LARGEST_COORDINATE
 from data_pipeline.transforms import decode_jpeg
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.fuzz.gallery_readers import GALLERY_READERS
-from tests.fuzz.mutations import damage, damage_image, damage_json, damage_mat, damage_text
+from tests.fuzz.mutations import damage, damage_image
 from tests.fuzz.page_readers import PAGE_READERS
 from tests.fuzz.result_readers import RESULT_READERS
 from tests.fuzz.run_readers import RUN_READERS
@@ -44,20 +30,6 @@ from tests.fuzz.tensor_readers import TENSOR_READERS
 # So that a photo takes at most a third of the memory that a reader may take.
 _MAX_PIXELS = 10_000_000
 
-# The annotations of both splits, and every protocol.
-_DataSet = tuple[Annotations, Annotations, list[SearchProtocol]]
-
-
-def _cuhk(folder: Path) -> Sequence[Path]:
-    box, other = (20, 30, 40, 50), (300, 100, 20, 50)
-    images = {f"s{number}.jpg": [box, other] for number in range(1, 7)}
-    query = (("s1.jpg", box), "p30", [("s2.jpg", other), ("s3.jpg", None), ("s4.jpg", box)])
-    second = (("s2.jpg", box), "p20", [("s4.jpg", other), ("s1.jpg", None)])
-    train = {"p7": [("s5.jpg", box), ("s6.jpg", other)], "p1": [("s6.jpg", box)]}
-    protocols = {"TestG50": [query, second], "Occlusion": [second]}
-    fixtures.write_cuhk(folder, images, ["s1.jpg", "s4.jpg", "s3.jpg", "s2.jpg"], train, protocols)
-    return sorted(folder.rglob("*.mat"))
-
 
 def _prw(folder: Path) -> Sequence[Path]:
     people = [(41, 10, 20, 30, 40), (6, 50.5, 60, 70, 80), (-2, 1, 2, 3, 4)]
@@ -66,50 +38,6 @@ def _prw(folder: Path) -> Sequence[Path]:
     queries = [(41, 10, 20, 30, 40, "c1s1_000040"), (6, 50.5, 60, 70, 80, "c3s1_000050")]
     fixtures.write_prw(folder, train, test, queries, ("box_new", "anno_file", "anno_previous"))
     return sorted(folder.rglob("*.mat"))
-
-
-def _prw_queries(folder: Path) -> Sequence[Path]:
-    _prw(folder)
-    return [folder / "query_info.txt"]
-
-
-def _coco(folder: Path) -> Sequence[Path]:
-    images = {"day/t1.jpg": (90, 120), "t2.jpg": (80, 60), "t3.jpg": (80, 60)}
-    people = [(name, (1.5 * row, 2, 10, 20.25), row) for name in images for row in range(3)]
-    for split in ("train", "test", "query"):
-        fixtures.write_json(folder / f"{split}.json", fixtures.coco(images, people))
-    for name, size in images.items():
-        fixtures.write_photo(folder / "images" / name, *size)
-    return sorted(folder.glob("*.json"))
-
-
-def _mat_values(folder: Path) -> Sequence[Path]:
-    entry = {"name": "sé.jpg", "box": np.array([[1, 2, 300, 4]]), "none": np.zeros((1, 0))}
-    deep = fixtures.cells([fixtures.structs([entry, entry]), "a", np.eye(3, dtype=np.float32)])
-    values = {"deep": fixtures.cells([deep, deep]), "numbers": np.arange(9.0), "text": "é√字"}
-    for number, (name, value) in enumerate(values.items()):
-        scipy.io.savemat(folder / f"{number}.mat", {name: value})
-    (folder / "big.mat").write_bytes(fixtures.big_endian((folder / "0.mat").read_bytes()))
-    return sorted(folder.iterdir())
-
-
-def _read_values(path: Path) -> list[object]:
-    """Everything in a file, decoded."""
-    names = ("deep", "text", "numbers")
-    with reading(path, "a MATLAB file"):
-        with contextlib.suppress(UserError, ValueError):
-            for row in read_structs(path, "deep"):
-                list(map(_decoded, row.values()))
-        return [_decoded(read_variable(path, names))]
-
-
-def _decoded(body: bytes, depth: int = 0) -> object:
-    kind = class_of(body)
-    if kind == "struct" and depth < 50:
-        return [[_decoded(value, depth + 1) for value in row] for row in Structs.of(body)]
-    if kind == "cell" and depth < 50:
-        return [_decoded(value, depth + 1) for value in cells(body)]
-    return text(body) if kind == "char" else numbers(body)
 
 
 def _images(folder: Path) -> Sequence[Path]:
@@ -176,26 +104,6 @@ def _check_images(images: list[np.ndarray]) -> None:
         assert 0 < image.shape[0] * image.shape[1] <= _MAX_PIXELS, "the size of a photo"
 
 
-def _read_source(source: Source) -> _DataSet:
-    names = source.default_protocols
-    data = source.train, source.test, [source.protocol(name) for name in names]
-    for split in data[:2]:
-        for name in split.names:
-            path = source.image_path(name)
-            assert path.resolve().is_relative_to(source.root.resolve()), (
-                f"leaves the folder: {name!r}"
-            )
-    return data
-
-
-def _check_data_set(data: _DataSet) -> None:
-    train, test, protocols = data
-    for split in (train, test):
-        _check_annotations(split)
-    for protocol in protocols:
-        _check_protocol(protocol, len(test.names))
-
-
 def _check_annotations(split: Annotations) -> None:
     count = len(split.names)
     assert len(set(split.names)) == count, "two images of a name"
@@ -210,18 +118,6 @@ def _check_annotations(split: Annotations) -> None:
         assert (identity[labeled] >= 0).all(), "a labeled person without identity"
 
 
-def _check_protocol(protocol: SearchProtocol, images: int) -> None:
-    _check_boxes(protocol.query_box)
-    count = len(protocol.query_image)
-    columns = (protocol.query_box, protocol.gallery, protocol.target_images, protocol.target_boxes)
-    assert all(len(column) == count for column in columns), "parts of some queries"
-    for indices in (protocol.query_image, *protocol.gallery, *protocol.target_images):
-        assert ((indices >= 0) & (indices < images)).all(), "an image that is not there"
-    for found, boxes in zip(protocol.target_images, protocol.target_boxes, strict=True):
-        assert len(found) == len(boxes) > 0, "a query without target"
-        _check_boxes(boxes)
-
-
 def _check_boxes(boxes: np.ndarray) -> None:
     assert boxes.dtype == np.float32, "the type of the boxes"
     assert boxes.ndim == 2, "the shape of the boxes"
@@ -230,36 +126,6 @@ def _check_boxes(boxes: np.ndarray) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "mat_values": Reader(
-        build=_mat_values,
-        read=lambda _, path: _read_values(path),
-        check=lambda _: None,
-        damage=damage_mat,
-    ),
-    "cuhk_mat": Reader(
-        build=_cuhk,
-        read=lambda folder, _: _read_source(CuhkSysuSource(folder)),
-        check=_check_data_set,
-        damage=damage_mat,
-    ),
-    "prw_mat": Reader(
-        build=_prw,
-        read=lambda folder, _: _read_source(PrwSource(folder)),
-        check=_check_data_set,
-        damage=damage_mat,
-    ),
-    "prw_queries": Reader(
-        build=_prw_queries,
-        read=lambda folder, _: _read_source(PrwSource(folder)),
-        check=_check_data_set,
-        damage=damage_text,
-    ),
-    "coco_json": Reader(
-        build=_coco,
-        read=lambda folder, _: _read_source(CocoPersonSearchSource(folder)),
-        check=_check_data_set,
-        damage=damage_json,
-    ),
     "images": Reader(
         build=_images,
         read=lambda _, path: _read_image(path),
