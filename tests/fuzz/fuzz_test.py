@@ -130,4 +130,4 @@ def test_an_unknown_reader_is_named():
     command = [sys.executable, "-m", "tests.fuzz", "--only=nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "--only=nothing: expected some of mat_values, " in done.stderr
+    assert "--only=nothing: expected some of images, " in done.stderr
