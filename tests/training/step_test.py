@@ -72,7 +72,9 @@ def test_four_devices_with_one_image_equal_one_device_with_four(case):
         assert relative_error(found_metrics.terms[name], value) <= 1e-5, name
     # Without momentum yet, the trace of the optimizer holds the clipped, decayed gradients.
     for leaf, wanted in pairs(found, expected):
-        assert relative_error(leaf, wanted) <= 1e-5
+        # Where a scalar's gradient is a sum that cancels, rounding of its terms is all there is.
+        rounding = float(np.finfo(np.float32).eps) / max(float(np.linalg.norm(wanted)), 1e-12)
+        assert relative_error(leaf, wanted) <= 1e-5 + rounding
     assert found.memory.tail == expected.memory.tail
     assert found.memory.tail != state.memory.tail
     assert found.step == expected.step == 1
