@@ -120,7 +120,7 @@ class TrainPipeline:
         pixels = [plan.bucket[0] * plan.bucket[1] for plan in plans]
         share = np.average([plan.padding for plan in plans], weights=pixels)
         return (
-            f"buckets: {len(self.buckets)} shapes for {len(self.groups)} groups of images; "
+            f"buckets: {len(self.buckets)}, groups of images: {len(self.groups)}; "
             f"{share:.1%} of the pixels of the first batches are padding"
         )
 

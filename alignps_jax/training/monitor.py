@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 
@@ -54,9 +55,9 @@ class Monitor:
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def say(self, message: str) -> None:
-        """Prints a line above the progress bar."""
+        """Prints a line, above the progress bar where there is one."""
         if is_main_process():
-            self._bar.write(message)
+            (self._bar.write if sys.stderr.isatty() else print)(message)
 
     def next_batch(self, batches: Iterator[Batch], step: int) -> Batch:
         """The batch of a step; the time that it takes counts as waiting for data."""
