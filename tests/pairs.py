@@ -17,7 +17,7 @@ COUNT = 2
 def start_pair(
     module: str, *words: str, devices: int = 4, started: int | None = None
 ) -> list[subprocess.Popen[str]]:
-    """Starts both, or the first ones, with so many simulated devices each."""
+    """Starts both, or the first ones, each with this number of simulated devices."""
     port, flag = str(free_port()), f" --xla_force_host_platform_device_count={devices}"
     return [
         subprocess.Popen(

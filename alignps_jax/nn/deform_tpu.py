@@ -22,7 +22,7 @@ from alignps_jax.nn.deform_gathers import IN_BOUNDS, Samples, sum_over_taps
 
 BAND = 96  # blocks that are worked on at a time, at most: their windows stay in the vector memory
 GROUP = 3  # taps that are projected by one matmul
-FEW = 64  # one location of so many may have samples outside its window
+FEW = 64  # at most one location in this many may have samples outside its window
 
 
 def convolve(

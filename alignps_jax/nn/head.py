@@ -72,7 +72,7 @@ class FCOSHead(nn.Module):
       levels: numbers of the levels that it is run on; each has a scale of its own.
       reid: where embeddings come from: "input" takes the head's input as it is ("re-id first",
         Sec. 3.2); "regression", "classification" and "independent" predict them from a tower.
-      initial_distance: box distances start around so many strides (Released code: 0, where ReLU
+      initial_distance: box distances start around this many strides (Released code: 0, where ReLU
         lets only half of them learn at first).
       remat: the backward pass computes the towers again.
     """
