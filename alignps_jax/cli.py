@@ -19,7 +19,6 @@ def train(args: Arguments) -> None:
     """trains, resumes the run in --workdir, or fine-tunes --checkpoint; then evaluates
 
     --config=configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
-    --workdir=runs/cuhk
     --checkpoint=runs/cuhk --config=configs/prw.py --config.data.root=/data/PRW
     """
     from alignps_jax.checkpoint.places import holds_checkpoint
@@ -31,14 +30,13 @@ def train(args: Arguments) -> None:
         check_start(config)  # before the slow imports
     from alignps_jax.training.train import train_and_evaluate
 
-    train_and_evaluate(config, workdir, args.accept_changes, args.overridden)
+    train_and_evaluate(config, workdir, args.accept_changes, args.fields)
 
 
 @mode(one_of="checkpoint detections", any_of="workdir", takes=f"config {PROCESSES}")
 def evaluate(args: Arguments) -> None:
     """measures detection and search of a checkpoint, or of saved detections
 
-    --mode=evaluate --workdir=runs/cuhk
     --mode=evaluate --workdir=runs/cuhk --config.eval.score_threshold=0.3
     --mode=evaluate --detections=runs/cuhk/detections.npz
     """
@@ -46,10 +44,10 @@ def evaluate(args: Arguments) -> None:
     from alignps_jax.evaluation.evaluate import evaluate_checkpoint
     from alignps_jax.evaluation.scoring import evaluate_detections
 
+    checkpoint, folder = args.checkpoint or args.workdir, args.checkpoint and args.workdir
     if args.detections:
         config = checkpoint_config(args, args.detections.parent)
         return evaluate_detections(config, args.detections, args.workdir)
-    checkpoint, folder = args.checkpoint or args.workdir, args.checkpoint and args.workdir
     config = checkpoint_config(args, checkpoint)
     evaluate_checkpoint(config, checkpoint, evaluation_folder(config, checkpoint, folder))
 
@@ -61,12 +59,13 @@ def search(args: Arguments) -> None:
     --mode=search --checkpoint=runs/cuhk --query=photo.jpg --box=310,120,390,330 --gallery=photos/
     --mode=search --checkpoint=runs/cuhk --query=photo.jpg --gallery=people.lance
     """
-    from alignps_jax.configuration import say_folder
+    from alignps_jax.checkpoint.places import results_folder
     from alignps_jax.distributed import is_main_process
     from alignps_jax.gallery.query import is_gallery, parse_box
 
-    workdir = args.workdir or say_folder(args.checkpoint) / "search" / args.query.stem
-    person = args.checkpoint, _config(args), args.query, parse_box(args.box)
+    query = Path(args.query)
+    workdir = args.workdir or results_folder(args.checkpoint) / "search" / query.stem
+    person = args.checkpoint, _config(args), query, parse_box(args.box)
     if not is_gallery(args.gallery):
         from alignps_jax.gallery.photos import search_photos
 
@@ -81,7 +80,6 @@ def search(args: Arguments) -> None:
 def index(args: Arguments) -> None:
     """finds everybody in photos and videos, once, and adds them to a gallery
 
-    --mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/photos
     --mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/videos --every=500ms
     """
     from alignps_jax.gallery.indexing import index_source
@@ -100,7 +98,7 @@ def forget(args: Arguments) -> None:
     """
     from alignps_jax.gallery.forgetting import forget
 
-    forget(_gallery(args), photo=args.photo, person=args.person)
+    forget(_gallery(args), args.photo, args.person)
 
 
 @mode("checkpoint source target", "every config")
@@ -135,8 +133,8 @@ def convert(args: Arguments) -> None:
     """
     from alignps_jax.weights.convert import convert_released
 
-    options = args.convention, args.overridden
-    convert_released(_config(args), Path(args.source), args.workdir, *options)
+    source, workdir = Path(args.source), args.workdir
+    convert_released(_config(args), source, workdir, args.convention, args.fields)
 
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")
@@ -162,18 +160,15 @@ def export(args: Arguments) -> None:
 def visualize(args: Arguments) -> None:
     """draws sampling_points, comparison, gallery_size, detections, similarity, precision_recall
 
-    --mode=visualize --what=sampling_points --checkpoint=runs/cuhk --query=photo.jpg
     --mode=visualize --what=comparison --checkpoint=runs/cuhk,runs/baseline
     """
-    from alignps_jax.configuration import checkpoint_config, say_folder
+    from alignps_jax.configuration import checkpoint_config
     from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
 
     kind = known_name("--what", args.what, FIGURES)
     sources, own = str(args.detections or args.checkpoint), partial(checkpoint_config, args)
-    request = figure_request(sources, own, args.query, args.box, args.gallery, args.workdir)
-    if not args.workdir:
-        say_folder(request.checkpoints[0])
-    draw_figures(kind, request)
+    options = args.query, args.box, args.gallery, args.workdir
+    draw_figures(kind, figure_request(sources, own, *options))
 
 
 @mode(takes="config what runs quick workdir")
@@ -196,7 +191,7 @@ def scaling(args: Arguments) -> None:
     """
     from alignps_jax.experiments.scaling.run import run_scaling
 
-    target = args.target or Path("runs/scaling", f"{'gate' if args.topology else 'measured'}.json")
+    target = args.target or Path("runs/scaling", "gate.json" if args.topology else "measured.json")
     options = {name: getattr(args, name) for name in ("what", "scale", "batch", "runs")}
     run_scaling(_config(args), args.topology, target=target, **options)
 
@@ -223,7 +218,7 @@ def reproduce(args: Arguments) -> None:
     from alignps_jax.training.train import train_and_evaluate
 
     workdir = args.workdir or Path(f"runs/reproduce-{args.config_name}")
-    run = partial(train_and_evaluate, typed=args.overridden)
+    run = partial(train_and_evaluate, typed=args.fields)
     reproduce_table(_config(args), args.config_name, args.table, args.seeds, workdir, run)
 
 
@@ -242,11 +237,7 @@ def _gallery(args: Arguments) -> Any:
 def entry() -> None:
     """Runs the command line of this process; output that nobody reads any more ends nothing."""
     outlive_readers()
-    try:
-        code = main(sys.argv)
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    code = main(sys.argv)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of what ends Python
     if "jax" in sys.modules:
@@ -263,49 +254,40 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         args = parse(argv)
-        _prepare(args)
+        from alignps_jax.distributed import barrier, join
+
+        if args.distributed or {args.coordinator, args.processes, args.process} != {None}:
+            join(args.coordinator, args.processes, args.process)
+        _check_platforms()
         MODES[args.mode].run(args)
-        from alignps_jax.distributed import barrier
-
         barrier("end")
-    except (UserError, OSError, MemoryError, UnicodeEncodeError) as error:  # in their own words
-        return _fail(str(error) or "out of memory", getattr(error, "exit_code", 2))
+        return 0
     except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else _fail(leaving.code)
+        return int(leaving.code or 0)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 128 + signal.SIGINT
+        reason, code = "stopped by Ctrl-C", 128 + signal.SIGINT
+    except (UserError, OSError, MemoryError, UnicodeEncodeError) as error:  # in their own words
+        reason, code = str(error) or "out of memory", getattr(error, "exit_code", 2)
     except ModuleNotFoundError as error:
-        return _fail(
-            f"found no package {error.name}; in the project's folder run make setup, or pip "
-            "install . (galleries need '.[gallery]', .pth files '.[torch]')"
+        reason, code = (
+            (
+                f"found no package {error.name}; in the project's folder run make setup, or pip "
+                "install . (galleries need '.[gallery]', .pth files '.[torch]')"
+            ),
+            2,
         )
-    return 0
-
-
-def _fail(reason: object, code: int = 2) -> int:
+    except Exception:
+        traceback.print_exc()
+        return 1
     print(f"error: {reason}", file=sys.stderr)
     return code
 
 
-def _prepare(args: Arguments) -> None:
-    """Joins the other processes of the run, and looks for the devices that JAX shall use."""
+def _check_platforms() -> None:
     import jax
 
-    from alignps_jax.checkpoint.places import check_lasting
-    from alignps_jax.distributed import join
-
-    if args.distributed or {args.coordinator, args.processes, args.process} != {None}:
-        join(args.coordinator, args.processes, args.process)
     platforms = os.environ.get("JAX_PLATFORMS")
     try:
         _ = platforms and jax.devices()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition(" (set JAX")[0] or "it finds no such device"
-        raise UserError(f"JAX_PLATFORMS={platforms}: JAX cannot use it here ({reason})") from error
-    written = ["target", "detections", "workdir"]
-    if args.mode == "evaluate" and not (args.checkpoint or args.detections):
-        written.remove("workdir")  # the run itself
-    for flag in written:
-        if getattr(args, flag):
-            check_lasting(f"--{flag}", getattr(args, flag))
+        raise UserError(f"JAX_PLATFORMS={platforms}: JAX finds no such device; {error}") from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import ast
 import re
-from collections.abc import Callable, Iterator
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -20,8 +19,7 @@ NETWORK, TRAINING, RESULT, FREE = "network", "training", "result", "free"
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(epoch|step)s?\s*")
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """The type of a field's values, a condition on them, and both in words."""
 
     type: type
@@ -36,13 +34,23 @@ class Rule:
         types = (int, float) if self.type is float else self.type
         return isinstance(value, types) and bool(self.holds(value))
 
+    def read(self, typed: str) -> Any:
+        """The value that a word of the command line means; the word itself if it means none."""
+        if self.type is str and typed != "None":
+            return typed
+        try:
+            value = ast.literal_eval(typed.title() or "True" if self.type is bool else typed)
+        except (ValueError, SyntaxError):
+            value = typed
+        return (value,) if self.type is tuple and not isinstance(value, tuple) else value
+
 
 def _integer(low: int, high: int = 2**31 - 1) -> Rule:
     bounds = f"{low} or more" if high == 2**31 - 1 else f"from {low} to {high}"
     return Rule(int, lambda x: low <= x <= high, f"an integer, {bounds}")
 
 
-def _number(expected: str, holds: Callable[[float], bool] = lambda x: True) -> Rule:
+def _number(expected: str = "", holds: Callable[[float], bool] = lambda x: True) -> Rule:
     return Rule(float, lambda x: -1e300 < x < 1e300 and holds(x), f"a number{expected}")
 
 
@@ -55,44 +63,31 @@ def _tuple_of(rule: Rule, expected: str, holds: Callable[[Any], bool] = lambda x
 
 
 def _unset_or(rule: Rule) -> Rule:
-    return Rule(rule.type, rule.holds, f"{rule.expected}, or None", unset=True)
+    return rule._replace(expected=f"{rule.expected}, or None", unset=True)
 
 
-def _ascending(values: Any) -> bool:
-    return all(low < high for low, high in pairwise(values))
-
-
-def _are_steps(text: str) -> bool:
-    first, _, last = text.partition(":")
-    return text.isascii() and first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)
+def _ascending(values: tuple[float, ...]) -> bool:
+    return list(values) == sorted(set(values))
 
 
 _FLAG = Rule(bool, lambda x: True, "True or False")
 _TEXT = Rule(str, lambda x: x != "" and "\0" not in x, "a text")
 _COUNT, _SIDE, _FROM_0 = _integer(1), _integer(1, 2**15), _integer(0)
-_FINITE = _number("")
 _SHARE = _number(", from 0 to 1", lambda x: 0 <= x <= 1)
 _BELOW_1 = _number(", 0 or more and below 1", lambda x: 0 <= x < 1)
 _POSITIVE = _number(" above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number(", 0 or more", lambda x: x >= 0)
-_DTYPE = _choice("float32", "bfloat16")
-_PRECISION = _choice("default", "highest")
 _PAIR = "(long, short) in pixels, integers with 32768 >= long >= short >= 1"
 _SCALE = _tuple_of(_SIDE, f"a pair {_PAIR}", lambda x: len(x) == 2 and x[0] >= x[1])
-_SPAN_TEXT = '"<number> epochs" or "<number> steps"'
-_SPAN = Rule(str, _DURATION.fullmatch, _SPAN_TEXT)
-_LONG = Rule(str, lambda x: _DURATION.fullmatch(x) and steps_of(x, 10**9), f"{_SPAN_TEXT}, above 0")
-_TRACED = Rule(str, _are_steps, '"first:last", two steps from 1, such as 100:105')
-_PROTOCOLS = _tuple_of(
-    Rule(str, re.compile(r"TestG\d+|all|occlusion|resolution|cross_camera").fullmatch, ""),
-    "a tuple of TestG<size>, all, occlusion, resolution, cross_camera, such as ('TestG100','all')",
-)
-_CONTEXT_TEXT = "() or (k1, k2), the numbers of gallery images and of people, 1 or more"
-_CONTEXT = _tuple_of(_COUNT, _CONTEXT_TEXT, lambda x: len(x) in (0, 2))
-_STAGES = _tuple_of(_integer(3, 5), "some of (3, 4, 5) in ascending order, or ()", _ascending)
-_LEVELS_TEXT = "some of (3, 4, 5, 6, 7) in ascending order"
-_LEVELS = _tuple_of(_integer(3, 7), _LEVELS_TEXT, lambda x: x != () and _ascending(x))
-_MEAN = _tuple_of(_FINITE, "three numbers, in channel order", lambda x: len(x) == 3)
+_SPAN = Rule(str, _DURATION.fullmatch, '"<number> epochs" or "<number> steps"')
+_LONG = Rule(str, lambda x: _SPAN.holds(x) and steps_of(x, 10**9), f"{_SPAN.expected}, above 0")
+_TRACED = Rule(str, re.compile(r"[1-9]\d*:[1-9]\d*").fullmatch, '"first:last", such as 100:105')
+_PROTOCOL = Rule(str, re.compile(r"TestG\d+|all|occlusion|resolution|cross_camera").fullmatch, "")
+_PROTOCOLS = "a tuple of TestG<size>, all, occlusion, resolution, cross_camera"
+_STAGES = _tuple_of(_integer(3, 5), "some of (3, 4, 5), ascending, or ()", _ascending)
+_LEVELS = _tuple_of(_integer(3, 7), "some of (3, ..., 7), ascending", lambda x: _ascending(x) and x)
+_CONTEXT = _tuple_of(_COUNT, "() or (k1, k2), numbers of 1 or more", lambda x: len(x) in (0, 2))
+_MEAN = _tuple_of(_number(), "three numbers, in channel order", lambda x: len(x) == 3)
 _STD = _tuple_of(_POSITIVE, "three numbers above 0, in channel order", lambda x: len(x) == 3)
 _BORDERS = _tuple_of(_POSITIVE, "a tuple of ascending numbers of pixels", _ascending)
 
@@ -131,10 +126,10 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "model.offset_gain": (TRAINING, _NOT_NEGATIVE),
     "model.head_convs": (NETWORK, _integer(0, 1000)),
     "model.norm_groups": (NETWORK, _SIDE),
-    "model.initial_distance": (TRAINING, _FINITE),
+    "model.initial_distance": (TRAINING, _number()),
     "model.background_levels": (NETWORK, _FLAG),
-    "model.dtype": (TRAINING, _DTYPE),
-    "model.precision": (TRAINING, _PRECISION),
+    "model.dtype": (TRAINING, _choice("float32", "bfloat16")),
+    "model.precision": (TRAINING, _choice("default", "highest")),
     "model.remat": (FREE, _FLAG),
     "model.channel_order": (NETWORK, _choice("BGR", "RGB")),
     "model.pixel_mean": (NETWORK, _MEAN),
@@ -164,7 +159,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "optimizer.bias_weight_decay": (TRAINING, _unset_or(_NOT_NEGATIVE)),
     "optimizer.warmup": (TRAINING, _SPAN),
     "optimizer.warmup_start": (TRAINING, _SHARE),
-    "optimizer.drops": (TRAINING, _tuple_of(_SPAN, f"a tuple of {_SPAN_TEXT}")),
+    "optimizer.drops": (TRAINING, _tuple_of(_SPAN, f"a tuple of {_SPAN.expected}")),
     "optimizer.drop_factor": (TRAINING, _NOT_NEGATIVE),
     "optimizer.clip_norm": (TRAINING, _POSITIVE),
     "train.batch_size": (TRAINING, _COUNT),
@@ -183,72 +178,55 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "eval.min_cls_score": (RESULT, _SHARE),
     "eval.nms_iou": (RESULT, _SHARE),
     "eval.max_detections": (RESULT, _COUNT),
-    "eval.dtype": (RESULT, _DTYPE),
-    "eval.precision": (RESULT, _PRECISION),
+    "eval.dtype": (RESULT, _choice("float32", "bfloat16")),
+    "eval.precision": (RESULT, _choice("default", "highest")),
     "eval.boxes": (RESULT, _choice("detected", "ground_truth")),
     "eval.context_matching": (RESULT, _CONTEXT),
     "eval.choose_on_test": (RESULT, _FLAG),
     "eval.untrained_baseline": (FREE, _FLAG),
-    "eval.protocols": (RESULT, _PROTOCOLS),
+    "eval.protocols": (RESULT, _tuple_of(_PROTOCOL, _PROTOCOLS)),
 }
 FIELD_KINDS = {name: kind for name, (kind, _) in FIELDS.items()}
 
 
-def check_config(config: ConfigDict) -> None:
-    """Holds every field of a complete configuration against its rule.
+def check_fields(found: Mapping[str, Any]) -> None:
+    """Holds the fields of a complete configuration, by dotted name, against their rules.
 
     Raises:
       UserError: a field does not exist (the nearest is named), is missing, is out of range, or
         does not fit another.
     """
-    found = dict(flat_fields(config))
-    for name in found:
-        check_name(name)
+    for name in found.keys() - FIELDS.keys():
+        same = [field for field in FIELDS if field.endswith(f".{name.rpartition('.')[2]}")]
+        hint = f"; did you mean {' or '.join(same)}?" if same else nearest(name, FIELDS)
+        raise UserError(f"config.{name}: no such field{hint}")
     for name, (_, rule) in FIELDS.items():
         if name not in found:
             raise UserError(f"config.{name}: missing, expected {rule.expected}")
         if not rule.accepts(found[name]):
-            raise out_of_range(name, found[name])
-    levels, groups = config.model.levels, config.model.norm_groups
-    for name in ("model.channels", "model.backbone_width"):
-        normalized = name == "model.channels" or config.model.backbone == "resnet_small"
-        if normalized and found[name] % groups:
-            raise _wrong("model.norm_groups", groups, f"a divisor of {name} = {found[name]}")
-    if len(config.loss.level_borders) != len(levels) - 1:
+            raise _wrong(name, found[name], rule.expected)
+    levels, borders = found["model.levels"], found["loss.level_borders"]
+    if len(borders) != len(levels) - 1:
         expected = f"{len(levels) - 1} ascending numbers for config.model.levels = {levels}"
-        raise _wrong("loss.level_borders", config.loss.level_borders, expected)
-    if config.model.background_levels and levels != (3,):
-        expected = f"False, as config.model.levels is {levels} and not (3,)"
-        raise _wrong("model.background_levels", True, expected)
-
-
-def check_name(name: str) -> None:
-    """Raises UserError, with the nearest name, for a field that does not exist."""
-    if name not in FIELDS:
-        same = [field for field in FIELDS if field.endswith(f".{name.rpartition('.')[2]}")]
-        hint = f"; did you mean {' or '.join(same)}?" if same else nearest(name, FIELDS)
-        raise UserError(f"config.{name}: no such field{hint}")
-
-
-def out_of_range(name: str, found: object) -> UserError:
-    """What is wrong with the value of a field."""
-    return _wrong(name, found, FIELDS[name][1].expected)
+        raise _wrong("loss.level_borders", borders, expected)
+    if found["model.background_levels"] and levels != (3,):
+        raise _wrong("model.background_levels", True, f"False for config.model.levels = {levels}")
 
 
 def _wrong(name: str, found: object, expected: str) -> UserError:
     return UserError(f"config.{name}: found {found!r}, expected {expected}")
 
 
+def flat_fields(section: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """The fields of a section by their dotted names."""
+    fields: dict[str, Any] = {}
+    for name, value in section.items():
+        inner = isinstance(value, ConfigDict)
+        fields |= flat_fields(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return fields
+
+
 def steps_of(duration: str, steps_per_epoch: int) -> int:
     """The number of steps of a checked duration: "<number> epochs" or "<number> steps"."""
     ((number, unit),) = _DURATION.findall(duration)
     return round(float(number) * (steps_per_epoch if unit == "epoch" else 1))
-
-
-def flat_fields(section: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a section, with their dotted names."""
-    for name, value in section.items():
-        if isinstance(value, ConfigDict):
-            yield from flat_fields(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

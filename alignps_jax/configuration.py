@@ -2,73 +2,63 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import runpy
 import traceback
 from pathlib import Path
-from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.places import holds_checkpoint, is_step, results_folder
+from alignps_jax.checkpoint.places import holds_checkpoint, results_folder
 from alignps_jax.checkpoint.store import load_config, load_run_config
-from alignps_jax.config import (
-    FIELD_KINDS,
-    FREE,
-    NETWORK,
-    check_config,
-    check_name,
-    flat_fields,
-    out_of_range,
-)
+from alignps_jax.config import FIELDS, FREE, NETWORK, check_fields, flat_fields
 from alignps_jax.flags import Arguments
 from alignps_jax.types import UserError
 
-# Configurations that --config finds by their name, wherever the command is typed.
-READY = ("cuhk", "prw", "synthetic", "tiny", "ablation")
 _FOLDER = Path(__file__).parents[1] / "configs"
-_REFUSED = re.compile(r"flag --(?:no)?config\.([\w.]+)=(.*?): ", re.DOTALL)
+_READY = "cuhk, prw, synthetic, tiny, ablation"  # --config finds them from everywhere
 
 
-def configuration(args: Arguments, base: ConfigDict | None = None) -> ConfigDict:
-    """The configuration of --config, else `base`, else cuhk, with the fields that were typed.
+def configuration(
+    args: Arguments, own: ConfigDict | None = None, source: Path | None = None
+) -> ConfigDict:
+    """The configuration of --config, else `own` of the run `source`, else cuhk; typed fields win.
+
+    Also with --config, the network of `source` and the pixels that it sees stay its own.
 
     Raises:
-      UserError: the file or variant does not exist, the file fails, or a field is wrong.
+      UserError: there is no such file or variant, the file fails, or a field is wrong.
     """
-    if args.config or base is None:
-        base = _loaded(args.config or "cuhk")
-    config = copy.deepcopy(base).lock()  # unset fields keep their types
-    for name in args.overridden:
-        check_name(name)
-    values, words = flags.FlagValues(), args.overrides
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
-        values(["", *words])
-    except flags.Error as error:
-        if found := _REFUSED.match(str(error)):
-            raise out_of_range(found[1], found[2]) from error
-        raise UserError(f"command line: {str(error).splitlines()[0]}") from error
-    check_config(config)
-    return config
+    config = _loaded(args.config or "cuhk")
+    fields = flat_fields(config)
+    if own is not None:
+        kept = flat_fields(own)
+        try:
+            check_fields(kept)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+        if args.config:
+            kept = {name: x for name, x in kept.items() if FIELDS[name][0] == NETWORK}
+            if other := [name for name, x in kept.items() if fields.get(name) != x]:
+                print(f"note: {source} keeps its own {', '.join(other)}")
+        fields |= kept
+    for name, word in args.fields.items():
+        fields[name] = FIELDS[name][1].read(word) if name in FIELDS else word
+    check_fields(fields)
+    config.update_from_flattened_dict(fields)
+    return config.lock()
 
 
 def _loaded(spec: str) -> ConfigDict:
     """The configuration of FILE or FILE:VARIANT."""
     typed, _, variant = spec.partition(":")
     path = Path(typed)
-    if not path.is_file() and path.stem in READY and path.parent in (Path(), Path("configs")):
+    if not path.is_file() and path.parent in (Path(), Path("configs")):
         path = _FOLDER / f"{path.stem}.py"
     if not path.is_file():
-        found, ready = "a folder" if path.is_dir() else "nothing there", ", ".join(READY)
-        raise UserError(
-            f"--config: found {found}: {path}, expected a configuration file or {ready}"
-        )
+        raise UserError(f"--config: found no file {typed}, expected one or {_READY}")
     try:
-        get_config = runpy.run_path(str(path))["get_config"]
-        config = get_config(variant) if variant else get_config()
+        config = runpy.run_path(str(path))["get_config"](*filter(None, [variant]))
         if not isinstance(config, ConfigDict):
             raise TypeError(f"get_config returns {type(config).__name__}, expected a ConfigDict")
     except UserError:
@@ -87,55 +77,26 @@ def train_config(args: Arguments) -> ConfigDict:
     Raises:
       UserError: there is none of them, or a field is wrong.
     """
-    base = None
+    own = None
     if not args.config:
-        base = load_run_config(args.workdir)
-        if base is None and args.checkpoint:
-            base = load_config(args.checkpoint)
-        if base is None:
+        own = load_run_config(args.workdir)
+        if own is None and args.checkpoint:
+            own = load_config(args.checkpoint)
+        if own is None:
             raise UserError(
                 f"--workdir: found no run in {args.workdir}, expected one to resume (or --config "
                 "to start one)"
             )
-        base = _typed(base, args.workdir)
-    config = configuration(args, base)
-    if not args.checkpoint:
-        return config
-    if "model.pretrained" in args.overridden:
-        raise UserError("--checkpoint, --config.model.pretrained: found both, expected one")
-    if args.workdir and args.workdir.resolve() == args.checkpoint.resolve():
-        raise UserError(
-            f"--checkpoint: found the run in --workdir itself, {args.workdir}; leave it out to "
-            "resume that run, or choose another --workdir to fine-tune it"
-        )
-    with config.unlocked():
-        config.model.pretrained = str(args.checkpoint)
-    return config
+    if args.checkpoint:
+        args.fields["model.pretrained"] = str(args.checkpoint)
+    return configuration(args, own, args.workdir)
 
 
 def checkpoint_config(args: Arguments, checkpoint: Path) -> ConfigDict:
-    """The configuration to use a checkpoint with: --config, else its own, with typed fields.
-
-    Raises:
-      UserError: there is no checkpoint, a field is wrong, or the file of --config disagrees with
-        the checkpoint in what the network is or sees.
-    """
+    """The configuration to use a checkpoint with; raises as `configuration`."""
     if args.config and not holds_checkpoint(checkpoint):
         return configuration(args)  # saved results without their network
-    own = _typed(load_config(checkpoint), checkpoint)
-    config = configuration(args, own)
-    wrong = []
-    for name, (found, expected) in _changed(config, own).items():
-        if FIELD_KINDS[name] == NETWORK and name in args.overridden:
-            print(f"note: config.{name} is {found!r}; {checkpoint} has {expected!r}")
-        elif FIELD_KINDS[name] == NETWORK:
-            wrong.append(f"config.{name}: found {found!r}, expected {expected!r}")
-    if wrong:
-        raise UserError(
-            f"--config: {args.config} is not what {checkpoint} was trained with: "
-            f"{'; '.join(wrong)} (without --config, the checkpoint's own configuration holds)"
-        )
-    return config
+    return configuration(args, load_config(checkpoint), checkpoint)
 
 
 def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None) -> Path:
@@ -146,36 +107,11 @@ def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None
     folder = results_folder(checkpoint)
     if workdir and workdir.resolve() != folder.resolve():
         return workdir
-    changed = _changed(config, load_config(checkpoint)).items()
-    settings = [f"-{name}={now}" for name, (now, _) in changed if FIELD_KINDS[name] != FREE]
-    if not settings:
-        return say_folder(checkpoint)
-    name = "eval" + "".join(settings).replace("-eval.", "-")
+    own, now = flat_fields(load_config(checkpoint)), flat_fields(config)
+    changed = [name for name in now if now[name] != own[name] and FIELDS[name][0] != FREE]
+    if not changed:
+        return folder
+    name = "eval" + "".join(f"-{name}={now[name]}" for name in changed).replace("-eval.", "-")
     folder /= re.sub(r",\)|[^\w.,=-]", "", name)[:240]
     print(f"results go to {folder}, as these settings are not the run's own")
     return folder
-
-
-def say_folder(checkpoint: Path) -> Path:
-    """The checkpoint's place for results, with a line where that is not its own folder."""
-    folder = results_folder(checkpoint)
-    if is_step(checkpoint):
-        print(f"results go to {folder}, because training deletes the folders of steps in time")
-    return folder
-
-
-def _changed(config: ConfigDict, own: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """The fields in which `config` differs from `own`, with both values."""
-    was = dict(flat_fields(own))
-    return {name: (now, was[name]) for name, now in flat_fields(config) if now != was[name]}
-
-
-def _typed(stored: ConfigDict, source: Path) -> ConfigDict:
-    """A stored configuration whose unset fields have their types again."""
-    try:
-        check_config(stored)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    config = _loaded(str(_FOLDER / "cuhk.py"))
-    config.update(stored)
-    return config

@@ -6,32 +6,24 @@ Nothing slow is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 from alignps_jax import __version__
-from alignps_jax.errors import nearest
+from alignps_jax.errors import known_name, nearest
 
 Run = Callable[["Arguments"], None]
-_OVERRIDE = re.compile(r"--(?:no)?config\.([^=]+)")
+_FIELD = re.compile(r"--(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 _PROGRAM = "alignps" if sys.argv[0].endswith("/alignps") else "python launch.py"
 
 
-def _text(value: str) -> str:
-    if not value:
-        raise argparse.ArgumentTypeError("found '', expected a value")
-    return value
-
-
-def _path(value: str) -> Path:
-    return Path(_text(value))
-
-
-def _flag(help: str, kind: Any = _text, default: Any = None) -> dict[str, Any]:
+def _flag(help: str, kind: Any = str, default: Any = None) -> dict[str, Any]:
     told = help if default is None else f"{help}; default: {default}"
     return {"help": told, "type": kind, "default": default}
 
@@ -42,10 +34,10 @@ def _switch(help: str) -> dict[str, Any]:
 
 FLAGS: dict[str, dict[str, Any]] = {
     "config": _flag("configuration, such as own.py or prw:plus; default: the run's, or cuhk"),
-    "workdir": _flag("folder of the run or of results; default: the run's, or below runs/", _path),
-    "checkpoint": _flag("workdir of a run, or folder of one step; default: --workdir", _path),
-    "detections": _flag("saved detections (.npz) in place of a checkpoint; default: none", _path),
-    "query": _flag("photo with the person to find; default: none", _path),
+    "workdir": _flag("folder of the run or of results; default: the run's, or below runs/", Path),
+    "checkpoint": _flag("workdir of a run, or folder of one step; default: --workdir", Path),
+    "detections": _flag("saved detections (.npz) in place of a checkpoint; default: none", Path),
+    "query": _flag("photo with the person to find; default: none", Path),
     "box": _flag("x1,y1,x2,y2 in pixels of the person in --query; default: everybody"),
     "gallery": _flag("what --mode=index made, or a folder of photos; default: none"),
     "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
@@ -55,7 +47,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "photo": _flag("photo or video whose people are forgotten; default: none"),
     "person": _flag("id of one person to forget, from ranking.json; default: none"),
     "convention": _flag("pixels of a ResNet-50, torchvision or caffe; default: by its name"),
-    "target": _flag("file to write; its suffix says what; default: below runs/scaling", _path),
+    "target": _flag("file to write; its suffix says what; default: below runs/scaling", Path),
     "table": _flag("table of the paper: 1 to 6, or fig4"),
     "seeds": _flag("runs of each row of the table", int, 2),
     "what": _flag("kind of figure (without one they are listed), or parts a,b,...; default: all"),
@@ -76,10 +68,10 @@ PROCESSES = "distributed coordinator processes process"
 
 
 class Arguments(argparse.Namespace):
-    """What was typed: the flags of the mode, and the words that set fields of the configuration."""
+    """What was typed: the flags of the mode, and the fields of the configuration by dotted name."""
 
     mode: str
-    overrides: list[str]
+    fields: dict[str, str]
 
     @property
     def config_name(self) -> str:
@@ -87,24 +79,18 @@ class Arguments(argparse.Namespace):
         path, _, variant = self.config.partition(":")
         return "-".join(filter(None, (Path(path).stem, variant)))
 
-    @property
-    def overridden(self) -> frozenset[str]:
-        """The dotted names of the fields that the command line sets."""
-        return frozenset(found[1] for word in self.overrides if (found := _OVERRIDE.match(word)))
-
 
 class Mode(argparse.ArgumentParser):
     """Reads the flags of a mode, of which it needs one of `any_of`, and runs it."""
 
-    def __init__(self, name: str, run: Run = lambda args: None, any_of: str = "", **options: Any):
-        super().__init__(
-            prog=f"{_PROGRAM} --mode={name}",
-            usage=f"{_PROGRAM} --mode={name} [flags] [--config.SECTION.FIELD=VALUE ...]",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **options,
-        )
-        self.run, self.any_of, self.flags = run, any_of.split(), set[str]()
+    run: Run
+    flags: set[str]
+    any_of: list[str]
+
+    def __init__(self, name: str, **options: Any):
+        prog, form = f"{_PROGRAM} --mode={name}", argparse.RawDescriptionHelpFormatter
+        usage = f"{prog} [flags] [--config.SECTION.FIELD=VALUE ...]"
+        super().__init__(prog, usage, formatter_class=form, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} ({self.prog} --help explains)\n")
@@ -118,26 +104,24 @@ def mode(
 ) -> Callable[[Run], Run]:
     """Makes a function the mode of its name.
 
-    The first line of its docstring says what it does; the lines after an empty one are examples.
-    It cannot do without the flags in `needs`, and reads those in `takes` besides; it needs one of
-    those in `one_of`, which exclude each other, and `any_of`.
+    Its docstring says what it does and, after an empty line, has examples. It reads all flags that
+    are named; it needs those of `needs`, and one of `any_of` or `one_of`, which exclude each other.
     """
 
     def add(run: Run) -> Run:
         name = run.__name__.removesuffix("_mode")
-        summary, _, *examples = map(str.strip, (run.__doc__ or "").strip().splitlines())
-        examples = ["examples:", *(f"{_PROGRAM} {line}" for line in examples)]
-        texts = {"description": summary, "epilog": "\n  ".join(examples)}
-        MODES[name] = mode = Mode(name, run, f"{one_of} {any_of}", **texts)
+        summary, _, examples = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
+        examples = "examples:\n" + textwrap.indent(examples, f"  {_PROGRAM} ")
+        MODES[name] = mode = Mode(name, description=summary, epilog=examples)
+        mode.run, mode.any_of = run, f"{one_of} {any_of}".split()
+        mode.flags = {*f"{needs} {takes}".split(), *mode.any_of}
         group = mode.add_mutually_exclusive_group()
-        mode.flags |= {*f"{needs} {takes} {one_of} {any_of}".split()}
         for flag, options in FLAGS.items():
             if flag in needs.split():
                 needed = f"{options['help'].partition('; default: ')[0]} (required)"
                 mode.add_argument(f"--{flag}", required=True, **options | {"help": needed})
             elif flag in mode.flags:
-                holder = group if flag in one_of.split() else mode
-                holder.add_argument(f"--{flag}", **options)
+                (group if flag in one_of.split() else mode).add_argument(f"--{flag}", **options)
         return run
 
     return add
@@ -153,38 +137,38 @@ def parse(argv: Sequence[str]) -> Arguments:
         "configs/cuhk.py has every field of the configuration; --version says which one this is.",
         add_help=False,
     )
-    overview.add_argument("--mode", type=_text, help=argparse.SUPPRESS)
+    overview.add_argument("--mode", help=argparse.SUPPRESS)
     version = f"alignps-jax {__version__}"
     overview.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)
     found, words = overview.parse_known_args(argv[1:])
-    if not found.mode and {"-h", "--help"} & set(words):
+    if found.mode is None and {"-h", "--help"} & set(words):
         for flag, options in FLAGS.items():
             overview.add_argument(f"--{flag}", **options)
         overview.print_help()
         overview.exit()
-    name = found.mode or "train"
-    if name not in MODES:
-        known = ", ".join(MODES)
-        overview.error(f"--mode: found {name!r}, expected one of {known}{nearest(name, MODES)}")
+    name = known_name("--mode", "train" if found.mode is None else found.mode, MODES)
     mode = MODES[name]
-    args, rest = mode.parse_known_args(words, Arguments(mode=name, overrides=[]))
+    for word in words:
+        if re.fullmatch("--[^=]+=", word):  # such as --workdir=$UNSET
+            mode.error(f"{word[:-1]}: found '', expected a value")
+    args, rest = mode.parse_known_args(words, Arguments(mode=name, fields={}))
     vars(args).update({flag: None for flag in FLAGS if flag not in args})  # those of other modes
     for before, word in pairwise(["", *rest]):
-        # --config.field=value, or --config.field value
-        value = _OVERRIDE.match(before) and "=" not in before and not word.startswith("--")
-        if not (value or _OVERRIDE.match(word)):
+        if field := _FIELD.fullmatch(word):
+            args.fields[field[2]] = "False" if field[1] else field[3] or ""
+        elif (field := _FIELD.fullmatch(before)) and field[3] is None and word[:2] != "--":
+            args.fields[field[2]] = word
+        else:
             mode.error(_wrong(name, word))
-        args.overrides.append(word)
     if mode.any_of and not any(getattr(args, flag) for flag in mode.any_of):
         mode.error(f"missing: one of --{', --'.join(mode.any_of)}")
     return args
 
 
 def _wrong(name: str, word: str) -> str:
-    if not word.startswith("-"):
-        return f"found {word!r}, expected only flags (--name=value)"
-    flag = word.lstrip("-").partition("=")[0]
-    readers = [f"--mode={other}" for other, mode in MODES.items() if flag in mode.flags]
+    flag = word.partition("=")[0]
+    readers = [f"--mode={other}" for other, mode in MODES.items() if flag[2:] in mode.flags]
     if readers:
-        return f"--{flag}: --mode={name} does not read it, only {', '.join(readers)}"
-    return f"--{flag}: no such flag{nearest(f'--{flag[:100]}', [f'--{known}' for known in FLAGS])}"
+        return f"{flag}: --mode={name} does not read it, only {', '.join(readers)}"
+    near = nearest(flag, [f"--{known}" for known in FLAGS])
+    return f"found {word!r}, expected only flags (--name=value){near}"

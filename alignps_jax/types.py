@@ -1,8 +1,7 @@
 """The types that every module speaks.
 
-`flax.struct` dataclasses live on devices, standard ones, which hold numpy arrays, on the host.
-Everywhere, images are NHWC RGB `uint8`, boxes `x1, y1, x2, y2` in pixels, sizes `(height, width)`,
-and a boolean array says which entries count.
+Those of `flax.struct` live on devices, others on the host. Images are NHWC RGB `uint8`, boxes
+`x1, y1, x2, y2` in pixels, sizes `(height, width)`; boolean arrays say which entries count.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ AnyArray = Array | np.ndarray
 class Batch:
     """Images padded into one bucket, with their annotations; boxes in pixels of the resized image.
 
-    `size` is the part of the bucket that came from the photo, `scale` the factors (x, y) by which
-    the photo was resized, `index` its position in the split. `valid_image` is False for rows that
-    only fill up the last batch of an evaluation.
+    `size` is that of the resized photo, `scale` the factors (x, y) by which it was resized, `index`
+    its position in the split. Rows that only fill up a last batch are no `valid_image`.
     """
 
     image: UInt8[AnyArray, "B H W 3"]
@@ -47,7 +45,7 @@ class Outputs:
     """What the network says at every location of one level.
 
     `box_distances` are left, top, right, bottom in strides. `valid` locations lie on the image, or
-    on its padding to a multiple of 32 (Released code); the others are padding of the bucket.
+    on its padding to a multiple of 32 (Released code).
     """
 
     cls_logits: Float[Array, "B h w"]
@@ -102,18 +100,6 @@ class OIMMemory:
 
 
 @struct.dataclass
-class TrainState:
-    """All that training changes; where `params` are an average, the optimizer updates `raw`."""
-
-    step: Int[Array, ""]
-    params: Any
-    frozen: Any
-    opt_state: Any
-    memory: OIMMemory
-    raw: Any = None
-
-
-@struct.dataclass
 class Weights:
     """The part of a `TrainState` that inference needs."""
 
@@ -122,12 +108,18 @@ class Weights:
     frozen: Any
 
 
+@struct.dataclass
+class TrainState(Weights):
+    """All that training changes; where `params` are an average, the optimizer updates `raw`."""
+
+    opt_state: Any
+    memory: OIMMemory
+    raw: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Annotations:
-    """The people of one split, image by image.
-
-    Where `labeled`, `identity` counts from 0 within the split. `camera` is 0 where there is none.
-    """
+    """The people of a split by image; identities count from 0, and `camera` is 0 if unknown."""
 
     names: tuple[str, ...]
     boxes: tuple[Float[np.ndarray, "_ 4"], ...]
@@ -146,8 +138,8 @@ class Annotations:
 class SearchProtocol:
     """Who is searched, and where: Q queries over the images of one `Annotations`.
 
-    `gallery[q]` lists images in the order of the published evaluation; `target_images[q]` are those
-    that hold the person, and `target_boxes[q]` the person's box in each.
+    `gallery[q]` is in the order of the published evaluation; `target_images[q]` are the images with
+    the person, and `target_boxes[q]` the person's box in each.
     """
 
     name: str
@@ -160,10 +152,7 @@ class SearchProtocol:
 
 @dataclasses.dataclass(frozen=True)
 class GalleryDetections:
-    """Detections of N images laid end to end: image i owns rows offsets[i]:offsets[i + 1].
-
-    Boxes in the photo's pixels, embeddings L2-normalized, rows of an image best score first.
-    """
+    """Detections of N images; image i owns rows offsets[i]:offsets[i + 1], best score first."""
 
     names: tuple[str, ...]
     offsets: Int[np.ndarray, "N_plus_1"]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignps_jax.types import UserError
-
 CHECKPOINTS = "checkpoints"
 
 
@@ -40,14 +38,3 @@ def results_folder(path: Path) -> Path:
     if folder.parent.name != CHECKPOINTS:  # a copy
         return folder.with_name(f"{folder.name}_results")
     return folder.parent.parent / f"step_{folder.name}"
-
-
-def check_lasting(flag: str, path: Path) -> None:
-    """Raises UserError if what `flag` wants written to `path` would lie in a step's folder."""
-    folder = path.absolute()
-    for parent in (folder, *folder.parents):
-        if parent.name.isdigit() and is_step(parent):
-            raise UserError(
-                f"{flag}: found {path}, inside the checkpoint {parent}, which training deletes in "
-                "time; expected a place outside"
-            )

@@ -22,7 +22,7 @@ def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
     """
     if not holds_checkpoint(workdir):
         return
-    before, now = (dict(flat_fields(x)) for x in (load_config(workdir, "latest"), config))
+    before, now = (flat_fields(x) for x in (load_config(workdir, "latest"), config))
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     decisive = [n for n in changed if FIELD_KINDS.get(n, TRAINING) in (NETWORK, TRAINING)]
     if decisive and not accepted:

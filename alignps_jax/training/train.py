@@ -16,7 +16,7 @@ from alignps_jax.checkpoint.choice import agreed_step
 from alignps_jax.checkpoint.lock import one_writer
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import Checkpoints, load_weights, write_run_info
-from alignps_jax.config import check_config
+from alignps_jax.config import check_fields, flat_fields
 from alignps_jax.distributed import barrier, broadcast_from_main, is_main_process
 from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, score_of
 from alignps_jax.files import check_outputs
@@ -50,7 +50,7 @@ def train_and_evaluate(
         another run writes to `workdir`.
       SystemExit: SIGTERM, SIGHUP or Ctrl-C came, and the state was saved.
     """
-    check_config(config)
+    check_fields(flat_fields(config))
     config = starting_config(config, workdir, typed)
     if is_main_process():
         check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))

@@ -19,7 +19,7 @@ from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.arrays import restore_arrays
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, load_weights
 from alignps_jax.cli import parse
-from alignps_jax.config import check_config
+from alignps_jax.config import check_fields, flat_fields
 from alignps_jax.configuration import train_config
 from alignps_jax.gallery.page.exports import as_csv
 from alignps_jax.gallery.page.marks import Marked, Marks, Sight
@@ -208,7 +208,7 @@ RUN_READERS: dict[str, Reader] = {
     "run_config": Reader(
         build=_run_config,
         read=lambda folder, _: _resumed_config(folder),
-        check=check_config,
+        check=lambda config: check_fields(flat_fields(config)),
         damage=damage_stored,
     ),
     "marks": Reader(

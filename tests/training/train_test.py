@@ -221,7 +221,6 @@ def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
 
 def test_a_checkpoint_of_another_network_names_the_parameters(shared_dir, whole_run):
     done = launch(shared_dir, whole_run, "--mode=evaluate", "--config.model.channels=32")
-    assert "note: config.model.channels is 32" in done.stdout
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "params/" in done.stderr
