@@ -105,6 +105,8 @@ def write_synthetic(root: pathlib.Path, spec: SyntheticSpec) -> None:
     description = json.dumps({"version": _VERSION, **dataclasses.asdict(spec)})
     if _holds(root, description):
         return
+    photos = spec.train_images + spec.test_images
+    print(f"synthetic: found no scenes in {root}, drawing {photos:,} photos there", flush=True)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as temporary:
         folder = pathlib.Path(temporary) / root.name

@@ -330,7 +330,7 @@ def test_few_identities_in_many_photos_leave_room_for_distractors(tmp_path):
     assert min(len(rows) for rows in _boxes(tmp_path / "set").values()) >= 3
 
 
-def test_existing_set_is_kept_and_anything_else_is_refused(tiny, tmp_path):
+def test_existing_set_is_kept_and_anything_else_is_refused(tiny, tmp_path, capsys):
     before = (tiny / "synthetic.json").stat().st_mtime_ns
     write_synthetic(tiny, TINY)
     assert (tiny / "synthetic.json").stat().st_mtime_ns == before
@@ -348,7 +348,9 @@ def test_existing_set_is_kept_and_anything_else_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="file: found something"):
         write_synthetic(tmp_path / "file", TINY)
     (tmp_path / "empty").mkdir()
-    write_synthetic(tmp_path / "empty", TINY)
+    assert capsys.readouterr().out == ""
+    write_synthetic(tmp_path / "empty", TINY)  # as for a folder that is not there: it may be a typo
+    assert f"found no scenes in {tmp_path / 'empty'}, drawing" in capsys.readouterr().out
     assert (tmp_path / "empty/annotation/Images.mat").is_file()
 
 
