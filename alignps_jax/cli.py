@@ -44,10 +44,10 @@ def evaluate(args: Arguments) -> None:
     from alignps_jax.evaluation.evaluate import evaluate_checkpoint
     from alignps_jax.evaluation.scoring import evaluate_detections
 
-    checkpoint, folder = args.checkpoint or args.workdir, args.checkpoint and args.workdir
     if args.detections:
         config = checkpoint_config(args, args.detections.parent)
         return evaluate_detections(config, args.detections, args.workdir)
+    checkpoint, folder = args.checkpoint or args.workdir, args.checkpoint and args.workdir
     config = checkpoint_config(args, checkpoint)
     evaluate_checkpoint(config, checkpoint, evaluation_folder(config, checkpoint, folder))
 
@@ -63,9 +63,8 @@ def search(args: Arguments) -> None:
     from alignps_jax.distributed import is_main_process
     from alignps_jax.gallery.query import is_gallery, parse_box
 
-    query = Path(args.query)
-    workdir = args.workdir or results_folder(args.checkpoint) / "search" / query.stem
-    person = args.checkpoint, _config(args), query, parse_box(args.box)
+    workdir = args.workdir or results_folder(args.checkpoint) / "search" / args.query.stem
+    person = args.checkpoint, _config(args), args.query, parse_box(args.box)
     if not is_gallery(args.gallery):
         from alignps_jax.gallery.photos import search_photos
 
@@ -133,8 +132,8 @@ def convert(args: Arguments) -> None:
     """
     from alignps_jax.weights.convert import convert_released
 
-    source, workdir = Path(args.source), args.workdir
-    convert_released(_config(args), source, workdir, args.convention, args.fields)
+    places = Path(args.source), args.workdir
+    convert_released(_config(args), *places, args.convention, args.fields)
 
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")
@@ -269,13 +268,8 @@ def main(argv: Sequence[str]) -> int:
     except (UserError, OSError, MemoryError, UnicodeEncodeError) as error:  # in their own words
         reason, code = str(error) or "out of memory", getattr(error, "exit_code", 2)
     except ModuleNotFoundError as error:
-        reason, code = (
-            (
-                f"found no package {error.name}; in the project's folder run make setup, or pip "
-                "install . (galleries need '.[gallery]', .pth files '.[torch]')"
-            ),
-            2,
-        )
+        extras = "galleries need pip install '.[gallery]', .pth files pip install '.[torch]'"
+        reason, code = f"found no package {error.name}: run make setup in the project ({extras})", 2
     except Exception:
         traceback.print_exc()
         return 1
@@ -290,4 +284,4 @@ def _check_platforms() -> None:
     try:
         _ = platforms and jax.devices()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"JAX_PLATFORMS={platforms}: JAX finds no such device; {error}") from error
+        raise UserError(f"JAX_PLATFORMS={platforms}: found no such device. {error}") from error

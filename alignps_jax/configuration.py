@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import traceback
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -55,20 +54,10 @@ def _loaded(spec: str) -> ConfigDict:
     path = Path(typed)
     if not path.is_file() and path.parent in (Path(), Path("configs")):
         path = _FOLDER / f"{path.stem}.py"
-    if not path.is_file():
-        raise UserError(f"--config: found no file {typed}, expected one or {_READY}")
-    try:
-        config = runpy.run_path(str(path))["get_config"](*filter(None, [variant]))
-        if not isinstance(config, ConfigDict):
-            raise TypeError(f"get_config returns {type(config).__name__}, expected a ConfigDict")
-    except UserError:
-        raise
-    except Exception as error:  # the file is a program of the user's
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(path)]
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--config: {path}{''.join(lines[-1:])}: {what}") from error
-    return config
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"--config: found no Python file {typed}, expected one or {_READY}")
+    get_config = runpy.run_path(str(path))["get_config"]
+    return get_config(variant) if variant else get_config()
 
 
 def train_config(args: Arguments) -> ConfigDict:

@@ -130,16 +130,11 @@ def mode(
 def parse(argv: Sequence[str]) -> Arguments:
     """Reads a command line, whose first word is the program; exits after --help and mistakes."""
     lines = [f"  --mode={name:10} {mode.description}" for name, mode in MODES.items()]
-    overview = Mode(
-        "MODE",
-        description="\n".join(["Person search with AlignPS. Modes (default: train):", *lines]),
-        epilog="--mode=MODE --help has the flags of a mode, with examples.\n"
-        "configs/cuhk.py has every field of the configuration; --version says which one this is.",
-        add_help=False,
-    )
-    overview.add_argument("--mode", help=argparse.SUPPRESS)
-    version = f"alignps-jax {__version__}"
-    overview.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)
+    about = "\n".join(["Person search with AlignPS. Modes:", *lines])
+    more = "--mode=MODE --help has examples, configs/cuhk.py every field of the configuration."
+    overview = Mode("MODE", description=about, epilog=more, add_help=False)
+    overview.add_argument("--mode", help="what to do, see above; default: train")
+    overview.add_argument("--version", action="version", version=f"alignps-jax {__version__}")
     found, words = overview.parse_known_args(argv[1:])
     if found.mode is None and {"-h", "--help"} & set(words):
         for flag, options in FLAGS.items():

@@ -13,9 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from alignps_jax.errors import IncompleteError as IncompleteError
-from alignps_jax.errors import UserError as UserError
-from alignps_jax.errors import blame as blame
+from alignps_jax.errors import IncompleteError, UserError, blame  # noqa: F401
 
 # On a device, or on the host.
 AnyArray = Array | np.ndarray

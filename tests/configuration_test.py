@@ -73,28 +73,24 @@ def test_fields_are_set_with_their_types(field, typed, value):
         (".model.remat=yes", r"config\.model\.remat: found 'yes', expected True or Fal"),
         (".model=5", r"config\.model: no such field"),
         (".train.duration", r"config\.train\.duration: found ''"),
-        ("=nowhere.py", r"found no file nowhere\.py, expected one or cuhk, "),
-        ("=pyproject.toml", r"pyproject\.toml: SyntaxError: .*line 3"),
+        ("=nowhere.py", r"found no Python file nowhere\.py, expected one or cuhk, "),
+        ("=pyproject.toml", r"found no Python file pyproject\.toml"),
         ("=tiny:pluss", "found 'pluss', expected one of .* did you mean 'plus'"),
-        ("\nimport nowhere", "own.py, line 2: ModuleNotFoundError: No module named 'nowhere'"),
-        ("def get_config():\n    x = 0\n    return 1 / x", "line 3: ZeroDivisionError"),
-        ("def get_config():\n    return 3", "own.py: TypeError: get_config returns int, exp"),
     ],
 )
-def test_mistakes_are_one_line_in_our_words(words, message, tmp_path):
-    file = tmp_path / "own.py"
-    file.write_text(words)
-    typed = f"--config={file}" if "\n" in words else f"--config{words}"  # several lines are a file
+def test_mistakes_are_one_line_in_our_words(words, message):
     with pytest.raises(UserError, match=message) as caught:
-        configuration(arguments("--mode=list", typed))
+        configuration(arguments("--mode=list", f"--config{words}"))
     assert "\n" not in str(caught.value)
 
 
-def test_the_ready_configurations_are_found_from_everywhere(tmp_path, monkeypatch):
+def test_the_ready_configurations_and_own_files_are_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
     for name in ("tiny", "tiny.py", "configs/tiny.py"):
         assert configuration(arguments(f"--config={name}")).data.root == "data/tiny"
+    (tmp_path / "tiny.py").write_text("from configs.prw import get_config")
+    assert configuration(arguments("--config=tiny.py:plus")).data.root == "data/PRW"
 
 
 def test_a_checkpoint_is_used_with_its_own_configuration(run, own):

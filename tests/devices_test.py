@@ -50,14 +50,6 @@ def run(variables: dict[str, str | None], *user: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def unusable(variables: dict[str, str | None], *user: str) -> str:
-    """The note of a process that works without a cache."""
-    note, said = run(variables, *user)
-    assert note.startswith("note: compiled programs are not kept (")
-    assert said == "2 None"
-    return note
-
-
 def entries(folder: Path) -> int:
     return len(list(folder.glob("*-cache")))
 
@@ -72,36 +64,29 @@ def test_each_run_of_a_program_has_its_own_folder(tmp_path):
         assert entries(folder) > 0, name
 
 
-def test_the_users_own_folder_is_private(tmp_path):
-    said = run({"XDG_CACHE_HOME": str(tmp_path)})
-    assert said == [f"2 {tmp_path / 'alignps_jax'}"]
-    assert entries(tmp_path / "alignps_jax") > 0
-    assert (tmp_path / "alignps_jax").stat().st_mode & 0o077 == 0
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
+def test_the_users_own_folder_is_private_and_the_variable_of_jax_wins(variable, tmp_path):
+    folder = tmp_path / ("alignps_jax" if variable == "XDG_CACHE_HOME" else "")
+    assert run({"HOME": "/nowhere", variable: str(tmp_path)}) == [f"2 {folder}"]
+    assert entries(folder) > 0
+    assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_the_variable_of_jax_wins(tmp_path):
-    said = run({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "here"), "HOME": str(tmp_path)})
-    assert said == [f"2 {tmp_path / 'here'}"]
-    assert [path.name for path in tmp_path.iterdir()] == ["here"]
-
-
-def test_a_folder_that_others_can_write_is_left_alone(tmp_path):
+@pytest.mark.parametrize("obstacle", ["a file", "others", "no home", "another's home"])
+def test_where_nothing_can_be_kept_a_note_says_so_and_everything_runs(obstacle, tmp_path):
+    if "home" in obstacle and not NOBODY:
+        pytest.skip("this user has a home")
     folder = tmp_path / "alignps_jax"
-    folder.mkdir()
-    folder.chmod(0o770)
-    assert f"others can write there: '{folder}'" in unusable({"XDG_CACHE_HOME": str(tmp_path)})
-    assert not list(folder.iterdir())
-
-
-def test_a_file_in_the_way_is_a_note(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in unusable({"XDG_CACHE_HOME": str(tmp_path / "file")})
-
-
-@pytest.mark.skipif(not NOBODY, reason="this user has a home")
-def test_without_a_home_or_in_one_that_cannot_be_written_everything_runs(tmp_path):
-    unusable({"HOME": None, "XDG_CACHE_HOME": None}, *NOBODY)
+    if obstacle == "a file":
+        folder.write_text("")
+    if obstacle == "others":
+        folder.mkdir()
+        folder.chmod(0o770)
+    home = {"HOME": None if obstacle == "no home" else str(tmp_path), "XDG_CACHE_HOME": None}
+    tmp_path.chmod(0o555 if obstacle == "another's home" else 0o755)
+    own = home if "home" in obstacle else {"XDG_CACHE_HOME": str(tmp_path)}
+    note, said = run(own, *(NOBODY if "home" in obstacle else ()))
+    assert note.startswith("note: compiled programs are not kept (")
+    assert str(tmp_path) in note or obstacle == "no home"
+    assert said == "2 None"
     assert not (ROOT / "~").exists()
-    tmp_path.chmod(0o555)
-    note = unusable({"HOME": str(tmp_path), "XDG_CACHE_HOME": None}, *NOBODY)
-    assert str(tmp_path) in note
