@@ -188,5 +188,5 @@ def test_without_the_extra_one_line_says_what_is_missing():
     lines = done.stderr.splitlines()
     assert len(lines) == 2
     for line in lines:
-        assert re.match(r"error: found no package \w+; in the project's folder run make ", line)
+        assert re.match(r"error: found no package \w+: run make setup in the project ", line)
         assert "'.[gallery]'" in line
