@@ -16,11 +16,7 @@ from alignps_jax.streams import outlive_readers
 
 @mode(any_of="config workdir", takes=f"checkpoint accept_changes {PROCESSES}")
 def train(args: Arguments) -> None:
-    """trains, resumes the run in --workdir, or fine-tunes --checkpoint; then evaluates
-
-    --config=configs/cuhk.py --config.data.root=/data/CUHK-SYSU --workdir=runs/cuhk
-    --checkpoint=runs/cuhk --config=configs/prw.py --config.data.root=/data/PRW
-    """
+    """trains, resumes the run in --workdir, or fine-tunes --checkpoint; then evaluates"""
     from alignps_jax.checkpoint.places import holds_checkpoint
     from alignps_jax.configuration import train_config
     from alignps_jax.weights.sources import check_start
@@ -35,11 +31,7 @@ def train(args: Arguments) -> None:
 
 @mode(one_of="checkpoint detections", any_of="workdir", takes=f"config {PROCESSES}")
 def evaluate(args: Arguments) -> None:
-    """measures detection and search of a checkpoint, or of saved detections
-
-    --mode=evaluate --workdir=runs/cuhk --config.eval.score_threshold=0.3
-    --mode=evaluate --detections=runs/cuhk/detections.npz
-    """
+    """measures detection and search of a checkpoint, or of saved detections"""
     from alignps_jax.configuration import checkpoint_config, evaluation_folder
     from alignps_jax.evaluation.evaluate import evaluate_checkpoint
     from alignps_jax.evaluation.scoring import evaluate_detections
@@ -54,11 +46,7 @@ def evaluate(args: Arguments) -> None:
 
 @mode("checkpoint query gallery", f"box config exact_up_to workdir {PROCESSES}")
 def search(args: Arguments) -> None:
-    """searches a person in a gallery, or in a folder of photos
-
-    --mode=search --checkpoint=runs/cuhk --query=photo.jpg --box=310,120,390,330 --gallery=photos/
-    --mode=search --checkpoint=runs/cuhk --query=photo.jpg --gallery=people.lance
-    """
+    """searches a person in a gallery, or in a folder of photos"""
     from alignps_jax.checkpoint.places import results_folder
     from alignps_jax.distributed import is_main_process
     from alignps_jax.gallery.query import is_gallery, parse_box
@@ -77,10 +65,7 @@ def search(args: Arguments) -> None:
 
 @mode("checkpoint gallery source", "every prune exact_up_to config")
 def index(args: Arguments) -> None:
-    """finds everybody in photos and videos, once, and adds them to a gallery
-
-    --mode=index --checkpoint=runs/cuhk --gallery=people.lance --source=/videos --every=500ms
-    """
+    """finds everybody in photos and videos, once, and adds them to a gallery"""
     from alignps_jax.gallery.indexing import index_source
     from alignps_jax.gallery.sources import parse_every
 
@@ -91,10 +76,7 @@ def index(args: Arguments) -> None:
 
 @mode("gallery", "exact_up_to", one_of="photo person")
 def forget(args: Arguments) -> None:
-    """removes people from a gallery for good, and keeps them out of the next indexing
-
-    --mode=forget --gallery=people.lance --photo=/photos/party.jpg
-    """
+    """removes people from a gallery for good, and keeps them out of the next indexing"""
     from alignps_jax.gallery.forgetting import forget
 
     forget(_gallery(args), args.photo, args.person)
@@ -102,10 +84,7 @@ def forget(args: Arguments) -> None:
 
 @mode("checkpoint source target", "every config")
 def detect(args: Arguments) -> None:
-    """finds everybody in photos and videos, and writes .json (COCO), .csv or .npz (embeddings)
-
-    --mode=detect --checkpoint=runs/cuhk --source=/photos --target=people.json
-    """
+    """finds everybody in photos and videos, and writes .json (COCO), .csv or .npz (embeddings)"""
     from alignps_jax.evaluation.detect import detect_source
     from alignps_jax.gallery.sources import parse_every
 
@@ -115,10 +94,7 @@ def detect(args: Arguments) -> None:
 
 @mode("checkpoint gallery", "host port exact_up_to config")
 def serve(args: Arguments) -> None:
-    """serves a page in the browser that searches a gallery
-
-    --mode=serve --gallery=people.lance --checkpoint=runs/cuhk
-    """
+    """serves a page in the browser that searches a gallery"""
     from alignps_jax.gallery.page.serve import serve_checkpoint
 
     serve_checkpoint(args.checkpoint, _config(args), _gallery(args), args.host, args.port)
@@ -126,10 +102,7 @@ def serve(args: Arguments) -> None:
 
 @mode("config source workdir", "convention")
 def convert(args: Arguments) -> None:
-    """makes a checkpoint of published PyTorch weights (.pth, .safetensors, .pkl)
-
-    --mode=convert --config=cuhk:released --source=cuhk_alignps.pth --workdir=runs/cuhk_released
-    """
+    """makes a checkpoint of published PyTorch weights (.pth, .safetensors, .pkl)"""
     from alignps_jax.weights.convert import convert_released
 
     places = Path(args.source), args.workdir
@@ -138,11 +111,7 @@ def convert(args: Arguments) -> None:
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")
 def export(args: Arguments) -> None:
-    """writes a checkpoint as .pth, .safetensors or .stablehlo, or a gallery as .parquet or .arrow
-
-    --mode=export --checkpoint=runs/cuhk --target=detector.stablehlo --config.eval.batch_size=1
-    --mode=export --gallery=people.lance --target=people.parquet
-    """
+    """writes a checkpoint as .pth, .safetensors, .stablehlo, or a gallery as .parquet, .arrow"""
     if args.gallery:
         from alignps_jax.gallery.exporting import export_gallery
 
@@ -157,10 +126,7 @@ def export(args: Arguments) -> None:
 
 @mode(takes="what query box gallery workdir config", one_of="checkpoint detections")
 def visualize(args: Arguments) -> None:
-    """draws sampling_points, comparison, gallery_size, detections, similarity, precision_recall
-
-    --mode=visualize --what=comparison --checkpoint=runs/cuhk,runs/baseline
-    """
+    """draws sampling_points, comparison, gallery_size, detections, similarity, precision_recall"""
     from alignps_jax.configuration import checkpoint_config
     from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
 
@@ -172,10 +138,7 @@ def visualize(args: Arguments) -> None:
 
 @mode(takes="config what runs quick workdir")
 def benchmark(args: Arguments) -> None:
-    """measures speed and memory on this machine
-
-    --mode=benchmark --what=inference,train
-    """
+    """measures speed and memory on this machine"""
     from alignps_jax.experiments.benchmark.run import run_benchmark
 
     workdir = args.workdir or Path("runs/benchmark")
@@ -184,10 +147,7 @@ def benchmark(args: Arguments) -> None:
 
 @mode(takes="config topology what scale batch runs target")
 def scaling(args: Arguments) -> None:
-    """compiles for chips that are not here, or measures 1, 2, 4, ... of the devices that are
-
-    --mode=scaling --config=cuhk --topology=v5e:2x4,h100:8,v100:1 --batch=1
-    """
+    """compiles for chips that are not here, or measures 1, 2, 4, ... of the devices that are"""
     from alignps_jax.experiments.scaling.run import run_scaling
 
     target = args.target or Path("runs/scaling", "gate.json" if args.topology else "measured.json")
@@ -197,10 +157,7 @@ def scaling(args: Arguments) -> None:
 
 @mode(takes="config")
 def list_mode(args: Arguments) -> None:
-    """lists the variants of a configuration: what each changes, the paper's numbers
-
-    --mode=list --config=configs/prw.py
-    """
+    """lists the variants of a configuration: what each changes, the paper's numbers"""
     from alignps_jax.experiments.catalogue import print_catalogue
 
     name = (args.config or "configs/cuhk.py").partition(":")[0]
@@ -209,10 +166,7 @@ def list_mode(args: Arguments) -> None:
 
 @mode("config table", f"seeds workdir {PROCESSES}")
 def reproduce(args: Arguments) -> None:
-    """trains every row of one of the paper's tables, with several seeds
-
-    --mode=reproduce --config=configs/ablation.py --table=2
-    """
+    """trains every row of one of the paper's tables, with several seeds"""
     from alignps_jax.experiments.reproduce import reproduce_table
     from alignps_jax.training.train import train_and_evaluate
 
@@ -239,10 +193,8 @@ def entry() -> None:
     code = main(sys.argv)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of what ends Python
-    if "jax" in sys.modules:
-        from alignps_jax.distributed import leave
-
-        leave(code)
+    if distributed := sys.modules.get("alignps_jax.distributed"):
+        distributed.leave(code)
     sys.exit(code)
 
 

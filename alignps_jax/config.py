@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.errors import UserError, nearest
@@ -74,7 +75,6 @@ _FLAG = Rule(bool, lambda x: True, "True or False")
 _TEXT = Rule(str, lambda x: x != "" and "\0" not in x, "a text")
 _COUNT, _SIDE, _FROM_0 = _integer(1), _integer(1, 2**15), _integer(0)
 _SHARE = _number(", from 0 to 1", lambda x: 0 <= x <= 1)
-_BELOW_1 = _number(", 0 or more and below 1", lambda x: 0 <= x < 1)
 _POSITIVE = _number(" above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number(", 0 or more", lambda x: x >= 0)
 _PAIR = "(long, short) in pixels, integers with 32768 >= long >= short >= 1"
@@ -87,8 +87,7 @@ _PROTOCOLS = "a tuple of TestG<size>, all, occlusion, resolution, cross_camera"
 _STAGES = _tuple_of(_integer(3, 5), "some of (3, 4, 5), ascending, or ()", _ascending)
 _LEVELS = _tuple_of(_integer(3, 7), "some of (3, ..., 7), ascending", lambda x: _ascending(x) and x)
 _CONTEXT = _tuple_of(_COUNT, "() or (k1, k2), numbers of 1 or more", lambda x: len(x) in (0, 2))
-_MEAN = _tuple_of(_number(), "three numbers, in channel order", lambda x: len(x) == 3)
-_STD = _tuple_of(_POSITIVE, "three numbers above 0, in channel order", lambda x: len(x) == 3)
+_PIXEL = _tuple_of(_number(), "three numbers, in channel order", lambda x: len(x) == 3)
 _BORDERS = _tuple_of(_POSITIVE, "a tuple of ascending numbers of pixels", _ascending)
 
 FIELDS: dict[str, tuple[str, Rule]] = {
@@ -101,7 +100,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "data.flip_probability": (TRAINING, _SHARE),
     "data.max_programs": (TRAINING, _FROM_0),
     "data.min_side": (TRAINING, _FROM_0),
-    "data.validation_fraction": (TRAINING, _BELOW_1),
+    "data.validation_fraction": (TRAINING, _SHARE),
     "data.max_pixels": (FREE, _integer(1, 2**40)),
     "data.workers": (FREE, _integer(0, 1024)),
     "data.prefetch": (FREE, _integer(0, 1024)),
@@ -132,8 +131,8 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "model.precision": (TRAINING, _choice("default", "highest")),
     "model.remat": (FREE, _FLAG),
     "model.channel_order": (NETWORK, _choice("BGR", "RGB")),
-    "model.pixel_mean": (NETWORK, _MEAN),
-    "model.pixel_std": (NETWORK, _STD),
+    "model.pixel_mean": (NETWORK, _PIXEL),
+    "model.pixel_std": (NETWORK, _PIXEL),
     "model.stride_in_3x3": (NETWORK, _FLAG),
     "loss.focal_alpha": (TRAINING, _SHARE),
     "loss.focal_gamma": (TRAINING, _NOT_NEGATIVE),
@@ -152,7 +151,7 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "loss.triplet_first_lut_identity": (TRAINING, _FROM_0),
     "optimizer.name": (TRAINING, _choice("sgd", "adamw")),
     "optimizer.learning_rate": (TRAINING, _NOT_NEGATIVE),
-    "optimizer.momentum": (TRAINING, _BELOW_1),
+    "optimizer.momentum": (TRAINING, _SHARE),
     "optimizer.scale_with_batch": (TRAINING, _unset_or(_COUNT)),
     "optimizer.weight_decay": (TRAINING, _NOT_NEGATIVE),
     "optimizer.bias_lr_factor": (TRAINING, _NOT_NEGATIVE),
@@ -217,13 +216,9 @@ def _wrong(name: str, found: object, expected: str) -> UserError:
     return UserError(f"config.{name}: found {found!r}, expected {expected}")
 
 
-def flat_fields(section: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """The fields of a section by their dotted names."""
-    fields: dict[str, Any] = {}
-    for name, value in section.items():
-        inner = isinstance(value, ConfigDict)
-        fields |= flat_fields(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return fields
+def flat_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a configuration by their dotted names."""
+    return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
 def steps_of(duration: str, steps_per_epoch: int) -> int:

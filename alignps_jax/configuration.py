@@ -68,14 +68,9 @@ def train_config(args: Arguments) -> ConfigDict:
     """
     own = None
     if not args.config:
-        own = load_run_config(args.workdir)
-        if own is None and args.checkpoint:
-            own = load_config(args.checkpoint)
-        if own is None:
-            raise UserError(
-                f"--workdir: found no run in {args.workdir}, expected one to resume (or --config "
-                "to start one)"
-            )
+        own = load_run_config(args.workdir) or (args.checkpoint and load_config(args.checkpoint))
+        if not own:
+            raise UserError(f"--workdir: found no run in {args.workdir}, expected one, or --config")
     if args.checkpoint:
         args.fields["model.pretrained"] = str(args.checkpoint)
     return configuration(args, own, args.workdir)

@@ -6,10 +6,8 @@ Nothing slow is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -87,9 +85,9 @@ class Mode(argparse.ArgumentParser):
     flags: set[str]
     any_of: list[str]
 
-    def __init__(self, name: str, **options: Any):
+    def __init__(self, name: str, needs: str = "", **options: Any):
         prog, form = f"{_PROGRAM} --mode={name}", argparse.RawDescriptionHelpFormatter
-        usage = f"{prog} [flags] [--config.SECTION.FIELD=VALUE ...]"
+        usage = f"{prog} {needs}[flags] [--config.SECTION.FIELD=VALUE ...]"
         super().__init__(prog, usage, formatter_class=form, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -102,26 +100,26 @@ MODES: dict[str, Mode] = {}
 def mode(
     needs: str = "", takes: str = "", *, one_of: str = "", any_of: str = ""
 ) -> Callable[[Run], Run]:
-    """Makes a function the mode of its name.
+    """Makes a function the mode of its name, which its docstring describes.
 
-    Its docstring says what it does and, after an empty line, has examples. It reads all flags that
-    are named; it needs those of `needs`, and one of `any_of` or `one_of`, which exclude each other.
+    It reads all flags that are named; it needs those of `needs`, and one of `any_of` or `one_of`,
+    which exclude each other.
     """
 
     def add(run: Run) -> Run:
-        name = run.__name__.removesuffix("_mode")
-        summary, _, examples = inspect.cleandoc(run.__doc__ or "").partition("\n\n")
-        examples = "examples:\n" + textwrap.indent(examples, f"  {_PROGRAM} ")
-        MODES[name] = mode = Mode(name, description=summary, epilog=examples)
-        mode.run, mode.any_of = run, f"{one_of} {any_of}".split()
-        mode.flags = {*f"{needs} {takes}".split(), *mode.any_of}
+        name, needed, choice = run.__name__.removesuffix("_mode"), needs.split(), one_of.split()
+        some = [*choice, *any_of.split()]
+        shown = [f"--{flag}={flag.upper()} " for flag in needed]
+        shown += [f"({' | '.join(f'--{flag}={flag.upper()}' for flag in some)}) "] * bool(some)
+        MODES[name] = mode = Mode(name, "".join(shown), description=run.__doc__)
+        mode.run, mode.any_of, mode.flags = run, some, {*needed, *takes.split(), *some}
         group = mode.add_mutually_exclusive_group()
         for flag, options in FLAGS.items():
-            if flag in needs.split():
-                needed = f"{options['help'].partition('; default: ')[0]} (required)"
-                mode.add_argument(f"--{flag}", required=True, **options | {"help": needed})
+            if flag in needed:
+                told = f"{options['help'].partition('; default: ')[0]} (required)"
+                mode.add_argument(f"--{flag}", required=True, **options | {"help": told})
             elif flag in mode.flags:
-                (group if flag in one_of.split() else mode).add_argument(f"--{flag}", **options)
+                (group if flag in choice else mode).add_argument(f"--{flag}", **options)
         return run
 
     return add
@@ -131,7 +129,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     """Reads a command line, whose first word is the program; exits after --help and mistakes."""
     lines = [f"  --mode={name:10} {mode.description}" for name, mode in MODES.items()]
     about = "\n".join(["Person search with AlignPS. Modes:", *lines])
-    more = "--mode=MODE --help has examples, configs/cuhk.py every field of the configuration."
+    more = "--mode=MODE --help has what a mode needs, configs/cuhk.py every SECTION.FIELD."
     overview = Mode("MODE", description=about, epilog=more, add_help=False)
     overview.add_argument("--mode", help="what to do, see above; default: train")
     overview.add_argument("--version", action="version", version=f"alignps-jax {__version__}")
