@@ -66,14 +66,12 @@ def get_config(variant: str = "") -> ConfigDict:
     data.synthetic.width = 256
 
     model = config.model = ConfigDict()
-    # resnet50 (for ImageNet weights, with frozen statistics) or resnet_small (with group
-    # normalization, for training from scratch).
+    # resnet50 (ImageNet weights, frozen statistics) or resnet_small (group norm, from scratch).
     model.backbone = "resnet50"
     # The weights to start from, which also decide channel_order, pixel_mean, pixel_std and
-    # stride_in_3x3 below. msra (the ResNet-50 of the released code; needs PyTorch once) and
-    # torchvision are downloaded. Other values are a file (.safetensors, .pth), an https address, a
-    # run, or the folder of a step: a backbone, or a detector to fine-tune. random starts from
-    # nothing, which resnet_small without frozen stages can. See docs/weights.md.
+    # stride_in_3x3 below (docs/weights.md): msra (of the released code; needs PyTorch once) and
+    # torchvision are downloaded; a file (.safetensors, .pth), https address, run or folder of a
+    # step holds a backbone, or a detector to fine-tune; random is for resnet_small, unfrozen.
     model.pretrained = "msra"
     # Channels of the backbone's stem; every stage doubles them.
     model.backbone_width = 64
@@ -90,9 +88,8 @@ def get_config(variant: str = "") -> ConfigDict:
     model.concatenate = True
     # Levels of the pyramid (3 to 7, strides 8 to 128) on which people are found.
     model.levels = (3,)
-    # Where embeddings come from: input (the head's input: "re-id first", AlignPS), regression or
-    # classification (the output of that tower: T1, T2 of the paper) or independent (a third tower:
-    # T3).
+    # Where embeddings come from: input (of the head: "re-id first", AlignPS), regression or
+    # classification (output of that tower: T1, T2 of the paper) or independent (a third tower: T3).
     model.reid = "input"
     # Factor on the initial offset weights (Xavier uniform) of the neck's deformable convolutions.
     model.offset_gain = 1.0
@@ -104,8 +101,7 @@ def get_config(variant: str = "") -> ConfigDict:
     model.initial_distance = 0.0
     # In training, run the head on P4 to P7, too: all background (Released code).
     model.background_levels = False
-    # Type of the activations: float32 or bfloat16. Parameters, losses, lookup table and queue are
-    # float32 in any case.
+    # Type of the activations: float32 or bfloat16. Parameters and losses are always float32.
     model.dtype = "float32"
     # How accelerators multiply float32 numbers in training: highest, or default (one pass
     # in bfloat16 on TPUs, TF32 on GPUs since Ampere). Losses are exact. See docs/devices.md.
@@ -125,8 +121,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # Focal loss of the classification: weight of positive locations, and exponent.
     loss.focal_alpha = 0.25
     loss.focal_gamma = 2.0
-    # Center sampling: half the side of the square around a box's center in which locations are
-    # positive, in strides.
+    # Half the side of the square around a box's center in which locations are positive, in strides.
     loss.center_radius = 1.5
     # One border between each level of model.levels and the next, in pixels: a level learns boxes
     # whose largest distance from the location to a side lies between its borders.
@@ -146,8 +141,7 @@ def get_config(variant: str = "") -> ConfigDict:
     loss.normalize_lut = True
     # How many channels of a queue slot are written; if unset, all (Released code: 64).
     loss.queue_channels = config_dict.placeholder(int)
-    # Samples of the triplet loss: none (OIM alone), batch (TOIM without table rows) or
-    # batch_and_lut (TOIM).
+    # Samples of the triplet loss: none (OIM alone), batch (no table rows) or batch_and_lut (TOIM).
     loss.triplet = "batch_and_lut"
     # Margin M of the triplet loss (Paper, Eq. 3).
     loss.triplet_margin = 0.3
@@ -212,8 +206,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # IoU above which a better detection suppresses another, and detections kept per image.
     evaluation.nms_iou = 0.5
     evaluation.max_detections = 100
-    # Type of the activations in evaluation and search, whatever model.dtype was in training:
-    # float32 or bfloat16, which moves boxes and rankings.
+    # Type of the activations, whatever model.dtype was: float32, or bfloat16, which moves boxes.
     evaluation.dtype = "float32"
     # The same choice as config.model.precision, for evaluation and search.
     evaluation.precision = "highest"
@@ -224,8 +217,7 @@ def get_config(variant: str = "") -> ConfigDict:
     evaluation.context_matching = ()
     # Also evaluate the network as it was before training, for comparison.
     evaluation.untrained_baseline = False
-    # Choose the checkpoint that counts by its search mAP on the test split, which is too good then;
-    # if False, the last one counts, or the best one on the validation split.
+    # Whether the checkpoint with the best mAP on the test split counts, which is too good then.
     evaluation.choose_on_test = False
     # Search protocols to report. () means all that the folder has, in this order: cuhk_sysu has
     # TestG100, TestG50, TestG500, TestG1000, TestG2000, TestG4000, all, occlusion and resolution,

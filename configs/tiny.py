@@ -22,7 +22,6 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.model.backbone_width = 8
     config.model.channels = 16
-    config.model.head_convs = 1
     config.model.norm_groups = 4
     config.loss.queue_size = 16
 

@@ -17,10 +17,9 @@ CUHK, PRW = "cuhk_sysu", "prw"
 
 @dataclasses.dataclass(frozen=True)
 class PaperRow:
-    """One row of a table of the paper, with its metrics in percent (None: the paper has none).
+    """One row of a table of the paper ("1" to "6", "fig4"), with its metrics in percent.
 
-    `table` is "fig4", whose values are in a picture only, or "1" to "6", `variant` a name in
-    `VARIANTS`. `inferred` rows owe their numbers to the paper's text, not to the table.
+    Numbers that are None are in no table; `inferred` ones are in the paper's text.
     """
 
     table: str
@@ -173,8 +172,7 @@ RELEASED_PRW: Changes = {
     "optimizer.weight_decay": 1e-3,
 }
 # These borders give each level a share of the synthetic scenes' people (36 to 150 pixels high in
-# 256x192). With the paper's borders only P3 and P4 would have any; with borders below a few strides
-# of their level, some people would have no location on any level.
+# 256x192). With the paper's, only P3 and P4 would have any.
 SYNTHETIC_BORDERS = (48, 72, 96, 120)
 
 _VARIANTS_OF = {
