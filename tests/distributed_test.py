@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import sys
 import time
@@ -77,22 +75,6 @@ def test_a_process_whose_peers_do_not_come_says_whom_it_waits_for():
     *waits, error = done.stderr.splitlines()
     assert waits == [f"waited {seconds} of 3 s for all {peers}" for seconds in (1, 2, 3)]
     assert error == f"error: found not all {peers}"
-
-
-def test_without_a_cluster_it_is_one_line():
-    # Not this machine's own cluster, should it have one.
-    managers = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_")
-    plain = {name: x for name, x in os.environ.items() if not name.startswith(managers)}
-    done = subprocess.run(
-        [sys.executable, "launch.py", "--config=configs/tiny.py", "--distributed"],
-        cwd=ROOT,
-        env=plain,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"error: the processes of the run cannot join .*\n", done.stderr)
 
 
 def test_a_run_of_one_process_waits_for_nobody():

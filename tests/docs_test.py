@@ -1,6 +1,5 @@
 """What the pages say is there: links, functions, imports; and the notebook runs."""
 
-import ast
 import importlib
 import os
 import re
@@ -21,33 +20,23 @@ def test_links_lead_to_files():
 
 
 def test_functions_that_the_readme_links_to_are_in_those_files():
-    links = [
-        (name.strip("`"), path)
-        for name, path in LINK.findall((ROOT / "README.md").read_text())
-        if path.endswith(".py") and re.fullmatch(r"`\w+`", name)
+    links = LINK.findall((ROOT / "README.md").read_text())
+    names = [
+        (name[1:-1], path)
+        for name, path in links
+        if path[-3:] == ".py" and re.match(r"`\w+`$", name)
     ]
-    assert len(links) > 10
-    for name, path in links:
-        defined = set()
-        for node in ast.parse((ROOT / path).read_text()).body:
-            targets = getattr(node, "targets", [getattr(node, "target", None)])
-            defined.add(getattr(node, "name", None))
-            defined |= {target.id for target in targets if isinstance(target, ast.Name)}
-        assert name in defined, f"README.md: {name} is not defined in {path}"
+    assert len(names) > 10
+    for name, path in names:
+        module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        assert hasattr(module, name), f"README.md: {name} is not in {path}"
 
 
 def test_imports_of_the_readme_work():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    imports = [
-        node
-        for block in blocks
-        for node in ast.walk(ast.parse(block))
-        if isinstance(node, ast.ImportFrom)
-    ]
+    imports = [line for block in blocks for line in block.splitlines() if "import " in line]
     assert imports
-    for node in imports:
-        module = importlib.import_module(node.module)
-        assert all(hasattr(module, alias.name) for alias in node.names), node.module
+    exec("\n".join(imports))
 
 
 def test_the_notebook_runs(monkeypatch):
