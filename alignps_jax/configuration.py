@@ -92,7 +92,8 @@ def evaluation_folder(config: ConfigDict, checkpoint: Path, workdir: Path | None
     if workdir and workdir.resolve() != folder.resolve():
         return workdir
     own, now = flat_fields(load_config(checkpoint)), flat_fields(config)
-    changed = [name for name in now if now[name] != own[name] and FIELDS[name][0] != FREE]
+    read = [name for name in now if name.startswith(("data.", "model.", "eval."))]
+    changed = [name for name in read if now[name] != own[name] and FIELDS[name][0] != FREE]
     if not changed:
         return folder
     name = "eval" + "".join(f"-{name}={now[name]}" for name in changed).replace("-eval.", "-")

@@ -143,6 +143,7 @@ def test_other_settings_have_a_folder_of_their_own(run, tmp_path, capsys):
         return evaluation_folder(config, run, workdir)
 
     assert folder() == folder("--config.data.root=/there", "--config.eval.batch_size=1") == run
+    assert folder("--config.train.duration=9 steps", "--config.loss.queue_size=9") == run
     threshold = "--config.eval.score_threshold=0.5"
     assert folder(threshold, workdir=tmp_path) == tmp_path
     named = run / "eval-protocols=TestG50,all-score_threshold=0.5"
