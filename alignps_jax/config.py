@@ -208,6 +208,9 @@ def check_fields(found: Mapping[str, Any]) -> None:
     if len(borders) != len(levels) - 1:
         expected = f"{len(levels) - 1} ascending numbers for config.model.levels = {levels}"
         raise _wrong("loss.level_borders", borders, expected)
+    if found["model.channels"] % (groups := found["model.norm_groups"]):
+        expected = f"a divisor of config.model.channels = {found['model.channels']}"
+        raise _wrong("model.norm_groups", groups, expected)
     if found["model.background_levels"] and levels != (3,):
         raise _wrong("model.background_levels", True, f"False for config.model.levels = {levels}")
 

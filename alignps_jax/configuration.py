@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import traceback
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -56,8 +57,16 @@ def _loaded(spec: str) -> ConfigDict:
         path = _FOLDER / f"{path.stem}.py"
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"--config: found no Python file {typed}, expected one or {_READY}")
-    get_config = runpy.run_path(str(path))["get_config"]
-    return get_config(variant) if variant else get_config()
+    try:
+        get_config = runpy.run_path(str(path))["get_config"]
+        return get_config(variant) if variant else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # the file is a program of the user's
+        calls = traceback.extract_tb(error.__traceback__)
+        lines = [f", line {call.lineno}" for call in calls if call.filename == str(path)]
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"--config: {path}{''.join(lines[-1:])}: {reason}") from error
 
 
 def train_config(args: Arguments) -> ConfigDict:
@@ -72,6 +81,8 @@ def train_config(args: Arguments) -> ConfigDict:
         if not own:
             raise UserError(f"--workdir: found no run in {args.workdir}, expected one, or --config")
     if args.checkpoint:
+        if "model.pretrained" in args.fields:
+            raise UserError("--checkpoint, --config.model.pretrained: found both, expected one")
         args.fields["model.pretrained"] = str(args.checkpoint)
     return configuration(args, own, args.workdir)
 

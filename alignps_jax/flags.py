@@ -21,6 +21,12 @@ _FIELD = re.compile(r"--(no)?config\.([^=]+)(?:=(.*))?", re.DOTALL)
 _PROGRAM = "alignps" if sys.argv[0].endswith("/alignps") else "python launch.py"
 
 
+def _path(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a folder or file on a disk")
+    return Path(text)
+
+
 def _flag(help: str, kind: Any = str, default: Any = None) -> dict[str, Any]:
     told = help if default is None else f"{help}; default: {default}"
     return {"help": told, "type": kind, "default": default}
@@ -32,10 +38,10 @@ def _switch(help: str) -> dict[str, Any]:
 
 FLAGS: dict[str, dict[str, Any]] = {
     "config": _flag("configuration, such as own.py or prw:plus; default: the run's, or cuhk"),
-    "workdir": _flag("folder of the run or of results; default: the run's, or below runs/", Path),
-    "checkpoint": _flag("workdir of a run, or folder of one step; default: --workdir", Path),
-    "detections": _flag("saved detections (.npz) in place of a checkpoint; default: none", Path),
-    "query": _flag("photo with the person to find; default: none", Path),
+    "workdir": _flag("folder of the run or of results; default: the run's, or below runs/", _path),
+    "checkpoint": _flag("workdir of a run, or folder of one step; default: --workdir", _path),
+    "detections": _flag("saved detections (.npz) in place of a checkpoint; default: none", _path),
+    "query": _flag("photo with the person to find; default: none", _path),
     "box": _flag("x1,y1,x2,y2 in pixels of the person in --query; default: everybody"),
     "gallery": _flag("what --mode=index made, or a folder of photos; default: none"),
     "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
@@ -45,7 +51,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "photo": _flag("photo or video whose people are forgotten; default: none"),
     "person": _flag("id of one person to forget, from ranking.json; default: none"),
     "convention": _flag("pixels of a ResNet-50, torchvision or caffe; default: by its name"),
-    "target": _flag("file to write; its suffix says what; default: below runs/scaling", Path),
+    "target": _flag("file to write; its suffix says what; default: below runs/scaling", _path),
     "table": _flag("table of the paper: 1 to 6, or fig4"),
     "seeds": _flag("runs of each row of the table", int, 2),
     "what": _flag("kind of figure (without one they are listed), or parts a,b,...; default: all"),

@@ -84,6 +84,10 @@ def test_flags_have_their_defaults_and_types():
         ),
         ("--workdir=", "--workdir: found '', expected a value"),
         ("--workdir", "--workdir: expected one argument"),
+        (
+            "--workdir=gs://a/run",
+            "--workdir: found gs://a/run, expected a folder or file on a disk",
+        ),
         ("--mode=benchmark --runs=many", "--runs: invalid int value: 'many'"),
         ("--workdir=x y", "found 'y', expected only flags"),
         ("--workdir=x --config.seed=1 y", "found 'y', expected only flags"),

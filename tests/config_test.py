@@ -87,6 +87,7 @@ def test_wrong_values_are_refused(name):
         ({"model.levels": (3, 4)}, r"loss\.level_borders: found \(\), expected 1 "),
         ({"loss.level_borders": (64,)}, r"loss\.level_borders: found \(64,\), expected 0 "),
         ({"model.levels": (4,), "model.background_levels": True}, "background_levels: found True"),
+        ({"model.norm_groups": 7}, "norm_groups: found 7, expected a divisor of config.model.chan"),
     ],
 )
 def test_fields_that_do_not_fit_one_another_are_refused(fields, message):

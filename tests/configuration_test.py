@@ -89,6 +89,9 @@ def test_the_ready_configurations_and_own_files_are_found(tmp_path, monkeypatch)
     (tmp_path / "tiny").mkdir()
     for name in ("tiny", "tiny.py", "configs/tiny.py"):
         assert configuration(arguments(f"--config={name}")).data.root == "data/tiny"
+    (tmp_path / "tiny.py").write_text("\nx = 1 / 0")
+    with pytest.raises(UserError, match=r"--config: tiny.py, line 2: ZeroDivisionError"):
+        configuration(arguments("--config=tiny.py"))
     (tmp_path / "tiny.py").write_text("from configs.prw import get_config")
     assert configuration(arguments("--config=tiny.py:plus")).data.root == "data/PRW"
 
@@ -135,6 +138,8 @@ def test_training_resumes_with_the_configuration_of_its_run(run, own, tmp_path):
 def test_fine_tuning_names_the_detector(words, stages, run, tmp_path):
     found = train_config(arguments(f"--workdir={tmp_path}", f"--checkpoint={run}", *words)).model
     assert (found.pretrained, found.deform_stages) == (str(run), stages)
+    with pytest.raises(UserError, match="found both, expected one"):
+        train_config(arguments("--workdir=w", f"--checkpoint={run}", "--config.model.pretrained=x"))
 
 
 def test_other_settings_have_a_folder_of_their_own(run, tmp_path, capsys):
