@@ -64,8 +64,8 @@ def test_help_needs_no_package_and_the_rest_says_what_is_missing():
 
 
 def test_flags_have_their_defaults_and_types():
-    args = parse(["launch.py", "--mode=benchmark", "--workdir=x/y", "--quick"])
-    assert (args.runs, args.quick, args.workdir, args.what) == (5, True, Path("x/y"), None)
+    args = parse(["launch.py", "--mode=benchmark", "--workdir=x/y", "--runs=7"])
+    assert (args.runs, args.batch, args.workdir, args.what) == (7, None, Path("x/y"), None)
     assert args.gallery is None  # of other modes
     args = parse(["launch.py", "--mode=index", "--checkpoint=a", "--gallery=b", "--source=c"])
     assert (args.every, args.prune, args.exact_up_to) == ("1s", False, 2_000_000)
@@ -78,7 +78,7 @@ def test_flags_have_their_defaults_and_types():
         ("--worksdir=x", "--worksdir: no such flag; did you mean '--workdir'?"),
         ("--workdir=", "--workdir: found '', expected a value"),
         ("--workdir", "--workdir: expected one argument"),
-        ("--mode=benchmark --runs=many", "--runs: invalid int value: 'many'"),
+        ("--mode=benchmark --runs=many", "--runs: found 'many', expected an integer"),
         ("--" + "wor" * 1000 + "=1", "no such flag"),
         ("--workdir=x y", "found 'y', expected only flags"),
         ("--workdir=x --config.seed=1 y", "found 'y', expected only flags"),

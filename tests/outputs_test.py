@@ -8,7 +8,7 @@ import pytest
 from alignps_jax.checkpoint.store import load_config
 from alignps_jax.evaluation.evaluate import evaluate_checkpoint
 from alignps_jax.evaluation.scoring import evaluate_detections
-from alignps_jax.experiments.benchmark.run import run_benchmark
+from alignps_jax.experiments.benchmark import run_benchmark
 from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.figures.kinds import draw_figures, figure_request
 from alignps_jax.files import check_outputs
@@ -31,7 +31,7 @@ MODES = {
     ),
     "export": lambda workdir: export_released(NOWHERE, Path(workdir, "weights.safetensors")),
     "convert": partial(convert_released, cuhk.get_config(), NOWHERE),
-    "benchmark": partial(run_benchmark, tiny.get_config(), None, runs=1, quick=True),
+    "benchmark": partial(run_benchmark, tiny.get_config(), None, runs=1),
     "reproduce": partial(reproduce_table, tiny.get_config(), "tiny", "2", 1),
 }
 

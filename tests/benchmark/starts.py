@@ -17,13 +17,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from alignps_jax.experiments.benchmark.measure import Timing, time_in_turns
+from alignps_jax.experiments.benchmark import Row
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.types import UserError
 from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE
 from alignps_jax.weights.tensor_files import write_tensors
 from configs import cuhk
-from tests.benchmark.measure import Context, Row
+from tests.benchmark.measure import Context
 from tests.oracle.random_weights import random_state_dict
 from tests.parity.ours import released_shapes
 from tests.places import ROOT
@@ -123,14 +123,14 @@ def rows(context: Context) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         checkouts = {"ours": Checkout(ROOT, Path(folder) / "ours")}
         if context.against:
-            checkouts["other"] = Checkout(context.against.resolve(), Path(folder) / "other")
+            checkouts["before"] = Checkout(context.against.resolve(), Path(folder) / "before")
         weights = Path(folder) / "detector.safetensors"
         _write_detector(weights)
         for checkout in checkouts.values():
             checkout.prepare(weights)
         for name, start in STARTS.items():
             works = {key: partial(start, each) for key, each in checkouts.items()}
-            yield _row(name, time_in_turns(works, runs=context.runs))
+            yield context.row(name, works)
 
 
 STARTS: dict[str, Callable[[Checkout], None]] = {
@@ -142,14 +142,6 @@ STARTS: dict[str, Callable[[Checkout], None]] = {
     "first detection at 1500×900, warm": lambda checkout: checkout.detect(cold=False),
     "search of one photo in a gallery, warm": lambda checkout: checkout.search(),
 }
-
-
-def _row(name: str, times: dict[str, Timing]) -> Row:
-    note = ""
-    if "other" in times:
-        ratio = times["ours"].median / times["other"].median
-        note = f"{ratio:.2f}× the other checkout's {times['other'].median:.2f} s"
-    return Row("starts", name, times["ours"], goal="≤ 0.5× a4333f8", note=note)
 
 
 def _write_detector(file: Path) -> None:
