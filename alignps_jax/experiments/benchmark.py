@@ -179,20 +179,20 @@ def plausible_weights(model: AlignPS) -> tuple[Params, Params]:
     return jax.tree.map_with_path(plausible, init_variables(model, jax.random.key(0)))
 
 
-def made_up_batch(size: Size, images: int, people: int = PEOPLE) -> Batch:
+def made_up_batch(size: Size, images: int) -> Batch:
     """Noise that fills the bucket, and people of a tenth or a fifth of its height somewhere."""
-    rng, (height, width) = np.random.default_rng(0), size
-    corner = rng.uniform(0, 0.8, (images, people, 2)) * (width, height)
-    extent = rng.uniform(0.1, 0.2, (images, people, 2)) * height
+    rng, (height, width), shape = np.random.default_rng(0), size, (images, PEOPLE)
+    corner = rng.uniform(0, 0.8, (*shape, 2)) * (width, height)
+    extent = rng.uniform(0.1, 0.2, (*shape, 2)) * height
     return dataclasses.replace(
-        empty_batch(images, size, people),
+        empty_batch(images, size, PEOPLE),
         image=rng.integers(0, 256, (images, height, width, 3), dtype=np.uint8),
         size=np.full((images, 2), size, np.int32),
         valid_image=np.ones(images, bool),
         boxes=np.concatenate([corner, corner + extent], axis=2).astype(np.float32),
-        identity=rng.integers(0, 8, (images, people)).astype(np.int32),
-        labeled=rng.random((images, people)) < 0.5,
-        valid=np.ones((images, people), bool),
+        identity=rng.integers(0, 8, shape).astype(np.int32),
+        labeled=rng.random(shape) < 0.5,
+        valid=np.ones(shape, bool),
     )
 
 

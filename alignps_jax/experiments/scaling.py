@@ -39,13 +39,9 @@ def run_scaling(
 ) -> None:
     """Compiles steps for the chips of `topology`, or measures them on the devices that are here.
 
-    Args:
-      config: what to build; its largest training scale and its test scale are taken.
-      topology: `<chip>:<shape>`, several separated by commas; None measures.
-      what: inference, train, or both separated by a comma; None: both.
-      batch: images of each device; None: `train.batch_size`.
-      runs: timed runs of each measurement.
-      target: the JSON file; a table goes beside it.
+    The steps named in `what` (None: both) have `batch` images on each device (None:
+    `train.batch_size`), at the test scale and the largest training scale. `topology` names chips as
+    `parse_topologies` reads them; None measures. `target` is a JSON file, with a table beside it.
 
     Raises:
       UserError: an argument is wrong, a compiler is not installed, or, after all of them, a step
@@ -54,8 +50,8 @@ def run_scaling(
     steps = cases(config, what, batch or config.train.batch_size)
     build_model(config)  # raises if a field of it is wrong
     goals, table = parse_topologies(topology) if topology else [], Table(target)
-    for case in steps:
-        for row in measure(config, case, jax.devices(), runs) if not goals else ():
+    if not goals:
+        for row in (row for case in steps for row in measure(config, case, jax.devices(), runs)):
             table.add(row)
     rows = [compile_ahead(config, goal, case, table) for goal in goals for case in steps]
     if problems := sum(row["result"] != "fits" for row in rows):
@@ -82,8 +78,8 @@ def compile_ahead(config: ConfigDict, topology: Topology, case: Case, table: Tab
 
 def _compile(config: dict[str, Any], topology: Topology, case: Case) -> Row:
     """The costs of a step, or why it does not compile."""
-    devices = topology.devices()
     try:
+        devices = topology.devices()
         made = make_program(ConfigDict(config), case, devices)
         program, seconds = made.compiled(len(devices))
     except jax.errors.JaxRuntimeError as error:
@@ -95,10 +91,9 @@ def _compile(config: dict[str, Any], topology: Topology, case: Case) -> Row:
 
 
 def measure(config: ConfigDict, case: Case, devices: Devices, runs: int) -> Iterator[Row]:
-    """Weak scaling, with `case.batch` images of each device, and strong scaling of a step.
+    """Weak scaling, with `case.batch` images of each device, and strong scaling, which shares them.
 
-    Strong scaling shares at least `case.batch` images. A step that does not fit is a row that says
-    so.
+    A step that does not fit is a row that says so.
     """
     if devices[0].platform == "cpu" and len(devices) > 1:
         print("note: simulated devices share the cores of one machine: times mean nothing")
