@@ -104,7 +104,8 @@ class Case:
 
 def cases(config: ConfigDict, what: str | None, batch: int) -> list[Case]:
     """The steps named in `what`, separated by commas (None: both), at their largest scale."""
-    scales = {"inference": config.data.test_scale, "train": max(config.data.train_scales)}
+    largest = max(config.data.train_scales, key=np.prod)
+    scales = {"inference": config.data.test_scale, "train": largest}
     kinds = {"inference": config.eval, "train": config.model}
     kinds = {step: f"{each.dtype} {each.precision}" for step, each in kinds.items()}
     kinds["train"] += " remat" if config.model.remat else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import math
 import os
@@ -16,13 +15,14 @@ from alignps_jax.errors import known_name
 from alignps_jax.types import UserError
 
 # By name: GB that a program can have, examples of shapes, and the package of the compiler.
+_CARDS = ("8", "4x8")  # GPUs, or hosts x GPUs
 CHIPS = {
     "v5e": (16.9, ("2x4",), "libtpu"),
     "v6e": (33.6, ("2x2",), "libtpu"),
     "v5p": (102.0, ("2x2x1",), "libtpu"),
-    "h100": (84.9, ("8", "4x8"), "jax_plugins"),
-    "a100": (85.1, ("8", "4x8"), "jax_plugins"),
-    "v100": (16.9, ("8", "4x8"), "jax_plugins"),
+    "h100": (84.9, _CARDS, "jax_plugins"),
+    "a100": (85.1, _CARDS, "jax_plugins"),
+    "v100": (16.9, _CARDS, "jax_plugins"),
     "cpu": (math.inf, ("8",), "jax"),
 }
 # How a process finds the compilers, but no devices.
@@ -64,48 +64,15 @@ dnn_version_info {{ major: 9 minor: 10 patch: 0 }} runtime_version {{ major: 12 
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """Some chips of one kind, such as `v5e:2x4`, `h100:8` or `h100:32x8` (hosts x GPUs)."""
-
-    chip: str
-    shape: str
-
-    def __str__(self) -> str:
-        return f"{self.chip}:{self.shape}"
-
-    @property
-    def memory(self) -> float:
-        """GB of a chip."""
-        return CHIPS[self.chip][0]
-
-    def devices(self) -> list[Any]:
-        """The devices to compile for, in a process that has not used JAX yet."""
-        os.environ.update(_ENVIRONMENT)
-        jax.config.update("jax_platforms", "cpu")
-        sides = [int(side) for side in self.shape.split("x")]
-        if self.chip == "cpu":
-            jax.config.update("jax_num_cpu_devices", sides[0])
-            return jax.devices()
-        options: dict[str, Any] = {"platform": "tpu", "topology_name": str(self)}
-        if self.chip in _GPUS:
-            target = _TARGET.format(*_GPUS[self.chip])
-            shape = "x".join(map(str, [1, 1, *sides][-3:]))
-            options = {"platform": "cuda", "target_config": target, "topology": shape}
-        elif math.prod(sides) == 1:
-            options["chips_per_host_bounds"] = [1, 1, 1]
-        return list(topologies.get_topology_desc(**options).devices)
-
-
-def parse_topologies(text: str) -> list[Topology]:
-    """The topologies of `--topology`, separated by commas.
+def parse_topologies(text: str) -> list[str]:
+    """The topologies of `--topology`, such as `v5e:2x4,h100:8`.
 
     Raises:
       UserError: a chip is unknown, a shape does not fit it, or its compiler is not installed.
     """
-    found = []
-    for name in text.split(","):
-        chip, _, shape = name.strip().partition(":")
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        chip, _, shape = name.partition(":")
         _, examples, package = CHIPS[known_name("--topology", chip, CHIPS)]
         fits = shape.count("x") in [example.count("x") for example in examples]
         if not (fits and re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", shape)):
@@ -116,5 +83,23 @@ def parse_topologies(text: str) -> list[Topology]:
                 f"--topology: the compiler for {name} is not installed here; make "
                 "setup-accelerators, then .venv-aot/bin/python launch.py --mode=scaling ..."
             )
-        found.append(Topology(chip, shape))
-    return found
+    return names
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices to compile for, in a process that has not used JAX yet."""
+    os.environ.update(_ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")
+    chip, _, shape = topology.partition(":")
+    sides = [int(side) for side in shape.split("x")]
+    if chip == "cpu":
+        jax.config.update("jax_num_cpu_devices", sides[0])
+        return jax.devices()
+    options: dict[str, Any] = {"platform": "tpu", "topology_name": topology}
+    if chip in _GPUS:
+        shape = "x".join(map(str, [1, 1, *sides][-3:]))
+        target = _TARGET.format(*_GPUS[chip])
+        options = {"platform": "cuda", "target_config": target, "topology": shape}
+    elif math.prod(sides) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    return list(topologies.get_topology_desc(**options).devices)

@@ -24,7 +24,7 @@ from alignps_jax.experiments.benchmark import (
     peak_memory,
     run_case,
 )
-from alignps_jax.experiments.chips import Topology, parse_topologies
+from alignps_jax.experiments.chips import CHIPS, devices_of, parse_topologies
 from alignps_jax.nn.model import build_model
 from alignps_jax.types import UserError
 
@@ -58,7 +58,7 @@ def run_scaling(
         raise UserError(f"{target}: {problems} of {len(rows)} steps do not compile or do not fit")
 
 
-def compile_ahead(config: ConfigDict, topology: Topology, case: Case, table: Table) -> Row:
+def compile_ahead(config: ConfigDict, topology: str, case: Case, table: Table) -> Row:
     """Whether a step compiles for chips and fits there, with its costs on one device as XLA says.
 
     It compiles in a process of its own, since a compiler may abort, and needs other devices.
@@ -70,16 +70,16 @@ def compile_ahead(config: ConfigDict, topology: Topology, case: Case, table: Tab
             costs = {"result": "the compiler aborts and says why above"}
     row = {"what": f"{topology}, {case}", "result": "fits", **costs}
     if "memory, GB" in row:
-        row["of the chip"] = f"{row['memory, GB'] / topology.memory:.0%}"
-        row["result"] = "fits" if row["memory, GB"] <= topology.memory else "does not fit"
+        share = row["memory, GB"] / CHIPS[topology.partition(":")[0]][0]
+        row |= {"of the chip": f"{share:.0%}", "result": "fits" if share <= 1 else "does not fit"}
     table.add({**row, "jax": jax.__version__})
     return row
 
 
-def _compile(config: dict[str, Any], topology: Topology, case: Case) -> Row:
+def _compile(config: dict[str, Any], topology: str, case: Case) -> Row:
     """The costs of a step, or why it does not compile."""
     try:
-        devices = topology.devices()
+        devices = devices_of(topology)
         made = make_program(ConfigDict(config), case, devices)
         program, seconds = made.compiled(len(devices))
     except jax.errors.JaxRuntimeError as error:

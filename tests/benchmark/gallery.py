@@ -1,4 +1,4 @@
-"""How a gallery grows: adding, exact and indexed search, memory, disk; and indexing of photos.
+"""How a gallery grows: adding, exact and indexed search, memory, disk.
 
 The embeddings are simulated: ten of each identity around a direction of its own, as similar to one
 another (cosines of about 0.6) as a trained network's are.
@@ -13,24 +13,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import cv2
-import jax
 import numpy as np
 import psutil
 from jaxtyping import Float
 
 from alignps_jax.experiments.benchmark import Row
 from alignps_jax.gallery.entries import FileState, Scene, scene_id
-from alignps_jax.gallery.indexing import TIDY_COMMITS, index
+from alignps_jax.gallery.indexing import TIDY_COMMITS
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.gallery.table import IS_PERSON, IndexedScene
 from alignps_jax.gallery.writing import commit_scenes, known_files, tidy
-from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.predict import inference_model
-from alignps_jax.nn.model import weights_template
-from alignps_jax.types import Detections, Weights
-from configs import cuhk, tiny
-from data_pipeline.pipeline import single_image_batch
+from alignps_jax.types import Detections
+from configs import cuhk
 from tests.benchmark.measure import Context
 
 DIM, PER_SCENE, PER_IDENTITY = 256, 5, 10
@@ -76,7 +70,7 @@ def block(number: int) -> list[IndexedScene]:
 
 
 def rows(context: Context) -> Iterator[Row]:
-    """A row per size, the gallery growing from one to the next, and one of indexing photos."""
+    """A row per size; the gallery grows from one to the next."""
     with tempfile.TemporaryDirectory() as folder:
         address, blocks = Path(folder) / "people.lance", 0
         # Without an index, before search by it is measured.
@@ -92,7 +86,6 @@ def rows(context: Context) -> Iterator[Row]:
             tidy(gallery)
             rate = (blocks - added) * COMMIT * PER_SCENE / spent
             yield {"what": f"{gallery.num_people:,} people", "added per s": rate, **search(gallery)}
-    yield indexing(context)
 
 
 def search(gallery: Gallery) -> Row:
@@ -129,31 +122,6 @@ def search(gallery: Gallery) -> Row:
         "indexed, ms": 1e3 * indexed_time,
         "recall@10": statistics.mean(len(a & b) / K for a, b in zip(exact, found, strict=True)),
     }
-
-
-def indexing(context: Context) -> Row:
-    """Indexing of photos of 1920×1080 beside the network alone, in turns."""
-    config = (tiny if context.quick else cuhk).get_config()
-    rng, template = np.random.default_rng(0), weights_template(inference_model(config))
-    weights = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(x.dtype), template)
-    detector = Detector(config, Weights(np.int32(0), weights.params, weights.frozen))
-    count, turn = 2 * detector.rows, iter(range(context.runs + 1))
-    small = rng.integers(0, 256, (135, 240, 3), dtype=np.uint8)
-    photo = cv2.resize(small, (1920, 1080), interpolation=cv2.INTER_CUBIC)
-    one = single_image_batch(photo, config.data)
-    batch = jax.tree.map(lambda x: np.concatenate([x] * detector.rows), one)
-    with tempfile.TemporaryDirectory() as folder:
-        gallery = Gallery.open(Path(folder) / "people.lance", create_for=detector)
-        for number in range(context.runs + 1):
-            (Path(folder) / str(number)).mkdir()
-            for shift in range(count):
-                moved = np.roll(photo, number * count + shift, axis=1)
-                cv2.imwrite(f"{folder}/{number}/{shift}.jpg", moved)
-        functions: dict[str, Callable[[], object]] = {
-            "ours": lambda: index(gallery, detector, [f"{folder}/{next(turn)}"]),
-            "network": lambda: [detector.detect_batch(batch) for _ in range(2)],
-        }
-        return context.row(f"indexing of {count} photos", functions)
 
 
 def seconds(run: Callable[[], object]) -> float:

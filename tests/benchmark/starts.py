@@ -52,29 +52,16 @@ class Checkout:
     def prepare(self, weights: Path) -> None:
         """Draws the tiny data set, converts the detector, and indexes one photo."""
         self.train(cold=True)
-        self.launch(
-            "--mode=convert",
-            "--config=configs/cuhk.py:released",
-            f"--source={weights}",
-            f"--workdir={self._folder / 'detector'}",
-        )
+        own = "--config=configs/cuhk.py:released", f"--workdir={self._folder / 'detector'}"
+        self.launch("--mode=convert", f"--source={weights}", *own)
         self.launch("--mode=index", f"--source={self.photo.parent}", *self._gallery())
-
-    def help(self, *flags: str) -> None:
-        """The help of a mode."""
-        self.launch(*flags, "--help")
 
     def train(self, *, cold: bool) -> None:
         """The first training step of configs/tiny.py."""
         run = self._folder / "run"
-        for below in ("checkpoints",) if not cold else ("",):
-            shutil.rmtree(run / below, ignore_errors=True)
-        self.launch(
-            "--config=configs/tiny.py",
-            f"--workdir={run}",
-            f"--config.data.root={self._folder / 'data'}",
-            until=FIRST_STEP,
-        )
+        shutil.rmtree(run if cold else run / "checkpoints", ignore_errors=True)
+        data = f"--config.data.root={self._folder / 'data'}"
+        self.launch("--config=configs/tiny.py", f"--workdir={run}", data, until=FIRST_STEP)
 
     def detect(self, *, cold: bool) -> None:
         """The first detection of `Detector` in a photo of 1500x900."""
@@ -84,10 +71,8 @@ class Checkout:
 
     def search(self) -> None:
         """`--mode=search` of one photo in a gallery, with compiled programs in the cache."""
-        results = self._folder / "search"
-        self.launch(
-            "--mode=search", f"--query={self.photo}", f"--workdir={results}", *self._gallery()
-        )
+        places = f"--query={self.photo}", f"--workdir={self._folder / 'search'}"
+        self.launch("--mode=search", *places, *self._gallery())
 
     def launch(self, *flags: str, until: str = "") -> None:
         """Runs launch.py, to its end or until it prints a line that begins with `until`."""
@@ -134,8 +119,8 @@ def rows(context: Context) -> Iterator[Row]:
 
 
 STARTS: dict[str, Callable[[Checkout], None]] = {
-    "--help": lambda checkout: checkout.help(),
-    "--mode=search --help": lambda checkout: checkout.help("--mode=search"),
+    "--help": lambda checkout: checkout.launch("--help"),
+    "--mode=search --help": lambda checkout: checkout.launch("--mode=search", "--help"),
     "first training step of configs/tiny.py, cold": lambda checkout: checkout.train(cold=True),
     "first training step of configs/tiny.py, warm": lambda checkout: checkout.train(cold=False),
     "first detection at 1500×900, cold": lambda checkout: checkout.detect(cold=True),
