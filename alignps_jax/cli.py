@@ -136,23 +136,22 @@ def visualize(args: Arguments) -> None:
     draw_figures(kind, figure_request(sources, own, *options))
 
 
-@mode(takes="config what runs quick workdir")
+@mode(takes="config what runs workdir")
 def benchmark(args: Arguments) -> None:
     """measures speed and memory on this machine"""
-    from alignps_jax.experiments.benchmark.run import run_benchmark
+    from alignps_jax.experiments.benchmark import run_benchmark
 
-    workdir = args.workdir or Path("runs/benchmark")
-    run_benchmark(_config(args), args.what, workdir, runs=args.runs, quick=args.quick)
+    run_benchmark(_config(args), args.what, args.workdir or Path("runs/benchmark"), args.runs)
 
 
-@mode(takes="config topology what scale batch runs target")
+@mode(takes="config topology what batch runs target")
 def scaling(args: Arguments) -> None:
     """compiles for chips that are not here, or measures 1, 2, 4, ... of the devices that are"""
-    from alignps_jax.experiments.scaling.run import run_scaling
+    from alignps_jax.experiments.scaling import run_scaling
 
-    target = args.target or Path("runs/scaling", "gate.json" if args.topology else "measured.json")
-    options = {name: getattr(args, name) for name in ("what", "scale", "batch", "runs")}
-    run_scaling(_config(args), args.topology, target=target, **options)
+    name = "compiled.json" if args.topology else "measured.json"
+    target = args.target or Path("runs/scaling", name)
+    run_scaling(_config(args), args.topology, args.what, args.batch, args.runs, target)
 
 
 @mode(takes="config")

@@ -6,14 +6,12 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import platformdirs
-from jax import lax
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -41,11 +39,6 @@ def parallel_predict_step(step: PredictStep, devices: Devices | None = None) -> 
     """The same for `step` over this process's devices; detections have the leading axis too."""
     used = devices or jax.local_devices()
     return jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0), devices=used)
-
-
-def sum_over_devices(devices: Devices) -> Callable[[Any], Any]:
-    """Adds up arrays with a leading axis of these devices; the sum is on all of them."""
-    return jax.pmap(partial(lax.psum, axis_name=AXIS), axis_name=AXIS, devices=devices)
 
 
 def gather_rows(rows: Any) -> Any:

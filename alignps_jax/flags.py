@@ -27,6 +27,12 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected an integer, 1 or more")
+    return int(text)
+
+
 def _flag(help: str, kind: Any = str, default: Any = None) -> dict[str, Any]:
     told = help if default is None else f"{help}; default: {default}"
     return {"help": told, "type": kind, "default": default}
@@ -53,13 +59,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     "convention": _flag("pixels of a ResNet-50, torchvision or caffe; default: by its name"),
     "target": _flag("file to write; its suffix says what; default: below runs/scaling", _path),
     "table": _flag("table of the paper: 1 to 6, or fig4"),
-    "seeds": _flag("runs of each row of the table", int, 2),
+    "seeds": _flag("runs of each row of the table", _count, 2),
     "what": _flag("kind of figure (without one they are listed), or parts a,b,...; default: all"),
-    "runs": _flag("timed runs of each row", int, 5),
-    "quick": _switch("tiny shapes, only to see that it runs"),
+    "runs": _flag("timed runs of each row", _count, 5),
     "topology": _flag("chips to compile for: v5e:2x4,h100:8,v100:1,cpu:8; default: measures"),
-    "scale": _flag("<long>x<short> in pixels; default: the test and the largest training scale"),
-    "batch": _flag("images per device; default: config.train.batch_size", int),
+    "batch": _flag("images per device; default: config.train.batch_size", _count),
     "host": _flag("address to listen on; all but this machine need a token", default="127.0.0.1"),
     "port": _flag("port to listen on, 0 for a free one", int, 8000),
     "accept_changes": _switch("resume although fields changed that decide what training does"),

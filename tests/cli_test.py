@@ -65,8 +65,8 @@ def test_help_needs_no_package_and_the_rest_says_what_is_missing():
 
 
 def test_flags_have_their_defaults_and_types():
-    args = parse(["launch.py", "--mode=benchmark", "--workdir=x/y", "--quick"])
-    assert (args.runs, args.quick, args.workdir, args.what) == (5, True, Path("x/y"), None)
+    args = parse(["launch.py", "--mode=benchmark", "--workdir=x/y", "--runs=7"])
+    assert (args.runs, args.batch, args.workdir, args.what) == (7, None, Path("x/y"), None)
     assert args.gallery is None  # of other modes
     words = "--config=configs/tiny.py:plus --config.a.b 3 --noconfig.c --config.d --config.e=x=1="
     args = parse(["launch.py", *words.split()])
@@ -88,7 +88,7 @@ def test_flags_have_their_defaults_and_types():
             "--workdir=gs://a/run",
             "--workdir: found gs://a/run, expected a folder or file on a disk",
         ),
-        ("--mode=benchmark --runs=many", "--runs: invalid int value: 'many'"),
+        ("--mode=benchmark --runs=many", "--runs: found 'many', expected an integer"),
         ("--workdir=x y", "found 'y', expected only flags"),
         ("--workdir=x --config.seed=1 y", "found 'y', expected only flags"),
         ("--query=photo.jpg", "--query: --mode=train does not read it, only --mode=search"),

@@ -7,7 +7,7 @@ import pytest
 
 from alignps_jax.evaluation.evaluate import evaluate_checkpoint
 from alignps_jax.evaluation.scoring import evaluate_detections
-from alignps_jax.experiments.benchmark.run import run_benchmark
+from alignps_jax.experiments.benchmark import run_benchmark
 from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.files import check_outputs
 from alignps_jax.gallery.photos import search_photos
@@ -25,7 +25,7 @@ MODES = {
     "evaluate detections": partial(evaluate_detections, tiny.get_config(), NOWHERE),
     "search": partial(search_photos, NOWHERE, tiny.get_config(), NOWHERE, None, NOWHERE),
     "convert": partial(convert_released, cuhk.get_config(), NOWHERE),
-    "benchmark": partial(run_benchmark, tiny.get_config(), None, runs=1, quick=True),
+    "benchmark": partial(run_benchmark, tiny.get_config(), None, runs=1),
     "reproduce": partial(reproduce_table, tiny.get_config(), "tiny", "2", 1),
 }
 

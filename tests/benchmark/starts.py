@@ -17,13 +17,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from alignps_jax.experiments.benchmark.measure import Timing, time_in_turns
+from alignps_jax.experiments.benchmark import Row
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.types import UserError
 from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE
 from alignps_jax.weights.tensor_files import write_tensors
 from configs import cuhk
-from tests.benchmark.measure import Context, Row
+from tests.benchmark.measure import Context
 from tests.oracle.random_weights import random_state_dict
 from tests.parity.ours import released_shapes
 from tests.places import ROOT
@@ -52,29 +52,16 @@ class Checkout:
     def prepare(self, weights: Path) -> None:
         """Draws the tiny data set, converts the detector, and indexes one photo."""
         self.train(cold=True)
-        self.launch(
-            "--mode=convert",
-            "--config=configs/cuhk.py:released",
-            f"--source={weights}",
-            f"--workdir={self._folder / 'detector'}",
-        )
+        own = "--config=configs/cuhk.py:released", f"--workdir={self._folder / 'detector'}"
+        self.launch("--mode=convert", f"--source={weights}", *own)
         self.launch("--mode=index", f"--source={self.photo.parent}", *self._gallery())
-
-    def help(self, *flags: str) -> None:
-        """The help of a mode."""
-        self.launch(*flags, "--help")
 
     def train(self, *, cold: bool) -> None:
         """The first training step of configs/tiny.py."""
         run = self._folder / "run"
-        for below in ("checkpoints",) if not cold else ("",):
-            shutil.rmtree(run / below, ignore_errors=True)
-        self.launch(
-            "--config=configs/tiny.py",
-            f"--workdir={run}",
-            f"--config.data.root={self._folder / 'data'}",
-            until=FIRST_STEP,
-        )
+        shutil.rmtree(run if cold else run / "checkpoints", ignore_errors=True)
+        data = f"--config.data.root={self._folder / 'data'}"
+        self.launch("--config=configs/tiny.py", f"--workdir={run}", data, until=FIRST_STEP)
 
     def detect(self, *, cold: bool) -> None:
         """The first detection of `Detector` in a photo of 1500x900."""
@@ -84,10 +71,8 @@ class Checkout:
 
     def search(self) -> None:
         """`--mode=search` of one photo in a gallery, with compiled programs in the cache."""
-        results = self._folder / "search"
-        self.launch(
-            "--mode=search", f"--query={self.photo}", f"--workdir={results}", *self._gallery()
-        )
+        places = f"--query={self.photo}", f"--workdir={self._folder / 'search'}"
+        self.launch("--mode=search", *places, *self._gallery())
 
     def launch(self, *flags: str, until: str = "") -> None:
         """Runs launch.py, to its end or until it prints a line that begins with `until`."""
@@ -123,33 +108,25 @@ def rows(context: Context) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         checkouts = {"ours": Checkout(ROOT, Path(folder) / "ours")}
         if context.against:
-            checkouts["other"] = Checkout(context.against.resolve(), Path(folder) / "other")
+            checkouts["before"] = Checkout(context.against.resolve(), Path(folder) / "before")
         weights = Path(folder) / "detector.safetensors"
         _write_detector(weights)
         for checkout in checkouts.values():
             checkout.prepare(weights)
         for name, start in STARTS.items():
             works = {key: partial(start, each) for key, each in checkouts.items()}
-            yield _row(name, time_in_turns(works, runs=context.runs))
+            yield context.row(name, works)
 
 
 STARTS: dict[str, Callable[[Checkout], None]] = {
-    "--help": lambda checkout: checkout.help(),
-    "--mode=search --help": lambda checkout: checkout.help("--mode=search"),
+    "--help": lambda checkout: checkout.launch("--help"),
+    "--mode=search --help": lambda checkout: checkout.launch("--mode=search", "--help"),
     "first training step of configs/tiny.py, cold": lambda checkout: checkout.train(cold=True),
     "first training step of configs/tiny.py, warm": lambda checkout: checkout.train(cold=False),
     "first detection at 1500×900, cold": lambda checkout: checkout.detect(cold=True),
     "first detection at 1500×900, warm": lambda checkout: checkout.detect(cold=False),
     "search of one photo in a gallery, warm": lambda checkout: checkout.search(),
 }
-
-
-def _row(name: str, times: dict[str, Timing]) -> Row:
-    note = ""
-    if "other" in times:
-        ratio = times["ours"].median / times["other"].median
-        note = f"{ratio:.2f}× the other checkout's {times['other'].median:.2f} s"
-    return Row("starts", name, times["ours"], goal="≤ 0.5× a4333f8", note=note)
 
 
 def _write_detector(file: Path) -> None:

@@ -1,1 +1,0 @@
-"""How fast this machine trains, searches and evaluates (`--mode=benchmark`); see `run.py`."""

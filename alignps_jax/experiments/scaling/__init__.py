@@ -1,1 +1,0 @@
-"""How training and inference scale (`--mode=scaling`): compiled for chips, or measured on them."""
