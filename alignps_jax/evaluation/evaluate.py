@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,29 @@ from alignps_jax.devices import (
 )
 from alignps_jax.distributed import main_process_first
 from alignps_jax.drawing.canvas import draw_detections
-from alignps_jax.drawing.rankings import PictureRow, ranking_picture
-from alignps_jax.evaluation.detections_io import check_detections, save_detections, unit_embeddings
-from alignps_jax.evaluation.pictures import protocol_row
-from alignps_jax.evaluation.results import EvaluationResult, detection_values, search_values
+from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
+from alignps_jax.evaluation.detections_io import (
+    check_values,
+    lay_out,
+    save_detections,
+    unit_embeddings,
+)
+from alignps_jax.evaluation.metrics import Ranking
+from alignps_jax.evaluation.results import Measured
 from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
-from alignps_jax.files import check_outputs, write_image, write_json
+from alignps_jax.files import check_outputs, read_json, write_image, write_json
+from alignps_jax.inference.many import people_of
 from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
 from alignps_jax.nn.model import weights_template
-from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
+from alignps_jax.types import (
+    Batch,
+    Detections,
+    GalleryDetections,
+    SearchProtocol,
+    UserError,
+    blame,
+)
 from data_pipeline.datasets import PreparedSplit, prepare
 from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
 
@@ -50,18 +62,6 @@ EXAMPLE_OTHERS = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """An evaluation and the detections that it was computed from."""
-
-    result: EvaluationResult
-    detections: GalleryDetections
-
-    def chosen(self, by: str) -> Measured:
-        """The same, with a word on what chose the step (`chosen_by`)."""
-        return dataclasses.replace(self, result=dataclasses.replace(self.result, chosen_by=by))
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluator:
     """Evaluates networks on one data set."""
 
@@ -72,8 +72,7 @@ class Evaluator:
 
     def measure(self, params: Any, frozen: Any, step: int) -> Measured:
         """Runs a network over the test images and computes all metrics; in every process."""
-        detections = self.detect(params, frozen)
-        return Measured(self.scorer.score(detections, step), detections)
+        return self.scorer.score(self.detect(params, frozen), step)
 
     def detect(self, params: Any, frozen: Any) -> GalleryDetections:
         """All detections of all test images, those with low scores too.
@@ -93,31 +92,27 @@ class Evaluator:
         # A batch is read back once the next one is under way: the device never waits for us.
         ahead: Iterator[tuple[Any, Any]] = pairwise(chain(dispatched, [None]))
         for (batch, detections), _ in ahead:
-            for index, row in _rows(batch, detections):
-                found[index] = row
-        detections = collect(self.split.annotations.names, found)
-        # Here and where a file is read or written; what computes with them need not look again.
-        check_detections(detections, "detections of the network")
-        return detections
+            found.update(people_of_images(batch, detections))
+        names = self.split.annotations.names
+        everybody = lay_out(names, [found[index] for index in range(len(names))])
+        with blame("detections of the network"):
+            check_values(everybody)
+        return everybody
 
     def log(self, measured: Measured, log: MetricLog) -> None:
         """Writes metrics and a few pictures of detections to the log (first process only)."""
         if jax.process_index() != 0:
             return
-        result = measured.result
-        metrics = {"detection": detection_values(result.detection)}
-        metrics |= {name: search_values(search) for name, search in result.searches.items()}
-        values = traverse_util.flatten_dict({"eval": metrics}, sep="/")
-        step = int(result.step or 0)
-        log.scalars(step, values)
-        names, detections = measured.detections.names, measured.detections
-        count = len(names)
+        step, detections = int(measured.step or 0), measured.detections
+        metrics = {"detection": measured.metrics["detection"], **measured.metrics["search"]}
+        log.scalars(step, traverse_util.flatten_dict({"eval": metrics}, sep="/"))
+        count = len(detections.names)
         for image in np.unique(np.linspace(0, count - 1, min(EXAMPLE_IMAGES, count)).astype(int)):
             rows = detections.of(image)
             boxes, scores = detections.boxes[rows], detections.scores[rows]
-            kept = scores >= result.score_threshold
+            kept = scores >= self.scorer.settings.score_threshold
             picture = draw_detections(photo_of(self.split, image), boxes[kept], scores[kept])
-            log.images(step, f"detections/{names[image]}", picture)
+            log.images(step, f"detections/{detections.names[image]}", picture)
 
     def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""
@@ -125,18 +120,17 @@ class Evaluator:
             return
         saved, pictures = workdir / DETECTIONS, workdir / RANKINGS
         save_detections(saved, trained.detections)
-        baseline = untrained.result if untrained is not None else None
-        self.scorer.write(workdir, trained.detections, trained.result, baseline)
+        self.scorer.write(workdir, trained, untrained)
         write_image(pictures, ranking_picture(self.ranking_rows(trained)))
         print(f"detections  {saved}\nrankings    {pictures}")
 
     def ranking_rows(self, measured: Measured) -> Iterator[PictureRow]:
         """Some queries of the first protocol with their first results."""
-        protocol, detections = self.scorer.protocols[0], measured.detections
-        search = measured.result.searches[protocol.name]
+        protocol = self.scorer.protocols[0]
+        search = measured.searches[protocol.name]
         for query in example_queries(search.worst_first()):
-            ranking = self.scorer.rank(detections, query)
-            title = f"query, AP {search.per_query_ap[query]:.2f}"
+            ranking = self.scorer.rank(measured.detections, query)
+            title = f"query, AP {search.outcomes[query].ap:.2f}"
             yield protocol_row(self.split, protocol, ranking, query, title)
 
 
@@ -176,11 +170,6 @@ def example_queries(worst_first: Int[np.ndarray, "Q"]) -> list[int]:
     return [*worst.tolist(), *others[spread].tolist()]
 
 
-def score_of(result: EvaluationResult) -> float:
-    """The score of a checkpoint: mAP of the first protocol."""
-    return next(iter(result.searches.values())).mAP
-
-
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> None:
     """Evaluates the chosen step of a run, or one step's folder, on `config.data`.
 
@@ -194,20 +183,19 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
         check_outputs(*(workdir / name for name in OUTPUTS))
     use_compilation_cache()
     check_batch_size(config, "eval")
+    metrics, kept = workdir / METRICS, {}
+    if workdir == results_folder(checkpoint) and metrics.is_file():
+        stored = read_json(metrics, "the results of this run")
+        kept = {"untrained": stored["untrained"]} if "untrained" in stored else {}
     step, by = agreed_step(checkpoint, config)
     weights = load_weights(step, weights_template(inference_model(config)))
     with main_process_first():
         scorer, photos = make_scorer(config), prepare(config.data).test
     evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics = workdir / METRICS
-    is_own = workdir == results_folder(checkpoint) and metrics.is_file()
-    before = json.loads(metrics.read_bytes()) if is_own else {}
     evaluator.write(measured.chosen(by), None, workdir)
-    if "untrained" in before and jax.process_index() == 0:
-        own = json.loads(metrics.read_bytes())
-        write_json(metrics, own | {"untrained": before["untrained"]})
+    if kept and jax.process_index() == 0:
+        write_json(metrics, read_json(metrics, "the results") | kept)
 
 
 def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:
@@ -221,26 +209,31 @@ def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:
         )
 
 
-def collect(names: Sequence[str], found: dict[int, Detections]) -> GalleryDetections:
-    """Lays the detections of all images end to end."""
-    rows = [found[index] for index in range(len(names))]
-    counts = [int(row.valid.sum()) for row in rows]
-    return GalleryDetections(
-        names=tuple(names),
-        offsets=np.cumsum([0, *counts], dtype=np.int64),
-        boxes=np.concatenate([row.boxes[row.valid] for row in rows]),
-        scores=np.concatenate([row.scores[row.valid] for row in rows]),
-        # As a reader of the saved file sees them.
-        embeddings=unit_embeddings(np.concatenate([row.embeddings[row.valid] for row in rows])),
-    )
+def people_of_images(batch: Batch, detections: Detections) -> Iterator[tuple[int, Detections]]:
+    """(image index, its people) of all images of a batch, those of other processes included.
 
-
-def _rows(batch: Batch, detections: Detections) -> Iterator[tuple[int, Detections]]:
-    """(image index, its detections) of all images of a batch, those of other processes included."""
-    flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), detections)
-    gathered = (batch.index, batch.valid_image, flat)
+    Detections [devices, B / devices, K] become the valid ones of each image, as a reader of the
+    saved file sees them; those that only fill up K are not kept.
+    """
+    gathered = (batch.index, batch.valid_image, jax.device_get(detections))
     if jax.process_count() > 1:
         gathered = multihost_utils.process_allgather(gathered, tiled=True)
-    index, valid, flat = gathered
-    for row in np.flatnonzero(valid):
-        yield int(index[row]), jax.tree.map(lambda x, row=row: x[row], flat)
+    index, valid, found = gathered
+    for image, is_valid, people in zip(index.tolist(), valid, people_of(found), strict=True):
+        if is_valid:
+            unit = unit_embeddings(np.asarray(people.embeddings))
+            yield image, dataclasses.replace(people, embeddings=unit)
+
+
+def protocol_row(
+    split: PreparedSplit, protocol: SearchProtocol, ranking: Ranking, query: int, title: str
+) -> PictureRow:
+    """Query number `query` of a protocol, below a title, and its first results."""
+    names = split.annotations.names
+    found = zip(ranking.image, ranking.boxes, ranking.similarity, ranking.is_match, strict=True)
+    results = (
+        Result(photo_of(split, image), names[image], box, float(similarity), bool(is_match))
+        for image, box, similarity, is_match in found
+    )
+    image, box = int(protocol.query_image[query]), protocol.query_box[query]
+    return picture_row(title, photo_of(split, image), names[image], box, results)

@@ -25,7 +25,8 @@ from ml_collections import ConfigDict
 from alignps_jax.boxes import iou
 from alignps_jax.checkpoint.store import load_config, load_weights
 from alignps_jax.devices import parallel_predict_step
-from alignps_jax.evaluation.evaluate import Evaluator, Measured, make_evaluator
+from alignps_jax.evaluation.evaluate import Evaluator, make_evaluator
+from alignps_jax.evaluation.results import Measured
 from alignps_jax.evaluation.scoring import make_scorer
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import weights_template
@@ -147,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print("products                   mAP   AP   lost    score  box (px)  1 - cosine")
     for name, (measured, moved) in found.items():
-        search = next(iter(measured.result.searches.values()))
+        search = next(iter(measured.searches.values()))
         print(
-            f"{name:25}{100 * search.mAP:6.2f}{100 * measured.result.detection.AP:6.2f}"
+            f"{name:25}{100 * search.mAP:6.2f}{100 * measured.detection.AP:6.2f}"
             f"{moved.lost:4}/{moved.of}{moved.score:9.1e}{moved.box:10.1e}{1 - moved.cosine:12.1e}"
         )
     return 0
