@@ -27,8 +27,7 @@ def context_people(
 ) -> Int[np.ndarray, "P"]:
     """Rows of the query and of the best-scored other people of its photo, `limit` in all.
 
-    Only detections with a score of at least `score_threshold` count as other people, as in the
-    gallery; the query itself always counts.
+    Other people have a score of at least `score_threshold`, as in the gallery.
     """
     photo = np.arange(len(detections.scores))[detections.of(image)]
     scores = detections.scores[photo]
@@ -45,7 +44,7 @@ def rescore(
     embeddings: Float[np.ndarray, "M D"],
     images: int,
 ) -> Float[np.ndarray, "R"]:
-    """Similarities of one query's gallery detections after the context had its say.
+    """Similarities of one query's gallery detections after context matching (CBGM).
 
     The gallery detections are `rows` of `embeddings` (unit length), image after image: image i
     owns `offsets[i]:offsets[i + 1]` of them. In each of the `images` images with the most similar

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -24,27 +25,16 @@ from alignps_jax.gallery.sources import MediaFile, media_files, report_skipped
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import detect_all
 from alignps_jax.log import progress
-from alignps_jax.types import Detections, UserError
+from alignps_jax.types import Detections, GalleryDetections, UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """The people in a photo or frame, whose size (height, width) and boxes are as stored.
-
-    `name` is its path from the source, `second` its place in a video, `turned` whether a viewer
-    turns it.
-    """
+class Found(NamedTuple):
+    """The people in a photo or frame, whose size (height, width) and boxes are as stored."""
 
     name: str
-    second: float | None
     size: tuple[int, int]
-    turned: bool
     people: Detections
-
-    @property
-    def image(self) -> str:
-        """The name; of a frame with its second."""
-        return self.name if self.second is None else f"{self.name}#t={self.second:.3f}"
+    turned: bool  # by viewers
 
 
 def detect_source(
@@ -52,16 +42,10 @@ def detect_source(
 ) -> None:
     """Writes everybody in the photos and videos of a source with at least the score threshold.
 
-    Photos are named from `source` on, and boxes are in pixels of the photo as stored, without its
-    EXIF orientation: as data sets have them.
-
-    Args:
-      checkpoint: of the network.
-      config: what to use it with, mostly its own.
-      source: a folder, photo or video.
-      every: seconds between the frames of a video.
-      target: a .json file (COCO with a `score`; boxes x, y, width, height), a .csv file (x1, y1,
-        x2, y2), or an .npz file as `save_detections` writes it.
+    Photos are named from `source` on, which is a folder, photo or video; of videos, there is a
+    frame `every` so many seconds. Boxes are in pixels of the photo as stored, without its EXIF
+    orientation, as data sets have them. The target is a .json file (COCO, with a `score`), a .csv
+    file, or an .npz file as `save_detections` writes it.
 
     Raises:
       UserError: the checkpoint or source is wrong, or the target cannot be written.
@@ -87,13 +71,12 @@ def detect_source(
                 found.append(_as_stored(result.tag, people))
             bar.update(result.tag.final)
     if found:
-        WRITERS[suffix](target, found)
-        count, turned = (sum(len(x.people.scores) for x in found), sum(x.turned for x in found))
-        print(
-            f"found {count:,} people (scores >= {threshold:g}) in {len(found):,} photos and frames"
-        )
-        if turned:
-            print(f"note: viewers turn {turned:,} of the photos (EXIF); boxes are as stored")
+        everybody = lay_out([one.name for one in found], [one.people for one in found])
+        WRITERS[suffix](target, everybody, [one.size for one in found])
+        count = f"{len(everybody.scores):,} people (scores >= {threshold:g})"
+        print(f"found {count} in {len(found):,} photos and frames")
+        if turned := sum(one.turned for one in found):
+            print(f"note: viewers turn {turned:,} photos (EXIF); boxes are those as stored")
         print(f"detections  {target}")
     report_skipped(skipped, len(files))
     if not found:
@@ -109,14 +92,16 @@ def _tasks(files: list[MediaFile], every: float, max_pixels: int) -> Iterator[Ta
 
 
 def _as_stored(read: SceneRead, people: Detections) -> Found:
-    file, scene = read.file, read.scene
+    name, scene = read.file.name, read.scene
     assert scene is not None
-    orientation = 1 if file.is_video else _orientation(file.path)
-    size = scene.height, scene.width
+    size, orientation = (scene.height, scene.width), 1
+    if scene.second is None:
+        orientation = _orientation(scene.path)
+    else:
+        name += f"#t={scene.second:.3f}"
     boxes = boxes_as_stored(np.asarray(people.boxes), size, orientation)
-    stored_size = size[::-1] if orientation > 4 else size
     people = dataclasses.replace(people, boxes=boxes)
-    return Found(file.name, scene.second, stored_size, orientation > 1, people)
+    return Found(name, size[::-1] if orientation > 4 else size, people, orientation > 1)
 
 
 def _orientation(path: str) -> int:
@@ -145,44 +130,44 @@ def boxes_as_stored(
     return np.stack(stored, axis=2).reshape(-1, 4)
 
 
-def _write_coco(target: Path, found: Sequence[Found]) -> None:
-    images: list[dict[str, object]] = []
-    annotations: list[dict[str, object]] = []
-    for number, one in enumerate(found, start=1):
-        height, width = one.size
-        images.append({"id": number, "file_name": one.image, "height": height, "width": width})
-        people = zip(one.people.boxes.tolist(), one.people.scores.tolist(), strict=True)
-        for (x1, y1, x2, y2), score in people:
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": 1,
-                "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
-                "area": round((x2 - x1) * (y2 - y1), 3),
-                "iscrowd": 0,
-                "score": round(score, 6),
-            }
-            annotations.append(annotation)
+def _write_coco(target: Path, found: GalleryDetections, sizes: Sizes) -> None:
+    images = [
+        {"id": number, "file_name": name, "height": height, "width": width}
+        for number, (name, (height, width)) in enumerate(zip(found.names, sizes, strict=True), 1)
+    ]
+    annotations = [
+        {
+            "id": number,
+            "image_id": image + 1,
+            "category_id": 1,
+            "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
+            "area": round((x2 - x1) * (y2 - y1), 3),
+            "iscrowd": 0,
+            "score": round(score, 6),
+        }
+        for number, (image, (x1, y1, x2, y2), score) in enumerate(_rows(found), 1)
+    ]
     categories = [{"id": 1, "name": "person"}]
     write_json(target, {"images": images, "annotations": annotations, "categories": categories})
 
 
-def _write_csv(target: Path, found: Sequence[Found]) -> None:
+def _write_csv(target: Path, found: GalleryDetections, sizes: Sizes) -> None:
     with complete_file(target) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("image", "second", "x1", "y1", "x2", "y2", "score"))
-        for one in found:
-            second = "" if one.second is None else f"{one.second:.3f}"
-            for box, score in zip(one.people.boxes.tolist(), one.people.scores, strict=True):
-                writer.writerow((one.name, second, *(f"{x:.3f}" for x in box), f"{score:.6f}"))
+        writer.writerow(("image", "x1", "y1", "x2", "y2", "score"))
+        for image, box, score in _rows(found):
+            writer.writerow((found.names[image], *(f"{x:.3f}" for x in box), f"{score:.6f}"))
 
 
-def _write_npz(target: Path, found: Sequence[Found]) -> None:
-    save_detections(target, lay_out([one.image for one in found], [one.people for one in found]))
+def _rows(found: GalleryDetections) -> Iterator[tuple[int, list[float], float]]:
+    """Number of the image, box and score of each person."""
+    images = np.repeat(np.arange(len(found.names)), np.diff(found.offsets))
+    return zip(images.tolist(), found.boxes.tolist(), found.scores.tolist(), strict=True)
 
 
-WRITERS: dict[str, Callable[[Path, Sequence[Found]], None]] = {
+Sizes = Sequence[tuple[int, int]]
+WRITERS: dict[str, Callable[[Path, GalleryDetections, Sizes], None]] = {
     ".json": _write_coco,
     ".csv": _write_csv,
-    ".npz": _write_npz,
+    ".npz": lambda target, found, _: save_detections(target, found),
 }

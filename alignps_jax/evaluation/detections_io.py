@@ -26,8 +26,6 @@ _ARRAYS: dict[str, Any] = {
 }
 # An embedding this close to length one is taken as it is: float32 rounding, not another scale.
 _UNIT_TOLERANCE = 1e-6
-# Rows that are normalized at a time.
-_ROWS = 1 << 16
 
 
 def lay_out(names: Sequence[str], found: Sequence[Detections]) -> GalleryDetections:
@@ -50,12 +48,10 @@ def save_detections(path: Path, detections: GalleryDetections) -> None:
 
 
 def load_detections(path: str | os.PathLike[str]) -> GalleryDetections:
-    """Reads what `save_detections` wrote, or an equal file of another program.
+    """Reads `image_names`, `offsets`, `boxes`, `scores` and `embeddings` of an .npz archive.
 
-    The file holds `image_names` [N], `offsets` [N + 1], `boxes` [M, 4] (x1, y1, x2, y2 in the
-    photo's pixels), `scores` [M] and `embeddings` [M, D]. Embeddings are divided by their length;
-    those of length one are returned bit for bit. The rows of an image come back best score first
-    (ties keep the file's order).
+    Embeddings are divided by their length; those of length one are returned bit for bit. The rows
+    of an image come back best score first (ties keep the file's order).
 
     Raises:
       UserError: the file is no .npz archive, or damaged; an array is missing, or has another type
@@ -85,12 +81,9 @@ def _read(path: Path) -> GalleryDetections:
         raise
     except Exception as error:  # NumPy and zipfile have many kinds for damaged bytes
         raise ValueError(f"is no archive (.npz) of {', '.join(_ARRAYS)} ({error})") from error
-    rows, offsets, dimension = (
-        arrays["scores"].size,
-        arrays["offsets"],
-        arrays["embeddings"].shape[1:2],
-    )
-    shapes = (len(names),), (len(names) + 1,), (rows, 4), (rows,), (rows, *dimension)
+    rows, offsets = arrays["scores"].size, arrays["offsets"]
+    embeddings = rows, *arrays["embeddings"].shape[1:2]
+    shapes = (len(names),), (len(names) + 1,), (rows, 4), (rows,), embeddings
     for (name, array), shape in zip(arrays.items(), shapes, strict=True):
         if array.shape != shape:
             raise ValueError(f"{name}: found the shape {array.shape}, expected {shape}")
@@ -125,11 +118,8 @@ def unit_embeddings(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "
     """
     lengths = np.sqrt(np.einsum("md,md->m", embeddings, embeddings, dtype=np.float64))
     lengths[(np.abs(lengths - 1) <= _UNIT_TOLERANCE) | (lengths == 0)] = 1.0
-    unit = np.empty(embeddings.shape, np.float32)
-    for start in range(0, len(unit), _ROWS):  # the quotients have 64 bits
-        rows = slice(start, start + _ROWS)
-        unit[rows] = embeddings[rows] / lengths[rows, None]
-    return unit
+    unit = np.empty(embeddings.shape, np.float32)  # of quotients of 64 bits, a few at a time
+    return np.divide(embeddings, lengths[:, None], out=unit, dtype=np.float64, casting="unsafe")
 
 
 def rows_of_images(

@@ -15,25 +15,15 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from alignps_jax import devices
 from alignps_jax.checkpoint.choice import agreed_step
 from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.checkpoint.store import load_weights
-from alignps_jax.devices import (
-    parallel_predict_step,
-    replicate,
-    split_over_devices,
-    use_compilation_cache,
-)
-from alignps_jax.distributed import main_process_first
+from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.drawing.canvas import draw_detections
 from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
-from alignps_jax.evaluation.detections_io import (
-    check_values,
-    lay_out,
-    save_detections,
-    unit_embeddings,
-)
-from alignps_jax.evaluation.metrics import Ranking
+from alignps_jax.errors import blame
+from alignps_jax.evaluation import detections_io
 from alignps_jax.evaluation.results import Measured
 from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
 from alignps_jax.files import check_outputs, read_json, write_image, write_json
@@ -41,14 +31,7 @@ from alignps_jax.inference.many import people_of
 from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
 from alignps_jax.nn.model import weights_template
-from alignps_jax.types import (
-    Batch,
-    Detections,
-    GalleryDetections,
-    SearchProtocol,
-    UserError,
-    blame,
-)
+from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import PreparedSplit, prepare
 from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
 
@@ -56,9 +39,7 @@ from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
 DETECTIONS, RANKINGS = "detections.npz", "rankings.png"
 OUTPUTS = (METRICS, QUERIES, DETECTIONS, RANKINGS)
 
-EXAMPLE_IMAGES = 4
-EXAMPLE_FAILURES = 3
-EXAMPLE_OTHERS = 3
+EXAMPLE_IMAGES, EXAMPLE_FAILURES, EXAMPLE_OTHERS = 4, 3, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,28 +61,27 @@ class Evaluator:
         Raises:
           UserError: the network gives something that is not a number.
         """
-        params, frozen = replicate((params, frozen))
+        params, frozen = devices.replicate((params, frozen))
         found: dict[int, Detections] = {}
-        leads = jax.process_index() == 0
-        batches = progress(
-            self.batches, desc="evaluate", unit="batch", leave=False, disable=not leads
-        )
+        bar = {"desc": "evaluate", "unit": "batch", "leave": False}
+        batches = progress(self.batches, disable=not is_main_process(), **bar)
         dispatched = (
-            (batch, self.predict(params, frozen, split_over_devices(batch))) for batch in batches
+            (batch, self.predict(params, frozen, devices.split_over_devices(batch)))
+            for batch in batches
         )
         # A batch is read back once the next one is under way: the device never waits for us.
         ahead: Iterator[tuple[Any, Any]] = pairwise(chain(dispatched, [None]))
         for (batch, detections), _ in ahead:
             found.update(people_of_images(batch, detections))
         names = self.split.annotations.names
-        everybody = lay_out(names, [found[index] for index in range(len(names))])
+        everybody = detections_io.lay_out(names, [found[index] for index in range(len(names))])
         with blame("detections of the network"):
-            check_values(everybody)
+            detections_io.check_values(everybody)
         return everybody
 
     def log(self, measured: Measured, log: MetricLog) -> None:
         """Writes metrics and a few pictures of detections to the log (first process only)."""
-        if jax.process_index() != 0:
+        if not is_main_process():
             return
         step, detections = int(measured.step or 0), measured.detections
         metrics = {"detection": measured.metrics["detection"], **measured.metrics["search"]}
@@ -116,22 +96,18 @@ class Evaluator:
 
     def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""
-        if jax.process_index() != 0:
+        if not is_main_process():
             return
-        saved, pictures = workdir / DETECTIONS, workdir / RANKINGS
-        save_detections(saved, trained.detections)
+        detections_io.save_detections(workdir / DETECTIONS, trained.detections)
         self.scorer.write(workdir, trained, untrained)
-        write_image(pictures, ranking_picture(self.ranking_rows(trained)))
-        print(f"detections  {saved}\nrankings    {pictures}")
+        write_image(workdir / RANKINGS, ranking_picture(self._example_rows(trained)))
+        print(f"detections  {workdir / DETECTIONS}\nrankings    {workdir / RANKINGS}")
 
-    def ranking_rows(self, measured: Measured) -> Iterator[PictureRow]:
-        """Some queries of the first protocol with their first results."""
-        protocol = self.scorer.protocols[0]
-        search = measured.searches[protocol.name]
+    def _example_rows(self, measured: Measured) -> Iterator[PictureRow]:
+        search = measured.searches[self.scorer.protocols[0].name]
         for query in example_queries(search.worst_first()):
-            ranking = self.scorer.rank(measured.detections, query)
             title = f"query, AP {search.outcomes[query].ap:.2f}"
-            yield protocol_row(self.split, protocol, ranking, query, title)
+            yield query_row(self.scorer, self.split, measured.detections, query, title)
 
 
 def make_evaluator(
@@ -140,26 +116,14 @@ def make_evaluator(
     scorer: Scorer,
     predict: Callable[[Any, Any, Batch], Detections] | None = None,
 ) -> Evaluator:
-    """An evaluator of the configured network on a prepared split of `config.data`.
+    """An evaluator of the configured network on the photos of a split and their annotations.
 
-    Args:
-      config: the configuration.
-      split: the photos.
-      scorer: for their annotations.
-      predict: that of another evaluator of the network, whose compiled programs are used again.
+    `predict` is that of another evaluator of the network, whose compiled programs are used again.
     """
-    return Evaluator(
-        predict=predict or parallel_predict_step(make_predict_step(config)),
-        batches=make_eval_batches(
-            split,
-            config.data,
-            batch_size=config.eval.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
-        split=split,
-        scorer=scorer,
-    )
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = make_eval_batches(split, config.data, batch_size=config.eval.batch_size, **process)
+    predict = predict or devices.parallel_predict_step(make_predict_step(config))
+    return Evaluator(predict, batches, split, scorer)
 
 
 def example_queries(worst_first: Int[np.ndarray, "Q"]) -> list[int]:
@@ -179,14 +143,13 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
       UserError: there is no such checkpoint, it does not fit `config`, the data is wrong, or
         `workdir` cannot be written; all that is found before the evaluation.
     """
-    if jax.process_index() == 0:
+    if is_main_process():
         check_outputs(*(workdir / name for name in OUTPUTS))
-    use_compilation_cache()
+    devices.use_compilation_cache()
     check_batch_size(config, "eval")
-    metrics, kept = workdir / METRICS, {}
+    metrics, expected, stored = workdir / METRICS, "the results of this run", {}
     if workdir == results_folder(checkpoint) and metrics.is_file():
-        stored = read_json(metrics, "the results of this run")
-        kept = {"untrained": stored["untrained"]} if "untrained" in stored else {}
+        stored = read_json(metrics, expected)
     step, by = agreed_step(checkpoint, config)
     weights = load_weights(step, weights_template(inference_model(config)))
     with main_process_first():
@@ -194,18 +157,18 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
     evaluator.write(measured.chosen(by), None, workdir)
-    if kept and jax.process_index() == 0:
-        write_json(metrics, read_json(metrics, "the results") | kept)
+    if "untrained" in stored and is_main_process():
+        write_json(metrics, read_json(metrics, expected) | {"untrained": stored["untrained"]})
 
 
 def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:
     """Raises UserError unless every device takes the same number of images in each of `parts`."""
-    batch_size, devices = config[section].batch_size, jax.device_count()
-    if batch_size % (devices * parts):
+    batch_size, count = config[section].batch_size, jax.device_count()
+    if batch_size % (count * parts):
         accumulated = f" times config.train.accumulate, {parts}" if parts > 1 else ""
         raise UserError(
             f"config.{section}.batch_size: found {batch_size}, expected a multiple of the number "
-            f"of devices, {devices}{accumulated}"
+            f"of devices, {count}{accumulated}"
         )
 
 
@@ -221,15 +184,19 @@ def people_of_images(batch: Batch, detections: Detections) -> Iterator[tuple[int
     index, valid, found = gathered
     for image, is_valid, people in zip(index.tolist(), valid, people_of(found), strict=True):
         if is_valid:
-            unit = unit_embeddings(np.asarray(people.embeddings))
+            unit = detections_io.unit_embeddings(np.asarray(people.embeddings))
             yield image, dataclasses.replace(people, embeddings=unit)
 
 
-def protocol_row(
-    split: PreparedSplit, protocol: SearchProtocol, ranking: Ranking, query: int, title: str
+def query_row(
+    scorer: Scorer, split: PreparedSplit, detections: GalleryDetections, query: int, title: str
 ) -> PictureRow:
-    """Query number `query` of a protocol, below a title, and its first results."""
-    names = split.annotations.names
+    """Query number `query` of the first protocol, below a title, and its first results."""
+    names, protocol, ranking = (
+        split.annotations.names,
+        scorer.protocols[0],
+        scorer.rank(detections, query),
+    )
     found = zip(ranking.image, ranking.boxes, ranking.similarity, ranking.is_match, strict=True)
     results = (
         Result(photo_of(split, image), names[image], box, float(similarity), bool(is_match))

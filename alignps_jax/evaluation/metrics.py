@@ -1,23 +1,21 @@
 """The published metrics: detection AP and recall, search mAP and top-k.
 
-Search follows the released evaluations of CUHK-SYSU and PRW, which differ in the gallery only, and
-the protocol says what that is. Where the release leaves a case open or crashes:
+Search follows the released evaluations of CUHK-SYSU and PRW, which differ in the gallery only.
+Where the release leaves a case open or crashes:
 
-- A query photo without detections has no embedding: AP 0, never a hit.
-- A query without a true positive (missed, or nobody to be found): AP 0, never a hit.
+- A query without detections in its photo, or without a true positive: AP 0, never a hit.
 - A gallery image without detections above the threshold adds nothing to the ranking, but still
   counts among the images that hold the person.
 - A gallery may list an image several times (TestG100 does, with another box of the person):
   each entry is searched for itself, the k-th entry of an image going with its k-th target.
-- Equal similarities: AP treats them as one step, as scikit-learn does. Which of them comes first
-  in a ranking is up to `argsort()[::-1]` of float32 values in the published order; that sort is
-  not stable, so the same call is made here.
+- Equal similarities: AP treats them as one step, as scikit-learn does. Their order in a ranking is
+  that of the released `argsort()[::-1]` of float32 values, which is not stable.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -49,10 +47,7 @@ class PrecisionRecall:
 
 @dataclasses.dataclass(frozen=True)
 class DetectionMetrics:
-    """How many people were found (`recall`) and how well (`AP`), both from 0 to 1.
-
-    `curve` is precision against recall; the area below it is `AP`.
-    """
+    """How many people were found and how well, from 0 to 1; `AP` is the area below the curve."""
 
     recall: float
     AP: float
@@ -84,6 +79,10 @@ class QueryOutcome:
         """Average precision, over all targets: a person that was not detected was not found."""
         return float(self.precision.sum()) / max(self.num_targets, 1)
 
+    def hit(self, k: int) -> bool:
+        """Whether there is a true positive among the first k detections."""
+        return self.first_hit is not None and self.first_hit < k
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchMetrics:
@@ -102,16 +101,12 @@ class SearchMetrics:
 
     @property
     def curve(self) -> PrecisionRecall:
-        """Precision against recall, mean over the queries; the area below it is `mAP`.
-
-        A query's precision at a recall is that of the ranking down to where the recall is reached,
-        0 if it never is.
-        """
+        """Precision against recall, mean over the queries; the area below it is `mAP`."""
         return mean_curve((one.precision, one.num_targets) for one in self.outcomes)
 
     def hits(self, k: int) -> Bool[np.ndarray, "Q"]:
         """Which queries have a true positive among their first k detections."""
-        return _hits(self.outcomes, k)
+        return np.array([one.hit(k) for one in self.outcomes], bool)
 
     def worst_first(self) -> Int[np.ndarray, "Q"]:
         """The queries, those without a hit at rank 0 first, lower AP first within each part."""
@@ -120,10 +115,7 @@ class SearchMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class Ranking:
-    """The gallery detections of one query, most similar first; none if its photo has none.
-
-    `row` are rows of the `GalleryDetections`, `image` indices of its images.
-    """
+    """The gallery detections of one query (rows of all detections), most similar first."""
 
     row: Int[np.ndarray, "R"]
     image: Int[np.ndarray, "R"]
@@ -139,20 +131,19 @@ def detection_metrics(
     score_threshold: float,
     labeled_only: bool = False,
 ) -> DetectionMetrics:
-    """Detection recall and AP as SeqNet's evaluation computes them.
+    """Detection recall and AP as SeqNet's evaluation computes them, on the same images.
 
     A detection finds a person if their IoU reaches `IOU_THRESHOLD` and each is the other's best
     (the first of equals). AP is the average precision of the detections with a score of at least
     `score_threshold`, times recall; 0 without people or detections. `labeled_only` counts only
     people with an identity, and leaves out images that have none (but not the detections of
-    unlabeled people in the others). Both arguments have the same images in the same order.
+    unlabeled people in the others).
     """
     scores, found, num_people = [np.zeros(0, np.float32)], [np.zeros(0, bool)], 0
     for image, boxes in enumerate(annotations.boxes):
-        if labeled_only:
-            boxes = boxes[annotations.labeled[image]]
-            if len(boxes) == 0:
-                continue
+        boxes = boxes[annotations.labeled[image]] if labeled_only else boxes
+        if labeled_only and len(boxes) == 0:
+            continue
         rows = detections.of(image)
         kept = detections.scores[rows] >= float(score_threshold)
         scores.append(detections.scores[rows][kept])
@@ -160,12 +151,8 @@ def detection_metrics(
         num_people += len(boxes)
     all_scores = np.concatenate(scores)
     precision = precision_at_hits(all_scores[np.concatenate(found)], all_scores)
-    people = max(num_people, 1)
-    return DetectionMetrics(
-        recall=precision.size / people,
-        AP=float(precision.sum()) / people,
-        curve=mean_curve([(precision, num_people)]),
-    )
+    people, curve = max(num_people, 1), mean_curve([(precision, num_people)])
+    return DetectionMetrics(precision.size / people, float(precision.sum()) / people, curve)
 
 
 def search_metrics(
@@ -184,45 +171,37 @@ def search_metrics(
     average precision times the share of images with a true positive. `context` adds SeqNet's
     bipartite matching.
     """
-    search = GallerySearch.prepare(protocol, detections, score_threshold, context)
+    search = GallerySearch(protocol, detections, score_threshold, context)
     # A query whose photo has no detections has nothing to search with: it stays a failure.
     outcomes = [QueryOutcome(len(images)) for images in protocol.target_images]
     for query, gallery, similarity in search.similarities(range(len(outcomes))):
         outcomes[query] = _outcome(search, gallery, similarity)
-    top = {f"top{k}": float(np.mean(_hits(outcomes, k))) for k in (1, 5, 10)}
-    mean = float(np.mean([one.ap for one in outcomes]))
-    return SearchMetrics(mAP=mean, **top, outcomes=tuple(outcomes))
-
-
-def _hits(outcomes: Sequence[QueryOutcome], k: int) -> Bool[np.ndarray, "Q"]:
-    ranks = (one.first_hit for one in outcomes)
-    return np.array([rank is not None and rank < k for rank in ranks], bool)
+    return SearchMetrics(
+        mAP=float(np.mean([one.ap for one in outcomes])),
+        **{f"top{k}": float(np.mean([one.hit(k) for one in outcomes])) for k in (1, 5, 10)},
+        outcomes=tuple(outcomes),
+    )
 
 
 def _outcome(
     search: GallerySearch, gallery: Gallery, similarity: Float[np.ndarray, "R"]
 ) -> QueryOutcome:
     """How one query fared in its gallery, whose detections have these similarities."""
-    # What is right depends on the similarities too: of several detections on the person, the most
-    # similar one counts, and the others are wrong.
     matches = search.true_positives(gallery, similarity)
-    # The most similar wrong result tells why a query fails.
-    wrong_row, wrong_similarity = None, 0.0
-    if similarity.size > matches.size:
-        others = similarity.copy()
-        others[matches] = -np.inf
-        best = int(others.argmax())
-        wrong_row = int(search.kept_rows[gallery.rows[best]])
-        wrong_similarity = float(others[best])
-    return QueryOutcome(
+    outcome = QueryOutcome(
         num_targets=len(gallery.target_positions),
         detected=True,
         # AP needs no ranking, only how much scores as well as each hit.
         precision=precision_at_hits(similarity[matches], similarity),
         first_hit=_first_hit(gallery, similarity, matches) if matches.size else None,
-        wrong_row=wrong_row,
-        wrong_similarity=wrong_similarity,
     )
+    if similarity.size == matches.size:
+        return outcome
+    others = similarity.copy()
+    others[matches] = -np.inf
+    best = int(others.argmax())
+    row = int(search.kept_rows[gallery.rows[best]])
+    return dataclasses.replace(outcome, wrong_row=row, wrong_similarity=float(others[best]))
 
 
 def rank_gallery(
@@ -234,19 +213,14 @@ def rank_gallery(
     context: ContextMatching | None = None,
 ) -> Ranking:
     """The ranked gallery of query number `query`, by the rules of `search_metrics`."""
-    search = GallerySearch.prepare(protocol, detections, score_threshold, context)
+    search = GallerySearch(protocol, detections, score_threshold, context)
     row, similarities, is_match = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool)
     for _, gallery, similarity in search.similarities([query]):
         order = published_order(gallery, similarity)
         row, similarities = search.kept_rows[gallery.rows[order]], similarity[order]
         is_match = np.isin(order, search.true_positives(gallery, similarity))
-    return Ranking(
-        row=row,
-        image=np.searchsorted(detections.offsets, row, side="right") - 1,
-        boxes=detections.boxes[row],
-        similarity=similarities,
-        is_match=is_match,
-    )
+    image = np.searchsorted(detections.offsets, row, side="right") - 1
+    return Ranking(row, image, detections.boxes[row], similarities, is_match)
 
 
 def _first_hit(
@@ -268,8 +242,7 @@ def found_people(
         return np.zeros(len(boxes), bool)
     # The release compares IoUs that it stored as float32.
     overlap = np.asarray(iou(exact(people)[:, None], exact(boxes)[None]), np.float32)
-    person = overlap.argmax(axis=0)
-    detection = np.arange(len(boxes))
+    person, detection = overlap.argmax(axis=0), np.arange(len(boxes))
     mutual = overlap.argmax(axis=1)[person] == detection
     return mutual & (overlap[person, detection] >= IOU_THRESHOLD)
 
@@ -280,11 +253,8 @@ def precision_at_hits(
     """Precision among everything that scores at least as much as each hit, worst hit first.
 
     Equal scores count together. The mean over the hits is scikit-learn's average precision, hence
-    the sum over the number of things to be found is average precision times recall.
-
-    Args:
-      hit_scores: the scores of the hits, in any order.
-      scores: those of all results, the hits among them.
+    the sum over the number of things to be found is average precision times recall. `scores` are
+    those of all results, the hits among them, in any order.
     """
     if hit_scores.size == 0:
         return np.zeros(0)
@@ -298,15 +268,10 @@ def precision_at_hits(
 def mean_curve(hits: Iterable[tuple[Float[np.ndarray, "_P"], int]]) -> PrecisionRecall:
     """The mean of the curves of several queries.
 
-    Args:
-      hits: per query `precision_at_hits`, and the number n of what could have been found. The k-th
-        best hit stands for the recalls from (k - 1) / n to k / n; beyond the last hit precision is
-        zero.
+    Of each, `hits` has `precision_at_hits` and the number n of what could have been found. The k-th
+    best hit stands for the recalls from (k - 1) / n to k / n; beyond the last one precision is 0.
     """
-    steps = [
-        (np.arange(len(precision) + 1) / max(total, 1), precision[::-1])
-        for precision, total in hits
-    ]
+    steps = [(np.arange(len(found) + 1) / max(n, 1), found[::-1]) for found, n in hits]
     edges = np.unique(np.concatenate([[0.0, 1.0], *(edges for edges, _ in steps)]))
     # What every query adds to the sum where one of its steps begins, and takes off where it ends.
     change = np.zeros(len(edges))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -46,27 +47,21 @@ class Gallery:
 
 @dataclasses.dataclass(frozen=True)
 class GallerySearch:
-    """A protocol, the detections, and which of them (K rows) reach the threshold."""
+    """A protocol, the detections, and the rules of the search."""
 
     protocol: SearchProtocol
     detections: GalleryDetections
-    kept_rows: Int[np.ndarray, "K"]
-    kept_offsets: Int[np.ndarray, "N_plus_1"]
     score_threshold: float
     context: cbgm.ContextMatching | None
 
-    @classmethod
-    def prepare(
-        cls,
-        protocol: SearchProtocol,
-        detections: GalleryDetections,
-        score_threshold: float,
-        context: cbgm.ContextMatching | None,
-    ) -> GallerySearch:
-        """Applies the threshold."""
-        kept = np.flatnonzero(detections.scores >= float(score_threshold))
-        offsets = np.searchsorted(kept, detections.offsets)
-        return cls(protocol, detections, kept, offsets, float(score_threshold), context)
+    @cached_property
+    def kept_rows(self) -> Int[np.ndarray, "K"]:
+        """The detections that reach the threshold."""
+        return np.flatnonzero(self.detections.scores >= self.score_threshold)
+
+    @cached_property
+    def _kept_offsets(self) -> Int[np.ndarray, "N_plus_1"]:
+        return np.searchsorted(self.kept_rows, self.detections.offsets)
 
     def query_row(self, query: int) -> int | None:
         """The detection with the highest IoU (widths + 1) with the query box, if there is any."""
@@ -98,7 +93,7 @@ class GallerySearch:
     def gallery(self, query: int) -> Gallery:
         """The kept detections of a query's gallery images."""
         images = self.protocol.gallery[query]
-        rows, offsets = rows_of_images(self.kept_offsets, images)
+        rows, offsets = rows_of_images(self._kept_offsets, images)
         positions = _positions(images, self.protocol.target_images[query])
         return Gallery(rows, offsets, positions, self.protocol.target_boxes[query])
 

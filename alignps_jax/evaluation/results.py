@@ -1,14 +1,11 @@
-"""What an evaluation found, and how it is reported: a table, `metrics.json`, `queries.csv`.
-
-A reader of a file sees the old one or the new one, never half of one.
-"""
+"""What an evaluation found, as a table, by the names in `metrics.json`, and query by query."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,7 @@ class Measured:
 
     Attributes:
       step: of the checkpoint in training; None: the detections are from a file.
-      detections: in the test images, from which the metrics were computed.
+      detections: from which the metrics were computed.
       detection, labeled_detection: of everybody, and of people with an identity.
       searches: by the names of the protocols.
       chosen_by: what chose the step among those of its run; None: nothing was chosen.
@@ -75,12 +72,8 @@ def _values(found: DetectionMetrics | SearchMetrics, names: Iterable[str]) -> di
 def print_results(conditions: str, results: Mapping[str, Measured]) -> None:
     """Prints a table to stdout, one line per system and search protocol, in percent.
 
-    Plain text, at most 80 columns wide for protocol names of up to 12 letters, when stdout is not
-    a terminal.
-
-    Args:
-      conditions: how the systems were measured, for the title.
-      results: by system ("trained" or "untrained").
+    `conditions` say in the title how the systems ("trained", "untrained") were measured. Plain text
+    of at most 80 columns, for protocol names of up to 12 letters, when stdout is not a terminal.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("system")
@@ -93,18 +86,14 @@ def print_results(conditions: str, results: Mapping[str, Measured]) -> None:
     for system, result in results.items():
         found = result.metrics
         cells = [*found["detection"].values(), *found["detection_labeled"].values()]
-        lead = [system, *map(_percent, cells)]
+        lead = [system, *(f"{100 * value:.1f}" for value in cells)]
         for name, search in found["search"].items():
-            table.add_row(*lead, name, *map(_percent, search.values()))
+            table.add_row(*lead, name, *(f"{100 * value:.1f}" for value in search.values()))
             lead = [""] * len(lead)  # it holds for all protocols
     # Made at each call: the present stdout decides on colors, and on line or ASCII drawing.
     console = Console(width=_WIDTH, highlight=False, markup=False, emoji=False)
     console.print(f"\n{conditions}; metrics in percent\n", soft_wrap=True)
     console.print(table)
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
 
 
 def fraction(value: object) -> float:
@@ -128,9 +117,6 @@ def write_queries_csv(path: Path, protocols: Iterable[SearchProtocol], measured:
     its photo, `first_hit` is the rank of the first right result, from 1 (empty: none). `matches`
     of the `targets` images that hold the person have a right result. `wrong_...` is the most
     similar wrong result (empty: there is none). Boxes are in the photo's pixels.
-
-    Raises:
-      UserError: the file cannot be written.
     """
     text, detections = io.StringIO(), measured.detections
     writer = csv.writer(text, lineterminator="\n")
@@ -144,18 +130,15 @@ def write_queries_csv(path: Path, protocols: Iterable[SearchProtocol], measured:
     write_atomically(path, text.getvalue().encode())
 
 
-def _cells(outcome: QueryOutcome, detections: GalleryDetections) -> Iterator[object]:
-    yield "yes" if outcome.detected else "no"
-    yield round(outcome.ap, 6)
-    yield "" if outcome.first_hit is None else outcome.first_hit + 1
-    yield from (outcome.num_targets, outcome.precision.size)
-    if outcome.wrong_row is not None:
-        image = int(detections.offsets.searchsorted(outcome.wrong_row, side="right")) - 1
-        yield detections.names[image]
-        yield from _rounded(detections.boxes[outcome.wrong_row])
-        yield round(outcome.wrong_similarity, 6)
-    else:
-        yield from [""] * 6
+def _cells(outcome: QueryOutcome, detections: GalleryDetections) -> tuple[object, ...]:
+    rank = "" if outcome.first_hit is None else outcome.first_hit + 1
+    counts = outcome.num_targets, outcome.precision.size
+    cells = ("yes" if outcome.detected else "no", round(outcome.ap, 6), rank, *counts)
+    row = outcome.wrong_row
+    if row is None:
+        return (*cells, *[""] * 6)
+    image = detections.names[int(detections.offsets.searchsorted(row, side="right")) - 1]
+    return (*cells, image, *_rounded(detections.boxes[row]), round(outcome.wrong_similarity, 6))
 
 
 def _rounded(box: Iterable[float]) -> list[float]:

@@ -1,7 +1,4 @@
-"""Metrics from detections: all that the published evaluations need besides a network's output.
-
-Only annotations are read, no image and no prepared record.
-"""
+"""Metrics from detections: all that the published evaluations need besides a network's output."""
 
 from __future__ import annotations
 
@@ -12,17 +9,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from alignps_jax.evaluation import metrics
 from alignps_jax.evaluation.cbgm import ContextMatching
 from alignps_jax.evaluation.detections_io import load_detections, rows_of_images
-from alignps_jax.evaluation.metrics import (
-    IOU_THRESHOLD,
-    DetectionMetrics,
-    Ranking,
-    SearchMetrics,
-    detection_metrics,
-    rank_gallery,
-    search_metrics,
-)
 from alignps_jax.evaluation.results import Measured, print_results, write_queries_csv
 from alignps_jax.files import check_outputs, write_json
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol, UserError
@@ -59,20 +48,20 @@ class Scorer:
 
     def detection(
         self, detections: GalleryDetections, labeled_only: bool = False
-    ) -> DetectionMetrics:
+    ) -> metrics.DetectionMetrics:
         """How well people were found, all of them or those with an identity only."""
-        threshold = self.settings.score_threshold
-        return detection_metrics(
-            self.annotations, detections, score_threshold=threshold, labeled_only=labeled_only
-        )
+        rules = {"score_threshold": self.settings.score_threshold, "labeled_only": labeled_only}
+        return metrics.detection_metrics(self.annotations, detections, **rules)
 
-    def search(self, protocol: SearchProtocol, detections: GalleryDetections) -> SearchMetrics:
+    def search(
+        self, protocol: SearchProtocol, detections: GalleryDetections
+    ) -> metrics.SearchMetrics:
         """How well the queries of one protocol were found."""
-        return search_metrics(protocol, detections, **self._rules)
+        return metrics.search_metrics(protocol, detections, **self._rules)
 
-    def rank(self, detections: GalleryDetections, query: int) -> Ranking:
+    def rank(self, detections: GalleryDetections, query: int) -> metrics.Ranking:
         """The ranked gallery of one query of the first protocol."""
-        return rank_gallery(self.protocols[0], detections, query, **self._rules)
+        return metrics.rank_gallery(self.protocols[0], detections, query, **self._rules)
 
     def conditions(self, measured: Measured) -> str:
         """One line on how this was measured."""
@@ -87,10 +76,7 @@ class Scorer:
         return ", ".join([*parts, f"scores >= {settings.score_threshold:g}"])
 
     def write(self, workdir: Path, measured: Measured, untrained: Measured | None = None) -> None:
-        """Prints the table; writes `metrics.json` and, query by query, `queries.csv`.
-
-        `untrained` is a network that learned nothing, for comparison.
-        """
+        """Prints the table; writes `metrics.json` and, query by query, `queries.csv`."""
         threshold, scores = self.settings.score_threshold, measured.detections.scores
         others = {"untrained": untrained} if untrained else {}
         system = "saved" if measured.step is None else "trained"
@@ -101,29 +87,24 @@ class Scorer:
                 f"note: nothing reached the score threshold {threshold:g} "
                 f"(config.eval.score_threshold); the best score is {best}"
             )
-        metrics, queries = workdir / METRICS, workdir / QUERIES
         content = {
             "dataset": self.dataset,
             "checkpoint_step": measured.step,
             "checkpoint_chosen_by": measured.chosen_by,
             "score_threshold": threshold,
             "boxes": self.settings.boxes,
-            "context_matching": list(self.settings.context_matching),
-            "iou_threshold": IOU_THRESHOLD,
+            "context_matching": self.settings.context_matching,
+            "iou_threshold": metrics.IOU_THRESHOLD,
             **measured.metrics,
             **{name: other.metrics for name, other in others.items()},
         }
-        write_json(metrics, content)
-        write_queries_csv(queries, self.protocols, measured)
-        print(f"metrics     {metrics}\nqueries     {queries}")
+        write_json(workdir / METRICS, content)
+        write_queries_csv(workdir / QUERIES, self.protocols, measured)
+        print(f"metrics     {workdir / METRICS}\nqueries     {workdir / QUERIES}")
 
 
 def make_scorer(config: ConfigDict) -> Scorer:
-    """Reads the annotations of the test images and the protocols of `config.eval`.
-
-    Raises:
-      UserError: the data set lacks files or a protocol.
-    """
+    """The scorer of the test images; UserError if the data set lacks files or a protocol."""
     return scorer_of(config, *load_test(config.data, config.eval.protocols))
 
 
@@ -140,10 +121,7 @@ def scorer_of(
 def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = None) -> None:
     """Scores a file of detections of the test images of `config.data`.
 
-    Args:
-      config: the configuration.
-      file: what `load_detections` reads; it is never written to.
-      workdir: where results go; None: `<name of the file>_rescored` beside it.
+    Results go to `workdir` or, without it, to `<name of the file>_rescored` beside the file.
 
     Raises:
       UserError: the file is not one of detections, or not of these images; the data is wrong; the
@@ -162,9 +140,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = N
 
 
 def detections_of(names: tuple[str, ...], file: Path) -> GalleryDetections:
-    """The saved detections of the test images `names`, in their order.
-
-    A note says how many other images the file has.
+    """The saved detections of the test images `names`, in their order; a note counts other images.
 
     Raises:
       UserError: the file is not one of detections, or images are missing.
@@ -177,10 +153,8 @@ def detections_of(names: tuple[str, ...], file: Path) -> GalleryDetections:
             f"{file}: lacks {len(missing):,} of the {len(names):,} test images, the first is "
             f"{missing[0]!r}; its own {len(position):,} begin with {saved.names[:1]}"
         )
-    if len(position) > len(names):
-        print(
-            f"note: {file} has {len(position) - len(names):,} images that are not in the test split"
-        )
+    if others := len(position) - len(names):
+        print(f"note: {file} has {others:,} images that are not in the test split")
     rows, offsets = rows_of_images(saved.offsets, np.array([position[name] for name in names], int))
     parts = saved.boxes[rows], saved.scores[rows], saved.embeddings[rows]
     return GalleryDetections(names, offsets, *parts)

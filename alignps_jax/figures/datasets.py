@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.drawing.rankings import PictureRow
-from alignps_jax.evaluation.evaluate import protocol_row
+from alignps_jax.evaluation.evaluate import query_row
 from alignps_jax.evaluation.metrics import PrecisionRecall, SearchMetrics
 from alignps_jax.evaluation.results import fraction
 from alignps_jax.evaluation.scoring import Scorer, detections_of, make_scorer
@@ -177,10 +177,10 @@ def compared_queries(config: ConfigDict, paths: Sequence[Path]) -> ComparedQueri
     split = prepare(config.data).test
     count = max(1, MAX_COMPARED_ROWS // len(detections))
     rows = (
-        protocol_row(
+        query_row(
+            scorer,
             split,
-            protocol,
-            scorer.rank(found, query),
+            found,
             query,
             f"{label}: AP {100 * metrics[label].per_query_ap[query]:.0f}",
         )

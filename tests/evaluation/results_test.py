@@ -22,16 +22,17 @@ from tests.evaluation.metrics_test import annotations_of, lay_out
 NO_CURVE = PrecisionRecall(np.array([0.0, 1.0]), np.zeros(1))
 
 
-def measured(protocols=("TestG50", "TestG100"), factor=1.0, step=41000, found=None):
+def measured(protocols=("TestG50", "TestG100"), factor=1.0, step=41000, chosen_by=None):
     return Measured(
         step=step,
-        detections=found or lay_out({"a.jpg": (np.ones((1, 4)), np.array([0.5]), np.ones((1, 1)))}),
+        detections=lay_out({"a.jpg": (np.ones((1, 4)), np.array([0.5]), np.ones((1, 1)))}),
         detection=DetectionMetrics(0.903 * factor, np.float64(0.812) * factor, NO_CURVE),
         labeled_detection=DetectionMetrics(0.95 * factor, 0.6 * factor, NO_CURVE),
         searches={
             name: SearchMetrics(*(factor * np.array([0.931, 0.9345, 0.98, 1.0]) - 0.01 * i), ())
             for i, name in enumerate(protocols)
         },
+        chosen_by=chosen_by,
     )
 
 
@@ -54,7 +55,7 @@ def test_table_shows_every_system_and_protocol_in_percent(capsys):
 
 def test_title_says_what_is_not_the_rule():
     assert scorer().conditions(measured()) == "cuhk_sysu, checkpoint step 41000, scores >= 0.2"
-    by = scorer().conditions(measured().chosen("being the last"))
+    by = scorer().conditions(measured(chosen_by="being the last"))
     assert by == "cuhk_sysu, checkpoint step 41000 (chosen by being the last), scores >= 0.2"
     other = scorer(boxes="ground_truth", context_matching=(30, 4))
     expected = "cuhk_sysu, ground truth boxes, context matching 30, 4, scores >= 0.2"
@@ -78,7 +79,7 @@ def test_table_survives_an_ascii_stdout(monkeypatch, tmp_path):
 
 
 def test_metrics_json(tmp_path):
-    chosen = measured().chosen("being the last")
+    chosen = measured(chosen_by="being the last")
     scorer(context_matching=(10, 3)).write(tmp_path / "new", chosen, measured(factor=0.5))
     content = json.loads((tmp_path / "new" / "metrics.json").read_text())
     search = {"mAP": 0.931, "top1": 0.9345, "top5": 0.98, "top10": 1.0}
