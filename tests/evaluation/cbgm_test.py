@@ -57,23 +57,6 @@ def test_rescore_equals_best_of_all_assignments(images, people):
         assert ours.dtype == similarity.dtype
 
 
-def test_rescore_of_nothing_is_nothing():
-    none = np.zeros(0, np.int64)
-    result = cbgm.rescore(
-        np.zeros(0, np.float32), none, np.zeros(4, int), np.array([0]), unit(np.ones((1, 3))), 10
-    )
-    assert result.shape == (0,)
-
-
-def test_alone_the_query_keeps_its_similarities():
-    rng = np.random.default_rng(0)
-    embeddings = unit(rng.normal(size=(9, 4)))
-    offsets = np.array([0, 3, 3, 8])
-    similarity = embeddings[:8] @ embeddings[8]
-    ours = cbgm.rescore(similarity, np.arange(8), offsets, np.array([8]), embeddings, 10)
-    np.testing.assert_allclose(ours, similarity, atol=1e-6)
-
-
 def scene():
     """A query with a companion; a lookalike alone is closer than the pair in the other image."""
     a, b = np.eye(4)[:2]

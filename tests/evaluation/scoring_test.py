@@ -8,20 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alignps_jax.evaluation.cbgm import ContextMatching
 from alignps_jax.evaluation.detections_io import load_detections, save_detections
-from alignps_jax.evaluation.metrics import search_metrics
 from alignps_jax.evaluation.scoring import evaluate_detections, make_scorer, scorer_of
 from alignps_jax.types import UserError
 from configs.cuhk import get_config
-from data_pipeline.sources.matlab import numbers, read_structs, structs, text
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.evaluation import metrics_oracles as oracle
-from tests.evaluation.metrics_test import detect, flat, lay_out, protocol_of
-from tests.places import SHARED
+from tests.evaluation.metrics_test import detect, flat, lay_out
 
 FILES = ("TestG50", "TestG100", "TestG4000", "Occlusion", "Resolution")
-REAL_PROTOCOL = SHARED / "TestG100.mat"
 
 
 def xywh(box):
@@ -239,37 +234,3 @@ def test_saved_and_read_again_the_metrics_are_the_same(cuhk, tmp_path):
     for name, search in first.searches.items():
         for one, other in zip(search.outcomes, second.searches[name].outcomes, strict=True):
             np.testing.assert_array_equal(flat(one), flat(other))
-
-
-@pytest.mark.skipif(not REAL_PROTOCOL.is_file(), reason="the real TestG100.mat is not here")
-def test_context_matching_on_real_queries(tmp_path):
-    """A few real queries with detections around the real boxes."""
-    rng = np.random.default_rng(4)
-    queries, people = [], {}
-    for number, row in enumerate(read_structs(REAL_PROTOCOL, "TestG100")):
-        if number % 400:
-            continue
-        (query,), entries = (map(dict.values, structs(row[part])) for part in ("Query", "Gallery"))
-        name, box, *_ = query
-        gallery = [(text(n), numbers(b).ravel().astype(int)) for n, b, _ in entries]
-        gallery = [(n, b if b.size else None) for n, b in gallery]
-        queries.append((text(name), numbers(box).ravel().astype(int), gallery))
-        for image, held in [queries[-1][:2], *gallery]:
-            boxes = people.setdefault(image, {})
-            if held is not None:
-                boxes[number] = np.concatenate([held[:2], held[:2] + held[2:]])
-    found = {image: detect(rng, boxes, tied=False) for image, boxes in people.items()}
-
-    def corners(box):
-        return None if box is None else np.concatenate([box[:2], box[:2] + box[2:]])
-
-    protocol = protocol_of(
-        [(p, corners(b), [(n, corners(t)) for n, t in g]) for p, b, g in queries], found
-    )
-    for context in ((10, 3), (30, 4)):
-        expected = oracle.search_cuhk(queries, found, 0.2, context)
-        ours = search_metrics(
-            protocol, lay_out(found), score_threshold=0.2, context=ContextMatching(*context)
-        )
-        np.testing.assert_allclose(ours.per_query_ap, expected[2], atol=1e-9)
-        assert ours.top1 == pytest.approx(expected[1][1], abs=1e-9)
