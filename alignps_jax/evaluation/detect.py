@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -27,14 +26,8 @@ from alignps_jax.inference.many import detect_all
 from alignps_jax.log import progress
 from alignps_jax.types import Detections, GalleryDetections, UserError
 
-
-class Found(NamedTuple):
-    """The people in a photo or frame, whose size (height, width) and boxes are as stored."""
-
-    name: str
-    size: tuple[int, int]
-    people: Detections
-    turned: bool  # by viewers
+# A photo or frame: its name, size (height, width) and people as stored; whether viewers turn it.
+Found = tuple[str, tuple[int, int], Detections, bool]
 
 
 def detect_source(
@@ -71,12 +64,13 @@ def detect_source(
                 found.append(_as_stored(result.tag, people))
             bar.update(result.tag.final)
     if found:
-        everybody = lay_out([one.name for one in found], [one.people for one in found])
-        WRITERS[suffix](target, everybody, [one.size for one in found])
-        count = f"{len(everybody.scores):,} people (scores >= {threshold:g})"
+        names, sizes, everybody, turned = zip(*found, strict=True)
+        saved = lay_out(names, everybody)
+        WRITERS[suffix](target, saved, sizes)
+        count = f"{len(saved.scores):,} people (scores >= {threshold:g})"
         print(f"found {count} in {len(found):,} photos and frames")
-        if turned := sum(one.turned for one in found):
-            print(f"note: viewers turn {turned:,} photos (EXIF); boxes are those as stored")
+        if any(turned):
+            print(f"note: viewers turn {sum(turned):,} photos (EXIF); boxes are those as stored")
         print(f"detections  {target}")
     report_skipped(skipped, len(files))
     if not found:
@@ -101,7 +95,7 @@ def _as_stored(read: SceneRead, people: Detections) -> Found:
         name += f"#t={scene.second:.3f}"
     boxes = boxes_as_stored(np.asarray(people.boxes), size, orientation)
     people = dataclasses.replace(people, boxes=boxes)
-    return Found(name, size[::-1] if orientation > 4 else size, people, orientation > 1)
+    return name, size[::-1] if orientation > 4 else size, people, orientation > 1
 
 
 def _orientation(path: str) -> int:

@@ -39,7 +39,7 @@ from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
 DETECTIONS, RANKINGS = "detections.npz", "rankings.png"
 OUTPUTS = (METRICS, QUERIES, DETECTIONS, RANKINGS)
 
-EXAMPLE_IMAGES, EXAMPLE_FAILURES, EXAMPLE_OTHERS = 4, 3, 3
+EXAMPLE_IMAGES, EXAMPLE_QUERIES = 4, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,7 @@ class Evaluator:
         step, detections = int(measured.step or 0), measured.detections
         metrics = {"detection": measured.metrics["detection"], **measured.metrics["search"]}
         log.scalars(step, traverse_util.flatten_dict({"eval": metrics}, sep="/"))
-        count = len(detections.names)
-        for image in np.unique(np.linspace(0, count - 1, min(EXAMPLE_IMAGES, count)).astype(int)):
+        for image in spread(len(detections.names), EXAMPLE_IMAGES):
             rows = detections.of(image)
             boxes, scores = detections.boxes[rows], detections.scores[rows]
             kept = scores >= self.scorer.settings.score_threshold
@@ -105,7 +104,8 @@ class Evaluator:
 
     def _example_rows(self, measured: Measured) -> Iterator[PictureRow]:
         search = measured.searches[self.scorer.protocols[0].name]
-        for query in example_queries(search.worst_first()):
+        worst_first = search.worst_first()
+        for query in worst_first[spread(len(worst_first), EXAMPLE_QUERIES)].tolist():
             title = f"query, AP {search.outcomes[query].ap:.2f}"
             yield query_row(self.scorer, self.split, measured.detections, query, title)
 
@@ -126,12 +126,9 @@ def make_evaluator(
     return Evaluator(predict, batches, split, scorer)
 
 
-def example_queries(worst_first: Int[np.ndarray, "Q"]) -> list[int]:
-    """The three worst queries, then three that are evenly spread over the others' order."""
-    worst, others = np.split(worst_first, [EXAMPLE_FAILURES])
-    others = np.sort(others)
-    spread = np.linspace(0, len(others) - 1, min(EXAMPLE_OTHERS, len(others))).astype(int)
-    return [*worst.tolist(), *others[spread].tolist()]
+def spread(count: int, shown: int) -> Int[np.ndarray, "S"]:
+    """At most `shown` of the numbers below `count`, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, shown).astype(int))
 
 
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> None:
@@ -140,8 +137,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     In the run's own metrics, the entry of the untrained network stays.
 
     Raises:
-      UserError: there is no such checkpoint, it does not fit `config`, the data is wrong, or
-        `workdir` cannot be written; all that is found before the evaluation.
+      UserError: the checkpoint, the data or `workdir` is wrong, which is found before the work.
     """
     if is_main_process():
         check_outputs(*(workdir / name for name in OUTPUTS))
@@ -175,8 +171,7 @@ def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:
 def people_of_images(batch: Batch, detections: Detections) -> Iterator[tuple[int, Detections]]:
     """(image index, its people) of all images of a batch, those of other processes included.
 
-    Detections [devices, B / devices, K] become the valid ones of each image, as a reader of the
-    saved file sees them; those that only fill up K are not kept.
+    The people are the valid ones of detections [devices, B / devices, K], as in a saved file.
     """
     gathered = (batch.index, batch.valid_image, jax.device_get(detections))
     if jax.process_count() > 1:

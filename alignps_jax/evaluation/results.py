@@ -29,22 +29,14 @@ _WIDTH = 200
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one network reaches on one data set.
+    """What one network reaches on one data set, and the detections that this was computed from."""
 
-    Attributes:
-      step: of the checkpoint in training; None: the detections are from a file.
-      detections: from which the metrics were computed.
-      detection, labeled_detection: of everybody, and of people with an identity.
-      searches: by the names of the protocols.
-      chosen_by: what chose the step among those of its run; None: nothing was chosen.
-    """
-
-    step: int | None
+    step: int | None  # of the checkpoint in training; None: the detections are from a file
     detections: GalleryDetections
-    detection: DetectionMetrics
-    labeled_detection: DetectionMetrics
-    searches: Mapping[str, SearchMetrics]
-    chosen_by: str | None = None
+    detection: DetectionMetrics  # of everybody
+    labeled_detection: DetectionMetrics  # of people with an identity
+    searches: Mapping[str, SearchMetrics]  # by the names of the protocols
+    chosen_by: str | None = None  # what chose the step among those of its run
 
     def chosen(self, by: str) -> Measured:
         """The same, with a word on what chose the step."""

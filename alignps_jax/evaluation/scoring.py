@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,10 @@ class Scorer:
 
     def score(self, detections: GalleryDetections, step: int | None) -> Measured:
         """All metrics of the test images' detections; `step` is that of the checkpoint, if any."""
-        return Measured(
-            step=step,
-            detections=detections,
-            detection=self.detection(detections),
-            labeled_detection=self.detection(detections, labeled_only=True),
-            searches={one.name: self.search(one, detections) for one in self.protocols},
-        )
-
-    def detection(
-        self, detections: GalleryDetections, labeled_only: bool = False
-    ) -> metrics.DetectionMetrics:
-        """How well people were found, all of them or those with an identity only."""
-        rules = {"score_threshold": self.settings.score_threshold, "labeled_only": labeled_only}
-        return metrics.detection_metrics(self.annotations, detections, **rules)
+        found, threshold = (self.annotations, detections), self.settings.score_threshold
+        detect = partial(metrics.detection_metrics, *found, score_threshold=threshold)
+        searches = {one.name: self.search(one, detections) for one in self.protocols}
+        return Measured(step, detections, detect(), detect(labeled_only=True), searches)
 
     def search(
         self, protocol: SearchProtocol, detections: GalleryDetections

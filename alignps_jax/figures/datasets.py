@@ -128,16 +128,13 @@ def precision_recall(
       UserError: a file is missing, not valid, or of other images.
     """
     scorer = make_scorer(config)
-    detections = _saved_detections(scorer, paths)
-    panels = {
-        "detection (area: AP)": {
-            label: scorer.detection(found).curve for label, found in detections.items()
-        }
-    }
-    for protocol in scorer.protocols:
-        panels[f"search, {protocol.name} (area: mAP)"] = {
-            label: scorer.search(protocol, found).curve for label, found in detections.items()
-        }
+    found = _saved_detections(scorer, paths)
+    measured = {label: scorer.score(detections, None) for label, detections in found.items()}
+    curves = {label: one.detection.curve for label, one in measured.items()}
+    panels = {"detection (area: AP)": curves}
+    for name in (protocol.name for protocol in scorer.protocols):
+        curves = {label: one.searches[name].curve for label, one in measured.items()}
+        panels[f"search, {name} (area: mAP)"] = curves
     return panels
 
 

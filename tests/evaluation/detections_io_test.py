@@ -101,18 +101,15 @@ def replace(field, value):
             r"offsets: found the shape \(5,\), .*\(3,\)",
         ),
         (replace("offsets", np.array([0, 3, 2, 8, 9])), "offsets: found . to ., expected 0 to 9"),
-        (replace("offsets", np.array([1, 3, 3, 8, 9])), "offsets: found . to ., expected 0 to 9"),
         (
             replace("offsets", np.array([0, 2**63 - 1, -2, 2**63 - 3, 9])),
             "offsets: found 0 to 9, expected",
         ),
-        (replace("boxes", np.zeros((9, 5))), r"boxes: found the shape \(9, 5\), expected \(9, 4\)"),
         (replace("scores", np.zeros((9, 1))), r"scores: found the shape \(9, 1\), expected \(9,\)"),
         (replace("scores", np.array(["x"] * 9)), "is no archive .*float"),
         (replace("embeddings", np.ones((7, 6))), r"embeddings: found the shape \(7, 6\)"),
         (put("boxes", (4, 1), np.nan), "found 1 boxes that are not finite, the first in image 's2"),
         (put("boxes", (4, 2), -100), "found 1 boxes with x2 < x1"),
-        (put("scores", 8, np.inf), "found 1 scores that are not finite, .*'s3"),
         (replace("embeddings", np.full((9, 6), 1e300)), "found 9 embeddings that are not finite"),
     ],
 )

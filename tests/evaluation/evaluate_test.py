@@ -1,4 +1,4 @@
-"""What an evaluation keeps of the detections of a network, and which queries it shows."""
+"""What an evaluation keeps of the detections of a network, and which examples it shows."""
 
 import tracemalloc
 import types
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alignps_jax.evaluation.detections_io import load_detections, save_detections
-from alignps_jax.evaluation.evaluate import Evaluator, example_queries
+from alignps_jax.evaluation.evaluate import Evaluator, spread
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.types import Batch, Detections, UserError
 from configs import tiny
@@ -94,13 +94,10 @@ def test_boxes_are_chosen_by_name():
     assert make_predict_step(config).level_borders == config.loss.level_borders
 
 
-@pytest.mark.parametrize(
-    ("worst_first", "shown"),
-    [
-        ([7, 2, 9, 8, 1, 0, 6, 3, 5, 4], [7, 2, 9, 0, 4, 8]),
-        ([1, 0], [1, 0]),
-        ([3, 0, 1, 2], [3, 0, 1, 2]),
-    ],
-)
-def test_examples_are_the_worst_queries_and_a_spread_of_the_others(worst_first, shown):
-    assert example_queries(np.array(worst_first)) == shown
+def test_examples_are_spread_from_the_first_to_the_last():
+    assert [spread(count, 4).tolist() for count in (1, 3, 4, 10)] == [
+        [0],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 3, 6, 9],
+    ]
