@@ -17,13 +17,8 @@ from alignps_jax.files import complete_file
 from alignps_jax.types import Detections, GalleryDetections, blame
 
 # The arrays of a file, and the types that they are read as.
-_ARRAYS: dict[str, Any] = {
-    "image_names": np.str_,
-    "offsets": np.int64,
-    "boxes": np.float32,
-    "scores": np.float32,
-    "embeddings": np.float32,
-}
+_ARRAYS: dict[str, Any] = {"image_names": np.str_, "offsets": np.int64}
+_ARRAYS |= dict.fromkeys(("boxes", "scores", "embeddings"), np.float32)
 # An embedding this close to length one is taken as it is: float32 rounding, not another scale.
 _UNIT_TOLERANCE = 1e-6
 
@@ -41,7 +36,7 @@ def lay_out(names: Sequence[str], found: Sequence[Detections]) -> GalleryDetecti
 
 def save_detections(path: Path, detections: GalleryDetections) -> None:
     """Writes the arrays that `load_detections` reads; UserError if the file cannot be written."""
-    arrays: dict[str, Any] = dataclasses.asdict(detections)
+    arrays = dict(vars(detections))
     arrays["image_names"] = arrays.pop("names")
     with complete_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
@@ -71,7 +66,7 @@ def load_detections(path: str | os.PathLike[str]) -> GalleryDetections:
 
 
 def _read(path: Path) -> GalleryDetections:
-    file = io.BytesIO(path.read_bytes())  # zipfile calls what the system says of a disk damage
+    file = io.BytesIO(path.read_bytes())  # zipfile calls errors of the system bad files
     try:
         archive = np.lib.npyio.NpzFile(file, allow_pickle=False)
         with np.errstate(all="ignore"):  # beyond float32 is infinite, which is refused
