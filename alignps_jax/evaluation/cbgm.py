@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from jaxtyping import Float, Int
 
 from alignps_jax.types import GalleryDetections
 
 
-@dataclasses.dataclass(frozen=True)
-class ContextMatching:
-    """How far to look: gallery `images` per query (k1), `people` of the query photo (k2)."""
-
-    images: int
-    people: int
-
-
 def context_people(
-    detections: GalleryDetections,
-    image: int,
-    query_row: int,
-    score_threshold: float,
-    limit: int,
+    detections: GalleryDetections, image: int, query_row: int, score_threshold: float, limit: int
 ) -> Int[np.ndarray, "P"]:
     """Rows of the query and of the best-scored other people of its photo, `limit` in all.
 

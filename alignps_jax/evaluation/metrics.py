@@ -15,13 +15,12 @@ Where the release leaves a case open or crashes:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from alignps_jax.boxes import iou
-from alignps_jax.evaluation.cbgm import ContextMatching
 from alignps_jax.evaluation.ranking import Gallery, GallerySearch, exact, published_order
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol
 
@@ -160,7 +159,7 @@ def search_metrics(
     detections: GalleryDetections,
     *,
     score_threshold: float,
-    context: ContextMatching | None = None,
+    context: Sequence[int] = (),
 ) -> SearchMetrics:
     """Search mAP and top-1, -5, -10 of `protocol`, whose image indices are those of `detections`.
 
@@ -169,7 +168,7 @@ def search_metrics(
     an image that holds the person, the most similar detection with IoU >= min(0.5,
     wh / ((w + 10)(h + 10))) is the true positive; w, h are those of the person's box. AP is the
     average precision times the share of images with a true positive. `context` adds SeqNet's
-    bipartite matching.
+    bipartite matching: the number of gallery images (k1) and of people of the query photo (k2).
     """
     search = GallerySearch(protocol, detections, score_threshold, context)
     # A query whose photo has no detections has nothing to search with: it stays a failure.
@@ -210,7 +209,7 @@ def rank_gallery(
     query: int,
     *,
     score_threshold: float,
-    context: ContextMatching | None = None,
+    context: Sequence[int] = (),
 ) -> Ranking:
     """The ranked gallery of query number `query`, by the rules of `search_metrics`."""
     search = GallerySearch(protocol, detections, score_threshold, context)

@@ -9,7 +9,7 @@ can swap two detections only if they are that close.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -47,12 +47,12 @@ class Gallery:
 
 @dataclasses.dataclass(frozen=True)
 class GallerySearch:
-    """A protocol, the detections, and the rules of the search."""
+    """A protocol, the detections, and the rules of `search_metrics`."""
 
     protocol: SearchProtocol
     detections: GalleryDetections
     score_threshold: float
-    context: cbgm.ContextMatching | None
+    context: Sequence[int]
 
     @cached_property
     def kept_rows(self) -> Int[np.ndarray, "K"]:
@@ -138,16 +138,13 @@ class GallerySearch:
         self, query: int, query_row: int, gallery: Gallery, similarity: Float[np.ndarray, "R"]
     ) -> Float[np.ndarray, "R"]:
         """The similarities, rescored by the context if that was asked for."""
-        if self.context is None:
+        if not self.context:
             return similarity
-        photo, threshold = int(self.protocol.query_image[query]), self.score_threshold
-        people = cbgm.context_people(
-            self.detections, photo, query_row, threshold, self.context.people
-        )
-        rows, embeddings = self.kept_rows[gallery.rows], self.detections.embeddings
-        return cbgm.rescore(
-            similarity, rows, gallery.offsets, people, embeddings, self.context.images
-        )
+        (images, limit), found = self.context, self.detections
+        photo = int(self.protocol.query_image[query])
+        people = cbgm.context_people(found, photo, query_row, self.score_threshold, limit)
+        rows = self.kept_rows[gallery.rows]
+        return cbgm.rescore(similarity, rows, gallery.offsets, people, found.embeddings, images)
 
 
 def _positions(images: Int[np.ndarray, "n"], targets: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:

@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.evaluation import metrics
-from alignps_jax.evaluation.cbgm import ContextMatching
 from alignps_jax.evaluation.detections_io import load_detections, rows_of_images
 from alignps_jax.evaluation.results import Measured, print_results, write_queries_csv
 from alignps_jax.files import check_outputs, write_json
@@ -33,9 +32,8 @@ class Scorer:
 
     @property
     def _rules(self) -> dict[str, Any]:
-        counts, threshold = self.settings.context_matching, self.settings.score_threshold
-        context = ContextMatching(*counts) if counts else None
-        return {"score_threshold": threshold, "context": context}
+        settings = self.settings
+        return {"score_threshold": settings.score_threshold, "context": settings.context_matching}
 
     def score(self, detections: GalleryDetections, step: int | None) -> Measured:
         """All metrics of the test images' detections; `step` is that of the checkpoint, if any."""

@@ -89,12 +89,11 @@ def scene():
 
 def test_companion_decides_the_search():
     protocol, detections = scene()
-    cuhk = cbgm.ContextMatching(images=10, people=3)
     plain = search_metrics(protocol, detections, score_threshold=0.2)
-    helped = search_metrics(protocol, detections, score_threshold=0.2, context=cuhk)
+    helped = search_metrics(protocol, detections, score_threshold=0.2, context=(10, 3))
     assert (plain.mAP, plain.top1) == (0.5, 0.0)
     assert (helped.mAP, helped.top1) == (1.0, 1.0)
-    ranking = rank_gallery(protocol, detections, 0, score_threshold=0.2, context=cuhk)
+    ranking = rank_gallery(protocol, detections, 0, score_threshold=0.2, context=(10, 3))
     assert ranking.row.tolist() == [4, 3, 5]
     np.testing.assert_allclose(ranking.similarity[0], 1 / np.sqrt(1.25) + 1, atol=1e-6)
 
