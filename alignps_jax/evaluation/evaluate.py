@@ -83,7 +83,7 @@ class Evaluator:
         """Writes metrics and a few pictures of detections to the log (first process only)."""
         if not is_main_process():
             return
-        step, detections = int(measured.step or 0), measured.detections
+        step, detections = measured.step or 0, measured.detections
         metrics = {"detection": measured.metrics["detection"], **measured.metrics["search"]}
         log.scalars(step, traverse_util.flatten_dict({"eval": metrics}, sep="/"))
         for image in spread(len(detections.names), EXAMPLE_IMAGES):
@@ -159,13 +159,11 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
 
 def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:
     """Raises UserError unless every device takes the same number of images in each of `parts`."""
-    batch_size, count = config[section].batch_size, jax.device_count()
-    if batch_size % (count * parts):
+    found, count = config[section].batch_size, jax.device_count()
+    if found % (count * parts):
         accumulated = f" times config.train.accumulate, {parts}" if parts > 1 else ""
-        raise UserError(
-            f"config.{section}.batch_size: found {batch_size}, expected a multiple of the number "
-            f"of devices, {count}{accumulated}"
-        )
+        expected = f"a multiple of the number of devices, {count}{accumulated}"
+        raise UserError(f"config.{section}.batch_size: found {found}, expected {expected}")
 
 
 def people_of_images(batch: Batch, detections: Detections) -> Iterator[tuple[int, Detections]]:

@@ -14,6 +14,8 @@ from configs import tiny
 from tests.evaluation.detections_io_test import assert_same, make
 
 ROWS, PADDED = 8, 100
+# A stand-in for the batches and photos of a data set.
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 class Batches:

@@ -100,6 +100,7 @@ def test_metrics_json(tmp_path):
     }
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_queries_csv(tmp_path):
     """A query that failed, and one that found the person first; the failure comes first."""
     box, precision = np.array([[1.5, 2, 30, 40.125]] * 2, np.float32), np.array([0.5, 1.0])

@@ -153,6 +153,7 @@ def test_a_table_of_zeros_says_that_nothing_reached_the_threshold(cuhk, tmp_path
         assert ("nothing reached the score threshold 1 " in capsys.readouterr().out) == said
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_one_line(cuhk, tmp_path):
     root, _, found, _ = cuhk
     file = save(tmp_path / "d.npz", found)
