@@ -18,8 +18,7 @@ from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import Checkpoints, load_weights, write_run_info
 from alignps_jax.config import check_config
 from alignps_jax.distributed import barrier, broadcast_from_main, is_main_process
-from alignps_jax.evaluation.evaluate import OUTPUTS
-from alignps_jax.evaluation.results import Measured
+from alignps_jax.evaluation.evaluate import OUTPUTS, Measured
 from alignps_jax.files import check_outputs
 from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import weights_template
