@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from jaxtyping import Float, Int
 
 from alignps_jax.types import GalleryDetections
 
 
-@dataclasses.dataclass(frozen=True)
-class ContextMatching:
-    """How far to look: gallery `images` per query (k1), `people` of the query photo (k2)."""
-
-    images: int
-    people: int
-
-
 def context_people(
-    detections: GalleryDetections,
-    image: int,
-    query_row: int,
-    score_threshold: float,
-    limit: int,
+    detections: GalleryDetections, image: int, query_row: int, score_threshold: float, limit: int
 ) -> Int[np.ndarray, "P"]:
     """Rows of the query and of the best-scored other people of its photo, `limit` in all.
 
-    Only detections with a score of at least `score_threshold` count as other people, as in the
-    gallery; the query itself always counts.
+    Other people have a score of at least `score_threshold`, as in the gallery.
     """
     photo = np.arange(len(detections.scores))[detections.of(image)]
     scores = detections.scores[photo]
@@ -45,7 +30,7 @@ def rescore(
     embeddings: Float[np.ndarray, "M D"],
     images: int,
 ) -> Float[np.ndarray, "R"]:
-    """Similarities of one query's gallery detections after the context had its say.
+    """Similarities of one query's gallery detections after context matching (CBGM).
 
     The gallery detections are `rows` of `embeddings` (unit length), image after image: image i
     owns `offsets[i]:offsets[i + 1]` of them. In each of the `images` images with the most similar

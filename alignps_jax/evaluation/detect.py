@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+from jaxtyping import Float
 from ml_collections import ConfigDict
+from PIL.ExifTags import Base
 
 from alignps_jax.devices import use_compilation_cache
-from alignps_jax.evaluation.detections_io import save_detections, unit_embeddings
+from alignps_jax.errors import known_name
+from alignps_jax.evaluation.detections_io import lay_out, save_detections
 from alignps_jax.files import check_outputs, complete_file, write_json
 from alignps_jax.gallery.query import above
 from alignps_jax.gallery.reading import SceneRead, Task, read_scene, video_tasks
@@ -23,8 +26,8 @@ from alignps_jax.inference.many import detect_all
 from alignps_jax.log import progress
 from alignps_jax.types import Detections, GalleryDetections, UserError
 
-# An image, the size of its pixels included, and who was found in it.
-Found = tuple[SceneRead, Detections]
+# A photo or frame: its name, size (height, width) and people as stored; whether viewers turn it.
+Found = tuple[str, tuple[int, int], Detections, bool]
 
 
 def detect_source(
@@ -32,53 +35,46 @@ def detect_source(
 ) -> None:
     """Writes everybody in the photos and videos of a source with at least the score threshold.
 
-    Args:
-      checkpoint: of the network.
-      config: what to use it with, mostly its own.
-      source: a folder, photo or video.
-      every: seconds between the frames of a video.
-      target: a .json file (images, and results in the format of COCO with a `score`; boxes x, y,
-        width, height), a .csv file (x1, y1, x2, y2), or an .npz file as `save_detections` writes
-        it. Boxes are in pixels of the photo as a viewer shows it.
+    Photos are named from `source` on, which is a folder, photo or video; of videos, there is a
+    frame `every` so many seconds. Boxes are in pixels of the photo as stored, without its EXIF
+    orientation, as data sets have them. The target is a .json file (COCO, with a `score`), a .csv
+    file, or an .npz file as `save_detections` writes it.
 
     Raises:
       UserError: the checkpoint or source is wrong, or the target cannot be written.
       IncompleteError: all is done, but some files could not be read.
     """
-    if target.suffix.lower() not in WRITERS:
-        raise UserError(f"--target: found {target}, expected a file {', '.join(WRITERS)}")
+    suffix = known_name(f"--target: suffix of {target}", target.suffix.lower(), WRITERS)
     check_outputs(target)
     use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
     skipped: dict[str, str] = {}
     files = list(media_files(source, skipped))
     threshold, found = config.eval.score_threshold, []
-    bar = progress(desc="detect", unit="file", total=len(files))
-    with bar:
+    with progress(desc="detect", unit="file", total=len(files)) as bar:
         tasks = _tasks(files, every, config.data.max_pixels)
         for result in detect_all(detector.detect_batch, config.data, detector.rows, tasks):
-            read = result.tag
             if result.found is None:
-                skipped[read.file.path] = str(result.error)
+                skipped[result.tag.file.path] = str(result.error)
             else:
-                found.append((read, _kept(result.found, threshold, target)))
-            bar.update(read.final)
-    WRITERS[target.suffix.lower()](target, found)
-    people = sum(len(detections.scores) for _, detections in found)
-    print(
-        f"found {people:,} people (scores >= {threshold:g}) in {len(found):,} photos and frames\n"
-        f"detections  {target}"
-    )
+                people = above(result.found, threshold)
+                if suffix != ".npz":  # embeddings are large
+                    nothing = np.zeros((len(people.scores), 0), np.float32)
+                    people = dataclasses.replace(people, embeddings=nothing)
+                found.append(_as_stored(result.tag, people))
+            bar.update(result.tag.final)
+    if found:
+        names, sizes, everybody, turned = zip(*found, strict=True)
+        saved = lay_out(names, everybody)
+        WRITERS[suffix](target, saved, sizes)
+        count = f"{len(saved.scores):,} people (scores >= {threshold:g})"
+        print(f"found {count} in {len(found):,} photos and frames")
+        if any(turned):
+            print(f"note: viewers turn {sum(turned):,} photos (EXIF); boxes are those as stored")
+        print(f"detections  {target}")
     report_skipped(skipped, len(files))
-
-
-def _kept(found: Detections, threshold: float, target: Path) -> Detections:
-    """What is written of detections: embeddings are large."""
-    people = above(found, threshold)
-    if target.suffix.lower() == ".npz":
-        return people
-    nothing = np.zeros((len(people.scores), 0), np.float32)
-    return dataclasses.replace(people, embeddings=nothing)
+    if not found:
+        raise UserError(f"--source: found no photo or video in {source}")
 
 
 def _tasks(files: list[MediaFile], every: float, max_pixels: int) -> Iterator[Task]:
@@ -89,74 +85,83 @@ def _tasks(files: list[MediaFile], every: float, max_pixels: int) -> Iterator[Ta
             yield partial(read_scene, file, max_pixels)
 
 
-def _name(read: SceneRead) -> str:
-    """A photo's path; of a frame with its second."""
-    assert read.scene is not None
-    second = read.scene.second
-    return read.scene.path if second is None else f"{read.scene.path}#t={second:.3f}"
+def _as_stored(read: SceneRead, people: Detections) -> Found:
+    name, scene = read.file.name, read.scene
+    assert scene is not None
+    size, orientation = (scene.height, scene.width), 1
+    if scene.second is None:
+        orientation = _orientation(scene.path)
+    else:
+        name += f"#t={scene.second:.3f}"
+    boxes = boxes_as_stored(np.asarray(people.boxes), size, orientation)
+    people = dataclasses.replace(people, boxes=boxes)
+    return name, size[::-1] if orientation > 4 else size, people, orientation > 1
 
 
-def _write_coco(target: Path, found: list[Found]) -> None:
+def _orientation(path: str) -> int:
+    """The EXIF orientation of a photo, from 1 (as stored) to 8."""
+    try:
+        with PIL.Image.open(path) as image:
+            found = int(image.getexif().get(Base.Orientation, 1))
+    except Exception:  # EXIF data may be damaged in any way where the photo is not
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def boxes_as_stored(
+    boxes: Float[np.ndarray, "K 4"], size: tuple[int, int], orientation: int
+) -> Float[np.ndarray, "K 4"]:
+    """Boxes of an upright photo of that height and width in the pixels that are stored.
+
+    `orientation` is that of EXIF (2.3, section 4.6.4): from 5 on rows and columns are exchanged.
+    """
+    x, y = boxes[:, 0::2], boxes[:, 1::2]
+    if orientation in (2, 3, 6, 7):
+        x = size[1] - x[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        y = size[0] - y[:, ::-1]
+    stored = (y, x) if orientation > 4 else (x, y)
+    return np.stack(stored, axis=2).reshape(-1, 4)
+
+
+def _write_coco(target: Path, found: GalleryDetections, sizes: Sizes) -> None:
     images = [
-        {
-            "id": number,
-            "file_name": _name(read),
-            "height": read.scene.height if read.scene else 0,
-            "width": read.scene.width if read.scene else 0,
-        }
-        for number, (read, _) in enumerate(found, start=1)
-    ]
-    boxes = [
-        (number, box, score)
-        for number, (_, people) in enumerate(found, start=1)
-        for box, score in zip(people.boxes.tolist(), people.scores.tolist(), strict=True)
+        {"id": number, "file_name": name, "height": height, "width": width}
+        for number, (name, (height, width)) in enumerate(zip(found.names, sizes, strict=True), 1)
     ]
     annotations = [
         {
-            "id": identity,
-            "image_id": image,
+            "id": number,
+            "image_id": image + 1,
             "category_id": 1,
             "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
             "area": round((x2 - x1) * (y2 - y1), 3),
             "iscrowd": 0,
             "score": round(score, 6),
         }
-        for identity, (image, (x1, y1, x2, y2), score) in enumerate(boxes, start=1)
+        for number, (image, (x1, y1, x2, y2), score) in enumerate(_rows(found), 1)
     ]
     categories = [{"id": 1, "name": "person"}]
     write_json(target, {"images": images, "annotations": annotations, "categories": categories})
 
 
-def _write_csv(target: Path, found: list[Found]) -> None:
+def _write_csv(target: Path, found: GalleryDetections, sizes: Sizes) -> None:
     with complete_file(target) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("image", "second", "x1", "y1", "x2", "y2", "score"))
-        for read, people in found:
-            assert read.scene is not None
-            second = "" if read.scene.second is None else f"{read.scene.second:.3f}"
-            for box, score in zip(people.boxes.tolist(), people.scores.tolist(), strict=True):
-                numbers = [*(f"{x:.3f}" for x in box), f"{score:.6f}"]
-                writer.writerow((read.scene.path, second, *numbers))
+        writer.writerow(("image", "x1", "y1", "x2", "y2", "score"))
+        for image, box, score in _rows(found):
+            writer.writerow((found.names[image], *(f"{x:.3f}" for x in box), f"{score:.6f}"))
 
 
-def _write_npz(target: Path, found: list[Found]) -> None:
-    rows = [people for _, people in found]
-    if not rows:
-        raise UserError(f"{target}: found no photo to write detections of, expected at least one")
-    counts = itertools.accumulate((len(people.scores) for people in rows), initial=0)
-    detections = GalleryDetections(
-        names=tuple(_name(read) for read, _ in found),
-        offsets=np.array(list(counts), np.int64),
-        boxes=np.concatenate([people.boxes for people in rows]),
-        scores=np.concatenate([people.scores for people in rows]),
-        embeddings=unit_embeddings(np.concatenate([people.embeddings for people in rows])),
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_detections(target, detections)
+def _rows(found: GalleryDetections) -> Iterator[tuple[int, list[float], float]]:
+    """Number of the image, box and score of each person."""
+    images = np.repeat(np.arange(len(found.names)), np.diff(found.offsets))
+    return zip(images.tolist(), found.boxes.tolist(), found.scores.tolist(), strict=True)
 
 
-WRITERS: dict[str, Callable[[Path, list[Found]], None]] = {
+Sizes = Sequence[tuple[int, int]]
+WRITERS: dict[str, Callable[[Path, GalleryDetections, Sizes], None]] = {
     ".json": _write_coco,
     ".csv": _write_csv,
-    ".npz": _write_npz,
+    ".npz": lambda target, found, _: save_detections(target, found),
 }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,19 @@ from jax.experimental import multihost_utils
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from alignps_jax import devices
 from alignps_jax.checkpoint.choice import agreed_step
 from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.checkpoint.store import load_weights
-from alignps_jax.devices import (
-    parallel_predict_step,
-    replicate,
-    split_over_devices,
-    use_compilation_cache,
-)
-from alignps_jax.distributed import main_process_first
+from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.drawing.canvas import draw_detections
-from alignps_jax.drawing.rankings import PictureRow, ranking_picture
-from alignps_jax.evaluation.detections_io import check_detections, save_detections, unit_embeddings
-from alignps_jax.evaluation.pictures import protocol_row
-from alignps_jax.evaluation.results import EvaluationResult, detection_values, search_values
+from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
+from alignps_jax.errors import blame
+from alignps_jax.evaluation import detections_io
+from alignps_jax.evaluation.results import Measured
 from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
-from alignps_jax.files import check_outputs, write_image, write_json
+from alignps_jax.files import check_outputs, read_json, write_image, write_json
+from alignps_jax.inference.many import people_of
 from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
 from alignps_jax.nn.model import weights_template
@@ -44,21 +39,7 @@ from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
 DETECTIONS, RANKINGS = "detections.npz", "rankings.png"
 OUTPUTS = (METRICS, QUERIES, DETECTIONS, RANKINGS)
 
-EXAMPLE_IMAGES = 4
-EXAMPLE_FAILURES = 3
-EXAMPLE_OTHERS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """An evaluation and the detections that it was computed from."""
-
-    result: EvaluationResult
-    detections: GalleryDetections
-
-    def chosen(self, by: str) -> Measured:
-        """The same, with a word on what chose the step (`chosen_by`)."""
-        return dataclasses.replace(self, result=dataclasses.replace(self.result, chosen_by=by))
+EXAMPLE_IMAGES, EXAMPLE_QUERIES = 4, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +53,7 @@ class Evaluator:
 
     def measure(self, params: Any, frozen: Any, step: int) -> Measured:
         """Runs a network over the test images and computes all metrics; in every process."""
-        detections = self.detect(params, frozen)
-        return Measured(self.scorer.score(detections, step), detections)
+        return self.scorer.score(self.detect(params, frozen), step)
 
     def detect(self, params: Any, frozen: Any) -> GalleryDetections:
         """All detections of all test images, those with low scores too.
@@ -81,63 +61,53 @@ class Evaluator:
         Raises:
           UserError: the network gives something that is not a number.
         """
-        params, frozen = replicate((params, frozen))
+        params, frozen = devices.replicate((params, frozen))
         found: dict[int, Detections] = {}
-        leads = jax.process_index() == 0
-        batches = progress(
-            self.batches, desc="evaluate", unit="batch", leave=False, disable=not leads
-        )
+        bar = {"desc": "evaluate", "unit": "batch", "leave": False}
+        batches = progress(self.batches, disable=not is_main_process(), **bar)
         dispatched = (
-            (batch, self.predict(params, frozen, split_over_devices(batch))) for batch in batches
+            (batch, self.predict(params, frozen, devices.split_over_devices(batch)))
+            for batch in batches
         )
         # A batch is read back once the next one is under way: the device never waits for us.
         ahead: Iterator[tuple[Any, Any]] = pairwise(chain(dispatched, [None]))
         for (batch, detections), _ in ahead:
-            for index, row in _rows(batch, detections):
-                found[index] = row
-        detections = collect(self.split.annotations.names, found)
-        # Here and where a file is read or written; what computes with them need not look again.
-        check_detections(detections, "detections of the network")
-        return detections
+            found.update(people_of_images(batch, detections))
+        names = self.split.annotations.names
+        everybody = detections_io.lay_out(names, [found[index] for index in range(len(names))])
+        with blame("detections of the network"):
+            detections_io.check_values(everybody)
+        return everybody
 
     def log(self, measured: Measured, log: MetricLog) -> None:
         """Writes metrics and a few pictures of detections to the log (first process only)."""
-        if jax.process_index() != 0:
+        if not is_main_process():
             return
-        result = measured.result
-        metrics = {"detection": detection_values(result.detection)}
-        metrics |= {name: search_values(search) for name, search in result.searches.items()}
-        values = traverse_util.flatten_dict({"eval": metrics}, sep="/")
-        step = int(result.step or 0)
-        log.scalars(step, values)
-        names, detections = measured.detections.names, measured.detections
-        count = len(names)
-        for image in np.unique(np.linspace(0, count - 1, min(EXAMPLE_IMAGES, count)).astype(int)):
+        step, detections = measured.step or 0, measured.detections
+        metrics = {"detection": measured.metrics["detection"], **measured.metrics["search"]}
+        log.scalars(step, traverse_util.flatten_dict({"eval": metrics}, sep="/"))
+        for image in spread(len(detections.names), EXAMPLE_IMAGES):
             rows = detections.of(image)
             boxes, scores = detections.boxes[rows], detections.scores[rows]
-            kept = scores >= result.score_threshold
+            kept = scores >= self.scorer.settings.score_threshold
             picture = draw_detections(photo_of(self.split, image), boxes[kept], scores[kept])
-            log.images(step, f"detections/{names[image]}", picture)
+            log.images(step, f"detections/{detections.names[image]}", picture)
 
     def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""
-        if jax.process_index() != 0:
+        if not is_main_process():
             return
-        saved, pictures = workdir / DETECTIONS, workdir / RANKINGS
-        save_detections(saved, trained.detections)
-        baseline = untrained.result if untrained is not None else None
-        self.scorer.write(workdir, trained.detections, trained.result, baseline)
-        write_image(pictures, ranking_picture(self.ranking_rows(trained)))
-        print(f"detections  {saved}\nrankings    {pictures}")
+        detections_io.save_detections(workdir / DETECTIONS, trained.detections)
+        self.scorer.write(workdir, trained, untrained)
+        write_image(workdir / RANKINGS, ranking_picture(self._example_rows(trained)))
+        print(f"detections  {workdir / DETECTIONS}\nrankings    {workdir / RANKINGS}")
 
-    def ranking_rows(self, measured: Measured) -> Iterator[PictureRow]:
-        """Some queries of the first protocol with their first results."""
-        protocol, detections = self.scorer.protocols[0], measured.detections
-        search = measured.result.searches[protocol.name]
-        for query in example_queries(search.worst_first()):
-            ranking = self.scorer.rank(detections, query)
-            title = f"query, AP {search.per_query_ap[query]:.2f}"
-            yield protocol_row(self.split, protocol, ranking, query, title)
+    def _example_rows(self, measured: Measured) -> Iterator[PictureRow]:
+        search = measured.searches[self.scorer.protocols[0].name]
+        worst_first = search.worst_first()
+        for query in worst_first[spread(len(worst_first), EXAMPLE_QUERIES)].tolist():
+            title = f"query, AP {search.outcomes[query].ap:.2f}"
+            yield query_row(self.scorer, self.split, measured.detections, query, title)
 
 
 def make_evaluator(
@@ -146,39 +116,19 @@ def make_evaluator(
     scorer: Scorer,
     predict: Callable[[Any, Any, Batch], Detections] | None = None,
 ) -> Evaluator:
-    """An evaluator of the configured network on a prepared split of `config.data`.
+    """An evaluator of the configured network on the photos of a split and their annotations.
 
-    Args:
-      config: the configuration.
-      split: the photos.
-      scorer: for their annotations.
-      predict: that of another evaluator of the network, whose compiled programs are used again.
+    `predict` is that of another evaluator of the network, whose compiled programs are used again.
     """
-    return Evaluator(
-        predict=predict or parallel_predict_step(make_predict_step(config)),
-        batches=make_eval_batches(
-            split,
-            config.data,
-            batch_size=config.eval.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ),
-        split=split,
-        scorer=scorer,
-    )
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = make_eval_batches(split, config.data, batch_size=config.eval.batch_size, **process)
+    predict = predict or devices.parallel_predict_step(make_predict_step(config))
+    return Evaluator(predict, batches, split, scorer)
 
 
-def example_queries(worst_first: Int[np.ndarray, "Q"]) -> list[int]:
-    """The three worst queries, then three that are evenly spread over the others' order."""
-    worst, others = np.split(worst_first, [EXAMPLE_FAILURES])
-    others = np.sort(others)
-    spread = np.linspace(0, len(others) - 1, min(EXAMPLE_OTHERS, len(others))).astype(int)
-    return [*worst.tolist(), *others[spread].tolist()]
-
-
-def score_of(result: EvaluationResult) -> float:
-    """The score of a checkpoint: mAP of the first protocol."""
-    return next(iter(result.searches.values())).mAP
+def spread(count: int, shown: int) -> Int[np.ndarray, "S"]:
+    """At most `shown` of the numbers below `count`, evenly spread from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, shown).astype(int))
 
 
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> None:
@@ -187,60 +137,63 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     In the run's own metrics, the entry of the untrained network stays.
 
     Raises:
-      UserError: there is no such checkpoint, it does not fit `config`, the data is wrong, or
-        `workdir` cannot be written; all that is found before the evaluation.
+      UserError: the checkpoint, the data or `workdir` is wrong, which is found before the work.
     """
-    if jax.process_index() == 0:
+    if is_main_process():
         check_outputs(*(workdir / name for name in OUTPUTS))
-    use_compilation_cache()
+    devices.use_compilation_cache()
     check_batch_size(config, "eval")
+    metrics, expected, stored = workdir / METRICS, "the results of this run", {}
+    if workdir == results_folder(checkpoint) and metrics.is_file():
+        stored = read_json(metrics, expected)
     step, by = agreed_step(checkpoint, config)
     weights = load_weights(step, weights_template(inference_model(config)))
     with main_process_first():
         scorer, photos = make_scorer(config), prepare(config.data).test
     evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics = workdir / METRICS
-    is_own = workdir == results_folder(checkpoint) and metrics.is_file()
-    before = json.loads(metrics.read_bytes()) if is_own else {}
     evaluator.write(measured.chosen(by), None, workdir)
-    if "untrained" in before and jax.process_index() == 0:
-        own = json.loads(metrics.read_bytes())
-        write_json(metrics, own | {"untrained": before["untrained"]})
+    if "untrained" in stored and is_main_process():
+        write_json(metrics, read_json(metrics, expected) | {"untrained": stored["untrained"]})
 
 
 def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:
     """Raises UserError unless every device takes the same number of images in each of `parts`."""
-    batch_size, devices = config[section].batch_size, jax.device_count()
-    if batch_size % (devices * parts):
+    found, count = config[section].batch_size, jax.device_count()
+    if found % (count * parts):
         accumulated = f" times config.train.accumulate, {parts}" if parts > 1 else ""
-        raise UserError(
-            f"config.{section}.batch_size: found {batch_size}, expected a multiple of the number "
-            f"of devices, {devices}{accumulated}"
-        )
+        expected = f"a multiple of the number of devices, {count}{accumulated}"
+        raise UserError(f"config.{section}.batch_size: found {found}, expected {expected}")
 
 
-def collect(names: Sequence[str], found: dict[int, Detections]) -> GalleryDetections:
-    """Lays the detections of all images end to end."""
-    rows = [found[index] for index in range(len(names))]
-    counts = [int(row.valid.sum()) for row in rows]
-    return GalleryDetections(
-        names=tuple(names),
-        offsets=np.cumsum([0, *counts], dtype=np.int64),
-        boxes=np.concatenate([row.boxes[row.valid] for row in rows]),
-        scores=np.concatenate([row.scores[row.valid] for row in rows]),
-        # As a reader of the saved file sees them.
-        embeddings=unit_embeddings(np.concatenate([row.embeddings[row.valid] for row in rows])),
-    )
+def people_of_images(batch: Batch, detections: Detections) -> Iterator[tuple[int, Detections]]:
+    """(image index, its people) of all images of a batch, those of other processes included.
 
-
-def _rows(batch: Batch, detections: Detections) -> Iterator[tuple[int, Detections]]:
-    """(image index, its detections) of all images of a batch, those of other processes included."""
-    flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), detections)
-    gathered = (batch.index, batch.valid_image, flat)
+    The people are the valid ones of detections [devices, B / devices, K], as in a saved file.
+    """
+    gathered = (batch.index, batch.valid_image, jax.device_get(detections))
     if jax.process_count() > 1:
         gathered = multihost_utils.process_allgather(gathered, tiled=True)
-    index, valid, flat = gathered
-    for row in np.flatnonzero(valid):
-        yield int(index[row]), jax.tree.map(lambda x, row=row: x[row], flat)
+    index, valid, found = gathered
+    for image, is_valid, people in zip(index.tolist(), valid, people_of(found), strict=True):
+        if is_valid:
+            unit = detections_io.unit_embeddings(np.asarray(people.embeddings))
+            yield image, dataclasses.replace(people, embeddings=unit)
+
+
+def query_row(
+    scorer: Scorer, split: PreparedSplit, detections: GalleryDetections, query: int, title: str
+) -> PictureRow:
+    """Query number `query` of the first protocol, below a title, and its first results."""
+    names, protocol, ranking = (
+        split.annotations.names,
+        scorer.protocols[0],
+        scorer.rank(detections, query),
+    )
+    found = zip(ranking.image, ranking.boxes, ranking.similarity, ranking.is_match, strict=True)
+    results = (
+        Result(photo_of(split, image), names[image], box, float(similarity), bool(is_match))
+        for image, box, similarity, is_match in found
+    )
+    image, box = int(protocol.query_image[query]), protocol.query_box[query]
+    return picture_row(title, photo_of(split, image), names[image], box, results)

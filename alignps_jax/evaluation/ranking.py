@@ -9,7 +9,8 @@ can swap two detections only if they are that close.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,24 +18,12 @@ from jaxtyping import Float, Int
 from alignps_jax.boxes import iou
 from alignps_jax.evaluation import cbgm
 from alignps_jax.evaluation.detections_io import rows_of_images
-from alignps_jax.types import GalleryDetections, SearchProtocol, UserError
+from alignps_jax.types import GalleryDetections, SearchProtocol
 
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """How the cosines are computed, which changes the speed and no result.
-
-    `queries` and `gallery` are the rows of one matrix product, few enough that it stays in the
-    cache. Fetching one detection for one query costs as much as `gather_cost` of them in a matrix
-    product.
-    """
-
-    queries: int = 128
-    gallery: int = 4096
-    gather_cost: int = 16
-
-
-BLOCKS = Blocks()
+# How the cosines are computed, which changes the speed and no result: rows of one matrix product,
+# few enough that it stays in the cache, and the cost of fetching one detection for one query, in
+# detections of a matrix product.
+QUERY_ROWS, GALLERY_ROWS, GATHER_COST = 128, 4096, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,38 +47,21 @@ class Gallery:
 
 @dataclasses.dataclass(frozen=True)
 class GallerySearch:
-    """A protocol, the detections, and which of them (K rows) reach the threshold."""
+    """A protocol, the detections, and the rules of `search_metrics`."""
 
     protocol: SearchProtocol
     detections: GalleryDetections
-    kept_rows: Int[np.ndarray, "K"]
-    kept_offsets: Int[np.ndarray, "N_plus_1"]
     score_threshold: float
-    context: cbgm.ContextMatching | None
-    blocks: Blocks
+    context: Sequence[int]
 
-    @classmethod
-    def prepare(
-        cls,
-        protocol: SearchProtocol,
-        detections: GalleryDetections,
-        score_threshold: float,
-        context: cbgm.ContextMatching | None,
-        blocks: Blocks = BLOCKS,
-    ) -> GallerySearch:
-        """Applies the threshold; raises UserError for protocols, as `search_metrics` says."""
-        if len(protocol.query_image) == 0:
-            raise UserError(f"protocol {protocol.name}: has no queries; expected at least one")
-        for images in (protocol.query_image, *protocol.gallery):
-            if images.size and not 0 <= images.min() <= images.max() < len(detections.names):
-                raise UserError(
-                    f"protocol {protocol.name}: image indices run from {images.min()} to "
-                    f"{images.max()}; expected 0 to {len(detections.names) - 1}, the images "
-                    "with detections"
-                )
-        kept = np.flatnonzero(detections.scores >= float(score_threshold))
-        offsets = np.searchsorted(kept, detections.offsets)
-        return cls(protocol, detections, kept, offsets, float(score_threshold), context, blocks)
+    @cached_property
+    def kept_rows(self) -> Int[np.ndarray, "K"]:
+        """The detections that reach the threshold."""
+        return np.flatnonzero(self.detections.scores >= self.score_threshold)
+
+    @cached_property
+    def _kept_offsets(self) -> Int[np.ndarray, "N_plus_1"]:
+        return np.searchsorted(self.kept_rows, self.detections.offsets)
 
     def query_row(self, query: int) -> int | None:
         """The detection with the highest IoU (widths + 1) with the query box, if there is any."""
@@ -103,30 +75,26 @@ class GallerySearch:
         return photo.start + int(iou(boxes, box).argmax())
 
     def similarities(
-        self, queries: Int[np.ndarray, "Q"], query_rows: Int[np.ndarray, "Q"]
+        self, queries: Iterable[int]
     ) -> Iterator[tuple[int, Gallery, Float[np.ndarray, "_R"]]]:
-        """Query after query, its gallery and the similarities in the order of `gallery.rows`."""
-        for first in range(0, len(queries), self.blocks.queries):
-            block = slice(first, first + self.blocks.queries)
-            galleries = [self.gallery(query) for query in queries[block]]
-            cosines = self._cosines(query_rows[block], [gallery.rows for gallery in galleries])
-            for query, row, gallery, cosine in zip(
-                queries[block], query_rows[block], galleries, cosines, strict=True
-            ):
-                yield int(query), gallery, self._in_context(query, row, gallery, cosine)
+        """Query after query, its gallery and the similarities in the order of `gallery.rows`.
+
+        Queries whose photo has no detections are left out.
+        """
+        rows = {query: row for query in queries if (row := self.query_row(query)) is not None}
+        for start in range(0, len(rows), QUERY_ROWS):
+            block = list(rows)[start : start + QUERY_ROWS]
+            galleries = [self.gallery(query) for query in block]
+            query_rows = [rows[query] for query in block]
+            cosines = self._cosines(query_rows, [gallery.rows for gallery in galleries])
+            for query, gallery, cosine in zip(block, galleries, cosines, strict=True):
+                yield query, gallery, self._in_context(query, rows[query], gallery, cosine)
 
     def gallery(self, query: int) -> Gallery:
-        """The kept detections of a query's gallery images; UserError if a target is not there."""
+        """The kept detections of a query's gallery images."""
         images = self.protocol.gallery[query]
-        targets = self.protocol.target_images[query]
-        rows, offsets = rows_of_images(self.kept_offsets, images)
-        positions = _positions(images, targets)
-        if (positions < 0).any():
-            name = self.detections.names[targets[np.argmax(positions < 0)]]
-            raise UserError(
-                f"protocol {self.protocol.name}: query {query} has more targets in image "
-                f"{name!r} than gallery entries; expected every target in the gallery"
-            )
+        rows, offsets = rows_of_images(self._kept_offsets, images)
+        positions = _positions(images, self.protocol.target_images[query])
         return Gallery(rows, offsets, positions, self.protocol.target_boxes[query])
 
     def true_positives(
@@ -150,19 +118,19 @@ class GallerySearch:
         return np.array(matches, dtype=np.int64)
 
     def _cosines(
-        self, query_rows: Int[np.ndarray, "B"], gallery_rows: list[Int[np.ndarray, "_R"]]
+        self, query_rows: list[int], gallery_rows: list[Int[np.ndarray, "_R"]]
     ) -> Iterator[Float[np.ndarray, "_R"]]:
         """Cosines with each query's gallery, by whichever of the two ways is less work."""
         embeddings, kept = self.detections.embeddings, self.kept_rows
         queries = embeddings[query_rows].astype(np.float64)
         fetched = sum(map(len, gallery_rows))
-        if self.blocks.gather_cost * fetched < len(queries) * len(kept):
+        if GATHER_COST * fetched < len(queries) * len(kept):
             for query, rows in zip(queries, gallery_rows, strict=True):
                 yield (embeddings[kept[rows]].astype(np.float64) @ query).astype(np.float32)
             return
         cosines = np.empty((len(queries), len(kept)), np.float32)
-        for start in range(0, len(kept), self.blocks.gallery):
-            part = slice(start, start + self.blocks.gallery)
+        for start in range(0, len(kept), GALLERY_ROWS):
+            part = slice(start, start + GALLERY_ROWS)
             cosines[:, part] = queries @ embeddings[kept[part]].astype(np.float64).T
         yield from (row[rows] for row, rows in zip(cosines, gallery_rows, strict=True))
 
@@ -170,35 +138,20 @@ class GallerySearch:
         self, query: int, query_row: int, gallery: Gallery, similarity: Float[np.ndarray, "R"]
     ) -> Float[np.ndarray, "R"]:
         """The similarities, rescored by the context if that was asked for."""
-        if self.context is None:
+        if not self.context:
             return similarity
-        people = cbgm.context_people(
-            self.detections,
-            int(self.protocol.query_image[query]),
-            int(query_row),
-            self.score_threshold,
-            self.context.people,
-        )
-        return cbgm.rescore(
-            similarity,
-            self.kept_rows[gallery.rows],
-            gallery.offsets,
-            people,
-            self.detections.embeddings,
-            self.context.images,
-        )
+        (images, limit), found = self.context, self.detections
+        photo = int(self.protocol.query_image[query])
+        people = cbgm.context_people(found, photo, query_row, self.score_threshold, limit)
+        rows = self.kept_rows[gallery.rows]
+        return cbgm.rescore(similarity, rows, gallery.offsets, people, found.embeddings, images)
 
 
 def _positions(images: Int[np.ndarray, "n"], targets: Int[np.ndarray, "T"]) -> Int[np.ndarray, "T"]:
-    """Where each target stands in `images`, its k-th mention at the k-th place; -1 if nowhere."""
+    """Where each target stands in `images`, its k-th mention at the k-th place."""
     order = np.argsort(images, kind="stable")
     mention = np.tril(targets[:, None] == targets[None, :], -1).sum(axis=1)
-    place = np.searchsorted(images[order], targets) + mention
-    last = np.searchsorted(images[order], targets, side="right")
-    positions = np.full(len(targets), -1)
-    inside = place < last
-    positions[inside] = order[place[inside]]
-    return positions
+    return order[np.searchsorted(images[order], targets) + mention]
 
 
 def published_order(gallery: Gallery, similarity: Float[np.ndarray, "R"]) -> Int[np.ndarray, "R"]:

@@ -14,12 +14,10 @@ from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.drawing.rankings import PictureRow
-from alignps_jax.evaluation.detections_io import load_detections
-from alignps_jax.evaluation.metrics import SearchMetrics
-from alignps_jax.evaluation.pictures import protocol_row
-from alignps_jax.evaluation.precision_recall import PrecisionRecall
+from alignps_jax.evaluation.evaluate import query_row
+from alignps_jax.evaluation.metrics import PrecisionRecall, SearchMetrics
 from alignps_jax.evaluation.results import fraction
-from alignps_jax.evaluation.scoring import Scorer, align_with_split, make_scorer
+from alignps_jax.evaluation.scoring import Scorer, detections_of, make_scorer
 from alignps_jax.figures.plots import GallerySizes, Reference
 from alignps_jax.files import read_json
 from alignps_jax.types import GalleryDetections, UserError
@@ -130,28 +128,22 @@ def precision_recall(
       UserError: a file is missing, not valid, or of other images.
     """
     scorer = make_scorer(config)
-    detections = _saved_detections(scorer, config, paths)
-    panels = {
-        "detection (area: AP)": {
-            label: scorer.detection(found).curve for label, found in detections.items()
-        }
-    }
-    for protocol in scorer.protocols:
-        panels[f"search, {protocol.name} (area: mAP)"] = {
-            label: scorer.search(protocol, found).curve for label, found in detections.items()
-        }
+    found = _saved_detections(scorer, paths)
+    measured = {label: scorer.score(detections, None) for label, detections in found.items()}
+    curves = {label: one.detection.curve for label, one in measured.items()}
+    panels = {"detection (area: AP)": curves}
+    for name in (protocol.name for protocol in scorer.protocols):
+        curves = {label: one.searches[name].curve for label, one in measured.items()}
+        panels[f"search, {name} (area: mAP)"] = curves
     return panels
 
 
-def _saved_detections(
-    scorer: Scorer, config: ConfigDict, paths: Sequence[Path]
-) -> dict[str, GalleryDetections]:
+def _saved_detections(scorer: Scorer, paths: Sequence[Path]) -> dict[str, GalleryDetections]:
     """Label -> detections in the test images."""
     names = scorer.annotations.names
     files = [_file_of(path, "detections.npz") for path in paths]
     return {
-        label: align_with_split(load_detections(file), names, file, config)
-        for label, file in zip(labels(paths), files, strict=True)
+        label: detections_of(names, file) for label, file in zip(labels(paths), files, strict=True)
     }
 
 
@@ -177,15 +169,15 @@ def compared_queries(config: ConfigDict, paths: Sequence[Path]) -> ComparedQueri
     """
     scorer = make_scorer(config)
     protocol = scorer.protocols[0]
-    detections = _saved_detections(scorer, config, paths)
+    detections = _saved_detections(scorer, paths)
     metrics = {label: scorer.search(protocol, found) for label, found in detections.items()}
     split = prepare(config.data).test
     count = max(1, MAX_COMPARED_ROWS // len(detections))
     rows = (
-        protocol_row(
+        query_row(
+            scorer,
             split,
-            protocol,
-            scorer.rank(found, query),
+            found,
             query,
             f"{label}: AP {100 * metrics[label].per_query_ap[query]:.0f}",
         )

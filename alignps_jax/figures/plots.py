@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from alignps_jax.evaluation.precision_recall import PrecisionRecall
+from alignps_jax.evaluation.metrics import PrecisionRecall
 
 
 @dataclasses.dataclass(frozen=True)

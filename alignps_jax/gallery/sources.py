@@ -44,11 +44,15 @@ def parse_every(text: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class MediaFile:
-    """A photo or video: absolute path without symbolic links, bytes, change in ns since 1970."""
+    """A photo or video: absolute path without symbolic links, bytes, change in ns since 1970.
+
+    `name` is the path from the source where it was found, links included.
+    """
 
     path: str
     size: int
     mtime: int
+    name: str = ""
 
     @property
     def is_video(self) -> bool:
@@ -76,8 +80,8 @@ def media_files(source: str, skipped: dict[str, str]) -> Iterator[MediaFile]:
             f"({', '.join(PHOTO_SUFFIXES + VIDEO_SUFFIXES)})"
         )
     seen: set[str] = set()
-    paths = _below(source, skipped) if os.path.isdir(source) else iter([os.path.realpath(source)])
-    for path in paths:
+    one = os.path.realpath(source), os.path.basename(source)
+    for path, name in _below(source, skipped) if os.path.isdir(source) else [one]:
         if path in seen:
             continue
         seen.add(path)
@@ -89,7 +93,7 @@ def media_files(source: str, skipped: dict[str, str]) -> Iterator[MediaFile]:
         except OSError as error:
             skipped[path] = f"{path}: cannot be read ({error.strerror})"
         else:
-            yield MediaFile(path, state.st_size, state.st_mtime_ns)
+            yield MediaFile(path, state.st_size, state.st_mtime_ns, name)
 
 
 def report_skipped(skipped: dict[str, str], found: int) -> None:
@@ -113,12 +117,12 @@ def _is_media(name: str) -> bool:
     return name.lower().endswith(PHOTO_SUFFIXES + VIDEO_SUFFIXES)
 
 
-def _below(folder: str, skipped: dict[str, str]) -> Iterator[str]:
-    """The real paths of all media files below a folder, by name."""
+def _below(folder: str, skipped: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """The real paths of all media files below a folder, and those from the folder; by name."""
     seen: set[str] = set()
-    folders = [os.path.realpath(folder)]
+    folders = [(os.path.realpath(folder), "")]
     while folders:
-        here = folders.pop()
+        here, above = folders.pop()
         if here in seen:
             continue
         seen.add(here)
@@ -133,10 +137,11 @@ def _below(folder: str, skipped: dict[str, str]) -> Iterator[str]:
             # A link's own path says nothing; all others are real, since `here` is.
             is_link = entry.is_symlink() and os.path.exists(entry.path)
             path = os.path.realpath(entry.path) if is_link else entry.path
+            name = os.path.join(above, entry.name)
             if os.path.isdir(path):
-                below.append(path)
+                below.append((path, name))
             elif _is_media(entry.name):
-                yield path
+                yield path, name
         folders.extend(reversed(below))
 
 

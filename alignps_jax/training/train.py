@@ -18,7 +18,7 @@ from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import Checkpoints, load_weights, write_run_info
 from alignps_jax.config import check_fields, flat_fields
 from alignps_jax.distributed import barrier, broadcast_from_main, is_main_process
-from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, score_of
+from alignps_jax.evaluation.evaluate import OUTPUTS, Measured
 from alignps_jax.files import check_outputs
 from alignps_jax.log import MetricLog
 from alignps_jax.nn.model import weights_template
@@ -123,7 +123,7 @@ def evaluate(run: Run, state: TrainState, checkpoints: Checkpoints, log: MetricL
     """Evaluates a state that is saved, on `run.selector`'s split, and adds its score there."""
     measured = run.selector.measure(state.params, state.frozen, int(state.step))
     run.selector.log(measured, log)
-    checkpoints.save(state, None, score=score_of(measured.result))
+    checkpoints.save(state, None, score=measured.score)
     return measured
 
 
@@ -134,10 +134,10 @@ def reported(last: Measured, run: Run, config: ConfigDict, workdir: Path) -> Mea
     """
     folder, by = agreed_step(workdir, config)
     step = int(folder.name)
-    if step == last.result.step and run.selector is run.evaluator:
+    if step == last.step and run.selector is run.evaluator:
         return last.chosen(by)
     if is_main_process():
-        print(f"step {step} is reported, chosen by {by}; the last one is {last.result.step}")
+        print(f"step {step} is reported, chosen by {by}; the last one is {last.step}")
     weights = load_weights(folder, weights_template(run.step.model))
     return run.evaluator.measure(weights.params, weights.frozen, step).chosen(by)
 

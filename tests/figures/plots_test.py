@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alignps_jax.evaluation.precision_recall import PrecisionRecall
+from alignps_jax.evaluation.metrics import PrecisionRecall
 from alignps_jax.figures.plots import (
     GallerySizes,
     Reference,

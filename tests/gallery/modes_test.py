@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import launch
-from alignps_jax.evaluation.detect import WRITERS
 from alignps_jax.evaluation.detections_io import load_detections
-from alignps_jax.gallery.reading import SceneRead
-from alignps_jax.gallery.sources import MediaFile
 from alignps_jax.gallery.store import Gallery
-from alignps_jax.types import Detections
 from tests.gallery.networks import (
     network_config,
     photo,
@@ -93,58 +89,25 @@ def test_another_checkpoint_is_an_error_that_names_both(run, photos, gallery, tm
     assert launched(index=None, checkpoint=other, gallery=gallery, source=photos) == 2
 
 
-def found_in(gallery):
-    """What `--mode=detect` finds, from a gallery of the same photos."""
-    for scene in gallery.scenes(10):
-        people = gallery.people(scene.id)
-        boxes = np.array([person.box for person in people], np.float32).reshape(-1, 4)
-        scores = np.array([person.score for person in people], np.float32)
-        embeddings = gallery.embeddings([person.id for person in people])
-        found = Detections(boxes, scores, embeddings, np.ones(len(people), bool))
-        yield SceneRead(MediaFile(scene.path, 0, 0), scene), found
-
-
-def name_of(scene):
-    return scene.path if scene.second is None else f"{scene.path}#t={scene.second:.3f}"
-
-
 def test_detect_finds_who_is_in_a_gallery(run, photos, gallery, tmp_path, capsys):
     target = tmp_path / "people.npz"
     assert launched(detect=None, checkpoint=run, source=photos, target=target) == 3
     assert "bad.jpg: cannot be decoded (8 bytes)" in capsys.readouterr().out
-    saved = load_detections(target)
-    expected = {name_of(read.scene): found for read, found in found_in(Gallery.open(gallery))}
-    assert set(saved.names) == set(expected)
+    saved, opened = load_detections(target), Gallery.open(gallery)
+    scenes = {}
+    for scene in opened.scenes(10):
+        name = str(Path(scene.path).relative_to(photos))
+        scenes[name if scene.second is None else f"{name}#t={scene.second:.3f}"] = scene
+    assert set(saved.names) == set(scenes)
     for row, name in enumerate(saved.names):
-        for field in ("boxes", "scores", "embeddings"):
-            found = getattr(saved, field)[saved.of(row)]
-            np.testing.assert_allclose(found, getattr(expected[name], field), atol=1e-5)
-    assert launched(detect=None, checkpoint=run, source=photos, target=tmp_path / "x.txt") == 2
-
-
-def test_tables_of_who_was_found(gallery, tmp_path):
-    found = list(found_in(Gallery.open(gallery)))
-    for suffix in (".json", ".csv"):
-        WRITERS[suffix](tmp_path / f"people{suffix}", found)
-    coco = json.loads((tmp_path / "people.json").read_text())
-    with (tmp_path / "people.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [image["file_name"] for image in coco["images"]] == [
-        name_of(read.scene) for read, _ in found
-    ]
-    people = [
-        (image, read.scene, box, score)
-        for image, (read, one) in zip(coco["images"], found, strict=True)
-        for box, score in zip(one.boxes, one.scores, strict=True)
-    ]
-    for row, one, person in zip(rows, coco["annotations"], people, strict=True):
-        image, scene, box, score = person
-        assert (row["image"], one["image_id"]) == (scene.path, image["id"])
-        assert row["second"] == ("" if scene.second is None else f"{scene.second:.3f}")
-        corners = [float(row[name]) for name in ("x1", "y1", "x2", "y2")]
-        x, y, width, height = one["bbox"]
-        np.testing.assert_allclose([corners, [x, y, x + width, y + height]], [box, box], atol=2e-3)
-        np.testing.assert_allclose([float(row["score"]), one["score"]], score, atol=1e-6)
+        people = opened.people(scenes[name].id)
+        expected = {
+            "boxes": np.array([person.box for person in people]).reshape(-1, 4),
+            "scores": [person.score for person in people],
+            "embeddings": opened.embeddings([person.id for person in people]),
+        }
+        for field, values in expected.items():
+            np.testing.assert_allclose(getattr(saved, field)[saved.of(row)], values, atol=1e-5)
 
 
 def test_export_and_forget(gallery, photos, tmp_path, capsys):

@@ -1,0 +1,133 @@
+"""What `--mode=detect` writes is used further: scored, read as a data set, opened as a table."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from alignps_jax.evaluation.detect import boxes_as_stored, detect_source
+from alignps_jax.evaluation.detections_io import load_detections
+from alignps_jax.evaluation.scoring import evaluate_detections
+from alignps_jax.types import IncompleteError, UserError
+from configs import cuhk
+from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
+from tests.gallery.networks import network_config, photo, write_checkpoint, write_video
+
+TURNED = 6  # by a quarter, as most phones store portraits
+
+
+def exif(orientation):
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("run"), network_config())
+
+
+@pytest.fixture(scope="module")
+def data(run, tmp_path_factory):
+    """A data set without annotations; what is found in it lies beside the photos."""
+    root, cache = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("cache")
+    (root / "images" / "cam1").mkdir(parents=True)
+    upright = Image.fromarray(photo(0))
+    upright.save(root / "images" / "a.png")
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.save(root / "images" / "cam1" / "phone.png", exif=exif(TURNED))
+    Image.fromarray(photo(1)).save(cache / "0a1b2c.png")
+    (root / "images" / "link.png").symlink_to(cache / "0a1b2c.png")
+    write_video(root / "images" / "v.mp4", [photo(seed) for seed in range(8)], rate=4)
+    for name in ("train.json", "people.csv", "people.npz"):
+        detect_source(run, network_config(), str(root / "images"), 1.0, root / name)
+    return root
+
+
+PHOTOS = ["a.png", "link.png", "cam1/phone.png"]
+NAMES = [*PHOTOS[:2], "v.mp4#t=0.000", "v.mp4#t=1.000", PHOTOS[2]]
+
+
+def test_all_files_hold_the_same_named_from_the_source(data):
+    saved = load_detections(data / "people.npz")
+    coco = json.loads((data / "train.json").read_text())
+    with (data / "people.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(saved.names) == [image["file_name"] for image in coco["images"]] == NAMES
+    assert saved.embeddings.shape == (len(saved.scores), network_config().model.channels)
+    images = np.repeat(saved.names, np.diff(saved.offsets))
+    people = zip(images, saved.boxes, saved.scores, rows, coco["annotations"], strict=True)
+    for image, box, score, row, one in people:
+        assert image == row["image"] == NAMES[one["image_id"] - 1]
+        corners = [float(row[name]) for name in ("x1", "y1", "x2", "y2")]
+        x, y, width, height = one["bbox"]
+        np.testing.assert_allclose([corners, [x, y, x + width, y + height]], [box, box], atol=2e-3)
+        np.testing.assert_allclose([float(row["score"]), one["score"]], score, atol=1e-6)
+
+
+def test_boxes_and_sizes_are_those_of_the_stored_pixels(data):
+    saved = load_detections(data / "people.npz")
+    upright, turned = (saved.of(NAMES.index(name)) for name in ("a.png", "cam1/phone.png"))
+    assert upright.stop > upright.start
+    np.testing.assert_allclose(saved.scores[turned], saved.scores[upright], atol=1e-5)
+    expected = boxes_as_stored(saved.boxes[upright], (96, 128), TURNED)
+    np.testing.assert_allclose(saved.boxes[turned], expected, atol=1e-3)
+    sizes = {
+        image["file_name"]: (image["height"], image["width"])
+        for image in json.loads((data / "train.json").read_text())["images"]
+    }
+    assert sizes == dict.fromkeys(NAMES, (96, 128)) | {"cam1/phone.png": (128, 96)}
+
+
+def test_the_json_is_a_data_set_and_the_npz_is_scored_on_it(data, tmp_path):
+    """Somebody in two photos, as if an annotator had looked at what was found."""
+    content = json.loads((data / "train.json").read_text())
+    people = content["annotations"]
+    first = {one["image_id"]: one for one in reversed(people) if one["image_id"] in (1, 2, 5)}
+    for one in first.values():
+        one["person_id"] = 17
+    (data / "test.json").write_text(json.dumps(content))
+    source = CocoPersonSearchSource(data)
+    for name in PHOTOS:
+        with Image.open(source.image_path(name)) as image:
+            assert source.photo_size(name) == image.size[::-1]
+    saved = load_detections(data / "people.npz")
+    for split in (source.train, source.test):
+        assert split.names == saved.names
+        np.testing.assert_allclose(np.concatenate(split.boxes), saved.boxes, atol=2e-3)
+    config = cuhk.get_config()
+    config.data.name, config.data.root = "coco_person_search", str(data)
+    evaluate_detections(config, data / "people.npz", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["detection"] == {"recall": 1.0, "AP": 1.0}
+    assert metrics["search"]["all"]["mAP"] > 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_back_as_pillow_turns_photos(orientation):
+    stored = np.zeros((7, 12), np.uint8)
+    stored[1:4, 5:10] = 1
+    image = Image.fromarray(stored)
+    image.getexif()[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(image))
+    rows, columns = (np.flatnonzero(upright.any(axis=axis)) for axis in (1, 0))
+    box = np.array([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]], np.float32)
+    found = boxes_as_stored(box, upright.shape, orientation)
+    np.testing.assert_array_equal(found, [[5, 1, 10, 4]])
+
+
+def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys):
+    with pytest.raises(
+        UserError, match=r"--target: suffix of .*txt: found '.txt', expected one of"
+    ):
+        detect_source(run, network_config(), str(tmp_path), 1.0, tmp_path / "people.txt")
+    with pytest.raises(UserError, match="--source: found no photo or video in"):
+        detect_source(run, network_config(), str(tmp_path), 1.0, tmp_path / "people.npz")
+    (tmp_path / "bad.jpg").write_bytes(b"no photo")
+    with pytest.raises(IncompleteError, match="skipped 1 of 1 files"):
+        detect_source(run, network_config(), str(tmp_path), 1.0, tmp_path / "people.npz")
+    assert "bad.jpg: cannot be decoded" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["bad.jpg"]
