@@ -2,7 +2,6 @@
 
 import math
 import os
-import signal
 import subprocess
 import sys
 
@@ -29,22 +28,13 @@ def test_log_round_trip(tmp_path):
     assert "Infinity" not in text  # neither is JSON
 
 
-def test_log_of_a_killed_process_goes_on(tmp_path):
-    script = (
-        "import os, sys, pathlib; from alignps_jax.log import MetricLog\n"
-        "log = MetricLog(pathlib.Path(sys.argv[1]))\n"
-        "for step in range(3): log.scalars(step, {'loss': step})\n"
-        'pathlib.Path(sys.argv[1], "log.jsonl").open("ab", 0).write(b\'{"step": 3, "lo\')\n'
-        "os.kill(os.getpid(), 9)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    assert done.returncode == -signal.SIGKILL
+def test_a_line_that_was_cut_off_goes(tmp_path):
     path = tmp_path / "log.jsonl"
-    assert not path.read_bytes().endswith(b"\n")
-    assert [line.step for line in read_log(path)] == [0, 1, 2]
+    path.write_bytes(b'{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    assert [line.step for line in read_log(path)] == [2]
     with MetricLog(tmp_path) as log:
         log.scalars(3, {"loss": 3.0})
-    assert [line.step for line in read_log(path)] == [0, 1, 2, 3]
+    assert [line.step for line in read_log(path)] == [2, 3]
 
 
 def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
@@ -57,21 +47,15 @@ def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
     with MetricLog(tmp_path / "whole") as log:
         run(log, range(1, 13))
     with MetricLog(tmp_path / "resumed") as log:
+        log.truncate_after(0)  # nothing there yet
+        log.scalars(1, {"loss": 5})
+        log.truncate_after(0)
         run(log, range(1, 10))
     with MetricLog(tmp_path / "resumed") as log:
         log.truncate_after(4)
         run(log, range(5, 13))
     whole, resumed = ((tmp_path / name / "log.jsonl") for name in ("whole", "resumed"))
     assert whole.read_bytes() == resumed.read_bytes()
-
-
-def test_truncating_to_the_start_empties_the_log(tmp_path):
-    with MetricLog(tmp_path) as log:
-        log.truncate_after(0)  # nothing there yet
-        log.scalars(1, {"loss": 1.0})
-        log.truncate_after(0)
-        log.scalars(1, {"loss": 2.0})
-    assert read_log(tmp_path / "log.jsonl") == (LogLine(1, {"loss": 2.0}),)
 
 
 DAMAGED = ["hello", "[1]", '{"loss": 1}', '{"step": 1, "loss": "x"}', "", "\0" * 80]
@@ -132,14 +116,6 @@ def test_a_full_disk_is_an_error_at_once(tmp_path):
         log.scalars(9, {"loss": 9})
     steps = [line.step for line in read_log(tmp_path / "log" / "log.jsonl")]
     assert steps == [*range(1, len(steps)), 9]
-
-
-def test_missing_log_and_unwritable_workdir(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        read_log(tmp_path / "nowhere" / "log.jsonl")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="file"):
-        MetricLog(tmp_path / "file")
 
 
 def test_tensorboard_shows_the_resumed_run_only_once(tmp_path):
