@@ -238,7 +238,7 @@ class _Figure:
             self._limb(nose, nose, (3, 3), "skin", 6)
         for eye in ((-6, _HEAD + 1, 12), (6, _HEAD + 1, 12)):
             if self._project(eye)[1] > 2:
-                self._limb(eye, eye, (2, 2), "eyes", 9)
+                self._limb(eye, eye, (1.4, 1.4), "eyes", 9)
 
     def draw_bag(self) -> None:
         """Backpack or shoulder bag, with straps."""

@@ -126,9 +126,9 @@ def _draw_thing(rng: np.random.Generator) -> tuple[float, Sprite]:
         "wood": (45, 65, 90),
         "rubber": (35, 35, 38),
     }
-    canvas = Canvas(112, 250, (125, 100), 0.8 * max(shape[2] for shape in shapes))
+    canvas = Canvas(224, 500, (250, 200), 1.6 * max(shape[2] for shape in shapes))
     for left, top, right, bottom, material in shapes:
-        low, high = np.array((left + 125, top)), np.array((right + 125, bottom))
+        low, high = 2 * np.array((left + 125, top)), 2 * np.array((right + 125, bottom))
         outline = CIRCLE if material in _ROUND else _SQUARE
         color = colors[material]
         canvas.polygon((low + high + outline * (high - low)) / 2, color, color)
@@ -174,7 +174,8 @@ def _park(rng: np.random.Generator, image: np.ndarray, ground: int) -> None:
     _gradient(image[:ground], (235, 200, 150), (240, 235, 225))
     for _ in range(rng.integers(8, 20)):
         center = int(rng.integers(width)), int(ground * rng.uniform(0.4, 1))
-        cv2.circle(image, center, int(height * rng.uniform(0.05, 0.14)), _green(rng), -1)
+        radius = int(height * rng.uniform(0.05, 0.14))
+        cv2.circle(image, center, radius, _green(rng), -1, cv2.LINE_AA)
     _gradient(image[ground:], _green(rng), _green(rng))
     start, end = rng.uniform(0.2, 0.8) * width, rng.uniform(-0.2, 0.9) * width
     path = [(start, ground), (start + 8, ground), (end + width * 0.5, height), (end, height)]
