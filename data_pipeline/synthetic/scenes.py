@@ -63,7 +63,7 @@ def draw_scene(
     # The row of the feet grows with the height: the smallest stand where the ground begins.
     slope = (rng.uniform(0.9, 1.2) * height - ground) / ((LARGEST - SMALLEST) * height)
     # From near to far: what comes later covers nothing that is there.
-    heights = -np.sort(-rng.uniform(SMALLEST, LARGEST, len(sprites))) * height
+    heights = np.sort(rng.uniform(SMALLEST, LARGEST, len(sprites)))[::-1] * height
     free, boxes, placed = np.ones((height, width), bool), np.zeros((len(people), 4), np.int32), []
     for index, tall in zip(rng.permutation(len(sprites)), heights, strict=True):
         relative, sprite = sprites[index]
