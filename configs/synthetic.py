@@ -49,16 +49,16 @@ def get_config(variant: str = "") -> ConfigDict:
     # Each step of AdamW takes learning_rate times this share off a weight.
     optimizer.weight_decay = 0.05
     optimizer.warmup = "100 steps"
-    optimizer.drops = tuple(f"{step} steps" for step in (2160, 3060, 3780, 4320, 4770, 5080))
+    optimizer.drops = tuple(f"{step} steps" for step in (2000, 2840, 3500, 4000, 4420, 4700))
     optimizer.drop_factor = 0.6
 
     train = config.train
     # On a CPU, many small steps teach this network more than few large ones that take as long.
     train.batch_size = 2
-    train.duration = "5400 steps"
+    train.duration = "5000 steps"
     train.log_every_steps = 10
-    train.checkpoint_every = "1350 steps"
-    train.eval_every = "2700 steps"
+    train.checkpoint_every = "1250 steps"
+    train.eval_every = "2500 steps"
 
     config.eval.batch_size = 8
     config.eval.untrained_baseline = True

@@ -63,5 +63,5 @@ def test_it_learns_in_both_types_and_as_well(runs):
         metrics = json.loads((folder / "metrics.json").read_text())
         recall[dtype] = metrics["detection"]["recall"]
     # The two runs part within a few steps: what is compared is how far they get.
-    assert ends["bfloat16"] < 1.05 * ends["float32"]
+    assert ends["bfloat16"] < 1.15 * ends["float32"]
     assert recall["bfloat16"] >= recall["float32"] - 0.1
