@@ -67,7 +67,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen=frozen,
-        opt_state=optimizer.init(params),
+        opt_state=jax.jit(optimizer.init)(params),  # one program, not one for each shape
         memory=init_memory(num_identities, config.loss.queue_size, config.model.channels),
         raw=params if config.train.ema_decay is not None else None,
     )

@@ -32,8 +32,6 @@ class StepMetrics:
     positives: Int[Array, ""]
     dropped_positives: Int[Array, ""]
     grad_norm: Float[Array, ""]
-    update_norm: Float[Array, ""]
-    param_norm: Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # pmap needs a hash: that of the identity
@@ -100,8 +98,6 @@ class TrainStep:
             positives=gathered.valid.sum(),
             dropped_positives=dropped,
             grad_norm=optax.tree.norm(gradient),
-            update_norm=optax.tree.norm(updates),
-            param_norm=optax.tree.norm(trained),
         )
         state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state, memory=memory)
         return _with_params(state, trained, self.ema_decay), metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import grain
@@ -90,8 +91,8 @@ def train(
     due = plan.evaluates_at(start) and not checkpoints.has_score(start)
     log.truncate_after(start, again="eval/" if due or start >= plan.total else ())
     train_step = devices.parallel_train_step(run.step)
-    # A copy, whose buffers the step may take.
-    state = devices.replicate(jax.tree.map(jnp.copy, state))
+    # A copy, whose buffers the step may take, made by one program.
+    state = devices.replicate(jax.jit(partial(jax.tree.map, jnp.copy))(state))
     with closing(Monitor(run.pipeline, run.schedule, log, plan, start)) as monitor:
         while start < plan.total:
             if due:

@@ -45,7 +45,7 @@ def step(state: TrainState, batch) -> tuple[TrainState, StepMetrics]:
     total = lax.psum(jnp.sum(batch.image.astype(jnp.float32)), AXIS) / 1e6
     weight = state.params["w"] * 0.9 + total
     number = jnp.float32(1)
-    metrics = StepMetrics({"cls": weight}, number, number, number, number, number)
+    metrics = StepMetrics({"cls": weight}, number, number, number)
     return state.replace(step=state.step + 1, params={"w": weight}), metrics
 
 
