@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,9 +36,12 @@ class Monitor:
         self._traced = range(max(first, start + 1), min(last, plan.total) + 1)
         self._unread: list[tuple[int, StepMetrics]] = []
         self._shapes: set[tuple[int, ...]] = set()
-        hidden = not is_main_process()
         self._bar = progress(
-            desc="train", unit="step", total=plan.total, initial=start, disable=hidden
+            desc="train",
+            unit="step",
+            total=plan.total,
+            initial=start,
+            disable=not is_main_process(),
         )
         self.say(f"training on {device_names()}")
         self._begun: float | None = time.perf_counter()
@@ -105,19 +109,19 @@ class Monitor:
             if self._plan.logs_at(step):
                 self._report(step, metrics, values)
 
-    def _report(self, step: int, metrics: StepMetrics, values: dict[str, float]) -> None:
-        seconds, loss = time.perf_counter() - self._since, float(sum(metrics.terms.values()))
-        rate = self._steps * self._pipeline.batch_size / seconds
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} images/s", refresh=False)
-        about_run = {
-            "loss": loss,
+    def _report(self, step: int, metrics: StepMetrics, values: dict[str, Any]) -> None:
+        seconds = time.perf_counter() - self._since
+        values |= {
+            "loss": float(sum(metrics.terms.values())),
             "positives": metrics.positives,
             "dropped_positives": metrics.dropped_positives,
-            "learning_rate": self._schedule(np.int32(step - 1)),
+            "learning_rate": self._schedule(step - 1),
             "epoch": step / self._pipeline.steps_per_epoch,
-            "images_per_second": rate,
+            "images_per_second": self._steps * self._pipeline.batch_size / seconds,
             "data_wait": self._waited / seconds,
             **peak_memory(),
         }
-        self._log.scalars(step, values | about_run)
+        shown = "loss {loss:.3f}, {images_per_second:.1f} images/s".format_map(values)
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._log.scalars(step, values)
         self.restart_clock()
