@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignps_jax.devices import device_names, peak_memory
+from alignps_jax.devices import peak_memory
 from alignps_jax.distributed import is_main_process
 from alignps_jax.log import MetricLog, progress
 from alignps_jax.training.optimizer import Schedule
@@ -43,7 +43,7 @@ class Monitor:
             initial=start,
             disable=not is_main_process(),
         )
-        self.say(f"training on {device_names()}")
+        self.say(f"training on {jax.device_count()} x {jax.devices()[0].device_kind}")
         self._begun: float | None = time.perf_counter()
         self.restart_clock()
 
