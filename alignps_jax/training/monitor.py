@@ -36,13 +36,8 @@ class Monitor:
         self._traced = range(max(first, start + 1), min(last, plan.total) + 1)
         self._unread: list[tuple[int, StepMetrics]] = []
         self._shapes: set[tuple[int, ...]] = set()
-        self._bar = progress(
-            desc="train",
-            unit="step",
-            total=plan.total,
-            initial=start,
-            disable=not is_main_process(),
-        )
+        about = {"total": plan.total, "initial": start, "disable": not is_main_process()}
+        self._bar = progress(None, desc="train", unit="step", **about)
         self.say(f"training on {jax.device_count()} x {jax.devices()[0].device_kind}")
         self._begun: float | None = time.perf_counter()
         self.restart_clock()

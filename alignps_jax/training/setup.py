@@ -81,16 +81,10 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     times, per_epoch = config.train, pipeline.steps_per_epoch
     durations = times.duration, times.checkpoint_every, times.eval_every
     total, save, evaluate = (max(1, steps_of(x, per_epoch)) for x in durations)
+    plan = Plan(total, save, evaluate, times.log_every_steps, times.profile)
     schedule, step = make_step(config, model, per_epoch, max_positives(config, pipeline))
-    return Run(
-        pipeline=pipeline,
-        plan=Plan(total, save, evaluate, times.log_every_steps, times.profile),
-        schedule=schedule,
-        step=step,
-        evaluator=evaluator,
-        selector=selector,
-        create=partial(create_state, config, model, step.optimizer, rows),
-    )
+    create = partial(create_state, config, model, step.optimizer, rows)
+    return Run(pipeline, plan, schedule, step, evaluator, selector, create)
 
 
 def make_step(

@@ -42,9 +42,8 @@ def train_and_evaluate(
 ) -> None:
     """Trains as `config` says, resuming from what `workdir` holds, and evaluates the result.
 
-    What can be wrong is found before the data set is prepared, and a run that is refused stays as
-    it is. With `accept_changes`, a run resumes with other settings than it was begun with. `typed`
-    are the dotted names of the fields that the command line sets.
+    A run that is refused stays as it is. With `accept_changes`, one resumes with other settings
+    than it was begun with. `typed` are the dotted names of the fields that the command line sets.
 
     Raises:
       UserError: something is wrong with the configuration, the data or an earlier checkpoint, or

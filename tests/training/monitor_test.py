@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax import log as log_module
 from alignps_jax.log import MetricLog, read_log
 from alignps_jax.training.monitor import Monitor
 from alignps_jax.training.setup import Plan
@@ -117,15 +116,3 @@ def test_the_steps_asked_for_are_traced(tmp_path, start, capsys):
             monitor.record(step, metrics(jnp.ones(())))
         assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert capsys.readouterr().out.count(f"profile     {tmp_path / 'profile'}") == 1
-
-
-def test_progress_in_a_log_file_is_a_line_now_and_then(capsys, monkeypatch):
-    for _ in log_module.progress(range(3), desc="quick", unit="step"):
-        pass
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(log_module, "_SECONDS_PER_LINE", 0.01)
-    for _ in log_module.progress(range(3), desc="slow", unit="step"):
-        time.sleep(0.03)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert 1 <= len(lines) <= 4
-    assert lines[-1].startswith("slow: 3 of 3 [")

@@ -131,18 +131,6 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(pipeline, uninterrupted
     assert results(tmp_path) == uninterrupted
 
 
-def test_a_damaged_line_of_the_log_costs_that_line(pipeline, uninterrupted, tmp_path, capsys):
-    with pytest.raises(Killed):
-        go(make_run(pipeline, "measuring 8"), tmp_path)
-    file = tmp_path / "log.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join([*lines[:2], b"\0" * 40 + b"\n", *lines[3:]]))
-    go(make_run(pipeline), tmp_path)
-    assert f"note: {file}, line 3: found b'" in capsys.readouterr().out
-    expected = [line for line in uninterrupted[0] if line["step"] != 3]
-    assert results(tmp_path) == (expected, *uninterrupted[1:])
-
-
 @pytest.fixture(scope="module")
 def begun(pipeline, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("begun")
