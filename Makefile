@@ -22,7 +22,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:$\
   glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=268435456
 
 .PHONY: setup demo serve test shapes test-newest docs fuzz soak parity benchmark accelerators \
-  accelerators-short cluster setup-accelerators golden lint lock clean
+  accelerators-short setup-accelerators golden lint lock clean
 
 setup: $(READY)
 
@@ -85,14 +85,11 @@ SECONDS ?= 600
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --seconds=$(SECONDS) $(if $(ONLY),--only=$(ONLY))
 
-# Training runs that are killed at random moments, crowded, and out of room: make soak [KILLS=200].
-KILLS ?= 200
+# Training that is killed at random moments, or finds a full disk: make soak [KILLS=50] [PROCESSES=1].
+KILLS ?= 50
+PROCESSES ?= 1
 soak: setup
-	$(BIN)/python -m tests.soak --kills=$(KILLS)
-
-# Four processes from nothing, one is killed, two resume: what a cluster does, on this machine.
-cluster: setup
-	$(BIN)/python -m tests.soak.cluster
+	$(BIN)/python -W ignore -m tests.soak --kills=$(KILLS) --processes=$(PROCESSES)
 
 # The pages and the API reference, as docs/_build/html/index.html; a warning is an error.
 docs: $(DOCS_READY)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ Devices = Sequence[jax.Device]
 
 
 def parallel_train_step(step: Step, devices: Devices | None = None) -> Step:
-    """`step` over all devices of all processes, or those given, by `pmap`.
+    """`step` on all devices of all processes, or those given.
 
-    The batch has a leading axis of local devices. The state goes in and out as ordinary replicated
-    arrays (`replicate` makes them so first) and its buffers are reused.
+    The batch has a leading axis of local devices. The state goes in and out replicated
+    (`replicate`) and its buffers are reused.
     """
     axes: dict[str, Any] = {"in_axes": (None, 0), "out_axes": (None, None)}
     return jax.pmap(step, axis_name=AXIS, devices=devices, donate_argnums=0, **axes)
@@ -54,19 +53,18 @@ def gather_rows(rows: Any) -> Any:
 
 def device_names() -> str:
     """Number and kind of the devices of all processes, such as 8 x NVIDIA H100 80GB HBM3."""
-    kinds = Counter(device.device_kind for device in jax.devices())
-    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def peak_memory() -> dict[str, int]:
-    """The most that a local device has held at a time, in bytes; nothing where that is unknown."""
+    """The largest peak of the local devices, in bytes; nothing where it is unknown."""
     known = [device.memory_stats() or {} for device in jax.local_devices()]
     peak = max(stats.get("peak_bytes_in_use", 0) for stats in known)
     return {"peak_memory": peak} if peak else {}
 
 
 def replicate(tree: Any, devices: Devices | None = None) -> Any:
-    """Puts a copy on every local device, or those given, which is what buffer donation asks for."""
+    """Puts a copy on every local device, or those given."""
     mesh = Mesh(np.array(devices or jax.local_devices()), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
@@ -83,8 +81,7 @@ def use_compilation_cache(folder: Path | None = None) -> None:
     `JAX_COMPILATION_CACHE_DIR` wins if it is set. Where the folder cannot be used, a note says so.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    given = Path(named) if named else folder
-    used: Path | None = None
+    given, used = Path(named) if named else folder, None
     try:
         found = (given or platformdirs.user_cache_path("alignps_jax")).absolute()
         found.mkdir(mode=0o777 if given else 0o700, parents=True, exist_ok=True)
@@ -92,10 +89,10 @@ def use_compilation_cache(folder: Path | None = None) -> None:
         if not given and (about.st_uid != os.getuid() or about.st_mode & 0o022):
             raise PermissionError(f"others can write there: '{found}'")  # programs are native code
         tempfile.TemporaryFile(dir=found).close()
-        used = found
+        used = str(found)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         print(f"note: compiled programs are not kept ({error})")
     reset_cache()  # JAX opens a folder only once
-    jax.config.update("jax_compilation_cache_dir", str(used) if used else None)
+    jax.config.update("jax_compilation_cache_dir", used)
     # Small ones too: a start compiles hundreds of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,7 +1,7 @@
 """The processes of one run: they join, wait for one another, and agree on values.
 
-They talk through JAX's coordination service, not through the devices, where waiting for an hour is
-an error. JAX ends a process whose peer died. In a run of one process nothing here waits.
+They talk through JAX's coordination service, because collectives of the devices allow no waiting
+for hours. JAX ends a process whose peer died. A run of one process waits nowhere.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from jax._src import distributed as _distributed
 
 from alignps_jax.types import UserError
 
-START, REMINDER = 300, 15  # seconds to find one another, and between two lines about it
-_GOODBYE = 60  # seconds that a process which failed waits for its peers
+REMINDER = 15  # seconds between two lines about processes that have not come yet
+_GOODBYE = 60  # seconds that a process which failed waits for those that fail alike
 _DAY_MS = 24 * 60 * 60 * 1000
 global_state: Any = _distributed.global_state  # the client has no public name
 _calls = itertools.count()
@@ -43,13 +43,11 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     joined = threading.Event()
     peers = f"{processes} processes at {coordinator}" if coordinator else "processes of the run"
 
-    def remind() -> None:
-        for seconds in range(REMINDER, START + 1, REMINDER):
+    def remind() -> None:  # JAX gives up after 300 s
+        for number in itertools.count(1):
             if joined.wait(REMINDER):
                 return
-            print(f"waited {seconds} of {START} s for all {peers}", file=sys.stderr, flush=True)
-        print(f"error: found not all {peers}", file=sys.stderr, flush=True)
-        os._exit(UserError.exit_code)
+            print(f"waited {number * REMINDER} s for all {peers}", file=sys.stderr, flush=True)
 
     threading.Thread(target=remind, daemon=True).start()
     # JAX's preemption service swallows SIGTERM, so only training starts it.
@@ -60,7 +58,6 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
             processes,
             process,
             cluster_detection_method="deactivate" if coordinator else None,
-            initialization_timeout=2 * START,  # after which JAX aborts
             shutdown_timeout_seconds=_GOODBYE,
         )
     except (ValueError, RuntimeError, KeyError, OSError) as error:
@@ -73,14 +70,11 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process, and after a failure soon all others of the run.
-
-    It waits for those that fail alike, but not for its own threads, which may wait for others.
-    """
+    """Ends the process; after a failure without its threads, and soon all others of the run."""
     if code and is_multiprocess():
         sys.stdout.flush()
         sys.stderr.flush()
-        jax.distributed.shutdown()  # in vain after `_GOODBYE`: JAX aborts all then
+        jax.distributed.shutdown()  # waits for `_GOODBYE`; then JAX aborts all
         os._exit(code)
     sys.exit(code)
 
@@ -102,7 +96,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """What process 0 passes (JSON), in all processes; what the others pass does not matter."""
+    """What process 0 passes (JSON), in all processes."""
     return gather(value)[0]
 
 

@@ -22,11 +22,7 @@ _MOST_JSON = 1 << 26  # bytes
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes an error of the system in the block one clear line that names `path`.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Turns an error of the system in the block into a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -61,17 +57,12 @@ _PROBE_BYTES = 4096
 def check_outputs(*paths: Path) -> None:
     """Finds out, before the work, whether its results can be written; leaves nothing behind.
 
-    Args:
-        paths: the files to be written later; their folders need not exist.
-
     Raises:
         UserError: a path is a folder, its folder is a file, or it cannot be written.
     """
     for path in paths:
-        try:
+        with writing(path):
             _check_output(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _check_output(path: Path) -> None:
@@ -110,23 +101,12 @@ def write_json(path: Path, content: object, allow_nan: bool = False) -> None:
 def read_json(path: Path, expected: str) -> Any:
     """The content of a JSON file that anybody may have written.
 
-    Args:
-        path: the file.
-        expected: what it should hold, for the message, such as "the results of a run".
-
-    Raises:
-        UserError: the file cannot be read, is too large, or holds no JSON.
+    Raises UserError, with what was `expected` there, for a file that holds no JSON or too much.
     """
+    if path.stat().st_size > _MOST_JSON:
+        raise UserError(f"{path}: found {path.stat().st_size:,} bytes, expected {expected}")
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > _MOST_JSON:
-                raise UserError(f"{path}: found {size:,} bytes, expected {expected}")
-            return json.loads(file.read(size))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}), expected {expected}"
-        ) from error
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: found no JSON, expected {expected}") from error
 

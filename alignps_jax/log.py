@@ -35,13 +35,13 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
 
 @dataclasses.dataclass(frozen=True)
 class LogLine:
-    """The measurements of one line of the log; NaN stands for one that was not finite."""
+    """One line of the log; NaN is a measurement that was not finite."""
 
     step: int
     values: Mapping[str, float]
 
     def encode(self) -> bytes:
-        """The line as it stands in the file."""
+        """The line in the file."""
         numbers = {name: x if math.isfinite(x) else None for name, x in self.values.items()}
         return json.dumps({"step": self.step} | numbers).encode() + b"\n"
 
@@ -49,7 +49,7 @@ class LogLine:
 def read_log(path: Path) -> tuple[LogLine, ...]:
     """Reads a log that `MetricLog` wrote, without a last line that was cut off.
 
-    A note names lines that are none of a log.
+    A note names lines that are left out.
     """
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
@@ -64,10 +64,9 @@ def read_log(path: Path) -> tuple[LogLine, ...]:
 
 
 class MetricLog:
-    """Appends measurements to `<workdir>/log.jsonl` and to `<workdir>/tensorboard`.
+    """Appends to `<workdir>/log.jsonl` and `<workdir>/tensorboard`, in process 0 alone.
 
-    Process 0 alone writes. Every line is on the disk when `scalars` returns, as what is saved after
-    it will be. A context manager.
+    A line is on the disk when `scalars` returns. A context manager.
     """
 
     def __init__(self, workdir: Path) -> None:
@@ -91,15 +90,14 @@ class MetricLog:
     def truncate_after(self, step: int, *, again: str | tuple[str, ...] = ()) -> None:
         """Removes what was measured after `step`, for training that resumes there.
 
-        Of `step` itself, lines with names that begin with `again` go: they are measured once more.
+        Lines of `step` itself with a name that begins with `again` go too.
         """
-
-        def stays(line: LogLine) -> bool:
-            repeated = any(name.startswith(again) for name in line.values)
-            return line.step < step + (not repeated)
-
         if self._writes:
-            kept = [line.encode() for line in read_log(self._path) if stays(line)]
+            kept = [
+                line.encode()
+                for line in read_log(self._path)
+                if line.step < step + (not any(name.startswith(again) for name in line.values))
+            ]
             temporary = self._path.with_name("log.jsonl.tmp")
             temporary.write_bytes(b"".join(kept))
             temporary.replace(self._path)

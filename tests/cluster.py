@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.places import ROOT, free_port, heed_signals
@@ -38,7 +38,6 @@ def start(
     count: int = 2,
     devices: int = 2,
     joining: Joining = flags_of,
-    variables: Mapping[str, str] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Starts `count` processes of `devices` simulated devices each, with configs/tiny.py."""
     port = free_port()
@@ -49,7 +48,7 @@ def start(
             subprocess.Popen(
                 command(shared, workdir, *flags, *more),
                 cwd=ROOT,
-                env=environment(devices) | own | dict(variables or {}),
+                env=environment(devices) | own,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

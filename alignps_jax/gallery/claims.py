@@ -13,19 +13,21 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import random
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
 import pyarrow as pa
 
 from alignps_jax.gallery.database import committing, open_or_create, reading
 from alignps_jax.gallery.sources import MediaFile
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.gallery.table import one_of
-from alignps_jax.processes import Process
 from alignps_jax.types import UserError
 
 CLAIMS = "claims"
@@ -47,13 +49,36 @@ _SCHEMA = pa.schema(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """A process that claims buckets; `started` tells it from another with its number."""
+
+    host: str
+    pid: int
+    started: float
+    turn: float  # of one process, a random number
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    def is_running(self) -> bool | None:
+        """Whether it is there; None: it is of another machine."""
+        if self.host != socket.gethostname():
+            return None
+        with contextlib.suppress(psutil.Error, ValueError, TypeError, OverflowError):
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 2
+        return False
+
+
 class Claims:
     """What this process has claimed, to be given back: a context manager."""
 
     def __init__(self, gallery: Gallery):
         self._address = gallery.address
         self._table = open_or_create(gallery.address, gallery.database, CLAIMS, _SCHEMA)
-        self._own = json.dumps({**dataclasses.asdict(Process.this()), "turn": random.random()})
+        started = psutil.Process().create_time()
+        own = Owner(socket.gethostname(), os.getpid(), started, turn=random.random())
+        self._own = json.dumps(dataclasses.asdict(own))
 
     def __enter__(self) -> Self:
         return self
@@ -102,11 +127,10 @@ class Claims:
                 rest = {file.path for file in missing([f for b in order for f in waiting[b]])}
                 order = [b for b in order if any(file.path in rest for file in waiting[b])]
 
-    def others(self) -> list[Process]:
+    def others(self) -> list[Owner]:
         """Other processes that index this gallery and are running here, or may be elsewhere."""
-        owners = {owner for owner in self._owners().values() if owner != self._own}
-        processes = [process for owner in owners if (process := _process(owner))]
-        return [process for process in processes if process.is_running() is not False]
+        found = [_parsed(owner) for owner in set(self._owners().values()) - {self._own}]
+        return [owner for owner in found if owner and owner.is_running() is not False]
 
     def _claim(self, order: Sequence[str], files: Callable[[str], int], wanted: int) -> set[str]:
         """Claims buckets of so many files: free ones, else those of processes that may be gone."""
@@ -155,15 +179,13 @@ def bucket_of(path: str) -> str:
     return str(int(hashlib.sha256(path.encode()).hexdigest()[:8], 16) % BUCKETS)
 
 
-def _process(owner: str) -> Process | None:
-    with contextlib.suppress(ValueError, AttributeError):
-        content = json.loads(owner)
-        content.pop("turn", None)
-        return Process.parse(content)
+def _parsed(owner: str) -> Owner | None:
+    with contextlib.suppress(ValueError, TypeError):
+        return Owner(**json.loads(owner))
     return None
 
 
 def _is_running_here(owner: str) -> bool:
     """Whether it is worth waiting for: not for what this process itself has left behind."""
-    process = _process(owner)
-    return process is not None and process != Process.this() and process.is_running() is True
+    found = _parsed(owner)
+    return found is not None and found.pid != os.getpid() and found.is_running() is True

@@ -1,13 +1,13 @@
-"""What a run shows and writes of its training steps."""
+"""What a run shows and logs of its training steps."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alignps_jax.devices import device_names, peak_memory
@@ -19,29 +19,25 @@ from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import Batch, UserError
 from data_pipeline.pipeline import TrainPipeline
 
-# How the line begins that says when the losses of the first step were there.
-FIRST_STEP = "first step done"
-
 
 class Monitor:
     """Shows and logs the training steps, and stops at what is not finite.
 
-    The host dispatches a step while the one before it runs; only at steps that are logged or saved
-    the devices wait for it: there it reads all that was measured since.
+    The host dispatches a step while the one before it runs; it reads what was measured only at
+    steps that are logged or saved.
     """
 
     def __init__(
         self, pipeline: TrainPipeline, schedule: Schedule, log: MetricLog, plan: Plan, start: int
     ):
-        self._pipeline, self._schedule, self._log, self._plan = pipeline, schedule, log, plan
+        self._pipeline, self._log, self._plan = pipeline, log, plan
+        self._schedule = jax.jit(schedule)  # one program, not one for each operation
         first, last = map(int, (plan.profile or "0:0").split(":"))
         self._traced = range(max(first, start + 1), min(last, plan.total) + 1)
         self._unread: list[tuple[int, StepMetrics]] = []
         self._shapes: set[tuple[int, ...]] = set()
-        shown = is_main_process()
-        self._bar = progress(
-            desc="train", unit="step", total=plan.total, initial=start, disable=not shown
-        )
+        about = {"total": plan.total, "initial": start, "disable": not is_main_process()}
+        self._bar = progress(None, desc="train", unit="step", **about)
         self.say(f"training on {device_names()}")
         self._begun: float | None = time.perf_counter()
         self.restart_clock()
@@ -67,10 +63,8 @@ class Monitor:
         height, width = shape = batch.image.shape[1:3]
         if shape not in self._shapes:
             self._shapes.add(shape)
-            self.say(
-                f"compiling the training step for {height}x{width} images "
-                f"({len(self._shapes)} of at most {len(self._pipeline.buckets)} shapes)"
-            )
+            count = f"{len(self._shapes)} of at most {len(self._pipeline.buckets)} shapes"
+            self.say(f"compiling the training step for {height}x{width} images ({count})")
         if step in self._traced[:1]:
             jax.profiler.start_trace(self._log.workdir / "profile")
         return batch
@@ -95,35 +89,34 @@ class Monitor:
           UserError: a loss term or the gradient is not finite.
         """
         measured, self._unread = jax.device_get(self._unread), []
+        if self._begun:
+            seconds, self._begun = time.perf_counter() - self._begun, None
+            self.say(f"first step done after {seconds:.1f} s, compilation included")
         for step, metrics in measured:
-            losses = {f"loss/{name}": value for name, value in metrics.terms.items()}
-            found = losses | {"grad_norm": metrics.grad_norm}
-            if bad := ", ".join(name for name, x in found.items() if not np.isfinite(x)):
+            values = {f"loss/{name}": value for name, value in metrics.terms.items()}
+            values["grad_norm"] = metrics.grad_norm
+            if bad := ", ".join(name for name, x in values.items() if not np.isfinite(x)):
                 images = self._pipeline.names(self._pipeline.plan(step - 1).indices)
                 raise UserError(
                     f"step {step}: {bad} not finite, on the images {', '.join(images)}; training "
                     "stops, the last checkpoint stays"
                 )
-            if self._begun:
-                seconds, self._begun = time.perf_counter() - self._begun, None
-                self.say(f"{FIRST_STEP} after {seconds:.1f} s, compilation included")
             if self._plan.logs_at(step):
-                self._report(step, metrics, losses)
+                self._report(step, metrics, values)
 
-    def _report(self, step: int, metrics: StepMetrics, losses: dict[str, float]) -> None:
-        seconds, loss = time.perf_counter() - self._since, float(sum(losses.values()))
-        rate = self._steps * self._pipeline.batch_size / seconds
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:.1f} images/s", refresh=False)
-        values = {
-            "loss": loss,
-            **losses,
-            **{name: value for name, value in vars(metrics).items() if name != "terms"},
-            "learning_rate": self._schedule(jnp.int32(step - 1)),
+    def _report(self, step: int, metrics: StepMetrics, values: dict[str, Any]) -> None:
+        seconds = time.perf_counter() - self._since
+        values |= {
+            "loss": float(sum(metrics.terms.values())),
+            "positives": metrics.positives,
+            "dropped_positives": metrics.dropped_positives,
+            "learning_rate": self._schedule(step - 1),
             "epoch": step / self._pipeline.steps_per_epoch,
-            "images_per_second": rate,
+            "images_per_second": self._steps * self._pipeline.batch_size / seconds,
             "data_wait": self._waited / seconds,
-            "padding": self._pipeline.plan(step - 1).padding,
             **peak_memory(),
         }
+        shown = "loss {loss:.3f}, {images_per_second:.1f} images/s".format_map(values)
+        self._bar.set_postfix_str(shown, refresh=False)
         self._log.scalars(step, values)
         self.restart_clock()

@@ -33,10 +33,9 @@ def learning_rate_schedule(
 
 
 def parameter_labels(params: Any, is_frozen: Callable[[tuple[str, ...]], bool]) -> Any:
-    """`frozen`, `bias` or `weight` for every parameter.
+    """`frozen`, `bias` (of a convolution, but not of one that predicts offsets) or `weight`.
 
-    `bias` are those of plain and DCNv2 main convolutions, not of offset convolutions and of
-    normalization (Released code).
+    So does the released code group the parameters.
     """
     flat = traverse_util.flatten_dict(params)
 
@@ -65,13 +64,11 @@ def make_optimizer(
 
     Frozen parameters get no update and, having no gradient, no share in the norm.
     """
-    rule = RULES[optimizer.name]
 
     def group(rate_factor: float, weight_decay: float) -> optax.GradientTransformation:
-        return optax.chain(
-            rule(optimizer.momentum, optax.add_decayed_weights(weight_decay)),
-            optax.scale_by_learning_rate(lambda step: rate_factor * schedule(step)),
-        )
+        rule = RULES[optimizer.name](optimizer.momentum, optax.add_decayed_weights(weight_decay))
+        rate = optax.scale_by_learning_rate(lambda step: rate_factor * schedule(step))
+        return optax.chain(rule, rate)
 
     decay, bias_decay = optimizer.weight_decay, optimizer.bias_weight_decay
     groups = {

@@ -52,10 +52,7 @@ def _convention(config: ConfigDict, workdir: Path, typed: Collection[str]) -> Co
     path = _place(config)
     known = sources.known_convention(sources.address_of(config.model.pretrained))
     if not known and not path.is_file():
-        try:
-            stored = load_config(path).model
-        except UserError as error:
-            raise UserError(f"{FIELD}: {error}") from error
+        stored = load_config(path).model
         return {name: stored[name] for name in own}
     if not known:
         names = read_tensors(path).keys()
@@ -77,13 +74,12 @@ def _place(config: ConfigDict) -> Path:
     return fetch(source) if sources.is_address(source) else Path(source)
 
 
-def starting_arrays(config: ConfigDict, model: AlignPS, *, say: bool = False) -> Arrays | None:
+def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
     """The arrays of `config.model.pretrained` by their paths in the model; None for random weights.
 
-    A backbone must fit; offsets of deformable convolutions that the weights do not have stay as
-    they are. Of a complete detector, neck and head are taken too, array by array where path and
-    shape are the same. Its memory belongs to other people and its optimizer to other losses: both
-    start anew. With `say`, what is taken and what is not is printed.
+    A backbone must fit; offsets of deformable convolutions may be missing. Of a complete detector,
+    neck and head are taken too, array by array where path and shape are the same. Its memory
+    belongs to other people and its optimizer to other losses: both start anew.
 
     Raises:
       UserError: they cannot be read, or are those of another backbone.
@@ -105,7 +101,7 @@ def starting_arrays(config: ConfigDict, model: AlignPS, *, say: bool = False) ->
             f"{FIELD}: {source}: another backbone than that of config.model; arrays are missing, "
             f"unexpected or of another shape: {listed(wrong)}"
         )
-    if say:
+    if is_main_process():
         backbone = sum(map(_in_backbone, fits))
         print(
             f"{FIELD}: {backbone} arrays of the backbone and {len(fits) - backbone} of neck and "

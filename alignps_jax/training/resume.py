@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grain
+import jax
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import holds_checkpoint
@@ -38,12 +39,12 @@ def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
 
 
 def restore(
-    template: Callable[[], TrainState], batches: grain.DatasetIterator, checkpoints: Checkpoints
+    create: Callable[[], TrainState], batches: grain.DatasetIterator, checkpoints: Checkpoints
 ) -> TrainState | None:
-    """The newest state, with the batches brought to its step; None without a checkpoint."""
+    """The newest state, like that of `create`, with the batches brought to its step, if any."""
     if checkpoints.latest_step() is None:
         return None
-    state, iterator_state = checkpoints.restore(template())
+    state, iterator_state = checkpoints.restore(jax.eval_shape(create))
     if iterator_state is not None:  # converted weights have seen no data
         batches.set_state(iterator_state)
     if is_main_process():

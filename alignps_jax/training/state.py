@@ -23,10 +23,8 @@ def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
 
 
 def positives_per_image(config: ConfigDict, people: int) -> int:
-    """Positive locations of an image with room for this many people.
-
-    On each level, at most the locations inside a square of 2 `center_radius` strides are positive.
-    """
+    """Maximum number of positive locations of an image with this many people."""
+    # Those inside a square of 2 `center_radius` strides on each level.
     per_level = math.ceil(2 * config.loss.center_radius) ** 2
     return config.train.max_positives or per_level * len(config.model.levels) * people
 
@@ -67,7 +65,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen=frozen,
-        opt_state=optimizer.init(params),
+        opt_state=jax.jit(optimizer.init)(params),  # one program, not one for each shape
         memory=init_memory(num_identities, config.loss.queue_size, config.model.channels),
         raw=params if config.train.ema_decay is not None else None,
     )

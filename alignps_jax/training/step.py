@@ -32,22 +32,15 @@ class StepMetrics:
     positives: Int[Array, ""]
     dropped_positives: Int[Array, ""]
     grad_norm: Float[Array, ""]
-    update_norm: Float[Array, ""]
-    param_norm: Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # pmap needs a hash: that of the identity
 class TrainStep:
     """The training step's collaborators; call it inside an axis named `AXIS`.
 
-    Attributes:
-      model: the network.
-      optimizer: updates of the parameters.
-      loss: `config.loss`.
-      max_positives: static number of positive locations per device.
-      precision: `config.model.precision`.
-      accumulate: number of parts in which a device feeds its images to the network.
-      ema_decay: decay of the parameters' moving average, if any.
+    `loss` is that section of the configuration, `max_positives` a static number per device. A
+    device feeds its images to the network in `accumulate` parts. `ema_decay` is that of the
+    parameters' moving average, if any.
     """
 
     model: AlignPS
@@ -100,8 +93,6 @@ class TrainStep:
             positives=gathered.valid.sum(),
             dropped_positives=dropped,
             grad_norm=optax.tree.norm(gradient),
-            update_norm=optax.tree.norm(updates),
-            param_norm=optax.tree.norm(trained),
         )
         state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state, memory=memory)
         return _with_params(state, trained, self.ema_decay), metrics
@@ -113,10 +104,10 @@ class TrainStep:
         return [*pairwise(edges), *[(math.inf, 0.0)] * (len(made) - len(searched))]
 
     def _predict(self, variables: Any, batch: Batch) -> tuple[Outputs, ...]:
-        """The network's outputs for all images, computed in `accumulate` parts one after another.
+        """The network's outputs for all images, computed in `accumulate` parts.
 
-        The activations of a part are recomputed for the gradient. All that follows sees all images
-        at once: the step is exactly that of the complete batch.
+        The activations of a part are recomputed for the gradient. What follows sees all images at
+        once, so the step is that of the complete batch.
         """
 
         def network(images: Any) -> Any:
@@ -132,7 +123,7 @@ class TrainStep:
 
 
 def _with_params(state: TrainState, trained: Any, decay: float | None) -> TrainState:
-    """The state with new parameters, or with these as `raw` and their moving average."""
+    """The state with the `trained` parameters, or with their average and these as `raw`."""
     if decay is None:
         return dataclasses.replace(state, params=trained)
     # The first steps move fast: the average must not remember the initial parameters for long.

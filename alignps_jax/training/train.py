@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import grain
@@ -18,17 +19,17 @@ from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import Checkpoints, load_weights, write_run_info
 from alignps_jax.config import check_fields, flat_fields
 from alignps_jax.distributed import barrier, broadcast_from_main, is_main_process
-from alignps_jax.evaluation.evaluate import OUTPUTS, Measured
+from alignps_jax.evaluation.evaluate import OUTPUTS, Measured, check_batch_size
 from alignps_jax.files import check_outputs
 from alignps_jax.log import MetricLog
-from alignps_jax.nn.model import weights_template
+from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.curves import training_curves
 from alignps_jax.training.monitor import Monitor
 from alignps_jax.training.preemption import Preemption
-from alignps_jax.training.pretrained import starting_config
+from alignps_jax.training.pretrained import starting_arrays, starting_config
 from alignps_jax.training.resume import check_changes, restore
-from alignps_jax.training.setup import Run, make_run, validate
-from alignps_jax.types import TrainState, UserError
+from alignps_jax.training.setup import Run, make_run
+from alignps_jax.types import TrainState
 
 CURVES = "curves.png"
 
@@ -41,9 +42,8 @@ def train_and_evaluate(
 ) -> None:
     """Trains as `config` says, resuming from what `workdir` holds, and evaluates the result.
 
-    Everything that can be wrong is found before the data set is prepared, and a run that is refused
-    stays as it is. With `accept_changes`, a run resumes with other settings than it was begun with.
-    `typed` are the dotted names of the fields that the command line sets.
+    A run that is refused stays as it is. With `accept_changes`, one resumes with other settings
+    than it was begun with. `typed` are the dotted names of the fields that the command line sets.
 
     Raises:
       UserError: something is wrong with the configuration, the data or an earlier checkpoint, or
@@ -55,7 +55,11 @@ def train_and_evaluate(
     if is_main_process():
         check_outputs(*(workdir / name for name in (*OUTPUTS, CURVES)))
         check_changes(config, workdir, accept_changes)
-    model = validate(config, resumes=broadcast_from_main(holds_checkpoint(workdir)))
+    check_batch_size(config, "train", config.train.accumulate)
+    check_batch_size(config, "eval")
+    model = build_model(config)
+    resumes = broadcast_from_main(holds_checkpoint(workdir))
+    weights = None if resumes else starting_arrays(config, model)
     with one_writer(workdir):
         devices.use_compilation_cache(workdir / "xla_cache")
         run = make_run(config, model)
@@ -64,11 +68,14 @@ def train_and_evaluate(
             Checkpoints(workdir, keep=config.train.keep_checkpoints, config=config) as checkpoints,
             MetricLog(workdir) as log,
         ):
-            state = restore(run.template, batches, checkpoints) or run.initial()
+            state = restore(run.create, batches, checkpoints)
+            state = state or run.create(weights or starting_arrays(config, model))
             write_run_info(workdir, config)
             last = train(run, state, batches, checkpoints, log)
-        trained = reported(last, run, config, workdir)
-        untrained = measure_untrained(run) if config.eval.untrained_baseline else None
+        trained, untrained = reported(last, run, config, workdir), None
+        if config.eval.untrained_baseline:
+            initial = run.create(weights or starting_arrays(config, model))
+            untrained = run.evaluator.measure(initial.params, initial.frozen, 0)
         run.evaluator.write(trained, untrained, workdir)
         if is_main_process():
             training_curves(workdir / "log.jsonl", workdir / CURVES)
@@ -90,8 +97,8 @@ def train(
     due = plan.evaluates_at(start) and not checkpoints.has_score(start)
     log.truncate_after(start, again="eval/" if due or start >= plan.total else ())
     train_step = devices.parallel_train_step(run.step)
-    # A copy, whose buffers the step may take.
-    state = devices.replicate(jax.tree.map(jnp.copy, state))
+    # A copy, whose buffers the step may take, made by one program.
+    state = devices.replicate(jax.jit(partial(jax.tree.map, jnp.copy))(state))
     with closing(Monitor(run.pipeline, run.schedule, log, plan, start)) as monitor:
         while start < plan.total:
             if due:
@@ -140,13 +147,3 @@ def reported(last: Measured, run: Run, config: ConfigDict, workdir: Path) -> Mea
         print(f"step {step} is reported, chosen by {by}; the last one is {last.step}")
     weights = load_weights(folder, weights_template(run.step.model))
     return run.evaluator.measure(weights.params, weights.frozen, step).chosen(by)
-
-
-def measure_untrained(run: Run) -> Measured | None:
-    """The evaluation of the network before training; None where its weights are gone by now."""
-    try:
-        initial = run.initial()
-    except UserError as error:
-        print(f"note: no evaluation of the network before training ({error})")
-        return None
-    return run.evaluator.measure(initial.params, initial.frozen, 0)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from alignps_jax.processes import Process
-from data_pipeline.leftovers import clear_leftovers, sign
+from data_pipeline.leftovers import Process, clear_leftovers, sign
 from tests.places import ROOT
 
 
@@ -28,7 +27,7 @@ def unfinished(folder: Path, maker: Process | None = None, name: str = "A1") -> 
 @pytest.fixture
 def gone() -> Process:
     """A process that has ended."""
-    code = "import dataclasses, json; from alignps_jax.processes import Process; "
+    code = "import dataclasses, json; from data_pipeline.leftovers import Process; "
     code += "print(json.dumps(dataclasses.asdict(Process.this())))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -6,16 +6,16 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import socket
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import psutil
 import pytest
 
-from alignps_jax.gallery.claims import Claims
+from alignps_jax.gallery.claims import Claims, Owner
 from alignps_jax.gallery.forgetting import forget_person
 from alignps_jax.gallery.store import Gallery
-from alignps_jax.processes import Process
 from alignps_jax.types import UserError
 from tests.gallery.finder import content, run
 from tests.gallery.kills import FILES, kill_often, processes, write_files
@@ -66,7 +66,7 @@ def test_nobody_is_forgotten_while_others_index(address, photos):
     run(address, photos)
     gallery = Gallery.open(address)
     parent = psutil.Process(os.getppid())
-    other = Process(Process.this().host, parent.pid, parent.create_time(), Process.this().machine)
+    other = Owner(socket.gethostname(), parent.pid, parent.create_time(), turn=0.5)
     claims = gallery.database.open_table("claims")
     owner = json.dumps(dataclasses.asdict(other))
     claims.add([{"bucket": "7", "owner": owner}])

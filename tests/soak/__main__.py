@@ -1,61 +1,173 @@
-"""Kills training runs at random moments, and checks what resumes.
+"""Interrupts training at random moments, and compares what resumes with a run left alone.
 
-    python -m tests.soak --kills=200 [--seed=1] [--keep=runs/soak]
+    python -m tests.soak --kills=50 [--processes=2] [--seed=1]
 
-Training on a few tiny scenes gets kill -9 while it prepares data, trains, saves, evaluates or
-writes its results; now and then SIGTERM or Ctrl-C, a second run on the same workdir, and a disk
-without room. Every run that comes to its end must have the log, metrics, detections and checkpoints
-of an uninterrupted one. Prints a table, and keeps the folders of findings. Exit code 1 if there are
-any.
+A start on a few tiny scenes gets kill -9 while it prepares data, compiles, trains, saves, evaluates
+or writes its results; now and then SIGTERM, Ctrl-C, or a limit on the size of files, which is what
+a full disk looks like. Of several processes one gets the signal. The same command goes on from
+there; a run that comes to its end must have the log, the results and the checkpoints of one that
+nothing interrupted. Prints a line per start; exit code 1 and the folder if anything is otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import json
+import logging
+import random
+import resource
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.soak.settings import compile_quickly
+import numpy as np
+
+import tests.conftest  # noqa: F401 (the settings of all tests, which processes inherit)
+from alignps_jax.checkpoint.store import load_arrays
+from tests.cluster import flags_of, start
+from tests.training.train_test import link_cache
+
+FLAGS = (
+    "--config.train.duration=9 steps",
+    "--config.train.eval_every=3 steps",
+    "--config.train.checkpoint_every=2 steps",
+    "--config.train.keep_checkpoints=2",
+    # A network of few parts: most of a start is their tracing.
+    *("--noconfig.model.lateral_deform", "--noconfig.model.output_deform"),
+    *("--config.model.head_convs=0", "--noconfig.model.concatenate", "--config.loss.triplet=none"),
+)
+FULL = "a full disk"
+EVENTS = [*[signal.SIGKILL] * 7, signal.SIGTERM, signal.SIGINT, FULL]
+CODES = {signal.SIGKILL: (), signal.SIGTERM: (143,), signal.SIGINT: (130,), FULL: (2,)}
+ABORTED = -signal.SIGABRT  # so JAX ends a process whose peer is gone
+PATIENCE = 900  # seconds
+CLOCK = ("images_per_second", "data_wait")
+
+
+class Run:
+    """A run in a folder of its own, with the compiled programs of all."""
+
+    def __init__(self, folder: Path, name: str, processes: int):
+        self.data, self.workdir, self._count = folder / name, folder / name / "run", processes
+        link_cache(folder, self.workdir)
+
+    def start(self) -> list[subprocess.Popen[str]]:
+        joining = flags_of if self._count > 1 else lambda *_: ([], {})
+        options = {"count": self._count, "devices": 1, "joining": joining}
+        return start(self.data, self.workdir, *FLAGS, **options)
+
+    def is_saving(self) -> bool:
+        return any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+    def results(self) -> dict[str, object]:
+        """By name, all that must not depend on how often a run was interrupted."""
+        lines = [json.loads(x) for x in (self.workdir / "log.jsonl").read_text().splitlines()]
+        found: dict[str, object] = {
+            "log": [{name: x for name, x in line.items() if name not in CLOCK} for line in lines],
+            "left over": [*map(str, self.workdir.rglob("*.tmp"))],
+        }
+        for name in ("metrics.json", "queries.csv"):
+            found[name] = (self.workdir / name).read_text()
+        with np.load(self.workdir / "detections.npz") as saved:
+            found["detections"] = {name: saved[name].tobytes() for name in saved.files}
+        for folder in (self.workdir / "checkpoints").iterdir():
+            arrays = load_arrays(folder, lambda name: True)
+            found[f"step {folder.name}"] = {name: x.tobytes() for name, x in arrays.items()}
+            score = folder / "metrics" / "metrics"
+            found[f"score of {folder.name}"] = score.exists() and score.read_text()
+        return found
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Processes that are started in the block write no larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def interrupted(run: Run, event: signal.Signals | str, seconds: float) -> tuple[bool, list[str]]:
+    """A start that something happens to: whether it came to its end, and what is wrong with it."""
+    with (
+        largest_file(int(10 ** random.uniform(2, 6))) if event == FULL else contextlib.nullcontext()
+    ):
+        processes = run.start()
+    victim = random.choice(processes)
+    end = time.monotonic() + random.uniform(0, seconds)
+    saves = random.random() < 0.3  # a moment that is short
+    while event != FULL and victim.poll() is None and time.monotonic() < end:
+        if saves and run.is_saving():
+            break
+        time.sleep(0.005)
+    if event != FULL:
+        victim.send_signal(event)
+    outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    expected = {0, *CODES[event], *([-event] if event != FULL else [])}
+    expected |= {ABORTED} if len(processes) > 1 else set()
+    problems = [] if expected.issuperset(codes) else [f"it ended with {codes}"]
+    problems += ["a traceback"] * any("Traceback" in output for output in outputs)
+    errors = [x for output in outputs for x in output.splitlines() if x.startswith("error: ")]
+    if errors if event != FULL else 2 in codes and not all("File too large" in x for x in errors):
+        problems.append(f"it said {errors}")
+    if problems:
+        (run.workdir / "output.txt").write_text("\n\n".join(outputs))
+    return not any(codes), problems
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.soak", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--kills", type=int, default=200, help="how many starts to kill")
-    parser.add_argument("--stops", type=int, help="SIGTERM and Ctrl-C; default: a tenth of that")
-    parser.add_argument("--full", type=int, help="disks without room; default: a tenth")
-    parser.add_argument("--second", type=int, help="second runs; default: a twentieth")
+    parser = argparse.ArgumentParser(prog="python -m tests.soak")
+    parser.add_argument("--kills", type=int, default=50, help="starts to interrupt")
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
-    parser.add_argument("--keep", type=Path, default=Path("runs/soak"), help="folders of findings")
+    parser.add_argument("--keep", type=Path, default=Path("runs/soak"), help="folder of a finding")
     arguments = parser.parse_args()
-    kills, shares = arguments.kills, (arguments.stops, arguments.full, arguments.second)
-    stops, full, second = (
-        kills // part if share is None else share
-        for share, part in zip(shares, (10, 10, 20), strict=True)
-    )
-    # Imported here: --help needs none of it.
-    from tests.soak.soak import Soak, print_table, run_soak
-
-    with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(Path(folder), arguments.seed)
-        print(f"seed {arguments.seed}")
-        try:
-            run_soak(soak, kills, stops, full, second)
-        finally:
-            print_table(soak)
-        for finding in soak.findings:
-            name = finding.split(":")[0]
-            kept = arguments.keep / f"{arguments.seed}-{Path(name).name}"
-            shutil.copytree(name, kept, symlinks=True, ignore_dangling_symlinks=True)
-            print(f"{kept}{finding.removeprefix(name)}")
-    return int(bool(soak.findings))
+    random.seed(arguments.seed)
+    logging.getLogger("absl").setLevel("ERROR")
+    print(f"seed {arguments.seed}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, count = Path(temporary), arguments.processes
+        for attempt in ("first", "alone"):  # the first one also compiles
+            run, begun = Run(folder, attempt, count), time.monotonic()
+            for process in run.start():
+                output = process.communicate(timeout=PATIENCE)[0]
+                assert process.returncode == 0, output
+        seconds, expected = time.monotonic() - begun, run.results()
+        print(f"a run that is left alone takes {seconds:.0f} s")
+        run, events, finished = Run(folder, "0", count), collections.Counter(), 0
+        while sum(events.values()) < arguments.kills or not finished:
+            event = random.choice(EVENTS)
+            ended, problems = interrupted(run, event, seconds)
+            name = getattr(event, "name", event)
+            events[name] += 1
+            if ended:
+                found = run.results()
+                other = [x for x in found | expected if found.get(x) != expected.get(x)]
+                problems += [f"not as in a run left alone: {', '.join(other)}"] * bool(other)
+                finished += 1
+            print(
+                f"{sum(events.values())}: {event!s}, {'ended' if ended else 'stopped'} {problems}"
+            )
+            if problems:
+                shutil.copytree(run.workdir, arguments.keep, symlinks=True, dirs_exist_ok=True)
+                print(f"FINDING, kept in {arguments.keep}")
+                return 1
+            if ended:
+                run = Run(folder, str(sum(events.values())), count)
+    print(f"{dict(events)}; {finished} runs came to their end, each as one left alone")
+    return 0
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
-    compile_quickly()
     sys.exit(main())

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax import log as log_module
 from alignps_jax.log import MetricLog, read_log
-from alignps_jax.training.monitor import FIRST_STEP, Monitor
+from alignps_jax.training.monitor import Monitor
 from alignps_jax.training.setup import Plan
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import UserError
@@ -31,7 +30,7 @@ class Measured(float):
 
 
 def metrics(loss, others=1.0) -> StepMetrics:
-    return StepMetrics({"cls": loss}, *[np.float32(others)] * 5)
+    return StepMetrics({"cls": loss}, *[np.float32(others)] * 3)
 
 
 @contextlib.contextmanager
@@ -67,7 +66,7 @@ def test_steps_are_read_where_they_are_logged(tmp_path, capsys):
     compiled = [line for line in said if line.startswith("compiling the training step for ")]
     assert len(compiled) == len(set(compiled)) >= 1
     assert compiled[0].endswith(f"images (1 of at most {len(pipeline.buckets)} shapes)")
-    assert [line.startswith(FIRST_STEP) for line in said].count(True) == 1
+    assert [line.startswith("first step done") for line in said].count(True) == 1
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path):
@@ -117,15 +116,3 @@ def test_the_steps_asked_for_are_traced(tmp_path, start, capsys):
             monitor.record(step, metrics(jnp.ones(())))
         assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert capsys.readouterr().out.count(f"profile     {tmp_path / 'profile'}") == 1
-
-
-def test_progress_in_a_log_file_is_a_line_now_and_then(capsys, monkeypatch):
-    for _ in log_module.progress(range(3), desc="quick", unit="step"):
-        pass
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(log_module, "_SECONDS_PER_LINE", 0.01)
-    for _ in log_module.progress(range(3), desc="slow", unit="step"):
-        time.sleep(0.03)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-    assert 1 <= len(lines) <= 4
-    assert lines[-1].startswith("slow: 3 of 3 [")

@@ -89,6 +89,18 @@ def test_a_signal_saves_in_all(from_nothing, alone, number, to, code):
     assert_same_losses(first_steps(workdir), first_steps(alone))
 
 
+def test_output_that_nobody_reads_ends_no_process(from_nothing):
+    workdir = from_nothing.with_name("unread")
+    link_cache(from_nothing.parent, workdir)
+    processes = start(from_nothing.parent, workdir, *SHORT)
+    while "training on" not in processes[0].stdout.readline():
+        assert processes[0].poll() is None
+    for process in processes:
+        process.stdout.close()
+    assert [process.wait(600) for process in processes] == [0, 0]
+    assert (workdir / "metrics.json").exists()
+
+
 def test_one_process_resumes_what_two_began(from_nothing, alone):
     workdir = from_nothing.with_name("fewer")
     shutil.copytree(from_nothing, workdir, ignore=shutil.ignore_patterns("xla_cache"))

@@ -13,15 +13,15 @@ from alignps_jax.training.optimizer import (
 from configs import cuhk
 
 
-def test_schedule_of_the_release():
+@pytest.mark.parametrize(("meant_for", "factor"), [(None, 1), (4, 8)])
+def test_the_rate_of_the_release_and_with_larger_batches(meant_for, factor):
     config = cuhk.get_config("released").optimizer
-    rate = learning_rate_schedule(config, steps_per_epoch=2801)
-    assert rate(0) == pytest.approx(0.001 / 3)
-    assert rate(250) == pytest.approx(0.001 * (1 / 3 + 2 / 3 * 0.5))
-    assert rate(500) == pytest.approx(0.001)
-    assert rate(16 * 2801 - 1) == pytest.approx(0.001)
-    assert rate(16 * 2801) == pytest.approx(0.0001)
-    assert rate(22 * 2801) == pytest.approx(0.00001)
+    config.scale_with_batch = meant_for
+    rate = learning_rate_schedule(config, steps_per_epoch=2801, batch_size=32)
+    expected = {0: 1 / 3, 250: 1 / 3 + 2 / 3 * 0.5, 500: 1.0, 16 * 2801 - 1: 1.0}
+    expected |= {16 * 2801: 0.1, 22 * 2801: 0.01}
+    for step, share in expected.items():
+        assert rate(step) == pytest.approx(0.001 * factor * share), step
 
 
 def test_labels():
@@ -104,14 +104,3 @@ def test_adamw_is_that_of_optax():
         updates, expected_state = expected_rule.update(gradient, expected_state, expected)
         expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(found["conv"]["kernel"], expected["conv"]["kernel"], rtol=1e-6)
-
-
-def test_the_rate_follows_the_batch_if_asked():
-    config = cuhk.get_config().optimizer
-    for meant_for, factor in ((None, 1), (4, 8)):
-        config.scale_with_batch = meant_for
-        rate = learning_rate_schedule(config, steps_per_epoch=100, batch_size=32)
-        expected = {0: 0.001 / 3, 1599: 0.001, 1601: 0.0001}
-        assert {n: float(rate(n)) for n in expected} == pytest.approx(
-            {n: factor * x for n, x in expected.items()}
-        )

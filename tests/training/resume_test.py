@@ -10,10 +10,8 @@ import contextlib
 import json
 import types
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,9 +21,9 @@ from alignps_jax.checkpoint.store import Checkpoints, load_arrays
 from alignps_jax.devices import AXIS
 from alignps_jax.log import MetricLog
 from alignps_jax.training.resume import check_changes, restore
-from alignps_jax.training.setup import Plan, Run, validate
+from alignps_jax.training.setup import Plan, Run
 from alignps_jax.training.step import StepMetrics
-from alignps_jax.training.train import measure_untrained, train
+from alignps_jax.training.train import train
 from alignps_jax.types import OIMMemory, TrainState, UserError
 from configs import tiny
 from tests.data_pipeline.pipeline_test import make_split, mixed_sizes
@@ -45,7 +43,7 @@ def step(state: TrainState, batch) -> tuple[TrainState, StepMetrics]:
     total = lax.psum(jnp.sum(batch.image.astype(jnp.float32)), AXIS) / 1e6
     weight = state.params["w"] * 0.9 + total
     number = jnp.float32(1)
-    metrics = StepMetrics({"cls": weight}, number, number, number, number, number)
+    metrics = StepMetrics({"cls": weight}, number, number, number)
     return state.replace(step=state.step + 1, params={"w": weight}), metrics
 
 
@@ -81,11 +79,9 @@ def pipeline():
     return train_pipeline(make_split(mixed_sizes(11, 6)), batch_size=4)
 
 
-def make_run(pipeline, stop: str = "", first_state: Callable[[], TrainState] = initial) -> Run:
+def make_run(pipeline, stop: str = "", create: Callable[[], TrainState] = initial) -> Run:
     """A run that stops at the moment `stop`."""
-    evaluators = [Evaluator(stop)] * 2
-    template = partial(jax.eval_shape, initial)
-    return Run(pipeline, PLAN, lambda step: 0.1, step, *evaluators, first_state, template)
+    return Run(pipeline, PLAN, lambda step: 0.1, step, *[Evaluator(stop)] * 2, create)
 
 
 def go(run: Run, workdir: Path) -> None:
@@ -95,7 +91,7 @@ def go(run: Run, workdir: Path) -> None:
         MetricLog(workdir) as log,
     ):
         batches = run.pipeline.iterator(run.plan.total)
-        state = restore(run.template, batches, checkpoints) or run.initial()
+        state = restore(run.create, batches, checkpoints) or run.create()
         train(run, state, batches, checkpoints, log)
 
 
@@ -132,37 +128,6 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(pipeline, uninterrupted
         go(make_run(pipeline, moment), tmp_path)
     go(make_run(pipeline), tmp_path)
     assert results(tmp_path) == uninterrupted
-
-
-def test_a_damaged_line_of_the_log_costs_that_line(pipeline, uninterrupted, tmp_path, capsys):
-    with pytest.raises(Killed):
-        go(make_run(pipeline, "measuring 8"), tmp_path)
-    file = tmp_path / "log.jsonl"
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join([*lines[:2], b"\0" * 40 + b"\n", *lines[3:]]))
-    go(make_run(pipeline), tmp_path)
-    assert f"note: {file}, line 3: found b'" in capsys.readouterr().out
-    expected = [line for line in uninterrupted[0] if line["step"] != 3]
-    assert results(tmp_path) == (expected, *uninterrupted[1:])
-
-
-def test_initial_weights_are_not_read_again(pipeline, uninterrupted, tmp_path, capsys):
-    with pytest.raises(Killed):
-        go(make_run(pipeline, "measuring 8"), tmp_path)
-
-    def gone() -> TrainState:
-        raise UserError("config.model.pretrained: gone")
-
-    run = make_run(pipeline, first_state=gone)
-    go(run, tmp_path)
-    assert results(tmp_path) == uninterrupted
-    assert measure_untrained(run) is None
-    assert "note: no evaluation of the network before training" in capsys.readouterr().out
-    config = tiny.get_config()
-    config.model.pretrained = str(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"nowhere"):
-        validate(config)
-    validate(config, resumes=True)
 
 
 @pytest.fixture(scope="module")

@@ -128,21 +128,11 @@ def test_frozen_parameters_stay_and_all_others_move(case):
 
 def test_positives_beyond_the_limit_are_counted():
     rng = np.random.default_rng(5)
-    flat = Outputs(
-        cls_logits=rng.normal(size=(2, 6)),
-        box_distances=rng.normal(size=(2, 6, 4)),
-        centerness_logits=rng.normal(size=(2, 6)),
-        embeddings=rng.normal(size=(2, 6, 3)),
-        valid=np.ones((2, 6), bool),
-    )
+    features = [rng.normal(size=(2, 6, *channels)) for channels in ((), (4,), (), (3,))]
+    flat = Outputs(*features, valid=np.ones((2, 6), bool))
     positive = np.array([[0, 1, 1, 0, 0, 1], [1, 0, 0, 1, 0, 0]], bool)
-    targets = Targets(
-        positive=positive,
-        distances=rng.normal(size=(2, 6, 4)),
-        centerness=rng.random((2, 6)),
-        identity=np.arange(12).reshape(2, 6),
-        labeled=positive,
-    )
+    identity = np.arange(12).reshape(2, 6)
+    targets = Targets(positive, features[1], features[2], identity, labeled=positive)
     positives, dropped = select_positives(flat, targets, limit=4)
     assert dropped == 1
     assert positives.valid.all()

@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from alignps_jax.checkpoint.choice import chosen_step
-from alignps_jax.checkpoint.store import load_arrays, load_config
-from alignps_jax.evaluation.scoring import evaluate_detections
+from alignps_jax.checkpoint.store import load_arrays
 from tests.places import ROOT, heed_signals
 
 
@@ -114,7 +113,6 @@ def test_a_run_writes_what_it_promises(whole_run):
     assert set(metrics["detection"]) == set(metrics["detection_labeled"]) == {"recall", "AP"}
     assert set(metrics["search"]["TestG50"]) == {"mAP", "top1", "top5", "top10"}
     assert sorted(losses(whole_run)) == [1, 2, 3, 4, 5, 6]
-    assert {line["padding"] for line in losses(whole_run).values()} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -198,16 +196,6 @@ def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
     metrics.write_text(json.dumps(first))
     assert "checkpoint step 6 (chosen by being the last)" in done.stdout
     assert list(first["search"]) == ["TestG50", "all"]
-
-    # Without the network, the photos or a --config: the same figures.
-    rescored = tmp_path / "rescored"
-    saved = whole_run / "detections.npz"
-    evaluate_detections(load_config(whole_run), saved, rescored)
-    scores = json.loads((rescored / "metrics.json").read_text())
-    unknown = ("checkpoint_step", "checkpoint_chosen_by")
-    assert scores | {name: first[name] for name in unknown} == first
-    queries = (rescored / "queries.csv").read_text()
-    assert queries == (whole_run / "queries.csv").read_text()
 
     photos = shared_dir / "tiny" / "Image" / "SSM"
     photo = sorted(photos.iterdir())[0]
