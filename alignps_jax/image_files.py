@@ -231,4 +231,6 @@ def _decode_unended(
     coded = (data if len(data) - len(coded) < 8 else coded).rstrip(b"\xff")
     ends = (coded + filling + b"\xff\xd9" for filling in (b"", b"\xaa" * 64))
     plain, filled = (cv2.imdecode(np.frombuffer(end, np.uint8), flags) for end in ends)
-    return plain if plain is not None and np.array_equal(plain, filled) else None
+    if plain is None or filled is None or not np.array_equal(plain, filled):
+        return None
+    return plain

@@ -7,7 +7,10 @@ batches, and a process knows the shapes of its peers'. Grain reads in threads, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from functools import partial
 from typing import TYPE_CHECKING
 
 import cv2
@@ -46,39 +49,41 @@ class BatchReader:
     process_count: int
     workers: int
     prefetch: int
-    empty_batch: Callable[[int, Size, int], Batch] = transforms.empty_batch
 
-    def read(self, plan: BatchPlan) -> Batch:
-        """Decodes and assembles the rows of this process.
+    def read(self, plan: BatchPlan, each: Callable[..., Iterable[None]] = map) -> Batch:
+        """Decodes and assembles the rows of this process, `each` one like another.
 
         Raises UserError if an image cannot be decoded, or has not the size it was prepared with.
         """
         plan = plan.shard(self.process_index, self.process_count)
-        batch = self.empty_batch(len(plan.indices), plan.bucket, self.people)
+        batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
         batch.image[~plan.valid] = 0
-        for row in np.flatnonzero(plan.valid).tolist():
-            index = int(plan.indices[row])
-            size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
-            flip = bool(plan.flips[row])
-            batch.index[row] = index
-            transforms.fill_image(batch, row, photo_of(self.split, index), size, flip)
-            transforms.fill_people(batch, row, self.split.annotations, index, size, flip)
+        rows = np.flatnonzero(plan.valid).tolist()
+        deque(each(partial(self._fill, batch, plan), rows), maxlen=0)
         return batch
 
     def iterate(self, plan: Callable[[int], BatchPlan], count: int) -> grain.DatasetIterator:
-        """Reads plans 0 .. count - 1 in order, ahead of the consumer, in `workers` threads."""
+        """Reads plans 0 .. count - 1 in order, `prefetch` ahead, their images in `workers` threads.
+
+        So the memory is that of `prefetch` batches, and of a decoded photo per worker.
+        """
         import grain
 
         # Every thread has an image of its own; OpenCV's own threads would only get in the way.
         cv2.setNumThreads(0)
-        threads = self.workers if self.prefetch else 0
-        options = grain.ReadOptions(
-            num_threads=threads,
-            # One batch in the making per thread, or some would have nothing to do.
-            prefetch_buffer_size=max(self.prefetch, threads) if threads else 0,
-        )
-        steps = grain.MapDataset.range(count).map(lambda step: self.read(plan(step)))
+        ahead = self.prefetch if self.workers else 0
+        each = futures.ThreadPoolExecutor(self.workers).map if ahead else map
+        # Grain's threads only wait for the images of their batches.
+        options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+        steps = grain.MapDataset.range(count).map(lambda step: self.read(plan(step), each))
         return iter(steps.to_iter_dataset(options))
+
+    def _fill(self, batch: Batch, plan: BatchPlan, row: int) -> None:
+        index, flip = int(plan.indices[row]), bool(plan.flips[row])
+        size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
+        batch.index[row] = index
+        transforms.fill_image(batch, row, photo_of(self.split, index), size, flip)
+        transforms.fill_people(batch, row, self.split.annotations, index, size, flip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +292,7 @@ def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
     """
     height, width = (int(side) for side in split.sizes[index])
     name = split.annotations.names[index]
-    return transforms.decode_jpeg(split.jpegs[index], name, (height, width))
+    return transforms.decode_jpeg(split.jpegs[index], name, (height, width), split.upright)
 
 
 def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> Batch:

@@ -22,15 +22,16 @@ Scale = tuple[int, int]  # long side, short side
 MULTIPLE = 32  # of which the sides of all shapes are one
 
 
-def decode_jpeg(jpeg: bytes, name: str, size: Size) -> UInt8[np.ndarray, "H W 3"]:
+def decode_jpeg(
+    jpeg: bytes, name: str, size: Size, upright: bool = False
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes an image to RGB (gray ones get three equal channels).
-
-    Annotations refer to the pixels as stored, so an orientation tag does not turn them.
 
     Args:
       jpeg: the encoded image.
       name: what to call it in the error.
       size: (height, width) that it has; with another one it is not decoded.
+      upright: turn it as its orientation says (else it is as stored).
 
     Raises:
       UserError: the bytes are not a complete image, or one of another size.
@@ -38,12 +39,12 @@ def decode_jpeg(jpeg: bytes, name: str, size: Size) -> UInt8[np.ndarray, "H W 3"
     header = read_header(jpeg)
     if header is None:
         raise not_decodable(f"image {name}", jpeg)
-    if (header.height, header.width) != size:
+    if (header.height, header.width) not in (size, size[::-1])[: 1 + upright]:
         raise UserError(
             f"image {name}: has {header.height}x{header.width} pixels (height x width), expected "
             f"{size[0]}x{size[1]} as prepared; prepare the data set again"
         )
-    return decode_photo(jpeg, header, f"image {name}", upright=False)
+    return decode_photo(jpeg, header, f"image {name}", upright=upright)
 
 
 def is_landscape(size: Size | Int[np.ndarray, "2"]) -> bool:

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 
 from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.matlab import (
     cells,
     numbers,
@@ -62,6 +61,7 @@ class CuhkSysuSource(Source):
   annotation/test/subset/Occlusion.mat, Resolution.mat (optional)
 """
     photo_folders = ("Image/SSM",)
+    annotation_patterns = ("annotation/**/*.mat",)
 
     @functools.cached_property
     def train(self) -> Annotations:
@@ -215,12 +215,6 @@ class CuhkSysuSource(Source):
             rest[gallery] = rest[image] = False
             galleries.append(np.concatenate([gallery, np.flatnonzero(rest).astype(np.int32)]))
         return dataclasses.replace(small, name="all", gallery=tuple(galleries))
-
-
-class CuhkSysu(PersonSearchBuilder):
-    """CUHK-SYSU: street photos and film frames, 5,532 training identities and 2,900 queries."""
-
-    source_class = CuhkSysuSource
 
 
 def _only(body: bytes) -> dict[str, bytes]:

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 
 from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.matlab import cells, numbers, read_variable, text
 from data_pipeline.sources.source import (
     Counts,
@@ -53,6 +52,7 @@ class PrwSource(Source):
   query_info.txt
 """
     photo_folders = ("frames",)
+    annotation_patterns = ("frame_*.mat", "query_info.txt", "annotations/*.mat")
     protocols = ("all", "cross_camera")
 
     @property
@@ -147,12 +147,6 @@ class PrwSource(Source):
         check_pixels(xywh)
         corners = np.concatenate([xywh[:2], xywh[:2] + xywh[2:]]).astype(np.int32)
         return index[f"{frame}.jpg"], corners.clip(min=0), self._test[1][int(person)]
-
-
-class Prw(PersonSearchBuilder):
-    """PRW: 11,816 frames of six cameras, 932 identities, 2,057 queries."""
-
-    source_class = PrwSource
 
 
 def _published_boxes(xywh: Float[np.ndarray, "G 4"]) -> Float[np.ndarray, "G 4"]:

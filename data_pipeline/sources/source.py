@@ -61,6 +61,8 @@ class Source(abc.ABC):
     layout: ClassVar[str]
     # Folders below `root` with the photos; the first one that has a photo counts.
     photo_folders: ClassVar[tuple[str, ...]]
+    # Patterns of all annotation files below `root`.
+    annotation_patterns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
@@ -100,6 +102,11 @@ class Source(abc.ABC):
         places = self._places(name)
         found = (find_alike(self.root, place, self._list_names) for place in places)
         return next((path for path in found if path), self.root / places[0])
+
+    def annotation_files(self) -> list[Path]:
+        """All files that the annotations are read from, in an order of their own."""
+        found = (self.root.glob(pattern) for pattern in self.annotation_patterns)
+        return [path for paths in found for path in sorted(paths)]
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
         """The (height, width) that the annotations give for a photo; None: they do not say."""
