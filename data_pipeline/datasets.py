@@ -255,8 +255,9 @@ def _draw(data: ConfigDict, root: Path) -> None:
 
 
 def _stamp(files: Sequence[Path]) -> str:
-    about = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(about).encode()).hexdigest()
+    about = ((path.name, path.stat()) for path in files)
+    found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -318,11 +318,10 @@ def _findings(people: dict[str, Annotations], reader: _Reader) -> Iterator[str]:
     if unended:
         yield f"{unended:,} JPEG files lack their end marker, but no pixel"
     train, test = (
-        {photo.content: name for name, photo in zip(split.names, reader.found[part], strict=True)}
+        [(photo.content, name) for name, photo in zip(split.names, reader.found[part], strict=True)]
         for part, split in people.items()
     )
-    copies = [
-        name for content, name in test.items() if content and train.get(content, name) != name
-    ]
+    trained = dict(train)
+    copies = sum(bool(content) and trained.get(content, name) != name for content, name in test)
     if copies:
-        yield f"{len(copies):,} test photos are training photos of another name"
+        yield f"{copies:,} test photos are training photos of another name"

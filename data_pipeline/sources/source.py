@@ -106,7 +106,7 @@ class Source(abc.ABC):
     def annotation_files(self) -> list[Path]:
         """All files that the annotations are read from, in an order of their own."""
         found = (self.root.glob(pattern) for pattern in self.annotation_patterns)
-        return [path for paths in found for path in sorted(paths)]
+        return [path for paths in found for path in sorted(paths, key=str)]
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
         """The (height, width) that the annotations give for a photo; None: they do not say."""
