@@ -21,11 +21,10 @@ from ml_collections import ConfigDict
 from alignps_jax.distributed import is_main_process
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import (
-    SPLITS,
     Prepared,
     PreparedSplit,
     listed,
-    read_about,
+    prepared_sets,
     write_about,
 )
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
@@ -42,8 +41,6 @@ __all__ = [
     "prepare",
 ]
 
-# Part of what names a prepared set: raise it when the same annotations are to be prepared anew.
-_FORMAT = 1
 # Photos whose sizes are compared with those that were prepared.
 _COMPARED = 256
 
@@ -77,7 +74,10 @@ class PreparedDataset:
 
 def load_train(data: ConfigDict) -> Annotations:
     """The people of the training split; reads and raises as `load_test`."""
-    return _people(_opened(data), "train")
+    opened = _opened(data)
+    people = opened.train
+    _print_notes(opened, "train")
+    return people
 
 
 def load_test(
@@ -97,161 +97,168 @@ def load_test(
     """
     opened = _opened(data)
     protocols = [opened.protocol(name) for name in names or opened.default_protocols]
-    return _people(opened, "test"), tuple(protocols)
+    people = opened.test
+    _print_notes(opened, "test")
+    return people, tuple(protocols)
 
 
 def prepare(data: ConfigDict) -> PreparedDataset:
     """Opens the prepared data set; the first time, writes it below `data.prepared_dir`.
 
-    Process 0 prints what was found, beside the published figures where there are some. Later calls
-    read nothing but the prepared set, and print a line. `data.prepare_again` replaces the set once,
-    and is False then.
+    Prints what was found, beside the published figures where there are some; later calls read the
+    prepared set alone and print a line. `data.prepare_again` replaces it once, and is False then.
 
     Raises:
       UserError: as `load_test`; also photos that cannot be used, unless `data.skip_damaged`, and a
         folder that cannot be written.
     """
-    place = _Place(data)
-    again = data.prepare_again and is_main_process()
-    prepared = None if again else place.find()
+    if data.name == "synthetic":
+        _draw(data)
+    prepared = _find(data)
     if prepared is None:
-        prepared = place.write(again)
+        prepared = _prepare(data)
     elif is_main_process():
-        counts = [f"{len(getattr(prepared, split).names):,} {split}" for split in SPLITS]
-        print(f"{prepared.about.title}: {' and '.join(counts)} images in {prepared.folder}")
-        place.compare(prepared)
+        counts = [f"{len(prepared.files(split).bytes):,} {split}" for split in ("train", "test")]
+        title = DATASETS[data.name].title
+        print(f"{title}: {' and '.join(counts)} images in {prepared.folder}")
+        _compare_photos(data, prepared)
     data.prepare_again = False
-    _check_damaged(prepared, data.skip_damaged)
-    return PreparedDataset(*map(prepared.split, SPLITS))
-
-
-class _Place:
-    """Where the prepared sets of a data set are, and the original files if they are there."""
-
-    def __init__(self, data: ConfigDict):
-        self._data, self._source_class = data, DATASETS[data.name]
-        root = Path(data.root).expanduser()
-        self.folder = Path(data.prepared_dir or root / "prepared").expanduser() / data.name
-        if data.name == "synthetic":
-            _draw(data, root)
-        self._has_originals = not self._source_class.missing(root)
-
-    def source(self) -> Source:
-        """A reader of the original files; UserError if they are not there."""
-        return self._source_class(self._data.root)
-
-    def find(self) -> Prepared | None:
-        """The set that was made from these annotations, or the only one if these are gone.
-
-        Files count as unchanged while their sizes and times are; else their content decides.
-        """
-        folders = sorted(path.parent for path in self.folder.glob("*/about.json"))
-        sets = [Prepared(path, about) for path in folders if (about := read_about(path))]
-        sets = [one for one in sets if one.about.orientation == self._data.orientation]
-        if not self._has_originals:
-            if len(sets) > 1:
-                paths = listed(str(one.folder) for one in sets)
-                raise UserError(
-                    f"{self._data.root}: lacks the annotations that tell which of the prepared "
-                    f"sets to take; move the others elsewhere:{paths}"
-                )
-            return sets[0] if sets else None
-        files = self.source().annotation_files()
-        stamp = _stamp(files)
-        for one in sets:
-            if one.about.stamp == stamp:
-                return one
-        digest = _digest(files) if sets else ""
-        for one in sets:
-            if one.about.digest == digest:
-                one.about.stamp = stamp
-                _try_to_write(one)
-                return one
-        return None
-
-    def write(self, again: bool) -> Prepared:
-        """Prepares the data set, unless another process does it meanwhile."""
-        from data_pipeline.preparation import write_prepared
-
-        source = self.source()
-        with self._lock():
-            if not again and (found := self.find()):
-                return found
-            for left in self.folder.glob("*.partial-*"):  # by a process that was killed
-                shutil.rmtree(left)
-            files = source.annotation_files()
-            digest, stamp = _digest(files), _stamp(files)
-            target = self.folder / f"{digest}-{self._data.orientation}"
-            print(f"{source.title}: preparing {target}", flush=True)
-            return write_prepared(source, target, self._data, digest=digest, stamp=stamp)
-
-    def _lock(self) -> contextlib.AbstractContextManager[Any]:
-        """Keeps other processes from preparing here."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.folder / ".lock")
-            try:
-                return lock.acquire(timeout=0)
-            except filelock.Timeout:
-                print(f"waiting for the process that prepares {self.folder}", flush=True)
-                return lock.acquire()
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: {error.strerror}; --config.data.prepared_dir names another place"
-            ) from error
-
-    def compare(self, prepared: Prepared) -> None:
-        """Looks whether photos were replaced, by the sizes in bytes of some of them."""
-        if not self._has_originals:
-            return
-        sizes, source = prepared.photo_bytes(), self.source()
-        names = np.random.default_rng().permutation(list(sizes))[:_COMPARED].tolist()
-        found = {name: _bytes_of(source.image_path(name)) for name in names}
-        changed = sum(size not in (None, sizes[name]) for name, size in found.items())
-        if changed:
-            print(
-                f"note: {changed} of {len(found)} photos in {source.root} are not those that were "
-                "prepared; --config.data.prepare_again=True takes them"
-            )
+    _check_damaged(data, prepared)
+    return PreparedDataset(prepared.split("train"), prepared.split("test"))
 
 
 def _opened(data: ConfigDict) -> Source | Prepared:
-    place = _Place(data)
-    again = data.prepare_again and is_main_process()
-    if again or (prepared := place.find()) is None:
-        return place.source()
-    _check_damaged(prepared, data.skip_damaged)
+    if data.name == "synthetic":
+        _draw(data)
+    prepared = _find(data)
+    if prepared is None:
+        return DATASETS[data.name](data.root)
+    _check_damaged(data, prepared)
     return prepared
 
 
-def _people(opened: Source | Prepared, split: str) -> Annotations:
-    people: Annotations = getattr(opened, split)
+def _print_notes(opened: Source | Prepared, split: str) -> None:
     if is_main_process():
-        notes = opened.notes(split) if isinstance(opened, Prepared) else opened.notes
-        for note in notes:
-            print(note, flush=True)
-    return people
+        notes = opened.about.notes[split] if isinstance(opened, Prepared) else opened.notes
+        print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
 
 
-def _check_damaged(prepared: Prepared, skip: bool) -> None:
-    lines = [
-        f"{name}: {reason}" for x in prepared.about.damaged.values() for name, reason in x.items()
-    ]
-    if lines and not skip:
+def _check_damaged(data: ConfigDict, prepared: Prepared) -> None:
+    damaged = [photo for split in prepared.about.damaged.values() for photo in split.items()]
+    found = f"{prepared.folder}: {len(damaged):,} photos cannot be used"
+    if damaged and not data.skip_damaged:
         raise UserError(
-            f"{prepared.folder}: {len(lines):,} photos cannot be used; "
-            "--config.data.skip_damaged=True goes on without them, "
-            f"--config.data.prepare_again=True takes repaired ones:{listed(lines)}"
+            f"{found}; --config.data.skip_damaged=True goes on without them, "
+            "--config.data.prepare_again=True looks at them again:"
+            + listed(f"{name}: {reason}" for name, reason in damaged)
         )
+    if damaged and is_main_process():
+        print(f"{found}: they are not trained on, and black in evaluations")
 
 
-def _draw(data: ConfigDict, root: Path) -> None:
+def _draw(data: ConfigDict) -> None:
     # Imported here, because nothing else needs the module that draws figures.
     from data_pipeline.synthetic import dataset as synthetic
 
+    root = Path(data.root).expanduser()
     if not root.exists():
         print(f"synthetic: drawing the data set in {root}", flush=True)
     synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
+
+
+def _folder(data: ConfigDict) -> Path:
+    """The folder of all prepared sets of a data set."""
+    return Path(data.prepared_dir or Path(data.root) / "prepared").expanduser() / data.name
+
+
+def _originals(data: ConfigDict) -> Source | None:
+    """A reader of the original files, if they are there."""
+    source = DATASETS[data.name]
+    return None if source.missing(Path(data.root).expanduser()) else source(data.root)
+
+
+def _find(data: ConfigDict) -> Prepared | None:
+    """The set that was made from these annotations, or the only one if these are gone.
+
+    Annotations are unchanged while sizes and times of their files are; else their content decides.
+    """
+    if data.prepare_again and is_main_process():
+        return None
+    sets = prepared_sets(_folder(data))
+    sets = [one for one in sets if one.about.orientation == data.orientation]
+    source = _originals(data)
+    if source and sets:
+        files = source.annotation_files()
+        stamp, digest = _stamp(files), ""
+        if not (same := [one for one in sets if one.about.stamp == stamp]):
+            digest = _digest(files)
+            same = [one for one in sets if one.about.digest == digest]
+            for one in same:
+                one.about.stamp = stamp
+                with contextlib.suppress(OSError):  # if not, the content decides again
+                    write_about(one.folder, one.about)
+        return same[0] if same else None
+    if len(sets) > 1:
+        raise UserError(
+            f"{data.root}: lacks the annotations that tell which prepared set to take; expected "
+            f"one of these alone:{listed(str(one.folder) for one in sets)}"
+        )
+    return sets[0] if sets else None
+
+
+def _prepare(data: ConfigDict) -> Prepared:
+    """Writes the prepared set, unless another process did meanwhile."""
+    from data_pipeline.preparation import write_prepared
+
+    source, folder = DATASETS[data.name](data.root), _folder(data)
+    with _locked(folder):
+        if found := _find(data):
+            return found
+        for left in folder.glob("*.partial-*"):  # by a process that was killed
+            shutil.rmtree(left)
+        files = source.annotation_files()
+        digest, stamp = _digest(files), _stamp(files)
+        target = folder / f"{digest}-{data.orientation}"
+        print(f"{source.title}: preparing {target}", flush=True)
+        return write_prepared(source, target, data, digest, stamp)
+
+
+def _locked(folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """Keeps other processes from preparing in a folder, which is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        try:
+            return lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(f"waiting for the process that prepares {folder}", flush=True)
+            return lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: {error.strerror}; --config.data.prepared_dir names another place"
+        ) from error
+
+
+def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:
+    """Looks whether photos were replaced, by the sizes in bytes of some of them."""
+    if (source := _originals(data)) is None:
+        return
+    splits = zip(
+        (prepared.train, prepared.test), map(prepared.files, ("train", "test")), strict=True
+    )
+    photos = [
+        photo for people, files in splits for photo in zip(people.names, files.bytes, strict=True)
+    ]
+    changed = 0
+    sample = np.random.default_rng().permutation(len(photos))[:_COMPARED].tolist()
+    for name, size in (photos[index] for index in sample):
+        with contextlib.suppress(OSError):  # the photos may be gone
+            changed += source.image_path(name).stat().st_size != size >= 0
+    if changed:
+        print(
+            f"note: {changed} of {len(sample)} photos in {source.root} are not those that were "
+            "prepared; --config.data.prepare_again=True takes them"
+        )
 
 
 def _stamp(files: Sequence[Path]) -> str:
@@ -261,20 +268,8 @@ def _stamp(files: Sequence[Path]) -> str:
 
 
 def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256(f"{_FORMAT}".encode())
+    digest = hashlib.sha256()
     for path in files:
         content = path.read_bytes()
         digest.update(f"{path.name}/{len(content)}/".encode() + content)
     return digest.hexdigest()[:12]
-
-
-def _bytes_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:  # the originals may be gone
-        return None
-
-
-def _try_to_write(prepared: Prepared) -> None:
-    with contextlib.suppress(OSError):  # if not, the content is read again the next time
-        write_about(prepared.folder, prepared.about)
