@@ -1,8 +1,4 @@
-"""From a prepared split to batches: what is in a batch is planned first, then decoded in threads.
-
-A plan is a pure, cheap function of (split, configuration, seed, step): a resumed run sees the same
-batches, and a process knows the shapes of its peers'. Grain reads in threads, as OpenCV allows.
-"""
+"""From a prepared split to batches: each is planned first, then its photos decoded in threads."""
 
 from __future__ import annotations
 
@@ -18,22 +14,21 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.types import Batch, UserError
+from alignps_jax.types import Batch
 from data_pipeline import transforms
 from data_pipeline.buckets import choose_buckets
-from data_pipeline.plans import BatchPlan
-from data_pipeline.trainable import (
+from data_pipeline.plans import (
+    BatchPlan,
     orientations,
     rescaled_sizes,
     usable_images,
     with_trainable_boxes,
 )
+from data_pipeline.prepared import PreparedSplit
 from data_pipeline.transforms import Scale, Size
 
-if TYPE_CHECKING:  # inference on single photos needs none of what reads data sets
+if TYPE_CHECKING:  # inference on single photos does without
     import grain
-
-    from data_pipeline.datasets import PreparedSplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,18 +139,6 @@ class TrainPipeline:
             bucket=transforms.smallest_bucket((int(height), int(width)), self.buckets),
         )
 
-    def shapes(self, first: int, total: int) -> Iterator[Size]:
-        """The buckets of batches `first` .. `total` - 1 as they come, each once an epoch."""
-        per_epoch = self.steps_per_epoch
-        for epoch in range(first // per_epoch, _ceil_div(total, per_epoch)):
-            indices, scales, _ = self._epoch(epoch)
-            largest = self.sizes[indices, scales].max(axis=1)
-            begin = epoch * per_epoch
-            sizes = dict.fromkeys(
-                map(tuple, largest[max(first - begin, 0) : total - begin].tolist())
-            )
-            yield from dict.fromkeys(transforms.smallest_bucket(x, self.buckets) for x in sizes)
-
     def _epoch(
         self, epoch: int
     ) -> tuple[Int[np.ndarray, "E B"], Int[np.ndarray, "E B"], Bool[np.ndarray, "E B"]]:
@@ -226,24 +209,20 @@ def make_train_pipeline(
       split: the images and their people.
       data: the `data` section of the configuration.
       seed: decides on order, scales and flips; not negative.
-      batch_size: images per step over all processes.
+      batch_size: images per step over all processes, a multiple of their number.
       process_index: which of the `process_count` equal parts of each batch to read.
       process_count: number of processes.
 
     Raises:
-      UserError: no image can be trained on, or a setting is out of range.
+      UserError: no image can be trained on, or `data.max_programs` is too small.
     """
-    _check_batch_size("train.batch_size", batch_size, process_count)
-    if seed < 0:
-        raise UserError(f"seed: found {seed}, expected a number that is not negative")
     split = with_trainable_boxes(split)
     usable = usable_images(split, data.min_side)
-    sizes = rescaled_sizes(split, data.train_scales)
-    groups = tuple(group for group in orientations(split, usable) if len(group))
+    sizes = rescaled_sizes(split.sizes, data.train_scales)
+    groups = tuple(orientations(split.sizes, usable))
     shapes = transforms.buckets(data.train_scales)
     if data.max_programs:
-        found = choose_buckets(sizes, usable, data.max_programs, batch_size)
-        groups, shapes = found.groups, found.shapes
+        groups, shapes = choose_buckets(sizes, usable, data.max_programs, batch_size)
     return TrainPipeline(
         reader=_reader(split, data, process_index, process_count),
         groups=groups,
@@ -264,11 +243,11 @@ def make_eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalBatches:
-    """Plans one pass over a split; see `make_train_pipeline` for arguments and errors."""
-    _check_batch_size("eval.batch_size", batch_size, process_count)
-    sizes = rescaled_sizes(split, [data.test_scale])[:, 0]
+    """Plans one pass over a split; see `make_train_pipeline` for the arguments."""
+    sizes = rescaled_sizes(split.sizes, [data.test_scale])[:, 0]
     plans = []
-    for group in orientations(split, np.arange(len(sizes))):
+    for group in orientations(split.sizes, np.arange(len(sizes))):
+        bucket = _test_bucket(tuple(split.sizes[group[0]]), data.test_scale)
         for start in range(0, len(group), batch_size):
             indices = group[start : start + batch_size]
             missing = batch_size - len(indices)
@@ -278,7 +257,7 @@ def make_eval_batches(
                     sizes=np.pad(sizes[indices], ((0, missing), (0, 0))),
                     flips=np.zeros(batch_size, bool),
                     valid=np.arange(batch_size) < len(indices),
-                    bucket=_test_bucket(tuple(split.sizes[indices[0]]), data.test_scale),
+                    bucket=bucket,
                 )
             )
     return EvalBatches(_reader(split, data, process_index, process_count), tuple(plans))
@@ -337,11 +316,3 @@ def _round_people(people: int) -> int:
 
 def _ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
-
-
-def _check_batch_size(field: str, batch_size: int, process_count: int) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"{field}: found {batch_size}, expected a positive multiple of the number of "
-            f"processes ({process_count})"
-        )

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float, Int, Shaped
 
 from alignps_jax.errors import blame, known_name
@@ -110,6 +109,8 @@ class Prepared:
 
     def split(self, name: str) -> PreparedSplit:
         """The photos of a split, with the people who can be seen in them."""
+        import tensorflow_datasets as tfds  # here, because inference on photos does without
+
         people, files = getattr(self, name), self.files(name)
         photo = photo_of_each(people.boxes)
         boxes, seen = clip_to_photos(np.concatenate(people.boxes), files.sizes[photo])

@@ -133,14 +133,16 @@ def scale_boxes(
     return scaled
 
 
-def trainable_boxes(boxes: Float[np.ndarray, "G 4"], size: Size) -> Bool[np.ndarray, "G"]:
+def trainable_boxes(
+    boxes: Float[np.ndarray, "G 4"], sizes: Int[np.ndarray, "G 2"]
+) -> Bool[np.ndarray, "G"]:
     """Which boxes can be trained on: sides of at least a pixel, and a part inside the photo.
 
     Args:
-      boxes: in pixels of the photo.
-      size: of the photo.
+      boxes: in pixels of their photos.
+      sizes: of the photo of each box.
     """
-    height, width = size
+    height, width = sizes.T
     x1, y1, x2, y2 = boxes.T
     inside = (np.minimum(x2, width) > np.maximum(x1, 0)) & (
         np.minimum(y2, height) > np.maximum(y1, 0)

@@ -298,16 +298,6 @@ class TestEpochs:
         for step in (6, 0, 3):
             assert_same(second.batch(step), forward[step])
 
-    @pytest.mark.parametrize("most", [None, 4])
-    @pytest.mark.parametrize(("first", "total"), [(0, 5), (0, 20), (2, 3), (3, 17), (7, 7)])
-    def test_the_shapes_are_those_of_the_plans_in_order(self, mixed, most, first, total):
-        pipeline = train(mixed, max_programs=most)
-        found = list(pipeline.shapes(first, total))
-        planned = [pipeline.plan(step).bucket for step in range(first, total)]
-        assert list(dict.fromkeys(found)) == list(dict.fromkeys(planned))
-        epochs = -(-total // pipeline.steps_per_epoch) - first // pipeline.steps_per_epoch
-        assert len(found) <= epochs * len(set(planned))
-
     def test_the_plan_reads_no_image(self, mixed):
         plans = train(dataclasses.replace(mixed, jpegs=())).plan
         np.testing.assert_array_equal(plans(9).indices, train(mixed).plan(9).indices)
@@ -416,11 +406,6 @@ class TestFilters:
             train(make_split([(40, 60), (40, 60)], [[], []]))
         assert "\n" not in str(error.value)
 
-    def test_no_images(self):
-        with pytest.raises(UserError, match="0 of 0"):
-            train(make_split([]))
-        assert len(make_eval_batches(make_split([]), settings(), batch_size=2)) == 0
-
 
 class TestEvaluation:
     @pytest.mark.parametrize("workers", [0, 2])
@@ -509,16 +494,6 @@ class TestErrors:
         other = dataclasses.replace(split, sizes=np.array([[60, 40]], np.int32))
         with pytest.raises(UserError, match=r"s0\.jpg: has 40x60.*expected 60x40"):
             train(other).batch(0)
-
-    def test_batch_that_cannot_be_shared(self, mixed):
-        with pytest.raises(UserError, match=r"train\.batch_size: found 4.*\(3\)"):
-            train(mixed, processes=(0, 3))
-        with pytest.raises(UserError, match=r"eval\.batch_size: found 0"):
-            make_eval_batches(mixed, settings(), batch_size=0)
-
-    def test_negative_seed(self, mixed):
-        with pytest.raises(UserError, match="seed: found -1"):
-            train(mixed, seed=-1)
 
 
 @pytest.mark.skipif(not FRAMES.is_dir(), reason="real frames are not here")

@@ -212,7 +212,7 @@ class TestBoxes:
         none = np.zeros((0, 4), np.float32)
         result = transforms.scale_boxes(none, np.ones(2, np.float32), (4, 5), True)
         assert result.shape == (0, 4)
-        assert transforms.trainable_boxes(none, (4, 5)).shape == (0,)
+        assert transforms.trainable_boxes(none, np.zeros((0, 2), int)).shape == (0,)
 
     @pytest.mark.parametrize(
         ("box", "good"),
@@ -231,7 +231,7 @@ class TestBoxes:
         ],
     )
     def test_trainable(self, box, good):
-        found = transforms.trainable_boxes(np.array([box], np.float32), (50, 100))
+        found = transforms.trainable_boxes(np.array([box], np.float32), np.array([[50, 100]]))
         assert found.tolist() == [good]
 
 
