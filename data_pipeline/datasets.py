@@ -112,8 +112,6 @@ def prepare(data: ConfigDict) -> PreparedDataset:
       UserError: as `load_test`; also photos that cannot be used, unless `data.skip_damaged`, and a
         folder that cannot be written.
     """
-    if data.name == "synthetic":
-        _draw(data)
     prepared = _find(data)
     if prepared is None:
         prepared = _prepare(data)
@@ -128,8 +126,6 @@ def prepare(data: ConfigDict) -> PreparedDataset:
 
 
 def _opened(data: ConfigDict) -> Source | Prepared:
-    if data.name == "synthetic":
-        _draw(data)
     prepared = _find(data)
     if prepared is None:
         return DATASETS[data.name](data.root)
@@ -182,6 +178,8 @@ def _find(data: ConfigDict) -> Prepared | None:
 
     Annotations are unchanged while sizes and times of their files are; else their content decides.
     """
+    if data.name == "synthetic":
+        _draw(data)
     if data.prepare_again and is_main_process():
         return None
     sets = prepared_sets(_folder(data))
@@ -225,18 +223,13 @@ def _prepare(data: ConfigDict) -> Prepared:
 
 def _locked(folder: Path) -> contextlib.AbstractContextManager[Any]:
     """Keeps other processes from preparing in a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        try:
-            return lock.acquire(timeout=0)
-        except filelock.Timeout:
-            print(f"waiting for the process that prepares {folder}", flush=True)
-            return lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"{folder}: {error.strerror}; --config.data.prepared_dir names another place"
-        ) from error
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for the process that prepares {folder}", flush=True)
+        return lock.acquire()
 
 
 def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:

@@ -34,7 +34,6 @@ from data_pipeline.prepared import (
     Prepared,
     clip_to_photos,
     listed,
-    photo_of_each,
     save_arrays,
     write_about,
 )
@@ -61,23 +60,42 @@ class _Photo:
 class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checkers
     tfds.core.ShardBasedBuilder, skip_registration=True
 ):
-    """Photos with their people: the splits `train` and `test`, in the order of the annotations.
+    """The photos of a `Source` with their people, in the splits `train` and `test`, in its order.
 
     A shard-based builder, because it streams: TFDS's generator-based ones hold a split that is not
-    to be shuffled in memory.
+    to be shuffled in memory. It keeps what it `found` of each photo, in order, and how many boxes
+    it `clipped` to their photo or `dropped` because they lie outside.
     """
 
     VERSION = tfds.core.Version("2.0.0")
 
     def __init__(
-        self,
-        data_dir: str,
-        people: dict[str, Annotations],
-        read: Callable[[str, range], Iterator[_Photo]],
+        self, folder: str, source: Source, people: dict[str, Annotations], data: ConfigDict
     ):
-        """`read` gives the photos at some positions of a split."""
-        self._people, self._read = people, read
-        super().__init__(data_dir=data_dir, file_format="array_record")
+        """Writes below `folder`; reads photos as `data`, `config.data`, says."""
+        self._source, self._people, self._data = source, people, data
+        self.found: dict[str, list[_Photo]] = {split: [] for split in people}
+        self.clipped = self.dropped = 0
+        self._bar = progress(desc="preparing", total=sum(len(x.names) for x in people.values()))
+        super().__init__(data_dir=folder, file_format="array_record")
+
+    def problems(self, split: str) -> dict[str, str]:
+        """Why photos cannot be used, by name."""
+        pairs = zip(self._people[split].names, self.found[split], strict=True)
+        return {name: photo.problem for name, photo in pairs if photo.problem}
+
+    def write(self) -> Path:
+        """`download_and_prepare` without TFDS's messages; returns the folder of the files."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), self._bar:
+                self.download_and_prepare(download_dir=Path(self.data_path).parent / "downloads")
+        except RuntimeError as error:  # of the C++ that writes records
+            raise OSError(" ".join(str(error).split())) from error
+        finally:
+            logging.set_verbosity(verbosity)
+        return Path(self.data_path)
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Boxes x1, y1, x2, y2 are clipped to the photo; `identity` is meaningful where `labeled`;
@@ -98,75 +116,34 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, list[Callable[[], _Examples]]]:
         del dl_manager
-        return {
-            split: [
-                partial(self._examples, split, range(first, min(first + _SHARD, len(people.names))))
-                for first in range(0, len(people.names), _SHARD)
-            ]
-            for split, people in self._people.items()
-        }
+        shards: dict[str, list[Callable[[], _Examples]]] = {}
+        for split, people in self._people.items():
+            images = range(len(people.names))
+            parts = [images[first : first + _SHARD] for first in images[::_SHARD]]
+            shards[split] = [partial(self._examples, split, part) for part in parts]
+        return shards
 
-    def _examples(self, split: str, indices: range) -> _Examples:
+    def _examples(self, split: str, images: range) -> _Examples:
         people = self._people[split]
-        for index, photo in zip(indices, self._read(split, indices), strict=True):
-            boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
-            example = {
-                "image": photo.image,
-                "name": people.names[index],
-                "height": photo.size[0],
-                "width": photo.size[1],
-                "boxes": boxes[keep],
-                "identity": people.identity[index][keep],
-                "labeled": people.labeled[index][keep],
-                "camera": int(people.camera[index]),
-            }
-            yield index, example
-
-
-class _Reader:
-    """Reads the photos of a source in threads, and keeps what it `found` of each, by split."""
-
-    def __init__(self, source: Source, people: dict[str, Annotations], data: ConfigDict):
-        self._source, self._people, self._data = source, people, data
-        self._bar = progress(desc="preparing", total=sum(len(x.names) for x in people.values()))
-        self.found: dict[str, list[_Photo]] = {split: [] for split in people}
-
-    def photos(self, split: str, indices: range) -> Iterator[_Photo]:
-        """The photos at these positions of a split."""
+        read = partial(_read_photo, self._source, people, self._data)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
-            for photo in pool.map(partial(self._photo, self._people[split]), indices):
+            for index, photo in zip(images, pool.map(read, images), strict=True):
+                boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
+                self.clipped += int((boxes != people.boxes[index]).any(axis=1)[keep].sum())
+                self.dropped += int((~keep).sum())
                 self.found[split].append(dataclasses.replace(photo, image=b""))
                 self._bar.update()
-                yield photo
-
-    def problems(self, split: str) -> dict[str, str]:
-        """Why photos cannot be used, by name."""
-        pairs = zip(self._people[split].names, self.found[split], strict=True)
-        return {name: photo.problem for name, photo in pairs if photo.problem}
-
-    def files(self, split: str) -> Files:
-        """The sizes of all photos."""
-        sizes = np.array([photo.size for photo in self.found[split]], np.int32)
-        return Files(sizes, np.array([photo.file_bytes for photo in self.found[split]]))
-
-    def _photo(self, people: Annotations, index: int) -> _Photo:
-        path = self._source.image_path(people.names[index])
-        annotated = self._source.photo_size(people.names[index])
-        upright = self._data.orientation == "upright"
-        try:
-            data, header = read_photo(path, self._data.max_pixels)
-            height, width, _ = decode_photo(data, header, str(path), upright=upright).shape
-            if annotated not in (None, (height, width)):
-                raise UserError(_other_size((height, width), annotated, upright))
-        except UserError as error:
-            problem = (path.is_file() and stand_in(path)) or str(error).removeprefix(f"{path}: ")
-            right, bottom = people.boxes[index].max(axis=0, initial=1)[2:].astype(int).tolist()
-            size = annotated or (min(bottom, 4096), min(right, 4096))
-            black = cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes()
-            return _Photo(black, size, problem=problem)
-        content = hashlib.blake2b(data, digest_size=16).digest()
-        unended = header.format == "JPEG" and lacks_end(data)
-        return _Photo(data, (height, width), content, path.stat().st_size, unended)
+                example = {
+                    "image": photo.image,
+                    "name": people.names[index],
+                    "height": photo.size[0],
+                    "width": photo.size[1],
+                    "boxes": boxes[keep],
+                    "identity": people.identity[index][keep],
+                    "labeled": people.labeled[index][keep],
+                    "camera": int(people.camera[index]),
+                }
+                yield index, example
 
 
 def write_prepared(
@@ -193,36 +170,33 @@ def write_prepared(
     notes["test"] = source.notes[len(notes["train"]) :]
     for split, annotated in people.items():
         _check_photos(source, split, annotated, data.skip_damaged)
-    reader = _Reader(source, people, data)
     with tempfile.TemporaryDirectory(
         dir=target.parent, prefix=f"{target.name}.partial-"
     ) as temporary:
-        builder = PersonSearch(temporary, people, reader.photos)
-        _download_and_prepare(builder, Path(temporary) / "downloads")
-        folder = Path(builder.data_path)
+        builder = PersonSearch(temporary, source, people, data)
+        folder = builder.write()
+        damaged = {split: builder.problems(split) for split in people}
         for split, annotated in people.items():
-            problems = [f"{name}: {why}" for name, why in reader.problems(split).items()]
-            if len(problems) == len(annotated.names):
-                raise UserError(f"{source.root}: no {split} photo can be used:{listed(problems)}")
+            if len(damaged[split]) == len(annotated.names):
+                reasons = listed(f"{name}: {why}" for name, why in damaged[split].items())
+                raise UserError(f"{source.root}: no {split} photo can be used:{reasons}")
+            photos = builder.found[split]
+            sizes = np.array([photo.size for photo in photos], np.int32)
+            file_bytes = np.array([photo.file_bytes for photo in photos])
             save_arrays(folder, split, annotated)
-            save_arrays(folder, f"{split}.files", reader.files(split))
+            save_arrays(folder, f"{split}.files", Files(sizes, file_bytes))
         for protocol in protocols:
             save_arrays(folder, protocol.name, protocol)
-        about = About(
-            digest,
-            stamp,
-            data.orientation,
-            protocols=[protocol.name for protocol in protocols],
-            default_protocols=list(source.default_protocols),
-            notes=notes,
-            damaged={split: reader.problems(split) for split in people},
-        )
+        names = [protocol.name for protocol in protocols]
+        defaults = list(source.default_protocols)
+        about = About(digest, stamp, data.orientation, names, defaults, notes, damaged)
         write_about(folder, about)
         if target.exists():
             target.rename(Path(temporary) / "replaced")
         folder.rename(target)
-    lines = [*_counts(source, people, protocols), *_findings(people, reader)]
-    print(*(f"  {line}" for line in lines), sep="\n", flush=True)
+    queries = next(len(x.query_image) for x in protocols if x.name == defaults[0])
+    for line in (*_counts(source, people, queries, defaults[0]), *_oddities(people, builder)):
+        print(f"  {line}", flush=True)
     return Prepared(target, about)
 
 
@@ -250,17 +224,24 @@ def _check_photos(source: Source, split: str, people: Annotations, skip: bool) -
         )
 
 
-def _download_and_prepare(builder: PersonSearch, downloads: Path) -> None:
-    """As TFDS does, without its messages."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+def _read_photo(source: Source, people: Annotations, data: ConfigDict, index: int) -> _Photo:
+    path = source.image_path(people.names[index])
+    annotated = source.photo_size(people.names[index])
+    upright = data.orientation == "upright"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_dir=downloads)
-    except RuntimeError as error:  # of the C++ that writes records
-        raise OSError(" ".join(str(error).split())) from error
-    finally:
-        logging.set_verbosity(verbosity)
+        encoded, header = read_photo(path, data.max_pixels)
+        height, width, _ = decode_photo(encoded, header, str(path), upright=upright).shape
+        if annotated not in (None, (height, width)):
+            raise UserError(_other_size((height, width), annotated, upright))
+    except UserError as error:
+        problem = (path.is_file() and stand_in(path)) or str(error).removeprefix(f"{path}: ")
+        right, bottom = people.boxes[index].max(axis=0, initial=1)[2:].astype(int).tolist()
+        size = annotated or (min(bottom, 4096), min(right, 4096))
+        black = cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes()
+        return _Photo(black, size, problem=problem)
+    content = hashlib.blake2b(encoded, digest_size=16).digest()
+    unended = header.format == "JPEG" and lacks_end(encoded)
+    return _Photo(encoded, (height, width), content, path.stat().st_size, unended)
 
 
 def _other_size(size: tuple[int, int], annotated: tuple[int, int], upright: bool) -> str:
@@ -271,44 +252,31 @@ def _other_size(size: tuple[int, int], annotated: tuple[int, int], upright: bool
 
 
 def _counts(
-    source: Source, people: dict[str, Annotations], protocols: list[SearchProtocol]
+    source: Source, people: dict[str, Annotations], queries: int, protocol: str
 ) -> Iterator[str]:
     """What was found, beside what is published."""
-    main = next(one for one in protocols if one.name == source.default_protocols[0])
-    identity, labeled = (
-        np.concatenate(x) for x in (people["train"].identity, people["train"].labeled)
-    )
-    found = {
-        "training images": len(people["train"].names),
-        "training identities": len(np.unique(identity[labeled])),
-        "test images": len(people["test"].names),
-        f"queries ({main.name})": len(main.query_image),
-    }
-    published = dataclasses.astuple(source.published) if source.published else tuple(found.values())
-    for (what, count), known in zip(found.items(), published, strict=True):
-        yield f"{count:>8,} {what}" + f" (published: {known:,})" * (known != count)
-    if source.remark and tuple(found.values()) != published:
+    train = people["train"]
+    shown = np.concatenate(train.identity)[np.concatenate(train.labeled)]
+    names = "training images", "training identities", "test images", f"queries ({protocol})"
+    found = len(train.names), len(np.unique(shown)), len(people["test"].names), queries
+    published = dataclasses.astuple(source.published) if source.published else found
+    for count, name, known in zip(found, names, published, strict=True):
+        yield f"{count:>8,} {name}" + f" (published: {known:,})" * (known != count)
+    if source.remark and found != published:
         yield source.remark
 
 
-def _findings(people: dict[str, Annotations], reader: _Reader) -> Iterator[str]:
-    clipped = dropped = 0
-    for split, annotated in people.items():
-        sizes = reader.files(split).sizes[photo_of_each(annotated.boxes)]
-        boxes = np.concatenate(annotated.boxes)
-        inside, keep = clip_to_photos(boxes, sizes)
-        clipped += int((inside != boxes).any(axis=1)[keep].sum())
-        dropped += int((~keep).sum())
-    yield f"clipped {clipped:,} boxes to their photo, dropped {dropped:,} outside"
-    unended = sum(photo.lacks_end for photos in reader.found.values() for photo in photos)
+def _oddities(people: dict[str, Annotations], builder: PersonSearch) -> Iterator[str]:
+    yield f"clipped {builder.clipped:,} boxes to their photo, dropped {builder.dropped:,} outside"
+    unended = sum(photo.lacks_end for photos in builder.found.values() for photo in photos)
     if unended:
         yield f"{unended:,} JPEG files lack their end marker, but no pixel"
     train, test = (
         [
             (photo.content, name)
-            for photo, name in zip(reader.found[split], annotated.names, strict=True)
+            for photo, name in zip(builder.found[x], people[x].names, strict=True)
         ]
-        for split, annotated in people.items()
+        for x in people
     )
     names = dict(train)
     copies = sum(bool(content) and names.get(content, name) != name for content, name in test)

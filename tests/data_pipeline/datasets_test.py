@@ -339,7 +339,7 @@ def test_a_full_disk_says_so_in_its_own_words(data, root):
 def test_a_folder_that_cannot_be_written(data, root):
     (root / "file").write_text("not a folder")
     data.prepared_dir = str(root / "file")
-    with pytest.raises(UserError, match=r"file/prw: Not a directory; --config.data.prepared_dir"):
+    with pytest.raises(NotADirectoryError, match=r"file/prw"):
         datasets.prepare(data)
 
 
