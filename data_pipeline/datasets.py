@@ -12,7 +12,6 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import filelock
 import numpy as np
@@ -31,15 +30,6 @@ from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
 from data_pipeline.sources.prw import PrwSource
 from data_pipeline.sources.source import Source
-
-__all__ = [
-    "DATASETS",
-    "PreparedDataset",
-    "PreparedSplit",
-    "load_test",
-    "load_train",
-    "prepare",
-]
 
 # Photos whose sizes are compared with those that were prepared.
 _COMPARED = 256
@@ -74,10 +64,7 @@ class PreparedDataset:
 
 def load_train(data: ConfigDict) -> Annotations:
     """The people of the training split; reads and raises as `load_test`."""
-    opened = _opened(data)
-    people = opened.train
-    _print_notes(opened, "train")
-    return people
+    return _people(_opened(data), "train")
 
 
 def load_test(
@@ -97,9 +84,7 @@ def load_test(
     """
     opened = _opened(data)
     protocols = [opened.protocol(name) for name in names or opened.default_protocols]
-    people = opened.test
-    _print_notes(opened, "test")
-    return people, tuple(protocols)
+    return _people(opened, "test"), tuple(protocols)
 
 
 def prepare(data: ConfigDict) -> PreparedDataset:
@@ -133,10 +118,12 @@ def _opened(data: ConfigDict) -> Source | Prepared:
     return prepared
 
 
-def _print_notes(opened: Source | Prepared, split: str) -> None:
-    if is_main_process():
-        notes = opened.about.notes[split] if isinstance(opened, Prepared) else opened.notes
-        print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
+def _people(opened: Source | Prepared, split: str) -> Annotations:
+    people: Annotations = getattr(opened, split)
+    notes = opened.about.notes[split] if isinstance(opened, Prepared) else opened.notes
+    for note in notes if is_main_process() else ():
+        print(note, flush=True)
+    return people
 
 
 def _check_damaged(data: ConfigDict, prepared: Prepared) -> None:
@@ -162,15 +149,15 @@ def _draw(data: ConfigDict) -> None:
     synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
 
 
-def _folder(data: ConfigDict) -> Path:
-    """The folder of all prepared sets of a data set."""
-    return Path(data.prepared_dir or Path(data.root) / "prepared").expanduser() / data.name
-
-
 def _originals(data: ConfigDict) -> Source | None:
     """A reader of the original files, if they are there."""
     source = DATASETS[data.name]
     return None if source.missing(Path(data.root).expanduser()) else source(data.root)
+
+
+def _folder(data: ConfigDict) -> Path:
+    """The folder of all prepared sets of a data set."""
+    return Path(data.prepared_dir or Path(data.root) / "prepared").expanduser() / data.name
 
 
 def _find(data: ConfigDict) -> Prepared | None:
@@ -182,26 +169,25 @@ def _find(data: ConfigDict) -> Prepared | None:
         _draw(data)
     if data.prepare_again and is_main_process():
         return None
-    sets = prepared_sets(_folder(data))
-    sets = [one for one in sets if one.about.orientation == data.orientation]
-    source = _originals(data)
-    if source and sets:
-        files = source.annotation_files()
-        stamp, digest = _stamp(files), ""
-        if not (same := [one for one in sets if one.about.stamp == stamp]):
-            digest = _digest(files)
-            same = [one for one in sets if one.about.digest == digest]
-            for one in same:
-                one.about.stamp = stamp
-                with contextlib.suppress(OSError):  # if not, the content decides again
-                    write_about(one.folder, one.about)
-        return same[0] if same else None
-    if len(sets) > 1:
-        raise UserError(
-            f"{data.root}: lacks the annotations that tell which prepared set to take; expected "
-            f"one of these alone:{listed(str(one.folder) for one in sets)}"
-        )
-    return sets[0] if sets else None
+    sets = [x for x in prepared_sets(_folder(data)) if x.about.orientation == data.orientation]
+    if not sets or (source := _originals(data)) is None:
+        if len(sets) > 1:
+            raise UserError(
+                f"{data.root}: lacks the annotations that tell which prepared set to take; "
+                f"expected one of these alone:{listed(str(one.folder) for one in sets)}"
+            )
+        return sets[0] if sets else None
+    files = source.annotation_files()
+    stamp = _stamp(files)
+    same = next((one for one in sets if one.about.stamp == stamp), None)
+    if same is None:
+        digest = _digest(files)
+        same = next((one for one in sets if one.about.digest == digest), None)
+        if same:
+            same.about.stamp = stamp
+            with contextlib.suppress(OSError):  # if not, the content decides again
+                write_about(same.folder, same.about)
+    return same
 
 
 def _prepare(data: ConfigDict) -> Prepared:
@@ -209,7 +195,14 @@ def _prepare(data: ConfigDict) -> Prepared:
     from data_pipeline.preparation import write_prepared
 
     source, folder = DATASETS[data.name](data.root), _folder(data)
-    with _locked(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for the process that prepares {folder}", flush=True)
+        held = lock.acquire()
+    with held:
         if found := _find(data):
             return found
         for left in folder.glob("*.partial-*"):  # by a process that was killed
@@ -221,32 +214,17 @@ def _prepare(data: ConfigDict) -> Prepared:
         return write_prepared(source, target, data, digest, stamp)
 
 
-def _locked(folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """Keeps other processes from preparing in a folder, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        return lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"waiting for the process that prepares {folder}", flush=True)
-        return lock.acquire()
-
-
 def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:
     """Looks whether photos were replaced, by the sizes in bytes of some of them."""
     if (source := _originals(data)) is None:
         return
-    splits = zip(
-        (prepared.train, prepared.test), map(prepared.files, ("train", "test")), strict=True
-    )
-    photos = [
-        photo for people, files in splits for photo in zip(people.names, files.bytes, strict=True)
-    ]
+    names = np.array(prepared.train.names + prepared.test.names)
+    sizes = np.concatenate([prepared.files(split).bytes for split in ("train", "test")])
+    sample = np.random.default_rng().permutation(np.flatnonzero(sizes >= 0))[:_COMPARED]
     changed = 0
-    sample = np.random.default_rng().permutation(len(photos))[:_COMPARED].tolist()
-    for name, size in (photos[index] for index in sample):
+    for name, size in zip(names[sample].tolist(), sizes[sample].tolist(), strict=True):
         with contextlib.suppress(OSError):  # the photos may be gone
-            changed += source.image_path(name).stat().st_size != size >= 0
+            changed += source.image_path(name).stat().st_size != size
     if changed:
         print(
             f"note: {changed} of {len(sample)} photos in {source.root} are not those that were "

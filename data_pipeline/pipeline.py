@@ -46,9 +46,9 @@ class BatchReader:
     prefetch: int
 
     def read(self, plan: BatchPlan, each: Callable[..., Iterable[None]] = map) -> Batch:
-        """Decodes and assembles the rows of this process, `each` one like another.
+        """Decodes and assembles the rows of this process; `each` maps over them.
 
-        Raises UserError if an image cannot be decoded, or has not the size it was prepared with.
+        Raises UserError if an image cannot be decoded.
         """
         plan = plan.shard(self.process_index, self.process_count)
         batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
@@ -202,7 +202,7 @@ def make_train_pipeline(
 ) -> TrainPipeline:
     """Plans the training batches of a split.
 
-    Images without a trainable box (`transforms.trainable_boxes`) or with a side below
+    Images without a box that has sides of at least a pixel, or with a side below
     `data.min_side` are left out, which one line on stdout says.
 
     Args:
@@ -264,14 +264,9 @@ def make_eval_batches(
 
 
 def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
-    """A photo of a split, RGB.
-
-    Raises:
-      UserError: it cannot be decoded, or has not the size it was prepared with.
-    """
-    height, width = (int(side) for side in split.sizes[index])
+    """A photo of a split, RGB; UserError if it cannot be decoded."""
     name = split.annotations.names[index]
-    return transforms.decode_jpeg(split.jpegs[index], name, (height, width), split.upright)
+    return transforms.decode_jpeg(split.jpegs[index], name, split.upright)
 
 
 def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> Batch:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from alignps_jax.distributed import is_main_process
 from alignps_jax.types import UserError
 from data_pipeline import transforms
-from data_pipeline.prepared import PreparedSplit, photo_of_each, with_boxes
+from data_pipeline.prepared import PreparedSplit, with_boxes
 from data_pipeline.transforms import Scale, Size
 
 
@@ -49,11 +49,10 @@ class BatchPlan:
 
 
 def with_trainable_boxes(split: PreparedSplit) -> PreparedSplit:
-    """The split without the boxes that cannot be trained on."""
-    people = split.annotations
-    boxes = np.concatenate(people.boxes)
-    keep = transforms.trainable_boxes(boxes, split.sizes[photo_of_each(people.boxes)])
-    return dataclasses.replace(split, annotations=with_boxes(people, boxes, keep))
+    """The split without the boxes that cannot be trained on: with a side below a pixel."""
+    boxes = np.concatenate(split.annotations.boxes)
+    keep = (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
+    return dataclasses.replace(split, annotations=with_boxes(split.annotations, boxes, keep))
 
 
 def usable_images(split: PreparedSplit, min_side: int) -> Int[np.ndarray, "n"]:
