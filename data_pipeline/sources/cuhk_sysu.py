@@ -137,13 +137,15 @@ class CuhkSysuSource(Source):
         """The people of every image of the data set."""
         path = self.root / self.required[0]
         with reading(path):
-            names, boxes = [], []
+            names, boxes, without_area = [], [], 0
             for name, _, people, *_ in map(dict.values, read_structs(path, "Img")):
                 names.append(text(name))
                 rows = [_box(box) for box, *_ in map(dict.values, structs(people))]
                 corners = np.array(rows, np.float32).reshape(-1, 4)
                 boxes.append(corners[(corners[:, 2:] > corners[:, :2]).all(axis=1)])
+                without_area += len(corners) - len(boxes[-1])
             image_index(names)
+            self._note_without_area(without_area)
             return dict(zip(names, boxes, strict=True))
 
     def _annotations(

@@ -105,7 +105,9 @@ class PrwSource(Source):
         people = [self._read_frame(name) for name in cameras]
         boxes = [_published_boxes(rows[:, 1:]) for rows in people]
         ids = [[int(number) if number >= 0 else None for number in rows[:, 0]] for rows in people]
-        return annotate(list(cameras), boxes, ids, list(cameras.values()))
+        people_of, number = annotate(list(cameras), boxes, ids, list(cameras.values()))
+        self._note_without_area(sum(map(len, boxes)) - sum(map(len, people_of.boxes)))
+        return people_of, number
 
     def _read_frame(self, name: str) -> Float[np.ndarray, "G 5"]:
         """Rows `id, x, y, w, h` of one frame."""

@@ -127,6 +127,10 @@ class Source(abc.ABC):
         if shared:
             self.notes.append(f"{self.root}: {shared:,} photos are in both splits, train and test")
 
+    def _note_without_area(self, count: int) -> None:
+        if count:
+            self.notes.append(f"{self.root}: left out {count:,} boxes without area")
+
     def _check_layout(self) -> None:
         missing = self.missing(self.root)
         if not missing:

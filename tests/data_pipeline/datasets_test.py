@@ -252,6 +252,8 @@ def test_missing_photos_are_counted_before_any_is_read(data, root):
 
 def test_what_is_odd_about_photos_is_counted(data, root, capsys):
     frames = root / "frames"
+    flat = {"c3s1_000006": [(7, 3, 4, 5, 6), (-2, 9, 9, 0, 5)]}
+    fixtures.write_prw(root, TRAIN, TEST | flat, QUERIES)
     shutil.copy(frames / "c1s1_000003.jpg", frames / "c1s1_000004.jpg")
     encoded = (frames / "c1s1_000003.jpg").read_bytes()
     (frames / "c1s1_000003.jpg").write_bytes(encoded[:-2])
@@ -260,6 +262,8 @@ def test_what_is_odd_about_photos_is_counted(data, root, capsys):
     printed = capsys.readouterr().out
     assert "2 JPEG files lack their end marker, but no pixel" in printed
     assert "1 test photos are training photos of another name" in printed
+    datasets.load_test(data, ())
+    assert capsys.readouterr().out == f"{root}: left out 1 boxes without area\n"
     np.testing.assert_array_equal(photo_of(split, 2), photo_of(split, 2))
     assert photo_of(split, 2).shape == (33, 47, 3)
 
