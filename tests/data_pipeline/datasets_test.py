@@ -9,7 +9,6 @@ import time
 from concurrent import futures
 from pathlib import Path
 
-import cv2
 import filelock
 import numpy as np
 import pytest
@@ -298,16 +297,6 @@ def test_photos_come_as_stored_or_upright(tmp_path, file_format, turn):
             UserError, match=r"annotated are 80x40 \(EXIF turns it: data.orient.*up"
         ):
             datasets.prepare(data)
-
-
-def test_png_and_gray_photos(tmp_path):
-    encoded = fixtures.write_photo(tmp_path / "images" / "a.png", 40, 30)
-    gray = cv2.imencode(".jpg", np.full((20, 50), 77, np.uint8))[1].tobytes()
-    (tmp_path / "images" / "b.jpg").write_bytes(gray)
-    _write_coco(tmp_path, {"a.png": (40, 30), "b.jpg": (20, 50)})
-    split = datasets.prepare(fixtures.data_config("coco_person_search", tmp_path)).train
-    assert list(split.jpegs) == [encoded, gray]
-    assert split.sizes.tolist() == [[40, 30], [20, 50]]
 
 
 def _prepare_elsewhere(root: Path, before: str) -> subprocess.CompletedProcess[str]:
