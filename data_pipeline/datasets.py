@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,11 +178,10 @@ def _find(data: ConfigDict) -> Prepared | None:
                 f"expected one of these alone:{listed(str(one.folder) for one in sets)}"
             )
         return sets[0] if sets else None
-    files = source.annotation_files()
-    stamp = _stamp(files)
+    stamp = _stamp(source)
     same = next((one for one in sets if one.about.stamp == stamp), None)
     if same is None:
-        digest = _digest(files)
+        digest = _digest(source)
         same = next((one for one in sets if one.about.digest == digest), None)
         if same:
             same.about.stamp = stamp
@@ -207,8 +207,7 @@ def _prepare(data: ConfigDict) -> Prepared:
             return found
         for left in folder.glob("*.partial-*"):  # by a process that was killed
             shutil.rmtree(left)
-        files = source.annotation_files()
-        digest, stamp = _digest(files), _stamp(files)
+        digest, stamp = _digest(source), _stamp(source)
         target = folder / f"{digest}-{data.orientation}"
         print(f"{source.title}: preparing {target}", flush=True)
         return write_prepared(source, target, data, digest, stamp)
@@ -232,15 +231,17 @@ def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:
         )
 
 
-def _stamp(files: Sequence[Path]) -> str:
-    about = ((path.name, path.stat()) for path in files)
-    found = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
+def _stamp(source: Source) -> str:
+    found = []
+    for name in source.annotation_files():
+        about = os.stat(os.path.join(source.root, name))
+        found.append((name, about.st_size, about.st_mtime_ns))
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
-def _digest(files: Sequence[Path]) -> str:
+def _digest(source: Source) -> str:
     digest = hashlib.sha256()
-    for path in files:
-        content = path.read_bytes()
-        digest.update(f"{path.name}/{len(content)}/".encode() + content)
+    for name in source.annotation_files():
+        content = (source.root / name).read_bytes()
+        digest.update(f"{name}/{len(content)}/".encode() + content)
     return digest.hexdigest()[:12]

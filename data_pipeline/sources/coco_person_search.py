@@ -104,9 +104,10 @@ class CocoPersonSearchSource(Source):
             )
         return protocol
 
-    def annotation_files(self) -> list[Path]:
+    def annotation_files(self) -> list[str]:
         located = [_locate(self.root, split)[0] for split in ("train", "test")]
-        return [path for path in (*located, self.root / "query.json") if path and path.is_file()]
+        files = [path for path in (*located, self.root / "query.json") if path and path.is_file()]
+        return [str(path.relative_to(self.root)) for path in files]
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
         return self._train.sizes.get(name) or self._test.sizes.get(name)

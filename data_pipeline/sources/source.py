@@ -11,6 +11,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import glob
 import os
 import re
 import unicodedata
@@ -103,10 +104,11 @@ class Source(abc.ABC):
         found = (find_alike(self.root, place, self._list_names) for place in places)
         return next((path for path in found if path), self.root / places[0])
 
-    def annotation_files(self) -> list[Path]:
-        """All files that the annotations are read from, in an order of their own."""
-        found = (self.root.glob(pattern) for pattern in self.annotation_patterns)
-        return [path for paths in found for path in sorted(paths, key=str)]
+    def annotation_files(self) -> list[str]:
+        """All files that the annotations are read from, in an order of their own, below `root`."""
+        patterns = self.annotation_patterns
+        found = (glob.glob(pattern, root_dir=self.root, recursive=True) for pattern in patterns)
+        return [name for names in found for name in sorted(names)]
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
         """The (height, width) that the annotations give for a photo; None: they do not say."""
