@@ -95,8 +95,7 @@ def prepare(data: ConfigDict) -> PreparedDataset:
     prepared set alone and print a line. `data.prepare_again` replaces it once, and is False then.
 
     Raises:
-      UserError: as `load_test`; also photos that cannot be used, unless `data.skip_damaged`, and a
-        folder that cannot be written.
+      UserError: as `load_test`; also photos that cannot be used, unless `data.skip_damaged`.
     """
     prepared = _find(data)
     if prepared is None:

@@ -155,6 +155,17 @@ def test_a_prepared_set_is_read_and_no_annotation_file_opened(root, tmp_path, na
         assert list(getattr(first, split).jpegs) == list(getattr(second, split).jpegs)
 
 
+def test_an_optional_protocol_that_cannot_be_read_stops_nothing(tmp_path, capsys):
+    _cuhk(tmp_path)
+    (tmp_path / "annotation" / "test" / "subset" / "Occlusion.mat").write_bytes(b"odd")
+    data = fixtures.data_config("cuhk_sysu", tmp_path)
+    datasets.prepare(data)
+    assert len(datasets.load_test(data, ())[1]) == 3
+    assert "there is no protocol occlusion" in capsys.readouterr().out
+    with pytest.raises(UserError, match="expected one of TestG50, TestG100, all"):
+        datasets.load_test(data, ("occlusion",))
+
+
 def test_a_prepared_set_lives_without_its_originals(data, root, tmp_path):
     before = datasets.prepare(data)
     shutil.copytree(root / "prepared", tmp_path / "copy", copy_function=shutil.copyfile)
