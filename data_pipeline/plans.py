@@ -84,5 +84,5 @@ def rescaled_sizes(
     sizes: Int[np.ndarray, "N 2"], scales: Sequence[Scale]
 ) -> Int[np.ndarray, "N S 2"]:
     """The (height, width) of all images at each of S scales."""
-    rows = [[transforms.rescaled_size(size, x) for x in scales] for size in sizes.tolist()]
+    rows = [[transforms.rescaled_size((h, w), x) for x in scales] for h, w in sizes.tolist()]
     return np.array(rows, np.int32).reshape(-1, len(scales), 2)

@@ -167,7 +167,7 @@ def photo_of_each(boxes: Sequence[Float[np.ndarray, "_ 4"]]) -> Int[np.ndarray, 
 
 
 def clip_to_photos(
-    boxes: Float[np.ndarray, "M 4"], sizes: Int[np.ndarray, "M 2"]
+    boxes: Float[np.ndarray, "M 4"], sizes: Int[np.ndarray, "#M 2"]
 ) -> tuple[Float[np.ndarray, "M 4"], Bool[np.ndarray, "M"]]:
     """Boxes clipped to photos of (height, width), and which of them still have an area."""
     inside = np.clip(boxes, 0, np.tile(sizes[:, ::-1], 2).astype(np.float32))

@@ -143,7 +143,7 @@ class PrwSource(Source):
 
     def _query(
         self, words: list[str], index: dict[str, int]
-    ) -> tuple[int, Float[np.ndarray, "4"], int]:
+    ) -> tuple[int, Int[np.ndarray, "4"], int]:
         person, x, y, w, h, frame = words
         xywh = np.array([x, y, w, h], np.float64)
         check_pixels(xywh)
