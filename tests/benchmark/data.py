@@ -64,7 +64,8 @@ def _one_core(context: Context, size: Size) -> Iterator[Row]:
     pipeline = _pipeline(context, size, photos=2 * BATCH, workers=0)
     steps = range(pipeline.steps_per_epoch)
     plans = [pipeline.plan(step) for step in steps]
-    jpegs = pipeline.reader.split.jpegs
+    jpegs, sizes = pipeline.reader.split.jpegs, pipeline.reader.split.sizes
+    photo_size = (int(sizes[0][0]), int(sizes[0][1]))  # of all of them
     work = [
         (jpegs[index], (int(height), int(width)))
         for plan in plans
@@ -73,11 +74,11 @@ def _one_core(context: Context, size: Size) -> Iterator[Row]:
 
     def decode() -> None:
         for jpeg, _ in work:
-            decode_jpeg(jpeg, "photo")
+            decode_jpeg(jpeg, "photo", photo_size)
 
     def decode_and_resize() -> None:
         for jpeg, (height, width) in work:
-            cv2.resize(decode_jpeg(jpeg, "photo"), (width, height))
+            cv2.resize(decode_jpeg(jpeg, "photo", photo_size), (width, height))
 
     def everything() -> None:
         for step in steps:
