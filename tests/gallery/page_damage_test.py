@@ -27,7 +27,6 @@ PHOTO = painted((RED, (20, 60)), (BLUE, (90, 60)), size=(150, 160))
 ODD = st.sampled_from(["nan", "1e999", "-1", "2" * 400, "../x", "0-0", "%00", "10,20,60,140"])
 VALUES = st.one_of(st.characters(codec="utf-8").map(lambda x: 3 * x), ODD)
 FORMS = {"/mark": ("view", "person", "mark"), "/scene/{}/box": ("box", "view")}
-FORMS["/marks/forget"] = ("view",)
 PAGES = {
     "/search": ("view", "combine", "camera", "after", "score"),
     "/results": ("view", "offset"),
