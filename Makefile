@@ -21,7 +21,7 @@ AOT_READY := $(AOT)/.ready
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:$\
   glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=268435456
 
-.PHONY: setup demo serve test shapes test-newest docs fuzz soak parity benchmark accelerators \
+.PHONY: setup demo serve test shapes test-newest docs soak parity benchmark accelerators \
   accelerators-short setup-accelerators golden lint lock clean
 
 setup: $(READY)
@@ -44,7 +44,10 @@ DEMO := runs/demo
 SERVED := --checkpoint=$(DEMO) --gallery=$(DEMO)/people.lance
 serve: setup
 	@test -d $(DEMO)/checkpoints || { echo "error: found no $(DEMO), expected the demo; run make demo first"; exit 2; }
-	$(BIN)/python -m data_pipeline.test_photos data/synthetic $(DEMO)/photos
+	mkdir -p $(DEMO)/photos
+	$(BIN)/python -c "from data_pipeline.sources.cuhk_sysu import CuhkSysuSource; \
+	  print(*CuhkSysuSource('data/synthetic').test.names, sep='\n')" | \
+	  (cd $(DEMO)/photos && xargs -I NAME ln -sfn $(CURDIR)/data/synthetic/Image/SSM/NAME NAME)
 	$(BIN)/python launch.py --mode=index $(SERVED) --source=$(DEMO)/photos
 	$(BIN)/python launch.py --mode=serve $(SERVED) --port=$(PORT)
 
@@ -79,11 +82,6 @@ $(NEWEST_READY): requirements.lock pyproject.toml
 	$(PYTHON_NEWEST) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	touch $@
-
-# Damaged files for every reader of files, for so long: make fuzz SECONDS=600 [ONLY=prepared,images].
-SECONDS ?= 600
-fuzz: setup
-	$(BIN)/python -m tests.fuzz --seconds=$(SECONDS) $(if $(ONLY),--only=$(ONLY))
 
 # Training that is killed at random moments, or finds a full disk: make soak [KILLS=50] [PROCESSES=1].
 KILLS ?= 50

@@ -33,7 +33,7 @@ _END = 0xD9
 # Frames of every kind of coding; the three others of this range are tables.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
-_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_ORIENTATION = 256, 257, 274
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_photo(path: Path, max_pixels: int) -> tuple[bytes, ImageHeader]:
 
     Raises:
       UserError: it cannot be read, is no image of `FORMATS`, has more than `max_pixels` pixels
-        (`data.max_pixels`), or is a JPEG that ends too early.
+        (`data.max_pixels`), or is a JPEG that lacks pixels.
     """
     try:
         # Not a pipe, which may never end.
@@ -78,7 +78,7 @@ def read_photo(path: Path, max_pixels: int) -> tuple[bytes, ImageHeader]:
             f"{max_pixels:,} in all (data.max_pixels)"
         )
     # Decoders fill up what is missing of a JPEG with gray; the other formats they refuse.
-    if header.format == "JPEG" and not _jpeg_is_complete(data):
+    if header.format == "JPEG" and lacks_end(data) and _decode_unended(data) is None:
         raise UserError(f"{path}: truncated JPEG ({len(data)} bytes); expected a complete one")
     return data, header
 
@@ -98,10 +98,14 @@ def decode_photo(
       UserError: the file is damaged.
     """
     flags = cv2.IMREAD_COLOR_RGB | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
+    if header.format == "TIFF" and not upright:
+        data = _without_orientation(data)
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise not_decodable(name, data) from error
+    if image is None and header.format == "JPEG":
+        image = _decode_unended(data, flags)
     size = (header.height, header.width)
     if image is None or image.shape not in ((*size, 3), (*size[::-1], 3))[: 1 + upright]:
         raise not_decodable(name, data)
@@ -178,26 +182,55 @@ def _webp(data: bytes) -> ImageHeader | None:
 
 def _tiff(data: bytes, order: str) -> ImageHeader | None:
     """The size of the first image, which is the one that is decoded."""
-    (start,) = struct.unpack_from(f"{order}I", data, 4)
-    (count,) = struct.unpack_from(f"{order}H", data, start)
     sides: dict[int, int] = {}
-    for position in range(start + 2, start + 2 + 12 * count, 12):
-        tag, kind, values = struct.unpack_from(f"{order}HHI", data, position)
+    for position, tag, kind, values in _tiff_entries(data, order):
         if tag in (_TIFF_WIDTH, _TIFF_HEIGHT):
             if tag in sides or values != 1 or kind not in (3, 4):
                 return None
-            (sides[tag],) = struct.unpack_from(
-                order + ("H" if kind == 3 else "I"), data, position + 8
-            )
+            number = order + ("H" if kind == 3 else "I")
+            (sides[tag],) = struct.unpack_from(number, data, position + 8)
     if len(sides) < 2:
         return None
     return ImageHeader("TIFF", sides[_TIFF_HEIGHT], sides[_TIFF_WIDTH])
 
 
-def _jpeg_is_complete(data: bytes) -> bool:
-    """Whether the end marker of a file's (first) JPEG image is there.
+def _tiff_entries(data: bytes, order: str) -> Iterator[tuple[int, int, int, int]]:
+    """(position, tag, type, count) of each entry about the first image."""
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    for position in range(start + 2, start + 2 + 12 * count, 12):
+        yield position, *struct.unpack_from(f"{order}HHI", data, position)
+
+
+def _without_orientation(data: bytes) -> bytes:
+    """A TIFF file that is as its pixels are stored: OpenCV turns every other one."""
+    order, changed = _TIFF_ORDERS[data[:4]], bytearray(data)
+    for position, tag, *_ in _tiff_entries(data, order):
+        if tag == _TIFF_ORIENTATION:
+            struct.pack_into(f"{order}H", changed, position + 8, 1)
+    return bytes(changed)
+
+
+def lacks_end(data: bytes) -> bool:
+    """Whether the end marker of a file's (first) JPEG image is missing.
 
     Within coded data 0xFF is a marker unless 0x00 or a restart number follows. Whatever a camera
     appends after the end does not matter.
     """
-    return any(marker == _END for marker, _ in _markers(data))
+    return not any(marker == _END for marker, _ in _markers(data))
+
+
+def _decode_unended(
+    data: bytes, flags: int = cv2.IMREAD_COLOR
+) -> UInt8[np.ndarray, "H W 3"] | None:
+    """The pixels of a JPEG without end marker; None if some are missing.
+
+    None are if other bytes in place of the missing ones change nothing.
+    """
+    coded = data.rstrip(b"\0")  # of a download that was cut
+    coded = (data if len(data) - len(coded) < 8 else coded).rstrip(b"\xff")
+    ends = (coded + filling + b"\xff\xd9" for filling in (b"", b"\xaa" * 64))
+    plain, filled = (cv2.imdecode(np.frombuffer(end, np.uint8), flags) for end in ends)
+    if plain is None or filled is None or not np.array_equal(plain, filled):
+        return None
+    return plain

@@ -48,11 +48,17 @@ def get_config(variant: str = "") -> ConfigDict:
     # Share of the training identities, and all photos of them, that are held out as a validation
     # split, whose search mAP chooses the checkpoint that counts; with 0, the last one counts.
     data.validation_fraction = 0.0
+    # Boxes are annotated in photos as they are stored, or upright: turned as EXIF says.
+    data.orientation = "stored"
+    # Go on although some photos cannot be used: they are not trained on, and black in evaluations.
+    data.skip_damaged = False
+    # Prepare the photos anew, once, although they are prepared.
+    data.prepare_again = False
     # Photos with more pixels are refused before they are decoded, here and in searches.
     data.max_pixels = 100_000_000
     # Threads that decode and resize photos; with 0, the training thread does it.
     data.workers = 8
-    # Batches that are ready ahead of the training step (at least one per worker).
+    # Batches that are read ahead of the training step.
     data.prefetch = 4
     # Size of the synthetic data set; only data.name=synthetic reads it. Images of one seed and
     # size are always the same; height and width are in pixels.

@@ -9,8 +9,7 @@ share at each scale.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import itertools
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,42 +17,22 @@ from jaxtyping import Float, Int
 from alignps_jax.types import UserError
 from data_pipeline.transforms import MULTIPLE, Size
 
-
-@dataclasses.dataclass(frozen=True)
-class Buckets:
-    """Groups of photos that come into batches together, and what these are padded to.
-
-    `groups` are positions in the split, `shapes` the (height, width) of all groups at all scales,
-    `padding` the expected share of pixels that are padding, where each scale is as likely.
-    """
-
-    groups: tuple[Int[np.ndarray, "_"], ...]
-    shapes: tuple[Size, ...]
-    padding: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-    """The best division of C cells into stretches: cells where one begins, and pixels in all."""
-
-    starts: tuple[int, ...]
-    pixels: float
+# A division of cells into stretches: the pixels of all, and the cells where one begins.
+_Division = tuple[float, list[int]]
 
 
 def choose_buckets(
-    sizes: Int[np.ndarray, "N S 2"],
-    indices: Int[np.ndarray, "n"],
-    most: int,
-    batch_size: int,
-) -> Buckets:
-    """Chooses at most `most` shapes for the photos `indices`.
+    sizes: Int[np.ndarray, "N S 2"], indices: Int[np.ndarray, "n"], most: int, batch_size: int
+) -> tuple[tuple[Int[np.ndarray, "_"], ...], tuple[Size, ...]]:
+    """Groups of photos that come into batches together, and at most `most` shapes for all groups.
 
     There are at most twice as many groups as there are shapes for each scale, and each fills a
-    batch, unless there are too few photos for one.
+    batch, unless there are too few photos for one. The expected share of pixels that are padding is
+    the least possible where each scale is as likely.
 
     Args:
       sizes: (height, width) of all photos of a split at each of the S training scales.
-      indices: the photos to train on.
+      indices: the photos to train on; groups are parts of these.
       most: `config.data.max_programs`.
       batch_size: photos of a batch.
 
@@ -72,59 +51,44 @@ def choose_buckets(
     # Photos beside one another that need the same shapes are one cell.
     starts = np.flatnonzero(np.r_[True, (rounded[1:] != rounded[:-1]).any(axis=(1, 2))])
     counts = np.diff(np.r_[starts, len(order)])
-    cells = rounded[starts]
-    grouped = _divisions(cells, counts, 2 * most // scales, batch_size)[-1]
-    firsts = list(grouped.starts)
-    boxes = np.maximum.reduceat(cells, firsts)
+    _, firsts = _divisions(rounded[starts], counts, 2 * most // scales, batch_size)[-1]
+    groups = np.maximum.reduceat(rounded[starts], firsts)
     counts = np.add.reduceat(counts, firsts)
-    by_scale = [_divisions(boxes[:, [s]], counts, len(boxes), 1) for s in range(scales)]
-    chosen = _share_out([[cut.pixels for cut in cuts] for cuts in by_scale], most)
-    shapes = set()
-    for scale, (cuts, index) in enumerate(zip(by_scale, chosen, strict=True)):
-        found = np.maximum.reduceat(boxes[:, scale], list(cuts[index].starts))
+    by_scale = [_divisions(groups[:, [s]], counts, len(groups), 1) for s in range(scales)]
+    shapes: set[Size] = set()
+    for scale, stretches in enumerate(_fewest_pixels(by_scale, most)):
+        found = np.maximum.reduceat(groups[:, scale], stretches)
         shapes |= {(int(height), int(width)) for height, width in found}
-    pixels = sum(cuts[index].pixels for cuts, index in zip(by_scale, chosen, strict=True))
-    return Buckets(
-        groups=tuple(np.sort(part) for part in np.split(order, starts[firsts[1:]])),
-        shapes=tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))),
-        padding=float(1 - sizes[order].astype(np.int64).prod(axis=-1).sum() / pixels),
-    )
+    parts = np.split(order, starts[firsts[1:]])
+    by_area = sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
+    return tuple(np.sort(part) for part in parts), tuple(by_area)
 
 
 def _divisions(
     cells: Int[np.ndarray, "C S 2"], counts: Int[np.ndarray, "C"], most: int, at_least: int
-) -> list[_Cut]:
+) -> list[_Division]:
     """The best division into 1, 2, ... `most` stretches of at least `at_least` photos each.
 
     The list ends where there is no division into so many.
     """
     cost = _pixels(cells, counts, at_least)
-    whole = cost[0, -1]
-    if not np.isfinite(whole):  # too few photos for a batch
-        return [_Cut((0,), _pixels(cells, counts, 0)[0, -1])]
-    best = [cost[0]]
-    last: list[Int[np.ndarray, "C"]] = []
-    while len(best) < min(most, len(cells)):
+    if not np.isfinite(cost[0, -1]):  # too few photos for a batch
+        return [(_pixels(cells, counts, 0)[0, -1], [0])]
+    best, last = cost[0], np.zeros((0, len(cells)), int)
+    found: list[_Division] = [(float(best[-1]), [0])]
+    while len(found) < min(most, len(cells)):
         # The first cell of the last stretch, for every end of it.
         total = np.full(cost.shape, np.inf)
-        total[1:] = best[-1][:-1, None] + cost[1:]
-        start = total.argmin(axis=0)
-        found = total[start, np.arange(len(cells))]
-        if not np.isfinite(found[-1]):
+        total[1:] = best[:-1, None] + cost[1:]
+        last = np.vstack([last, total.argmin(axis=0)])
+        best = total.min(axis=0)
+        if not np.isfinite(best[-1]):
             break
-        best.append(found)
-        last.append(start)
-    return [_Cut(_starts(last[:count]), float(row[-1])) for count, row in enumerate(best)]
-
-
-def _starts(last: Sequence[Int[np.ndarray, "C"]]) -> tuple[int, ...]:
-    """Where the stretches begin, from the last one back."""
-    starts: list[int] = []
-    end = -1
-    for row in reversed(last):
-        starts.append(int(row[end]))
-        end = starts[-1] - 1
-    return (0, *reversed(starts))
+        starts = [len(cells)]
+        for row in last[::-1]:
+            starts.append(int(row[starts[-1] - 1]))
+        found.append((float(best[-1]), [0, *starts[:0:-1]]))
+    return found
 
 
 def _pixels(
@@ -140,18 +104,14 @@ def _pixels(
     return cost
 
 
-def _share_out(pixels: Sequence[Sequence[float]], most: int) -> list[int]:
-    """Which of its divisions each scale takes, so that there are at most `most` stretches.
-
-    The division `index` has `index + 1` stretches.
-    """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for costs in pixels:
-        after: dict[int, tuple[float, list[int]]] = {}
-        for used, (total, choice) in best.items():
-            for index, cost in enumerate(costs):
-                count = used + index + 1
-                if count <= most and total + cost < after.get(count, (np.inf, []))[0]:
-                    after[count] = (total + cost, [*choice, index])
+def _fewest_pixels(by_scale: list[list[_Division]], most: int) -> list[list[int]]:
+    """Which of its divisions each scale takes, so that there are at most `most` stretches."""
+    best: dict[int, tuple[float, list[list[int]]]] = {0: (0.0, [])}
+    for divisions in by_scale:
+        after: dict[int, tuple[float, list[list[int]]]] = {}
+        for (used, (total, chosen)), (pixels, starts) in itertools.product(best.items(), divisions):
+            count = used + len(starts)
+            if count <= most and total + pixels < after.get(count, (np.inf, []))[0]:
+                after[count] = (total + pixels, [*chosen, starts])
         best = after
     return min(best.values())[1]

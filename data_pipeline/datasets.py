@@ -1,4 +1,4 @@
-"""The data sets by name, their search protocols, and their preparation.
+"""The data sets by name, and what of them the program sees: annotations, protocols, photos.
 
 `data` is `config.data` throughout: `name`, `root`, `prepared_dir` (unset: `<root>/prepared`) and,
 for `synthetic`, its shape.
@@ -6,35 +6,38 @@ for `synthetic`, its shape.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import os
+import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import jax
+import filelock
 import numpy as np
 from ml_collections import ConfigDict
 
+from alignps_jax.distributed import is_main_process
 from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.leftovers import clear_leftovers
-from data_pipeline.prepared import SPLITS, PersonSearchBuilder, PreparedSplit
-from data_pipeline.sources.coco_person_search import CocoPersonSearch
-from data_pipeline.sources.cuhk_sysu import CuhkSysu, CuhkSysuSource
-from data_pipeline.sources.prw import Prw
-from data_pipeline.sources.source import Counts, Source
+from data_pipeline.prepared import (
+    Prepared,
+    PreparedSplit,
+    listed,
+    prepared_sets,
+    write_about,
+)
+from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
+from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
+from data_pipeline.sources.prw import PrwSource
+from data_pipeline.sources.source import Source
 
-__all__ = [
-    "DATASETS",
-    "PreparedDataset",
-    "PreparedSplit",
-    "load_test",
-    "load_train",
-    "prepare",
-]
+# Photos whose sizes are compared with those that were prepared.
+_COMPARED = 256
 
 
 class SyntheticSource(CuhkSysuSource):
-    """The generated data set, in CUHK-SYSU's layout."""
+    """Generated photos of colored figures (`data_pipeline.synthetic`), in CUHK-SYSU's layout."""
 
     title = "synthetic"
     published = None
@@ -44,17 +47,11 @@ class SyntheticSource(CuhkSysuSource):
         return self.protocols
 
 
-class Synthetic(CuhkSysu):
-    """Generated photos of colored figures, made by `data_pipeline.synthetic`."""
-
-    source_class = SyntheticSource
-
-
-DATASETS: dict[str, type[PersonSearchBuilder]] = {
-    "cuhk_sysu": CuhkSysu,
-    "prw": Prw,
-    "coco_person_search": CocoPersonSearch,
-    "synthetic": Synthetic,
+DATASETS: dict[str, type[Source]] = {
+    "cuhk_sysu": CuhkSysuSource,
+    "prw": PrwSource,
+    "coco_person_search": CocoPersonSearchSource,
+    "synthetic": SyntheticSource,
 }
 
 
@@ -68,10 +65,7 @@ class PreparedDataset:
 
 def load_train(data: ConfigDict) -> Annotations:
     """The people of the training split; reads and raises as `load_test`."""
-    source = _builder_class(data).source_class(data.root)
-    people = source.train
-    _print_notes(source)
-    return people
+    return _people(_opened(data), "train")
 
 
 def load_test(
@@ -79,8 +73,8 @@ def load_test(
 ) -> tuple[Annotations, tuple[SearchProtocol, ...]]:
     """The people of the test split and the search protocols `names` over its images.
 
-    Reads the annotation files below `data.root`, no image; boxes are those of the published
-    evaluation, not clipped to the photo.
+    Reads the prepared data set, or the annotation files below `data.root` if there is none; no
+    image. Boxes are those of the published evaluation, not clipped to the photo.
 
     Args:
       data: `config.data`.
@@ -89,101 +83,164 @@ def load_test(
     Raises:
       UserError: an unknown name, or files that are missing or not in the expected form.
     """
-    source = _builder_class(data).source_class(data.root)
-    protocols = [source.protocol(name) for name in names or source.default_protocols]
-    people = source.test
-    _print_notes(source)
-    return people, tuple(protocols)
-
-
-def _print_notes(source: Source) -> None:
-    if jax.process_index() == 0:
-        for note in source.notes:
-            print(note, flush=True)
+    opened = _opened(data)
+    protocols = [opened.protocol(name) for name in names or opened.default_protocols]
+    return _people(opened, "test"), tuple(protocols)
 
 
 def prepare(data: ConfigDict) -> PreparedDataset:
     """Opens the prepared data set; the first time, writes it below `data.prepared_dir`.
 
-    Prints what was found, beside the published figures where there are some; a later call, with
-    the same annotations and photos, prints one line. Photos count as the same while their names,
-    sizes in bytes and times of the last change are.
+    Prints what was found, beside the published figures where there are some; later calls read the
+    prepared set alone and print a line. `data.prepare_again` replaces it once, and is False then.
 
     Raises:
-      UserError: as `load_test`; also an image that is missing or damaged, and a folder that cannot
-        be written.
+      UserError: as `load_test`; also photos that cannot be used, unless `data.skip_damaged`.
     """
-    builder_class = _builder_class(data)
-    prepared = Path(data.prepared_dir or Path(data.root) / "prepared").expanduser()
-    make = partial(builder_class, root=data.root, data_dir=prepared, max_pixels=data.max_pixels)
-    builder = make()
-    for line in clear_leftovers(builder.folder):
-        print(f"  {line}")
-    if builder.is_prepared:
-        counts = [f"{len(builder.annotations[split].names):,} {split}" for split in SPLITS]
-        print(f"{builder.source.title}: {' and '.join(counts)} images in {builder.data_path}")
-    else:
-        print(f"{builder.source.title}: preparing {builder.data_path}", flush=True)
-        for folder in builder.outdated:
-            print(f"  {folder}: made from other annotations or photos; stays until you delete it")
-        if builder.prepare():
-            print(_summary(builder), flush=True)
-        else:
-            builder = make()
-            print("  another process prepared it meanwhile", flush=True)
-    return PreparedDataset(**{split: builder.open(split) for split in SPLITS})
+    prepared = _find(data)
+    if prepared is None:
+        prepared = _prepare(data)
+    elif is_main_process():
+        counts = [f"{len(prepared.files(split).bytes):,} {split}" for split in ("train", "test")]
+        title = DATASETS[data.name].title
+        print(f"{title}: {' and '.join(counts)} images in {prepared.folder}")
+        _compare_photos(data, prepared)
+    data.prepare_again = False
+    _check_damaged(data, prepared)
+    return PreparedDataset(prepared.split("train"), prepared.split("test"))
 
 
-def _builder_class(data: ConfigDict) -> type[PersonSearchBuilder]:
-    builder_class = DATASETS[data.name]
+def _opened(data: ConfigDict) -> Source | Prepared:
+    prepared = _find(data)
+    if prepared is None:
+        return DATASETS[data.name](data.root)
+    _check_damaged(data, prepared)
+    return prepared
+
+
+def _people(opened: Source | Prepared, split: str) -> Annotations:
+    people: Annotations = getattr(opened, split)
+    notes = opened.about.notes[split] if isinstance(opened, Prepared) else opened.notes
+    for note in notes if is_main_process() else ():
+        print(note, flush=True)
+    return people
+
+
+def _check_damaged(data: ConfigDict, prepared: Prepared) -> None:
+    damaged = [photo for split in prepared.about.damaged.values() for photo in split.items()]
+    found = f"{prepared.folder}: {len(damaged):,} photos cannot be used"
+    if damaged and not data.skip_damaged:
+        raise UserError(
+            f"{found}; --config.data.skip_damaged=True goes on without them, "
+            "--config.data.prepare_again=True looks at them again:"
+            + listed(f"{name}: {reason}" for name, reason in damaged)
+        )
+    if damaged and is_main_process():
+        print(f"{found}: they are not trained on, and black in evaluations")
+
+
+def _draw(data: ConfigDict) -> None:
+    # Imported here, because nothing else needs the module that draws figures.
+    from data_pipeline.synthetic import dataset as synthetic
+
+    root = Path(data.root).expanduser()
+    if not root.exists():
+        print(f"synthetic: drawing the data set in {root}", flush=True)
+    synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
+
+
+def _originals(data: ConfigDict) -> Source | None:
+    """A reader of the original files, if they are there."""
+    source = DATASETS[data.name]
+    return None if source.missing(Path(data.root).expanduser()) else source(data.root)
+
+
+def _folder(data: ConfigDict) -> Path:
+    """The folder of all prepared sets of a data set."""
+    return Path(data.prepared_dir or Path(data.root) / "prepared").expanduser() / data.name
+
+
+def _find(data: ConfigDict) -> Prepared | None:
+    """The set that was made from these annotations, or the only one if these are gone.
+
+    Annotations are unchanged while sizes and times of their files are; else their content decides.
+    """
     if data.name == "synthetic":
-        # Imported here, because nothing else needs the module that draws figures.
-        from data_pipeline.synthetic import dataset as synthetic
-
-        root = Path(data.root).expanduser()
-        try:
-            synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"config.data.root: {root} cannot be written ({reason})") from error
-    return builder_class
-
-
-def _summary(builder: PersonSearchBuilder) -> str:
-    """What was found, beside what is published."""
-    source = builder.source
-    protocol = source.default_protocols[0]
-    found = Counts(
-        train_images=len(source.train.names),
-        train_identities=_num_labeled_identities(source.train),
-        test_images=len(source.test.names),
-        queries=len(source.protocol(protocol).query_image),
-    )
-    labels = {
-        "train_images": "training images",
-        "train_identities": "training identities",
-        "test_images": "test images",
-        "queries": f"queries ({protocol})",
-    }
-    known = source.published
-    lines = [f"  {'':20}{'found':>10}" + ("" if known is None else f"{'published':>12}")]
-    different = []
-    for field, label in labels.items():
-        count = getattr(found, field)
-        line = f"  {label:20}{count:>10,}"
-        if known is not None:
-            line += f"{getattr(known, field):>12,}"
-            different += [label] if count != getattr(known, field) else []
-        lines.append(line)
-    if different:
-        remark = f" ({source.remark})" if source.remark else ""
-        lines.append(f"  warning: differs from what is published: {', '.join(different)}{remark}")
-    lines.append(
-        f"  clipped {builder.clipped:,} boxes to their photo, dropped {builder.dropped:,} outside"
-    )
-    return "\n".join(lines)
+        _draw(data)
+    if data.prepare_again and is_main_process():
+        return None
+    sets = [x for x in prepared_sets(_folder(data)) if x.about.orientation == data.orientation]
+    if not sets or (source := _originals(data)) is None:
+        if len(sets) > 1:
+            raise UserError(
+                f"{data.root}: lacks the annotations that tell which prepared set to take; "
+                f"expected one of these alone:{listed(str(one.folder) for one in sets)}"
+            )
+        return sets[0] if sets else None
+    stamp = _stamp(source)
+    same = next((one for one in sets if one.about.stamp == stamp), None)
+    if same is None:
+        digest = _digest(source)
+        same = next((one for one in sets if one.about.digest == digest), None)
+        if same:
+            same.about.stamp = stamp
+            with contextlib.suppress(OSError):  # if not, the content decides again
+                write_about(same.folder, same.about)
+    return same
 
 
-def _num_labeled_identities(annotations: Annotations) -> int:
-    pairs = zip(annotations.identity, annotations.labeled, strict=True)
-    return len(np.unique(np.concatenate([ids[mask] for ids, mask in pairs])))
+def _prepare(data: ConfigDict) -> Prepared:
+    """Writes the prepared set, unless another process did meanwhile."""
+    from data_pipeline.preparation import write_prepared
+
+    source, folder = DATASETS[data.name](data.root), _folder(data)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for the process that prepares {folder}", flush=True)
+        held = lock.acquire()
+    with held:
+        if found := _find(data):
+            return found
+        for left in folder.glob("*.partial-*"):  # by a process that was killed
+            shutil.rmtree(left)
+        digest, stamp = _digest(source), _stamp(source)
+        target = folder / f"{digest}-{data.orientation}"
+        print(f"{source.title}: preparing {target}", flush=True)
+        return write_prepared(source, target, data, digest, stamp)
+
+
+def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:
+    """Looks whether photos were replaced, by the sizes in bytes of some of them."""
+    if (source := _originals(data)) is None:
+        return
+    names = np.array(prepared.train.names + prepared.test.names)
+    sizes = np.concatenate([prepared.files(split).bytes for split in ("train", "test")])
+    sample = np.random.default_rng().permutation(np.flatnonzero(sizes >= 0))[:_COMPARED]
+    changed = 0
+    for name, size in zip(names[sample].tolist(), sizes[sample].tolist(), strict=True):
+        with contextlib.suppress(OSError):  # the photos may be gone
+            changed += source.image_path(name).stat().st_size != size
+    if changed:
+        print(
+            f"note: {changed} of {len(sample)} photos in {source.root} are not those that were "
+            "prepared; --config.data.prepare_again=True takes them"
+        )
+
+
+def _stamp(source: Source) -> str:
+    found = []
+    for name in source.annotation_files():
+        about = os.stat(os.path.join(source.root, name))
+        found.append((name, about.st_size, about.st_mtime_ns))
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def _digest(source: Source) -> str:
+    digest = hashlib.sha256()
+    for name in source.annotation_files():
+        content = (source.root / name).read_bytes()
+        digest.update(f"{name}/{len(content)}/".encode() + content)
+    return digest.hexdigest()[:12]

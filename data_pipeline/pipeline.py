@@ -1,13 +1,12 @@
-"""From a prepared split to batches: what is in a batch is planned first, then decoded in threads.
-
-A plan is a pure, cheap function of (split, configuration, seed, step): a resumed run sees the same
-batches, and a process knows the shapes of its peers'. Grain reads in threads, as OpenCV allows.
-"""
+"""From a prepared split to batches: each is planned first, then its photos decoded in threads."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from functools import partial
 from typing import TYPE_CHECKING
 
 import cv2
@@ -15,22 +14,21 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.types import Batch, UserError
+from alignps_jax.types import Batch
 from data_pipeline import transforms
 from data_pipeline.buckets import choose_buckets
-from data_pipeline.plans import BatchPlan
-from data_pipeline.trainable import (
+from data_pipeline.plans import (
+    BatchPlan,
     orientations,
     rescaled_sizes,
     usable_images,
     with_trainable_boxes,
 )
+from data_pipeline.prepared import PreparedSplit
 from data_pipeline.transforms import Scale, Size
 
-if TYPE_CHECKING:  # inference on single photos needs none of what reads data sets
+if TYPE_CHECKING:  # inference on single photos does without
     import grain
-
-    from data_pipeline.datasets import PreparedSplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,39 +44,41 @@ class BatchReader:
     process_count: int
     workers: int
     prefetch: int
-    empty_batch: Callable[[int, Size, int], Batch] = transforms.empty_batch
 
-    def read(self, plan: BatchPlan) -> Batch:
-        """Decodes and assembles the rows of this process.
+    def read(self, plan: BatchPlan, each: Callable[..., Iterable[None]] = map) -> Batch:
+        """Decodes and assembles the rows of this process; `each` maps over them.
 
-        Raises UserError if an image cannot be decoded, or has not the size it was prepared with.
+        Raises UserError if an image cannot be decoded.
         """
         plan = plan.shard(self.process_index, self.process_count)
-        batch = self.empty_batch(len(plan.indices), plan.bucket, self.people)
+        batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
         batch.image[~plan.valid] = 0
-        for row in np.flatnonzero(plan.valid).tolist():
-            index = int(plan.indices[row])
-            size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
-            flip = bool(plan.flips[row])
-            batch.index[row] = index
-            transforms.fill_image(batch, row, photo_of(self.split, index), size, flip)
-            transforms.fill_people(batch, row, self.split.annotations, index, size, flip)
+        rows = np.flatnonzero(plan.valid).tolist()
+        deque(each(partial(self._fill, batch, plan), rows), maxlen=0)
         return batch
 
     def iterate(self, plan: Callable[[int], BatchPlan], count: int) -> grain.DatasetIterator:
-        """Reads plans 0 .. count - 1 in order, ahead of the consumer, in `workers` threads."""
+        """Reads plans 0 .. count - 1 in order, `prefetch` ahead, their images in `workers` threads.
+
+        So the memory is that of `prefetch` batches, and of a decoded photo per worker.
+        """
         import grain
 
         # Every thread has an image of its own; OpenCV's own threads would only get in the way.
         cv2.setNumThreads(0)
-        threads = self.workers if self.prefetch else 0
-        options = grain.ReadOptions(
-            num_threads=threads,
-            # One batch in the making per thread, or some would have nothing to do.
-            prefetch_buffer_size=max(self.prefetch, threads) if threads else 0,
-        )
-        steps = grain.MapDataset.range(count).map(lambda step: self.read(plan(step)))
+        ahead = self.prefetch if self.workers else 0
+        each = futures.ThreadPoolExecutor(self.workers).map if ahead else map
+        # Grain's threads only wait for the images of their batches.
+        options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+        steps = grain.MapDataset.range(count).map(lambda step: self.read(plan(step), each))
         return iter(steps.to_iter_dataset(options))
+
+    def _fill(self, batch: Batch, plan: BatchPlan, row: int) -> None:
+        index, flip = int(plan.indices[row]), bool(plan.flips[row])
+        size = (int(plan.sizes[row, 0]), int(plan.sizes[row, 1]))
+        batch.index[row] = index
+        transforms.fill_image(batch, row, photo_of(self.split, index), size, flip)
+        transforms.fill_people(batch, row, self.split.annotations, index, size, flip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,18 +138,6 @@ class TrainPipeline:
             valid=np.ones(len(indices), bool),
             bucket=transforms.smallest_bucket((int(height), int(width)), self.buckets),
         )
-
-    def shapes(self, first: int, total: int) -> Iterator[Size]:
-        """The buckets of batches `first` .. `total` - 1 as they come, each once an epoch."""
-        per_epoch = self.steps_per_epoch
-        for epoch in range(first // per_epoch, _ceil_div(total, per_epoch)):
-            indices, scales, _ = self._epoch(epoch)
-            largest = self.sizes[indices, scales].max(axis=1)
-            begin = epoch * per_epoch
-            sizes = dict.fromkeys(
-                map(tuple, largest[max(first - begin, 0) : total - begin].tolist())
-            )
-            yield from dict.fromkeys(transforms.smallest_bucket(x, self.buckets) for x in sizes)
 
     def _epoch(
         self, epoch: int
@@ -214,31 +202,27 @@ def make_train_pipeline(
 ) -> TrainPipeline:
     """Plans the training batches of a split.
 
-    Images without a trainable box (`transforms.trainable_boxes`) or with a side below
+    Images without a box that has sides of at least a pixel, or with a side below
     `data.min_side` are left out, which one line on stdout says.
 
     Args:
       split: the images and their people.
       data: the `data` section of the configuration.
       seed: decides on order, scales and flips; not negative.
-      batch_size: images per step over all processes.
+      batch_size: images per step over all processes, a multiple of their number.
       process_index: which of the `process_count` equal parts of each batch to read.
       process_count: number of processes.
 
     Raises:
-      UserError: no image can be trained on, or a setting is out of range.
+      UserError: no image can be trained on, or `data.max_programs` is too small.
     """
-    _check_batch_size("train.batch_size", batch_size, process_count)
-    if seed < 0:
-        raise UserError(f"seed: found {seed}, expected a number that is not negative")
     split = with_trainable_boxes(split)
     usable = usable_images(split, data.min_side)
-    sizes = rescaled_sizes(split, data.train_scales)
-    groups = tuple(group for group in orientations(split, usable) if len(group))
+    sizes = rescaled_sizes(split.sizes, data.train_scales)
+    groups = tuple(orientations(split.sizes, usable))
     shapes = transforms.buckets(data.train_scales)
     if data.max_programs:
-        found = choose_buckets(sizes, usable, data.max_programs, batch_size)
-        groups, shapes = found.groups, found.shapes
+        groups, shapes = choose_buckets(sizes, usable, data.max_programs, batch_size)
     return TrainPipeline(
         reader=_reader(split, data, process_index, process_count),
         groups=groups,
@@ -259,11 +243,11 @@ def make_eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalBatches:
-    """Plans one pass over a split; see `make_train_pipeline` for arguments and errors."""
-    _check_batch_size("eval.batch_size", batch_size, process_count)
-    sizes = rescaled_sizes(split, [data.test_scale])[:, 0]
+    """Plans one pass over a split; see `make_train_pipeline` for the arguments."""
+    sizes = rescaled_sizes(split.sizes, [data.test_scale])[:, 0]
     plans = []
-    for group in orientations(split, np.arange(len(sizes))):
+    for group in orientations(split.sizes, np.arange(len(sizes))):
+        bucket = _test_bucket(tuple(split.sizes[group[0]]), data.test_scale)
         for start in range(0, len(group), batch_size):
             indices = group[start : start + batch_size]
             missing = batch_size - len(indices)
@@ -273,21 +257,16 @@ def make_eval_batches(
                     sizes=np.pad(sizes[indices], ((0, missing), (0, 0))),
                     flips=np.zeros(batch_size, bool),
                     valid=np.arange(batch_size) < len(indices),
-                    bucket=_test_bucket(tuple(split.sizes[indices[0]]), data.test_scale),
+                    bucket=bucket,
                 )
             )
     return EvalBatches(_reader(split, data, process_index, process_count), tuple(plans))
 
 
 def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
-    """A photo of a split, RGB.
-
-    Raises:
-      UserError: it cannot be decoded, or has not the size it was prepared with.
-    """
-    height, width = (int(side) for side in split.sizes[index])
+    """A photo of a split, RGB; UserError if it cannot be decoded."""
     name = split.annotations.names[index]
-    return transforms.decode_jpeg(split.jpegs[index], name, (height, width))
+    return transforms.decode_jpeg(split.jpegs[index], name, split.upright)
 
 
 def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> Batch:
@@ -332,11 +311,3 @@ def _round_people(people: int) -> int:
 
 def _ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
-
-
-def _check_batch_size(field: str, batch_size: int, process_count: int) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"{field}: found {batch_size}, expected a positive multiple of the number of "
-            f"processes ({process_count})"
-        )

@@ -12,38 +12,31 @@ from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Int, UInt8
 
 from alignps_jax.image_files import decode_photo, not_decodable, read_header
-from alignps_jax.types import Annotations, Batch, UserError
+from alignps_jax.types import Annotations, Batch
 
 Size = tuple[int, int]  # height, width
 Scale = tuple[int, int]  # long side, short side
 MULTIPLE = 32  # of which the sides of all shapes are one
 
 
-def decode_jpeg(jpeg: bytes, name: str, size: Size) -> UInt8[np.ndarray, "H W 3"]:
+def decode_jpeg(jpeg: bytes, name: str, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes an image to RGB (gray ones get three equal channels).
-
-    Annotations refer to the pixels as stored, so an orientation tag does not turn them.
 
     Args:
       jpeg: the encoded image.
       name: what to call it in the error.
-      size: (height, width) that it has; with another one it is not decoded.
+      upright: turn it as its orientation says (else it is as stored).
 
     Raises:
-      UserError: the bytes are not a complete image, or one of another size.
+      UserError: the bytes are not a complete image.
     """
     header = read_header(jpeg)
     if header is None:
         raise not_decodable(f"image {name}", jpeg)
-    if (header.height, header.width) != size:
-        raise UserError(
-            f"image {name}: has {header.height}x{header.width} pixels (height x width), expected "
-            f"{size[0]}x{size[1]} as prepared; prepare the data set again"
-        )
-    return decode_photo(jpeg, header, f"image {name}", upright=False)
+    return decode_photo(jpeg, header, f"image {name}", upright=upright)
 
 
 def is_landscape(size: Size | Int[np.ndarray, "2"]) -> bool:
@@ -64,91 +57,23 @@ def rescaled_size(size: Size, scale: Scale) -> Size:
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def buckets(scales: Iterable[Scale], multiple: int = MULTIPLE) -> tuple[Size, ...]:
-    """The shapes to pad to: landscape and portrait per scale, without repeats, smallest first.
-
-    Args:
-      scales: (long, short) pairs.
-      multiple: sides are rounded up to a multiple of this.
-    """
+def buckets(scales: Iterable[Scale]) -> tuple[Size, ...]:
+    """The shapes to pad to: landscape and portrait per scale, without repeats, smallest first."""
     shapes = set()
     for long, short in scales:
-        long_side, short_side = (-(-side // multiple) * multiple for side in (long, short))
+        long_side, short_side = (-(-side // MULTIPLE) * MULTIPLE for side in (long, short))
         shapes |= {(short_side, long_side), (long_side, short_side)}
     return tuple(sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape)))
 
 
 def smallest_bucket(size: Size, shapes: Sequence[Size]) -> Size:
-    """The bucket of least area that holds `size`, the first of equals.
-
-    Raises:
-      ValueError: none does.
-    """
-    fitting = [shape for shape in shapes if shape[0] >= size[0] and shape[1] >= size[1]]
-    if not fitting:
-        raise ValueError(f"no bucket of {list(shapes)} holds an image of {size}")
+    """The bucket of least area that holds `size`, the first of equals; ValueError if none does."""
+    fitting = (shape for shape in shapes if shape[0] >= size[0] and shape[1] >= size[1])
     return min(fitting, key=lambda shape: shape[0] * shape[1])
 
 
-def place_image(
-    image: UInt8[np.ndarray, "h w 3"],
-    slot: UInt8[np.ndarray, "H W 3"],
-    size: Size,
-    flip: bool,
-) -> None:
-    """Resizes `image` to `size` (bilinear) into the top left corner of `slot`, then flips it.
-
-    Writes straight into `slot`, every pixel of it (the rest is black), and copies nothing else:
-    this is the inner loop of the input pipeline.
-    """
-    height, width = size
-    corner = slot[:height, :width]
-    cv2.resize(image, (width, height), dst=corner, interpolation=cv2.INTER_LINEAR)
-    if flip:
-        cv2.flip(corner, 1, dst=corner)
-    slot[:height, width:] = 0
-    slot[height:] = 0
-
-
-def scale_boxes(
-    boxes: Float[np.ndarray, "G 4"],
-    scale: Float[np.ndarray, "2"],
-    size: Size,
-    flip: bool,
-) -> Float[np.ndarray, "G 4"]:
-    """Boxes of the photo as boxes of the resized image.
-
-    Args:
-      boxes: in pixels of the photo.
-      scale: factors along x and y.
-      size: of the resized image, to whose area the boxes are clipped.
-      flip: mirror them: x becomes width - x.
-    """
-    height, width = size
-    scaled = boxes.astype(np.float32) * np.tile(scale.astype(np.float32), 2)
-    scaled = np.clip(scaled, 0, np.array([width, height, width, height], np.float32))
-    if flip:
-        scaled[:, [0, 2]] = width - scaled[:, [2, 0]]
-    return scaled
-
-
-def trainable_boxes(boxes: Float[np.ndarray, "G 4"], size: Size) -> Bool[np.ndarray, "G"]:
-    """Which boxes can be trained on: sides of at least a pixel, and a part inside the photo.
-
-    Args:
-      boxes: in pixels of the photo.
-      size: of the photo.
-    """
-    height, width = size
-    x1, y1, x2, y2 = boxes.T
-    inside = (np.minimum(x2, width) > np.maximum(x1, 0)) & (
-        np.minimum(y2, height) > np.maximum(y1, 0)
-    )
-    return inside & (x2 - x1 >= 1) & (y2 - y1 >= 1)
-
-
 def empty_batch(rows: int, bucket: Size, people: int) -> Batch:
-    """A batch of absent rows, whose size is the bucket's so that no mean runs over nothing.
+    """A batch of absent rows; their size is the bucket's, which avoids the mean of no pixel.
 
     Only the images of rows that stay absent have to be blackened: `fill_image` writes every pixel.
     """
@@ -168,18 +93,36 @@ def empty_batch(rows: int, bucket: Size, people: int) -> Batch:
 def fill_image(
     batch: Batch, row: int, image: UInt8[np.ndarray, "H W 3"], size: Size, flip: bool
 ) -> None:
-    """Writes an image, resized to `size`, into a row of an empty batch."""
-    place_image(image, np.asarray(batch.image[row]), size, flip)
+    """Resizes an image to `size` (bilinear) into the top left corner of a row, then flips it.
+
+    Writes straight into the batch, every pixel of the row (the rest is black), and copies nothing
+    else: this is the inner loop of the input pipeline.
+    """
+    height, width = size
+    slot = np.asarray(batch.image[row])
+    corner = slot[:height, :width]
+    cv2.resize(image, (width, height), dst=corner, interpolation=cv2.INTER_LINEAR)
+    if flip:
+        cv2.flip(corner, 1, dst=corner)
+    slot[:height, width:] = 0
+    slot[height:] = 0
     batch.size[row] = size
-    batch.scale[row] = size[1] / image.shape[1], size[0] / image.shape[0]
+    batch.scale[row] = width / image.shape[1], height / image.shape[0]
     batch.valid_image[row] = True
 
 
 def fill_people(
     batch: Batch, row: int, people: Annotations, index: int, size: Size, flip: bool
 ) -> None:
-    """Writes the people of image `index` into a row that already has its scale."""
-    boxes = scale_boxes(people.boxes[index], np.asarray(batch.scale[row]), size, flip)
+    """Writes the people of image `index` into a row that already has its scale.
+
+    Boxes are clipped to the resized image; where it is flipped, x becomes width - x.
+    """
+    height, width = size
+    boxes = people.boxes[index].astype(np.float32) * np.tile(np.asarray(batch.scale[row]), 2)
+    boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+    if flip:
+        boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
     count = len(boxes)
     batch.boxes[row, :count] = boxes
     batch.identity[row, :count] = people.identity[index]

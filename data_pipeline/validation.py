@@ -9,36 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
 
 from alignps_jax.types import Annotations, SearchProtocol, UserError
+from data_pipeline.prepared import Photos, PreparedSplit
 from data_pipeline.sources.source import Queries, all_but, search_everywhere
-
-if TYPE_CHECKING:
-    from data_pipeline.datasets import PreparedSplit
 
 # The name of the search protocol over the held-out people.
 PROTOCOL = "validation"
 # A random stream of its own, so that other draws with the same seed do not change it.
 _STREAM = 0x7A11D
-
-
-class _Chosen(Sequence[bytes]):
-    """Some of a split's encoded photos, read on demand."""
-
-    def __init__(self, jpegs: Sequence[bytes], images: Int[np.ndarray, "n"]):
-        self._jpegs, self._images = jpegs, images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of a split of {len(self)}")
-        return self._jpegs[int(self._images[index])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +39,12 @@ class Part:
 
     def people(self, split: Annotations) -> Annotations:
         """The people of these photos, renumbered."""
-        numbering = np.append(self.numbering, np.int32(-1))  # -1 stays -1
+        new = np.append(self.numbering, np.int32(-1))  # -1 stays -1
         images = self.images.tolist()
         return Annotations(
             names=tuple(split.names[i] for i in images),
             boxes=tuple(split.boxes[i] for i in images),
-            identity=tuple(
-                numbering[np.where(split.labeled[i], split.identity[i], -1)] for i in images
-            ),
+            identity=tuple(new[np.where(split.labeled[i], split.identity[i], -1)] for i in images),
             labeled=tuple(split.labeled[i] for i in images),
             camera=split.camera[self.images],
         )
@@ -75,7 +55,7 @@ class Part:
             split,
             annotations=self.people(split.annotations),
             sizes=split.sizes[self.images],
-            jpegs=_Chosen(split.jpegs, self.images),
+            jpegs=Photos(split.jpegs.__getitem__, self.images),
         )
 
 
@@ -121,15 +101,11 @@ def hold_out(people: Annotations, fraction: float, seed: int) -> HeldOut:
         _part(shown, np.flatnonzero(mask), people.num_identities) for mask in (~leaves, leaves)
     )
     protocol = _search(validation.people(people), validation.numbering[held])
-    problem = ""
-    if not len(protocol.query_image):
-        problem = ", none of them in two photos; expected more, or another seed"
-    if not train.num_identities:
-        problem = " and with them every photo that could be trained on; expected less"
-    if problem:
+    if not (len(protocol.query_image) and train.num_identities):
+        problem = "nobody is left to train on" if not train.num_identities else "none in two photos"
         raise UserError(
             f"config.data.validation_fraction: found {fraction:g}, which holds out {count} of "
-            f"{len(known)} identities{problem}"
+            f"{len(known)} identities: {problem}; expected another share, or another seed"
         )
     return HeldOut(train, validation, held, protocol)
 

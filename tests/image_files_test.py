@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from alignps_jax.image_files import decode_photo, read_header, read_photo
 from alignps_jax.types import UserError
@@ -121,6 +122,38 @@ def test_files_that_end_early(tmp_path, variant, share):
     with pytest.raises(UserError, match=r"a: .*expected a complete") as error:
         decode_photo(*read_photo(path, 10**6), str(path), upright=False)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["jpeg", "png", "webp", "tiff"])
+def test_orientation_as_stored_or_upright(file_format, orientation):
+    colors = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+    photo = PILImage.fromarray(colors.repeat(16, axis=0).repeat(16, axis=1))
+    photo.getexif()[0x0112] = orientation
+    shown = np.asarray(ImageOps.exif_transpose(photo), int)
+    target = io.BytesIO()
+    photo.save(target, file_format, exif=photo.getexif())
+    header = read_header(target.getvalue())
+    for upright, expected in ((False, np.asarray(photo, int)), (True, shown)):
+        found = decode_photo(target.getvalue(), header, "a", upright=upright)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).mean() < 12
+
+
+def test_a_jpeg_without_end_marker_is_complete_if_all_pixels_are_there(tmp_path):
+    data = encoded("jpeg", 60, 90)
+    assert data.endswith(b"\xff\xd9")
+    path = tmp_path / "a.jpg"
+    expected = decode_photo(data, read_header(data), "a", upright=False)
+    for missing in (1, 2):
+        path.write_bytes(data[:-missing])
+        found = decode_photo(*read_photo(path, 10**6), "a", upright=False)
+        np.testing.assert_array_equal(found, expected)
+    for missing in (4, 5, 9, 60, len(data) // 2):
+        for rest in (b"", bytes(100)):  # downloads fill up with zeros
+            path.write_bytes(data[:-missing] + rest)
+            with pytest.raises(UserError, match="truncated JPEG"):
+                read_photo(path, 10**6)
 
 
 @pytest.mark.parametrize("file_format", ["gif", "ppm", "tga", "jpeg2000", "ico"])

@@ -9,7 +9,6 @@ import numpy as np
 
 from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.coco_file import CocoFile
 from data_pipeline.sources.source import Queries, Source, all_but, find_alike, search_everywhere
 
@@ -105,6 +104,11 @@ class CocoPersonSearchSource(Source):
             )
         return protocol
 
+    def annotation_files(self) -> list[str]:
+        located = [_locate(self.root, split)[0] for split in ("train", "test")]
+        files = [path for path in (*located, self.root / "query.json") if path and path.is_file()]
+        return [str(path.relative_to(self.root)) for path in files]
+
     def photo_size(self, name: str) -> tuple[int, int] | None:
         return self._train.sizes.get(name) or self._test.sizes.get(name)
 
@@ -128,12 +132,6 @@ class CocoPersonSearchSource(Source):
         if first.lower() in ("images", "train", "test"):
             places += [PurePosixPath(folder, rest) for folder in self.photo_folders]
         return [str(place) for place in places]
-
-
-class CocoPersonSearch(PersonSearchBuilder):
-    """A person search data set in COCO-style JSON."""
-
-    source_class = CocoPersonSearchSource
 
 
 def _locate(root: Path, split: str) -> tuple[Path | None, str]:

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 
 from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.matlab import (
     cells,
     numbers,
@@ -62,6 +61,7 @@ class CuhkSysuSource(Source):
   annotation/test/subset/Occlusion.mat, Resolution.mat (optional)
 """
     photo_folders = ("Image/SSM",)
+    annotation_patterns = ("annotation/**/*.mat",)
 
     @functools.cached_property
     def train(self) -> Annotations:
@@ -137,13 +137,15 @@ class CuhkSysuSource(Source):
         """The people of every image of the data set."""
         path = self.root / self.required[0]
         with reading(path):
-            names, boxes = [], []
+            names, boxes, without_area = [], [], 0
             for name, _, people, *_ in map(dict.values, read_structs(path, "Img")):
                 names.append(text(name))
                 rows = [_box(box) for box, *_ in map(dict.values, structs(people))]
                 corners = np.array(rows, np.float32).reshape(-1, 4)
                 boxes.append(corners[(corners[:, 2:] > corners[:, :2]).all(axis=1)])
+                without_area += len(corners) - len(boxes[-1])
             image_index(names)
+            self._note_without_area(without_area)
             return dict(zip(names, boxes, strict=True))
 
     def _annotations(
@@ -215,12 +217,6 @@ class CuhkSysuSource(Source):
             rest[gallery] = rest[image] = False
             galleries.append(np.concatenate([gallery, np.flatnonzero(rest).astype(np.int32)]))
         return dataclasses.replace(small, name="all", gallery=tuple(galleries))
-
-
-class CuhkSysu(PersonSearchBuilder):
-    """CUHK-SYSU: street photos and film frames, 5,532 training identities and 2,900 queries."""
-
-    source_class = CuhkSysuSource
 
 
 def _only(body: bytes) -> dict[str, bytes]:

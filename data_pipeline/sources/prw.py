@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 
 from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.prepared import PersonSearchBuilder
 from data_pipeline.sources.matlab import cells, numbers, read_variable, text
 from data_pipeline.sources.source import (
     Counts,
@@ -53,6 +52,7 @@ class PrwSource(Source):
   query_info.txt
 """
     photo_folders = ("frames",)
+    annotation_patterns = ("frame_*.mat", "query_info.txt", "annotations/*.mat")
     protocols = ("all", "cross_camera")
 
     @property
@@ -105,7 +105,9 @@ class PrwSource(Source):
         people = [self._read_frame(name) for name in cameras]
         boxes = [_published_boxes(rows[:, 1:]) for rows in people]
         ids = [[int(number) if number >= 0 else None for number in rows[:, 0]] for rows in people]
-        return annotate(list(cameras), boxes, ids, list(cameras.values()))
+        people_of, number = annotate(list(cameras), boxes, ids, list(cameras.values()))
+        self._note_without_area(sum(map(len, boxes)) - sum(map(len, people_of.boxes)))
+        return people_of, number
 
     def _read_frame(self, name: str) -> Float[np.ndarray, "G 5"]:
         """Rows `id, x, y, w, h` of one frame."""
@@ -141,18 +143,12 @@ class PrwSource(Source):
 
     def _query(
         self, words: list[str], index: dict[str, int]
-    ) -> tuple[int, Float[np.ndarray, "4"], int]:
+    ) -> tuple[int, Int[np.ndarray, "4"], int]:
         person, x, y, w, h, frame = words
         xywh = np.array([x, y, w, h], np.float64)
         check_pixels(xywh)
         corners = np.concatenate([xywh[:2], xywh[:2] + xywh[2:]]).astype(np.int32)
         return index[f"{frame}.jpg"], corners.clip(min=0), self._test[1][int(person)]
-
-
-class Prw(PersonSearchBuilder):
-    """PRW: 11,816 frames of six cameras, 932 identities, 2,057 queries."""
-
-    source_class = PrwSource
 
 
 def _published_boxes(xywh: Float[np.ndarray, "G 4"]) -> Float[np.ndarray, "G 4"]:

@@ -11,6 +11,7 @@ import abc
 import contextlib
 import dataclasses
 import functools
+import glob
 import os
 import re
 import unicodedata
@@ -61,6 +62,8 @@ class Source(abc.ABC):
     layout: ClassVar[str]
     # Folders below `root` with the photos; the first one that has a photo counts.
     photo_folders: ClassVar[tuple[str, ...]]
+    # Patterns of all annotation files below `root`.
+    annotation_patterns: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
@@ -101,6 +104,12 @@ class Source(abc.ABC):
         found = (find_alike(self.root, place, self._list_names) for place in places)
         return next((path for path in found if path), self.root / places[0])
 
+    def annotation_files(self) -> list[str]:
+        """All files that the annotations are read from, in an order of their own, below `root`."""
+        patterns = self.annotation_patterns
+        found = (glob.glob(pattern, root_dir=self.root, recursive=True) for pattern in patterns)
+        return [name for names in found for name in sorted(names)]
+
     def photo_size(self, name: str) -> tuple[int, int] | None:
         """The (height, width) that the annotations give for a photo; None: they do not say."""
         del name
@@ -119,6 +128,10 @@ class Source(abc.ABC):
         shared = len(set(train) & set(test))
         if shared:
             self.notes.append(f"{self.root}: {shared:,} photos are in both splits, train and test")
+
+    def _note_without_area(self, count: int) -> None:
+        if count:
+            self.notes.append(f"{self.root}: left out {count:,} boxes without area")
 
     def _check_layout(self) -> None:
         missing = self.missing(self.root)

@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from alignps_jax.types import UserError
 from alignps_jax.weights.tensor_files import read_tensors, write_tensors
-from tests.fuzz.mutations import damage
+from tests.data_pipeline.sources.damaged_test import damage
 
 TENSORS = {
     "weight": np.arange(6, dtype=np.float32).reshape(2, 3),

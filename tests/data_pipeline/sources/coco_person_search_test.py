@@ -363,10 +363,14 @@ def test_links_are_followed(root):
 
 
 def test_what_lies_there_in_place_of_a_photo_is_said(tmp_path):
-    content = fixtures.coco({"a.jpg": (8, 9)}, [("a.jpg", (1, 2, 3, 4), 0)])
+    names = ("a.jpg", "b.jpg")
+    people = [(name, (1, 2, 3, 4), 0) for name in names]
+    content = fixtures.coco(dict.fromkeys(names, (8, 9)), people)
     for split in ("train", "test"):
         fixtures.write_json(tmp_path / f"{split}.json", content)
-    (tmp_path / "a.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:9f86")
+    for name in names:
+        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:9f86"
+        (tmp_path / name).write_text(pointer)
     with pytest.raises(UserError, match=r"a\.jpg: is a Git LFS pointer, .*git lfs pull"):
         datasets.prepare(fixtures.data_config("coco_person_search", tmp_path))
 

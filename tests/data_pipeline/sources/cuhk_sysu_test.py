@@ -123,7 +123,7 @@ def test_labeled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_
     fixtures.write_cuhk(tmp_path, IMAGES, POOL, train, {"TestG50": SMALL})
     source = CuhkSysuSource(tmp_path)
     assert [mask.sum() for mask in source.train.labeled] == [1, 0, 0]
-    assert "1 labeled boxes, the first in s9.jpg" in source.notes[0]
+    assert "1 labeled boxes, the first in s9.jpg" in source.notes[-1]
 
 
 def img(box: object, name: str = "s1.jpg") -> np.ndarray:

@@ -1,0 +1,284 @@
+"""The shared TFDS builder: writes the photos and annotations of a `Source` as a prepared data set.
+
+Records keep the original bytes of the photos. TFDS writes them as `array_record`, without
+TensorFlow. A photo that cannot be used is black in the records, so that no other photo, and no
+number in a search protocol, changes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from ml_collections import ConfigDict
+
+from alignps_jax.image_files import decode_photo, lacks_end, read_photo
+from alignps_jax.log import progress
+from alignps_jax.types import Annotations, SearchProtocol, UserError
+from data_pipeline.prepared import (
+    About,
+    Files,
+    Prepared,
+    clip_to_photos,
+    listed,
+    save_arrays,
+    write_about,
+)
+from data_pipeline.sources.source import Source, stand_in
+
+# Photos per file; so many encoded photos are held in memory while preparing.
+_SHARD = 256
+_THREADS = min(8, os.cpu_count() or 1)
+_Examples = Iterator[tuple[int, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Photo:
+    """A photo of (height, width); a black one in place of one that a `problem` makes unusable."""
+
+    image: bytes
+    size: tuple[int, int]
+    content: bytes = b""  # stands for that of the file
+    file_bytes: int = -1
+    lacks_end: bool = False
+    problem: str = ""
+
+
+class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checkers
+    tfds.core.ShardBasedBuilder, skip_registration=True
+):
+    """The photos of a `Source` with their people, in the splits `train` and `test`, in its order.
+
+    A shard-based builder, because it streams: TFDS's generator-based ones hold a split that is not
+    to be shuffled in memory. It keeps what it `found` of each photo, in order, and how many boxes
+    it `clipped` to their photo or `dropped` because they lie outside.
+    """
+
+    VERSION = tfds.core.Version("2.0.0")
+
+    def __init__(
+        self, folder: str, source: Source, people: dict[str, Annotations], data: ConfigDict
+    ):
+        """Writes below `folder`; reads photos as `data`, `config.data`, says."""
+        self._source, self._people, self._data = source, people, data
+        self.found: dict[str, list[_Photo]] = {split: [] for split in people}
+        self.clipped = self.dropped = 0
+        self._bar = progress(desc="preparing", total=sum(len(x.names) for x in people.values()))
+        super().__init__(data_dir=folder, file_format="array_record")
+
+    def problems(self, split: str) -> dict[str, str]:
+        """Why photos cannot be used, by name."""
+        pairs = zip(self._people[split].names, self.found[split], strict=True)
+        return {name: photo.problem for name, photo in pairs if photo.problem}
+
+    def write(self) -> Path:
+        """`download_and_prepare` without TFDS's messages; returns the folder of the files."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), self._bar:
+                self.download_and_prepare(download_dir=Path(self.data_path).parent / "downloads")
+        except RuntimeError as error:  # of the C++ that writes records
+            raise OSError(" ".join(str(error).split())) from error
+        finally:
+            logging.set_verbosity(verbosity)
+        return Path(self.data_path)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        # Boxes x1, y1, x2, y2 are clipped to the photo; `identity` is meaningful where `labeled`;
+        # `camera` is 0 where the data set has none.
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "name": tfds.features.Text(),
+            "height": np.int32,
+            "width": np.int32,
+            "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
+            "identity": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "labeled": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+            "camera": np.int32,
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, list[Callable[[], _Examples]]]:
+        del dl_manager
+        shards: dict[str, list[Callable[[], _Examples]]] = {}
+        for split, people in self._people.items():
+            images = range(len(people.names))
+            parts = [images[first : first + _SHARD] for first in images[::_SHARD]]
+            shards[split] = [partial(self._examples, split, part) for part in parts]
+        return shards
+
+    def _examples(self, split: str, images: range) -> _Examples:
+        people = self._people[split]
+        read = partial(_read_photo, self._source, people, self._data)
+        with futures.ThreadPoolExecutor(_THREADS) as pool:
+            for index, photo in zip(images, pool.map(read, images), strict=True):
+                boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
+                self.clipped += int((boxes != people.boxes[index]).any(axis=1)[keep].sum())
+                self.dropped += int((~keep).sum())
+                self.found[split].append(dataclasses.replace(photo, image=b""))
+                self._bar.update()
+                example = {
+                    "image": photo.image,
+                    "name": people.names[index],
+                    "height": photo.size[0],
+                    "width": photo.size[1],
+                    "boxes": boxes[keep],
+                    "identity": people.identity[index][keep],
+                    "labeled": people.labeled[index][keep],
+                    "camera": int(people.camera[index]),
+                }
+                yield index, example
+
+
+def write_prepared(
+    source: Source, target: Path, data: ConfigDict, digest: str, stamp: str
+) -> Prepared:
+    """Writes a prepared data set, complete or not at all, and prints what was found.
+
+    Args:
+      source: its annotations and photos.
+      target: the folder; one that is there is replaced.
+      data: `config.data`.
+      digest: see `About`.
+      stamp: see `About`.
+
+    Raises:
+      UserError: annotations are not in the expected form; photos are missing, unless
+        `data.skip_damaged`; or none of a split can be used.
+      OSError: there is no space, for example.
+    """
+    people = {"train": source.train}
+    notes = {"train": list(source.notes)}
+    people["test"] = source.test
+    protocols = list(_protocols(source))
+    notes["test"] = source.notes[len(notes["train"]) :]
+    for split, annotated in people.items():
+        _check_photos(source, split, annotated, data.skip_damaged)
+    with tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=f"{target.name}.partial-"
+    ) as temporary:
+        builder = PersonSearch(temporary, source, people, data)
+        folder = builder.write()
+        damaged = {split: builder.problems(split) for split in people}
+        for split, annotated in people.items():
+            if len(damaged[split]) == len(annotated.names):
+                reasons = listed(f"{name}: {why}" for name, why in damaged[split].items())
+                raise UserError(f"{source.root}: no {split} photo can be used:{reasons}")
+            photos = builder.found[split]
+            sizes = np.array([photo.size for photo in photos], np.int32)
+            file_bytes = np.array([photo.file_bytes for photo in photos])
+            save_arrays(folder, split, annotated)
+            save_arrays(folder, f"{split}.files", Files(sizes, file_bytes))
+        for protocol in protocols:
+            save_arrays(folder, protocol.name, protocol)
+        names = [protocol.name for protocol in protocols]
+        defaults = list(source.default_protocols)
+        about = About(digest, stamp, data.orientation, names, defaults, notes, damaged)
+        write_about(folder, about)
+        if target.exists():
+            target.rename(Path(temporary) / "replaced")
+        folder.rename(target)
+    queries = next(len(x.query_image) for x in protocols if x.name == defaults[0])
+    for line in (*_counts(source, people, queries, defaults[0]), *_oddities(people, builder)):
+        print(f"  {line}", flush=True)
+    return Prepared(target, about)
+
+
+def _protocols(source: Source) -> Iterator[SearchProtocol]:
+    """All protocols; one that is not reported by default may be unreadable, which is noted."""
+    for name in source.protocols:
+        try:
+            yield source.protocol(name)
+        except UserError as error:
+            if name in source.default_protocols:
+                raise
+            source.notes.append(f"{error}; there is no protocol {name}")
+
+
+def _check_photos(source: Source, split: str, people: Annotations, skip: bool) -> None:
+    """Looks for all photos before the first is read."""
+    if not people.names:
+        raise UserError(f"{source.root}: found no {split} images in the annotations, expected some")
+    paths = map(source.image_path, people.names)
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing and not skip:
+        raise UserError(
+            f"{source.root}: {len(missing):,} of {len(people.names):,} {split} photos are missing "
+            f"(--config.data.skip_damaged=True goes on without them):{listed(missing)}"
+        )
+
+
+def _read_photo(source: Source, people: Annotations, data: ConfigDict, index: int) -> _Photo:
+    path = source.image_path(people.names[index])
+    annotated = source.photo_size(people.names[index])
+    upright = data.orientation == "upright"
+    try:
+        encoded, header = read_photo(path, data.max_pixels)
+        height, width, _ = decode_photo(encoded, header, str(path), upright=upright).shape
+        if annotated not in (None, (height, width)):
+            raise UserError(_other_size((height, width), annotated, upright))
+    except UserError as error:
+        problem = (path.is_file() and stand_in(path)) or str(error).removeprefix(f"{path}: ")
+        right, bottom = people.boxes[index].max(axis=0, initial=1)[2:].astype(int).tolist()
+        size = annotated or (min(bottom, 4096), min(right, 4096))
+        black = cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes()
+        return _Photo(black, size, problem=problem)
+    content = hashlib.blake2b(encoded, digest_size=16).digest()
+    unended = header.format == "JPEG" and lacks_end(encoded)
+    return _Photo(encoded, (height, width), content, path.stat().st_size, unended)
+
+
+def _other_size(size: tuple[int, int], annotated: tuple[int, int], upright: bool) -> str:
+    other = "stored" if upright else "upright"
+    turned = f" (EXIF turns it: data.orientation={other}?)" * (annotated == size[::-1])
+    found, expected = ("x".join(map(str, sides)) for sides in (size, annotated))
+    return f"has {found} pixels (height x width), annotated are {expected}{turned}"
+
+
+def _counts(
+    source: Source, people: dict[str, Annotations], queries: int, protocol: str
+) -> Iterator[str]:
+    """What was found, beside what is published."""
+    train = people["train"]
+    shown = np.concatenate(train.identity)[np.concatenate(train.labeled)]
+    names = "training images", "training identities", "test images", f"queries ({protocol})"
+    found = len(train.names), len(np.unique(shown)), len(people["test"].names), queries
+    published = dataclasses.astuple(source.published) if source.published else found
+    for count, name, known in zip(found, names, published, strict=True):
+        yield f"{count:>8,} {name}" + f" (published: {known:,})" * (known != count)
+    if source.remark and found != published:
+        yield source.remark
+
+
+def _oddities(people: dict[str, Annotations], builder: PersonSearch) -> Iterator[str]:
+    yield f"clipped {builder.clipped:,} boxes to their photo, dropped {builder.dropped:,} outside"
+    unended = sum(photo.lacks_end for photos in builder.found.values() for photo in photos)
+    if unended:
+        yield f"{unended:,} JPEG files lack their end marker, but no pixel"
+    train, test = (
+        [
+            (photo.content, name)
+            for photo, name in zip(builder.found[x], people[x].names, strict=True)
+        ]
+        for x in people
+    )
+    names = dict(train)
+    copies = sum(bool(content) and names.get(content, name) != name for content, name in test)
+    if copies:
+        yield f"{copies:,} test photos are training photos of another name"
