@@ -144,8 +144,6 @@ def _draw(data: ConfigDict) -> None:
     from data_pipeline.synthetic import dataset as synthetic
 
     root = Path(data.root).expanduser()
-    if not root.exists():
-        print(f"synthetic: drawing the data set in {root}", flush=True)
     synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
 
 
