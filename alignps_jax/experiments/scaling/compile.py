@@ -24,6 +24,7 @@ from alignps_jax.experiments.scaling.arithmetic import products
 from alignps_jax.experiments.scaling.cases import Case, prepare
 from alignps_jax.experiments.scaling.chips import Topology
 from alignps_jax.experiments.scaling.program import work_of
+from alignps_jax.nn.platforms import for_every_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,9 @@ def compile_step(request: Request) -> dict[str, Any]:
     devices = request.topology.devices()
     step = prepare(ConfigDict(request.config), request.case, devices)
     start = time.perf_counter()
-    flops = products(jax.make_jaxpr(step.function)(*step.shapes).jaxpr)
-    lowered = step.function.lower(*step.shapes)
+    with for_every_platform():
+        flops = products(jax.make_jaxpr(step.function)(*step.shapes).jaxpr)
+        lowered = step.function.lower(*step.shapes)
     traced = time.perf_counter()
     program = lowered.compile()
     compiled = time.perf_counter()
