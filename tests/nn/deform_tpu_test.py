@@ -21,12 +21,12 @@ def make_case(size, channels=5, features=3, *, spread=6.9, seed=0):
     return [a.astype(np.float32) for a in arrays]
 
 
-def evaluate(platform, arrays, dtype=np.float32):
+def evaluate(platform, arrays):
     """Output, and gradients of a random projection of it in all four arrays."""
 
     @jax.jit
     def run(inputs, offsets, kernel, mask):
-        out, pull = jax.vjp(deform_conv2d, inputs.astype(dtype), offsets, kernel, mask)
+        out, pull = jax.vjp(deform_conv2d, inputs, offsets, kernel, mask)
         weights = np.random.default_rng(9).normal(size=out.shape)
         return out, *pull(jnp.asarray(weights, out.dtype))
 
@@ -101,12 +101,3 @@ def test_samples_outside_the_map_are_no_reason_for_gathers():
     arrays = make_case((1, 6, 9), spread=30)
     assert outside(arrays) == 0
     assert_same(arrays)
-
-
-def test_bfloat16_is_close():
-    arrays = make_case((2, 9, 20), channels=16, features=8)
-    low = evaluate("tpu", arrays, jnp.bfloat16)
-    assert low[0].dtype == low[1].dtype == jnp.bfloat16
-    for actual, expected in zip(low, evaluate("cpu", arrays), strict=True):
-        error = np.abs(np.asarray(actual, np.float32) - expected).max()
-        assert error < 0.03 * np.abs(expected).max()
