@@ -32,13 +32,8 @@ class Detector:
     """Finds the people of a photo and gives each an embedding.
 
     A photo is a file or a PIL image, both turned as their EXIF orientation says, or an RGB uint8
-    array [H, W, 3].
-
-    Attributes:
-      config: the configuration of the checkpoint.
-      step: the training step of its weights.
-      name: where its weights come from, for people to read.
-      rows: number of photos in the batches of `detect_many`.
+    array [H, W, 3]. `rows` is the number of photos in the batches of `detect_many`, `step` the
+    training step of the weights, and `name` where they come from, for people to read.
     """
 
     def __init__(self, config: ConfigDict, weights: Weights, source: str = "weights in memory"):
@@ -58,8 +53,8 @@ class Detector:
         """Loads the last step of a workdir (or that which a split chose), or one step's folder.
 
         `config` replaces the checkpoint's own configuration. Compiled programs go into the user's
-        cache, unless JAX has a folder for them. Raises UserError if there is no such checkpoint,
-        it is damaged, or does not fit.
+        cache, unless JAX has a folder for them. UserError if there is no such checkpoint, or it
+        does not fit.
         """
         if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             devices.use_compilation_cache()
@@ -79,9 +74,8 @@ class Detector:
     def detect(self, photo: PhotoLike) -> Detections:
         """All detections [K] of a photo by the released code's inference rule, best first.
 
-        Callers filter by score. All are valid; boxes are x1, y1, x2, y2 in the photo's own pixels,
-        scores in [0, 1], embeddings of length one. Raises UserError if `photo` is no photo, or
-        cannot be read.
+        All are valid; boxes are x1, y1, x2, y2 in the photo's own pixels, scores in [0, 1],
+        embeddings of length one. UserError if `photo` is no photo, or cannot be read.
         """
         batch = join([self._batch(photo)], jax.local_device_count())
         return next(people_of(self.detect_batch(batch)))

@@ -1,8 +1,4 @@
-"""The detector as StableHLO programs with the weights inside, which run without this project.
-
-`jax.export` guarantees that versions of JAX can load a program that are up to six months newer than
-the one that wrote it, or up to three weeks older.
-"""
+"""The detector as StableHLO programs with the weights inside, which run without this project."""
 
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.files import check_outputs, write_atomically
 from alignps_jax.inference.predict import PredictStep, inference_model
 from alignps_jax.nn.model import weights_template
+from alignps_jax.nn.platforms import for_every_platform
 from data_pipeline import transforms
 
 SUFFIX = ".stablehlo"
@@ -33,10 +30,8 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
     resized to fit into the test scale and in the upper left corner of black; their (height, width)
     there, int32 [B, 2]; and the factors (x, y) by which they were resized, float32 [B, 2]. It
     returns a dictionary: boxes [B, K, 4] (x1, y1, x2, y2 in the photos' own pixels), scores [B, K],
-    embeddings [B, K, D], best first, and which of them are valid [B, K].
-
-    Raises:
-      UserError: there is no such checkpoint, or `target` cannot be written.
+    embeddings [B, K, D], best first, and which of them are valid [B, K]. UserError if there is no
+    such checkpoint, or `target` cannot be written.
     """
     shapes = sorted(transforms.buckets([config.data.test_scale]))
     targets = (target, target.with_name(f"{target.stem}.portrait{SUFFIX}"))
@@ -60,7 +55,8 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
             jax.ShapeDtypeStruct((photos, 2), np.int32),
             jax.ShapeDtypeStruct((photos, 2), np.float32),
         )
-        program = export.export(jax.jit(detect), platforms=PLATFORMS)(*arguments)
+        with for_every_platform():
+            program = export.export(jax.jit(detect), platforms=PLATFORMS)(*arguments)
         write_atomically(file, bytes(program.serialize()))
         print(
             f"step {int(weights.step)} of {checkpoint} (chosen by {by}), for batches of {photos} "

@@ -1,9 +1,7 @@
-"""The network's values at every location of a photo, for pictures of how it works.
+"""Sampling points (Paper, Fig. 5) and similarities of all locations of a photo, for pictures.
 
-They are the sampling points of the neck's deformable convolutions (Paper, Fig. 5) and the
-similarity of each location's embedding to a query. Level l of the pyramid has stride 2**l: its
-location (column, row) stands for the center of the input's pixels from 2**l * column to
-2**l * (column + 1).
+A location (column, row) of level l of the pyramid, with stride 2**l, stands for the center of the
+input's pixels from 2**l * column to 2**l * (column + 1).
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from jaxtyping import Array, Float, Int
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.layers import round_up
-from alignps_jax.nn.model import matmul_precision
 from alignps_jax.types import Batch, UserError
 
 # (y, x) steps from a location to the nine taps of a 3x3 convolution, row by row.
@@ -35,10 +32,10 @@ _OUTPUT_STRIDE = 8
 class LocationMaps:
     """The maps of one photo on the host, without bucket padding.
 
-    `embeddings` has a map for each level that is searched, of vectors of length one (or zero), and
-    `strides` their strides. `offsets[name][row, column, tap]` is (y, x) in locations of the input
-    of the neck's deformable convolution of that name, such as `lateral3`. `size` is the height and
-    width of the resized photo, `scale` the factors (x, y) from the photo's coordinates to its.
+    `embeddings`, of length one or zero, and `strides` are those of each level that is searched.
+    `offsets[name][row, column, tap]` is (y, x) in locations of the input of the neck's deformable
+    convolution of that name, such as `lateral3`. `size` is the height and width of the resized
+    photo, `scale` the factors (x, y) from the photo's coordinates to its.
     """
 
     embeddings: tuple[Float[np.ndarray, "_h _w D"], ...]
@@ -51,7 +48,7 @@ class LocationMaps:
 @partial(jax.jit, static_argnums=0)
 def _compute(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
     """The embeddings of each level, and the outputs of the neck's offset convolutions by name."""
-    with matmul_precision(step.config.precision):
+    with jax.default_matmul_precision(step.config.precision):
         outputs, captured = step.model.apply(
             {"params": params, "frozen": frozen},
             batch.image,
@@ -119,9 +116,7 @@ def sampling_points(
     Pixels (x, y) of the photo, tap by tap of the output convolution and, within it, of the lateral
     one. An output tap falls between pixels, each of which looks at nine points of the backbone's
     map; its nine points are the means of these, weighted as bilinear interpolation weighs the
-    pixels. They are NaN where the tap falls outside of the map, where it reads zeros.
-
-    Raises UserError if the network has no such deformable convolutions.
+    pixels. They are NaN outside of the map. UserError if there are no such convolutions.
     """
     from scipy.ndimage import map_coordinates  # slow to import, and rarely needed
 

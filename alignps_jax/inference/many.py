@@ -25,21 +25,13 @@ _PATIENCE = 4
 
 @dataclasses.dataclass
 class Photo(Generic[Tag]):
-    """A photo on its way to its detections.
-
-    Attributes:
-      tag: what the caller knows it by.
-      image: RGB pixels, until `batch` holds them.
-      batch: one row for the network, until that has it.
-      found: the detections, all valid and best first.
-      error: why there are none.
-    """
+    """A photo on its way to its detections; `tag` is what the caller knows it by."""
 
     tag: Tag
-    image: UInt8[np.ndarray, "_H _W 3"] | None = None
-    error: UserError | None = None
-    batch: Batch | None = None
-    found: Detections | None = None
+    image: UInt8[np.ndarray, "_H _W 3"] | None = None  # until `batch` holds it
+    error: UserError | None = None  # why there are no detections
+    batch: Batch | None = None  # one row, until the network has it
+    found: Detections | None = None  # all valid and best first
 
 
 def detect_all(
@@ -54,9 +46,9 @@ def detect_all(
     reading is faster than the network.
 
     Args:
-      detect: the detections [devices, B / devices, K] of a batch.
+      detect: the detections [devices, rows / devices, K] of a batch.
       data: `config.data`.
-      rows: B.
+      rows: photos of a batch.
       tasks: each reads a photo, in a thread; they are taken a few ahead.
     """
     photos: deque[Photo[Tag]] = deque()  # those whose turn has not come
@@ -109,20 +101,20 @@ def people_of(found: Detections) -> Iterator[Detections]:
         yield jax.tree.map(lambda x, row=row, valid=valid: x[row][valid], host)
 
 
-def _prepare(data: ConfigDict, task: Callable[[], Photo[Tag]]) -> Photo[Tag]:
-    photo = task()
-    if photo.image is not None:
-        photo.batch, photo.image = single_image_batch(photo.image, data), None
-    return photo
-
-
 def _ahead(data: ConfigDict, tasks: Iterable[Callable[[], Photo[Tag]]]) -> Iterator[Photo[Tag]]:
     """The photos of the tasks, in order, prepared in threads a little ahead of the caller."""
+
+    def prepare(task: Callable[[], Photo[Tag]]) -> Photo[Tag]:
+        photo = task()
+        if photo.image is not None:
+            photo.batch, photo.image = single_image_batch(photo.image, data), None
+        return photo
+
     threads = len(os.sched_getaffinity(0))
     futures: deque[Future[Photo[Tag]]] = deque()
     with ThreadPoolExecutor(threads, "read") as pool:
         for task in tasks:
-            futures.append(pool.submit(_prepare, data, task))
+            futures.append(pool.submit(prepare, task))
             if len(futures) > 2 * threads:
                 yield futures.popleft().result()
         while futures:

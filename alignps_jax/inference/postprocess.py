@@ -17,10 +17,9 @@ def nms(
 ) -> Bool[Array, "K"]:
     """Greedy non-maximum suppression of `boxes`, best first: which ones are kept.
 
-    A box is kept when it is valid and no kept box before it overlaps it with an IoU above the
-    threshold. The rule is applied to all boxes at once until nothing changes. Whether box i is kept
-    depends on earlier boxes only, so after t rounds the first t answers are final: the loop ends
-    after at most K + 1 rounds (usually a handful), and its fixed point is the greedy answer.
+    A valid box is kept if no kept box before it overlaps it with an IoU above the threshold. The
+    rule is applied to all boxes at once until nothing changes, usually after a handful of rounds:
+    after t rounds the first t answers are final, as they depend on earlier boxes only.
     """
     earlier = jnp.arange(len(boxes))[:, None] < jnp.arange(len(boxes))[None]
     suppresses = (iou(boxes[:, None], boxes[None]) > iou_threshold) & earlier
@@ -48,26 +47,21 @@ def detect(
     nms_iou: float,
     max_detections: int,
 ) -> Detections:
-    """The detections [B, K] of a batch of images, best first (Released code).
+    """The detections [B, max_detections] of a batch of images, best first (Released code).
 
-    Per image: the `pre_nms` locations of each level with the highest classification probability
-    times centerness; their boxes, clipped to the image and scaled back to the photo; those with a
-    classification probability above `min_cls_score`; non-maximum suppression; the best
-    `max_detections`. A detection's score is classification probability times centerness, and may
-    thus be below `min_cls_score`.
+    Per image: the `pre_nms` locations of each level with the highest score, which is classification
+    probability times centerness; their boxes, clipped to the image and scaled back to the photo;
+    those with a classification probability above `min_cls_score`; non-maximum suppression.
 
     Args:
       outputs, strides: of each level.
       size: height and width of each image without any padding.
       scale: factors (x, y) from the photo's coordinates to the image's.
-      pre_nms, min_cls_score: see above; levels with fewer locations take all of theirs.
+      pre_nms, min_cls_score, max_detections: see above.
       nms_iou: overlap (in the photo) above which the lower score is suppressed.
-      max_detections: K.
     """
 
-    def detect_one(
-        levels: tuple[Outputs, ...], size: Int[AnyArray, "2"], scale: Float[AnyArray, "2"]
-    ) -> Detections:
+    def detect_one(levels: tuple[Outputs, ...], size: AnyArray, scale: AnyArray) -> Detections:
         per_level = [
             _level_candidates(level, stride, pre_nms, min_cls_score)
             for level, stride in zip(levels, strides, strict=True)
@@ -97,25 +91,15 @@ def embed_boxes(
     strides: Sequence[int],
     borders: Sequence[float],
 ) -> Detections:
-    """Given boxes [B, G] as if they were detections, with score 1 and their center's embedding.
+    """Boxes [B, G] of the network's input as detections, with score 1 and their center's embedding.
 
     That is the one of the location nearest to the box's center (of two, the right or lower one),
-    on the level that the center belongs to in training: the first whose border reaches half of
-    the box's longer side.
-
-    Args:
-      outputs, strides: of each level.
-      boxes: in pixels of the network's input.
-      valid: False for entries that only fill up G.
-      scale: factors (x, y) from the photo's coordinates to the input's.
-      borders: `config.loss.level_borders`.
+    on the level that the center belongs to in training: the first whose border (of `borders`,
+    `config.loss.level_borders`) reaches half of the box's longer side. See `detect`.
     """
 
     def embed_one(
-        levels: tuple[Outputs, ...],
-        boxes: Float[AnyArray, "G 4"],
-        valid: Bool[AnyArray, "G"],
-        scale: Float[AnyArray, "2"],
+        levels: tuple[Outputs, ...], boxes: AnyArray, valid: AnyArray, scale: AnyArray
     ) -> Detections:
         low, high = boxes[:, :2], boxes[:, 2:]
         level = jnp.searchsorted(jnp.asarray(borders, jnp.float32), (high - low).max(axis=1) / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -20,6 +21,7 @@ from alignps_jax.nn.layers import (
     mask_padding,
     scale_and_shift,
 )
+from alignps_jax.nn.platforms import on_platform
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Pixels of a block of `stem_by_blocks`, in either direction: the stride of the stem.
@@ -75,7 +77,7 @@ class ResNet(nn.Module):
       norm: normalization, called with `name`, then on (map, valid_size).
       stride_in_blocks: whether the first block of a stage makes the map smaller, by its 3x3
         convolution (torchvision), or the stage begins with every second pixel of the map before it
-        (Caffe, Released code: there the strides are those of 1x1 convolutions).
+        (Released code).
       frozen_stages: stages up to res(1 + n) get no gradient; 0 freezes the stem, -1 nothing.
       deform_stages: stages (3, 4, 5) whose second convolutions are deformable (Table 5).
       remat: the backward pass computes the blocks again.
@@ -97,8 +99,7 @@ class ResNet(nn.Module):
         self, image: Float[Array, "B H W 3"], valid_size: ValidSize
     ) -> tuple[Float[Array, "B _h _w _C"], ...]:
         """Maps an image, zero outside its valid `valid_size`, to C3, C4 and C5."""
-        x = self._stem(image.astype(self.dtype), valid_size)
-        valid_size = valid_size // 4
+        x, valid_size = self._stem(image, valid_size), valid_size // 4
         if self.frozen_stages >= 0:
             x = lax.stop_gradient(x)
         maps = []
@@ -125,26 +126,28 @@ class ResNet(nn.Module):
             maps.append(x)
         return tuple(maps[1:])
 
-    @nn.nowrap  # no stage of its own where intermediates are captured
-    def _stem(
-        self, image: Float[Array, "B H W 3"], valid_size: ValidSize
-    ) -> Float[Array, "B h w F"]:
+    @nn.nowrap
+    def _stem(self, image: Float[Array, "B H W 3"], valid_size: ValidSize) -> Map:
         """Convolution, normalization, ReLU and max pooling; by blocks on TPUs for ResNet-50."""
-        shape = (self.stem_size, self.stem_size, image.shape[-1], self.width)
-        kernel = Kernel(shape, name="conv1")().astype(self.dtype)
-        if self.frozen_stages >= 0:
-            kernel = lax.stop_gradient(kernel)
         norm = self.norm(name="bn1")
-        if not isinstance(norm, FrozenBatchNorm):
-            return plain_stem(image, kernel, norm, valid_size)
 
-        def plain(image: Array, kernel: Array, *affine: Array) -> Array:
-            scaled = partial(scale_and_shift, *affine)
-            return plain_stem(image, kernel, scaled, valid_size)
+        def stem(image: Array, kernel: Array, *_: Any, **__: Any) -> Map:
+            if not isinstance(norm, FrozenBatchNorm):
+                return plain_stem(norm, valid_size, image, kernel)
+            affine = norm.affine(self.width)
+            plain = partial(plain_stem, partial(scale_and_shift, *affine), valid_size)
+            by_blocks = partial(stem_by_blocks, affine, valid_size)
+            return on_platform(image, kernel, tpu=by_blocks, default=plain)
 
-        by_blocks = partial(stem_by_blocks, valid_size)
-        args = image, kernel, *norm.affine(self.width)
-        return lax.platform_dependent(*args, tpu=by_blocks, default=plain)
+        return nn.Conv(
+            self.width,
+            (self.stem_size, self.stem_size),
+            use_bias=False,
+            kernel_init=kaiming,
+            dtype=self.dtype,
+            conv_general_dilated=stem,
+            name="conv1",
+        )(image)
 
     def is_frozen(self, path: tuple[str, ...]) -> bool:
         """Whether the parameter at `path` (inside the backbone) is never updated."""
@@ -152,21 +155,10 @@ class ResNet(nn.Module):
         return stage <= self.frozen_stages
 
 
-class Kernel(nn.Module):
-    """The kernel of a convolution without bias: the parameter `kernel` [k, k, C, F]."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "k k C F"]:
-        return self.param("kernel", kaiming, self.shape)
-
-
 def max_pool_3x3(x: Map) -> Float[Array, "B h w C"]:
     """Maximum of 3x3 windows with stride 2 and padding 1, of a map without negative values.
 
-    Zeros are then as good a padding as -inf. Written as maxima of shifted maps, whose backward
-    pass is elementwise; that of a windowed reduction is 10 times slower on a CPU.
+    Of shifted maps, because the gradient of a windowed reduction is 10 times slower on a CPU.
     """
     for axis in (1, 2):
         last = (x.shape[axis] - 1) // 2 * 2
@@ -177,10 +169,10 @@ def max_pool_3x3(x: Map) -> Float[Array, "B h w C"]:
 
 
 def plain_stem(
-    image: Float[Array, "B H W 3"],
-    kernel: Float[Array, "k k 3 F"],
     norm: Callable[..., Array],
     valid_size: ValidSize,
+    image: Float[Array, "B H W 3"],
+    kernel: Float[Array, "k k 3 F"],
 ) -> Float[Array, "B h w F"]:
     """The stem of a ResNet with any normalization."""
     x = nn.relu(norm(conv2d(image, kernel, stride=2), valid_size // 2))
@@ -188,11 +180,10 @@ def plain_stem(
 
 
 def stem_by_blocks(
+    affine: tuple[Float[Array, "F"], Float[Array, "F"]],
     valid_size: ValidSize,
     image: Float[Array, "B H W 3"],
     kernel: Float[Array, "7 7 3 F"],
-    factor: Float[Array, "F"],
-    shift: Float[Array, "F"],
 ) -> Float[Array, "B h w F"]:
     """`plain_stem` with a factor and a shift as normalization, for sizes that 4 divides.
 
@@ -202,7 +193,7 @@ def stem_by_blocks(
     """
     blocks, (top, bottom) = _blocks(image), _kernels_of_blocks(kernel)
     # Two columns of a block's outputs side by side fill a vector.
-    factor, shift = jnp.tile(factor, 2), jnp.tile(shift, 2)
+    factor, shift = (jnp.tile(x, 2) for x in affine)
 
     def row(kernel: Array) -> Array:
         y = conv_by_rows(blocks, kernel)

@@ -1,10 +1,8 @@
-"""Deformable 3x3 convolutions (DCNv1 and DCNv2): a pure function and a Flax module.
+"""Deformable 3x3 convolutions: a pure function and a Flax module.
 
 Every tap k of the kernel reads the map at p + k + offset(p, k), by bilinear interpolation (Dai et
-al., "Deformable Convolutional Networks", Eq. 2; Zhu et al., "Deformable ConvNets v2", Eq. 1).
-
-Samples are taken and multiplied in the way that is fast on the platform: by tiles on CPUs
-(`deform_cpu.py`), by windows on TPUs (`deform_tpu.py`), by gathers elsewhere (`deform_gathers.py`).
+al., "Deformable Convolutional Networks", Eq. 2; Zhu et al., "Deformable ConvNets v2", Eq. 1): by
+tiles on CPUs, by windows on TPUs, by gathers elsewhere.
 """
 
 from __future__ import annotations
@@ -13,79 +11,54 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from alignps_jax.nn import deform_cpu, deform_gathers, deform_tpu
 from alignps_jax.nn.deform_gathers import samples_at
 from alignps_jax.nn.layers import conv
-
-scaled = nn.initializers.variance_scaling
+from alignps_jax.nn.platforms import on_platform
 
 
 def deform_conv2d(
     inputs: Float[Array, "B H W C"],
-    offsets: Float[Array, "B h w K 2"],
-    kernel: Float[Array, "k k C F"],
-    mask: Float[Array, "B h w K"] | None = None,
+    offsets: Float[Array, "B h w 9 2"],
+    kernel: Float[Array, "3 3 C F"],
+    mask: Float[Array, "B h w 9"] | None = None,
     *,
     stride: int = 1,
 ) -> Float[Array, "B h w F"]:
-    """Convolves `inputs` at displaced positions; equals `torchvision.ops.deform_conv2d`.
+    """Equals `torchvision.ops.deform_conv2d` with padding 1, in the type of `inputs`.
+
+    It is differentiable once in all four arrays. On a pixel border, where interpolation has a
+    kink, the derivative is the one towards larger coordinates, as in torchvision.
 
     Args:
       inputs: the map, float32 or bfloat16, the type of the matmuls; all else is float32.
-      offsets: displacement (y, x) of each of the K = k * k taps (row-major) at each output
-        location, in pixels of `inputs`. Any value is allowed: a sample contributes what lies
-        inside the image, hence nothing if y <= -1, y >= H, x <= -1 or x >= W.
-      kernel: weights, of an odd size k; k // 2 zeros are around the map, as in a plain convolution.
+      offsets: displacement (y, x) of each tap (row-major) at each output location, in pixels of
+        `inputs`. A sample contributes what lies inside the map: nothing if y <= -1 or y >= H.
+      kernel: the weights.
       mask: factor of each sample, all ones (DCNv1) if None.
       stride: step between output locations, in pixels of `inputs`.
-
-    Returns:
-      The output, in the type of `inputs`. Differentiable once in all four arrays. On a pixel
-      border, where interpolation has a kink, the derivative is the one towards larger
-      coordinates (the position belongs to the cell that begins there), as in torchvision.
-
-    Raises:
-      ValueError: if the shapes do not fit together.
     """
-    batch, height, width, channels = inputs.shape
-    side, _, kernel_channels, features = kernel.shape
-    h, w = ((size - 1) // stride + 1 for size in (height, width))
-    taps = (batch, h, w, side**2)
-    if kernel_channels != channels:
-        raise ValueError(f"kernel takes {kernel_channels} channels, inputs have {channels}")
-    if offsets.shape != (*taps, 2):
-        raise ValueError(f"offsets have shape {offsets.shape}, expected {(*taps, 2)}")
-    if mask is not None and mask.shape != taps:
-        raise ValueError(f"mask has shape {mask.shape}, expected {taps}")
-
-    # Where each tap reads, [B, h, w, K].
-    y, x, ky, kx = jnp.meshgrid(*map(jnp.arange, (h, w, side, side)), indexing="ij")
-    y = (y * stride - side // 2 + ky).reshape(h, w, -1) + offsets[..., 0]
-    x = (x * stride - side // 2 + kx).reshape(h, w, -1) + offsets[..., 1]
+    (_, height, width, channels), (h, w) = inputs.shape, offsets.shape[1:3]
+    y, x, ky, kx = jnp.meshgrid(*map(jnp.arange, (h, w, 3, 3)), indexing="ij")
+    y = (y * stride - 1 + ky).reshape(h, w, 9) + offsets[..., 0]
+    x = (x * stride - 1 + kx).reshape(h, w, 9) + offsets[..., 1]
     samples = samples_at(y, x, height, width)
     if mask is not None:
         samples = samples._replace(weights=samples.weights * mask)
-    kernel = kernel.reshape(-1, channels, features).astype(inputs.dtype)
-    inputs = jnp.asarray(inputs)
+    kernel = kernel.reshape(9, channels, -1).astype(inputs.dtype)
     ways = {"cpu": deform_cpu.convolve, "default": deform_gathers.convolve}
     if stride == 1:
         ways["tpu"] = deform_tpu.convolve
-    out = lax.platform_dependent(inputs, kernel, samples, **ways)
-    return out.astype(inputs.dtype)
+    return on_platform(inputs, kernel, samples, **ways).astype(inputs.dtype)
 
 
 class DeformConv(nn.Module):
-    """3x3, padding 1; offsets from a plain 3x3 convolution of the same map.
-
-    Parameters: `kernel` [3, 3, C, features], `bias` [features] if `use_bias`, and the `offset`
-    convolution, whose channels are y0, x0, y1, x1, ... of the taps in row-major order, in pixels
-    of the map. Parameters and offsets are float32, activations `dtype`.
+    """A deformable convolution with offsets from a plain 3x3 convolution of the same map.
 
     Attributes:
-      modulated: nine more `offset` channels, through a sigmoid, are the mask (DCNv2).
+      modulated: nine more channels than y0, x0, y1, ..., through a sigmoid, are the mask (DCNv2).
       offset_gain: offsets start as Xavier uniform times this.
     """
 
@@ -107,12 +80,11 @@ class DeformConv(nn.Module):
             use_bias=True,
             # An offset of 20 pixels in bfloat16 is a multiple of 1/8 pixel.
             dtype=jnp.float32,
-            kernel_init=scaled(self.offset_gain**2, "fan_avg", "uniform"),
+            kernel_init=nn.initializers.variance_scaling(self.offset_gain**2, "fan_avg", "uniform"),
             name="offset",
         )(inputs)
-        # Uniform within 1 / sqrt(9 * C).
-        shape = (3, 3, inputs.shape[-1], self.features)
-        kernel = self.param("kernel", scaled(1 / 3, "fan_in", "uniform"), shape)
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # 1 / sqrt(9 * C)
+        kernel = self.param("kernel", uniform, (3, 3, inputs.shape[-1], self.features))
         if self.is_initializing():  # nothing of the map but its shape matters
             out = jnp.zeros((*predicted.shape[:-1], self.features), self.dtype)
         else:

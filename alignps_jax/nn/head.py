@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -46,23 +45,6 @@ class Tower(nn.Module):
         return x
 
 
-class PredictedEmbedding(nn.Module):
-    """Embeddings by a linear 3x3 convolution, after a tower of their own if there is one (Fig. 6).
-
-    Less their spatial mean, as those are that the head's input is, whence no bias.
-    """
-
-    features: int
-    make_tower: Callable[..., nn.Module] | None
-
-    @nn.compact
-    def __call__(self, x: Map, valid_size: ValidSize) -> Float[Array, "B h w {self.features}"]:
-        if self.make_tower is not None:
-            x = self.make_tower(name="tower")(x, valid_size)
-        predictor = conv(self.features, 3, kernel_init=normal, dtype=jnp.float32, name="predictor")
-        return subtract_mean(mask_padding(predictor(x), valid_size), valid_size)
-
-
 class FCOSHead(nn.Module):
     """Two towers shared by all levels; predictions in float32.
 
@@ -72,8 +54,7 @@ class FCOSHead(nn.Module):
       levels: numbers of the levels that it is run on; each has a scale of its own.
       reid: where embeddings come from: "input" takes the head's input as it is ("re-id first",
         Sec. 3.2); "regression", "classification" and "independent" predict them from a tower.
-      initial_distance: box distances start around this many strides (Released code: 0, where ReLU
-        lets only half of them learn at first).
+      initial_distance: box distances start around this many strides (Released code: 0).
       remat: the backward pass computes the towers again.
     """
 
@@ -101,8 +82,9 @@ class FCOSHead(nn.Module):
         self.box_predictor = predictor(4, bias_init=nn.initializers.constant(self.initial_distance))
         self.centerness_predictor = predictor(1)
         if self.reid != "input":
-            own = tower if self.reid == "independent" else None
-            self.embed = PredictedEmbedding(self.features, own)
+            self.embed_predictor = conv(self.features, 3, kernel_init=normal, dtype=jnp.float32)
+        if self.reid == "independent":
+            self.embed_tower = tower()
         # Numbered from P3, as in the released weights.
         self.scales = {
             level: self.param(f"scale{level - 3}", nn.initializers.ones, (), jnp.float32)
@@ -117,8 +99,11 @@ class FCOSHead(nn.Module):
         if self.reid == "input":
             embeddings = x.astype(jnp.float32)
         else:
-            source = {"regression": box, "classification": cls}.get(self.reid, x)
-            embeddings = self.embed(source, valid_size)
+            # Fig. 6: less their spatial mean, as those of the head's input are; whence no bias.
+            towers = {"regression": box, "classification": cls}
+            tower = towers[self.reid] if self.reid in towers else self.embed_tower(x, valid_size)
+            embeddings = mask_padding(self.embed_predictor(tower), valid_size)
+            embeddings = subtract_mean(embeddings, valid_size)
         return Outputs(
             cls_logits=self.cls_predictor(cls)[..., 0],
             box_distances=mask_padding(distances, valid_size),

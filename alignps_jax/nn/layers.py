@@ -1,8 +1,7 @@
 """Layers that look at the valid region only, so that bucket padding never changes a result.
 
-Every feature map comes with a `valid_size`: int32 `[B, 2]`, height and width of its valid region.
-Maps are held at zero outside of it, which is what a convolution sees beyond the border of a map
-that is not padded at all.
+Every feature map comes with a `valid_size`, height and width of its valid region. It is zero
+outside of it, as a convolution sees a map beyond its border.
 """
 
 from __future__ import annotations
@@ -42,10 +41,7 @@ def mask_padding(x: Map, valid_size: ValidSize) -> Map:
 
 
 def subtract_mean(x: Map, valid_size: ValidSize) -> Map:
-    """Maps that are zero outside the valid region, less their mean over it (Released code).
-
-    In float32, whatever the type of `x` is: embeddings are compared, so they are not rounded again.
-    """
+    """Maps less their mean over the valid region, in float32 (Released code)."""
     x = x.astype(jnp.float32)
     count = jnp.maximum(valid_size[:, 0] * valid_size[:, 1], 1).astype(jnp.float32)
     mean = x.sum((1, 2), keepdims=True) / count[:, None, None, None]
@@ -96,7 +92,6 @@ class GroupNorm(nn.Module):
 
         x32 = jnp.where(valid, x, 0).astype(jnp.float32)
         mean = group_mean(x32)[:, None, None]
-        # Two passes: the variance from squared sums loses digits on maps with a large mean.
         centered = jnp.where(valid, x32 - mean, 0)
         factor = scale * lax.rsqrt(group_mean(jnp.square(centered)) + EPSILON)[:, None, None]
         return jnp.where(valid, centered * factor + bias, 0).astype(x.dtype)

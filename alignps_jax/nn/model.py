@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -25,9 +24,7 @@ Params = Any
 class AlignPS(nn.Module):
     """Person search in one stage: boxes, scores and embeddings of every location.
 
-    Attributes:
-      backbone, neck, head: see the modules of the same names.
-      channel_order, pixel_mean, pixel_std: of the pixels that the backbone's weights expect.
+    `channel_order`, `pixel_mean` and `pixel_std` are those that the backbone's weights expect.
     """
 
     backbone: nn.Module
@@ -41,15 +38,12 @@ class AlignPS(nn.Module):
     def __call__(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
     ) -> tuple[Outputs, ...]:
-        """Runs the network on RGB images padded into one bucket.
+        """The outputs of each level of `predicted_levels(train)`.
 
         Args:
           image: RGB bytes; height and width are multiples of 32.
-          size: valid height and width of each image.
+          size: height and width of each photo in its image.
           train: also predict on the levels that only training uses.
-
-        Returns:
-          The outputs of each level of `predicted_levels(train)`.
         """
         valid_size = round_up(size)
         pixels = self.normalized(image, size).astype(self.dtype)
@@ -78,60 +72,44 @@ class AlignPS(nn.Module):
         return tuple(2**level for level in self.predicted_levels(train))
 
 
-# Given `config.model`.
-BACKBONES = {
-    "resnet50": lambda model: partial(ResNet50, stride_in_blocks=model.stride_in_3x3),
-    "resnet_small": lambda model: partial(
-        ResNetSmall, norm=partial(GroupNorm, groups=model.norm_groups)
-    ),
-}
-
-
-def matmul_precision(precision: str) -> AbstractContextManager[None]:
-    """While it lasts, matmuls and convolutions are traced with "default" or "highest".
-
-    Those that ask for a precision of their own keep it: the losses' similarities are always exact.
-    Rules for gradients are traced with what holds where the gradient is taken.
-    """
-    return jax.default_matmul_precision(precision)
-
-
 def build_model(config: ConfigDict) -> AlignPS:
     """The network that a checked configuration describes."""
     model = config.model
-    levels, background_levels = tuple(model.levels), LEVELS[1:] if model.background_levels else ()
+    background_levels = LEVELS[1:] if model.background_levels else ()
+    everywhere = {"remat": model.remat, "dtype": model.dtype}
+    backbones = {
+        "resnet50": partial(ResNet50, stride_in_blocks=model.stride_in_3x3),
+        "resnet_small": partial(ResNetSmall, norm=partial(GroupNorm, groups=model.norm_groups)),
+    }
     return AlignPS(
-        backbone=BACKBONES[model.backbone](model)(
+        backbone=backbones[model.backbone](
             width=model.backbone_width,
             frozen_stages=model.frozen_stages,
-            deform_stages=tuple(model.deform_stages),
-            remat=model.remat,
-            dtype=model.dtype,
+            deform_stages=model.deform_stages,
+            **everywhere,
         ),
         neck=AlignedFeatureAggregation(
             model.channels,
-            levels=levels,
+            levels=model.levels,
             background_levels=background_levels,
             lateral_deform=model.lateral_deform,
             output_deform=model.output_deform,
             concatenate=model.concatenate,
             offset_gain=model.offset_gain,
-            remat=model.remat,
-            dtype=model.dtype,
+            **everywhere,
         ),
         head=FCOSHead(
             model.channels,
             model.head_convs,
             model.norm_groups,
-            levels=levels + background_levels,
+            levels=model.levels + background_levels,
             reid=model.reid,
             initial_distance=model.initial_distance,
-            remat=model.remat,
-            dtype=model.dtype,
+            **everywhere,
         ),
         channel_order=model.channel_order,
-        pixel_mean=tuple(model.pixel_mean),
-        pixel_std=tuple(model.pixel_std),
+        pixel_mean=model.pixel_mean,
+        pixel_std=model.pixel_std,
         dtype=model.dtype,
     )
 
@@ -140,8 +118,7 @@ def init_variables(model: AlignPS, rng: Array) -> tuple[Params, Params]:
     """Initial (params, frozen) of a model."""
     image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
     size = jnp.full((1, 2), 64, jnp.int32)
-    # It runs once: on CPUs most of its time is its compilation, which takes a third then. Where it
-    # is only traced, for its shapes, nothing is compiled.
+    # It runs once: on CPUs most of its time is its compilation, which takes a third then.
     quickly = jax.default_backend() == "cpu" and not isinstance(rng, jax.core.Tracer)
     options = {"xla_backend_optimization_level": 1} if quickly else None
     init = jax.jit(partial(model.init, train=True), compiler_options=options)

@@ -21,15 +21,12 @@ def upsample_nearest(x: Float[Array, "B h w C"]) -> Float[Array, "B 2*h 2*w C"]:
 
 
 class AlignedFeatureAggregation(nn.Module):
-    """C3, C4, C5 -> the maps P3 to P7 that are asked for.
+    """C3, C4, C5 -> the maps P3 to P7 that are asked for; AlignPS asks for P3 only.
 
     P3, P4 and P5 are lateral convolutions of C3, C4, C5, each joined with the ones above it, then
     an output convolution; P6 and P7 (FCOS) are convolutions of stride 2 of P5 and ReLU(P6). Only
-    what the wanted levels need is made, parameters included.
-
-    The spatial mean of each map of `levels` over the valid region is subtracted (Released code;
-    gradients flow through it). In AlignPS the only one is P3: at once the map of embeddings and
-    the input of the head.
+    what the wanted levels need is made, parameters included. The spatial mean of each map of
+    `levels` over the valid region is subtracted (Released code; gradients flow through it).
 
     Attributes:
       features: channels of every lateral and of every P.
@@ -55,10 +52,9 @@ class AlignedFeatureAggregation(nn.Module):
     def __call__(
         self, maps: Sequence[FeatureMap], valid_size: ValidSize, *, train: bool
     ) -> tuple[FeatureMap, ...]:
-        """Aggregates C3, C4, C5; `valid_size` is the valid region of the image in pixels.
+        """The maps of `levels`, then, in training, of `background_levels`; zero where not valid.
 
-        Returns the maps of `levels`, then, in training, those of `background_levels`; zero
-        outside the valid region.
+        `valid_size` is the valid region of the image in pixels.
         """
         wanted = self.levels
         # Initialization makes all parameters, so that training and inference have the same ones.

@@ -20,7 +20,7 @@ from alignps_jax.devices import AXIS
 from alignps_jax.losses.oim import update_memory
 from alignps_jax.losses.terms import Term
 from alignps_jax.losses.total import assign, flatten_levels, select_positives, total
-from alignps_jax.nn.model import AlignPS, matmul_precision
+from alignps_jax.nn.model import AlignPS
 from alignps_jax.types import Batch, Outputs, TrainState
 
 
@@ -75,7 +75,7 @@ class TrainStep:
             return sum(losses.values()), (losses, gathered, dropped)
 
         trained = state.params if state.raw is None else state.raw
-        with matmul_precision(self.precision):
+        with jax.default_matmul_precision(self.precision):
             gradient, (terms, gathered, dropped) = jax.grad(loss_fn, has_aux=True)(trained)
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)

@@ -170,15 +170,6 @@ def test_nothing_valid_and_extreme_logits():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
 
 
-def test_bfloat16_outputs_give_float32_detections():
-    outputs = random_outputs(np.random.default_rng(10), 1, 4, 5)
-    half = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, outputs
-    )
-    boxes, scores, embeddings, _ = jax.tree.leaves(run(half))
-    assert boxes.dtype == scores.dtype == embeddings.dtype == np.float32
-
-
 @pytest.mark.parametrize("borders", [(), (40.0,), (20.0, 60.0)])
 def test_embed_boxes_takes_the_nearest_valid_location_of_the_right_level(borders):
     rng = np.random.default_rng(7)

@@ -123,13 +123,9 @@ def test_certain_and_hopeless_predictions_have_finite_gradients(gamma: float):
         assert np.isfinite(gradient).all()
 
 
-def test_loss_mask_is_slicing_and_all_masked_is_zero():
+def test_all_masked_is_zero_without_gradient():
     embeddings, identity, labeled, mask, rng = sample(3)
     memory = filled_memory(rng)
-    masked = loss(np.where(mask[:, None], embeddings, 0), identity, labeled, mask, memory)
-    sliced = loss(embeddings[mask], identity[mask], labeled[mask], mask[mask], memory)
-    np.testing.assert_allclose(masked.sum, sliced.sum, rtol=1e-6)
-    assert masked.count == sliced.count
 
     def total(x):
         return loss(x, identity, labeled, np.zeros_like(mask), memory).sum
@@ -144,9 +140,9 @@ def test_loss_mask_is_slicing_and_all_masked_is_zero():
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("channels", [None, 3])
 def test_update_matches_loop(queue_size: int, normalize: bool, channels: int | None):
-    *positives, rng = sample(queue_size)
+    *positives, rng = sample(queue_size, count=60)
     memory = filled_memory(rng, queue_size, tail=3 if queue_size else 0)
-    assert (~positives[2] & positives[3]).sum() != 0
+    assert (~positives[2] & positives[3]).sum() > Q  # the queue wraps, the last ones win
     result = update(memory, *positives, momentum=0.7, normalize=normalize, channels=channels)
     lut, queue, tail = slow_update(memory, *positives, 0.7, normalize, channels)
     np.testing.assert_allclose(result.lut, lut, atol=1e-6)
@@ -171,20 +167,6 @@ def test_a_table_of_no_rows(queue_size: int):
     assert result.lut.shape == (0, D)
     np.testing.assert_allclose(result.queue, queue, atol=1e-6)
     assert result.tail == tail
-
-
-@pytest.mark.parametrize("unlabeled", [4, 5, 6, 13])
-def test_queue_wraps_and_the_last_ones_win(unlabeled: int):
-    embeddings, identity, labeled, _, rng = sample(unlabeled)
-    memory = filled_memory(rng)
-    mask = np.zeros_like(labeled)
-    mask[rng.permutation(24)[:unlabeled]] = True
-    positives = (embeddings, identity, np.zeros_like(labeled), mask)
-    result = update(memory, *positives)
-    _, queue, tail = slow_update(memory, *positives, 0.5, False, None)
-    np.testing.assert_allclose(result.queue, queue, atol=1e-6)
-    np.testing.assert_array_equal(result.lut, memory.lut)
-    assert result.tail == tail == (3 + unlabeled) % Q
 
 
 @pytest.mark.parametrize(("used", "identities"), [(False, [0]), (True, [-1, L, L + 100, -L])])

@@ -21,12 +21,12 @@ def make_case(size, channels=5, features=3, *, spread=6.9, seed=0):
     return [a.astype(np.float32) for a in arrays]
 
 
-def evaluate(platform, arrays, dtype=np.float32):
+def evaluate(platform, arrays):
     """Output, and gradients of a random projection of it in all four arrays."""
 
     @jax.jit
     def run(inputs, offsets, kernel, mask):
-        out, pull = jax.vjp(deform_conv2d, inputs.astype(dtype), offsets, kernel, mask)
+        out, pull = jax.vjp(deform_conv2d, inputs, offsets, kernel, mask)
         weights = np.random.default_rng(9).normal(size=out.shape)
         return out, *pull(jnp.asarray(weights, out.dtype))
 
@@ -41,17 +41,17 @@ def assert_same(arrays, tolerance=2e-5):
         np.testing.assert_allclose(a, e, atol=tolerance * max(np.abs(e).max(), 1))
 
 
-def takes_windows(arrays):
-    """Whether few locations, or none, have samples outside their windows."""
+def outside(arrays):
+    """Whether no, few or many locations have samples outside their windows: 0, 1, 2."""
     taken = []
 
-    def cond(few, with_few, with_many, *args):
-        taken.append(bool(few))
-        return with_few(*args) if few else with_many(*args)
+    def switch(case, branches, *args):
+        taken.append(int(case))
+        return branches[taken[-1]](*args)
 
     with pytest.MonkeyPatch.context() as patch, as_on("tpu"):
-        patch.setattr("alignps_jax.nn.deform_tpu.lax.cond", cond)
-        deform_conv2d(*arrays)
+        patch.setattr("alignps_jax.nn.deform_tpu.lax.switch", switch)
+        deform_conv2d(*map(jnp.asarray, arrays))
     return taken[0]
 
 
@@ -68,9 +68,8 @@ SIZES = [
 @pytest.mark.parametrize("band", [1, 96])
 def test_offsets_inside_the_windows(size, band, monkeypatch):
     monkeypatch.setattr("alignps_jax.nn.deform_tpu.BAND", band)
-    monkeypatch.setattr("alignps_jax.nn.deform_tpu.FEW", 10**9)
     arrays = make_case(size)
-    assert takes_windows(arrays)
+    assert outside(arrays) == 0
     assert_same(arrays)
 
 
@@ -82,32 +81,23 @@ def test_equal_offsets(offset):
     assert_same(arrays)
 
 
-@pytest.mark.parametrize("spread", [7.5, 8.5, 1e6])
+@pytest.mark.parametrize("spread", [7.5, 8.5])
 def test_few_offsets_outside(spread):
     """Some of their corners are in the window and some are not, or none is."""
     arrays = make_case((1, 26, 40), spread=1)
     for place in ((0, 0), (16, 16), (25, 39)):
         arrays[1][0, *place, 0] = (-spread, spread)
-    assert takes_windows(arrays)
+    assert outside(arrays) == 1
     assert_same(arrays)
 
 
 def test_many_offsets_outside():
     arrays = make_case((2, 20, 37), spread=20)
-    assert not takes_windows(arrays)
+    assert outside(arrays) == 2
     assert_same(arrays, 1e-4)
 
 
 def test_samples_outside_the_map_are_no_reason_for_gathers():
     arrays = make_case((1, 6, 9), spread=30)
-    assert takes_windows(arrays)
+    assert outside(arrays) == 0
     assert_same(arrays)
-
-
-def test_bfloat16_is_close():
-    arrays = make_case((2, 9, 20), channels=16, features=8)
-    low = evaluate("tpu", arrays, jnp.bfloat16)
-    assert low[0].dtype == low[1].dtype == jnp.bfloat16
-    for actual, expected in zip(low, evaluate("cpu", arrays), strict=True):
-        error = np.abs(np.asarray(actual, np.float32) - expected).max()
-        assert error < 0.03 * np.abs(expected).max()

@@ -38,14 +38,13 @@ def test_the_stem_by_blocks():
     image = mask_padding(jnp.asarray(rng.normal(size=(2, 64, 96, 3)), jnp.float32), valid_size)
     kernel = rng.normal(size=(7, 7, 3, 5)).astype(np.float32)
     factor, shift = rng.normal(size=(2, 5)).astype(np.float32)
-    found = jax.jit(stem_by_blocks)(valid_size, image, kernel, factor, shift)
+    found = jax.jit(stem_by_blocks)((factor, shift), valid_size, image, kernel)
     expected = stem_in_float64(image, kernel, factor, shift, valid_size)
     expected = mask_padding(jnp.asarray(expected), valid_size // 4)
     assert expected.max() > 1
     np.testing.assert_allclose(found, expected, atol=1e-4)
-    low = stem_by_blocks(
-        valid_size, image.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), factor, shift
-    )
+    low = image.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    low = stem_by_blocks((factor, shift), valid_size, *low)
     assert low.dtype == jnp.bfloat16
     assert np.abs(np.asarray(low, np.float32) - expected).max() < 0.02 * expected.max()
 
