@@ -106,7 +106,7 @@ $(DOCS_READY): $(READY) requirements-docs.lock
 
 # Everything that needs PyTorch: conversion of .pth files, and parity with the published model.
 parity: $(PARITY_READY)
-	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/weights/convert_test.py
+	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/weights
 
 # Our speed beside PyTorch's and what the machine can do: make benchmark [WHAT=search,growth] [RUNS=5].
 # WHAT=starts AGAINST=../before: seconds to the first result, in turns with another checkout.

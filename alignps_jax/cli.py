@@ -127,16 +127,16 @@ def serve(args: Arguments) -> None:
     serve_checkpoint(args.checkpoint, _config(args), _gallery(args), args.host, args.port)
 
 
-@mode("config source workdir", "convention")
+@mode("config source workdir", "ema")
 def convert(args: Arguments) -> None:
-    """makes a checkpoint of published PyTorch weights (.pth, .safetensors, .pkl)
+    """makes a checkpoint of published PyTorch weights (.pth, .safetensors, .index.json)
 
     --mode=convert --config=cuhk:released --source=cuhk_alignps.pth --workdir=runs/cuhk_released
     """
     from alignps_jax.weights.convert import convert_released
 
-    options = args.convention, args.overridden
-    convert_released(_config(args), Path(args.source), args.workdir, *options)
+    source = Path(args.source)
+    convert_released(_config(args), source, args.workdir, args.overridden, args.ema)
 
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")

@@ -34,17 +34,6 @@ def _safetensors(folder: Path) -> Sequence[Path]:
     return [folder / "a.safetensors"]
 
 
-def _pickles(folder: Path) -> Sequence[Path]:
-    content = {
-        "model": some_tensors() | {"big": np.ones(3, ">f4")},
-        "__author__": "é",
-        "n": [1, 0.5],
-    }
-    for protocol in (2, 3, 4, 5):
-        (folder / f"{protocol}.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-    return sorted(folder.iterdir())
-
-
 def _npz(folder: Path) -> Sequence[Path]:
     rng = np.random.default_rng(0)
     embeddings = rng.standard_normal((9, 6))
@@ -145,12 +134,6 @@ TENSOR_READERS: dict[str, Reader] = {
         read=lambda _, path: read_tensors(path),
         check=check_tensors,
         damage=damage_safetensors,
-    ),
-    "pickles": Reader(
-        build=_pickles,
-        read=lambda _, path: read_tensors(path),
-        check=check_tensors,
-        damage=damage_pickle,
     ),
     "npz": Reader(
         build=_npz,
