@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.choice import last_step
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import load_arrays, load_config
 from alignps_jax.distributed import broadcast_from_main, is_main_process
@@ -44,7 +45,7 @@ def _convention(config: ConfigDict, workdir: Path, typed: Collection[str]) -> Co
     """The fields of `CAFFE` as the weights expect them."""
     own = {name: config.model[name] for name in CAFFE}
     if holds_checkpoint(workdir):
-        stored = load_config(workdir, "latest").model
+        stored = load_config(last_step(workdir)).model
         return own | {n: stored[n] for n in own if n in stored and f"model.{n}" not in typed}
     sources.check_start(config)
     if config.model.pretrained == RANDOM:

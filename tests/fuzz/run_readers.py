@@ -53,7 +53,7 @@ def _read_checkpoint(folder: Path) -> list[Any]:
         load_config(folder),
         load_weights(folder, _state()),
         load_arrays(folder, lambda name: True),
-        restore_arrays(folder / "checkpoints" / "1", _state(), ("model", "training")),
+        restore_arrays(folder / "checkpoints" / "1", _state()),
     ]
 
 
