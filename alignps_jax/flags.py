@@ -28,6 +28,8 @@ def _text(value: str) -> str:
 
 
 def _path(value: str) -> Path:
+    if "://" in value:
+        raise argparse.ArgumentTypeError(f"found {value}, expected a folder or file, no address")
     return Path(_text(value))
 
 

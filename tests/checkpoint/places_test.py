@@ -53,6 +53,16 @@ def test_only_the_folder_of_a_step_is_none_for_results(run):
         check_lasting("--target", path)
 
 
+@pytest.mark.parametrize("flag", ["workdir", "checkpoint"])
+def test_an_address_is_refused_at_once(flag, tmp_path, monkeypatch, capsys):
+    """As a path, gs://bucket would make a folder of that name here."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--mode=train", "--config=configs/tiny.py", f"--{flag}=gs://bucket/run"]
+    assert main(["launch.py", *words]) == 2
+    assert f"--{flag}: found gs://bucket/run, expected a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "words",
     [
