@@ -33,17 +33,15 @@ from alignps_jax.weights.conventions import convention_of, with_convention
 from alignps_jax.weights.released_names import (
     LOOKUP_TABLE,
     QUEUE,
-    backbone_tensors,
-    from_torch,
+    by_our_names,
     is_detector,
-    is_only_released,
     kind_of,
     released_name,
     to_torch,
 )
 from alignps_jax.weights.tensor_files import Tensors, listed, read_tensors, write_tensors
 
-Template = Mapping[str, jax.ShapeDtypeStruct]
+Template = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 
 
 def convert_released(
@@ -70,7 +68,7 @@ def convert_released(
     check_outputs(*(workdir / name for name in ("checkpoints", *RUN_INFO)))
     tensors = read_tensors(source, averaged)
     with blame(source):
-        state = (_detector_state if is_detector(tensors) else _backbone_state)(config, tensors)
+        state = _state(config, tensors)
         expected = convention_of(tensors, str(source), config, typed)
     config = with_convention(config, expected, typed, str(source))
     keep = config.train.keep_checkpoints
@@ -121,69 +119,57 @@ def _check_backbone(config: ConfigDict, path: Path) -> None:
         )
 
 
-def _detector_state(config: ConfigDict, tensors: Tensors) -> TrainState:
-    """The state before the first step of training that goes on from a detector."""
-    model = build_model(config)
-    rows = config.loss.lut_size or len(tensors.get(LOOKUP_TABLE, ()))
-    sizes = rows, config.loss.queue_size, config.model.channels
-    memory = leaves_by_path({"memory": jax.eval_shape(lambda: init_memory(*sizes))})
-    template = {**_template(config), **memory}
-    named = {released_name(path): path for path in template}
-    used = {n: x for n, x in tensors.items() if n in named or not is_only_released(n)}
-    tree = _fill(named, template, used)
+def _state(config: ConfigDict, tensors: Tensors) -> TrainState:
+    """The state before the first step that goes on from a detector; of a backbone alone that."""
+    model, detector = build_model(config), is_detector(tensors)
+    lut = config.loss.lut_size or len(tensors.get(LOOKUP_TABLE, ()))
+    lut, queue = (lut, config.loss.queue_size) if detector else (0, 0)
+    memory, weights = init_memory(lut, queue, config.model.channels), weights_template(model)
+    tree = {"params": weights.params, "frozen": weights.frozen, "memory": memory}
+    template = leaves_by_path(tree)
+    if not detector:
+        template = {path: x for path, x in template.items() if "/backbone/" in path}
+    arrays = _checked(by_our_names(tensors, template), template, detector)
+    step, found = jnp.zeros((), jnp.int32), traverse_util.unflatten_dict(arrays, sep="/")
+    if not detector:
+        return TrainState(step, found["params"], found["frozen"], (), memory)
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
     optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=tree["params"],
-        frozen=tree["frozen"],
-        opt_state=optimizer.init(tree["params"]),
-        memory=OIMMemory(**tree["memory"]),
-        raw=tree["params"] if config.train.ema_decay is not None else None,
+        step=step,
+        params=found["params"],
+        frozen=found["frozen"],
+        opt_state=optimizer.init(found["params"]),
+        memory=OIMMemory(**found["memory"]),
+        raw=found["params"] if config.train.ema_decay is not None else None,
     )
 
 
-def _backbone_state(config: ConfigDict, tensors: Tensors) -> TrainState:
-    """A state of which only the backbone exists; offsets of deformable convolutions are zero."""
-    template = {path: x for path, x in _template(config).items() if "/backbone/" in path}
-    named = {released_name(path): path for path in template if "/offset/" not in path}
-    found = backbone_tensors(tensors)
-    used = {name: x for name, x in found.items() if not is_only_released(name)}
-    tree = _fill(named, template, used)
-    memory = init_memory(0, 0, config.model.channels)
-    return TrainState(jnp.zeros((), jnp.int32), tree["params"], tree["frozen"], (), memory)
+def _checked(arrays: Tensors, template: Template, detector: bool) -> Tensors:
+    """The arrays in the order and the types of the template.
 
-
-def _template(config: ConfigDict) -> Template:
-    weights = weights_template(build_model(config))
-    return leaves_by_path({"params": weights.params, "frozen": weights.frozen})
-
-
-def _fill(named: Mapping[str, str], template: Template, tensors: Tensors) -> dict:
-    """The template's tree with the tensors in our layout, zeros where no tensor belongs.
-
-    `named` gives our path of a tensor. Raises ValueError if tensors are missing, unexpected or of
-    the wrong shape.
+    Offsets of deformable convolutions, which a backbone does not have, are zero. Raises ValueError
+    if arrays are missing, unexpected or of the wrong shape.
     """
-    arrays = {named[name]: from_torch(x) for name, x in tensors.items() if name in named}
+    missing = [path for path in template if path not in arrays]
     problems = {
-        "missing": [name for name in named if name not in tensors],
-        "unexpected": [name for name in tensors if name not in named],
+        "missing": [p for p in missing if detector or "/offset/" not in p],
+        "unexpected": [name for name in arrays if name not in template],
         "wrong shape": [
-            f"{released_name(path)} {list(to_torch(x).shape)} instead of "
-            f"{list(to_torch(np.empty(template[path].shape)).shape)}"
+            f"{released_name(path)} {_torch_shape(x)} instead of {_torch_shape(template[path])}"
             for path, x in arrays.items()
-            if x.shape != template[path].shape
+            if path in template and x.shape != template[path].shape
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{what}: {listed(names)}" for what, names in problems.items() if names)
+        found = [f"{what}: {listed(map(released_name, x))}" for what, x in problems.items() if x]
         raise ValueError(
-            f"does not fit the config: {found} ({kind_of(tensors)}; of the released detectors, "
-            "cuhk and prw have one each for :released and :released_plus)"
+            f"does not fit the config: {'; '.join(found)} ({kind_of(map(released_name, arrays))}; "
+            "each released detector has its own: cuhk or prw, :released or :released_plus)"
         )
-    filled = {
-        path: np.array(arrays[path] if path in arrays else np.zeros(x.shape), x.dtype, order="C")
-        for path, x in template.items()
-    }
-    return traverse_util.unflatten_dict(filled, sep="/")
+    filled = arrays | {path: np.zeros(template[path].shape) for path in missing}
+    return {path: np.array(filled[path], x.dtype, order="C") for path, x in template.items()}
+
+
+def _torch_shape(array: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> list[int]:
+    return list(to_torch(np.empty(array.shape, np.bool_)).shape)

@@ -6,7 +6,7 @@ Our own names are the paths of a checkpoint's arrays, such as `params/neck/later
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -59,17 +59,12 @@ def released_name(path: str) -> str:
     return path.replace("/", ".")
 
 
-def is_only_released(name: str) -> bool:
-    """Whether a model of ours may lack a tensor of this released name."""
-    return _ONLY_RELEASED.search(name) is not None
-
-
 def is_detector(names: Collection[str]) -> bool:
     """Whether these are the names of a detector's tensors; else they are those of a backbone."""
     return any(map(_DETECTOR.search, names))
 
 
-def kind_of(names: Collection[str]) -> str:
+def kind_of(names: Iterable[str]) -> str:
     """What tensors of these names are taken for, and the names that decided."""
     deciding = [name for name in names if _DETECTOR.search(name)]
     if deciding:
@@ -111,7 +106,7 @@ def by_our_names(
     return {
         named.get(name, name): from_torch(tensor)
         for name, tensor in tensors.items()
-        if name in named or not is_only_released(name)
+        if name in named or not _ONLY_RELEASED.search(name)
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -113,12 +114,10 @@ def cached_file(address: str) -> Path:
 def cache_folder() -> Path:
     """The user's cache of weights; a temporary folder where it cannot be written."""
     folder = platformdirs.user_cache_path("alignps_jax") / "weights"
-    try:
+    with contextlib.suppress(OSError):  # no home
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:  # no home
-        pass
+    if os.access(folder, os.W_OK):
+        return folder
     temporary = Path(tempfile.mkdtemp(prefix="alignps_jax-"))
     print(f"note: {folder} cannot be written: downloaded weights go to {temporary}")
     return temporary

@@ -25,8 +25,6 @@ from alignps_jax.files import write_atomically
 
 Tensors = dict[str, np.ndarray]
 
-# Older ones have published ways to run code, or to corrupt memory, even from `weights_only` loads.
-_OLDEST_TORCH = (2, 10)
 _STARTS = {
     b"PK": "pth",
     b"\x80\x02\x8a\nl\xfc\x9c": "pth",  # before PyTorch 1.6
@@ -139,7 +137,6 @@ def _load_torch(path: Path) -> Any:
 
 
 def _torch() -> ModuleType:
-    oldest = ".".join(map(str, _OLDEST_TORCH))
     try:
         import torch
     except ImportError as error:
@@ -147,10 +144,9 @@ def _torch() -> ModuleType:
             ".pth files need PyTorch, which is not installed: pip install '.[torch]' "
             "(.safetensors files do without)"
         ) from error
-    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < _OLDEST_TORCH:
-        raise ValueError(
-            f"found PyTorch {torch.__version__}, expected {oldest} or newer: a crafted .pth file "
-            f"can run code in an older one: pip install 'torch>={oldest}'"
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
+        raise ValueError(  # there are published ways around `weights_only` in older ones
+            f"found PyTorch {torch.__version__}, expected 2.10 or newer: pip install '.[torch]'"
         )
     return torch
 
@@ -197,4 +193,5 @@ def _array(value: Any) -> np.ndarray:
     if isinstance(value, np.ndarray):
         return value
     value = value.detach()
-    return (value.float() if value.is_floating_point() else value).numpy()
+    short = value.is_floating_point() and value.itemsize < 4  # bfloat16 is not NumPy's
+    return (value.float() if short else value).numpy()

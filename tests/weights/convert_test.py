@@ -179,7 +179,7 @@ BAD_SOURCES = {
     ),
     "AlignPS+": (
         partial(fake_detector, "released_plus"),
-        "unexpected: .*conv_offset.* cuhk and prw have one each for :released and :released_plus",
+        "unexpected: .*conv_offset.*cuhk or prw, :released or :released_plus",
     ),
     "queue": (
         partial(changed, **{QUEUE: np.ones((500, 8), np.float32)}),

@@ -116,7 +116,7 @@ def test_an_old_pytorch_is_refused_by_name(version, tmp_path, monkeypatch):
     old.__version__ = version
     monkeypatch.setitem(sys.modules, "torch", old)
     (tmp_path / "a.pth").write_bytes(b"PK\x03\x04")
-    expected = rf": found PyTorch {re.escape(version)}, expected 2.10 or newer: .*torch>=2.10"
+    expected = rf": found PyTorch {re.escape(version)}, expected 2.10 or newer"
     with pytest.raises(UserError, match="a.pth" + expected):
         read_tensors(tmp_path / "a.pth")
     with pytest.raises(UserError, match="b.pth" + expected):
