@@ -261,12 +261,11 @@ def test_config_and_versions(tmp_path):
     assert loaded.to_dict() == config.to_dict()
     assert loaded.is_locked
     loaded.data.prepared_dir = "somewhere"  # unset in the config: stays open
-    write_run_info(tmp_path / "new", config)
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["seed"] == config.seed
-    versions = json.loads((tmp_path / "new" / "versions.json").read_text())
+    write_run_info(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == config.seed
+    versions = json.loads((tmp_path / "versions.json").read_text())
     assert versions["jax"] == jax.__version__
-    assert versions["orbax-checkpoint"] != "not installed"
-    assert versions["device"] == jax.devices()[0].device_kind
+    assert "not installed" not in versions.values()
 
 
 def damaged_files(original: Path) -> Iterator[tuple[Path, bytes | None]]:
@@ -332,7 +331,7 @@ def test_what_the_system_says_is_found_inside_what_tensorstore_says(error, numbe
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_flipped_bit_of_a_large_array_is_found(tmp_path):
+def test_a_flipped_bit_is_found(tmp_path):
     """In the values, over which Orbax has no checksum."""
     state = make_state(1).replace(params={"w": jax.random.normal(jax.random.key(0), (300, 300))})
     with open_checkpoints(tmp_path) as checkpoints:

@@ -10,16 +10,13 @@ from argparse import Namespace
 from functools import cache, partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, load_weights
+from alignps_jax.checkpoint.store import load_arrays, load_config, load_weights
 from alignps_jax.nn.model import build_model, weights_template
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.pretrained import starting_arrays
-from alignps_jax.training.state import create_state, is_frozen
 from alignps_jax.types import UserError
 from alignps_jax.weights.conventions import CAFFE, TORCHVISION
 from alignps_jax.weights.convert import convert_released, export_released
@@ -136,24 +133,6 @@ def test_kernels_land_in_our_layout_and_the_config_travels_along(tmp_path):
     np.testing.assert_array_equal(
         norm["var"], tensors["backbone.layer2.0.downsample.1.running_var"]
     )
-
-
-def test_training_goes_on_from_a_converted_detector(tmp_path):
-    tensors, config = fake_detector(), small_config()
-    convert_released(config, saved(tmp_path, tensors), tmp_path / "out")
-    model = build_model(config)
-    optimizer = make_optimizer(
-        config.optimizer,
-        learning_rate_schedule(config.optimizer, steps_per_epoch=100),
-        lambda path: is_frozen(model, path),
-    )
-    template = jax.eval_shape(lambda: create_state(config, model, optimizer, LUT))
-    with Checkpoints(tmp_path / "out", keep=2, config=config) as checkpoints:
-        state, iterator_state = checkpoints.restore(template)
-    assert iterator_state is None
-    np.testing.assert_array_equal(state.memory.lut, tensors[LOOKUP_TABLE])
-    np.testing.assert_array_equal(state.memory.queue, tensors[QUEUE])
-    assert state.memory.tail == tensors[QUEUE.replace("queue", "tail")]
 
 
 def changed(**changes) -> Tensors:
@@ -377,6 +356,3 @@ def test_the_commands(tmp_path):
     assert done.returncode == 0, done.stderr
     expected = {k: x for k, x in fake_detector().items() if not ONLY_TRAINING.match(k)}
     assert_equal(uncounted(read_tensors(target)), uncounted(expected))
-    done = launch("--mode=export", f"--checkpoint={tmp_path / 'out'}")
-    assert done.returncode == 2
-    assert "required: --target" in done.stderr

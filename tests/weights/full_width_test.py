@@ -50,8 +50,11 @@ def test_a_released_model_serves_every_purpose(module, variant, tmp_path):
     check_changes(starting_config(config, workdir), workdir, accepted=False)
     with Checkpoints(workdir, keep=1, config=config) as checkpoints:
         template = jax.eval_shape(partial(create_state, config, model, optimizer, rows))
-        state, _ = checkpoints.restore(template)
+        state, position = checkpoints.restore(template)
+    assert position is None  # no data seen
     np.testing.assert_array_equal(state.memory.lut, tensors[LOOKUP_TABLE])
+    np.testing.assert_array_equal(state.memory.queue, tensors[QUEUE])
+    assert state.memory.tail == tensors[QUEUE.replace("queue", "tail")]
 
     tuned = cuhk.get_config(variant)  # on other people
     tuned.model.pretrained = str(workdir)
