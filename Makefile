@@ -101,7 +101,7 @@ $(DOCS_READY): $(READY) requirements-docs.lock
 
 # Everything that needs PyTorch: conversion of .pth files, and parity with the published model.
 parity: $(PARITY_READY)
-	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/weights/convert_test.py
+	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/weights
 
 # The network beside PyTorch's, a gallery that grows, starts: make benchmark [WHAT=inference,train] [RUNS=5].
 # WHAT=starts AGAINST=../before: seconds to the first result, in turns with another checkout.

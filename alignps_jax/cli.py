@@ -100,13 +100,12 @@ def serve(args: Arguments) -> None:
     serve_checkpoint(args.checkpoint, _config(args), _gallery(args), args.host, args.port)
 
 
-@mode("config source workdir", "convention")
+@mode("config source workdir", "ema")
 def convert(args: Arguments) -> None:
-    """makes a checkpoint of published PyTorch weights (.pth, .safetensors, .pkl)"""
+    """makes a checkpoint of published PyTorch weights (.pth, .safetensors, .index.json)"""
     from alignps_jax.weights.convert import convert_released
 
-    places = Path(args.source), args.workdir
-    convert_released(_config(args), *places, args.convention, args.fields)
+    convert_released(_config(args), Path(args.source), args.workdir, args.fields, args.ema)
 
 
 @mode("target", "exact_up_to config", one_of="checkpoint gallery")

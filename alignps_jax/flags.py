@@ -56,7 +56,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "exact_up_to": _flag("number of people up to which search is exact", int, 2_000_000),
     "photo": _flag("photo or video whose people are forgotten; default: none"),
     "person": _flag("id of one person to forget, from ranking.json; default: none"),
-    "convention": _flag("pixels of a ResNet-50, torchvision or caffe; default: by its name"),
+    "ema": _switch("take the running average of the weights from a training checkpoint"),
     "target": _flag("file to write; its suffix says what; default: below runs/scaling", _path),
     "table": _flag("table of the paper: 1 to 6, or fig4"),
     "seeds": _flag("runs of each row of the table", _count, 2),

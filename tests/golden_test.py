@@ -11,11 +11,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from alignps_jax.arrays import leaves_by_path
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.state import is_frozen
@@ -26,10 +26,10 @@ from tests.oracle import golden
 from tests.oracle.random_weights import random_state_dict
 from tests.oracle.scenes import Scene
 from tests.parity.ours import (
-    by_path,
     by_released_name,
     first_state,
     one_device,
+    recorded,
     relative_error,
     released_config,
     released_shapes,
@@ -55,7 +55,9 @@ def random_weights(model: AlignPS, *, gentle: bool) -> Weights:
     template = weights_template(model)
     tree = {"params": template.params, "frozen": template.frozen}
     state = random_state_dict(released_shapes(tree), 1, gentle)
-    arrays = {path: jnp.asarray(from_torch(state[released_name(path)])) for path in by_path(tree)}
+    arrays = {
+        path: jnp.asarray(from_torch(state[released_name(path)])) for path in leaves_by_path(tree)
+    }
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     return Weights(jnp.zeros((), jnp.int32), tree["params"], tree["frozen"])
 
@@ -81,18 +83,6 @@ def test_inference(name):
     assert cosine.min() >= 0.9999
 
 
-def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer; its state holds the last gradient beside its own."""
-
-    def update(gradient, state, params):
-        updates, inner = optimizer.update(gradient, state[1], params)
-        return updates, (gradient, inner)
-
-    return optax.GradientTransformation(
-        lambda params: (jax.tree.map(jnp.zeros_like, params), optimizer.init(params)), update
-    )
-
-
 @pytest.mark.parametrize("name", golden.TRAINING)
 def test_training(name):
     config = make_config(name)
@@ -116,7 +106,7 @@ def test_training(name):
         for key, value in metrics.terms.items():
             assert relative_error(value, expected.pop(f"loss/{turn}/{key}")) <= 1e-3, (turn, key)
         if turn == 0:
-            for path, value in by_path({"params": state.opt_state[0]}).items():
+            for path, value in leaves_by_path({"params": state.opt_state[0]}).items():
                 norm = expected.pop(f"gradient/{released_name(path)}", 0)  # 0: frozen
                 found = np.linalg.norm(np.asarray(value, np.float64))
                 assert found == pytest.approx(norm, rel=1e-3, abs=1e-7), path

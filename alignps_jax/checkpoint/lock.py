@@ -18,10 +18,8 @@ NAME = ".lock"
 def one_writer(workdir: Path) -> Iterator[None]:
     """Holds the lock of `workdir`, which it makes; process 0 does so for all processes of a run.
 
-    Where the file system knows no locks, a note says so.
-
     Raises:
-      UserError: another run writes there.
+      UserError: another run writes there. A file system without locks is a note.
     """
     if not is_main_process():
         yield

@@ -9,15 +9,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.choice import last_step
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import load_arrays, load_config
 from alignps_jax.distributed import broadcast_from_main, is_main_process
+from alignps_jax.errors import blame
 from alignps_jax.nn.model import AlignPS, weights_template
 from alignps_jax.types import UserError
 from alignps_jax.weights import sources
-from alignps_jax.weights.conventions import CAFFE, CONVENTIONS, Convention, with_convention
+from alignps_jax.weights.conventions import CAFFE, Convention, convention_of, with_convention
 from alignps_jax.weights.download import fetch
-from alignps_jax.weights.released_names import backbone_origin, by_our_names, is_detector
+from alignps_jax.weights.released_names import by_our_names, kind_of
 from alignps_jax.weights.sources import FIELD, RANDOM
 from alignps_jax.weights.tensor_files import listed, read_tensors
 
@@ -43,29 +45,19 @@ def _convention(config: ConfigDict, workdir: Path, typed: Collection[str]) -> Co
     """The fields of `CAFFE` as the weights expect them."""
     own = {name: config.model[name] for name in CAFFE}
     if holds_checkpoint(workdir):
-        stored = load_config(workdir, "latest").model
+        stored = load_config(last_step(workdir)).model
         return own | {n: stored[n] for n in own if n in stored and f"model.{n}" not in typed}
     sources.check_start(config)
     if config.model.pretrained == RANDOM:
         print(f"note: {FIELD} is 'random': training starts from random weights")
         return own
     path = _place(config)
-    known = sources.known_convention(sources.address_of(config.model.pretrained))
-    if not known and not path.is_file():
+    if not path.is_file():
         stored = load_config(path).model
         return {name: stored[name] for name in own}
-    if not known:
-        names = read_tensors(path).keys()
-        known = "caffe" if is_detector(names) else backbone_origin(names)
-    if not known and "model.channel_order" in typed:
-        known = "torchvision" if config.model.channel_order == "RGB" else "caffe"
-    if not known:
-        raise UserError(
-            f"{FIELD}: the names in {config.model.pretrained} do not tell what pixels this "
-            "ResNet-50 was trained on: add --config.model.channel_order=RGB (torchvision, timm, "
-            "DINO, MoCo, SwAV) or BGR (Caffe: MSRA, most of detectron2)"
-        )
-    return CONVENTIONS[known]
+    source = config.model.pretrained
+    with blame(f"{FIELD}: {source}"):
+        return convention_of(read_tensors(path), sources.address_of(source), config, typed)
 
 
 def _place(config: ConfigDict) -> Path:
@@ -90,16 +82,21 @@ def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
     path, template = _place(config), weights_template(model)
     places = leaves_by_path({"params": template.params, "frozen": template.frozen})
     if path.is_file():
-        arrays = by_our_names(read_tensors(path), places)
+        tensors = read_tensors(path)
+        with blame(f"{FIELD}: {source}"):
+            arrays, kind = by_our_names(tensors, places), kind_of(tensors)
     else:
-        arrays = load_arrays(path, lambda name: name.split("/")[0] in ("params", "frozen"))
+        kind, arrays = (
+            "a checkpoint",
+            load_arrays(path, lambda name: name.split("/")[0] in ("params", "frozen")),
+        )
     fits = {n: x for n, x in arrays.items() if n in places and places[n].shape == x.shape}
     anew, others = ([n for n in names if n not in fits] for names in (places, arrays))
     missing = [name for name in anew if "/offset/" not in name]
     if wrong := [*filter(_in_backbone, others), *filter(_in_backbone, missing)]:
         raise UserError(
             f"{FIELD}: {source}: another backbone than that of config.model; arrays are missing, "
-            f"unexpected or of another shape: {listed(wrong)}"
+            f"unexpected or of another shape: {listed(wrong)} ({kind})"
         )
     if is_main_process():
         backbone = sum(map(_in_backbone, fits))

@@ -9,6 +9,7 @@ import grain
 import jax
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.choice import last_step
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import Checkpoints, load_config
 from alignps_jax.config import FIELD_KINDS, NETWORK, TRAINING, flat_fields
@@ -23,7 +24,7 @@ def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
     """
     if not holds_checkpoint(workdir):
         return
-    before, now = (flat_fields(x) for x in (load_config(workdir, "latest"), config))
+    before, now = (flat_fields(x) for x in (load_config(last_step(workdir)), config))
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     decisive = [n for n in changed if FIELD_KINDS.get(n, TRAINING) in (NETWORK, TRAINING)]
     if decisive and not accepted:

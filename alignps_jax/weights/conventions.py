@@ -8,6 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from alignps_jax.types import UserError
+from alignps_jax.weights.released_names import backbone_origin, is_detector
+from alignps_jax.weights.sources import known_convention
 
 Convention = Mapping[str, Any]  # the fields of `config.model` in `CONVENTIONS`
 
@@ -25,6 +27,30 @@ TORCHVISION = {
     "stride_in_3x3": True,
 }
 CONVENTIONS: dict[str, dict[str, Any]] = {"torchvision": TORCHVISION, "caffe": CAFFE}
+
+
+def convention_of(
+    names: Collection[str], source: str, config: ConfigDict, typed: Collection[str]
+) -> Convention:
+    """The pixels that the tensors of these names expect.
+
+    The digits in the name of the file or address `source` tell; then a detector; then the channel
+    order, if the user `typed` it; then what only one origin's ResNets have.
+
+    Raises:
+      ValueError: nothing tells.
+    """
+    known = known_convention(source) or ("caffe" if is_detector(names) else None)
+    if not known and "model.channel_order" in typed:
+        known = "torchvision" if config.model.channel_order == "RGB" else "caffe"
+    known = known or backbone_origin(names)
+    if not known:
+        raise ValueError(
+            "the names do not tell what pixels this ResNet-50 was trained on: add "
+            "--config.model.channel_order=RGB (torchvision, timm, DINO, MoCo, SwAV) or BGR "
+            "(Caffe: MSRA, most of detectron2)"
+        )
+    return CONVENTIONS[known]
 
 
 def with_convention(

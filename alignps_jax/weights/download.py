@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import shutil
 import tempfile
 import urllib.request
 from pathlib import Path
-from typing import IO
 
 from tqdm import tqdm
 
-from alignps_jax.types import UserError
+from alignps_jax.errors import blame
 from alignps_jax.weights.sources import FIELD, cached_file, expected_digits, file_name
-from alignps_jax.weights.tensor_files import read_tensors, write_tensors
+from alignps_jax.weights.tensor_files import file_format, parse_tensors, write_tensors
 
 _TIMEOUT = 30.0  # seconds without an answer
-_CHUNK = 1 << 18  # bytes
 
 
 def fetch(address: str) -> Path:
@@ -30,64 +29,29 @@ def fetch(address: str) -> Path:
     """
     target = cached_file(address)
     if not target.is_file():
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, blame(f"{FIELD}: {address}"):
             file = Path(folder) / file_name(address)
             try:
-                with file.open("wb") as writable:
-                    digest = _download(address, writable)
+                _download(address.partition("#")[0], file)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                raise UserError(
-                    f"{FIELD}: {address}: cannot be downloaded ({_reason(error)}); without a "
-                    "network, give the path of the file"
+                raise ValueError(
+                    f"cannot be downloaded ({error}); without a network, give the path of the file"
                 ) from error
-            _keep(address, file, digest, target)
+            file_format(file)
+            with file.open("rb") as readable:
+                digest = hashlib.file_digest(readable, "sha256").hexdigest()
+            if not digest.startswith(expected := expected_digits(address)):
+                raise ValueError(f"found SHA-256 {digest[:16]}..., expected {expected}...")
+            write_tensors(target, parse_tensors(file), {"source": address})
+            print(f"{FIELD}: {address} is now {target} (SHA-256 {digest})", flush=True)
     return target
 
 
-def _keep(address: str, file: Path, digest: str, target: Path) -> None:
-    """Checks a downloaded file and makes it `target`."""
-    expected = expected_digits(address)
-    if not digest.startswith(expected):
-        raise UserError(
-            f"{FIELD}: {address}: found a file with SHA-256 {digest[:16]}..., expected "
-            f"{expected}...{_page(file)}"
-        )
-    if _page(file):
-        raise UserError(f"{FIELD}: {address}: expected a file of weights{_page(file)}")
-    try:
-        tensors = read_tensors(file)
-    except UserError as error:
-        raise UserError(f"{FIELD}: {address}: {str(error).removeprefix(f'{file}: ')}") from error
-    write_tensors(target, tensors, {"source": address})
-    print(f"{FIELD}: {address} is now {target} (SHA-256 {digest})", flush=True)
-
-
-def _download(address: str, writable: IO[bytes]) -> str:
-    """Writes what is at the address; returns its SHA-256. ValueError for a file that is cut off."""
-    digest, options = hashlib.sha256(), {"unit": "B", "unit_scale": True, "mininterval": 1.0}
-    request = urllib.request.Request(
-        address.partition("#")[0], headers={"User-Agent": "alignps-jax"}
-    )
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+def _download(address: str, file: Path) -> None:
+    request = urllib.request.Request(address, headers={"User-Agent": "alignps-jax"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, file.open("wb") as writable:
         total = int(answer.headers.get("Content-Length") or 0)
-        with tqdm(total=total or None, desc=file_name(address), **options) as bar:
-            while chunk := answer.read(_CHUNK):
-                writable.write(chunk)
-                digest.update(chunk)
-                bar.update(len(chunk))
-            if total and bar.n < total:
-                raise ValueError(f"cut off after {bar.n:,} of {total:,} bytes")
-    return digest.hexdigest()
-
-
-def _page(file: Path) -> str:
-    """A remark where the file is a web page."""
-    with file.open("rb") as readable:
-        start = readable.read(512).lstrip().lower()
-    return ": found a web page" if start.startswith((b"<!doctype", b"<html", b"<?xml")) else ""
-
-
-def _reason(error: Exception) -> str:
-    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-    code = getattr(error, "code", None)
-    return " ".join(f"{code} {reason}".split()) if code else str(reason) or type(error).__name__
+        with tqdm.wrapattr(answer, "read", total=total, desc=file.name, mininterval=1) as readable:
+            shutil.copyfileobj(readable, writable)
+        if writable.tell() < total:
+            raise ValueError(f"cut off after {writable.tell():,} of {total:,} bytes")

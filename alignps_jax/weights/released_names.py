@@ -6,15 +6,14 @@ Our own names are the paths of a checkpoint's arrays, such as `params/neck/later
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
-from alignps_jax.types import UserError
 from alignps_jax.weights.tensor_files import listed
 
 # Applied one after another; levels are numbered from 3 here, from 0 there.
-_RULES = [
+_RULES: list[tuple[str, str | Callable]] = [
     (r"^(params|frozen)/", ""),
     (r"/layer(\d)_(\d+)/", r"/layer\1/\2/"),
     (r"/downsample_conv/", "/downsample/0/"),
@@ -44,44 +43,33 @@ QUEUE = "bbox_head.unlabeled_matching_layer.queue"
 _ONLY_RELEASED = re.compile(
     r"\.num_batches_tracked$|^neck\.fpn_convs\.[1-4]\.|^bbox_head\.scales\.[1-4]\."
 )
-# detectron2's and Caffe2's names of a ResNet, in terms of torchvision's.
-_BACKBONE_RULES = [
-    (r"^(module\.)?(encoder_q\.|base_encoder\.|backbone\.)?", ""),  # MoCo, SwAV
-    (r"^stem\.", ""),
-    (r"^res(\d)\.", lambda found: f"layer{int(found[1]) - 1}."),
-    (r"\bconv(\d)\.norm\.", r"bn\1."),
-    (r"shortcut\.norm\.", "downsample.1."),
-    (r"shortcut\.(?=weight)", "downsample.0."),
-    (r"^(?:res_)?conv1_", "conv1_"),
-    (r"^res(\d)_(\d+)_", lambda found: f"layer{int(found[1]) - 1}.{found[2]}."),
-    (r"branch1_", "downsample_"),
-    (r"branch2([abc])_", lambda found: f"conv{'abc'.index(found[1]) + 1}_"),
-    (r"conv(\d)_bn_", r"bn\1_"),
-    (r"downsample_bn_", "downsample.1_"),
-    (r"downsample_w$", "downsample.0_w"),
-    (r"_[ws]$", ".weight"),
-    (r"_b$", ".bias"),
-]
-# A classifier, and what self-supervised training has beside the backbone.
+# Where self-supervised training has the backbone, and what it and a classifier have beside it.
+_BACKBONE = re.compile(r"^(encoder_q|base_encoder|encoder|backbone|resnet|trunk)\.")
 _NOT_BACKBONE = re.compile(
-    r"^(fc|fc1000|pred|head|linear|stem\.fc|projection_head|prototypes|predictor)\."
-    r"|^(module\.)?(encoder_k|momentum_encoder)\.|^queue(_ptr)?$"
+    r"^(fc|head|linear|classifier|projection_head|projector|prototypes|predictor)\."
+    r"|^(encoder_k|momentum_encoder)\.|^queue(_ptr)?$"
 )
+_DETECTOR = re.compile(r"(^|\.)(neck|bbox_head)\.")
 
 
 def released_name(path: str) -> str:
     """The released name of one of our arrays."""
-    return _rename(path, _RULES).replace("/", ".")
-
-
-def is_only_released(name: str) -> bool:
-    """Whether a model of ours may lack a tensor of this released name."""
-    return _ONLY_RELEASED.search(name) is not None
+    for pattern, replacement in _RULES:
+        path = re.sub(pattern, replacement, path)
+    return path.replace("/", ".")
 
 
 def is_detector(names: Collection[str]) -> bool:
-    """Whether these are the released names of a complete detector."""
-    return any(name.startswith(("bbox_head.", "neck.")) for name in names)
+    """Whether these are the names of a detector's tensors; else they are those of a backbone."""
+    return any(map(_DETECTOR.search, names))
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """What tensors of these names are taken for, and the names that decided."""
+    deciding = [name for name in names if _DETECTOR.search(name)]
+    if deciding:
+        return f"taken for a detector because of {listed(deciding, 1)}"
+    return "taken for a ResNet-50 because no name has neck. or bbox_head. in it"
 
 
 def to_torch(array: np.ndarray) -> np.ndarray:
@@ -97,11 +85,10 @@ def from_torch(array: np.ndarray) -> np.ndarray:
 def backbone_origin(names: Collection[str]) -> str | None:
     """Whose convention the names of an ImageNet ResNet give away: "torchvision", "caffe" or None.
 
-    torchvision and timm deliver their classifier with the backbone. Only Caffe's ResNet has a bias
-    in its first convolution, and Caffe2 has names of its own. detectron2 gives the same names to
-    weights of either origin, and without a classifier (DINO, MoCo, SwAV) nothing tells.
+    torchvision and timm deliver their classifier with the backbone; only Caffe's ResNet has a bias
+    in its first convolution. Without a classifier (DINO, MoCo, SwAV) nothing tells.
     """
-    if "conv1.bias" in names or "conv1_w" in names:
+    if "conv1.bias" in names:
         return "caffe"
     return "torchvision" if {"fc.weight", "conv1.weight"} <= set(names) else None
 
@@ -119,47 +106,28 @@ def by_our_names(
     return {
         named.get(name, name): from_torch(tensor)
         for name, tensor in tensors.items()
-        if name in named or not is_only_released(name)
+        if name in named or not _ONLY_RELEASED.search(name)
     }
 
 
-def backbone_tensors(
-    tensors: Mapping[str, np.ndarray], source: str = "weights"
-) -> dict[str, np.ndarray]:
+def backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """An ImageNet ResNet with its classifier left out, named as in the released models.
 
-    A bias of a convolution before a norm is taken over into the norm's mean. A norm that is only
-    scale and bias (Caffe2) gets statistics that leave those as they are (with eps 1e-5).
+    A bias of a convolution before a norm is taken over into the norm's mean.
 
     Raises:
-      UserError: two tensors of `source` come to have the same name.
+      ValueError: two tensors come to have the same name.
     """
     named: dict[str, np.ndarray] = {}
     for original, value in tensors.items():
-        name = _rename(original, _BACKBONE_RULES)
+        name = _BACKBONE.sub("", original)
         if _NOT_BACKBONE.search(name):
             continue
         if name in named:
-            raise UserError(f"{source}: found two tensors for {listed([name])}, expected one")
+            raise ValueError(f"found two tensors for {name}, expected one")
         named[name] = value
-    for name in [name for name in named if re.search(r"(^|\.)bn\d\.weight$|\.1\.weight$", name)]:
-        norm = name.removesuffix(".weight")
-        if f"{norm}.running_mean" not in named:
-            named[f"{norm}.running_mean"] = np.zeros_like(named[name])
-            named[f"{norm}.running_var"] = np.full_like(named[name], 1 - 1e-5)
     for name in [name for name in named if re.search(r"(^|\.)conv\d\.bias$", name)]:
         mean = re.sub(r"conv(\d)\.bias$", r"bn\1.running_mean", name)
-        if mean in named and _alike(named[mean], named[name]):
-            with np.errstate(over="ignore"):  # found as not finite with the others
-                named[mean] = named[mean] - named.pop(name)
+        if mean in named and named[mean].shape == named[name].shape:
+            named[mean] = named[mean] - named.pop(name)
     return {f"backbone.{name}": value for name, value in named.items()}
-
-
-def _alike(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype
-
-
-def _rename(name: str, rules: Iterable) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
 import importlib.util
+import os
 import re
 import tempfile
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import platformdirs
 from ml_collections import ConfigDict
@@ -20,8 +22,7 @@ RANDOM = "random"
 FIELD = "config.model.pretrained"
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A published ImageNet ResNet-50, and a key of `CONVENTIONS`: the pixels it was trained on."""
 
     address: str
@@ -58,18 +59,17 @@ def file_name(source: str) -> str:
     return PurePosixPath(re.split("[?#]", source)[0] if is_address(source) else source).name
 
 
-def expected_digits(address: str) -> str:
+def expected_digits(source: str) -> str:
     """The digits of the SHA-256 behind an address or in its file's name; "" if it has none."""
-    found = re.search(r"#sha256=([0-9a-fA-F]{8,64})$", address)
-    found = found or re.search(r"-([0-9a-f]{8,64})\.\w+$", file_name(address))
+    found = re.search(r"#sha256=([0-9a-fA-F]{8,64})$", source)
+    found = found or re.search(r"-([0-9a-f]{8,64})\.\w+$", file_name(source))
     return found[1].lower() if found else ""
 
 
 def known_convention(source: str) -> str | None:
     """The convention of a published file by the digits in its name or address; else None."""
-    digits = expected_digits(source)
     found = {expected_digits(entry.address): entry.convention for entry in PUBLISHED.values()}
-    return found.get(digits)
+    return found.get(expected_digits(source))
 
 
 def check_start(config: ConfigDict) -> None:
@@ -80,8 +80,7 @@ def check_start(config: ConfigDict) -> None:
         keeps some of its initial values.
     """
     model = config.model
-    pretrained = model.pretrained
-    if pretrained == RANDOM:
+    if model.pretrained == RANDOM:
         if model.backbone != "resnet_small" or model.frozen_stages >= 0:
             raise UserError(
                 f"{FIELD}: found 'random', expected weights ({' or '.join(PUBLISHED)}, a file, an "
@@ -90,7 +89,7 @@ def check_start(config: ConfigDict) -> None:
                 "--config.model.backbone=resnet_small --config.model.frozen_stages=-1"
             )
         return
-    source = address_of(pretrained)
+    source = address_of(model.pretrained)
     kept = is_address(source) and cached_file(source).is_file()
     if source.endswith(".pth") and not kept and not has_torch():
         raise UserError(
@@ -115,13 +114,10 @@ def cached_file(address: str) -> Path:
 def cache_folder() -> Path:
     """The user's cache of weights; a temporary folder where it cannot be written."""
     folder = platformdirs.user_cache_path("alignps_jax") / "weights"
-    try:
-        if not folder.is_absolute():  # no home
-            raise PermissionError
+    with contextlib.suppress(OSError):  # no home
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        temporary = Path(tempfile.mkdtemp(prefix="alignps_jax-"))
-        print(f"note: {folder} cannot be written: downloaded weights go to {temporary}")
-        return temporary
-    return folder
+    if os.access(folder, os.W_OK):
+        return folder
+    temporary = Path(tempfile.mkdtemp(prefix="alignps_jax-"))
+    print(f"note: {folder} cannot be written: downloaded weights go to {temporary}")
+    return temporary

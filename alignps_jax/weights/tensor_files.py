@@ -1,15 +1,15 @@
-"""Files of named tensors: PyTorch's .pth, safetensors, and pickled NumPy arrays (detectron2).
+"""Files of named tensors: PyTorch's .pth, which needs the extra `torch`, and .safetensors.
 
-Reading never executes code from a file, and believes nothing that a file says of its size. PyTorch,
-the optional extra `torch`, reads and writes its own format; the others do without.
+Reading never executes code from a file.
 """
 
 from __future__ import annotations
 
-import collections
-import pickle
+import argparse
+import io
+import json
 import re
-import stat
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,224 +17,181 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import safetensors.numpy
+from numpy._core import multiarray
 
-from alignps_jax.files import check_outputs, complete_file
-from alignps_jax.types import UserError
-from alignps_jax.weights.pickled_arrays import ForeignObjectError, PickledArray, load_pickled
+from alignps_jax.errors import blame
+from alignps_jax.files import write_atomically
 
 Tensors = dict[str, np.ndarray]
 
-# Older ones have published ways to run code, or to corrupt memory, even from `weights_only` loads.
-_OLDEST_TORCH = (2, 10)
-# safetensors' names of the types that NumPy has.
-_NUMBERS = ("F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
-# All tensors together may be larger than the file, where several share their bytes; so much.
-_MOST_SHARED = 2
+_STARTS = {
+    b"PK": "pth",
+    b"\x80\x02\x8a\nl\xfc\x9c": "pth",  # before PyTorch 1.6
+    b"{": "index",
+    b"<": "a web page",
+    b"version https:": "a Git LFS pointer",
+    b"\x80": "a pickle, as of detectron2 and Caffe2 (their ResNet-50 is 'msra')",
+}
+# The entries of training checkpoints that hold the weights, and those of their running average.
+_ENTRIES = ("state_dict", "model_state_dict", "model", "net", "network", "student")
+_AVERAGES = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema", "teacher")
+_WRAPPERS = re.compile(r"^((module|model|net|network|student|detector|_orig_mod)\.)+")
+_AVERAGED = re.compile(r"^((module|model)\.)*(model_ema|ema_model|ema|teacher)\.")
 
 
-def read_tensors(path: Path) -> Tensors:
-    """All tensors of a file by name, as NumPy arrays; the format is told from the content.
+def read_tensors(path: Path, averaged: bool = False) -> Tensors:
+    """The tensors of a file by name, floating-point numbers as float32.
 
-    Of a dictionary with an entry `state_dict` (mmcv) or `model` (detectron2) that entry is read.
+    The format is told from the content; a `.safetensors.index.json` stands for all its shards. Of a
+    training checkpoint only the weights count, or with `averaged` their running average (EMA);
+    prefixes of a wrapper (`module.`, `model.`, ...) are left out.
 
     Raises:
-      UserError: there is no such file, it is damaged or cut off, holds anything but tensors of
-        finite numbers, or needs a PyTorch that is not installed.
+      UserError: the file is damaged, holds no tensors or numbers that are not finite, or needs a
+        PyTorch that is not installed.
     """
-    head, size = _head(path)
-    if head[8:9] == b"{":
-        tensors = _read_safetensors(path)
-    elif head.startswith((b"PK", b"\x80\x02\x8a\nl\xfc\x9c")):  # zip, or the old magic number
-        tensors = _named_arrays(path, _load_torch(path, size))
-    elif head.startswith(b"\x80"):
-        tensors = _named_arrays(path, _load_pickled_arrays(path))
-    else:
-        raise UserError(
-            f"{path}: found an unknown format, expected .pth, .safetensors or .pkl weights"
-        )
-    # Tensors of PyTorch can be terabytes of the same few bytes.
-    total = sum(array.nbytes for array in tensors.values())
-    if total > _MOST_SHARED * size:
-        raise UserError(f"{path}: found tensors of {total} bytes in a file of {size} bytes")
-    bad = [name for name, array in tensors.items() if not np.isfinite(array).all()]
-    if bad:
-        raise UserError(f"{path}: not finite: {listed(bad)}")
-    return tensors
+    with blame(path):
+        return parse_tensors(path, averaged)
+
+
+def parse_tensors(path: Path, averaged: bool = False) -> Tensors:
+    """As `read_tensors`, but a ValueError says what is wrong, without the path."""
+    found = {
+        name: array if array.dtype.kind in "iu" else array.astype(np.float32, copy=False)
+        for name, array in _chosen(_content(path), averaged).items()
+    }
+    if bad := [name for name, array in found.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"not finite: {listed(bad)}")
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
-    """Writes .pth (a dictionary of `meta` and `state_dict`, as mmcv's) or .safetensors.
-
-    The file is complete or not there at all.
+    """Writes .pth (a dictionary of `meta` and `state_dict`, as mmcv's) or .safetensors, complete.
 
     Raises:
-      UserError: as `check_target`.
+      UserError: the file cannot be written, or .pth needs a PyTorch that is not installed.
     """
-    check_target(path)  # or an error would name the temporary file
-    try:
-        with complete_file(path) as temporary:
-            _WRITERS[path.suffix](temporary, tensors, meta)
-    except (RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({_reason(error)})") from error
-
-
-def check_target(path: Path) -> None:
-    """Finds out whether `write_tensors` could write this file; leaves nothing behind.
-
-    Raises:
-      UserError: another suffix, a folder that cannot be written, or no PyTorch for .pth.
-    """
-    if path.suffix not in _WRITERS:
-        raise UserError(f"{path}: found suffix {path.suffix!r}, expected {' or '.join(_WRITERS)}")
     if path.suffix == ".pth":
-        _torch(path)
-    check_outputs(path)
+        with blame(path):
+            torch, file = _torch(), io.BytesIO()
+        state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
+        torch.save({"meta": dict(meta), "state_dict": state}, file)
+        data = file.getvalue()
+    else:
+        arrays = {name: np.array(array, order="C") for name, array in tensors.items()}
+        data = safetensors.numpy.save(arrays, {"format": "pt", **meta})
+    write_atomically(path, data)
 
 
 def listed(names: Iterable[str], count: int = 3) -> str:
-    """The first names, as one line whatever is in them, and how many more there are."""
+    """The first names, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(_printable(name) for name in names[:count]) + more
+    return ", ".join(names[:count]) + more
 
 
-def _printable(text: str, length: int = 150) -> str:
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= length else f"{text[:length]}..."
+def file_format(path: Path) -> str:
+    """The format by the content: "pth", "safetensors", or "index" of shards; else ValueError."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[8:9] == b"{":
+        return "safetensors"
+    found = next((kind for start, kind in _STARTS.items() if head.lstrip().startswith(start)), "")
+    if found not in ("pth", "index"):
+        found = found or "an unknown format"
+        raise ValueError(f"found {found}, expected .pth or .safetensors weights")
+    return found
 
 
-def _head(path: Path) -> tuple[bytes, int]:
-    """The first bytes of a file, and its size in bytes."""
+def _content(path: Path) -> Any:
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{path}: found a folder or a device, expected a file of weights")
-        with path.open("rb") as file:
-            return file.read(16), about.st_size
-    except (OSError, ValueError) as error:  # ValueError: NUL in the path
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from error
+        kind = file_format(path)
+        if kind == "safetensors":
+            return safetensors.numpy.load_file(path)
+        return _load_torch(path) if kind == "pth" else _read_shards(path)
+    except (OSError, MemoryError, ValueError):
+        raise
+    except Exception as error:  # PyTorch documents none of what it raises for a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if culprit := reason.partition("GLOBAL ")[2].partition(" ")[0]:
+            reason = f"found something else than tensors ({culprit}), nothing of it was run"
+        raise ValueError(reason[:250]) from error
 
 
-def _torch(path: Path) -> ModuleType:
-    oldest = ".".join(map(str, _OLDEST_TORCH))
+def _load_torch(path: Path) -> Any:
+    torch = _torch()
+    safe: list[Any] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of NumPy 1 and 2
+        safe += [
+            (multiarray._reconstruct, f"{module}._reconstruct"),
+            (multiarray.scalar, f"{module}.scalar"),
+        ]
+    types = [type(np.dtype(code)) for code in f"{np.typecodes['AllInteger']}efd?"]
+    with (
+        torch.serialization.safe_globals([*safe, *types, argparse.Namespace]),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        mapped = zipfile.is_zipfile(path)  # the optimizer takes no memory
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _torch() -> ModuleType:
     try:
         import torch
     except ImportError as error:
-        raise UserError(
-            f"{path}: .pth files need PyTorch, which is not installed: pip install '.[torch]' "
+        raise ValueError(
+            ".pth files need PyTorch, which is not installed: pip install '.[torch]' "
             "(.safetensors files do without)"
         ) from error
-    numbers = re.findall(r"\d+", torch.__version__)
-    if tuple(map(int, numbers[:2])) < _OLDEST_TORCH:
-        raise UserError(
-            f"{path}: found PyTorch {torch.__version__}, expected {oldest} or newer: a crafted "
-            f".pth file can run code in an older one: pip install 'torch>={oldest}'"
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
+        raise ValueError(  # there are published ways around `weights_only` in older ones
+            f"found PyTorch {torch.__version__}, expected 2.10 or newer: pip install '.[torch]'"
         )
     return torch
 
 
-def _load_torch(path: Path, size: int) -> Any:
-    torch = _torch(path)
-    try:
-        _check_zip(path, size)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
-        culprit = reason.partition("GLOBAL ")[2].split(" ")[0] or reason[:120]
-        raise UserError(
-            f"{path}: found something else than tensors ({_printable(culprit)}); nothing of it "
-            "was executed"
-        ) from error
-    except Exception as error:  # PyTorch documents none of what it raises for a damaged file
-        raise _damaged(path, error) from error
+def _read_shards(path: Path) -> dict[str, Any]:
+    index = json.loads(path.read_bytes())
+    tensors: dict[str, Any] = {}
+    for name in sorted(set(index["weight_map"].values())):
+        tensors |= _content(path.parent / Path(name).name)
+    return tensors
 
 
-def _check_zip(path: Path, size: int) -> None:
-    """Raises ValueError for an archive that unpacks to more than it is; PyTorch never packs."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    if unpacked > size:
-        raise ValueError(f"{unpacked} bytes in a file of {size} bytes")
+def _chosen(content: Any, averaged: bool) -> Tensors:
+    """The weights of a training checkpoint, or their running average, without their wrappers."""
+    entries, at_average = (*_AVERAGES, *_ENTRIES) if averaged else _ENTRIES, False
+    while isinstance(content, Mapping) and (
+        inner := [name for name in entries if isinstance(content.get(name), Mapping)]
+    ):
+        content, at_average = content[inner[0]], at_average or inner[0] in _AVERAGES
+    arrays = dict(content) if isinstance(content, Mapping) else {}
+    tensors = {str(name): _array(value) for name, value in arrays.items() if _is_tensor(value)}
+    if not tensors:
+        found = listed(map(str, arrays)) or type(content).__name__
+        raise ValueError(f"found {found}, expected named tensors or a state_dict of them")
+    dotted = {f"ema_{name.replace('.', '_')}": name for name in tensors}  # mmcv's averages
+    plain, average = {}, {}
+    for name, value in tensors.items():
+        if name in dotted or _AVERAGED.match(name):
+            average[_WRAPPERS.sub("", dotted.get(name) or _AVERAGED.sub("", name))] = value
+        else:
+            plain[_WRAPPERS.sub("", name)] = value
+    if averaged and not (average or at_average):
+        raise ValueError("found no running average (EMA) of the weights; leave out --ema")
+    if not plain and not averaged:
+        raise ValueError(f"found a running average of weights only ({listed(tensors)}); add --ema")
+    return plain | average if averaged else plain
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged or cut off ({_reason(error)})")
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(value, "detach")
 
 
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-    return _printable(" ".join(text.split()))
-
-
-def _named_arrays(path: Path, content: Any) -> Tensors:
-    for entry in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
-            content = content[entry]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(
-            f"{path}: found {type(content).__name__}, expected a dictionary of named tensors"
-        )
-    return {str(name): _array(path, name, value) for name, value in content.items()}
-
-
-def _array(path: Path, name: Any, value: Any) -> np.ndarray:
-    if not isinstance(name, str):
-        raise UserError(f"{path}: found a key of type {type(name).__name__}, expected a name")
-    try:
-        array: Any = value.value if isinstance(value, PickledArray) else value.detach().numpy()
-        if array.dtype.kind not in "fiu":
-            raise TypeError
-    except (AttributeError, TypeError, RuntimeError) as error:  # not a tensor, bfloat16, sparse
-        found = getattr(value, "dtype", type(value).__name__)
-        raise UserError(
-            f"{path}: {_printable(name)!r}: found {found}, expected a float32 tensor"
-        ) from error
-    return array
-
-
-def _load_pickled_arrays(path: Path) -> Any:
-    try:
-        return load_pickled(path.read_bytes())
-    except ForeignObjectError as error:
-        raise UserError(
-            f"{path}: found something else than arrays ({_printable(str(error))}); nothing of it "
-            "was executed"
-        ) from error
-    except (OSError, ValueError, MemoryError) as error:
-        raise _damaged(path, error) from error
-
-
-def _write_torch(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
-    torch = _torch(path)
-    state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
-    torch.save({"meta": dict(meta), "state_dict": collections.OrderedDict(state)}, path)
-
-
-def _read_safetensors(path: Path) -> Tensors:
-    try:
-        # Not mapped into memory: that kills the process if the file is cut off while it is read.
-        with safe_open(path, framework="numpy", backend="pread") as file:
-            names = list(file.keys())
-            types = {name: file.get_slice(name).get_dtype() for name in names}
-            other = [name for name in names if types[name] not in _NUMBERS]
-            if other:
-                raise UserError(
-                    f"{path}: {_printable(other[0])!r}: found {types[other[0]]}, expected F32"
-                )
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
-        raise _damaged(path, error) from error
-
-
-def _write_safetensors(
-    path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]
-) -> None:
-    arrays = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in tensors.items()}
-    save_file(arrays, path, {"format": "pt", **meta})
-
-
-_WRITERS = {".pth": _write_torch, ".safetensors": _write_safetensors}
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    value = value.detach()
+    short = value.is_floating_point() and value.itemsize < 4  # bfloat16 is not NumPy's
+    return (value.float() if short else value).numpy()

@@ -71,19 +71,6 @@ def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys, nu
     assert line.startswith(f"note: {tmp_path / 'new' / NAME}: {os.strerror(number)}")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 500, b"\xff\xfe\n" * 3000])
-def test_what_the_file_holds_does_not_matter(tmp_path, content):
-    (tmp_path / NAME).write_bytes(content)
-    with one_writer(tmp_path):
-        assert (tmp_path / NAME).read_text().startswith(f"process {os.getpid()} on ")
-
-
-def test_garbage_of_a_holder_is_no_traceback(tmp_path, holder):
-    (tmp_path / NAME).write_bytes(b"\xff\xfe\n" * 30)
-    with pytest.raises(UserError, match="found another run"), one_writer(tmp_path):
-        pass
-
-
 if __name__ == "__main__":
     with one_writer(Path(sys.argv[1])):
         print("holds", flush=True)

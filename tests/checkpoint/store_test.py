@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,10 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.arrays import system_reason
+from alignps_jax.checkpoint.arrays import reading, system_error
 from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.store import (
     Checkpoints,
@@ -125,27 +125,10 @@ def test_round_trip_is_exact(tmp_path, queue, abstract):
     assert iterator_state == {"position": [1, {"a": None}]}
 
 
-def test_host_leaves_come_back_as_they_were(tmp_path):
-    state = make_state(1).replace(
-        frozen={"numpy": np.arange(3.0), "int": 2**40, "float": 0.1, "scalar": np.float64(0.1)},
-    )
-    with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, bytes(range(256)))
-        restored, iterator_state = checkpoints.restore(state)
-    assert iterator_state == bytes(range(256))
-    frozen = restored.frozen
-    assert frozen["int"] == 2**40
-    assert frozen["float"] == 0.1
-    assert [type(frozen[key]) for key in ("numpy", "int", "float", "scalar")] == [
-        *(np.ndarray, int, float, np.float64)
-    ]
-    np.testing.assert_array_equal(frozen["numpy"], np.arange(3.0))
-
-
 def test_the_next_step_may_take_the_buffers_and_the_iterator_state(tmp_path):
     add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     params = {f"w{i}": jnp.full((200, 200), i, jnp.float32) for i in range(50)}
-    host, position = np.ones((300, 300)), {"position": [1]}
+    host, position = np.ones((300, 300), np.float32), {"position": [1]}
     state = make_state(1).replace(params=params, frozen={"host": host})
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, position)
@@ -181,34 +164,18 @@ def test_keeps_the_latest_and_the_best(tmp_path):
 def test_a_score_can_follow_its_checkpoint(tmp_path):
     with open_checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(make_state(1), {"position": 1})
-        checkpoints.save(make_state(1), {"position": -1}, score=0.5)
-        checkpoints.save(make_state(1), {"position": -1}, score=0.6)
-        checkpoints.save(make_state(1), {"position": -1})
-        assert best_step(tmp_path) == 1
+        assert not checkpoints.has_score(1)
+        for score in (0.5, 0.6, None):
+            checkpoints.save(make_state(1), {"position": -1}, score)
+        assert checkpoints.has_score(1)
+        assert checkpoints.restore(make_state(0))[1] == {"position": 1}
         checkpoints.save(make_state(2), {"position": 2}, score=0.55)
         checkpoints.save(make_state(3), {"position": 3})
         checkpoints.wait()
         assert best_step(tmp_path) == 1
-        assert checkpoints.restore(make_state(0), 1)[1] == {"position": 1}
-    assert steps_in(tmp_path) == ["1", "3"]
-
-
-def test_misuse_is_refused(tmp_path):
-    with pytest.raises(UserError, match="found 0, expected 1 or more"):
-        open_checkpoints(tmp_path, keep=0)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/checkpoints: cannot be written \(Not a directory"):
-        open_checkpoints(tmp_path / "file")
-    with open_checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(UserError, match="found no checkpoint"):
-            checkpoints.restore(make_state(0))
-        checkpoints.save(make_state(5), None)
-        with pytest.raises(UserError, match="found step 5, expected none after 4"):
-            checkpoints.save(make_state(4), None)
-        with pytest.raises(UserError, match=r"found steps \[5\]"):
-            checkpoints.restore(make_state(0), 4)
         with pytest.raises(TypeError):
             checkpoints.save(make_state(6), {"position": object()})
+    assert steps_in(tmp_path) == ["1", "3"]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -231,44 +198,33 @@ def test_a_checkpoint_that_does_not_fit_is_refused(saved):
     with open_checkpoints(saved, keep=3) as checkpoints:
         for message, template in cases.items():
             with pytest.raises(UserError) as error:
-                checkpoints.restore(template, 2)
-            assert str(error.value).startswith(f"{saved}/checkpoints/2: does not fit: ")
+                checkpoints.restore(template)
+            assert str(error.value).startswith(f"{saved}/checkpoints/3: does not fit: ")
             assert message in str(error.value)
             assert "\n" not in str(error.value)
     assert "; and " in str(error.value)
     assert "opt_state" not in str(error.value)
 
 
-def test_weights_of_the_chosen_the_latest_or_one_step(saved, copied):
-    def load(path, *which):
-        weights = load_weights(path, jax.eval_shape(lambda: make_state(0)), *which)
+def test_weights_of_the_chosen_or_one_step(saved, copied):
+    def load(path):
+        weights = load_weights(path, jax.eval_shape(lambda: make_state(0)))
         expected = make_state(int(weights.step))
         assert_same((weights.params, weights.frozen), (expected.params, expected.frozen))
         return int(weights.step)
 
-    assert [load(saved), load(saved, "chosen"), load(saved, "latest"), load(saved, 1)] == [
-        2,
-        2,
-        3,
-        1,
-    ]
-    assert load(saved / "checkpoints") == 2
-    # One step's folder, anywhere, under any name; nothing but the model is read.
+    root = saved / "checkpoints"
+    assert [load(path) for path in (saved, root, root / "1", root / "3")] == [2, 2, 1, 3]
+    # One step's folder, anywhere, under any name.
     alone = (copied / "checkpoints" / "1").rename(copied.parent / "alone")
-    shutil.rmtree(alone / "training")
-    shutil.rmtree(alone / "iterator")
     assert load(alone) == 1
     assert load_config(alone).model.stages == CONFIG.model.stages
     # Without any score the newest is the best there is.
-    for step in (2, 3):
-        shutil.rmtree(copied / "checkpoints" / str(step) / "metrics", ignore_errors=True)
+    shutil.rmtree(copied / "checkpoints" / "2" / "metrics")
     assert load(copied) == 3
-    with pytest.raises(UserError, match=f"{copied.parent}: found no checkpoint"):
-        load(copied.parent)
-    with pytest.raises(UserError, match="no-such-place: found no checkpoint"):
-        load(copied / "no-such-place")
-    with pytest.raises(UserError, match=r"found steps \[1, 2, 3\], expected chosen, latest"):
-        load(saved, 7)
+    for nowhere in (copied.parent, copied / "no-such-place"):
+        with pytest.raises(UserError, match=f"{nowhere}: found no checkpoint"):
+            load(nowhere)
 
 
 @pytest.mark.parametrize(
@@ -296,55 +252,83 @@ def test_the_last_step_counts_unless_a_split_chooses(tmp_path, fraction, on_test
     assert (folder.name, by) == other
 
 
-def test_config_and_versions(tmp_path, saved):
-    for path in (saved, saved / "checkpoints", saved / "checkpoints" / "3"):
-        stored = CONFIG.to_dict()["model"]
-        assert load_config(path).to_dict()["model"].items() >= stored.items()
+def test_config_and_versions(tmp_path):
     config = get_config()
     config.model.channels = 77
     with Checkpoints(tmp_path, keep=1, config=config) as checkpoints:
         checkpoints.save(make_state(1), None)
-    loaded = load_config(tmp_path, "latest")
+    loaded = load_config(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.is_locked
     loaded.data.prepared_dir = "somewhere"  # unset in the config: stays open
-    write_run_info(tmp_path / "new", config)
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["seed"] == config.seed
-    versions = json.loads((tmp_path / "new" / "versions.json").read_text())
+    write_run_info(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == config.seed
+    versions = json.loads((tmp_path / "versions.json").read_text())
     assert versions["jax"] == jax.__version__
-    assert versions["orbax-checkpoint"] != "not installed"
-    assert versions["device"] == jax.devices()[0].device_kind
+    assert "not installed" not in versions.values()
+
+
+def damaged_files(original: Path) -> Iterator[tuple[Path, bytes | None]]:
+    """A file of a checkpoint, and its content then: cut off, one bit flipped, or gone."""
+    for file in sorted(path for path in original.rglob("*") if path.is_file()):
+        content, name = file.read_bytes(), file.relative_to(original)
+        middle = len(content) // 2
+        flipped = bytes([content[middle] ^ 4]) if content else b"x"
+        yield name, None
+        yield name, content[:middle]
+        yield name, content[:middle] + flipped + content[middle + 1 :]
+
+
+def test_damage_is_found_or_does_not_matter(saved, tmp_path):
+    original, refused, messages = saved / "checkpoints" / "2", set(), []
+    folder = tmp_path / "checkpoints" / "2"
+    for name, content in damaged_files(original):
+        shutil.copytree(original, folder)
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        try:
+            with open_checkpoints(tmp_path) as checkpoints:
+                restored, iterator_state = checkpoints.restore(make_state(0))
+            weights = load_weights(tmp_path, make_state(0))
+        except (UserError, FileNotFoundError) as error:  # the system names the file itself
+            refused.add(name.parts[0])
+            messages.append(str(error))
+        else:
+            assert_same(restored, make_state(2))
+            assert_same(weights.params, restored.params)
+            assert iterator_state == {"position": 2} or content is not None
+        shutil.rmtree(folder)
+    assert {"arrays", "manifest"} <= refused
+    assert all(str(tmp_path) in message and "\n" not in message for message in messages)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError("full")])
+def test_what_the_system_says_is_no_damage(error, saved, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(type(error)) as caught:
+        load_config(saved)
+    assert caught.value is error
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [Path.unlink, lambda file: os.truncate(file, file.stat().st_size // 2)],
-    ids=["deleted", "truncated"],
+    ("error", "number"),
+    [
+        (OSError(errno.EDQUOT, "x"), errno.EDQUOT),
+        (ValueError("Failed to read: Stale [os_error_code='116']"), errno.ESTALE),
+        (ValueError("something else"), None),
+    ],
 )
-def test_damage_is_found(saved, tmp_path, damage):
-    """Any file: either it does not matter, or the error names the checkpoint."""
-    original = saved / "checkpoints" / "2"
-    workdir = tmp_path / "damaged"
-    folder = workdir / "checkpoints" / "2"
-    errors = {}
-    for file in sorted(path for path in original.rglob("*") if path.is_file()):
-        name = file.relative_to(original)
-        shutil.copytree(original, folder)
-        damage(folder / name)
-        try:
-            with open_checkpoints(workdir) as checkpoints:
-                restored, iterator_state = checkpoints.restore(make_state(0))
-                best = best_step(workdir)
-        except UserError as error:
-            errors[name] = str(error)
-        else:
-            assert_same(restored, make_state(2))
-            assert (iterator_state, best) == ({"position": 2}, 2)
-        shutil.rmtree(workdir)
-    assert all(error.startswith(f"{folder}: damaged checkpoint") for error in errors.values())
-    assert not any("\n" in error for error in errors.values())
-    items = {name.parts[0] for name in errors}
-    assert items == {"model", "training", "iterator", "metrics", "manifest"}
+def test_what_the_system_says_is_found_inside_what_tensorstore_says(error, number, tmp_path):
+    outer = RuntimeError("Orbax")
+    outer.__cause__ = error
+    assert system_error(outer) == number
+    with pytest.raises((OSError, UserError)) as caught, reading(tmp_path):
+        raise outer
+    damaged = "damaged checkpoint (RuntimeError: Orbax)"
+    assert (os.strerror(number) if number else damaged) in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_a_flipped_bit_is_found(tmp_path):
@@ -485,21 +469,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
     assert last == "1 3"
 
 
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded"),
-        (ValueError("Failed to write: No space [os_error_code='28']"), "No space left on device"),
-        (ValueError("something else"), None),
-    ],
-)
-def test_the_reason_is_what_the_system_says(error, reason):
-    assert system_reason(error) == reason
-    outer = RuntimeError("Orbax")
-    outer.__cause__ = error
-    assert system_reason(outer) == reason
-
-
 def child_synced(workdir: str) -> None:
     """Says which files a checkpoint has on the disk when it gets its name, and which it has not."""
     rename, fsync, synced = os.rename, os.fsync, set()
@@ -530,7 +499,6 @@ def test_files_are_on_the_disk_before_a_checkpoint_has_its_name(tmp_path):
 
 def child_devices(workdir: str) -> None:
     """A state as pmap leaves it on four devices; whatever is printed here is Orbax's noise."""
-    absl_logging.set_verbosity(absl_logging.INFO)
     assert jax.local_device_count() == 4
     step = jax.pmap(lambda s, x: s, "i", in_axes=(None, 0), out_axes=None, donate_argnums=0)
     with open_checkpoints(Path(workdir)) as checkpoints:
@@ -563,14 +531,13 @@ def child_process(workdir: str, port: str, index: str) -> None:
             if step == 3:
                 state = state.replace(memory=jax.device_put(state.memory, everywhere))
                 assert not state.memory.lut.is_fully_addressable
-            position = {"process": int(index), "position": step}
-            checkpoints.save(state, position, score=0.5 if step == 1 else None)
+            checkpoints.save(state, {"position": step}, score=0.5 if step == 1 else None)
         assert (checkpoints.latest_step(), best_step(Path(workdir))) == (3, 1)
         checkpoints.save(state, None, score=0.6)
         assert best_step(Path(workdir)) == 3
         restored, iterator_state = checkpoints.restore(many_arrays(0))
     assert_same(restored, many_arrays(3))
-    assert iterator_state == {"process": int(index), "position": 3}
+    assert iterator_state == {"position": 3}
 
 
 def test_two_processes(tmp_path):
@@ -584,7 +551,7 @@ def test_two_processes(tmp_path):
     with open_checkpoints(tmp_path, keep=1) as checkpoints:
         restored, iterator_state = checkpoints.restore(state)
     assert_same(restored, many_arrays(3))
-    assert iterator_state == {"process": 0, "position": 3}
+    assert iterator_state == {"position": 3}
 
 
 if __name__ == "__main__":

@@ -32,14 +32,14 @@ class Spec:
     channels: int = 256
     groups: int = 32
 
-    @classmethod
-    def cuhk(cls, **changes) -> Spec:
-        return cls(**changes)
 
-    @classmethod
-    def prw(cls, **changes) -> Spec:
-        released = {"lut_size": 483, "queue_size": 500, "lut_temperature": 15.0}
-        return cls(**{**released, "normalize_lut": True, "triplet": False, **changes})
+def spec_of(name: str, **changes) -> Spec:
+    """A released model: "cuhk", "cuhk_plus", "prw" or "prw_plus"."""
+    dataset, _, plus = name.partition("_")
+    prw = {"lut_size": 483, "queue_size": 500, "lut_temperature": 15.0}
+    prw |= {"normalize_lut": True, "triplet": False}
+    deform = {"deform_stages": (3, 4, 5)} if plus else {}
+    return Spec(**{**deform, **(prw if dataset == "prw" else {}), **changes})
 
 
 class DeformConv(nn.Module):

@@ -12,13 +12,13 @@ import torch
 
 from tests.oracle import alignps_torch, golden
 from tests.oracle.random_weights import random_state_dict
-from tests.oracle.training_torch import Trainer, remember, spec_of
+from tests.oracle.training_torch import Trainer, remember
 from tests.parity.common import nhwc, normalize
 
 
 def oracle(name: str, gentle: bool) -> alignps_torch.AlignPS:
-    dataset, _, plus = name.partition("_")
-    model = alignps_torch.AlignPS(spec_of(dataset, bool(plus), **golden.WIDTHS, **golden.MEMORY))
+    spec = alignps_torch.spec_of(name, **golden.WIDTHS, **golden.MEMORY)
+    model = alignps_torch.AlignPS(spec)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     state = random_state_dict(shapes, 1, gentle)
     model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})

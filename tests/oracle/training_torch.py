@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.oracle.alignps_torch import STRIDES, AlignPS, Spec, locations, rows
+from tests.oracle.alignps_torch import STRIDES, AlignPS, locations, rows
 
 # Per image: boxes [G, 4] and identities [G], -1 for people without one.
 People = list[tuple[Tensor, Tensor]]
@@ -198,9 +198,3 @@ class Trainer:
 def has_bias_rule(name: str) -> bool:
     """Biases of plain and DCNv2 main convolutions: twice the rate, no decay."""
     return name.endswith(".bias") and "conv_offset" not in name and ".gn." not in name
-
-
-def spec_of(dataset: str, plus: bool, **changes) -> Spec:
-    """A released model by data set ("cuhk" or "prw") and kind."""
-    deform = {"deform_stages": (3, 4, 5)} if plus else {}
-    return {"cuhk": Spec.cuhk, "prw": Spec.prw}[dataset](**deform, **changes)

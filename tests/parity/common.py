@@ -20,7 +20,7 @@ from alignps_jax.weights.convert import convert_released
 from tests.oracle import alignps_torch
 from tests.oracle.random_weights import random_state_dict
 from tests.oracle.scenes import make_scene
-from tests.oracle.training_torch import People, remember, spec_of
+from tests.oracle.training_torch import People, remember
 from tests.parity.ours import relative_error, released_config
 from tests.places import SHARED
 
@@ -60,8 +60,7 @@ def make_pair(
     The memory holds embeddings of `batches`, random ones for all other identities; the queue's
     tail is near its end.
     """
-    dataset, _, plus = name.partition("_")
-    spec = spec_of(dataset, bool(plus), **widths)
+    spec = alignps_torch.spec_of(name, **widths)
     oracle = alignps_torch.AlignPS(spec)
     shapes = {key: tuple(value.shape) for key, value in oracle.state_dict().items()}
     state = random_state_dict(shapes, 1, gentle)
@@ -76,14 +75,9 @@ def make_pair(
     source.unlink()
     model = build_model(config)
     weights = load_weights(folder / name, weights_template(model))
-    return Pair(oracle, config, model, weights, converted_memory(folder / name), folder / name)
-
-
-def converted_memory(workdir: Path) -> OIMMemory:
-    arrays = load_arrays(workdir, lambda name: name.startswith("memory/"))
-    return OIMMemory(
-        **{name.removeprefix("memory/"): jnp.asarray(array) for name, array in arrays.items()}
-    )
+    stored = load_arrays(folder / name, lambda path: path.startswith("memory/"))
+    memory = OIMMemory(*(jnp.asarray(stored[f"memory/{x}"]) for x in ("lut", "queue", "tail")))
+    return Pair(oracle, config, model, weights, memory, folder / name)
 
 
 def photo(dataset: str) -> np.ndarray:

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from alignps_jax.arrays import leaves_by_path
 from alignps_jax.devices import AXIS
 from alignps_jax.inference.postprocess import detect
 from alignps_jax.nn.model import AlignPS
@@ -30,20 +31,16 @@ def relative_error(found, expected) -> float:
     return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves by path, such as `params/neck/lateral3/kernel`."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def by_released_name(tree: Any) -> dict[str, np.ndarray]:
     """The leaves in PyTorch's layout, by released name; `tree` begins with the collections."""
-    return {released_name(path): to_torch(np.asarray(x)) for path, x in by_path(tree).items()}
+    return {
+        released_name(path): to_torch(np.asarray(x)) for path, x in leaves_by_path(tree).items()
+    }
 
 
 def released_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shapes in PyTorch's layout, by released name; leaves may be mere descriptions."""
-    leaves = by_path(tree).items()
+    leaves = leaves_by_path(tree).items()
     return {released_name(path): to_torch(np.empty(x.shape, np.bool_)).shape for path, x in leaves}
 
 
@@ -97,6 +94,18 @@ def run_stages(
         "centerness": output.centerness_logits[..., None],
     }
     return stages, detections
+
+
+def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer; its state holds the last gradient beside its own."""
+
+    def update(gradient, state, params):
+        updates, inner = optimizer.update(gradient, state[1], params)
+        return updates, (gradient, inner)
+
+    return optax.GradientTransformation(
+        lambda params: (jax.tree.map(jnp.zeros_like, params), optimizer.init(params)), update
+    )
 
 
 def one_device(step: TrainStep) -> Callable:

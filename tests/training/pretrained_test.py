@@ -142,9 +142,9 @@ def test_a_file_of_a_backbone_is_converted_on_the_way(variant, tmp_path):
     norm = state.frozen["backbone"]["bn1"]
     np.testing.assert_array_equal(norm["scale"], tensors["bn1.weight"])
     np.testing.assert_array_equal(norm["mean"], tensors["bn1.running_mean"])
-    wrong = small_config()
-    wrong.model.pretrained = config.model.pretrained
-    with pytest.raises(UserError, match=r"channel_order: found 'BGR', expected 'RGB' for config\."):
+    wrong, named = small_config(), "resnet50_msra-5891d200.safetensors"
+    wrong.model.pretrained, wrong.model.channel_order = str(saved(tmp_path, tensors, named)), "RGB"
+    with pytest.raises(UserError, match=r"channel_order: found 'RGB', expected 'BGR' for config\."):
         starting_config(wrong, tmp_path, {"model.channel_order"})
 
 

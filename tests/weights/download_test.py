@@ -101,9 +101,9 @@ def test_a_file_is_downloaded_once_and_then_read_without_a_network(server, conte
     ("tail", "message"),
     [
         ("/cut/model.safetensors", r"cannot be downloaded \(cut off after \d+ of \d+ bytes\)"),
-        ("/a-00000000.safetensors", r"found a file with SHA-256 .* expected 00000000\.\.\."),
+        ("/a-00000000.safetensors", r"found SHA-256 .* expected 00000000\.\.\."),
         ("/model.safetensors#sha256=1234567890", r"expected 1234567890\.\.\."),
-        ("/gone.safetensors", r"cannot be downloaded \(404 Not Found\)"),
+        ("/gone.safetensors", r"cannot be downloaded \(HTTP Error 404: Not Found\)"),
         ("/page.safetensors", "found a web page"),
         ("/page.safetensors#sha256=12345678", "found a web page"),
         ("/text.safetensors", "found an unknown format"),

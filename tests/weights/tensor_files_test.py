@@ -1,4 +1,4 @@
-"""Files of tensors: what others write is read, what is damaged or crafted is refused."""
+"""Files of tensors: what others write is read, what is damaged or does harm is refused."""
 
 from __future__ import annotations
 
@@ -6,161 +6,173 @@ import contextlib
 import importlib.util
 import json
 import os
-import random
 import re
 import sys
 import types
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from alignps_jax.types import UserError
 from alignps_jax.weights.tensor_files import read_tensors, write_tensors
-from tests.data_pipeline.sources.damaged_test import damage
 
 TENSORS = {
     "weight": np.arange(6, dtype=np.float32).reshape(2, 3),
     "count": np.array(7),
     "half": np.ones(3, np.float16),
+    "brain": np.array([1.5, -2], ml_dtypes.bfloat16),
     "empty": np.zeros((0, 2), np.float32),
     "transposed": np.arange(6, dtype=np.float64).reshape(2, 3).T,
 }
 
 
+class Malicious:
+    """Unpickled the ordinary way, this makes a folder."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
 def assert_same(found, expected) -> None:
+    """Numbers with a point come as float32, which has all of those here."""
     assert set(found) == set(expected)
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        np.testing.assert_array_equal(found[name], value)
-
-
-def crafted(folder: Path, header: dict | bytes, body: bytes = b"", length: int | None = None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path = folder / "crafted.safetensors"
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + body)
-    return path
-
-
-def entry(dtype: str, shape: list, begin: int, end: int) -> dict:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        assert found[name].dtype == (np.int64 if name == "count" else np.float32)
+        np.testing.assert_array_equal(found[name], value.astype(np.float64))
 
 
 def test_safetensors_round_trip(tmp_path):
     path = tmp_path / "new folder" / "a.safetensors"
     write_tensors(path, TENSORS, {"who": "test"})
     assert_same(read_tensors(path), TENSORS)
-    assert_same(safetensors.numpy.load_file(path), TENSORS)
     with safetensors.safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"format": "pt", "who": "test"}
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-BAD_HEADERS = {
-    "more than the file holds": ({"a": entry("F32", [2], 0, 8)}, b"1234"),
-    "terabytes": ({"a": entry("F32", [2**40], 0, 2**42)}, b"1234"),
-    "beyond 64 bits": ({"a": entry("F32", [2**62, 2**62], 0, 4)}, b"1234"),
-    "below zero": ({"a": entry("F32", [-1], 0, 4)}, b"1234"),
-    "no dimension": ({"a": entry("F32", [], 0, 8)}, b"12345678"),
-    "a gap": ({"a": entry("F32", [1], 4, 8)}, b"12345678"),
-    "two in one place": (
-        {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)},
-        b"1234",
+def test_an_index_stands_for_its_shards_which_lie_beside_it(tmp_path):
+    names = list(TENSORS)
+    shards = {"a.safetensors": names[:2], "b.safetensors": names[2:]}
+    for shard, part in shards.items():
+        write_tensors(tmp_path / shard, {name: TENSORS[name] for name in part}, {})
+    # Names lead nowhere else.
+    places = {name: f"../{shard}" for shard, part in shards.items() for name in part}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    assert_same(read_tensors(index), TENSORS)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
+        read_tensors(index)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="weight_map"):
+        read_tensors(index)
+
+
+HEADER = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+NO_WEIGHTS = {
+    "empty": (b"", "found an unknown format, expected .pth or .safetensors"),
+    "text": (b"hello, this is no file of weights", "found an unknown format"),
+    "a page": (b"\n<!DOCTYPE html><html>Sign in</html>", "found a web page, expected"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer"),
+    "detectron2": (b"\x80\x02}q\0.", "found a pickle, as of detectron2 and Caffe2"),
+    "cut off": (len(HEADER).to_bytes(8, "little") + HEADER + b"\0\0", "[Ii]ncomplete|[Oo]ffset"),
+    "not finite": (
+        len(HEADER).to_bytes(8, "little") + HEADER + b"\0\0\x80\x7f",
+        "not finite: a",
     ),
-    "bytes left over": ({"a": entry("F32", [1], 0, 4)}, b"12345678"),
-    "seventy dimensions": ({"a": entry("F32", [1] * 70, 0, 4)}, b"1234"),
-    "an unknown type": ({"a": entry("F33", [1], 0, 4)}, b"1234"),
-    "bfloat16": ({"a": entry("BF16", [2], 0, 4)}, b"1234"),
-    "float8": ({"a": entry("F8_E4M3", [4], 0, 4)}, b"1234"),
-    "truth values": ({"a": entry("BOOL", [4], 0, 4)}, b"\0\1\2\3"),
-    "infinity": ({"a": entry("F32", [1], 0, 4)}, b"\0\0\x80\x7f"),
-    "no number": ({"a": entry("F16", [1], 0, 2)}, b"\xff\xff"),
-    "a name of two lines": ({"a\nb": entry("F64", [1], 0, 8)}, b"\xff" * 8),
-    "a long name": ({"a" * 99_999: entry("F64", [1], 0, 8)}, b"\xff" * 8),
-    "no entries": ({"a": 3}, b""),
-    "a list": (b'{"a": [1, 2, 3', b""),
-    "a deep list": (b'{"a":' + b"[" * 100_000, b""),
-    "no text": (b'{"\xff\xfe": 1}', b""),
 }
 
 
-@pytest.mark.parametrize("case", BAD_HEADERS)
-def test_bad_headers_are_refused(case, tmp_path):
-    path = crafted(tmp_path, *BAD_HEADERS[case])
-    with pytest.raises(UserError, match=re.escape(str(path))) as error:
-        read_tensors(path)
+@pytest.mark.parametrize("case", NO_WEIGHTS)
+def test_files_of_something_else_are_refused_in_one_line(case, tmp_path):
+    content, message = NO_WEIGHTS[case]
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_tensors(tmp_path / "a.pth")
+    assert str(error.value).startswith(f"{tmp_path / 'a.pth'}: ")
     assert str(error.value).isprintable()
-    assert len(str(error.value)) < len(str(path)) + 250
 
 
-@pytest.mark.parametrize("length", [0, 1, 2**31, 2**63, 2**64 - 1])
-def test_headers_of_a_wrong_length_are_refused(length, tmp_path):
-    path = crafted(tmp_path, {"a": entry("F32", [1], 0, 4)}, b"1234", length)
-    with pytest.raises(UserError, match="damaged or cut off"):
-        read_tensors(path)
-
-
-def test_what_is_no_file_of_weights_is_refused(tmp_path):
-    (tmp_path / "folder.pth").mkdir()
-    os.mkfifo(tmp_path / "pipe.pth")
-    for name in ("folder.pth", "pipe.pth"):
-        with pytest.raises(UserError, match=f"{name}: found a folder or a device, expected a file"):
-            read_tensors(tmp_path / name)
-    with pytest.raises(UserError, match=r"nowhere.pth: cannot be read \(No such file"):
+def test_the_system_has_its_own_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         read_tensors(tmp_path / "nowhere.pth")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_tensors(tmp_path / "a\0b")
-
-
-def test_files_that_cannot_be_written_are_errors(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        read_tensors(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file: found a file, expected a folder for a.safet"):
+    with pytest.raises(UserError, match=r"a\.safetensors: cannot be written"):
         write_tensors(tmp_path / "file" / "a.safetensors", TENSORS, {})
-    (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(UserError, match=r"folder.safetensors: "):
-        write_tensors(tmp_path / "folder.safetensors", TENSORS, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
 
 
-@pytest.mark.parametrize("version", ["1.13.1", "2.4.0", "2.9.1+cu128", "2.9.0a0+git123"])
+@pytest.mark.parametrize("version", ["2.4.0", "2.9.1+cu128", "2.9.0a0+git123"])
 def test_an_old_pytorch_is_refused_by_name(version, tmp_path, monkeypatch):
     """Its loader has holes, so it is not even called."""
     old = types.ModuleType("torch")
     old.__version__ = version
     monkeypatch.setitem(sys.modules, "torch", old)
     (tmp_path / "a.pth").write_bytes(b"PK\x03\x04")
-    expected = rf"a.pth: found PyTorch {re.escape(version)}, expected 2.10 or newer: .*torch>=2.10"
-    with pytest.raises(UserError, match=expected):
+    expected = rf": found PyTorch {re.escape(version)}, expected 2.10 or newer"
+    with pytest.raises(UserError, match="a.pth" + expected):
         read_tensors(tmp_path / "a.pth")
-    with pytest.raises(UserError, match=rf"b.pth: found PyTorch {re.escape(version)}"):
+    with pytest.raises(UserError, match="b.pth" + expected):
         write_tensors(tmp_path / "b.pth", TENSORS, {})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
-def test_pth_archives_that_unpack_to_more_are_refused(tmp_path):
-    import zipfile
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
+def test_without_pytorch_the_error_says_so(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"PK\x03\x04 and so on, a zip file")
+    with pytest.raises(UserError, match=r"need PyTorch, .* pip install '\.\[torch\]'"):
+        read_tensors(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"need PyTorch, .* pip install '\.\[torch\]'"):
+        write_tensors(tmp_path / "b.pth", TENSORS, {})
+    assert not (tmp_path / "b.pth").exists()
 
-    write_tensors(tmp_path / "a.pth", {"a": np.zeros(100_000, np.float32)}, {})
-    with zipfile.ZipFile(tmp_path / "a.pth") as source:
-        entries = {name: source.read(name) for name in source.namelist()}
-    with zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as target:
-        for name, content in entries.items():
-            target.writestr(name, content)
-    with pytest.raises(UserError, match=r"b.pth: damaged or cut off .* bytes in a file of"):
-        read_tensors(tmp_path / "b.pth")
+
+def torch_tensors(torch) -> dict:
+    tensors = {k: torch.from_numpy(np.array(x)) for k, x in TENSORS.items() if k != "brain"}
+    return tensors | {"brain": torch.tensor([1.5, -2], dtype=torch.bfloat16)}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_damaged_pth_files_are_refused(zipped, tmp_path):
+def test_what_is_no_tensor_in_a_pth_file_is_never_run(zipped, tmp_path):
     torch = pytest.importorskip("torch")
-    state = {name: torch.from_numpy(np.array(value)) for name, value in TENSORS.items()}
-    path = tmp_path / "a.pth"
-    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=zipped)
+    path, marker = tmp_path / "a.pth", tmp_path / "marker"
+    for bad, message in (
+        ({"state_dict": torch_tensors(torch), "meta": Malicious(marker)}, "than tensors .*mkdir"),
+        ({"state_dict": {"a": "text"}}, "found a, expected named tensors"),
+        ({"ema": {"a": torch.ones(2)}}, "found ema, expected named tensors"),
+        ({"ema.a": torch.ones(2)}, "a running average of weights only .*--ema"),
+        ([1, 2], "found list, expected named tensors"),
+    ):
+        torch.save(bad, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=message):
+            read_tensors(path)
+    assert not marker.exists()
+    torch.save({"state_dict": torch_tensors(torch)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="found no running average"):
+        read_tensors(path, averaged=True)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "old"])
+def test_damaged_files_are_refused_or_hold_numbers(form, tmp_path):
+    path = tmp_path / "a"
+    if form == "safetensors":
+        write_tensors(path, TENSORS, {})
+    else:
+        torch = pytest.importorskip("torch")
+        tensors = torch_tensors(torch)
+        torch.save(tensors, path, _use_new_zipfile_serialization=form == "zip")
     sound = path.read_bytes()
     assert_same(read_tensors(path), TENSORS)
-    for number in range(300):
-        path.write_bytes(damage(random.Random(number), sound))
+
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, len(sound), 200):
+        rest = rng.bytes(1) + sound[at + 1 :] if at % 4 else b""
+        path.write_bytes(sound[:at] + rest)
         with contextlib.suppress(UserError):  # anything else fails the test
-            found = read_tensors(path)
-            assert all(np.isfinite(value).all() for value in found.values())
+            assert all(np.isfinite(value).all() for value in read_tensors(path).values())
