@@ -164,15 +164,16 @@ class Trainer:
         warmup: int,
         drops: tuple[int, ...],
         clip_norm: float = 35.0,
+        rate: float = 0.001,
         clip: Callable[[list[nn.Parameter], float], object] = nn.utils.clip_grad_norm_,
     ):
-        self.model, self.clip, self.clip_norm = model, clip, clip_norm
+        self.model, self.clip, self.clip_norm, self.rate = model, clip, clip_norm, rate
         self.warmup, self.drops, self.step_number = warmup, drops, 0
         groups = [{"params": [], "factor": 1.0}, {"params": [], "factor": 2.0, "weight_decay": 0.0}]
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[int(has_bias_rule(name))]["params"].append(parameter)
-        self.optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9, weight_decay=weight_decay)
+        self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=weight_decay)
 
     def step(self, pixels: Tensor, people: People) -> dict[str, float]:
         """One update of parameters and memory; the losses before it."""
@@ -183,7 +184,7 @@ class Trainer:
         self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.clip([p for p in trainable if p.grad is not None], self.clip_norm)
-        rate = 0.001 * 0.1 ** sum(self.step_number >= drop for drop in self.drops)
+        rate = self.rate * 0.1 ** sum(self.step_number >= drop for drop in self.drops)
         if self.step_number < self.warmup:
             rate *= 1 - (1 - self.step_number / self.warmup) * (1 - 1 / 3)
         for group in self.optimizer.param_groups:
