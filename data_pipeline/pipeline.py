@@ -6,7 +6,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import cv2
@@ -33,24 +33,24 @@ if TYPE_CHECKING:  # inference on single photos does without
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Turns plans into this process's part of their batches.
-
-    `people` is the static number of boxes G per image: enough for the fullest image of the split.
-    """
+    """Turns plans into the batches' rows of `process`: its index, and the number of all."""
 
     split: PreparedSplit = dataclasses.field(repr=False)
-    people: int
-    process_index: int
-    process_count: int
     workers: int
     prefetch: int
+    process: tuple[int, int]
+
+    @cached_property
+    def people(self) -> int:
+        """G, the static number of boxes per image: enough for the fullest image of the split."""
+        return _round_people(max(map(len, self.split.annotations.boxes), default=0))
 
     def read(self, plan: BatchPlan, each: Callable[..., Iterable[None]] = map) -> Batch:
         """Decodes and assembles the rows of this process; `each` maps over them.
 
         Raises UserError if an image cannot be decoded.
         """
-        plan = plan.shard(self.process_index, self.process_count)
+        plan = plan.shard(*self.process)
         batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
         batch.image[~plan.valid] = 0
         rows = np.flatnonzero(plan.valid).tolist()
@@ -109,11 +109,6 @@ class TrainPipeline:
         """Batches in which every usable image comes at least once."""
         return sum(_ceil_div(len(group), self.batch_size) for group in self.groups)
 
-    @property
-    def people(self) -> int:
-        """G, the static number of boxes per image."""
-        return self.reader.people
-
     def summary(self) -> str:
         """A line on the shapes of the batches, and on the padding of the first ones."""
         plans = [self.plan(step) for step in range(min(100, self.steps_per_epoch))]
@@ -155,10 +150,6 @@ class TrainPipeline:
         scales = np.broadcast_to(rng.integers(self.sizes.shape[1], size=draws), indices.shape)
         return indices, scales, rng.random(indices.shape) < self.flip_probability
 
-    def batch(self, step: int) -> Batch:
-        """This process's rows of batch `step`."""
-        return self.reader.read(self.plan(step))
-
     def iterator(self, total_steps: int) -> grain.DatasetIterator:
         """Batches 0 .. `total_steps` - 1 in order, prefetched.
 
@@ -197,8 +188,7 @@ def make_train_pipeline(
     *,
     seed: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: tuple[int, int] = (0, 1),
 ) -> TrainPipeline:
     """Plans the training batches of a split.
 
@@ -210,8 +200,7 @@ def make_train_pipeline(
       data: the `data` section of the configuration.
       seed: decides on order, scales and flips; not negative.
       batch_size: images per step over all processes, a multiple of their number.
-      process_index: which of the `process_count` equal parts of each batch to read.
-      process_count: number of processes.
+      process: the index of this process, and the number of all that share each batch.
 
     Raises:
       UserError: no image can be trained on, or `data.max_programs` is too small.
@@ -224,7 +213,7 @@ def make_train_pipeline(
     if data.max_programs:
         groups, shapes = choose_buckets(sizes, usable, data.max_programs, batch_size)
     return TrainPipeline(
-        reader=_reader(split, data, process_index, process_count),
+        reader=BatchReader(split, data.workers, data.prefetch, process),
         groups=groups,
         sizes=sizes,
         buckets=shapes,
@@ -240,8 +229,7 @@ def make_eval_batches(
     data: ConfigDict,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: tuple[int, int] = (0, 1),
 ) -> EvalBatches:
     """Plans one pass over a split; see `make_train_pipeline` for the arguments."""
     sizes = rescaled_sizes(split.sizes, [data.test_scale])[:, 0]
@@ -260,7 +248,7 @@ def make_eval_batches(
                     bucket=bucket,
                 )
             )
-    return EvalBatches(_reader(split, data, process_index, process_count), tuple(plans))
+    return EvalBatches(BatchReader(split, data.workers, data.prefetch, process), tuple(plans))
 
 
 def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -281,20 +269,6 @@ def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> B
     new_size = transforms.rescaled_size(size, data.test_scale)
     transforms.fill_image(batch, 0, np.ascontiguousarray(image), new_size, flip=False)
     return batch
-
-
-def _reader(
-    split: PreparedSplit, data: ConfigDict, process_index: int, process_count: int
-) -> BatchReader:
-    fullest = max((len(boxes) for boxes in split.annotations.boxes), default=0)
-    return BatchReader(
-        split=split,
-        people=_round_people(fullest),
-        process_index=process_index,
-        process_count=process_count,
-        workers=data.workers,
-        prefetch=data.prefetch,
-    )
 
 
 def _test_bucket(size: Size | Int[np.ndarray, "2"], scale: Scale) -> Size:

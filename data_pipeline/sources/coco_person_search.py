@@ -10,7 +10,7 @@ import numpy as np
 from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.sources.coco_file import CocoFile
-from data_pipeline.sources.source import Queries, Source, all_but, find_alike, search_everywhere
+from data_pipeline.sources.source import Source, find_alike, search_everywhere
 
 # The file of a split: by hand or CVAT; CVAT, Roboflow, Label Studio, FiftyOne.
 _FILES = (
@@ -46,18 +46,8 @@ class CocoPersonSearchSource(Source):
     Protocol: `all` (every test image but the query's own, in the order of `test.json`).
     """
 
-    title = "COCO-style person search"
-    required = ("train.json", "test.json")
-    layout = """
-  images/...
-  train.json
-  test.json
-  query.json (optional)
-  (or what CVAT, Roboflow, Label Studio or FiftyOne exported: docs/data.md)
-"""
     photo_folders = ("images", "", "data", "images/default")
     protocols = ("all",)
-    default_protocols = ("all",)
 
     @classmethod
     def missing(cls, root: Path) -> list[str]:
@@ -65,29 +55,29 @@ class CocoPersonSearchSource(Source):
 
     @functools.cached_property
     def train(self) -> Annotations:
-        self.notes += self._train.notes()
-        return self._train.annotations[0]
+        self.notes += self._files["train"].notes()
+        return self._files["train"].annotations[0]
 
     @functools.cached_property
     def test(self) -> Annotations:
-        self.notes += self._test.notes()
-        self._note_shared(self._train.sizes, self._test.sizes)
-        return self._test.annotations[0]
+        self.notes += self._files["test"].notes()
+        shared = self._files["train"].sizes.keys() & self._files["test"].sizes.keys()
+        self._note(len(shared), "photos are in both splits, train and test")
+        return self._files["test"].annotations[0]
 
     def protocol(self, name: str) -> SearchProtocol:
         known_name("config.eval.protocols", name, self.protocols)
-        path = self.root / "query.json"
-        asked = CocoFile(path, self._test.folder) if path.is_file() else None
-        number = self._test.annotations[1]
-        index = {name: position for position, name in enumerate(self.test.names)}
+        test, path = self._files["test"], self.root / "query.json"
+        number = test.annotations[1]
+        index = {image: position for position, image in enumerate(test.sizes)}
+        asked = CocoFile(path, test.folder) if path.is_file() else None
         people = [
             person
-            for person in (asked.people if asked else self._test.first())
+            for person in (asked.people if asked else test.first())
             if person.image in index and person.identity in number
         ]
-        queries = Queries.of((index[p.image], p.box, number[p.identity]) for p in people)
-        galleries = all_but(len(index), queries.image)
-        protocol, answered = search_everywhere(name, self.test, queries, galleries)
+        queries = [(index[p.image], p.box, number[p.identity]) for p in people]
+        protocol, answered = search_everywhere(name, self.test, queries)
         if asked:
             found = {people[query].number for query in np.flatnonzero(answered)}
             asked.bad += [
@@ -99,8 +89,8 @@ class CocoPersonSearchSource(Source):
             self.notes += asked.notes()
         if not answered.any():
             raise UserError(
-                f"{self._test.path}: no identity that is asked for is in two images; expected "
-                "some, or there is nobody to search for"
+                f"{test.path}: no identity that is asked for is in two images; there is nobody to "
+                "search for"
             )
         return protocol
 
@@ -110,19 +100,12 @@ class CocoPersonSearchSource(Source):
         return [str(path.relative_to(self.root)) for path in files]
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
-        return self._train.sizes.get(name) or self._test.sizes.get(name)
+        return self._files["train"].sizes.get(name) or self._files["test"].sizes.get(name)
 
     @functools.cached_property
-    def _train(self) -> CocoFile:
-        return self._read("train")
-
-    @functools.cached_property
-    def _test(self) -> CocoFile:
-        return self._read("test")
-
-    def _read(self, split: str) -> CocoFile:
-        path, folder = _locate(self.root, split)
-        return CocoFile(path or self.root / f"{split}.json", folder)
+    def _files(self) -> dict[str, CocoFile]:
+        places = {split: _locate(self.root, split) for split in ("train", "test")}
+        return {split: CocoFile(path, folder) for split, (path, folder) in places.items() if path}
 
     def _places(self, name: str) -> list[str]:
         """As the tools put photos; the first folder of a name may be there by mistake."""
