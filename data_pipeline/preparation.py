@@ -140,14 +140,9 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
 def write_prepared(
     source: Source, target: Path, data: ConfigDict, digest: str, stamp: str
 ) -> Prepared:
-    """Writes a prepared data set, complete or not at all, and prints what was found.
+    """Writes the set of a source in `target`, complete or not at all, and prints what was found.
 
-    Args:
-      source: its annotations and photos.
-      target: the folder; one that is there is replaced.
-      data: `config.data`.
-      digest: see `About`.
-      stamp: see `About`.
+    A set that is there is replaced; `digest` and `stamp` are those of `About`.
 
     Raises:
       UserError: annotations are not in the expected form; or photos are missing, unless

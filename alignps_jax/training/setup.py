@@ -77,8 +77,8 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     process = jax.process_index(), jax.process_count()
     sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
     pipeline = make_train_pipeline(photos, config.data, **sizes, process=process)
-    if is_main_process():
-        print(*filter(None, (held, pipeline.summary())), sep="\n")
+    if held and is_main_process():
+        print(held)
     times, per_epoch = config.train, pipeline.steps_per_epoch
     durations = times.duration, times.checkpoint_every, times.eval_every
     total, save, evaluate = (max(1, steps_of(x, per_epoch)) for x in durations)

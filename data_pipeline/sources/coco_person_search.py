@@ -24,22 +24,13 @@ _FILES = (
 
 
 class CocoPersonSearchSource(Source):
-    """Reads a folder of COCO-style annotations.
+    """Reads a folder with `train.json` and `test.json`, or `_FILES`, as tools write them.
 
-    `train.json` and `test.json` (or `_FILES`, as tools write them) are objects with two lists:
-
-    - `images`: `id`, `file_name`, and `width`, `height` of the photo as stored. The photo is
-      `images/<file_name>`, or where the tools put it. Where there is a folder `images/train`, or
-      the file is in `train`, names are relative to that.
-    - `annotations`: `image_id`, `bbox` (`x, y, w, h` in pixels, corner first) and the identity:
-      `person_id` or `track_id`, there or in `attributes`, any number or text. A person without it,
-      or with a negative number, has no identity. Annotations of other `categories` than people and
-      those with `iscrowd` are left out. A category that is named `person 17`, or whose
-      supercategory is `person_id`, is an identity.
-
-    Identities are numbered 0, 1, ... within each split. `query.json`, optional, has the same form:
-    each annotation asks for one person, who is in at least one other image of `test.json`. Without
-    it every identity that is in at least two test images is asked for once, by its first box.
+    docs/data.md describes them. Photos are in `photo_folders`; where there is a folder
+    `images/train`, or the file is in `train`, names are relative to that. Identities are numbered
+    0, 1, ... within each split. `query.json`, optional, has the same form: each annotation asks for
+    one person, who is in at least one other image of `test.json`. Without it every identity that is
+    in at least two test images is asked for once, by its first box.
 
     Records that cannot be used are left out; `notes` lists them, and says what else looks wrong.
 

@@ -110,23 +110,10 @@ def test_records_are_an_ordinary_tfds_data_set(data):
     assert builder.info.splits["test"].num_examples == 3
 
 
-def _cuhk(folder: Path) -> None:
-    box, other = (2, 3, 40, 50), (30, 10, 20, 50)
-    images = {f"s{number}.jpg": [box, other] for number in range(1, 7)}
-    query = (("s1.jpg", box), "p30", [("s2.jpg", other), ("s3.jpg", None), ("s4.jpg", box)])
-    again = (("s2.jpg", other), "p31", [("s4.jpg", other), ("s1.jpg", None)])
-    galleries = {"TestG50": [query, again], "TestG100": [again, query], "Occlusion": [again]}
-    train = {"p7": [("s5.jpg", box), ("s6.jpg", other)], "p1": [("s6.jpg", box)]}
-    pool = ["s1.jpg", "s4.jpg", "s3.jpg", "s2.jpg"]
-    fixtures.write_cuhk(folder, images, pool, train, galleries)
-    for seed, name in enumerate(images):
-        fixtures.write_photo(folder / "Image" / "SSM" / name, 80, 70, seed)
-
-
 @pytest.mark.parametrize("name", ["prw", "cuhk_sysu"])
 def test_a_prepared_set_is_read_and_no_annotation_file_opened(root, tmp_path, name, capsys):
     if name == "cuhk_sysu":
-        _cuhk(root := tmp_path / "cuhk")
+        fixtures.write_small_cuhk(root := tmp_path / "cuhk")
     data = fixtures.data_config(name, root)
     source = datasets.DATASETS[name](root)
     protocols = source.protocols
@@ -154,7 +141,7 @@ def test_a_prepared_set_is_read_and_no_annotation_file_opened(root, tmp_path, na
 
 
 def test_an_optional_protocol_that_cannot_be_read_stops_nothing(tmp_path, capsys):
-    _cuhk(tmp_path)
+    fixtures.write_small_cuhk(tmp_path)
     (tmp_path / "annotation" / "test" / "subset" / "Occlusion.mat").write_bytes(b"odd")
     data = fixtures.data_config("cuhk_sysu", tmp_path)
     datasets.prepare(data)
@@ -213,7 +200,7 @@ def test_replaced_photos_are_seen_and_taken_once_that_is_asked_for(data, root, c
 
 def test_photos_that_cannot_be_used_are_all_named_and_stop_nothing(data, root, capsys):
     frames = root / "frames"
-    (frames / "c1s1_000001.jpg").write_text("no photo")
+    (frames / "c1s1_000001.jpg").write_text("version https://git-lfs.github.com/spec/v1\noid")
     (frames / "c3s1_000005.jpg").write_bytes((frames / "c3s1_000005.jpg").read_bytes()[:-200])
     fixtures.write_photo(frames / "c1s1_000004.jpg", 400, 500)
     data.max_pixels = 100_000
@@ -222,7 +209,7 @@ def test_photos_that_cannot_be_used_are_all_named_and_stop_nothing(data, root, c
     assert "3 photos cannot be used" in str(error.value)
     lines = str(error.value).splitlines()[1:]
     for words in (
-        "c1s1_000001.jpg: cannot be decoded",
+        "c1s1_000001.jpg: is a Git LFS pointer",
         "c3s1_000005.jpg: truncated JPEG",
         "500x400",
     ):

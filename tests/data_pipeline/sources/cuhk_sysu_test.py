@@ -111,12 +111,8 @@ def test_people_of_two_queries_share_an_identity_by_name(tmp_path):
         (("s5.jpg", (22, 32, 42, 52)), "p30", [("s3.jpg", (20, 30, 40, 50))]),
     ]
     fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": queries})
-    assert [ids.tolist() for ids in CuhkSysuSource(tmp_path).test.identity] == [
-        [0],
-        [0, -1],
-        [],
-        [-1, -1],
-    ]
+    found = [ids.tolist() for ids in CuhkSysuSource(tmp_path).test.identity]
+    assert found == [[0], [0, -1], [], [-1, -1]]
 
 
 def test_labeled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_path):
@@ -140,14 +136,11 @@ def img(box: object, name: str = "s1.jpg") -> np.ndarray:
             fixtures.cells(["s77.jpg"]),
             "names the image 's77.jpg', which is none of the images of Images.mat",
         ),
-        ("pool", np.zeros(3), "holds numbers where cells belong"),
         ("nose", np.zeros(3), "has no variable pool, but nose"),
         ("Img", img([[1, 2, 3, 4]], "../s1.jpg"), "'../s1.jpg'; expected a file inside"),
         ("Img", img([[1, 2, np.nan, 4]]), "has the coordinate nan"),
-        ("Img", img([[1, 2, 3, -(2**63)]]), "has the coordinate -9223372036854775808"),
         ("Img", img([[1, 2, 3]]), "has 3 numbers for a box, not x, y, w, h"),
         ("Img", img([[1j, 2, 3, 4]]), "holds complex numbers"),
-        ("Img", img("1234"), "holds characters where numbers belong"),
     ],
 )
 def test_errors_name_the_file(root, variable, value, message):
