@@ -18,7 +18,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.distributed import is_main_process
-from alignps_jax.types import Annotations, SearchProtocol, UserError
+from alignps_jax.errors import UserError, known_name
+from alignps_jax.types import Annotations, SearchProtocol
 from data_pipeline.prepared import Prepared, listed, prepared_sets, write_about
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
@@ -68,7 +69,10 @@ def load_test(
       UserError: an unknown name, or files that are missing or not in the expected form.
     """
     opened = _opened(data)
-    protocols = [opened.protocol(name) for name in names or opened.default_protocols]
+    protocols = [
+        opened.protocol(known_name("config.eval.protocols", name, opened.protocols))
+        for name in names or opened.default_protocols
+    ]
     return _people(opened, "test"), tuple(protocols)
 
 

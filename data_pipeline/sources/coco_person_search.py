@@ -7,7 +7,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.sources.coco_file import CocoFile
 from data_pipeline.sources.source import Source, find_alike, search_everywhere
@@ -57,7 +56,6 @@ class CocoPersonSearchSource(Source):
         return self._files["test"].annotations[0]
 
     def protocol(self, name: str) -> SearchProtocol:
-        known_name("config.eval.protocols", name, self.protocols)
         test, path = self._files["test"], self.root / "query.json"
         number = test.annotations[1]
         index = {image: position for position, image in enumerate(test.sizes)}

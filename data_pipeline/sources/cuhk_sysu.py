@@ -11,7 +11,6 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol
 from data_pipeline.sources.matlab import cells, numbers, read_structs, read_variable, structs, text
 from data_pipeline.sources.source import Source, check_pixels, image_index, reading
@@ -93,7 +92,6 @@ class CuhkSysuSource(Source):
         return tuple(sorted(names, key=lambda name: name != "TestG100"))
 
     def protocol(self, name: str) -> SearchProtocol:
-        known_name("config.eval.protocols", name, self.protocols)
         if name == "all":
             return self._whole_test_set()
         return (self._smallest if name == self.protocols[0] else self._read_protocol(name))[0]

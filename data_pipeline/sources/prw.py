@@ -8,7 +8,6 @@ import re
 import numpy as np
 from jaxtyping import Bool, Float
 
-from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.sources.matlab import cells, numbers, read_variable, text
 from data_pipeline.sources.source import (
@@ -59,7 +58,6 @@ class PrwSource(Source):
         return self._test[0]
 
     def protocol(self, name: str) -> SearchProtocol:
-        known_name("config.eval.protocols", name, self.protocols)
         protocol, answered = self._search(name)
         if not answered.any() or (name == "all" and not answered.all()):
             raise UserError(

@@ -183,12 +183,11 @@ def check_name(name: str) -> None:
 
 def image_index(names: Sequence[str]) -> dict[str, int]:
     """The position of each image name; ValueError for a bad name, or one that occurs twice."""
-    for name in names:
+    index: dict[str, int] = {}
+    for position, name in enumerate(names):
         check_name(name)
-    index = {name: position for position, name in enumerate(names)}
-    if len(index) < len(names):
-        twice = next(name for position, name in enumerate(names) if index[name] != position)
-        raise ValueError(f"has two images of the same name, {twice}")
+        if index.setdefault(name, position) != position:
+            raise ValueError(f"has two images of the same name, {name}")
     return index
 
 
