@@ -22,7 +22,6 @@ from typing import Any
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from ml_collections import ConfigDict
 
 from alignps_jax.image_files import decode_photo, lacks_end, read_photo
@@ -79,15 +78,11 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
 
     def write(self) -> Path:
         """`download_and_prepare` without TFDS's messages; returns the folder of the files."""
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)
         try:
             with contextlib.redirect_stdout(io.StringIO()), self._bar:
                 self.download_and_prepare(download_dir=Path(self.data_path).parent / "downloads")
         except RuntimeError as error:  # of the C++ that writes records
             raise OSError(" ".join(str(error).split())) from error
-        finally:
-            logging.set_verbosity(verbosity)
         return Path(self.data_path)
 
     def _info(self) -> tfds.core.DatasetInfo:
