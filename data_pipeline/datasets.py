@@ -98,11 +98,7 @@ def prepare(data: ConfigDict) -> Prepared:
 
 
 def _opened(data: ConfigDict) -> Source | Prepared:
-    prepared = _find(data)
-    if prepared is None:
-        return DATASETS[data.name](data.root)
-    _check_damaged(data, prepared)
-    return prepared
+    return _find(data) or DATASETS[data.name](data.root)
 
 
 def _people(opened: Source | Prepared, split: str) -> Annotations:
