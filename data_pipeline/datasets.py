@@ -7,7 +7,6 @@ for `synthetic`, its shape.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -19,14 +18,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.distributed import is_main_process
-from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.prepared import (
-    Prepared,
-    PreparedSplit,
-    listed,
-    prepared_sets,
-    write_about,
-)
+from alignps_jax.errors import UserError, known_name
+from alignps_jax.types import Annotations, SearchProtocol
+from data_pipeline.prepared import Prepared, listed, prepared_sets, write_about
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
 from data_pipeline.sources.prw import PrwSource
@@ -39,8 +33,7 @@ _COMPARED = 256
 class SyntheticSource(CuhkSysuSource):
     """Generated photos of colored figures (`data_pipeline.synthetic`), in CUHK-SYSU's layout."""
 
-    title = "synthetic"
-    published = None
+    published = ()
 
     @property
     def default_protocols(self) -> tuple[str, ...]:
@@ -53,14 +46,6 @@ DATASETS: dict[str, type[Source]] = {
     "coco_person_search": CocoPersonSearchSource,
     "synthetic": SyntheticSource,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedDataset:
-    """The two splits of a prepared data set."""
-
-    train: PreparedSplit
-    test: PreparedSplit
 
 
 def load_train(data: ConfigDict) -> Annotations:
@@ -84,11 +69,14 @@ def load_test(
       UserError: an unknown name, or files that are missing or not in the expected form.
     """
     opened = _opened(data)
-    protocols = [opened.protocol(name) for name in names or opened.default_protocols]
+    protocols = [
+        opened.protocol(known_name("config.eval.protocols", name, opened.protocols))
+        for name in names or opened.default_protocols
+    ]
     return _people(opened, "test"), tuple(protocols)
 
 
-def prepare(data: ConfigDict) -> PreparedDataset:
+def prepare(data: ConfigDict) -> Prepared:
     """Opens the prepared data set; the first time, writes it below `data.prepared_dir`.
 
     Prints what was found, beside the published figures where there are some; later calls read the
@@ -102,20 +90,15 @@ def prepare(data: ConfigDict) -> PreparedDataset:
         prepared = _prepare(data)
     elif is_main_process():
         counts = [f"{len(prepared.files(split).bytes):,} {split}" for split in ("train", "test")]
-        title = DATASETS[data.name].title
-        print(f"{title}: {' and '.join(counts)} images in {prepared.folder}")
+        print(f"{data.name}: {' and '.join(counts)} images in {prepared.folder}")
         _compare_photos(data, prepared)
     data.prepare_again = False
     _check_damaged(data, prepared)
-    return PreparedDataset(prepared.split("train"), prepared.split("test"))
+    return prepared
 
 
 def _opened(data: ConfigDict) -> Source | Prepared:
-    prepared = _find(data)
-    if prepared is None:
-        return DATASETS[data.name](data.root)
-    _check_damaged(data, prepared)
-    return prepared
+    return _find(data) or DATASETS[data.name](data.root)
 
 
 def _people(opened: Source | Prepared, split: str) -> Annotations:
@@ -139,14 +122,6 @@ def _check_damaged(data: ConfigDict, prepared: Prepared) -> None:
         print(f"{found}: they are not trained on, and black in evaluations")
 
 
-def _draw(data: ConfigDict) -> None:
-    # Imported here, because nothing else needs the module that draws figures.
-    from data_pipeline.synthetic import dataset as synthetic
-
-    root = Path(data.root).expanduser()
-    synthetic.write_synthetic(root, synthetic.SyntheticSpec(**data.synthetic))
-
-
 def _originals(data: ConfigDict) -> Source | None:
     """A reader of the original files, if they are there."""
     source = DATASETS[data.name]
@@ -164,7 +139,10 @@ def _find(data: ConfigDict) -> Prepared | None:
     Annotations are unchanged while sizes and times of their files are; else their content decides.
     """
     if data.name == "synthetic":
-        _draw(data)
+        # Imported here, because nothing else needs the module that draws figures.
+        from data_pipeline.synthetic.dataset import SyntheticSpec, write_synthetic
+
+        write_synthetic(Path(data.root).expanduser(), SyntheticSpec(**data.synthetic))
     if data.prepare_again and is_main_process():
         return None
     sets = [x for x in prepared_sets(_folder(data)) if x.about.orientation == data.orientation]
@@ -193,21 +171,14 @@ def _prepare(data: ConfigDict) -> Prepared:
 
     source, folder = DATASETS[data.name](data.root), _folder(data)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"waiting for the process that prepares {folder}", flush=True)
-        held = lock.acquire()
-    with held:
+    print(f"{data.name}: preparing {folder}, or waiting for the process that does", flush=True)
+    with filelock.FileLock(folder / ".lock"):
         if found := _find(data):
             return found
         for left in folder.glob("*.partial-*"):  # by a process that was killed
             shutil.rmtree(left)
         digest, stamp = _digest(source), _stamp(source)
-        target = folder / f"{digest}-{data.orientation}"
-        print(f"{source.title}: preparing {target}", flush=True)
-        return write_prepared(source, target, data, digest, stamp)
+        return write_prepared(source, folder / f"{digest}-{data.orientation}", data, digest, stamp)
 
 
 def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:
@@ -229,10 +200,8 @@ def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:
 
 
 def _stamp(source: Source) -> str:
-    found = []
-    for name in source.annotation_files():
-        about = os.stat(os.path.join(source.root, name))
-        found.append((name, about.st_size, about.st_mtime_ns))
+    about = [(name, os.stat(source.root / name)) for name in source.annotation_files()]
+    found = [(name, file.st_size, file.st_mtime_ns) for name, file in about]
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 

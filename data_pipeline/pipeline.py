@@ -6,7 +6,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import cv2
@@ -33,24 +33,23 @@ if TYPE_CHECKING:  # inference on single photos does without
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Turns plans into this process's part of their batches.
-
-    `people` is the static number of boxes G per image: enough for the fullest image of the split.
-    """
+    """Turns plans into the batches' rows of `process`: its index, and the number of all."""
 
     split: PreparedSplit = dataclasses.field(repr=False)
-    people: int
-    process_index: int
-    process_count: int
-    workers: int
-    prefetch: int
+    data: ConfigDict
+    process: tuple[int, int]
+
+    @cached_property
+    def people(self) -> int:
+        """G, the static number of boxes per image: enough for the fullest image of the split."""
+        return _round_people(max(map(len, self.split.annotations.boxes), default=0))
 
     def read(self, plan: BatchPlan, each: Callable[..., Iterable[None]] = map) -> Batch:
         """Decodes and assembles the rows of this process; `each` maps over them.
 
         Raises UserError if an image cannot be decoded.
         """
-        plan = plan.shard(self.process_index, self.process_count)
+        plan = plan.shard(*self.process)
         batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
         batch.image[~plan.valid] = 0
         rows = np.flatnonzero(plan.valid).tolist()
@@ -58,16 +57,16 @@ class BatchReader:
         return batch
 
     def iterate(self, plan: Callable[[int], BatchPlan], count: int) -> grain.DatasetIterator:
-        """Reads plans 0 .. count - 1 in order, `prefetch` ahead, their images in `workers` threads.
+        """Reads plans 0 .. count - 1 in order, some ahead, their images in threads.
 
-        So the memory is that of `prefetch` batches, and of a decoded photo per worker.
+        So the memory is that of `data.prefetch` batches, and of a decoded photo per worker.
         """
         import grain
 
         # Every thread has an image of its own; OpenCV's own threads would only get in the way.
         cv2.setNumThreads(0)
-        ahead = self.prefetch if self.workers else 0
-        each = futures.ThreadPoolExecutor(self.workers).map if ahead else map
+        ahead = self.data.prefetch if self.data.workers else 0
+        each = futures.ThreadPoolExecutor(self.data.workers).map if ahead else map
         # Grain's threads only wait for the images of their batches.
         options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         steps = grain.MapDataset.range(count).map(lambda step: self.read(plan(step), each))
@@ -90,7 +89,7 @@ class TrainPipeline:
     orientation's order. Scale and flip are drawn per row. So `steps_per_epoch` never changes.
 
     With `data.max_programs`, groups of like aspect ratios take the place of the orientations, and
-    `one_scale` is drawn per batch: most padding comes from small images beside large ones.
+    one scale is drawn per batch: most padding comes from small images beside large ones.
     """
 
     reader: BatchReader
@@ -99,30 +98,13 @@ class TrainPipeline:
     # Resized (height, width) of every image of the split at each of the S training scales.
     sizes: Int[np.ndarray, "N S 2"] = dataclasses.field(repr=False)
     buckets: tuple[Size, ...]
-    flip_probability: float
     seed: int
     batch_size: int
-    one_scale: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches in which every usable image comes at least once."""
         return sum(_ceil_div(len(group), self.batch_size) for group in self.groups)
-
-    @property
-    def people(self) -> int:
-        """G, the static number of boxes per image."""
-        return self.reader.people
-
-    def summary(self) -> str:
-        """A line on the shapes of the batches, and on the padding of the first ones."""
-        plans = [self.plan(step) for step in range(min(100, self.steps_per_epoch))]
-        pixels = [plan.bucket[0] * plan.bucket[1] for plan in plans]
-        share = np.average([plan.padding for plan in plans], weights=pixels)
-        return (
-            f"buckets: {len(self.buckets)}, groups of images: {len(self.groups)}; "
-            f"{share:.1%} of the pixels of the first batches are padding"
-        )
 
     def plan(self, step: int) -> BatchPlan:
         """What global batch `step` holds, the same in every process."""
@@ -151,13 +133,9 @@ class TrainPipeline:
             for group in self.groups
         ]
         indices = rng.permutation(np.concatenate(batches))
-        draws = (len(indices), 1) if self.one_scale else indices.shape
+        draws = (len(indices), 1) if self.reader.data.max_programs else indices.shape
         scales = np.broadcast_to(rng.integers(self.sizes.shape[1], size=draws), indices.shape)
-        return indices, scales, rng.random(indices.shape) < self.flip_probability
-
-    def batch(self, step: int) -> Batch:
-        """This process's rows of batch `step`."""
-        return self.reader.read(self.plan(step))
+        return indices, scales, rng.random(indices.shape) < self.reader.data.flip_probability
 
     def iterator(self, total_steps: int) -> grain.DatasetIterator:
         """Batches 0 .. `total_steps` - 1 in order, prefetched.
@@ -197,8 +175,7 @@ def make_train_pipeline(
     *,
     seed: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: tuple[int, int] = (0, 1),
 ) -> TrainPipeline:
     """Plans the training batches of a split.
 
@@ -210,8 +187,7 @@ def make_train_pipeline(
       data: the `data` section of the configuration.
       seed: decides on order, scales and flips; not negative.
       batch_size: images per step over all processes, a multiple of their number.
-      process_index: which of the `process_count` equal parts of each batch to read.
-      process_count: number of processes.
+      process: the index of this process, and the number of all that share each batch.
 
     Raises:
       UserError: no image can be trained on, or `data.max_programs` is too small.
@@ -224,14 +200,12 @@ def make_train_pipeline(
     if data.max_programs:
         groups, shapes = choose_buckets(sizes, usable, data.max_programs, batch_size)
     return TrainPipeline(
-        reader=_reader(split, data, process_index, process_count),
+        reader=BatchReader(split, data, process),
         groups=groups,
         sizes=sizes,
         buckets=shapes,
-        flip_probability=data.flip_probability,
         seed=seed,
         batch_size=batch_size,
-        one_scale=bool(data.max_programs),
     )
 
 
@@ -240,8 +214,7 @@ def make_eval_batches(
     data: ConfigDict,
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    process: tuple[int, int] = (0, 1),
 ) -> EvalBatches:
     """Plans one pass over a split; see `make_train_pipeline` for the arguments."""
     sizes = rescaled_sizes(split.sizes, [data.test_scale])[:, 0]
@@ -260,7 +233,7 @@ def make_eval_batches(
                     bucket=bucket,
                 )
             )
-    return EvalBatches(_reader(split, data, process_index, process_count), tuple(plans))
+    return EvalBatches(BatchReader(split, data, process), tuple(plans))
 
 
 def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
@@ -270,31 +243,12 @@ def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> Batch:
-    """One photo as the evaluation would see it: a batch of one row, without people.
-
-    Args:
-      image: RGB.
-      data: the `data` section of the configuration.
-    """
+    """One RGB photo as the evaluation with `config.data` sees it: a row without people."""
     size = image.shape[:2]
     batch = transforms.empty_batch(1, _test_bucket(size, data.test_scale), _round_people(0))
     new_size = transforms.rescaled_size(size, data.test_scale)
     transforms.fill_image(batch, 0, np.ascontiguousarray(image), new_size, flip=False)
     return batch
-
-
-def _reader(
-    split: PreparedSplit, data: ConfigDict, process_index: int, process_count: int
-) -> BatchReader:
-    fullest = max((len(boxes) for boxes in split.annotations.boxes), default=0)
-    return BatchReader(
-        split=split,
-        people=_round_people(fullest),
-        process_index=process_index,
-        process_count=process_count,
-        workers=data.workers,
-        prefetch=data.prefetch,
-    )
 
 
 def _test_bucket(size: Size | Int[np.ndarray, "2"], scale: Scale) -> Size:

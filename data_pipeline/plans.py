@@ -34,12 +34,6 @@ class BatchPlan:
     valid: Bool[np.ndarray, "B"]
     bucket: Size
 
-    @property
-    def padding(self) -> float:
-        """The share of the batch's pixels that come from no photo."""
-        photos = self.sizes.astype(np.int64).prod(axis=1)[self.valid].sum()
-        return float(1 - photos / (len(self.sizes) * self.bucket[0] * self.bucket[1]))
-
     def shard(self, process_index: int, process_count: int) -> BatchPlan:
         """The rows of one process: the global batch in equal, consecutive parts."""
         share = len(self.indices) // process_count

@@ -22,7 +22,6 @@ from typing import Any
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from ml_collections import ConfigDict
 
 from alignps_jax.image_files import decode_photo, lacks_end, read_photo
@@ -63,8 +62,7 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
     """The photos of a `Source` with their people, in the splits `train` and `test`, in its order.
 
     A shard-based builder, because it streams: TFDS's generator-based ones hold a split that is not
-    to be shuffled in memory. It keeps what it `found` of each photo, in order, and how many boxes
-    it `clipped` to their photo or `dropped` because they lie outside.
+    to be shuffled in memory. It keeps what it `found` of each photo, in order.
     """
 
     VERSION = tfds.core.Version("2.0.0")
@@ -75,26 +73,16 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
         """Writes below `folder`; reads photos as `data`, `config.data`, says."""
         self._source, self._people, self._data = source, people, data
         self.found: dict[str, list[_Photo]] = {split: [] for split in people}
-        self.clipped = self.dropped = 0
         self._bar = progress(desc="preparing", total=sum(len(x.names) for x in people.values()))
         super().__init__(data_dir=folder, file_format="array_record")
 
-    def problems(self, split: str) -> dict[str, str]:
-        """Why photos cannot be used, by name."""
-        pairs = zip(self._people[split].names, self.found[split], strict=True)
-        return {name: photo.problem for name, photo in pairs if photo.problem}
-
     def write(self) -> Path:
         """`download_and_prepare` without TFDS's messages; returns the folder of the files."""
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)
         try:
             with contextlib.redirect_stdout(io.StringIO()), self._bar:
                 self.download_and_prepare(download_dir=Path(self.data_path).parent / "downloads")
         except RuntimeError as error:  # of the C++ that writes records
             raise OSError(" ".join(str(error).split())) from error
-        finally:
-            logging.set_verbosity(verbosity)
         return Path(self.data_path)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -129,8 +117,6 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             for index, photo in zip(images, pool.map(read, images), strict=True):
                 boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
-                self.clipped += int((boxes != people.boxes[index]).any(axis=1)[keep].sum())
-                self.dropped += int((~keep).sum())
                 self.found[split].append(dataclasses.replace(photo, image=b""))
                 self._bar.update()
                 example = {
@@ -149,18 +135,13 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
 def write_prepared(
     source: Source, target: Path, data: ConfigDict, digest: str, stamp: str
 ) -> Prepared:
-    """Writes a prepared data set, complete or not at all, and prints what was found.
+    """Writes the set of a source in `target`, complete or not at all, and prints what was found.
 
-    Args:
-      source: its annotations and photos.
-      target: the folder; one that is there is replaced.
-      data: `config.data`.
-      digest: see `About`.
-      stamp: see `About`.
+    A set that is there is replaced; `digest` and `stamp` are those of `About`.
 
     Raises:
-      UserError: annotations are not in the expected form; photos are missing, unless
-        `data.skip_damaged`; or none of a split can be used.
+      UserError: annotations are not in the expected form; or photos are missing, unless
+        `data.skip_damaged`.
       OSError: there is no space, for example.
     """
     people = {"train": source.train}
@@ -168,19 +149,18 @@ def write_prepared(
     people["test"] = source.test
     protocols = list(_protocols(source))
     notes["test"] = source.notes[len(notes["train"]) :]
-    for split, annotated in people.items():
-        _check_photos(source, split, annotated, data.skip_damaged)
+    if not data.skip_damaged:
+        _check_photos(source, people)
     with tempfile.TemporaryDirectory(
         dir=target.parent, prefix=f"{target.name}.partial-"
     ) as temporary:
         builder = PersonSearch(temporary, source, people, data)
         folder = builder.write()
-        damaged = {split: builder.problems(split) for split in people}
+        damaged = {}
         for split, annotated in people.items():
-            if len(damaged[split]) == len(annotated.names):
-                reasons = listed(f"{name}: {why}" for name, why in damaged[split].items())
-                raise UserError(f"{source.root}: no {split} photo can be used:{reasons}")
             photos = builder.found[split]
+            pairs = zip(annotated.names, photos, strict=True)
+            damaged[split] = {name: photo.problem for name, photo in pairs if photo.problem}
             sizes = np.array([photo.size for photo in photos], np.int32)
             file_bytes = np.array([photo.file_bytes for photo in photos])
             save_arrays(folder, split, annotated)
@@ -194,8 +174,8 @@ def write_prepared(
         if target.exists():
             target.rename(Path(temporary) / "replaced")
         folder.rename(target)
-    queries = next(len(x.query_image) for x in protocols if x.name == defaults[0])
-    for line in (*_counts(source, people, queries, defaults[0]), *_oddities(people, builder)):
+    main = next(protocol for protocol in protocols if protocol.name == defaults[0])
+    for line in (*_counts(source, main), *_oddities(*builder.found.values())):
         print(f"  {line}", flush=True)
     return Prepared(target, about)
 
@@ -211,15 +191,13 @@ def _protocols(source: Source) -> Iterator[SearchProtocol]:
             source.notes.append(f"{error}; there is no protocol {name}")
 
 
-def _check_photos(source: Source, split: str, people: Annotations, skip: bool) -> None:
+def _check_photos(source: Source, people: dict[str, Annotations]) -> None:
     """Looks for all photos before the first is read."""
-    if not people.names:
-        raise UserError(f"{source.root}: found no {split} images in the annotations, expected some")
-    paths = map(source.image_path, people.names)
+    paths = [source.image_path(name) for split in people.values() for name in split.names]
     missing = [str(path) for path in paths if not path.is_file()]
-    if missing and not skip:
+    if missing:
         raise UserError(
-            f"{source.root}: {len(missing):,} of {len(people.names):,} {split} photos are missing "
+            f"{source.root}: {len(missing):,} of {len(paths):,} photos are missing "
             f"(--config.data.skip_damaged=True goes on without them):{listed(missing)}"
         )
 
@@ -251,34 +229,21 @@ def _other_size(size: tuple[int, int], annotated: tuple[int, int], upright: bool
     return f"has {found} pixels (height x width), annotated are {expected}{turned}"
 
 
-def _counts(
-    source: Source, people: dict[str, Annotations], queries: int, protocol: str
-) -> Iterator[str]:
+def _counts(source: Source, protocol: SearchProtocol) -> Iterator[str]:
     """What was found, beside what is published."""
-    train = people["train"]
-    shown = np.concatenate(train.identity)[np.concatenate(train.labeled)]
-    names = "training images", "training identities", "test images", f"queries ({protocol})"
-    found = len(train.names), len(np.unique(shown)), len(people["test"].names), queries
-    published = dataclasses.astuple(source.published) if source.published else found
-    for count, name, known in zip(found, names, published, strict=True):
+    train, queries = source.train, f"queries ({protocol.name})"
+    shown = np.unique(np.concatenate(train.identity)[np.concatenate(train.labeled)])
+    names = "training images", "training identities", "test images", queries
+    found = len(train.names), len(shown), len(source.test.names), len(protocol.query_image)
+    for count, name, known in zip(found, names, source.published or found, strict=True):
         yield f"{count:>8,} {name}" + f" (published: {known:,})" * (known != count)
-    if source.remark and found != published:
-        yield source.remark
 
 
-def _oddities(people: dict[str, Annotations], builder: PersonSearch) -> Iterator[str]:
-    yield f"clipped {builder.clipped:,} boxes to their photo, dropped {builder.dropped:,} outside"
-    unended = sum(photo.lacks_end for photos in builder.found.values() for photo in photos)
+def _oddities(train: list[_Photo], test: list[_Photo]) -> Iterator[str]:
+    unended = sum(photo.lacks_end for photo in (*train, *test))
     if unended:
         yield f"{unended:,} JPEG files lack their end marker, but no pixel"
-    train, test = (
-        [
-            (photo.content, name)
-            for photo, name in zip(builder.found[x], people[x].names, strict=True)
-        ]
-        for x in people
-    )
-    names = dict(train)
-    copies = sum(bool(content) and names.get(content, name) != name for content, name in test)
+    known = {photo.content for photo in train if photo.content}
+    copies = sum(photo.content in known for photo in test)
     if copies:
-        yield f"{copies:,} test photos are training photos of another name"
+        yield f"{copies:,} test photos are training photos"

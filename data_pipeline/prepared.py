@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from alignps_jax.errors import blame, known_name
+from alignps_jax.errors import blame
 from alignps_jax.types import Annotations, SearchProtocol
 
 # Another number where sets that are older cannot be read.
@@ -94,13 +94,17 @@ class Prepared:
         return load_arrays(self.folder, "test", Annotations)
 
     @property
+    def protocols(self) -> Sequence[str]:
+        """Names of the search protocols."""
+        return self.about.protocols
+
+    @property
     def default_protocols(self) -> Sequence[str]:
         """The protocols to report when nobody asks for others, the main one first."""
         return self.about.default_protocols
 
     def protocol(self, name: str) -> SearchProtocol:
         """One of the search protocols, over the images of `test`."""
-        known_name("config.eval.protocols", name, self.about.protocols)
         return load_arrays(self.folder, name, SearchProtocol)
 
     def files(self, split: str) -> Files:

@@ -23,15 +23,10 @@ MULTIPLE = 32  # of which the sides of all shapes are one
 
 
 def decode_jpeg(jpeg: bytes, name: str, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes an image to RGB (gray ones get three equal channels).
+    """Decodes the image `name` to RGB (gray ones get three equal channels).
 
-    Args:
-      jpeg: the encoded image.
-      name: what to call it in the error.
-      upright: turn it as its orientation says (else it is as stored).
-
-    Raises:
-      UserError: the bytes are not a complete image.
+    Where `upright`, it is turned as its orientation says, else as stored. Raises UserError if the
+    bytes are not a complete image.
     """
     header = read_header(jpeg)
     if header is None:

@@ -15,10 +15,8 @@ from jaxtyping import Int
 
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import Photos, PreparedSplit
-from data_pipeline.sources.source import Queries, all_but, search_everywhere
+from data_pipeline.sources.source import Query, search_everywhere
 
-# The name of the search protocol over the held-out people.
-PROTOCOL = "validation"
 # A random stream of its own, so that other draws with the same seed do not change it.
 _STREAM = 0x7A11D
 
@@ -119,10 +117,10 @@ def _part(shown: Sequence[np.ndarray], images: Int[np.ndarray, "n"], identities:
 
 def _search(people: Annotations, wanted: Int[np.ndarray, "k"]) -> SearchProtocol:
     """Every photo of each of these identities asks for the others; the first box there counts."""
-    queries: dict[tuple[int, int], np.ndarray] = {}
-    for image, (ids, labeled) in enumerate(zip(people.identity, people.labeled, strict=True)):
+    queries: dict[tuple[int, int], Query] = {}
+    rows = zip(people.identity, people.labeled, people.boxes, strict=True)
+    for image, (ids, labeled, boxes) in enumerate(rows):
         for row in np.flatnonzero(labeled & np.isin(ids, wanted)).tolist():
-            queries.setdefault((image, int(ids[row])), people.boxes[image][row])
-    asked = Queries.of((image, box, identity) for (image, identity), box in queries.items())
-    galleries = all_but(len(people.names), asked.image)
-    return search_everywhere(PROTOCOL, people, asked, galleries)[0]
+            person = int(ids[row])
+            queries.setdefault((image, person), (image, boxes[row], person))
+    return search_everywhere("validation", people, list(queries.values()))[0]

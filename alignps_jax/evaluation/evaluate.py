@@ -32,8 +32,9 @@ from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
-from data_pipeline.datasets import PreparedSplit, prepare
+from data_pipeline.datasets import prepare
 from data_pipeline.pipeline import EvalBatches, make_eval_batches, photo_of
+from data_pipeline.prepared import PreparedSplit
 
 # The files that `Evaluator.write` writes.
 DETECTIONS, RANKINGS = "detections.npz", "rankings.png"
@@ -120,8 +121,8 @@ def make_evaluator(
 
     `predict` is that of another evaluator of the network, whose compiled programs are used again.
     """
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = make_eval_batches(split, config.data, batch_size=config.eval.batch_size, **process)
+    process, rows = (jax.process_index(), jax.process_count()), config.eval.batch_size
+    batches = make_eval_batches(split, config.data, batch_size=rows, process=process)
     predict = predict or devices.parallel_predict_step(make_predict_step(config))
     return Evaluator(predict, batches, split, scorer)
 
@@ -149,7 +150,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     step, by = agreed_step(checkpoint, config)
     weights = load_weights(step, weights_template(inference_model(config)))
     with main_process_first():
-        scorer, photos = make_scorer(config), prepare(config.data).test
+        scorer, photos = make_scorer(config), prepare(config.data).split("test")
     evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
     evaluator.write(measured.chosen(by), None, workdir)

@@ -171,7 +171,7 @@ def compared_queries(config: ConfigDict, paths: Sequence[Path]) -> ComparedQueri
     protocol = scorer.protocols[0]
     detections = _saved_detections(scorer, paths)
     metrics = {label: scorer.search(protocol, found) for label, found in detections.items()}
-    split = prepare(config.data).test
+    split = prepare(config.data).split("test")
     count = max(1, MAX_COMPARED_ROWS // len(detections))
     rows = (
         query_row(

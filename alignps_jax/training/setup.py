@@ -67,17 +67,18 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
         held = hold_out(people, fraction, config.seed) if fraction else None
         rows = lut_size(config, (held.train if held else people).num_identities)
         data = prepare(config.data)
-    photos = held.train.photos(data.train) if held else data.train
-    selector = evaluator = make_evaluator(config, data.test, scorer)
+    train = data.split("train")
+    photos = held.train.photos(train) if held else train
+    selector = evaluator = make_evaluator(config, data.split("test"), scorer)
     if held:
         scorer = scorer_of(config, held.validation.people(people), (held.protocol,))
-        split = held.validation.photos(data.train)
+        split = held.validation.photos(train)
         selector = make_evaluator(config, split, scorer, predict=evaluator.predict)
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    process = jax.process_index(), jax.process_count()
     sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
-    pipeline = make_train_pipeline(photos, config.data, **sizes, **process)
-    if is_main_process():
-        print(*filter(None, (held, pipeline.summary())), sep="\n")
+    pipeline = make_train_pipeline(photos, config.data, **sizes, process=process)
+    if held and is_main_process():
+        print(held)
     times, per_epoch = config.train, pipeline.steps_per_epoch
     durations = times.duration, times.checkpoint_every, times.eval_every
     total, save, evaluate = (max(1, steps_of(x, per_epoch)) for x in durations)

@@ -31,7 +31,7 @@ def positives_per_image(config: ConfigDict, people: int) -> int:
 
 def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
     """Static number of positive locations per device."""
-    per_image = positives_per_image(config, pipeline.people)
+    per_image = positives_per_image(config, pipeline.reader.people)
     return per_image * config.train.batch_size // jax.device_count()
 
 

@@ -14,11 +14,11 @@ import msgspec
 import numpy as np
 
 from alignps_jax.types import Annotations
-from data_pipeline.sources.source import LARGEST_COORDINATE, annotate, check_name, reading
+from data_pipeline.prepared import listed
+from data_pipeline.sources.source import annotate, check_name, check_pixels, reading
 
 _PERSON = re.compile(r"(?:person|people|pedestrian|human)s?(?:[ _-]*(\d+))?", re.IGNORECASE)
 _NOBODY = re.compile(r"|none|null|nan|<na>|unknown|-\d+(\.\d+)?", re.IGNORECASE)
-_LISTED = 10
 
 _Id = int | float | str
 
@@ -86,7 +86,7 @@ class CocoFile:
             self._each("images", records.images, self._take_image)
             self._each("annotations", records.annotations, self._take_person)
             if not self.sizes or (records.annotations and not self.people):
-                raise ValueError(f"holds nothing that can be used{self._listed()}")
+                raise ValueError(f"holds nothing that can be used{listed(self.bad)}")
 
     @functools.cached_property
     def annotations(self) -> tuple[Annotations, dict[Any, int]]:
@@ -110,7 +110,7 @@ class CocoFile:
 
     def notes(self) -> list[str]:
         """Lines about what is not used, and what looks wrong."""
-        lines = [f"{len(self.bad):,} records cannot be used:{self._listed()}"] if self.bad else []
+        lines = [f"{len(self.bad):,} records cannot be used:{listed(self.bad)}"] if self.bad else []
         if self._left_out:
             parts = [f"{count:,} {what}" for what, count in self._left_out.items()]
             lines.append(f"left out {', '.join(parts)}")
@@ -127,10 +127,6 @@ class CocoFile:
         if self.people and not any(person.identity is not None for person in self.people):
             lines.append("nobody has an identity (person_id or track_id, there or in attributes)")
         return [f"{self.path}: {line}" for line in lines]
-
-    def _listed(self) -> str:
-        more = [f"and {len(self.bad) - _LISTED} more"] if len(self.bad) > _LISTED else []
-        return "".join(f"\n  {line}" for line in [*self.bad[:_LISTED], *more])
 
     def _each(
         self, what: str, records: Sequence[msgspec.Raw], take: Callable[[int, msgspec.Raw], None]
@@ -161,8 +157,7 @@ class CocoFile:
         image = self._names.get(_key(person.image_id))
         if not image:
             raise ValueError(f"image_id {person.image_id!r} is none of the usable images")
-        if not all(abs(value) <= LARGEST_COORDINATE for value in person.bbox):
-            raise ValueError(f"bbox {person.bbox} is in no photo")
+        check_pixels(np.array(person.bbox))
         x, y, w, h = person.bbox
         box = tuple(np.array([x, y, x + w, y + h], np.float32).tolist())
         category = _key(person.category_id)

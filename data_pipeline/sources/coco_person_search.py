@@ -7,10 +7,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.sources.coco_file import CocoFile
-from data_pipeline.sources.source import Queries, Source, all_but, find_alike, search_everywhere
+from data_pipeline.sources.source import Source, find_alike, search_everywhere
 
 # The file of a split: by hand or CVAT; CVAT, Roboflow, Label Studio, FiftyOne.
 _FILES = (
@@ -24,40 +23,21 @@ _FILES = (
 
 
 class CocoPersonSearchSource(Source):
-    """Reads a folder of COCO-style annotations.
+    """Reads a folder with `train.json` and `test.json`, or `_FILES`, as tools write them.
 
-    `train.json` and `test.json` (or `_FILES`, as tools write them) are objects with two lists:
-
-    - `images`: `id`, `file_name`, and `width`, `height` of the photo as stored. The photo is
-      `images/<file_name>`, or where the tools put it. Where there is a folder `images/train`, or
-      the file is in `train`, names are relative to that.
-    - `annotations`: `image_id`, `bbox` (`x, y, w, h` in pixels, corner first) and the identity:
-      `person_id` or `track_id`, there or in `attributes`, any number or text. A person without it,
-      or with a negative number, has no identity. Annotations of other `categories` than people and
-      those with `iscrowd` are left out. A category that is named `person 17`, or whose
-      supercategory is `person_id`, is an identity.
-
-    Identities are numbered 0, 1, ... within each split. `query.json`, optional, has the same form:
-    each annotation asks for one person, who is in at least one other image of `test.json`. Without
-    it every identity that is in at least two test images is asked for once, by its first box.
+    docs/data.md describes them. Photos are in `photo_folders`; where there is a folder
+    `images/train`, or the file is in `train`, names are relative to that. Identities are numbered
+    0, 1, ... within each split. `query.json`, optional, has the same form: each annotation asks for
+    one person, who is in at least one other image of `test.json`. Without it every identity that is
+    in at least two test images is asked for once, by its first box.
 
     Records that cannot be used are left out; `notes` lists them, and says what else looks wrong.
 
     Protocol: `all` (every test image but the query's own, in the order of `test.json`).
     """
 
-    title = "COCO-style person search"
-    required = ("train.json", "test.json")
-    layout = """
-  images/...
-  train.json
-  test.json
-  query.json (optional)
-  (or what CVAT, Roboflow, Label Studio or FiftyOne exported: docs/data.md)
-"""
     photo_folders = ("images", "", "data", "images/default")
     protocols = ("all",)
-    default_protocols = ("all",)
 
     @classmethod
     def missing(cls, root: Path) -> list[str]:
@@ -65,29 +45,28 @@ class CocoPersonSearchSource(Source):
 
     @functools.cached_property
     def train(self) -> Annotations:
-        self.notes += self._train.notes()
-        return self._train.annotations[0]
+        self.notes += self._files["train"].notes()
+        return self._files["train"].annotations[0]
 
     @functools.cached_property
     def test(self) -> Annotations:
-        self.notes += self._test.notes()
-        self._note_shared(self._train.sizes, self._test.sizes)
-        return self._test.annotations[0]
+        self.notes += self._files["test"].notes()
+        shared = self._files["train"].sizes.keys() & self._files["test"].sizes.keys()
+        self._note(len(shared), "photos are in both splits, train and test")
+        return self._files["test"].annotations[0]
 
     def protocol(self, name: str) -> SearchProtocol:
-        known_name("config.eval.protocols", name, self.protocols)
-        path = self.root / "query.json"
-        asked = CocoFile(path, self._test.folder) if path.is_file() else None
-        number = self._test.annotations[1]
-        index = {name: position for position, name in enumerate(self.test.names)}
+        test, path = self._files["test"], self.root / "query.json"
+        number = test.annotations[1]
+        index = {image: position for position, image in enumerate(test.sizes)}
+        asked = CocoFile(path, test.folder) if path.is_file() else None
         people = [
             person
-            for person in (asked.people if asked else self._test.first())
+            for person in (asked.people if asked else test.first())
             if person.image in index and person.identity in number
         ]
-        queries = Queries.of((index[p.image], p.box, number[p.identity]) for p in people)
-        galleries = all_but(len(index), queries.image)
-        protocol, answered = search_everywhere(name, self.test, queries, galleries)
+        queries = [(index[p.image], p.box, number[p.identity]) for p in people]
+        protocol, answered = search_everywhere(name, self.test, queries)
         if asked:
             found = {people[query].number for query in np.flatnonzero(answered)}
             asked.bad += [
@@ -99,8 +78,8 @@ class CocoPersonSearchSource(Source):
             self.notes += asked.notes()
         if not answered.any():
             raise UserError(
-                f"{self._test.path}: no identity that is asked for is in two images; expected "
-                "some, or there is nobody to search for"
+                f"{test.path}: no identity that is asked for is in two images; there is nobody to "
+                "search for"
             )
         return protocol
 
@@ -110,19 +89,12 @@ class CocoPersonSearchSource(Source):
         return [str(path.relative_to(self.root)) for path in files]
 
     def photo_size(self, name: str) -> tuple[int, int] | None:
-        return self._train.sizes.get(name) or self._test.sizes.get(name)
+        return self._files["train"].sizes.get(name) or self._files["test"].sizes.get(name)
 
     @functools.cached_property
-    def _train(self) -> CocoFile:
-        return self._read("train")
-
-    @functools.cached_property
-    def _test(self) -> CocoFile:
-        return self._read("test")
-
-    def _read(self, split: str) -> CocoFile:
-        path, folder = _locate(self.root, split)
-        return CocoFile(path or self.root / f"{split}.json", folder)
+    def _files(self) -> dict[str, CocoFile]:
+        places = {split: _locate(self.root, split) for split in ("train", "test")}
+        return {split: CocoFile(path, folder) for split, (path, folder) in places.items() if path}
 
     def _places(self, name: str) -> list[str]:
         """As the tools put photos; the first folder of a name may be there by mistake."""

@@ -6,22 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from alignps_jax.errors import known_name
-from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.sources.matlab import (
-    cells,
-    numbers,
-    read_structs,
-    read_variable,
-    structs,
-    text,
-)
-from data_pipeline.sources.source import Counts, Source, check_pixels, image_index, reading
+from alignps_jax.types import Annotations, SearchProtocol
+from data_pipeline.sources.matlab import cells, numbers, read_structs, read_variable, structs, text
+from data_pipeline.sources.source import Source, check_pixels, image_index, reading
 
 _GALLERIES = tuple(f"TestG{size}" for size in (50, 100, 500, 1000, 2000, 4000))
 # Subsets of the queries with protocols of their own: file and variable.
@@ -29,6 +21,7 @@ _SUBSETS = {
     "occlusion": ("annotation/test/subset/Occlusion.mat", "Occlusion1"),
     "resolution": ("annotation/test/subset/Resolution.mat", "Test_Size"),
 }
+_T = TypeVar("_T")
 _FOLDER = "annotation/test/train_test"
 _Label = tuple[int, Float[np.ndarray, "4"], int]  # image, box, identity
 
@@ -49,19 +42,20 @@ class CuhkSysuSource(Source):
     the configuration names some; `TestG100`, the one of the papers' tables, comes first.
     """
 
-    title = "CUHK-SYSU"
-    published: ClassVar[Counts | None] = Counts(11_206, 5_532, 6_978, 2_900)
-    required = ("annotation/Images.mat", "annotation/pool.mat", f"{_FOLDER}/Train.mat")
-    layout = """
-  Image/SSM/s1.jpg ...
-  annotation/Images.mat
-  annotation/pool.mat
-  annotation/test/train_test/Train.mat
-  annotation/test/train_test/TestG50.mat, TestG100.mat ... (at least one)
-  annotation/test/subset/Occlusion.mat, Resolution.mat (optional)
-"""
+    published: ClassVar[tuple[int, ...]] = (11_206, 5_532, 6_978, 2_900)
+    required = (
+        "annotation/Images.mat",
+        "annotation/pool.mat",
+        f"{_FOLDER}/Train.mat",
+        f"{_FOLDER}/TestG*.mat",
+    )
     photo_folders = ("Image/SSM",)
     annotation_patterns = ("annotation/**/*.mat",)
+
+    def __init__(self, root: str | Path):
+        super().__init__(root)
+        names = (*_GALLERIES, "all", *_SUBSETS)
+        self.protocols = tuple(x for x in names if x == "all" or self._file(x)[0].is_file())
 
     @functools.cached_property
     def train(self) -> Annotations:
@@ -76,7 +70,7 @@ class CuhkSysuSource(Source):
                 for name, box, *_ in map(dict.values, structs(scenes)):
                     image = _position(text(name), index, "training images")
                     labels.append((image, _box(box), identity))
-            return self._annotations(names, labels, path)
+            return self._annotations(names, labels)
 
     @functools.cached_property
     def test(self) -> Annotations:
@@ -89,33 +83,18 @@ class CuhkSysuSource(Source):
                 *zip(protocol.target_images[query], protocol.target_boxes[query], strict=True),
             )
         ]
-        return self._annotations(self._pool, labels, self._file(protocol.name)[0])
-
-    @functools.cached_property
-    def protocols(self) -> tuple[str, ...]:
-        present = [name for name in _GALLERIES if self._file(name)[0].is_file()]
-        if not present:
-            raise UserError(
-                f"{self.root / _FOLDER}: no test protocol; expected {', '.join(_GALLERIES)} "
-                "(.mat), at least one of them"
-            )
-        subsets = [name for name in _SUBSETS if self._file(name)[0].is_file()]
-        return (*present, "all", *subsets)
+        return self._annotations(self._pool, labels)
 
     @property
     def default_protocols(self) -> tuple[str, ...]:
         """All but the subsets: TestG100 (without it the smallest) first, by size after it."""
         names = [name for name in self.protocols if name not in _SUBSETS]
-        main = "TestG100" if "TestG100" in names else names[0]
-        return (main, *(name for name in names if name != main))
+        return tuple(sorted(names, key=lambda name: name != "TestG100"))
 
     def protocol(self, name: str) -> SearchProtocol:
-        known_name("config.eval.protocols", name, self.protocols)
         if name == "all":
             return self._whole_test_set()
-        if name == self.protocols[0]:
-            return self._smallest[0]
-        return self._read_protocol(name)[0]
+        return (self._smallest if name == self.protocols[0] else self._read_protocol(name))[0]
 
     def _file(self, protocol: str) -> tuple[Path, str]:
         """File and variable of a protocol that has one."""
@@ -127,9 +106,8 @@ class CuhkSysuSource(Source):
         path = self.root / self.required[1]
         with reading(path):
             names = tuple(text(name) for name in cells(read_variable(path, ["pool"])))
-            unknown = [name for name in image_index(names) if name not in self._boxes]
-            if unknown:
-                raise ValueError(f"lists {unknown[0]!r}, which is no image of Images.mat")
+            for name in image_index(names):
+                _position(name, self._boxes, "images of Images.mat")
             return names
 
     @functools.cached_property
@@ -145,25 +123,19 @@ class CuhkSysuSource(Source):
                 boxes.append(corners[(corners[:, 2:] > corners[:, :2]).all(axis=1)])
                 without_area += len(corners) - len(boxes[-1])
             image_index(names)
-            self._note_without_area(without_area)
+            self._note(without_area, "boxes without area are left out")
             return dict(zip(names, boxes, strict=True))
 
-    def _annotations(
-        self, names: Sequence[str], labels: Iterable[_Label], path: Path
-    ) -> Annotations:
+    def _annotations(self, names: Sequence[str], labels: Iterable[_Label]) -> Annotations:
         """The boxes of the images, labeled where they are found."""
         boxes = tuple(self._boxes[name] for name in names)
         identity = tuple(np.full(len(rows), -1, np.int32) for rows in boxes)
-        strays = []
+        strays = 0
         for image, box, person in labels:
             same = np.flatnonzero((boxes[image] == box).all(axis=1))
             identity[image][same[:1]] = person
-            strays += [] if same.size else [names[image]]
-        if strays:
-            self.notes.append(
-                f"{path}: {len(strays)} labeled boxes, the first in {strays[0]}, are not among the "
-                "boxes of Images.mat; these people stay without identity"
-            )
+            strays += not same.size
+        self._note(strays, "labeled boxes are not in Images.mat; these people have no identity")
         return Annotations(
             names=tuple(names),
             boxes=boxes,
@@ -184,29 +156,35 @@ class CuhkSysuSource(Source):
         image_of = functools.cache(lambda name: _position(text(name), index, "images of pool.mat"))
         box_of = functools.cache(_box)
         person: dict[str, int] = {}
-        images, boxes, people, galleries, targets = [], [], [], [], []
+        rows = []
         with reading(path):
             for number, row in enumerate(read_structs(path, variable), start=1):
                 asked = _only(row["Query"])
-                images.append(image_of(asked["imname"]))
-                boxes.append(box_of(asked["idlocate"]))
-                people.append(person.setdefault(text(asked["idname"]), len(person)))
-                gallery = structs(row["Gallery"])
-                found = [(image_of(n), box_of(box)) for n, box, *_ in map(dict.values, gallery)]
-                galleries.append(np.array([image for image, _ in found], np.int32))
-                targets.append([(image, box) for image, box in found if box.size])
-                if not (boxes[-1].size and targets[-1]):
+                image, box = image_of(asked["imname"]), box_of(asked["idlocate"])
+                identity = person.setdefault(text(asked["idname"]), len(person))
+                entries = [
+                    (image_of(n), box_of(b))
+                    for n, b, *_ in map(dict.values, structs(row["Gallery"]))
+                ]
+                targets = [entry for entry in entries if entry[1].size]
+                if not (box.size and targets):
                     raise ValueError(
                         f"query {number} has no box, or no gallery image of its person"
                     )
-            protocol = SearchProtocol(
-                name=name,
-                query_image=np.array(images, np.int32),
-                query_box=np.array(boxes, np.float32).reshape(-1, 4),
-                gallery=tuple(galleries),
-                target_images=tuple(np.array([image for image, _ in t], np.int32) for t in targets),
-                target_boxes=tuple(np.array([box for _, box in t], np.float32) for t in targets),
-            )
+                rows.append(
+                    (
+                        image,
+                        box,
+                        identity,
+                        np.array([shown for shown, _ in entries], np.int32),
+                        np.array([shown for shown, _ in targets], np.int32),
+                        np.array([where for _, where in targets]),
+                    )
+                )
+            if not rows:
+                raise ValueError("has no query")
+        images, boxes, people, *searched = zip(*rows, strict=True)
+        protocol = SearchProtocol(name, np.array(images, np.int32), np.array(boxes), *searched)
         return protocol, np.array(people, np.int32)
 
     def _whole_test_set(self) -> SearchProtocol:
@@ -236,7 +214,7 @@ def _box(idlocate: bytes) -> Float[np.ndarray, "_n"]:
     return np.concatenate([xywh[:2], xywh[:2] + xywh[2:]]).astype(np.float32)
 
 
-def _position(name: str, index: Mapping[str, int], where: str) -> int:
+def _position(name: str, index: Mapping[str, _T], where: str) -> _T:
     if name not in index:
         raise ValueError(f"names the image {name[:120]!r}, which is none of the {where}")
     return index[name]

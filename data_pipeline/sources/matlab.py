@@ -26,7 +26,6 @@ _NUMBERS |= {12: "<i8", 13: "<u8"}
 _ENCODINGS = {1: "utf-8", 2: "utf-8", 16: "utf-8", 4: "utf-16-le", 17: "utf-16-le"}
 _EMPTY = struct.pack("<10I", 6, 8, 6, 0, 5, 8, 0, 0, 1, 0)  # the matrix of []
 _CHUNK = 4096  # zlib makes at most a thousand times as many bytes of it
-_tag = struct.Struct("<II").unpack
 
 
 class Entry(dict[str, bytes]):
@@ -133,7 +132,7 @@ def _find(file: BinaryIO, names: Sequence[str]) -> tuple[_Stream, int]:
     while tag := file.read(8):
         place = file.tell()
         places.setdefault(_header(_open(file, place)[0])[0], place)
-        file.seek(place + _tag(tag.ljust(8, b"\0"))[1])
+        file.seek(place + _tag(tag)[1])
     for name in names:
         if name in places:
             return _open(file, places[name])
@@ -143,15 +142,21 @@ def _find(file: BinaryIO, names: Sequence[str]) -> tuple[_Stream, int]:
 def _open(file: BinaryIO, place: int) -> tuple[_Stream, int]:
     """The stream of the matrix whose tag ends at `place`, and its size in bytes."""
     file.seek(place - 8)
-    kind, size = _tag(file.read(8).ljust(8, b"\0"))
+    kind, size = _tag(file.read(8))
     stream = _Stream(file, kind, size)
     return stream, _tag(stream.read(8))[1] if kind == _COMPRESSED else size
+
+
+def _tag(data: bytes) -> tuple[int, int]:
+    """Type and size of a part; zeros where the data end."""
+    kind, size = struct.unpack("<II", data.ljust(8, b"\0"))
+    return kind, size
 
 
 def _part(stream: _Stream | io.BytesIO) -> tuple[int, bytes]:
     """Type and content of the next part of a matrix."""
     tag = stream.read(8)
-    kind, size = _tag(tag.ljust(8, b"\0"))
+    kind, size = _tag(tag)
     if kind >> 16:  # type and size share a word, the content is in the other one
         return kind & 0xFFFF, tag[4 : 4 + min(kind >> 16, 4)]
     data = stream.read(size)
@@ -187,8 +192,9 @@ def _entries(stream: _Stream | io.BytesIO) -> Iterator[Entry]:
     for _ in range(count):
         entry = Entry()
         for field in fields:
-            kind, size = _tag(read(8))
+            tag = read(8)
+            kind, size = _tag(tag)
             entry[field] = read(size)
-            if kind != _MATRIX or len(entry[field]) < size:
+            if kind != _MATRIX or len(tag) < 8 or len(entry[field]) < size:
                 raise ValueError("ends too early")
         yield entry

@@ -6,16 +6,13 @@ import functools
 import re
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from alignps_jax.errors import known_name
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.sources.matlab import cells, numbers, read_variable, text
 from data_pipeline.sources.source import (
-    Counts,
-    Queries,
+    Query,
     Source,
-    all_but,
     annotate,
     check_pixels,
     image_index,
@@ -40,17 +37,9 @@ class PrwSource(Source):
     order of `frame_test.mat`.
     """
 
-    title = "PRW"
-    published = Counts(5_704, 482, 6_112, 2_057)
-    remark = "PRW's annotation files label 483 people in training frames, its paper counts 482"
+    # The paper counts 482 identities, its annotation files label 483.
+    published = (5_704, 483, 6_112, 2_057)
     required = ("frame_train.mat", "frame_test.mat", "query_info.txt")
-    layout = """
-  frames/c1s1_000151.jpg ...
-  annotations/c1s1_000151.jpg.mat ...
-  frame_train.mat
-  frame_test.mat
-  query_info.txt
-"""
     photo_folders = ("frames",)
     annotation_patterns = ("frame_*.mat", "query_info.txt", "annotations/*.mat")
     protocols = ("all", "cross_camera")
@@ -69,7 +58,6 @@ class PrwSource(Source):
         return self._test[0]
 
     def protocol(self, name: str) -> SearchProtocol:
-        known_name("config.eval.protocols", name, self.protocols)
         protocol, answered = self._search(name)
         if not answered.any() or (name == "all" and not answered.all()):
             raise UserError(
@@ -80,16 +68,12 @@ class PrwSource(Source):
 
     def _search(self, name: str) -> tuple[SearchProtocol, Bool[np.ndarray, "Q"]]:
         """A protocol of the queries that have a target, and which these are."""
-        queries = self._queries
-        if name == "all":
-            galleries = all_but(len(self.test.names), queries.image)
-        else:
-            galleries = _other_cameras(self.test.camera, queries.image)
-        return search_everywhere(name, self.test, queries, galleries)
+        return search_everywhere(name, self.test, self._queries, other_cameras=name != "all")
 
     @functools.cached_property
     def _test(self) -> tuple[Annotations, dict[int, int]]:
-        self._note_shared(self._frames("train"), self._frames("test"))
+        shared = self._frames("train").keys() & self._frames("test").keys()
+        self._note(len(shared), "photos are in both splits, train and test")
         return self._split("test")
 
     def _frames(self, split: str) -> dict[str, int]:
@@ -106,7 +90,8 @@ class PrwSource(Source):
         boxes = [_published_boxes(rows[:, 1:]) for rows in people]
         ids = [[int(number) if number >= 0 else None for number in rows[:, 0]] for rows in people]
         people_of, number = annotate(list(cameras), boxes, ids, list(cameras.values()))
-        self._note_without_area(sum(map(len, boxes)) - sum(map(len, people_of.boxes)))
+        left = sum(map(len, boxes)) - sum(map(len, people_of.boxes))
+        self._note(left, "boxes without area are left out")
         return people_of, number
 
     def _read_frame(self, name: str) -> Float[np.ndarray, "G 5"]:
@@ -124,7 +109,7 @@ class PrwSource(Source):
             return rows
 
     @functools.cached_property
-    def _queries(self) -> Queries:
+    def _queries(self) -> list[Query]:
         path = self.root / "query_info.txt"
         index = {name: position for position, name in enumerate(self.test.names)}
         rows = []
@@ -139,11 +124,9 @@ class PrwSource(Source):
                     ) from error
             if not rows:
                 raise ValueError("has no query")
-        return Queries.of(rows)
+        return rows
 
-    def _query(
-        self, words: list[str], index: dict[str, int]
-    ) -> tuple[int, Int[np.ndarray, "4"], int]:
+    def _query(self, words: list[str], index: dict[str, int]) -> Query:
         person, x, y, w, h, frame = words
         xywh = np.array([x, y, w, h], np.float64)
         check_pixels(xywh)
@@ -162,13 +145,3 @@ def _camera(name: str) -> int:
     if match is None:
         raise ValueError(f"names the frame {name!r}; expected c, the digit of the camera, s ...")
     return int(match[1])
-
-
-def _other_cameras(
-    camera: Int[np.ndarray, "N"], images: Int[np.ndarray, "Q"]
-) -> dict[int, Int[np.ndarray, "_M"]]:
-    """For each of `images` those of other cameras, one array per camera."""
-    galleries = {
-        int(own): np.flatnonzero(camera != own).astype(np.int32) for own in np.unique(camera)
-    }
-    return {int(image): galleries[int(camera[image])] for image in np.unique(images)}

@@ -9,36 +9,28 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import functools
 import glob
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Shaped
 
-from alignps_jax.types import Annotations, SearchProtocol, UserError, blame
+from alignps_jax.errors import UserError, blame
+from alignps_jax.types import Annotations, SearchProtocol
 
 # Boxes are kept in float32, which holds every whole number up to this one.
 LARGEST_COORDINATE = 2**24
+# A person to search for: image, box and identity (in the numbering of the split).
+Query = tuple[int, Any, int]
 # No file has these characters in its name: control characters, halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """The size of a data set: photos, identities with a label, and queries of a protocol."""
-
-    train_images: int
-    train_identities: int
-    test_images: int
-    queries: int
 
 
 class Source(abc.ABC):
@@ -52,24 +44,28 @@ class Source(abc.ABC):
       UserError: the folder lacks files, or a file does not hold what it should.
     """
 
-    title: ClassVar[str]
-    # The size of the published data set, None where there is none.
-    published: ClassVar[Counts | None] = None
-    # What to say when a folder differs from `published`.
-    remark: ClassVar[str] = ""
-    # Annotation files that every copy of the data set has, and the layout to show without them.
+    # Of a complete copy: photos and identities to train on, test images, queries.
+    published: ClassVar[tuple[int, ...]] = ()
+    # Patterns of files that every copy has, and of all annotation files, below `root`.
     required: ClassVar[tuple[str, ...]]
-    layout: ClassVar[str]
+    annotation_patterns: ClassVar[tuple[str, ...]] = ()
     # Folders below `root` with the photos; the first one that has a photo counts.
     photo_folders: ClassVar[tuple[str, ...]]
-    # Patterns of all annotation files below `root`.
-    annotation_patterns: ClassVar[tuple[str, ...]] = ()
+    # The search protocols that the folder has.
+    protocols: tuple[str, ...]
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
         self.notes: list[str] = []
         self._list_names = functools.cache(list_names)
-        self._check_layout()
+        if missing := self.missing(self.root):
+            entries = sorted(self.root.glob("*"))
+            below = (f"; set --config.data.root={x}" for x in entries if not self.missing(x))
+            found = ", ".join(x.name for x in entries[:12]) or "nothing"
+            raise UserError(
+                f"data.root={self.root}: lacks {', '.join(missing)}, found {found}"
+                f"{next(below, '')} (docs/data.md shows the layouts)"
+            )
 
     @property
     @abc.abstractmethod
@@ -82,14 +78,9 @@ class Source(abc.ABC):
         """The test images."""
 
     @property
-    @abc.abstractmethod
-    def protocols(self) -> tuple[str, ...]:
-        """Names of the search protocols that the folder has."""
-
-    @property
-    @abc.abstractmethod
     def default_protocols(self) -> tuple[str, ...]:
         """The protocols to report when nobody asks for others, the main one first."""
+        return self.protocols
 
     @abc.abstractmethod
     def protocol(self, name: str) -> SearchProtocol:
@@ -118,34 +109,15 @@ class Source(abc.ABC):
     @classmethod
     def missing(cls, root: Path) -> list[str]:
         """The required files that a folder lacks."""
-        return [path for path in cls.required if not (root / path).is_file()]
+        return [pattern for pattern in cls.required if not any(root.glob(pattern))]
 
     def _places(self, name: str) -> list[str]:
         """Where a photo may be, below `root`."""
         return [str(PurePosixPath(folder, name)) for folder in self.photo_folders]
 
-    def _note_shared(self, train: Iterable[str], test: Iterable[str]) -> None:
-        shared = len(set(train) & set(test))
-        if shared:
-            self.notes.append(f"{self.root}: {shared:,} photos are in both splits, train and test")
-
-    def _note_without_area(self, count: int) -> None:
+    def _note(self, count: int, what: str) -> None:
         if count:
-            self.notes.append(f"{self.root}: left out {count:,} boxes without area")
-
-    def _check_layout(self) -> None:
-        missing = self.missing(self.root)
-        if not missing:
-            return
-        entries = sorted(self.root.iterdir()) if self.root.is_dir() else []
-        names = [entry.name + "/" * entry.is_dir() for entry in entries]
-        for entry in entries:
-            if entry.is_dir() and not self.missing(entry):
-                names = [f"the data set in {entry}: set --config.data.root={entry}"]
-        raise UserError(
-            f"data.root={self.root}: lacks {', '.join(missing)}; a {self.title} folder has"
-            f"{self.layout.rstrip()}\nbut found {', '.join(names[:12]) or 'nothing there'}"
-        )
+            self.notes.append(f"{self.root}: {count:,} {what}")
 
 
 def list_names(folder: Path) -> dict[str, list[str]]:
@@ -178,8 +150,6 @@ def reading(path: Path) -> Iterator[None]:
     with blame(path):
         try:
             yield
-        except UserError:
-            raise
         except ValueError as error:
             raise ValueError(stand_in(path) or str(error)) from error
 
@@ -213,12 +183,11 @@ def check_name(name: str) -> None:
 
 def image_index(names: Sequence[str]) -> dict[str, int]:
     """The position of each image name; ValueError for a bad name, or one that occurs twice."""
-    for name in names:
+    index: dict[str, int] = {}
+    for position, name in enumerate(names):
         check_name(name)
-    index = {name: position for position, name in enumerate(names)}
-    if len(index) < len(names):
-        twice = next(name for position, name in enumerate(names) if index[name] != position)
-        raise ValueError(f"has two images of the same name, {twice}")
+        if index.setdefault(name, position) != position:
+            raise ValueError(f"has two images of the same name, {name}")
     return index
 
 
@@ -249,36 +218,14 @@ def annotate(
     return annotations, number
 
 
-@dataclasses.dataclass(frozen=True)
-class Queries:
-    """Q people to search for: image, box and identity of each (in the numbering of `test`)."""
-
-    image: Int[np.ndarray, "Q"]
-    box: Float[np.ndarray, "Q 4"]
-    identity: Int[np.ndarray, "Q"]
-
-    @classmethod
-    def of(cls, rows: Iterable[tuple[int, Any, int]]) -> Queries:
-        """Takes (image, box, identity) of each person."""
-        images, boxes, people = zip(*rows, strict=True) if (rows := list(rows)) else ((), (), ())
-        return cls(
-            image=np.array(images, np.int32),
-            box=np.array(boxes, np.float32).reshape(-1, 4),
-            identity=np.array(people, np.int32),
-        )
-
-
 def search_everywhere(
-    name: str,
-    test: Annotations,
-    queries: Queries,
-    galleries: Mapping[int, Int[np.ndarray, "N"]],
+    name: str, test: Annotations, queries: Sequence[Query], *, other_cameras: bool = False
 ) -> tuple[SearchProtocol, Bool[np.ndarray, "Q"]]:
-    """Each query searches the gallery of its image; images that hold the identity are targets.
+    """Each query searches all images but its own; images that hold the identity are targets.
 
-    `galleries` maps the image of a query to the images that it searches, in ascending order; a
-    gallery that is shared is kept once. Where an image holds the person twice, the first box
-    counts (as published).
+    With `other_cameras` it searches those of other cameras. Galleries are in the order of the
+    split, and kept once for all queries that share one. Where an image holds the person twice, the
+    first box counts (as published).
 
     Returns the protocol of the queries that have a target, and which these are.
     """
@@ -286,26 +233,21 @@ def search_everywhere(
     for image, mask in enumerate(test.labeled):
         for identity, box in zip(test.identity[image][mask], test.boxes[image][mask], strict=True):
             seen[int(identity)].setdefault(image, box)
-    targets = []
-    for image, identity in zip(queries.image, queries.identity, strict=True):
-        images = np.array(list(seen[int(identity)]), np.int32)
-        boxes = np.array(list(seen[int(identity)].values()), np.float32).reshape(-1, 4)
-        rows = np.isin(images, galleries[int(image)])
-        targets.append((images[rows], boxes[rows]))
-    answered = np.array([len(found) > 0 for found, _ in targets], bool)
-    kept = np.flatnonzero(answered)
+    place = test.camera if other_cameras else np.arange(len(test.names))
+    elsewhere = functools.cache(lambda own: np.flatnonzero(place != own).astype(np.int32))
+    targets = [
+        {other: box for other, box in seen[person].items() if place[other] != place[image]}
+        for image, _, person in queries
+    ]
+    answered = np.array([bool(found) for found in targets], bool)
+    kept = np.flatnonzero(answered).tolist()
+    images = [queries[query][0] for query in kept]
     protocol = SearchProtocol(
         name=name,
-        query_image=queries.image[kept].astype(np.int32),
-        query_box=queries.box[kept].astype(np.float32),
-        gallery=tuple(galleries[int(queries.image[q])] for q in kept),
-        target_images=tuple(targets[q][0] for q in kept),
-        target_boxes=tuple(targets[q][1] for q in kept),
+        query_image=np.array(images, np.int32),
+        query_box=np.array([queries[query][1] for query in kept], np.float32).reshape(-1, 4),
+        gallery=tuple(elsewhere(int(place[image])) for image in images),
+        target_images=tuple(np.array(list(targets[query]), np.int32) for query in kept),
+        target_boxes=tuple(np.array(list(targets[query].values())) for query in kept),
     )
     return protocol, answered
-
-
-def all_but(num_images: int, images: Int[np.ndarray, "Q"]) -> dict[int, Int[np.ndarray, "_N"]]:
-    """For each of `images` all `num_images` images but itself."""
-    everything = np.arange(num_images, dtype=np.int32)
-    return {int(image): np.delete(everything, int(image)) for image in np.unique(images)}

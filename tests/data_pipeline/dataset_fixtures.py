@@ -76,6 +76,19 @@ def write_cuhk(
         save(beside / f"{file}.mat", subsets.get(file, file), structs(rows))
 
 
+def write_small_cuhk(root: Path) -> None:
+    """Six images, each with the same two boxes; three protocols and photos of 80 x 70 pixels."""
+    box, other = (2, 3, 40, 50), (30, 10, 20, 50)
+    images = {f"s{number}.jpg": [box, other] for number in range(1, 7)}
+    query = (("s1.jpg", box), "p30", [("s2.jpg", other), ("s3.jpg", None), ("s4.jpg", box)])
+    again = (("s2.jpg", other), "p31", [("s4.jpg", other), ("s1.jpg", None)])
+    galleries = {"TestG50": [query, again], "TestG100": [again, query], "Occlusion": [again]}
+    train = {"p7": [("s5.jpg", box), ("s6.jpg", other)], "p1": [("s6.jpg", box)]}
+    write_cuhk(root, images, ["s1.jpg", "s4.jpg", "s3.jpg", "s2.jpg"], train, galleries)
+    for seed, name in enumerate(images):
+        write_photo(root / "Image" / "SSM" / name, 80, 70, seed)
+
+
 def write_prw(
     root: Path,
     train: Mapping[str, Sequence[Sequence[float]]],

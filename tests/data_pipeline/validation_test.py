@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignps_jax.types import Annotations, UserError
-from data_pipeline.datasets import PreparedSplit
+from data_pipeline.prepared import PreparedSplit
 from data_pipeline.validation import hold_out
 
 

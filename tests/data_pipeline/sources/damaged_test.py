@@ -82,11 +82,7 @@ def check_splits(source, splits, protocols):
 def folders(tmp_path_factory):
     """A small data set for each reader."""
     cuhk, prw, coco = (tmp_path_factory.mktemp(name) for name in ("cuhk", "prw", "coco"))
-    box, other = (20, 30, 40, 50), (300, 100, 20, 50)
-    images = {f"s{number}.jpg": [box, other] for number in range(1, 7)}
-    query = (("s1.jpg", box), "p30", [("s2.jpg", other), ("s3.jpg", None), ("s4.jpg", box)])
-    train = {"p7": [("s5.jpg", box), ("s6.jpg", other)], "p1": [("s6.jpg", box)]}
-    fixtures.write_cuhk(cuhk, images, ["s1.jpg", "s4.jpg", "s3.jpg"], train, {"TestG50": [query]})
+    fixtures.write_small_cuhk(cuhk)
     people = [(41, 10, 20, 30, 40), (6, 50.5, 60, 70, 80), (-2, 1, 2, 3, 4)]
     frames = {"c1s1_000040": people, "c3s1_000050": people[:2]}
     queries = [(41, 10, 20, 30, 40, "c1s1_000040"), (6, 50.5, 60, 70, 80, "c3s1_000050")]

@@ -100,6 +100,15 @@ def test_the_first_name_that_a_file_has_counts(tmp_path):
     assert numbers(read_variable(path, ["newest", "new", "previous"])).tolist() == [[1] * 5] * 2
 
 
+def test_structs_that_end_anywhere_are_an_error(tmp_path):
+    path = tmp_path / "a.mat"
+    scipy.io.savemat(path, {"wanted": fixtures.structs([ENTRY] * 2)})
+    body = read_variable(path, ["wanted"])
+    for size in range(1, len(body)):
+        with pytest.raises(ValueError, match=r"ends too early|holds"):
+            _ = [ours(value) for row in structs(body[:size]) for value in row.values()]
+
+
 def test_what_is_not_there_or_not_whole_is_an_error(tmp_path):
     path = tmp_path / "a.mat"
     entry = fixtures.structs([ENTRY] * 3)

@@ -52,38 +52,20 @@ def test_annotations(root):
     assert train.camera.tolist() == [2, 1, 6]
     test = PrwSource(root).test
     assert [ids.tolist() for ids in test.identity] == [[2, 0, -1], [0, 0], [2], [1, 0], [1]]
-
-
-def test_all_searches_every_image_but_its_own(root):
-    protocol = PrwSource(root).protocol("all")
-    assert protocol.query_image.tolist() == [0, 2, 4, 1]
-    assert protocol.query_box[0].tolist() == [0, 60, 19, 140]
-    expected = [[1, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3], [0, 2, 3, 4]]
-    assert [images.tolist() for images in protocol.gallery] == expected
-    assert [images.tolist() for images in protocol.target_images] == [[1, 3], [0], [3], [0, 3]]
-    # Frame 50 shows identity 6 twice: the first box counts.
-    np.testing.assert_array_equal(
-        protocol.target_boxes[0], [[51, 61, 122, 142], [52, 62, 124, 144]]
-    )
-
-
-def test_cross_camera_leaves_out_the_own_camera_and_queries_without_target(root):
-    protocol = PrwSource(root).protocol("cross_camera")
-    # Identity 41 was seen by camera 1 only.
-    assert protocol.query_image.tolist() == [0, 4, 1]
-    assert [images.tolist() for images in protocol.gallery] == [[1, 4], [0, 2, 3], [0, 2, 3]]
-    assert [images.tolist() for images in protocol.target_images] == [[1], [3], [0, 3]]
+    assert PrwSource(root).protocol("all").query_box[0].tolist() == [0, 60, 19, 140]
 
 
 def test_protocols_against_a_literal_search(tmp_path):
     rng = np.random.default_rng(5)
     frames = {}
     for number in range(40):
-        people = rng.permutation(12)[: rng.integers(1, 6)]
+        people = rng.integers(0, 12, rng.integers(1, 6))  # some twice: their first box counts
         boxes = rng.integers(1, 300, (len(people), 4))
         name = f"c{rng.integers(1, 4)}s1_{number:06d}"
         rows = zip(people.tolist(), boxes.tolist(), strict=True)
         frames[name] = [(person or -2, *box) for person, box in rows]
+    # Nobody is asked for whom no other camera saw.
+    frames |= {f"c1s1_0001{n:02d}": [(99, 1, 2, 30, 40 + n)] for n in range(2)}
     queries = [(rows[0][0], *rows[0][1:], name) for name, rows in frames.items() if rows[0][0] > 0]
     fixtures.write_prw(tmp_path, TRAIN, frames, queries)
     source = PrwSource(tmp_path)
@@ -116,12 +98,9 @@ def test_protocols_against_a_literal_search(tmp_path):
     "line",
     [
         "6 1 2 3 c1s1_000040",
-        "6 1 2 3 four c1s1_000040",
         "6 1 2 3 4 c9s1_000040",
         "77 1 2 3 4 c1s1_000040",
         "6 1 2 3 nan c1s1_000040",
-        "6 1 2 3e9 4 c1s1_000040",
-        "6 1 2 3 4 ../../c1s1_000040",
         "6 1 2 3 4 a\0\x1b[2Jb",
         "6" * 9999 + " 1 2 3 4 c1s1_000040",
     ],
@@ -129,12 +108,8 @@ def test_protocols_against_a_literal_search(tmp_path):
 def test_bad_query_lines_are_named(root, line):
     path = root / "query_info.txt"
     path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
-    with pytest.raises(
-        UserError, match=r"query_info.txt: line 2 is .*expected `id x y w h"
-    ) as error:
+    with pytest.raises(UserError, match=r"query_info.txt: line 2 is .*expected `id x y w h"):
         PrwSource(root).protocol("all")
-    assert "\n" not in str(error.value)
-    assert "\x1b" not in str(error.value)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_query(root):
@@ -148,13 +123,6 @@ def test_frames_of_both_splits_are_counted(root):
     source = PrwSource(root)
     assert len(source.test.names) == 5
     assert source.notes == [f"{root}: 2 photos are in both splits, train and test"]
-
-
-@pytest.mark.parametrize("name", ["../c1s1_000040", "/etc/c1", "c1\1", "c1\x1b[2J"])
-def test_frames_that_leave_the_folder_are_refused(root, name):
-    fixtures.save(root / "frame_test.mat", "img_index_test", fixtures.cells([name]))
-    with pytest.raises(UserError, match=r"frame_test.mat: names the image .*inside the data set"):
-        _ = PrwSource(root).test
 
 
 @pytest.mark.parametrize(
