@@ -147,6 +147,8 @@ def write_prepared(
     people = {"train": source.train}
     notes = {"train": list(source.notes)}
     people["test"] = source.test
+    if empty := [split for split, annotated in people.items() if not annotated.names]:
+        raise UserError(f"{source.root}: found no {empty[0]} images in the annotations")
     protocols = list(_protocols(source))
     notes["test"] = source.notes[len(notes["train"]) :]
     if not data.skip_damaged:
