@@ -1,23 +1,27 @@
-"""What a configuration becomes before the first step."""
+"""What a configuration and a workdir become before the first step."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import grain
 import jax
 from ml_collections import ConfigDict
 
-from alignps_jax.config import steps_of
+from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.store import Checkpoints, load_config
+from alignps_jax.config import FIELDS, NETWORK, TRAINING, flat_fields, steps_of
 from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.evaluation.evaluate import Evaluator, make_evaluator
 from alignps_jax.evaluation.scoring import make_scorer, scorer_of
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.training import optimizer
-from alignps_jax.training.state import create_state, is_frozen, lut_size, max_positives
+from alignps_jax.training.state import create_state, is_frozen, lut_size, positives_per_image
 from alignps_jax.training.step import TrainStep
-from alignps_jax.types import TrainState
+from alignps_jax.types import TrainState, UserError
 from data_pipeline.datasets import load_train, prepare
 from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
 from data_pipeline.validation import hold_out
@@ -82,7 +86,9 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     durations = times.duration, times.checkpoint_every, times.eval_every
     total, save, evaluate = (max(1, steps_of(x, per_epoch)) for x in durations)
     plan = Plan(total, save, evaluate, times.log_every_steps, times.profile)
-    schedule, step = make_step(config, model, per_epoch, max_positives(config, pipeline))
+    images = times.batch_size // jax.device_count()
+    positives = images * positives_per_image(config, pipeline.people)
+    schedule, step = make_step(config, model, per_epoch, positives)
     create = partial(create_state, config, model, step.optimizer, rows)
     return Run(pipeline, plan, schedule, step, evaluator, selector, create)
 
@@ -97,3 +103,39 @@ def make_step(
     rule = optimizer.make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
     others = config.model.precision, config.train.accumulate, config.train.ema_decay
     return schedule, TrainStep(model, rule, config.loss, positives, *others)
+
+
+def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
+    """Prints how `config` differs from that of the newest checkpoint in `workdir`.
+
+    Raises UserError for a change that training feels, unless it was `accepted`.
+    """
+    if not holds_checkpoint(workdir):
+        return
+    before, now = (flat_fields(x) for x in (load_config(workdir, "latest"), config))
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    decisive = [n for n in changed if n not in FIELDS or FIELDS[n][0] in (NETWORK, TRAINING)]
+    if decisive and not accepted:
+        fields = "; ".join(
+            f"config.{n}: found {now.get(n)!r}, expected {before.get(n)!r}" for n in decisive
+        )
+        raise UserError(
+            f"{workdir}: its last checkpoint was trained otherwise: {fields}; resume with the old "
+            "values, train on with the new ones (--accept_changes), or choose another --workdir"
+        )
+    for name in changed:
+        print(f"note: config.{name} is now {now.get(name)!r}, before {before.get(name)!r}")
+
+
+def restore(
+    create: Callable[[], TrainState], batches: grain.DatasetIterator, checkpoints: Checkpoints
+) -> TrainState | None:
+    """The newest state, like that of `create`, with the batches brought to its step, if any."""
+    if checkpoints.latest_step() is None:
+        return None
+    state, iterator_state = checkpoints.restore(jax.eval_shape(create))
+    if iterator_state is not None:  # converted weights have seen no data
+        batches.set_state(iterator_state)
+    if is_main_process():
+        print(f"resuming from step {int(state.step)}", flush=True)
+    return state

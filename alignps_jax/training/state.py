@@ -14,7 +14,6 @@ from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import AlignPS, init_variables
 from alignps_jax.training.pretrained import Arrays
 from alignps_jax.types import TrainState, UserError
-from data_pipeline.pipeline import TrainPipeline
 
 
 def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
@@ -27,12 +26,6 @@ def positives_per_image(config: ConfigDict, people: int) -> int:
     # Those inside a square of 2 `center_radius` strides on each level.
     per_level = math.ceil(2 * config.loss.center_radius) ** 2
     return config.train.max_positives or per_level * len(config.model.levels) * people
-
-
-def max_positives(config: ConfigDict, pipeline: TrainPipeline) -> int:
-    """Static number of positive locations per device."""
-    per_image = positives_per_image(config, pipeline.people)
-    return per_image * config.train.batch_size // jax.device_count()
 
 
 def lut_size(config: ConfigDict, found: int) -> int:
