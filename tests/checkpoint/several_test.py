@@ -13,7 +13,7 @@ from alignps_jax import distributed
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays
 from alignps_jax.types import OIMMemory, TrainState
 from configs import tiny
-from tests.pairs import run_one, start_pair
+from tests.runs import run_one, start_pair
 
 
 def state(step: int) -> TrainState:

@@ -104,11 +104,8 @@ def test_the_rate_is_that_of_results_not_of_dispatches(tmp_path, pause):
 
 @pytest.mark.parametrize("start", [0, 2])  # a resumed run may begin in the middle
 def test_the_steps_asked_for_are_traced(tmp_path, start, capsys):
-    with monitored(tmp_path, total=5, log_every=9, start=start, profile="2:4") as (
-        monitor,
-        batches,
-        _,
-    ):
+    about = {"total": 5, "log_every": 9, "start": start, "profile": "2:4"}
+    with monitored(tmp_path, **about) as (monitor, batches, _):
         for step in range(start + 1, 6):
             monitor.next_batch(batches, step)
             monitor.record(step, metrics(jnp.ones(())))

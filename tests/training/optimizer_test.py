@@ -5,11 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from alignps_jax.training.optimizer import (
-    learning_rate_schedule,
-    make_optimizer,
-    parameter_labels,
-)
+from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer, parameter_labels
 from configs import cuhk
 
 
@@ -64,10 +60,8 @@ def test_updates_equal_a_literal_sgd(bias_decay):
         for name in ("stem", "conv")
     }
     factor = {"kernel": 1.0, "bias": config.bias_lr_factor}
-    decay = {
-        "kernel": config.weight_decay,
-        "bias": config.weight_decay if bias_decay is None else bias_decay,
-    }
+    decay = dict.fromkeys(shapes, config.weight_decay)
+    decay |= {} if bias_decay is None else {"bias": bias_decay}
     expected = {leaf: value.astype(np.float64) for leaf, value in params["conv"].items()}
     momentum = {leaf: np.zeros(shape) for leaf, shape in shapes.items()}
 
