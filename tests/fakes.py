@@ -9,8 +9,8 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.state import create_state, is_frozen
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
+from alignps_jax.training.setup import create_state
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, OIMMemory, Positives, TrainState
 

@@ -25,8 +25,7 @@ from alignps_jax.checkpoint.store import (
 from alignps_jax.files import check_outputs
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import build_model, weights_template
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.state import is_frozen
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 from alignps_jax.types import OIMMemory, TrainState, UserError, Weights
 from alignps_jax.weights.conventions import CONVENTIONS, Convention, with_convention
 from alignps_jax.weights.released_names import (

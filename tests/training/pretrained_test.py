@@ -11,7 +11,7 @@ from alignps_jax.checkpoint.store import Checkpoints
 from alignps_jax.nn.model import build_model
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.pretrained import starting_arrays, starting_config
-from alignps_jax.training.state import create_state
+from alignps_jax.training.setup import create_state
 from alignps_jax.types import UserError
 from alignps_jax.weights import sources
 from alignps_jax.weights.conventions import CAFFE, TORCHVISION

@@ -15,7 +15,7 @@ from alignps_jax.devices import split_over_devices as split
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.losses.total import select_positives
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.training.state import is_frozen
+from alignps_jax.training.optimizer import is_frozen
 from alignps_jax.types import Outputs, Targets, TrainState
 from configs import tiny
 from tests.fakes import random_batch, train_setup

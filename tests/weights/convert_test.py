@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays, load_config, load_weights
 from alignps_jax.nn.model import build_model, weights_template
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 from alignps_jax.training.pretrained import starting_arrays
-from alignps_jax.training.state import create_state, is_frozen
+from alignps_jax.training.setup import create_state
 from alignps_jax.types import UserError
 from alignps_jax.weights.conventions import CAFFE, TORCHVISION
 from alignps_jax.weights.convert import EXTRAS, convert_released, export_released
