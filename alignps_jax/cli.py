@@ -214,7 +214,8 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as leaving:
         return int(leaving.code or 0)
     except KeyboardInterrupt:
-        reason, code = "stopped by Ctrl-C", 128 + signal.SIGINT
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (UserError, OSError, MemoryError, UnicodeEncodeError) as error:  # in their own words
         reason, code = str(error) or "out of memory", getattr(error, "exit_code", 2)
     except ModuleNotFoundError as error:

@@ -188,7 +188,6 @@ FIELDS: dict[str, tuple[str, Rule]] = {
     "eval.untrained_baseline": (FREE, _FLAG),
     "eval.protocols": (RESULT, _tuple_of(_PROTOCOL, _PROTOCOLS)),
 }
-FIELD_KINDS = {name: kind for name, (kind, _) in FIELDS.items()}
 
 
 def check_fields(found: Mapping[str, Any]) -> None:

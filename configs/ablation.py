@@ -6,7 +6,7 @@ python launch.py --mode=reproduce --config=configs/ablation.py --table=2
 from ml_collections import ConfigDict
 
 from configs import synthetic
-from configs.variants import apply_variant, variants_for
+from configs.variants import apply_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -26,4 +26,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.checkpoint_every = "120 steps"
     config.train.eval_every = "240 steps"
     config.eval.untrained_baseline = False
-    return apply_variant(config, variant, variants_for(config.data.name))
+    return apply_variant(config, variant)

@@ -28,14 +28,8 @@ def get_config(variant: str = "") -> ConfigDict:
     data.prepared_dir = config_dict.placeholder(str)
     # Limits (long side, short side) in pixels. Each image draws one pair and is resized to the
     # largest size within it that keeps the aspect ratio.
-    data.train_scales = (
-        (667, 400),
-        (1000, 600),
-        (1333, 800),
-        (1500, 900),
-        (1666, 1000),
-        (2000, 1200),
-    )
+    scales = (667, 400), (1000, 600), (1333, 800), (1500, 900), (1666, 1000), (2000, 1200)
+    data.train_scales = scales
     # The same limits for evaluation and search.
     data.test_scale = (1500, 900)
     # Maximum number of padded shapes, chosen to minimize padding; the images of a batch share a
@@ -60,8 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     data.workers = 8
     # Batches that are read ahead of the training step.
     data.prefetch = 4
-    # Size of the synthetic data set; only data.name=synthetic reads it. Images of one seed and
-    # size are always the same; height and width are in pixels.
+    # Of data.name=synthetic alone: images of one seed and size (in pixels) are always the same.
     data.synthetic = ConfigDict()
     data.synthetic.seed = 0
     data.synthetic.train_images = 1200
@@ -159,8 +152,7 @@ def get_config(variant: str = "") -> ConfigDict:
     optimizer.name = "sgd"
     # Rate after the warm-up; momentum is the first decay rate (beta 1) of adamw.
     optimizer.learning_rate = 0.001
-    # The batch size that learning_rate is meant for: with another train.batch_size, the rate is
-    # multiplied by batch_size / scale_with_batch (linear scaling). If unset, it stays as it is.
+    # If set, the rate is multiplied by train.batch_size / scale_with_batch (linear scaling).
     optimizer.scale_with_batch = config_dict.placeholder(int)
     optimizer.momentum = 0.9
     optimizer.weight_decay = 5e-4
@@ -168,8 +160,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # main convolutions of DCNv2; if the decay is unset, it is that of the weights.
     optimizer.bias_lr_factor = 1.0
     optimizer.bias_weight_decay = config_dict.placeholder(float)
-    # The rate rises linearly from the share `warmup_start` during `warmup`, which is
-    # "<number> steps" or "<number> epochs".
+    # The rate rises linearly from the share `warmup_start` during `warmup`, in steps or epochs.
     optimizer.warmup = "300 steps"
     optimizer.warmup_start = 1 / 3
     # When the rate is multiplied by `drop_factor`, each "<number> steps" or "<number> epochs".
@@ -186,11 +177,11 @@ def get_config(variant: str = "") -> ConfigDict:
     train.accumulate = 1
     # How long to train: "<number> epochs" or "<number> steps".
     train.duration = "24 epochs"
-    # Number of positive locations per image that have room; training drops others and counts them
-    # in the log. If unset, the fullest training image has room.
+    # Maximum number of positive locations per image (the log counts those that are dropped); if
+    # unset, as many as the fullest training image can have.
     train.max_positives = config_dict.placeholder(int)
-    # Evaluate, save and search with a moving average of the parameters: after each step it keeps
-    # this share of what it was (less at first). If unset, with the parameters themselves.
+    # If set, evaluations and searches use a moving average of the parameters, which keeps this
+    # share of itself in each step (less at first).
     train.ema_decay = config_dict.placeholder(float)
     # "first:last": steps to trace with jax.profiler, into <workdir>/profile.
     train.profile = config_dict.placeholder(str)

@@ -8,7 +8,7 @@ The paper reports mAP 45.9 and top-1 81.9 (Table 6), after 20 hours on one V100.
 from ml_collections import ConfigDict
 
 from configs import cuhk
-from configs.variants import apply_variant, variants_for
+from configs.variants import apply_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -18,4 +18,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.root = "data/PRW"
     config.loss.queue_size = 500
     config.eval.score_threshold = 0.15
-    return apply_variant(config, variant, variants_for(config.data.name))
+    return apply_variant(config, variant)

@@ -8,7 +8,7 @@ This is what `make demo` runs:
 from ml_collections import ConfigDict
 
 from configs import cuhk
-from configs.variants import apply_variant, variants_for
+from configs.variants import apply_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -62,4 +62,4 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.eval.batch_size = 8
     config.eval.untrained_baseline = True
-    return apply_variant(config, variant, variants_for(config.data.name))
+    return apply_variant(config, variant)

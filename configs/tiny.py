@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import synthetic
-from configs.variants import apply_variant, variants_for
+from configs.variants import apply_variant
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -36,4 +36,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.eval_every = "1000 steps"
     config.eval.batch_size = 4
     config.eval.untrained_baseline = False
-    return apply_variant(config, variant, variants_for(config.data.name))
+    return apply_variant(config, variant)

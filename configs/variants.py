@@ -55,6 +55,7 @@ P3_P4: Changes = {"model.levels": (3, 4), "loss.level_borders": (128,)}
 P3_P4_P5: Changes = {"model.levels": (3, 4, 5), "loss.level_borders": (128, 256)}
 # Task alignment: without "re-id first", a re-id head stands beside the detection head.
 PARALLEL: Changes = {"model.reid": "independent"}
+BASELINE = FPN | FCOS_LEVELS | PARALLEL
 
 # How the released code differs from the paper, apart from the values of a data set.
 RELEASED: Changes = {
@@ -72,15 +73,9 @@ PLUS: Changes = {"model.deform_stages": (3, 4, 5)}
 
 VARIANTS: dict[str, Variant] = {
     "": Variant("AlignPS"),
-    "baseline": Variant(
-        "FCOS on an FPN (P3 to P7), with a re-id head beside the detection head",
-        FPN | FCOS_LEVELS | PARALLEL,
-    ),
+    "baseline": Variant("FCOS on an FPN (P3 to P7), with a re-id head of its own", BASELINE),
     "sa": Variant("the baseline with scale alignment: P3 only", FPN | PARALLEL),
-    "ra": Variant(
-        "the baseline with region alignment: AFA, which makes P3 to P5, instead of the FPN",
-        P3_P4_P5 | PARALLEL,
-    ),
+    "ra": Variant("the baseline with region alignment: AFA on P3 to P5", P3_P4_P5 | PARALLEL),
     "ta": Variant("the baseline with task alignment: re-id first", FPN | FCOS_LEVELS),
     "p4": Variant("people are searched on P4 (stride 16)", {"model.levels": (4,)}),
     "p5": Variant("people are searched on P5 (stride 32)", {"model.levels": (5,)}),
@@ -155,14 +150,6 @@ PAPER = (
 )
 
 
-def _changed(changes: Mapping[str, Mapping[str, object]]) -> dict[str, Variant]:
-    """`VARIANTS` with further or other changes in the entries that `changes` names."""
-    return VARIANTS | {
-        name: dataclasses.replace(VARIANTS[name], changes={**VARIANTS[name].changes, **more})
-        for name, more in changes.items()
-    }
-
-
 # The released PRW models were trained without the triplet and with the table of the OIM paper.
 RELEASED_PRW: Changes = {
     "loss.lut_size": 483,
@@ -175,26 +162,27 @@ RELEASED_PRW: Changes = {
 # 256x192). With the paper's, only P3 and P4 would have any.
 SYNTHETIC_BORDERS = (48, 72, 96, 120)
 
-_VARIANTS_OF = {
-    PRW: _changed(
-        {
-            "released": RELEASED_PRW,
-            "released_plus": RELEASED_PRW | {"optimizer.weight_decay": 7e-4},
-        }
-    ),
-    "synthetic": _changed(
-        {
-            name: {"loss.level_borders": SYNTHETIC_BORDERS[: len(borders)]}
-            for name, variant in VARIANTS.items()
-            if (borders := variant.changes.get("loss.level_borders"))
-        }
-    ),
+# By data set and variant: further or other changes.
+_OWN_CHANGES: dict[str, dict[str, Changes]] = {
+    PRW: {
+        "released": RELEASED_PRW,
+        "released_plus": RELEASED_PRW | {"optimizer.weight_decay": 7e-4},
+    },
+    "synthetic": {
+        name: {"loss.level_borders": SYNTHETIC_BORDERS[: len(borders)]}
+        for name, variant in VARIANTS.items()
+        if (borders := variant.changes.get("loss.level_borders"))
+    },
 }
 
 
 def variants_for(dataset: str) -> dict[str, Variant]:
     """The variants by name, with the values of a data set (`config.data.name`); "" is AlignPS."""
-    return _VARIANTS_OF.get(dataset, VARIANTS)
+    own = _OWN_CHANGES.get(dataset, {})
+    return {
+        name: Variant(variant.description, {**variant.changes, **own.get(name, {})})
+        for name, variant in VARIANTS.items()
+    }
 
 
 def figures_on(dataset: str) -> str:
@@ -208,10 +196,9 @@ def rows_of(table: str, dataset: str) -> tuple[tuple[str, PaperRow], ...]:
     return tuple((row.variant, row) for row in PAPER if row.table == table and row.dataset == data)
 
 
-def apply_variant(
-    config: ConfigDict, variant: str, variants: Mapping[str, Variant] = VARIANTS
-) -> ConfigDict:
-    """`config` with the fields of one entry of `variants` replaced; UserError if there is none."""
+def apply_variant(config: ConfigDict, variant: str) -> ConfigDict:
+    """`config` with the fields of an entry of `variants_for` replaced; UserError without one."""
+    variants = variants_for(config.data.name)
     if variant:
         known_name("variant of the configuration", variant, sorted(filter(None, variants)))
     config.update_from_flattened_dict(dict(variants[variant].changes))

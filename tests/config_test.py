@@ -1,4 +1,4 @@
-"""Every field of the configuration: what it holds, and what becomes of a wrong value."""
+"""Every field of the configuration: what it holds, and what becomes of a wrong value; variants."""
 
 from functools import reduce
 
@@ -8,6 +8,8 @@ from alignps_jax.config import FIELDS, FREE, NETWORK, RESULT, TRAINING, check_fi
 from alignps_jax.types import UserError
 from configs import ablation, cuhk, prw, synthetic, tiny
 from configs.variants import VARIANTS
+from data_pipeline.pipeline import make_train_pipeline
+from tests.data_pipeline.pipeline_test import make_split
 
 NAN, INFINITY = float("nan"), float("inf")
 COUNT = (0, -1, 1.5, "4", True, 2**31)
@@ -100,3 +102,22 @@ def test_a_missing_field_is_named():
     del fields["eval.nms_iou"]
     with pytest.raises(UserError, match=r"config\.eval\.nms_iou: missing, expected a number"):
         check_fields(fields)
+
+
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_the_default_shapes_pad_at_most_15_percent_of_mixed_photos(batch_size):
+    landscape = [(600, 800), (600, 900), (540, 960)]
+    split = make_split([*landscape, *(size[::-1] for size in landscape)] * 200)
+
+    def padding(variant: str) -> float:
+        data = cuhk.get_config(variant).data
+        pipeline = make_train_pipeline(split, data, seed=0, batch_size=batch_size)
+        assert len(pipeline.buckets) <= 12
+        pixels = padded = 0.0
+        for plan in map(pipeline.plan, range(100)):
+            area = plan.bucket[0] * plan.bucket[1]
+            pixels, padded = pixels + area, padded + area * plan.padding
+        return padded / pixels
+
+    assert padding("") <= 0.15
+    assert padding("released") >= 0.4  # the batches of the paper

@@ -11,16 +11,12 @@ import numpy as np
 
 from alignps_jax import distributed
 from alignps_jax.devices import gather_rows
-from alignps_jax.types import UserError
-from tests.pairs import outputs_of, run_one, start_pair
 from tests.places import ROOT, free_port
+from tests.runs import finish, run_one, start_pair
 
 
-def child(index: int, what: str, folder: str) -> int:
-    return globals()[f"child_{what}"](index, Path(folder))
-
-
-def child_agrees(index: int, folder: Path) -> int:
+def child(index: int, workdir: str) -> int:
+    folder = Path(workdir)
     with distributed.main_process_first():
         seen = (folder / "made").exists()
         if index == 0:
@@ -36,28 +32,13 @@ def child_agrees(index: int, folder: Path) -> int:
     return 0
 
 
-def child_fails(index: int, folder: Path) -> int:
-    if index == 1:
-        raise UserError("its disk lacks the weights")
-    distributed.barrier("saved")
-    return 0
-
-
 def test_they_agree_one_after_the_other_and_end_together(tmp_path):
-    outputs = outputs_of(start_pair(__name__, "agrees", str(tmp_path)))
+    outputs = finish(start_pair(__name__, str(tmp_path)))
     first, second = ([x for x in out.splitlines() if "Gloo" not in x] for out in outputs)
     gathered = ["[['a word', 0], ['a word', 1]]", "[[0, 0], [1, 1], [1, 1]]"]
     assert first == ["not made before", "{'from': 0} True", *gathered]
     assert second == ["made before", "{'from': 0} False", *gathered]
     assert (tmp_path / "results").exists()
-
-
-def test_a_process_that_fails_alone_ends_all(tmp_path):
-    """JAX ends the others, once the one that failed has waited for them in vain."""
-    pair = start_pair(__name__, "fails", str(tmp_path))
-    said = [process.communicate(timeout=60)[0] for process in pair]
-    assert said[1] == "error: its disk lacks the weights\n"
-    assert all(process.returncode != 0 for process in pair)
 
 
 def test_a_process_whose_peers_do_not_come_says_whom_it_waits_for():
@@ -75,16 +56,5 @@ def test_a_process_whose_peers_do_not_come_says_whom_it_waits_for():
     assert said == [f"waited {n} s for all 2 processes at 127.0.0.1:{port}\n" for n in (1, 2)]
 
 
-def test_a_run_of_one_process_waits_for_nobody():
-    assert not distributed.is_multiprocess()
-    assert distributed.is_main_process()
-    assert distributed.broadcast_from_main(3) == 3
-    assert distributed.gather("one") == ["one"]
-    distributed.barrier("end")
-    with distributed.main_process_first():
-        pass
-
-
 if __name__ == "__main__":
-    distributed._GOODBYE = 5
     run_one(child)

@@ -21,13 +21,9 @@ def test_links_lead_to_files():
 
 def test_functions_that_the_readme_links_to_are_in_those_files():
     links = LINK.findall((ROOT / "README.md").read_text())
-    names = [
-        (name[1:-1], path)
-        for name, path in links
-        if path[-3:] == ".py" and re.match(r"`\w+`$", name)
-    ]
+    names = [x for x in links if x[1][-3:] == ".py" and re.match(r"`\w+`$", x[0])]
     assert len(names) > 10
-    for name, path in names:
+    for name, path in ((quoted[1:-1], path) for quoted, path in names):
         module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
         assert hasattr(module, name), f"README.md: {name} is not in {path}"
 

@@ -9,8 +9,8 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.state import create_state, is_frozen
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
+from alignps_jax.training.setup import create_state
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, OIMMemory, Positives, TrainState
 
@@ -23,13 +23,9 @@ def random_batch(
 ) -> Batch:
     """Noise images of different sizes in one bucket, with labeled and unlabeled people."""
     height, width = bucket
-    size = np.stack(
-        [
-            rng.integers(height - 31, height + 1, images),
-            rng.integers(width // 2, width + 1, images),
-        ],
-        axis=1,
-    ).astype(np.int32)
+    heights = rng.integers(height - 31, height + 1, images)
+    widths = rng.integers(width // 2, width + 1, images)
+    size = np.stack([heights, widths], axis=1).astype(np.int32)
     image = rng.integers(0, 256, (images, height, width, 3), dtype=np.uint8)
     corner = rng.uniform(0, 0.6, (images, people, 2)) * size[:, None, ::-1]
     extent = rng.uniform(0.15, 0.39, (images, people, 2)) * size[:, None, ::-1]

@@ -17,8 +17,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.state import is_frozen
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import OIMMemory, Weights
 from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE, from_torch, released_name

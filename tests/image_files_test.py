@@ -4,7 +4,6 @@ import io
 import os
 import struct
 import tracemalloc
-import zlib
 
 import numpy as np
 import pytest
@@ -91,24 +90,13 @@ def test_a_thumbnail_does_not_count():
     assert (header.height, header.width) == (40, 60)
 
 
-def _png_of_zeros(side):
-    def chunk(kind, data):
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
-
-    packer, row = zlib.compressobj(9), bytes(1 + side // 8)
-    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
     path = tmp_path / "bomb.png"
-    path.write_bytes(_png_of_zeros(20_000))
+    PILImage.new("1", (6000, 5000)).save(path)
     assert path.stat().st_size < 60_000
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"bomb.png: has 20000x20000 pixels; expected at most 100,"):
-        read_photo(path, 100_000_000)
+    with pytest.raises(UserError, match=r"bomb.png: has 6000x5000 pixels; expected at most 20,"):
+        read_photo(path, 20_000_000)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 

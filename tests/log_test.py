@@ -28,15 +28,6 @@ def test_log_round_trip(tmp_path):
     assert "Infinity" not in text  # neither is JSON
 
 
-def test_a_line_that_was_cut_off_goes(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(b'{"step": 2, "loss": 1}\n{"step": 3, "lo')
-    assert [line.step for line in read_log(path)] == [2]
-    with MetricLog(tmp_path) as log:
-        log.scalars(3, {"loss": 3.0})
-    assert [line.step for line in read_log(path)] == [2, 3]
-
-
 def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
     def run(log, steps):
         for step in steps:

@@ -25,8 +25,7 @@ from alignps_jax.errors import known_name
 from alignps_jax.files import check_outputs, read_json, write_atomically, write_json
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.nn.model import AlignPS, Params, build_model, init_variables
-from alignps_jax.training.setup import make_step
-from alignps_jax.training.state import create_state, positives_per_image
+from alignps_jax.training.setup import create_state, make_step, positives_per_image
 from alignps_jax.types import Batch
 from data_pipeline.transforms import Size, buckets, empty_batch
 

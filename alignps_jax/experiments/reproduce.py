@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import holds_checkpoint
 from alignps_jax.checkpoint.store import package_versions
-from alignps_jax.config import FIELD_KINDS, FREE
+from alignps_jax.config import FIELDS, FREE
 from alignps_jax.devices import device_names
 from alignps_jax.distributed import broadcast_from_main
 from alignps_jax.experiments.catalogue import PAPER_METRICS
@@ -24,7 +24,7 @@ from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError, blame
 from alignps_jax.weights.conventions import CAFFE
 from alignps_jax.weights.sources import RANDOM
-from configs.variants import PaperRow, apply_variant, rows_of, variants_for
+from configs.variants import PaperRow, apply_variant, rows_of
 
 METRICS = "metrics.json"
 Train = Callable[[ConfigDict, Path], None]
@@ -81,8 +81,7 @@ def reproduce_table(
     # All rows once before any of them twice: a table that is cut short is complete sooner.
     runs = []
     for seed, (variant, row) in itertools.product(numbers, rows):
-        own = config.copy_and_resolve_references()
-        own = apply_variant(own, variant, variants_for(config.data.name))
+        own = apply_variant(config.copy_and_resolve_references(), variant)
         own.seed, folder = seed, run_folder(workdir, variant, seed)
         check_settings(own, folder)  # of all runs before the first one
         runs.append((own, folder, f"{row.label}, seed {seed}"))
@@ -113,7 +112,7 @@ def check_settings(config: ConfigDict, folder: Path) -> None:
     with blame(folder / "config.json"):
         texts = config.to_json(), (folder / "config.json").read_text()
         asked, found = (flatten_dict(json.loads(text), sep=".") for text in texts)
-    free = {name for name, kind in FIELD_KINDS.items() if kind == FREE}
+    free = {name for name, (kind, _) in FIELDS.items() if kind == FREE}
     if config.model.pretrained != RANDOM:
         free |= {f"model.{name}" for name in CAFFE}  # they follow from the weights
     changed = [

@@ -13,11 +13,9 @@ import numpy as np
 from alignps_jax.devices import device_names, peak_memory
 from alignps_jax.distributed import is_main_process
 from alignps_jax.log import MetricLog, progress
-from alignps_jax.training.optimizer import Schedule
-from alignps_jax.training.setup import Plan
+from alignps_jax.training.setup import Run
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import Batch, UserError
-from data_pipeline.pipeline import TrainPipeline
 
 
 class Monitor:
@@ -27,11 +25,9 @@ class Monitor:
     steps that are logged or saved.
     """
 
-    def __init__(
-        self, pipeline: TrainPipeline, schedule: Schedule, log: MetricLog, plan: Plan, start: int
-    ):
-        self._pipeline, self._log, self._plan = pipeline, log, plan
-        self._schedule = jax.jit(schedule)  # one program, not one for each operation
+    def __init__(self, run: Run, log: MetricLog, start: int):
+        self._pipeline, self._log, self._plan = run.pipeline, log, (plan := run.plan)
+        self._schedule = jax.jit(run.schedule)  # one program, not one for each operation
         first, last = map(int, (plan.profile or "0:0").split(":"))
         self._traced = range(max(first, start + 1), min(last, plan.total) + 1)
         self._unread: list[tuple[int, StepMetrics]] = []

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from alignps_jax.config import steps_of
+from alignps_jax.nn.model import AlignPS
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 
@@ -32,7 +33,12 @@ def learning_rate_schedule(
     return (lambda step: rate(step) * warmup(step)) if warmup_steps else rate
 
 
-def parameter_labels(params: Any, is_frozen: Callable[[tuple[str, ...]], bool]) -> Any:
+def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
+    """Whether the parameter at `path` is never updated."""
+    return path[0] == "backbone" and model.backbone.is_frozen(path[1:])
+
+
+def parameter_labels(params: Any, frozen: Callable[[tuple[str, ...]], bool]) -> Any:
     """`frozen`, `bias` (of a convolution, but not of one that predicts offsets) or `weight`.
 
     So does the released code group the parameters.
@@ -40,7 +46,7 @@ def parameter_labels(params: Any, is_frozen: Callable[[tuple[str, ...]], bool]) 
     flat = traverse_util.flatten_dict(params)
 
     def label(path: tuple[str, ...]) -> str:
-        if is_frozen(path):
+        if frozen(path):
             return "frozen"
         of_conv = path[-1] == "bias" and (*path[:-1], "kernel") in flat
         return "bias" if of_conv and path[-2] != "offset" else "weight"
@@ -58,7 +64,7 @@ RULES = {
 
 
 def make_optimizer(
-    optimizer: ConfigDict, schedule: Schedule, is_frozen: Callable[[tuple[str, ...]], bool]
+    optimizer: ConfigDict, schedule: Schedule, frozen: Callable[[tuple[str, ...]], bool]
 ) -> optax.GradientTransformation:
     """Clips the global norm of the gradient, then updates by `optimizer.name`'s rule.
 
@@ -78,5 +84,5 @@ def make_optimizer(
     }
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.partition(groups, lambda params: parameter_labels(params, is_frozen)),
+        optax.partition(groups, lambda params: parameter_labels(params, frozen)),
     )

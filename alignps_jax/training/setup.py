@@ -1,23 +1,33 @@
-"""What a configuration becomes before the first step."""
+"""What a configuration and a workdir become before the first step."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import grain
 import jax
+import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
-from alignps_jax.config import steps_of
+from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.choice import last_step
+from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.store import Checkpoints, load_config
+from alignps_jax.config import FIELDS, NETWORK, TRAINING, flat_fields, steps_of
 from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.evaluation.evaluate import Evaluator, make_evaluator
 from alignps_jax.evaluation.scoring import make_scorer, scorer_of
-from alignps_jax.nn.model import AlignPS
+from alignps_jax.losses.oim import init_memory
+from alignps_jax.nn.model import AlignPS, init_variables
 from alignps_jax.training import optimizer
-from alignps_jax.training.state import create_state, is_frozen, lut_size, max_positives
+from alignps_jax.training.pretrained import Arrays
 from alignps_jax.training.step import TrainStep
-from alignps_jax.types import TrainState
+from alignps_jax.types import TrainState, UserError
 from data_pipeline.datasets import load_train, prepare
 from data_pipeline.pipeline import TrainPipeline, make_train_pipeline
 from data_pipeline.validation import hold_out
@@ -83,7 +93,9 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     durations = times.duration, times.checkpoint_every, times.eval_every
     total, save, evaluate = (max(1, steps_of(x, per_epoch)) for x in durations)
     plan = Plan(total, save, evaluate, times.log_every_steps, times.profile)
-    schedule, step = make_step(config, model, per_epoch, max_positives(config, pipeline))
+    images = times.batch_size // jax.device_count()
+    positives = images * positives_per_image(config, pipeline.reader.people)
+    schedule, step = make_step(config, model, per_epoch, positives)
     create = partial(create_state, config, model, step.optimizer, rows)
     return Run(pipeline, plan, schedule, step, evaluator, selector, create)
 
@@ -95,6 +107,85 @@ def make_step(
     schedule = optimizer.learning_rate_schedule(
         config.optimizer, steps_per_epoch, config.train.batch_size
     )
-    rule = optimizer.make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
+    rule = optimizer.make_optimizer(config.optimizer, schedule, partial(optimizer.is_frozen, model))
     others = config.model.precision, config.train.accumulate, config.train.ema_decay
     return schedule, TrainStep(model, rule, config.loss, positives, *others)
+
+
+def positives_per_image(config: ConfigDict, people: int) -> int:
+    """Maximum number of positive locations of an image with this many people."""
+    # Those inside a square of 2 `center_radius` strides on each level.
+    per_level = math.ceil(2 * config.loss.center_radius) ** 2
+    return config.train.max_positives or per_level * len(config.model.levels) * people
+
+
+def lut_size(config: ConfigDict, found: int) -> int:
+    """Rows of the lookup table: as configured, which must do, or one per `found` identity."""
+    size = found if config.loss.lut_size is None else config.loss.lut_size
+    if size < found:
+        raise UserError(
+            f"config.loss.lut_size: found {size}, expected at least the {found} identities of "
+            f"the training set in {config.data.root}"
+        )
+    return size
+
+
+def create_state(
+    config: ConfigDict,
+    model: AlignPS,
+    optimizer: optax.GradientTransformation,
+    num_identities: int,
+    weights: Arrays | None = None,
+) -> TrainState:
+    """The state before the first step: of `config.seed`, with the `weights` to start from."""
+    params, frozen = init_variables(model, jax.random.key(config.seed))
+    if weights:
+        tree = {"params": params, "frozen": frozen}
+        flat = leaves_by_path(tree)
+        flat |= {name: jnp.asarray(array, flat[name].dtype) for name, array in weights.items()}
+        tree = jax.tree.unflatten(jax.tree.structure(tree), flat.values())
+        params, frozen = tree["params"], tree["frozen"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        frozen=frozen,
+        opt_state=jax.jit(optimizer.init)(params),  # one program, not one for each shape
+        memory=init_memory(num_identities, config.loss.queue_size, config.model.channels),
+        raw=params if config.train.ema_decay is not None else None,
+    )
+
+
+def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
+    """Prints how `config` differs from that of the newest checkpoint in `workdir`.
+
+    Raises UserError for a change that training feels, unless it was `accepted`.
+    """
+    if not holds_checkpoint(workdir):
+        return
+    before, now = (flat_fields(x) for x in (load_config(last_step(workdir)), config))
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    decisive = [n for n in changed if n not in FIELDS or FIELDS[n][0] in (NETWORK, TRAINING)]
+    if decisive and not accepted:
+        fields = "; ".join(
+            f"config.{n}: found {now.get(n)!r}, expected {before.get(n)!r}" for n in decisive
+        )
+        raise UserError(
+            f"{workdir}: its last checkpoint was trained otherwise: {fields}; resume with the old "
+            "values, train on with the new ones (--accept_changes), or choose another --workdir"
+        )
+    for name in changed:
+        print(f"note: config.{name} is now {now.get(name)!r}, before {before.get(name)!r}")
+
+
+def restore(
+    create: Callable[[], TrainState], batches: grain.DatasetIterator, checkpoints: Checkpoints
+) -> TrainState | None:
+    """The newest state, like that of `create`, with the batches brought to its step, if any."""
+    if checkpoints.latest_step() is None:
+        return None
+    state, iterator_state = checkpoints.restore(jax.eval_shape(create))
+    if iterator_state is not None:  # converted weights have seen no data
+        batches.set_state(iterator_state)
+    if is_main_process():
+        print(f"resuming from step {int(state.step)}", flush=True)
+    return state

@@ -27,8 +27,7 @@ from alignps_jax.training.curves import training_curves
 from alignps_jax.training.monitor import Monitor
 from alignps_jax.training.preemption import Preemption
 from alignps_jax.training.pretrained import starting_arrays, starting_config
-from alignps_jax.training.resume import check_changes, restore
-from alignps_jax.training.setup import Run, make_run
+from alignps_jax.training.setup import Run, check_changes, make_run, restore
 from alignps_jax.types import TrainState
 
 CURVES = "curves.png"
@@ -99,7 +98,7 @@ def train(
     train_step = devices.parallel_train_step(run.step)
     # A copy, whose buffers the step may take, made by one program.
     state = devices.replicate(jax.jit(partial(jax.tree.map, jnp.copy))(state))
-    with closing(Monitor(run.pipeline, run.schedule, log, plan, start)) as monitor:
+    with closing(Monitor(run, log, start)) as monitor:
         while start < plan.total:
             if due:
                 evaluate(run, state, checkpoints, log)

@@ -26,8 +26,7 @@ from alignps_jax.errors import blame
 from alignps_jax.files import check_outputs
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import build_model, weights_template
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.state import is_frozen
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 from alignps_jax.types import OIMMemory, TrainState, UserError
 from alignps_jax.weights.conventions import convention_of, with_convention
 from alignps_jax.weights.released_names import (

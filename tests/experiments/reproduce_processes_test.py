@@ -11,7 +11,7 @@ import jax
 from alignps_jax.experiments.reproduce import reproduce_table
 from configs import tiny
 from configs.variants import rows_of
-from tests.pairs import outputs_of, run_one, start_pair
+from tests.runs import finish, run_one, start_pair
 
 
 def train(config, folder):
@@ -32,14 +32,14 @@ def child(index: int, workdir: str) -> int:
 
 
 def test_all_train_and_one_writes_and_a_lost_row_runs_again(tmp_path):
-    first, second = outputs_of(start_pair(__name__, str(tmp_path)))
+    first, second = finish(start_pair(__name__, str(tmp_path)))
     variants = [variant or "alignps" for variant, _ in rows_of("4", "synthetic")]
     assert second == ""
     assert (tmp_path / "table4.md").read_text() in first
     table = json.loads((tmp_path / "table4.json").read_text())
     assert [row["measured"]["mAP"] for row in table["rows"]] == [[12.5]] * len(variants)
     shutil.rmtree(tmp_path / variants[1])
-    outputs_of(start_pair(__name__, str(tmp_path)))
+    finish(start_pair(__name__, str(tmp_path)))
     for index in range(2):
         trained = (tmp_path / f"process_{index}").read_text().split()
         assert trained == [*variants, variants[1]]

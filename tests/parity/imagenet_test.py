@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 
 from alignps_jax.nn.model import build_model
 from alignps_jax.training.pretrained import starting_arrays, starting_config
-from alignps_jax.training.state import create_state
+from alignps_jax.training.setup import create_state
 from configs import cuhk
 from tests.oracle.random_weights import random_state_dict
 from tests.parity.common import nhwc

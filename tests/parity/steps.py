@@ -21,8 +21,7 @@ from flax import traverse_util
 
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import init_variables
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from alignps_jax.training.state import is_frozen
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 from alignps_jax.training.step import TrainStep
 from tests.oracle.training_torch import Trainer
 from tests.parity.common import DTYPE, Pair, make_batch, make_pair, memory_errors

@@ -31,8 +31,7 @@ import numpy as np
 
 import tests.conftest  # noqa: F401 (the settings of all tests, which processes inherit)
 from alignps_jax.checkpoint.store import load_arrays
-from tests.cluster import flags_of, start
-from tests.training.train_test import link_cache
+from tests.runs import link_cache, start
 
 FLAGS = (
     "--config.train.duration=9 steps",
@@ -59,9 +58,7 @@ class Run:
         link_cache(folder, self.workdir)
 
     def start(self) -> list[subprocess.Popen[str]]:
-        joining = flags_of if self._count > 1 else lambda *_: ([], {})
-        options = {"count": self._count, "devices": 1, "joining": joining}
-        return start(self.data, self.workdir, *FLAGS, **options)
+        return start(self.data, self.workdir, *FLAGS, count=self._count, devices=1)
 
     def is_saving(self) -> bool:
         return any((self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))

@@ -11,7 +11,7 @@ import pytest
 from alignps_jax.devices import AXIS
 from configs import tiny
 from tests.fakes import random_batch, train_setup
-from tests.training.train_test import launch, losses
+from tests.runs import launch, losses
 
 
 def test_losses_memory_statistics_and_parameters_stay_float32():

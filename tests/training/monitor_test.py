@@ -10,7 +10,7 @@ import pytest
 
 from alignps_jax.log import MetricLog, read_log
 from alignps_jax.training.monitor import Monitor
-from alignps_jax.training.setup import Plan
+from alignps_jax.training.setup import Plan, Run
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.types import UserError
 from tests.data_pipeline.pipeline_test import make_split, mixed_sizes, train
@@ -37,10 +37,8 @@ def metrics(loss, others=1.0) -> StepMetrics:
 def monitored(folder, *, total, log_every, start=0, profile=None):
     """A monitor, the batches of its pipeline, and the images of a batch."""
     pipeline, plan = train(make_split(mixed_sizes(11, 6))), Plan(total, 99, 99, log_every, profile)
-    with (
-        MetricLog(folder) as log,
-        contextlib.closing(Monitor(pipeline, lambda step: 0.1 * step, log, plan, start)) as monitor,
-    ):
+    run = Run(pipeline, plan, lambda step: 0.1 * step, *[None] * 4)
+    with MetricLog(folder) as log, contextlib.closing(Monitor(run, log, start)) as monitor:
         yield monitor, pipeline.iterator(total), pipeline
 
 
@@ -106,11 +104,8 @@ def test_the_rate_is_that_of_results_not_of_dispatches(tmp_path, pause):
 
 @pytest.mark.parametrize("start", [0, 2])  # a resumed run may begin in the middle
 def test_the_steps_asked_for_are_traced(tmp_path, start, capsys):
-    with monitored(tmp_path, total=5, log_every=9, start=start, profile="2:4") as (
-        monitor,
-        batches,
-        _,
-    ):
+    about = {"total": 5, "log_every": 9, "start": start, "profile": "2:4"}
+    with monitored(tmp_path, **about) as (monitor, batches, _):
         for step in range(start + 1, 6):
             monitor.next_batch(batches, step)
             monitor.record(step, metrics(jnp.ones(())))

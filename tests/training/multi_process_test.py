@@ -5,30 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.cluster import finish, slurm, start
-from tests.places import ROOT
-from tests.training.train_test import (
-    ENDLESS,
-    await_steps,
-    command,
-    environment,
-    link_cache,
-    losses,
-)
+from tests.runs import ENDLESS, await_steps, finish, launch, link_cache, losses, start
 
 SHORT = ("--config.train.duration=3 steps", "--config.train.checkpoint_every=3 steps")
-
-
-def run_alone(shared: Path, workdir: Path, *flags: str, devices: int = 1) -> None:
-    link_cache(shared, workdir)
-    options = {"cwd": ROOT, "env": environment(devices), "capture_output": True, "timeout": 600}
-    subprocess.run(command(shared, workdir, *flags), check=True, **options)
 
 
 def assert_same_losses(found: dict, expected: dict) -> None:
@@ -44,7 +28,7 @@ def from_nothing(tmp_path_factory) -> Path:
     """Two processes that SLURM would have started, without data set and workdir."""
     shared = tmp_path_factory.mktemp("shared")
     workdir = shared / "pmap"
-    outputs = finish(start(shared, workdir, *SHORT, joining=slurm))
+    outputs = finish(start(shared, workdir, *SHORT, slurm=True))
     assert "synthetic: preparing " in outputs[0]
     assert "preparing" not in outputs[1]  # it opens what process 0 left
     assert "curves" not in outputs[1]
@@ -55,12 +39,12 @@ def from_nothing(tmp_path_factory) -> Path:
 def alone(from_nothing) -> Path:
     """A run of one process with one device."""
     workdir = from_nothing.with_name("alone")
-    run_alone(from_nothing.parent, workdir, "--config.train.duration=4 steps")
+    launch(from_nothing.parent, workdir, "--config.train.duration=4 steps").check_returncode()
     return workdir
 
 
-def first_steps(workdir: Path, count: int = 3) -> dict:
-    return {step: line for step, line in losses(workdir).items() if step <= count}
+def first_steps(workdir: Path) -> dict:
+    return {step: line for step, line in losses(workdir).items() if step <= 3}
 
 
 def test_two_processes_from_nothing_give_the_losses_of_one(from_nothing, alone):
@@ -89,22 +73,10 @@ def test_a_signal_saves_in_all(from_nothing, alone, number, to, code):
     assert_same_losses(first_steps(workdir), first_steps(alone))
 
 
-def test_output_that_nobody_reads_ends_no_process(from_nothing):
-    workdir = from_nothing.with_name("unread")
-    link_cache(from_nothing.parent, workdir)
-    processes = start(from_nothing.parent, workdir, *SHORT)
-    while "training on" not in processes[0].stdout.readline():
-        assert processes[0].poll() is None
-    for process in processes:
-        process.stdout.close()
-    assert [process.wait(600) for process in processes] == [0, 0]
-    assert (workdir / "metrics.json").exists()
-
-
 def test_one_process_resumes_what_two_began(from_nothing, alone):
     workdir = from_nothing.with_name("fewer")
     shutil.copytree(from_nothing, workdir, ignore=shutil.ignore_patterns("xla_cache"))
-    run_alone(from_nothing.parent, workdir, "--config.train.duration=4 steps")
+    launch(from_nothing.parent, workdir, "--config.train.duration=4 steps").check_returncode()
     assert_same_losses(losses(workdir), losses(alone))
 
 
@@ -114,7 +86,7 @@ def test_two_processes_evaluate_to_the_last_bit(from_nothing):
     folders = shared / "evaluated", shared / "evaluated_alone"
     finish(start(shared, folders[0], *where))
     # One image for each of two devices, as there: the compiler's rounding is the same then.
-    run_alone(shared, folders[1], *where, "--config.eval.batch_size=2", devices=2)
+    launch(shared, folders[1], *where, "--config.eval.batch_size=2", devices=2).check_returncode()
     found, expected = (np.load(folder / "detections.npz") for folder in folders)
     assert sorted(found) == sorted(expected)
     assert len(expected["scores"]) > 100
@@ -138,8 +110,7 @@ def test_two_processes_search_as_one_does(from_nothing):
     where += ["--config.eval.score_threshold=0.0"]
     together, alone = shared / "searched", shared / "searched_alone"
     outputs = finish(start(shared, together, *where, devices=1), code=3)
-    with pytest.raises(subprocess.CalledProcessError):
-        run_alone(shared, alone, *where)
+    assert launch(shared, alone, *where).returncode == 3
     assert [output.count("damaged.jpg: ") for output in outputs] == [1, 0]
     assert [output.count("searched ") for output in outputs] == [1, 0]
     assert all("error: --gallery: skipped 1 of 7 photos" in output for output in outputs)

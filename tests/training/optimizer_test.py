@@ -4,12 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
-from alignps_jax.training.optimizer import (
-    learning_rate_schedule,
-    make_optimizer,
-    parameter_labels,
-)
+from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer, parameter_labels
 from configs import cuhk
 
 
@@ -25,28 +22,20 @@ def test_the_rate_of_the_release_and_with_larger_batches(meant_for, factor):
 
 
 def test_labels():
-    params = {
-        "backbone": {"conv1": {"kernel": 0}, "layer2_0": {"conv2": {"kernel": 0}}},
-        "head": {
-            "conv3": {"kernel": 0, "bias": 0, "offset": {"kernel": 0, "bias": 0}},
-            "norm3": {"scale": 0, "bias": 0},
-            "scale0": 0,
-        },
+    expected = {
+        "backbone/conv1/kernel": "frozen",
+        "backbone/layer2_0/conv2/kernel": "weight",
+        "head/conv3/kernel": "weight",
+        "head/conv3/bias": "bias",
+        "head/conv3/offset/kernel": "weight",
+        "head/conv3/offset/bias": "weight",
+        "head/norm3/scale": "weight",
+        "head/norm3/bias": "weight",
+        "head/scale0": "weight",
     }
+    params = traverse_util.unflatten_dict(expected, sep="/")
     labels = parameter_labels(params, lambda path: "conv1" in path)
-    assert labels["backbone"] == {
-        "conv1": {"kernel": "frozen"},
-        "layer2_0": {"conv2": {"kernel": "weight"}},
-    }
-    assert labels["head"] == {
-        "conv3": {
-            "kernel": "weight",
-            "bias": "bias",
-            "offset": {"kernel": "weight", "bias": "weight"},
-        },
-        "norm3": {"scale": "weight", "bias": "weight"},
-        "scale0": "weight",
-    }
+    assert traverse_util.flatten_dict(labels, sep="/") == expected
 
 
 @pytest.mark.parametrize("bias_decay", [0.0, 0.02, None])
@@ -64,10 +53,8 @@ def test_updates_equal_a_literal_sgd(bias_decay):
         for name in ("stem", "conv")
     }
     factor = {"kernel": 1.0, "bias": config.bias_lr_factor}
-    decay = {
-        "kernel": config.weight_decay,
-        "bias": config.weight_decay if bias_decay is None else bias_decay,
-    }
+    decay = dict.fromkeys(shapes, config.weight_decay)
+    decay |= {} if bias_decay is None else {"bias": bias_decay}
     expected = {leaf: value.astype(np.float64) for leaf, value in params["conv"].items()}
     momentum = {leaf: np.zeros(shape) for leaf, shape in shapes.items()}
 
@@ -91,16 +78,18 @@ def test_updates_equal_a_literal_sgd(bias_decay):
 def test_adamw_is_that_of_optax():
     config = cuhk.get_config().optimizer
     config.name, config.clip_norm, config.bias_weight_decay = "adamw", 1e9, config.weight_decay
-    found_rule = make_optimizer(config, lambda step: 0.01, lambda path: False)
-    expected_rule = optax.adamw(0.01, b1=config.momentum, weight_decay=config.weight_decay)
-    rng = np.random.default_rng(1)
-    params = {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
-    found, expected = params, params
-    found_state, expected_state = found_rule.init(params), expected_rule.init(params)
-    for _ in range(5):
-        gradient = {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
-        updates, found_state = found_rule.update(gradient, found_state, found)
-        found = optax.apply_updates(found, updates)
-        updates, expected_state = expected_rule.update(gradient, expected_state, expected)
-        expected = optax.apply_updates(expected, updates)
-    np.testing.assert_allclose(found["conv"]["kernel"], expected["conv"]["kernel"], rtol=1e-6)
+    rules = (
+        make_optimizer(config, lambda step: 0.01, lambda path: False),
+        optax.adamw(0.01, b1=config.momentum, weight_decay=config.weight_decay),
+    )
+    results = []
+    for rule in rules:
+        rng = np.random.default_rng(1)
+        params = {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
+        state = rule.init(params)
+        for _ in range(5):
+            gradient = {"conv": {"kernel": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)}}
+            updates, state = rule.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params["conv"]["kernel"])
+    np.testing.assert_allclose(*results, rtol=1e-6)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.store import Checkpoints, load_config
-from alignps_jax.nn.model import build_model, weights_template
+from alignps_jax.checkpoint.store import Checkpoints
+from alignps_jax.nn.model import build_model
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.pretrained import starting_arrays, starting_config
-from alignps_jax.training.state import create_state
+from alignps_jax.training.setup import create_state
 from alignps_jax.types import UserError
 from alignps_jax.weights import sources
 from alignps_jax.weights.conventions import CAFFE, TORCHVISION
@@ -181,20 +181,9 @@ def test_a_released_detector_is_fine_tuned_from_its_file(tmp_path, capsys):
         state_of(plain, identities=3)
 
 
-def test_a_resumed_run_keeps_its_pixels_and_needs_no_weights(tmp_path):
-    config = small_config("")
-    config.model.pretrained = "torchvision"
-    for name, value in TORCHVISION.items():
-        config.model[name] = value
-    with Checkpoints(tmp_path, keep=1, config=config) as checkpoints:
-        template = weights_template(build_model(config))
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), template)
-        state = state_of(small(), identities=1)
-        checkpoints.save(state.replace(params=zeros.params, frozen=zeros.frozen), None)
-    again = small_config("")
-    again.model.pretrained = "torchvision"
-    assert fields(starting_config(again, tmp_path)) == TORCHVISION
-    assert fields(starting_config(again, tmp_path, {"model.pixel_std"})) == TORCHVISION | {
-        "pixel_std": CAFFE["pixel_std"]
-    }
-    assert fields(load_config(tmp_path)) == TORCHVISION
+def test_a_resumed_run_keeps_its_pixels_and_needs_no_weights(trained):
+    config, workdir = small(), trained[0]
+    config.model.pretrained, config.model.pixel_std = "torchvision", (1.0, 1.0, 1.0)
+    assert fields(starting_config(config, workdir)) == fields(small())
+    typed = fields(starting_config(config, workdir, {"model.pixel_std"}))
+    assert typed == fields(small()) | {"pixel_std": (1.0, 1.0, 1.0)}

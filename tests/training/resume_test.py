@@ -20,8 +20,7 @@ from jax import lax
 from alignps_jax.checkpoint.store import Checkpoints, load_arrays
 from alignps_jax.devices import AXIS
 from alignps_jax.log import MetricLog
-from alignps_jax.training.resume import check_changes, restore
-from alignps_jax.training.setup import Plan, Run
+from alignps_jax.training.setup import Plan, Run, check_changes, restore
 from alignps_jax.training.step import StepMetrics
 from alignps_jax.training.train import train
 from alignps_jax.types import OIMMemory, TrainState, UserError

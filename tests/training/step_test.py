@@ -10,30 +10,20 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from alignps_jax.devices import AXIS, parallel_train_step, replicate
+from alignps_jax.devices import parallel_train_step, replicate
 from alignps_jax.devices import split_over_devices as split
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.losses.total import select_positives
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.training.state import is_frozen
+from alignps_jax.training.optimizer import is_frozen
 from alignps_jax.types import Outputs, Targets, TrainState
 from configs import tiny
 from tests.fakes import random_batch, train_setup
-
-
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-12))
+from tests.parity.ours import one_device, relative_error
 
 
 def pairs(one, other):
     return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-
-
-def one_device(step):
-    return jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=jax.local_devices()[:1]
-    )
 
 
 @dataclasses.dataclass(frozen=True)

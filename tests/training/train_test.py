@@ -9,8 +9,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,78 +16,13 @@ import pytest
 
 from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.store import load_arrays
-from tests.places import ROOT, heed_signals
+from tests.runs import ENDLESS, await_steps, launch, link_cache, losses, start
 
 
 @pytest.fixture(scope="module")
 def shared_dir(tmp_path_factory) -> Path:
     """Data set and compiled programs that the runs of this module share."""
     return tmp_path_factory.mktemp("shared")
-
-
-def command(shared: Path, workdir: Path, *flags: str) -> list[str]:
-    config = ["--config=configs/tiny.py", f"--config.data.root={shared / 'tiny'}"]
-    return [sys.executable, "launch.py", *config, f"--workdir={workdir}", *flags]
-
-
-def environment(devices: int = 1) -> dict[str, str]:
-    """That of the tests, with another number of simulated devices."""
-    flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags}
-
-
-def launch(
-    shared: Path, workdir: Path, *flags: str, long: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """A run to its end; a `long` one in code that takes longer to compile and runs faster."""
-    link_cache(shared, workdir)
-    env = environment()
-    if long:
-        env["XLA_FLAGS"] = env["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")
-    options = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 600}
-    return subprocess.run(command(shared, workdir, *flags), check=False, **options)
-
-
-def begin(shared: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
-    """A run under way, with both outputs in one."""
-    return subprocess.Popen(
-        command(shared, workdir, *flags),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=heed_signals,
-    )
-
-
-def link_cache(shared: Path, workdir: Path) -> None:
-    """Makes the workdir's compilation cache a link to the shared one."""
-    (shared / "xla_cache").mkdir(exist_ok=True)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / "xla_cache").exists():
-        (workdir / "xla_cache").symlink_to(shared / "xla_cache")
-
-
-def losses(workdir: Path) -> dict[int, dict[str, float]]:
-    """Every training line of a run's log, without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
-    clock = ("images_per_second", "data_wait")
-    return {
-        line["step"]: {name: x for name, x in line.items() if name not in clock}
-        for line in lines
-        if "loss" in line
-    }
-
-
-ENDLESS = ("--config.train.duration=4000 steps", "--config.train.checkpoint_every=9999 steps")
-
-
-def await_steps(workdir: Path, processes: list[subprocess.Popen[str]]) -> None:
-    """Returns once a run has logged three steps."""
-    while not (workdir / "log.jsonl").exists() or len(losses(workdir)) < 3:
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +54,7 @@ def test_a_run_writes_what_it_promises(whole_run):
 def test_a_signal_saves_and_gives_its_exit_code(shared_dir, number, code):
     workdir = shared_dir / number.name
     link_cache(shared_dir, workdir)
-    process = begin(shared_dir, workdir, *ENDLESS)
+    (process,) = start(shared_dir, workdir, *ENDLESS, count=1, devices=1)
     await_steps(workdir, [process])
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
@@ -133,7 +66,7 @@ def test_a_signal_saves_and_gives_its_exit_code(shared_dir, number, code):
 
 
 def test_ctrl_c_outside_training_is_one_line(shared_dir, tmp_path):
-    process = begin(tmp_path, tmp_path / "run")  # draws its data set first
+    (process,) = start(tmp_path, tmp_path / "run", count=1, devices=1)  # draws its data set first
     while not (tmp_path / "run" / ".lock").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -146,7 +79,7 @@ def test_ctrl_c_outside_training_is_one_line(shared_dir, tmp_path):
 
 def test_a_second_run_is_refused_and_the_first_one_goes_on_unread(shared_dir, tmp_path):
     link_cache(shared_dir, tmp_path)
-    process = begin(shared_dir, tmp_path)
+    (process,) = start(shared_dir, tmp_path, count=1, devices=1)
     while "training on" not in process.stdout.readline():
         assert process.poll() is None
     second = launch(shared_dir, tmp_path)
@@ -200,25 +133,7 @@ def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
     photos = shared_dir / "tiny" / "Image" / "SSM"
     photo = sorted(photos.iterdir())[0]
     where = [f"--checkpoint={whole_run}", f"--query={photo}", f"--gallery={photos}"]
-    search = [sys.executable, "launch.py", "--mode=search", f"--workdir={tmp_path}", *where]
-    done = subprocess.run(search, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = launch(shared_dir, tmp_path, "--mode=search", *where)
     # Six steps find nobody: a clear end, not a crash.
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: {photo}: found nobody")
-
-
-def test_a_checkpoint_of_another_network_names_the_parameters(shared_dir, whole_run):
-    done = launch(shared_dir, whole_run, "--mode=evaluate", "--config.model.channels=32")
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "params/" in done.stderr
-
-
-def test_a_loss_that_is_not_finite_names_term_step_and_images(shared_dir, tmp_path):
-    flags = ("--config.optimizer.learning_rate=1e20", "--config.optimizer.warmup=0 steps")
-    done = launch(shared_dir, tmp_path, *flags)
-    assert done.returncode == 2
-    error = done.stderr.splitlines()[-1]
-    assert error.startswith("error: step 2: ")
-    assert "loss/cls" in error.split(" not finite")[0]
-    assert ".jpg" in error

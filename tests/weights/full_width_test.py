@@ -10,10 +10,9 @@ import pytest
 
 from alignps_jax.checkpoint.store import Checkpoints
 from alignps_jax.nn.model import build_model
-from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 from alignps_jax.training.pretrained import starting_arrays, starting_config
-from alignps_jax.training.resume import check_changes
-from alignps_jax.training.state import create_state, is_frozen
+from alignps_jax.training.setup import check_changes, create_state
 from alignps_jax.weights.convert import convert_released, export_released
 from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE, to_torch
 from alignps_jax.weights.tensor_files import read_tensors
