@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from alignps_jax.config import steps_of
 from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.evaluation.evaluate import Evaluator, check_batch_size, make_evaluator
-from alignps_jax.evaluation.scoring import make_scorer, scorer_of
+from alignps_jax.evaluation.scoring import Scorer, make_scorer
 from alignps_jax.nn.model import AlignPS, build_model
 from alignps_jax.training import optimizer
 from alignps_jax.training.pretrained import starting_arrays
@@ -85,7 +85,7 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     photos = data.train
     selector = evaluator = make_evaluator(config, data.test, scorer)
     if held:
-        scorer = scorer_of(config, held.validation.people(people), (held.protocol,))
+        scorer = Scorer(config, held.validation.people(people), (held.protocol,))
         split = held.validation.photos(photos)
         selector = make_evaluator(config, split, scorer, predict=evaluator.predict)
         photos = held.train.photos(photos)
