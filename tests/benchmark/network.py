@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from alignps_jax.experiments.benchmark import (
     IDENTITIES,
     Case,
-    Program,
     Row,
     cases,
     make_program,
@@ -63,11 +62,10 @@ def row(
 ) -> Row:
     """Our step on one device, in turns with PyTorch's on the same images."""
     devices = jax.devices()[:1]
-    made: Program = make_program(config, case, devices)
-    program, _ = made.compiled(1)
-    functions = {"ours": made.runner(program, devices)}
-    functions |= context.with_torch(lambda: torch(context, config, made.batch))
-    return context.row(what, functions, **{"memory, GB": peak_memory(program)})
+    program = make_program(config, case, devices)
+    functions = {"ours": program.runner(devices)}
+    functions |= context.with_torch(lambda: torch(context, config, program.batch))
+    return context.row(what, functions, **{"memory, GB": peak_memory(program.compiled)})
 
 
 def torch_inference(context: Context, config: ConfigDict, batch: Batch) -> Callable[[], object]:
