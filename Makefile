@@ -109,10 +109,9 @@ parity: $(PARITY_READY)
 	$(PARITY)/bin/python -m pytest -rP -n 2 --dist load tests/parity tests/weights/convert_test.py
 
 # The network beside PyTorch's, a gallery that grows, starts: make benchmark [WHAT=inference,train] [RUNS=5].
-# WHAT=starts AGAINST=../before: seconds to the first result, in turns with another checkout.
 RUNS ?= 5
 benchmark: $(PARITY_READY)
-	$(PARITY)/bin/python -m tests.benchmark --runs=$(RUNS) $(if $(WHAT),--what=$(WHAT)) $(if $(AGAINST),--against=$(AGAINST))
+	$(PARITY)/bin/python -m tests.benchmark --runs=$(RUNS) $(if $(WHAT),--what=$(WHAT))
 
 # Inference and the paper's largest training step, compiled for chips that are not here: some ten
 # minutes on two cores. Fails if a step does not compile or does not fit (docs/scaling.md). The short

@@ -6,7 +6,6 @@ python -m tests.benchmark --what=deform_conv,inference --runs=3
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,13 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="timed runs of every figure")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--workdir", type=Path, default=Path("runs/compare"), help="for results")
-    parser.add_argument("--against", type=Path, help="another checkout, whose starts are measured")
-    parser.add_argument("--people", help="sizes of the gallery, a,b,...; default: to a million")
+    parser.add_argument("--people", help="sizes of the gallery", default="10000,100000,1000000")
     flags = parser.parse_args(argv)
-    context = Context(flags.runs, flags.quick, find_torch(), flags.against)
-    if flags.people:
-        people = tuple(map(int, flags.people.split(",")))
-        context = dataclasses.replace(context, people=people)
+    people = tuple(map(int, flags.people.split(",")))
+    context = Context(flags.runs, flags.quick, find_torch(), people)
     try:
         names = [known_name("--what", name, PARTS) for name in flags.what.split(",")]
         for name in names:

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,21 +16,12 @@ from alignps_jax.experiments.benchmark import Row, time_in_turns
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a part may use.
+    """What a part may use."""
 
-    Attributes:
-      runs: timed runs of every function.
-      quick: tiny shapes, to see that it runs.
-      torch: PyTorch, if it is installed and runs on our kind of device.
-      against: another checkout to compare starts with.
-      people: sizes of the gallery, ascending.
-    """
-
-    runs: int = 5
-    quick: bool = False
-    torch: ModuleType | None = None
-    against: Path | None = None
-    people: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    runs: int  # timed, of every function
+    quick: bool  # tiny shapes, to see that it runs
+    torch: ModuleType | None  # if it is installed and runs on our kind of device
+    people: tuple[int, ...]  # sizes of the gallery, ascending
 
     def row(self, what: str, functions: Mapping[str, Callable[[], object]], **more: Any) -> Row:
         """The medians of the functions, one of which is "ours", and how many times it they take."""

@@ -1,7 +1,4 @@
-"""Seconds from a command to its first result, beside those of another checkout, in turns.
-
-python -m tests.benchmark --what=starts --against=../before
-"""
+"""Seconds from a command to its first result."""
 
 from __future__ import annotations
 
@@ -13,9 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-
-import cv2
-import numpy as np
 
 from alignps_jax.experiments.benchmark import Row
 from alignps_jax.nn.model import build_model, weights_template
@@ -38,23 +32,17 @@ print("detected", flush=True)
 """
 
 
-class Checkout:
-    """A checkout of this project, with files and caches of its own below `folder`."""
+class Commands:
+    """Commands with files and caches of their own below `folder`."""
 
-    def __init__(self, root: Path, folder: Path):
-        self._root, self._folder = root, folder
-        folder.mkdir(parents=True)
-        self.photo = folder / "photos" / "photo.jpg"
-        self.photo.parent.mkdir()
-        noise = np.random.default_rng(0).integers(0, 256, (45, 75, 3), dtype=np.uint8)
-        cv2.imwrite(str(self.photo), cv2.resize(noise, (1500, 900)))
+    def __init__(self, folder: Path):
+        self._folder = folder
 
     def prepare(self, weights: Path) -> None:
-        """Draws the tiny data set, converts the detector, and indexes one photo."""
+        """Draws the tiny data set, and converts the detector."""
         self.train(cold=True)
         own = "--config=configs/cuhk.py:released", f"--workdir={self._folder / 'detector'}"
         self.launch("--mode=convert", f"--source={weights}", *own)
-        self.launch("--mode=index", f"--source={self.photo.parent}", *self._gallery())
 
     def train(self, *, cold: bool) -> None:
         """The first training step of configs/tiny.py."""
@@ -69,25 +57,16 @@ class Checkout:
             shutil.rmtree(self._folder / "cache", ignore_errors=True)
         self._run(["-c", DETECT, str(self._folder / "detector")], until="detected")
 
-    def search(self) -> None:
-        """`--mode=search` of one photo in a gallery, with compiled programs in the cache."""
-        places = f"--query={self.photo}", f"--workdir={self._folder / 'search'}"
-        self.launch("--mode=search", *places, *self._gallery())
-
     def launch(self, *flags: str, until: str = "") -> None:
         """Runs launch.py, to its end or until it prints a line that begins with `until`."""
         self._run(["launch.py", *flags], until=until)
 
-    def _gallery(self) -> tuple[str, str]:
-        detector, gallery = self._folder / "detector", self._folder / "people.lance"
-        return f"--checkpoint={detector}", f"--gallery={gallery}"
-
     def _run(self, words: Sequence[str], *, until: str = "") -> None:
         cache = str(self._folder / "cache")
-        own = {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": cache, "PYTHONPATH": str(self._root)}
+        own = {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": cache, "PYTHONPATH": str(ROOT)}
         with subprocess.Popen(
             [sys.executable, *words],
-            cwd=self._root,
+            cwd=ROOT,
             env={**os.environ, **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,26 +85,21 @@ class Checkout:
 def rows(context: Context) -> Iterator[Row]:
     """Cold starts compile everything; warm ones find what the cold ones left in the cache."""
     with tempfile.TemporaryDirectory() as folder:
-        checkouts = {"ours": Checkout(ROOT, Path(folder) / "ours")}
-        if context.against:
-            checkouts["before"] = Checkout(context.against.resolve(), Path(folder) / "before")
+        commands = Commands(Path(folder))
         weights = Path(folder) / "detector.safetensors"
         _write_detector(weights)
-        for checkout in checkouts.values():
-            checkout.prepare(weights)
+        commands.prepare(weights)
         for name, start in STARTS.items():
-            works = {key: partial(start, each) for key, each in checkouts.items()}
-            yield context.row(name, works)
+            yield context.row(name, {"ours": partial(start, commands)})
 
 
-STARTS: dict[str, Callable[[Checkout], None]] = {
-    "--help": lambda checkout: checkout.launch("--help"),
-    "--mode=search --help": lambda checkout: checkout.launch("--mode=search", "--help"),
-    "first training step of configs/tiny.py, cold": lambda checkout: checkout.train(cold=True),
-    "first training step of configs/tiny.py, warm": lambda checkout: checkout.train(cold=False),
-    "first detection at 1500×900, cold": lambda checkout: checkout.detect(cold=True),
-    "first detection at 1500×900, warm": lambda checkout: checkout.detect(cold=False),
-    "search of one photo in a gallery, warm": lambda checkout: checkout.search(),
+STARTS: dict[str, Callable[[Commands], None]] = {
+    "--help": lambda commands: commands.launch("--help"),
+    "--mode=search --help": lambda commands: commands.launch("--mode=search", "--help"),
+    "first training step of configs/tiny.py, cold": partial(Commands.train, cold=True),
+    "first training step of configs/tiny.py, warm": partial(Commands.train, cold=False),
+    "first detection at 1500×900, cold": partial(Commands.detect, cold=True),
+    "first detection at 1500×900, warm": partial(Commands.detect, cold=False),
 }
 
 

@@ -48,26 +48,22 @@ def test_rows_stay_until_they_are_measured_anew(tmp_path):
     assert (tmp_path / "x" / "rows.md").read_text() == table
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("v5f:2x4", "--topology: found 'v5f', expected one of v5e"),
-        ("cpu:2,h100:0", "found 'h100:0', expected a shape such as h100:2x4"),
-        ("cpu", "--topology: found 'cpu'"),
-        *[("v5e:2x4", "v5e:2x4 is not installed here; make setup-acc")] * (not find_spec("libtpu")),
-    ],
-)
-def test_wrong_topologies(text, message):
-    with pytest.raises(UserError, match=message):
-        parse_topologies(text)
-
-
-def test_the_steps_have_the_largest_scales():
-    found = [str(case) for case in cases(cuhk.get_config(), None, 4)]
-    inference = "inference 1504×928, batch 4, float32 highest"
-    assert found == [inference, "train 2016×1216, batch 4, float32 default"]
+def test_steps_and_topologies_by_name():
+    messages = {
+        "v5f:2x4": "--topology: found 'v5f', expected one of v5e",
+        "cpu:2,h100:0": "found 'h100:0', expected a shape such as h100:2x4",
+        "cpu": "--topology: found 'cpu'",
+    }
+    if not find_spec("libtpu"):
+        messages["v5e:2x4"] = "v5e:2x4 is not installed here; make setup-accelerators"
+    for text, message in messages.items():
+        with pytest.raises(UserError, match=message):
+            parse_topologies(text)
     with pytest.raises(UserError, match="found 'trains', expected one of inference, train"):
         cases(cuhk.get_config(), "trains", 4)
+    inference, train = (str(case) for case in cases(cuhk.get_config(), None, 4))
+    assert inference == "inference 1504×928, batch 4, float32 highest"
+    assert train == "train 2016×1216, batch 4, float32 default"
 
 
 def test_compiled_for_devices_that_are_not_here(tmp_path, monkeypatch):
