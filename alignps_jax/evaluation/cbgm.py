@@ -9,15 +9,14 @@ from alignps_jax.types import GalleryDetections
 
 
 def context_people(
-    detections: GalleryDetections, image: int, query_row: int, score_threshold: float, limit: int
+    detections: GalleryDetections, query_row: int, score_threshold: float, limit: int
 ) -> Int[np.ndarray, "P"]:
     """Rows of the query and of the best-scored other people of its photo, `limit` in all.
 
     Other people have a score of at least `score_threshold`, as in the gallery.
     """
-    photo = np.arange(len(detections.scores))[detections.of(image)]
-    scores = detections.scores[photo]
-    others = photo[np.argsort(-scores, kind="stable")]
+    photo = detections.of(int(detections.offsets.searchsorted(query_row, side="right")) - 1)
+    others = photo.start + np.argsort(-detections.scores[photo], kind="stable")
     others = others[(detections.scores[others] >= score_threshold) & (others != query_row)]
     return np.concatenate([[query_row], others[: limit - 1]]).astype(np.int64)
 
@@ -47,19 +46,10 @@ def rescore(
         return rescored
     context = embeddings[people].astype(np.float64)
     best = np.maximum.reduceat(similarity, offsets[occupied])
-    for image in occupied[_largest(best, images)]:
+    for image in occupied[np.argsort(-best, kind="stable")[:images]]:
         segment = slice(int(offsets[image]), int(offsets[image + 1]))
         weights = context @ embeddings[rows[segment]].T.astype(np.float64)
         person, detection = linear_sum_assignment(weights, maximize=True)
         matched = detection[person == 0]
         rescored[segment.start + matched] = weights[person, detection].sum()
     return rescored
-
-
-def _largest(values: Float[np.ndarray, "n"], count: int) -> Int[np.ndarray, "c"]:
-    """Where the `count` largest values are (earlier ones of equals), without sorting them all."""
-    if count >= values.size:
-        return np.arange(values.size)
-    limit = np.partition(values, values.size - count)[values.size - count]
-    above = np.flatnonzero(values > limit)
-    return np.concatenate([above, np.flatnonzero(values == limit)[: count - above.size]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,18 +41,17 @@ def save_detections(path: Path, detections: GalleryDetections) -> None:
         np.savez(file, **arrays)
 
 
-def load_detections(path: str | os.PathLike[str]) -> GalleryDetections:
+def load_detections(path: Path) -> GalleryDetections:
     """Reads `image_names`, `offsets`, `boxes`, `scores` and `embeddings` of an .npz archive.
 
     Embeddings are divided by their length; those of length one are returned bit for bit. The rows
     of an image come back best score first (ties keep the file's order).
 
     Raises:
-      UserError: the file is no .npz archive, or damaged; an array is missing, or has another type
-        or shape; names repeat; offsets do not lead from 0 up to M; or `check_values` refuses.
+      UserError: the file is no such archive, or `check_values` refuses what is in it.
     """
     with blame(path):
-        found = _read(Path(path))
+        found = _read(path)
         check_values(found)
     image = np.repeat(np.arange(len(found.names)), np.diff(found.offsets))
     order = np.lexsort((-found.scores, image))

@@ -90,7 +90,7 @@ class Evaluator:
         for image in spread(len(detections.names), EXAMPLE_IMAGES):
             rows = detections.of(image)
             boxes, scores = detections.boxes[rows], detections.scores[rows]
-            kept = scores >= self.scorer.settings.score_threshold
+            kept = scores >= self.scorer.config.eval.score_threshold
             picture = draw_detections(photo_of(self.split, image), boxes[kept], scores[kept])
             log.images(step, f"detections/{detections.names[image]}", picture)
 
@@ -186,15 +186,13 @@ def query_row(
     scorer: Scorer, split: PreparedSplit, detections: GalleryDetections, query: int, title: str
 ) -> PictureRow:
     """Query number `query` of the first protocol, below a title, and its first results."""
-    names, protocol, ranking = (
-        split.annotations.names,
-        scorer.protocols[0],
-        scorer.rank(detections, query),
-    )
-    found = zip(ranking.image, ranking.boxes, ranking.similarity, ranking.is_match, strict=True)
+    names, protocol = split.annotations.names, scorer.protocols[0]
+    ranking = scorer.rank(detections, query)
+    images = np.searchsorted(detections.offsets, ranking.row, side="right") - 1
+    found = zip(images, ranking.row, ranking.similarity, ranking.is_match, strict=True)
     results = (
-        Result(photo_of(split, image), names[image], box, float(similarity), bool(is_match))
-        for image, box, similarity, is_match in found
+        Result(photo_of(split, i), names[i], detections.boxes[row], float(cosine), bool(is_match))
+        for i, row, cosine, is_match in found
     )
     image, box = int(protocol.query_image[query]), protocol.query_box[query]
     return picture_row(title, photo_of(split, image), names[image], box, results)

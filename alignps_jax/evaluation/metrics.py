@@ -15,14 +15,15 @@ Where the release leaves a case open or crashes:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from alignps_jax.boxes import iou
-from alignps_jax.evaluation.ranking import Gallery, GallerySearch, exact, published_order
-from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol
+from alignps_jax.evaluation.ranking import GallerySearch
+from alignps_jax.types import Annotations, GalleryDetections
 
 # The metrics by their names in files and in the log, and as people write them.
 DETECTION_METRICS = {"recall": "recall", "AP": "AP"}
@@ -61,7 +62,7 @@ class QueryOutcome:
       num_targets: number of gallery images that hold the person.
       detected: whether anything was detected in the query's photo.
       precision: at each target image with a true positive, worst first.
-      first_hit: rank of the first true positive, from 0; None: there is none.
+      first_hit: rank of the first true positive, from 0; infinite where there is none.
       wrong_row: the most similar gallery detection that is no true positive (the first of equals).
       wrong_similarity: its similarity.
     """
@@ -69,7 +70,7 @@ class QueryOutcome:
     num_targets: int
     detected: bool = False
     precision: Float[np.ndarray, "P"] = dataclasses.field(default_factory=lambda: np.zeros(0))
-    first_hit: int | None = None
+    first_hit: float = math.inf
     wrong_row: int | None = None
     wrong_similarity: float = 0.0
 
@@ -77,10 +78,6 @@ class QueryOutcome:
     def ap(self) -> float:
         """Average precision, over all targets: a person that was not detected was not found."""
         return float(self.precision.sum()) / max(self.num_targets, 1)
-
-    def hit(self, k: int) -> bool:
-        """Whether there is a true positive among the first k detections."""
-        return self.first_hit is not None and self.first_hit < k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,22 +102,11 @@ class SearchMetrics:
 
     def hits(self, k: int) -> Bool[np.ndarray, "Q"]:
         """Which queries have a true positive among their first k detections."""
-        return np.array([one.hit(k) for one in self.outcomes], bool)
+        return np.array([one.first_hit < k for one in self.outcomes], bool)
 
     def worst_first(self) -> Int[np.ndarray, "Q"]:
         """The queries, those without a hit at rank 0 first, lower AP first within each part."""
         return np.lexsort((self.per_query_ap, self.hits(1)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranking:
-    """The gallery detections of one query (rows of all detections), most similar first."""
-
-    row: Int[np.ndarray, "R"]
-    image: Int[np.ndarray, "R"]
-    boxes: Float[np.ndarray, "R 4"]
-    similarity: Float[np.ndarray, "R"]
-    is_match: Bool[np.ndarray, "R"]
 
 
 def detection_metrics(
@@ -154,14 +140,8 @@ def detection_metrics(
     return DetectionMetrics(precision.size / people, float(precision.sum()) / people, curve)
 
 
-def search_metrics(
-    protocol: SearchProtocol,
-    detections: GalleryDetections,
-    *,
-    score_threshold: float,
-    context: Sequence[int] = (),
-) -> SearchMetrics:
-    """Search mAP and top-1, -5, -10 of `protocol`, whose image indices are those of `detections`.
+def search_metrics(search: GallerySearch) -> SearchMetrics:
+    """Search mAP and top-1, -5, -10 of a protocol.
 
     The query's embedding is that of the detection that overlaps the query box most, whatever its
     score. Gallery detections with a score of at least `score_threshold` are ranked by cosine. In
@@ -170,67 +150,23 @@ def search_metrics(
     average precision times the share of images with a true positive. `context` adds SeqNet's
     bipartite matching: the number of gallery images (k1) and of people of the query photo (k2).
     """
-    search = GallerySearch(protocol, detections, score_threshold, context)
     # A query whose photo has no detections has nothing to search with: it stays a failure.
-    outcomes = [QueryOutcome(len(images)) for images in protocol.target_images]
-    for query, gallery, similarity in search.similarities(range(len(outcomes))):
-        outcomes[query] = _outcome(search, gallery, similarity)
+    outcomes = [QueryOutcome(len(images)) for images in search.protocol.target_images]
+    for query, ranking in search.rankings(range(len(outcomes))):
+        hits, wrong = np.flatnonzero(ranking.is_match), np.flatnonzero(~ranking.is_match)[:1]
+        outcomes[query] = QueryOutcome(
+            num_targets=outcomes[query].num_targets,
+            detected=True,
+            precision=precision_at_hits(ranking.similarity[hits], ranking.similarity),
+            first_hit=int(hits[0]) if hits.size else math.inf,
+            wrong_row=int(ranking.row[wrong[0]]) if wrong.size else None,
+            wrong_similarity=float(ranking.similarity[wrong].sum()),
+        )
     return SearchMetrics(
         mAP=float(np.mean([one.ap for one in outcomes])),
-        **{f"top{k}": float(np.mean([one.hit(k) for one in outcomes])) for k in (1, 5, 10)},
+        **{f"top{k}": float(np.mean([one.first_hit < k for one in outcomes])) for k in (1, 5, 10)},
         outcomes=tuple(outcomes),
     )
-
-
-def _outcome(
-    search: GallerySearch, gallery: Gallery, similarity: Float[np.ndarray, "R"]
-) -> QueryOutcome:
-    """How one query fared in its gallery, whose detections have these similarities."""
-    matches = search.true_positives(gallery, similarity)
-    outcome = QueryOutcome(
-        num_targets=len(gallery.target_positions),
-        detected=True,
-        # AP needs no ranking, only how much scores as well as each hit.
-        precision=precision_at_hits(similarity[matches], similarity),
-        first_hit=_first_hit(gallery, similarity, matches) if matches.size else None,
-    )
-    if similarity.size == matches.size:
-        return outcome
-    others = similarity.copy()
-    others[matches] = -np.inf
-    best = int(others.argmax())
-    row = int(search.kept_rows[gallery.rows[best]])
-    return dataclasses.replace(outcome, wrong_row=row, wrong_similarity=float(others[best]))
-
-
-def rank_gallery(
-    protocol: SearchProtocol,
-    detections: GalleryDetections,
-    query: int,
-    *,
-    score_threshold: float,
-    context: Sequence[int] = (),
-) -> Ranking:
-    """The ranked gallery of query number `query`, by the rules of `search_metrics`."""
-    search = GallerySearch(protocol, detections, score_threshold, context)
-    row, similarities, is_match = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool)
-    for _, gallery, similarity in search.similarities([query]):
-        order = published_order(gallery, similarity)
-        row, similarities = search.kept_rows[gallery.rows[order]], similarity[order]
-        is_match = np.isin(order, search.true_positives(gallery, similarity))
-    image = np.searchsorted(detections.offsets, row, side="right") - 1
-    return Ranking(row, image, detections.boxes[row], similarities, is_match)
-
-
-def _first_hit(
-    gallery: Gallery, similarity: Float[np.ndarray, "R"], matches: Int[np.ndarray, "P"]
-) -> int:
-    """Rank of the first true positive; sorts only if it is tied with something else."""
-    best = similarity[matches].max()
-    tied = np.count_nonzero(similarity == best)
-    if tied == np.count_nonzero(similarity[matches] == best):
-        return int(np.count_nonzero(similarity > best))
-    return int(np.argmax(np.isin(published_order(gallery, similarity), matches)))
 
 
 def found_people(
@@ -240,7 +176,7 @@ def found_people(
     if len(people) == 0 or len(boxes) == 0:
         return np.zeros(len(boxes), bool)
     # The release compares IoUs that it stored as float32.
-    overlap = np.asarray(iou(exact(people)[:, None], exact(boxes)[None]), np.float32)
+    overlap = np.asarray(iou(people[:, None].astype(float), boxes.astype(float)), np.float32)
     person, detection = overlap.argmax(axis=0), np.arange(len(boxes))
     mutual = overlap.argmax(axis=1)[person] == detection
     return mutual & (overlap[person, detection] >= IOU_THRESHOLD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,7 @@ def _values(found: DetectionMetrics | SearchMetrics, names: Iterable[str]) -> di
 def print_results(conditions: str, results: Mapping[str, Measured]) -> None:
     """Prints a table to stdout, one line per system and search protocol, in percent.
 
-    `conditions` say in the title how the systems ("trained", "untrained") were measured. Plain text
-    of at most 80 columns, for protocol names of up to 12 letters, when stdout is not a terminal.
+    `conditions` are its title. Plain text when stdout is not a terminal.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("system")
@@ -88,17 +88,9 @@ def print_results(conditions: str, results: Mapping[str, Measured]) -> None:
     console.print(table)
 
 
-def fraction(value: object) -> float:
-    """A metric as `metrics.json` has it; ValueError for what is no number from 0 to 1."""
-    if type(value) not in (int, float) or not 0 <= value <= 1:  # type: ignore[operator]
-        raise ValueError(f"found {str(value)[:60]}, expected a number from 0 to 1")
-    return float(value)  # type: ignore[arg-type]
-
-
 QUERY_COLUMNS = (
-    *("protocol", "query", "image", "x1", "y1", "x2", "y2", "detected", "AP", "first_hit"),
-    *("targets", "matches", "wrong_image", "wrong_x1", "wrong_y1", "wrong_x2", "wrong_y2"),
-    "wrong_similarity",
+    "protocol,query,image,x1,y1,x2,y2,detected,AP,first_hit,targets,matches,"
+    "wrong_image,wrong_x1,wrong_y1,wrong_x2,wrong_y2,wrong_similarity\n"
 )
 
 
@@ -111,8 +103,8 @@ def write_queries_csv(path: Path, protocols: Iterable[SearchProtocol], measured:
     similar wrong result (empty: there is none). Boxes are in the photo's pixels.
     """
     text, detections = io.StringIO(), measured.detections
+    text.write(QUERY_COLUMNS)
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(QUERY_COLUMNS)
     for protocol in protocols:
         search = measured.searches[protocol.name]
         for query in search.worst_first().tolist():
@@ -123,7 +115,7 @@ def write_queries_csv(path: Path, protocols: Iterable[SearchProtocol], measured:
 
 
 def _cells(outcome: QueryOutcome, detections: GalleryDetections) -> tuple[object, ...]:
-    rank = "" if outcome.first_hit is None else outcome.first_hit + 1
+    rank = "" if math.isinf(outcome.first_hit) else outcome.first_hit + 1
     counts = outcome.num_targets, outcome.precision.size
     cells = ("yes" if outcome.detected else "no", round(outcome.ap, 6), rank, *counts)
     row = outcome.wrong_row

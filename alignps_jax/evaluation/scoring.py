@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.evaluation import metrics
 from alignps_jax.evaluation.detections_io import load_detections, rows_of_images
+from alignps_jax.evaluation.ranking import GallerySearch, Ranking
 from alignps_jax.evaluation.results import Measured, print_results, write_queries_csv
 from alignps_jax.files import check_outputs, write_json
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol, UserError
@@ -23,21 +23,24 @@ METRICS, QUERIES = "metrics.json", "queries.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """What is searched, in which images, and how it counts (`settings`: `config.eval`)."""
+    """What is searched, in which images, and how it counts (`config.eval`).
 
-    dataset: str
-    settings: ConfigDict
+    Raises:
+      UserError: a protocol has no queries.
+    """
+
+    config: ConfigDict
     annotations: Annotations
     protocols: tuple[SearchProtocol, ...]
 
-    @property
-    def _rules(self) -> dict[str, Any]:
-        settings = self.settings
-        return {"score_threshold": settings.score_threshold, "context": settings.context_matching}
+    def __post_init__(self) -> None:
+        for protocol in self.protocols:
+            if not len(protocol.query_image):
+                raise UserError(f"protocol {protocol.name}: found no queries, expected some")
 
     def score(self, detections: GalleryDetections, step: int | None) -> Measured:
         """All metrics of the test images' detections; `step` is that of the checkpoint, if any."""
-        found, threshold = (self.annotations, detections), self.settings.score_threshold
+        found, threshold = (self.annotations, detections), self.config.eval.score_threshold
         detect = partial(metrics.detection_metrics, *found, score_threshold=threshold)
         searches = {one.name: self.search(one, detections) for one in self.protocols}
         return Measured(step, detections, detect(), detect(labeled_only=True), searches)
@@ -46,15 +49,21 @@ class Scorer:
         self, protocol: SearchProtocol, detections: GalleryDetections
     ) -> metrics.SearchMetrics:
         """How well the queries of one protocol were found."""
-        return metrics.search_metrics(protocol, detections, **self._rules)
+        return metrics.search_metrics(self._galleries(protocol, detections))
 
-    def rank(self, detections: GalleryDetections, query: int) -> metrics.Ranking:
+    def rank(self, detections: GalleryDetections, query: int) -> Ranking:
         """The ranked gallery of one query of the first protocol."""
-        return metrics.rank_gallery(self.protocols[0], detections, query, **self._rules)
+        nothing = Ranking(np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, bool))
+        found = self._galleries(self.protocols[0], detections).rankings([query])
+        return dict(found).get(query, nothing)
+
+    def _galleries(self, protocol: SearchProtocol, detections: GalleryDetections) -> GallerySearch:
+        rules = self.config.eval
+        return GallerySearch(protocol, detections, rules.score_threshold, rules.context_matching)
 
     def conditions(self, measured: Measured) -> str:
         """One line on how this was measured."""
-        parts, settings = [self.dataset], self.settings
+        parts, settings = [self.config.data.name], self.config.eval
         if measured.step is not None:
             by = f" (chosen by {measured.chosen_by})" if measured.chosen_by else ""
             parts.append(f"checkpoint step {measured.step}{by}")
@@ -66,7 +75,7 @@ class Scorer:
 
     def write(self, workdir: Path, measured: Measured, untrained: Measured | None = None) -> None:
         """Prints the table; writes `metrics.json` and, query by query, `queries.csv`."""
-        threshold, scores = self.settings.score_threshold, measured.detections.scores
+        threshold, scores = self.config.eval.score_threshold, measured.detections.scores
         others = {"untrained": untrained} if untrained else {}
         system = "saved" if measured.step is None else "trained"
         print_results(self.conditions(measured), {system: measured, **others})
@@ -77,13 +86,12 @@ class Scorer:
                 f"(config.eval.score_threshold); the best score is {best}"
             )
         content = {
-            "dataset": self.dataset,
+            "dataset": self.config.data.name,
             "checkpoint_step": measured.step,
             "checkpoint_chosen_by": measured.chosen_by,
             "score_threshold": threshold,
-            "boxes": self.settings.boxes,
-            "context_matching": self.settings.context_matching,
-            "iou_threshold": metrics.IOU_THRESHOLD,
+            "boxes": self.config.eval.boxes,
+            "context_matching": self.config.eval.context_matching,
             **measured.metrics,
             **{name: other.metrics for name, other in others.items()},
         }
@@ -94,17 +102,7 @@ class Scorer:
 
 def make_scorer(config: ConfigDict) -> Scorer:
     """The scorer of the test images; UserError if the data set lacks files or a protocol."""
-    return scorer_of(config, *load_test(config.data, config.eval.protocols))
-
-
-def scorer_of(
-    config: ConfigDict, annotations: Annotations, protocols: tuple[SearchProtocol, ...]
-) -> Scorer:
-    """The scorer of these images and protocols; UserError if one has no queries."""
-    for protocol in protocols:
-        if not len(protocol.query_image):
-            raise UserError(f"protocol {protocol.name}: found no queries, expected at least one")
-    return Scorer(config.data.name, config.eval, annotations, protocols)
+    return Scorer(config, *load_test(config.data, config.eval.protocols))
 
 
 def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = None) -> None:
@@ -113,8 +111,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = N
     Results go to `workdir` or, without it, to `<name of the file>_rescored` beside the file.
 
     Raises:
-      UserError: the file is not one of detections, or not of these images; the data is wrong; the
-        results cannot be written, which is found out first.
+      UserError: the file, its images or the data are wrong, or the results cannot be written.
     """
     workdir = workdir or file.with_name(f"{file.stem}_rescored")
     check_outputs(workdir / METRICS, workdir / QUERIES)

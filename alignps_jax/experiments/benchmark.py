@@ -10,7 +10,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from alignps_jax.training.setup import create_state, make_step, positives_per_im
 from alignps_jax.types import Batch
 from data_pipeline.transforms import Size, buckets, empty_batch
 
-STEPS = ("inference", "train")
 IDENTITIES = 5532  # of CUHK-SYSU, where the configuration leaves the number to the data set
 PEOPLE = 8  # of an image, the least that a batch has room for
 
@@ -65,19 +63,14 @@ def _text(value: object) -> str:
 def time_in_turns(
     functions: Mapping[str, Callable[[], object]], runs: int
 ) -> dict[str, list[float]]:
-    """Seconds of the runs of each function, in ascending order; a first one does not count.
-
-    Every round runs each function once, so that all meet the same disturbances; every second round
-    goes backwards, so that none always follows the same other one. A run ends with its result.
-    """
+    """Seconds of the runs of functions, ascending; they take turns, a first one does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(-1, runs):
-        for name in list(functions) if turn % 2 == 0 else list(functions)[::-1]:
+    for _ in range(1 + runs):
+        for name, function in functions.items():
             start = time.perf_counter()
-            jax.block_until_ready(functions[name]())
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: sorted(each) for name, each in seconds.items()}
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(each[1:]) for name, each in seconds.items()}
 
 
 def peak_memory(program: jax.stages.Compiled) -> float:
@@ -108,36 +101,29 @@ def cases(config: ConfigDict, what: str | None, batch: int) -> list[Case]:
     kinds = {"inference": config.eval, "train": config.model}
     kinds = {step: f"{each.dtype} {each.precision}" for step, each in kinds.items()}
     kinds["train"] += " remat" if config.model.remat else ""
-    names = [known_name("--what", name, STEPS) for name in (what or ",".join(STEPS)).split(",")]
+    names = [known_name("--what", name, kinds) for name in (what or ",".join(kinds)).split(",")]
     return [Case(name, buckets([scales[name]])[0], batch, kinds[name]) for name in names]
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step over devices: its function, with what it takes besides the batch of each device."""
+    """A step compiled for devices, and what it takes."""
 
-    function: Any
-    initial: Callable[[], tuple[Any, ...]]  # makes the arguments of the first run
-    following: Callable[[tuple[Any, ...], Any], tuple[Any, ...]]  # given those of a run, its result
+    compiled: jax.stages.Compiled
+    seconds: float  # of compiling
+    initial: Callable[[], tuple[Any, ...]]  # the first arguments; a training step's are its state
     batch: Batch  # of one device
 
-    def compiled(self, devices: int) -> tuple[jax.stages.Compiled, float]:
-        """The step compiled for so many devices, and the seconds that this took."""
-        start, shape = time.perf_counter(), jax.ShapeDtypeStruct
-        batch = jax.tree.map(lambda x: shape((devices, *x.shape), x.dtype), self.batch)
-        program = self.function.lower(*jax.eval_shape(self.initial), batch).compile()
-        return program, time.perf_counter() - start
-
-    def runner(self, program: jax.stages.Compiled, devices: Devices) -> Callable[[], object]:
-        """A function that runs the compiled step, each time on what the last run left."""
+    def runner(self, devices: Devices) -> Callable[[], object]:
+        """A function that runs the step, each time on what the last run left."""
         # Donation takes the buffers, so no two leaves may share one.
         arguments = device.replicate(jax.tree.map(jnp.copy, self.initial()), devices)
         batch = jax.tree.map(lambda x: np.stack([x] * len(devices)), self.batch)
 
         def run() -> object:
             nonlocal arguments
-            result = program(*arguments, batch)
-            arguments = self.following(arguments, result)
+            result = self.compiled(*arguments, batch)
+            arguments = result[:1] if len(arguments) == 1 else arguments
             return result
 
         return run
@@ -145,23 +131,27 @@ class Program:
 
 def make_program(config: ConfigDict, case: Case, devices: Devices) -> Program:
     """A step as the product runs it, with made-up weights and images."""
-    batch = made_up_batch(case.size, case.batch)
+    function: Any
     if case.step == "inference":
         predict = make_predict_step(config)
-        weights = partial(plausible_weights, predict.model)
-        detect = device.parallel_predict_step(predict, devices)
-        return Program(detect, weights, lambda weights, found: weights, batch)
-    model = build_model(config)
-    positives = positives_per_image(config, PEOPLE) * case.batch
-    _, step = make_step(config, model, steps_per_epoch=1000, positives=positives)
+        model, function = predict.model, device.parallel_predict_step(predict, devices)
+    else:
+        model = build_model(config)
+        positives = positives_per_image(config, PEOPLE) * case.batch
+        _, step = make_step(config, model, steps_per_epoch=1000, positives=positives)
+        function = device.parallel_train_step(step, devices)
 
-    def initial() -> tuple[Any]:
+    def initial() -> tuple[Any, ...]:
         params, frozen = plausible_weights(model)
+        if case.step == "inference":
+            return params, frozen
         state = create_state(config, model, step.optimizer, config.loss.lut_size or IDENTITIES)
         return (dataclasses.replace(state, params=params, frozen=frozen),)
 
-    function = device.parallel_train_step(step, devices)
-    return Program(function, initial, lambda state, result: (result[0],), batch)
+    start, batch = time.perf_counter(), made_up_batch(case.size, case.batch)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(devices), *x.shape), x.dtype), batch)
+    program = function.lower(*jax.eval_shape(initial), shapes).compile()
+    return Program(program, time.perf_counter() - start, initial, batch)
 
 
 def plausible_weights(model: AlignPS) -> tuple[Params, Params]:
@@ -173,8 +163,9 @@ def plausible_weights(model: AlignPS) -> tuple[Params, Params]:
 
     def plausible(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        factor = 16 if name == "0/backbone/conv1/kernel" else 4
-        return leaf / factor if factor == 16 or name.endswith("bn3/scale") else leaf
+        if name == "0/backbone/conv1/kernel":
+            return leaf / 16
+        return leaf / 4 if name.endswith("bn3/scale") else leaf
 
     return jax.tree.map_with_path(plausible, init_variables(model, jax.random.key(0)))
 
@@ -198,17 +189,16 @@ def made_up_batch(size: Size, images: int) -> Batch:
 
 def run_case(config: ConfigDict, case: Case, devices: Devices, runs: int) -> Row:
     """The columns of a step on these devices, each with `case.batch` images."""
-    made = make_program(config, case, devices)
-    program, compiling = made.compiled(len(devices))
-    seconds = time_in_turns({"": made.runner(program, devices)}, runs)[""]
+    program = make_program(config, case, devices)
+    seconds = time_in_turns({"": program.runner(devices)}, runs)[""]
     median = statistics.median(seconds)
     return {
         "photos/s": case.batch * len(devices) / median,
         "seconds": median,
         "from": seconds[0],
         "to": seconds[-1],
-        "memory, GB": peak_memory(program),
-        "compile, s": compiling,
+        "memory, GB": peak_memory(program.compiled),
+        "compile, s": program.seconds,
         "machine": f"{device.device_names()}, {os.cpu_count()} cores, jax {jax.__version__}",
     }
 

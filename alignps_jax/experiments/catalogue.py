@@ -24,8 +24,6 @@ PAPER_METRICS = DETECTION_METRICS | {name: SEARCH_METRICS[name] for name in ("mA
 def print_catalogue(path: str, dataset: str) -> None:
     """Prints every variant of the configuration file `path`, table by table of the paper.
 
-    Lines are as long as the terminal is wide, 80 characters in a pipe.
-
     Args:
       path: as it is typed, e.g. configs/cuhk.py.
       dataset: its `config.data.name`.
@@ -45,16 +43,14 @@ def print_catalogue(path: str, dataset: str) -> None:
     for name, variant in rest.items():
         print(f"  {name}")
         _print_variant(variant)
+    print(f"\nTo run one: python launch.py --config={path}:VARIANT (README.md has the other flags)")
     print(
-        f"\nTo run one: python launch.py --config={path}:VARIANT "
-        "(README.md has data and --workdir).\n"
-        f"Metrics are the paper's on {figures_on(dataset)}, in percent; † inferred from its prose."
-        "\nThose of Figure 4 are in a picture only."
+        f"Metrics are the paper's on {figures_on(dataset)}, in percent; † inferred from its prose"
     )
 
 
 def _print_variant(variant: Variant, label: str = "", note: str = "") -> None:
-    """The description of a variant, and the fields that it changes."""
+    """The description of a variant, and the fields that it changes, as wide as the terminal."""
     fields = ", ".join(f"{field}={value!r}" for field, value in variant.changes.items())
     width, indent = shutil.get_terminal_size().columns, " " * 6
     for text in filter(None, (label + variant.description + (note and f" ({note})"), fields)):

@@ -18,7 +18,7 @@ from alignps_jax.checkpoint.store import package_versions
 from alignps_jax.config import FIELDS, FREE
 from alignps_jax.devices import device_names
 from alignps_jax.distributed import broadcast_from_main
-from alignps_jax.experiments.catalogue import PAPER_METRICS
+from alignps_jax.experiments.catalogue import PAPER_METRICS, TABLES
 from alignps_jax.files import check_outputs, write_atomically, write_json
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError, blame
@@ -32,28 +32,18 @@ Train = Callable[[ConfigDict, Path], None]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A row of the paper, and the metrics of its finished runs, in percent, one for each seed.
-
-    `protocol` is the search protocol of mAP and top-1.
-    """
+    """A row of the paper, and the metrics of its finished runs, in percent, one for each seed."""
 
     variant: str
     paper: PaperRow
-    protocol: str
+    protocol: str  # of mAP and top-1
     measured: dict[str, list[float]]
 
-    def mean(self, metric: str) -> float:
-        return statistics.fmean(self.measured[metric])
-
-    def deviation(self, metric: str) -> float:
-        """The sample standard deviation; 0 of a single run."""
-        values = self.measured[metric]
-        return statistics.stdev(values) if len(values) > 1 else 0.0
-
     def text(self, metric: str) -> str:
-        """The mean, with the deviation where there is one."""
-        deviation = f" ± {self.deviation(metric):.1f}" if len(self.measured[metric]) > 1 else ""
-        return f"{self.mean(metric):.1f}{deviation}"
+        """The mean, with the sample standard deviation where there is one."""
+        values = self.measured[metric]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def reproduce_table(
@@ -150,21 +140,20 @@ def write_table(
 
 def read_result(files: Sequence[Path], variant: str, row: PaperRow) -> Result:
     """The metrics of a row, by its runs; the first protocol of the first run counts in all."""
-    protocol, measured = "", {name: list[float]() for name in PAPER_METRICS}
+    runs = []
     for file in files:
         with blame(file):
-            run = json.loads(file.read_text())
-        protocol = protocol or next(iter(run["search"]))
-        found = run["detection"] | run["search"][protocol]
-        for name, values in measured.items():
-            values.append(100 * found[name])
+            runs.append(json.loads(file.read_text()))
+    protocol = next(iter(runs[0]["search"]))
+    found = [run["detection"] | run["search"][protocol] for run in runs]
+    measured = {name: [100 * metrics[name] for metrics in found] for name in PAPER_METRICS}
     return Result(variant, row, protocol, measured)
 
 
 def markdown(config: ConfigDict, name: str, table: str, results: Sequence[Result]) -> str:
-    """The table, and where the paper's order shows in it."""
-    titles = ["row", "variant", *PAPER_METRICS.values(), *PAPER_METRICS.values()]
-    titles[2 + len(PAPER_METRICS)] = f"paper: {titles[2]}"
+    """The table: our metrics beside the paper's."""
+    names = PAPER_METRICS.values()
+    titles = ["row", "variant", *names, *(f"paper: {name}" for name in names)]
     lines = [titles, ["---"] * len(titles)]
     for result in results:
         mark = " †" if result.paper.inferred else ""
@@ -173,37 +162,12 @@ def markdown(config: ConfigDict, name: str, table: str, results: Sequence[Result
         cells += map(result.text, PAPER_METRICS)
         lines.append([*cells, *("" if value is None else f"{value:g}{mark}" for value in papers)])
     counts = sorted({len(result.measured["mAP"]) for result in results})
-    of = "mean ± sample standard deviation of" if counts[-1] > 1 else "of"
     note = (
-        f"In percent, {of} {' or '.join(map(str, counts))} run{'s' if counts[-1] > 1 else ''}; "
+        f"In percent, mean ± sample standard deviation of {' or '.join(map(str, counts))} run(s); "
         f"{config.train.duration} of {config.train.batch_size} images on {config.data.name}, "
         f"search with {results[0].protocol}."
     )
     if any(result.paper.inferred for result in results):
         note += " † inferred from the paper's prose."
-    title = f"Figure {table[3:]}" if table.startswith("fig") else f"Table {table}"
     grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    orders = filter(None, (order_text(metric, results) for metric in PAPER_METRICS))
-    return "\n\n".join([f"## {title}, `{name}`", grid, note, *orders]) + "\n"
-
-
-def order_text(metric: str, results: Sequence[Result]) -> str:
-    """The number of pairs of rows that come in the paper's order; "" if the paper has no pair."""
-    known = [(getattr(result.paper, metric), result) for result in results]
-    known = [(value, result) for value, result in known if value is not None]
-    pairs = [(a, b) for (high, a), (low, b) in itertools.permutations(known, 2) if high > low]
-    if not pairs:
-        return ""
-    gaps = [better.mean(metric) - worse.mean(metric) for better, worse in pairs]
-    text = f"Paper's order by {metric}: {sum(x > 0 for x in gaps)} of {len(pairs)} pairs of rows"
-    if any(len(result.measured[metric]) < 2 for _, result in known):
-        return text + " (single runs: chance may decide)."
-    spreads = [sum(result.deviation(metric) for result in pair) for pair in pairs]
-    clear = sum(gap > spread for gap, spread in zip(gaps, spreads, strict=True))
-    against = [
-        f"{better.paper.label} over {worse.paper.label}"
-        for (better, worse), gap, spread in zip(pairs, gaps, spreads, strict=True)
-        if gap < -spread
-    ]
-    text += f", {clear} of them by more than the sum of their deviations"
-    return text + (f"; as clearly the other way: {', '.join(against)}." if against else ".")
+    return f"## {TABLES[table]} (`{name}`)\n\n{grid}\n\n{note}\n"

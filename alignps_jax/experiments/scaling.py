@@ -25,7 +25,6 @@ from alignps_jax.experiments.benchmark import (
     run_case,
 )
 from alignps_jax.experiments.chips import CHIPS, devices_of, parse_topologies
-from alignps_jax.nn.model import build_model
 from alignps_jax.nn.platforms import for_every_platform
 from alignps_jax.types import UserError
 
@@ -41,15 +40,12 @@ def run_scaling(
     """Compiles steps for the chips of `topology`, or measures them on the devices that are here.
 
     The steps named in `what` (None: both) have `batch` images on each device (None:
-    `train.batch_size`), at the test scale and the largest training scale. `topology` names chips as
-    `parse_topologies` reads them; None measures. `target` is a JSON file, with a table beside it.
+    `train.batch_size`). Without a `topology`, it measures. `target` is a `Table`'s JSON file.
 
     Raises:
-      UserError: an argument is wrong, a compiler is not installed, or, after all of them, a step
-        does not compile or does not fit.
+      UserError: an argument is wrong, a compiler is missing, or, in the end, a step does not fit.
     """
     steps = cases(config, what, batch or config.train.batch_size)
-    build_model(config)  # raises if a field of it is wrong
     goals, table = parse_topologies(topology) if topology else [], Table(target)
     if not goals:
         for row in (row for case in steps for row in measure(config, case, jax.devices(), runs)):
@@ -80,14 +76,12 @@ def compile_ahead(config: ConfigDict, topology: str, case: Case, table: Table) -
 def _compile(config: dict[str, Any], topology: str, case: Case) -> Row:
     """The costs of a step, or why it does not compile."""
     try:
-        devices = devices_of(topology)
-        made = make_program(ConfigDict(config), case, devices)
         with for_every_platform():
-            program, seconds = made.compiled(len(devices))
+            program = make_program(ConfigDict(config), case, devices_of(topology))
     except jax.errors.JaxRuntimeError as error:
         return {"result": " ".join(str(error).split())[:200]}
-    row = {"memory, GB": peak_memory(program), "compile, s": seconds}
-    costs: Any = program.cost_analysis() or {}  # nothing of a GPU's program
+    row = {"memory, GB": peak_memory(program.compiled), "compile, s": program.seconds}
+    costs: Any = program.compiled.cost_analysis() or {}  # nothing of a GPU's program
     titles = {"flops": "GFLOP", "bytes accessed": "GB moved"}
     return row | {titles[name]: costs[name] / 1e9 for name in titles if name in costs}
 
@@ -95,10 +89,8 @@ def _compile(config: dict[str, Any], topology: str, case: Case) -> Row:
 def measure(config: ConfigDict, case: Case, devices: Devices, runs: int) -> Iterator[Row]:
     """Weak scaling, with `case.batch` images of each device, and strong scaling, which shares them.
 
-    A step that does not fit is a row that says so.
+    A step that fails, as it does not fit, is a row that says so.
     """
-    if devices[0].platform == "cpu" and len(devices) > 1:
-        print("note: simulated devices share the cores of one machine: times mean nothing")
     counts = sorted({*(2**power for power in range(len(devices).bit_length())), len(devices)})
     shared = math.lcm(*counts) * -(-case.batch // math.lcm(*counts))
     for scaling in ("weak", "strong"):
@@ -110,9 +102,7 @@ def measure(config: ConfigDict, case: Case, devices: Devices, runs: int) -> Iter
             try:
                 row |= run_case(config, this, devices[:count], runs)
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                yield {**row, "result": "does not fit"}
+                yield {**row, "result": " ".join(str(error).split())[:200]}
                 continue
             alone = alone or row["photos/s"] / count
             yield {**row, "efficiency": f"{row['photos/s'] / count / alone:.0%}"}

@@ -16,7 +16,6 @@ from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.drawing.rankings import PictureRow
 from alignps_jax.evaluation.evaluate import query_row
 from alignps_jax.evaluation.metrics import PrecisionRecall, SearchMetrics
-from alignps_jax.evaluation.results import fraction
 from alignps_jax.evaluation.scoring import Scorer, detections_of, make_scorer
 from alignps_jax.figures.plots import GallerySizes, Reference
 from alignps_jax.files import read_json
@@ -97,7 +96,7 @@ def _read_metrics(path: Path) -> SavedEvaluation:
     content = read_json(path, "a metrics.json of --mode=evaluate")
     try:
         maps = {
-            match[1] or match[0]: fraction(search["mAP"])
+            match[1] or match[0]: float(search["mAP"])
             for name, search in content["search"].items()
             if (match := _GALLERY.fullmatch(name))
         }

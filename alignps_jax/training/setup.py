@@ -21,7 +21,7 @@ from alignps_jax.checkpoint.store import Checkpoints, load_config
 from alignps_jax.config import FIELDS, NETWORK, TRAINING, flat_fields, steps_of
 from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.evaluation.evaluate import Evaluator, make_evaluator
-from alignps_jax.evaluation.scoring import make_scorer, scorer_of
+from alignps_jax.evaluation.scoring import Scorer, make_scorer
 from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import AlignPS, init_variables
 from alignps_jax.training import optimizer
@@ -81,7 +81,7 @@ def make_run(config: ConfigDict, model: AlignPS) -> Run:
     photos = held.train.photos(train) if held else train
     selector = evaluator = make_evaluator(config, data.split("test"), scorer)
     if held:
-        scorer = scorer_of(config, held.validation.people(people), (held.protocol,))
+        scorer = Scorer(config, held.validation.people(people), (held.protocol,))
         split = held.validation.photos(train)
         selector = make_evaluator(config, split, scorer, predict=evaluator.predict)
     process = jax.process_index(), jax.process_count()

@@ -8,13 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.experiments.benchmark import (
     IDENTITIES,
     Case,
-    Program,
     Row,
     cases,
     make_program,
@@ -23,9 +21,9 @@ from alignps_jax.experiments.benchmark import (
 )
 from alignps_jax.nn.model import build_model
 from alignps_jax.types import Batch
-from alignps_jax.weights.released_names import released_name, to_torch
 from configs import cuhk, tiny
 from tests.benchmark.measure import Context
+from tests.parity.ours import by_released_name
 
 
 def inference_rows(context: Context) -> Iterator[Row]:
@@ -63,11 +61,10 @@ def row(
 ) -> Row:
     """Our step on one device, in turns with PyTorch's on the same images."""
     devices = jax.devices()[:1]
-    made: Program = make_program(config, case, devices)
-    program, _ = made.compiled(1)
-    functions = {"ours": made.runner(program, devices)}
-    functions |= context.with_torch(lambda: torch(context, config, made.batch))
-    return context.row(what, functions, **{"memory, GB": peak_memory(program)})
+    program = make_program(config, case, devices)
+    functions = {"ours": program.runner(devices)}
+    functions |= context.with_torch(lambda: torch(context, config, program.batch))
+    return context.row(what, functions, **{"memory, GB": peak_memory(program.compiled)})
 
 
 def torch_inference(context: Context, config: ConfigDict, batch: Batch) -> Callable[[], object]:
@@ -121,11 +118,8 @@ def torch_network(context: Context, config: ConfigDict) -> Any:
     )
     network = OneLevel(spec)
     params, frozen = plausible_weights(build_model(config))
-    ours = traverse_util.flatten_dict({"params": params, "frozen": frozen}, sep="/")
-    tensors = {
-        released_name(path): context.torch.tensor(np.ascontiguousarray(to_torch(np.asarray(leaf))))
-        for path, leaf in ours.items()
-    }
+    ours = by_released_name({"params": params, "frozen": frozen})
+    tensors = {name: context.torch.tensor(np.ascontiguousarray(x)) for name, x in ours.items()}
     network.load_state_dict(tensors, strict=False)
     return network.to(context.torch_device)
 

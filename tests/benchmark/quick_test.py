@@ -13,8 +13,3 @@ def test_a_quick_run_writes_rows(part, tmp_path):
     rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
     assert all(value > 0 for row in rows for value in row.values() if isinstance(value, float))
     assert len((tmp_path / f"{part}.md").read_text().splitlines()) == 2 + len(rows)
-
-
-def test_an_unknown_part_is_one_line(tmp_path, capsys):
-    assert main(["--quick", "--what=speed", f"--workdir={tmp_path}"]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1

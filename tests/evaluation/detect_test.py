@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from functools import partial
 
 import numpy as np
 import pytest
@@ -51,35 +52,21 @@ PHOTOS = ["a.png", "link.png", "cam1/phone.png"]
 NAMES = [*PHOTOS[:2], "v.mp4#t=0.000", "v.mp4#t=1.000", PHOTOS[2]]
 
 
-def test_all_files_hold_the_same_named_from_the_source(data):
+def test_names_are_from_the_source_and_boxes_in_stored_pixels(data):
     saved = load_detections(data / "people.npz")
-    coco = json.loads((data / "train.json").read_text())
-    with (data / "people.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(saved.names) == [image["file_name"] for image in coco["images"]] == NAMES
+    assert list(saved.names) == NAMES
     assert saved.embeddings.shape == (len(saved.scores), network_config().model.channels)
-    images = np.repeat(saved.names, np.diff(saved.offsets))
-    people = zip(images, saved.boxes, saved.scores, rows, coco["annotations"], strict=True)
-    for image, box, score, row, one in people:
-        assert image == row["image"] == NAMES[one["image_id"] - 1]
-        corners = [float(row[name]) for name in ("x1", "y1", "x2", "y2")]
-        x, y, width, height = one["bbox"]
-        np.testing.assert_allclose([corners, [x, y, x + width, y + height]], [box, box], atol=2e-3)
-        np.testing.assert_allclose([float(row["score"]), one["score"]], score, atol=1e-6)
-
-
-def test_boxes_and_sizes_are_those_of_the_stored_pixels(data):
-    saved = load_detections(data / "people.npz")
     upright, turned = (saved.of(NAMES.index(name)) for name in ("a.png", "cam1/phone.png"))
     assert upright.stop > upright.start
     np.testing.assert_allclose(saved.scores[turned], saved.scores[upright], atol=1e-5)
     expected = boxes_as_stored(saved.boxes[upright], (96, 128), TURNED)
     np.testing.assert_allclose(saved.boxes[turned], expected, atol=1e-3)
-    sizes = {
-        image["file_name"]: (image["height"], image["width"])
-        for image in json.loads((data / "train.json").read_text())["images"]
-    }
-    assert sizes == dict.fromkeys(NAMES, (96, 128)) | {"cam1/phone.png": (128, 96)}
+    with (data / "people.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    images = np.repeat(saved.names, np.diff(saved.offsets))
+    assert [row["image"] for row in rows] == images.tolist()
+    numbers = [[float(row[name]) for name in ("x1", "y1", "x2", "y2", "score")] for row in rows]
+    np.testing.assert_allclose(numbers, np.c_[saved.boxes, saved.scores], atol=1e-3)
 
 
 def test_the_json_is_a_data_set_and_the_npz_is_scored_on_it(data, tmp_path):
@@ -91,10 +78,13 @@ def test_the_json_is_a_data_set_and_the_npz_is_scored_on_it(data, tmp_path):
         one["person_id"] = 17
     (data / "test.json").write_text(json.dumps(content))
     source = CocoPersonSearchSource(data)
+    sizes = [(image["height"], image["width"]) for image in content["images"]]
+    assert sizes == [*[(96, 128)] * 4, (128, 96)]
     for name in PHOTOS:
         with Image.open(source.image_path(name)) as image:
             assert source.photo_size(name) == image.size[::-1]
     saved = load_detections(data / "people.npz")
+    np.testing.assert_allclose([one["score"] for one in people], saved.scores, atol=1e-6)
     for split in (source.train, source.test):
         assert split.names == saved.names
         np.testing.assert_allclose(np.concatenate(split.boxes), saved.boxes, atol=2e-3)
@@ -120,14 +110,13 @@ def test_boxes_turn_back_as_pillow_turns_photos(orientation):
 
 
 def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys):
-    with pytest.raises(
-        UserError, match=r"--target: suffix of .*txt: found '.txt', expected one of"
-    ):
-        detect_source(run, network_config(), str(tmp_path), 1.0, tmp_path / "people.txt")
+    detect = partial(detect_source, run, network_config(), str(tmp_path), 1.0)
+    with pytest.raises(UserError, match=r"--target: suffix of .*txt: found '.txt', expected one"):
+        detect(tmp_path / "people.txt")
     with pytest.raises(UserError, match="--source: found no photo or video in"):
-        detect_source(run, network_config(), str(tmp_path), 1.0, tmp_path / "people.npz")
+        detect(tmp_path / "people.npz")
     (tmp_path / "bad.jpg").write_bytes(b"no photo")
     with pytest.raises(IncompleteError, match="skipped 1 of 1 files"):
-        detect_source(run, network_config(), str(tmp_path), 1.0, tmp_path / "people.npz")
+        detect(tmp_path / "people.npz")
     assert "bad.jpg: cannot be decoded" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["bad.jpg"]

@@ -18,21 +18,13 @@ ROWS, PADDED = 8, 100
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 
-class Batches:
+def batches(images):
     """All images once, backwards; the last batch is filled up."""
-
-    def __init__(self, images):
-        self.order = np.arange(images)[::-1]
-
-    def __len__(self):
-        return -(-len(self.order) // ROWS)
-
-    def __iter__(self):
-        for start in range(0, len(self.order), ROWS):
-            index = self.order[start : start + ROWS]
-            valid = np.arange(ROWS) < len(index)
-            index, none = np.resize(index, ROWS), np.zeros((ROWS, 1))
-            yield Batch(none, none, none, index, valid, none, none, none, none)
+    order, none = np.arange(images)[::-1], np.zeros((ROWS, 1))
+    for start in range(0, images, ROWS):
+        index = order[start : start + ROWS]
+        valid, index = np.arange(ROWS) < len(index), np.resize(index, ROWS)
+        yield Batch(none, none, none, index, valid, none, none, none, none)
 
 
 def evaluator(expected):
@@ -52,7 +44,7 @@ def evaluator(expected):
         return found
 
     split = types.SimpleNamespace(annotations=types.SimpleNamespace(names=expected.names))
-    return Evaluator(predict, Batches(len(expected.names)), split, scorer=None)
+    return Evaluator(predict, list(batches(len(expected.names))), split, scorer=None)
 
 
 def test_detections_of_all_images_in_their_order_survive_a_file(tmp_path):
@@ -97,9 +89,5 @@ def test_boxes_are_chosen_by_name():
 
 
 def test_examples_are_spread_from_the_first_to_the_last():
-    assert [spread(count, 4).tolist() for count in (1, 3, 4, 10)] == [
-        [0],
-        [0, 1, 2],
-        [0, 1, 2, 3],
-        [0, 3, 6, 9],
-    ]
+    found = [spread(count, 4).tolist() for count in (1, 3, 4, 10)]
+    assert found == [[0], [0, 1, 2], [0, 1, 2, 3], [0, 3, 6, 9]]

@@ -1,33 +1,22 @@
 """Detection and search metrics against literal versions of the published evaluations."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from scipy.io import loadmat
-from sklearn.metrics import precision_recall_curve
 
+from alignps_jax.evaluation import detections_io
 from alignps_jax.evaluation import ranking as ranking_module
-from alignps_jax.evaluation.metrics import (
-    detection_metrics,
-    mean_curve,
-    precision_at_hits,
-    rank_gallery,
-    search_metrics,
-)
-from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol
+from alignps_jax.evaluation.metrics import detection_metrics, mean_curve, search_metrics
+from alignps_jax.evaluation.ranking import GallerySearch
+from alignps_jax.types import Annotations, Detections, SearchProtocol
 from tests.evaluation import metrics_oracles as oracle
 from tests.places import SHARED
 
 
 def lay_out(found, names=None):
     """{name: (boxes, scores, unit embeddings)} -> GalleryDetections."""
-    names = tuple(found if names is None else names)
-    counts = [len(found[name][1]) for name in names]
-    boxes, scores, embeddings = (
-        np.concatenate([found[name][part] for name in names]) for part in range(3)
-    )
-    return GalleryDetections(names, np.cumsum([0, *counts]), boxes, scores, embeddings)
+    names = list(found if names is None else names)
+    return detections_io.lay_out(names, [Detections(*found[name], None) for name in names])
 
 
 def protocol_of(queries, names):
@@ -44,6 +33,10 @@ def protocol_of(queries, names):
             np.array([b for _, b in t], dtype=np.float32).reshape(-1, 4) for t in targets
         ),
     )
+
+
+def xywh(box):
+    return None if box is None else [int(v) for v in (*box[:2], *(box[2:] - box[:2]))]
 
 
 def corners(xywh):
@@ -85,18 +78,16 @@ def detect(rng, people, tied, false_alarms=3):
     return tuple(part[order] for part in parts)
 
 
-def make_frames(rng, count, empty=0.1):
-    """name -> (camera, {identity: integer box})."""
+def make_frames(rng, count):
+    """name -> (camera, {identity: integer box}); one in ten is empty."""
     frames = {}
     for number in range(count):
         corner = rng.integers(0, 300, (4, 2))
-        size = rng.integers((5, 10), (60, 150), (4, 2))
-        people = rng.choice(12, size=rng.integers(0, 5), replace=False)
-        boxes = np.hstack([corner, corner + size]).astype(np.int32)
-        frames[f"c{rng.integers(1, 4)}_{number}.jpg"] = (
-            int(rng.integers(1, 4)),
-            {} if rng.random() < empty else dict(zip(people.tolist(), boxes, strict=False)),
-        )
+        boxes = np.hstack([corner, corner + rng.integers((5, 10), (60, 150), (4, 2))])
+        people = rng.choice(12, size=rng.integers(0, 5), replace=False).tolist()
+        camera = int(rng.integers(1, 4))
+        held = {} if rng.random() < 0.1 else dict(zip(people, boxes, strict=False))
+        frames[f"c{camera}s1_{number:06}.jpg"] = camera, held
     return frames
 
 
@@ -112,33 +103,35 @@ def compare_search(ours, expected, atol=1e-9):
     assert ours.curve.area == pytest.approx(ours.mAP, abs=1e-12)
 
 
-def compare_rankings(protocol, detections, threshold, ranked):
-    for query, truth in enumerate(ranked):
-        ranking = rank_gallery(protocol, detections, query, score_threshold=threshold)
-        np.testing.assert_array_equal(ranking.is_match, truth.astype(bool))
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 1.1])
-def test_search_equals_cuhk_protocol_with_repeated_gallery_images(threshold):
+@pytest.mark.parametrize(
+    ("threshold", "blocks"),
+    [(0.0, (4, 7, 0)), (0.2, ()), (0.5, (4, 7, 10**9)), (1.1, ())],  # rows, rows, cost of fetching
+)
+def test_search_equals_cuhk_protocol_with_repeated_gallery_images(threshold, blocks, monkeypatch):
+    for name, value in zip(("QUERY_ROWS", "GALLERY_ROWS", "GATHER_COST"), blocks, strict=False):
+        monkeypatch.setattr(ranking_module, name, value)
     for seed in range(6):
         rng = np.random.default_rng(seed)
         frames = make_frames(rng, 20)
         found = {name: detect(rng, people, seed % 2 == 1) for name, (_, people) in frames.items()}
         queries = []
         for photo, (_, people) in frames.items():
-            for person, (x, y, x2, y2) in people.items():
+            for person, box in people.items():
                 # With replacement, in any order, perhaps with the query photo itself.
-                gallery = []
-                for name in rng.choice(list(frames), 9):
-                    box = frames[name][1].get(person)
-                    size = None if box is None else [*box[:2], *(box[2:] - box[:2])]
-                    gallery.append((str(name), size))
-                queries.append((photo, (x, y, x2 - x, y2 - y), gallery))
-        protocol = protocol_of(in_corners(queries), frames)
+                gallery = rng.choice(list(frames), 9).tolist()
+                gallery = [(name, xywh(frames[name][1].get(person))) for name in gallery]
+                queries.append((photo, xywh(box), gallery))
         expected = oracle.search_cuhk(queries, found, threshold)
-        detections = lay_out(found)
-        compare_search(search_metrics(protocol, detections, score_threshold=threshold), expected)
-        compare_rankings(protocol, detections, threshold, expected[3])
+        search = GallerySearch(protocol_of(in_corners(queries), frames), lay_out(found), threshold)
+        ours = search_metrics(search)
+        compare_search(ours, expected)
+        rankings = dict(search.rankings(range(len(queries))))
+        for query, truth in enumerate(expected[3]):
+            assert query in rankings or not truth.size
+            if query in rankings:
+                np.testing.assert_array_equal(rankings[query].is_match, truth.astype(bool))
+                wrong = rankings[query].row[truth == 0]
+                assert ours.outcomes[query].wrong_row == (wrong[0] if wrong.size else None)
 
 
 @pytest.fixture(scope="module")
@@ -174,39 +167,25 @@ def test_search_on_the_real_g100_protocol(real_queries, context):
     found = {name: detect(rng, boxes, tied=False, false_alarms=5) for name, boxes in people.items()}
     queries = [(photo, xywh, gallery) for photo, _, xywh, gallery in queries]
     detections = lay_out(found)
-    ours = search_metrics(
-        protocol_of(in_corners(queries), found), detections, score_threshold=0.2, context=context
-    )
+    protocol = protocol_of(in_corners(queries), found)
+    ours = search_metrics(GallerySearch(protocol, detections, 0.2, context))
     compare_search(ours, oracle.search_cuhk(queries, found, 0.2, context or None))
     assert 0.1 < ours.mAP < 0.95
 
 
 def gallery_case(cosines, hits, targets):
-    """One query over one-detection images with these cosines; `hits` hold the person."""
-    angle = np.arccos(np.array([1.0, *cosines]))
+    """One query over one-detection images with these cosines; `hits` hold the person.
+
+    The last image is empty, and holds the person if `targets` exceeds the hits.
+    """
+    angle, box = np.arccos(np.array([1.0, *cosines])), np.array([10, 20, 50, 120], np.float32)
+    score = np.full(1, 0.9, np.float32)
     embeddings = unit(np.stack([np.cos(angle), np.sin(angle)], 1))
-    count = len(cosines) + 1
-    names = tuple(f"{i}.jpg" for i in range(count + 1))
-    box = np.array([10, 20, 50, 120], np.float32)
-    detections = GalleryDetections(
-        names=names,
-        offsets=np.array([*range(count + 1), count]),
-        boxes=np.tile(box, (count, 1)),
-        scores=np.full(count, 0.9, np.float32),
-        embeddings=embeddings,
-    )
-    # The last image is empty, and holds the person if `targets` exceeds the hits.
-    missed = [count] * (targets - len(hits))
-    images = np.array([h + 1 for h in hits] + missed, dtype=int)
-    protocol = SearchProtocol(
-        name="case",
-        query_image=np.array([0]),
-        query_box=box[None],
-        gallery=(np.arange(1, count + 1),),
-        target_images=(images,),
-        target_boxes=(np.tile(box, (len(images), 1)),),
-    )
-    return protocol, detections
+    found = {f"{i}.jpg": (box[None], score, one[None]) for i, one in enumerate(embeddings)}
+    found["empty.jpg"] = box[None][:0], score[:0], embeddings[:0]
+    held = [number in hits for number in range(len(cosines))] + [targets > len(hits)]
+    gallery = [(name, box if on else None) for name, on in zip([*found][1:], held, strict=True)]
+    return protocol_of([("0.jpg", box, gallery)], found), found
 
 
 @pytest.mark.parametrize(
@@ -223,65 +202,31 @@ def gallery_case(cosines, hits, targets):
     ],
 )
 def test_search_values_by_hand(cosines, hits, targets, ap, first):
-    protocol, detections = gallery_case(cosines, hits, targets)
-    result = search_metrics(protocol, detections, score_threshold=0.2)
+    protocol, found = gallery_case(cosines, hits, targets)
+    search = GallerySearch(protocol, lay_out(found), 0.2)
+    result = search_metrics(search)
     assert result.mAP == pytest.approx(ap, abs=1e-12)
     (outcome,) = result.outcomes
     assert outcome.num_targets == targets
-    assert (outcome.first_hit is not None) == bool(hits)
+    assert (outcome.first_hit < np.inf) == bool(hits)
     if first is not None:
         assert outcome.first_hit == first
         assert (result.top1, result.top5, result.top10) == (first == 0, 1.0, 1.0)
-    ranking = rank_gallery(protocol, detections, 0, score_threshold=0.2)
-    assert ranking.is_match.sum() == len(hits)
-    assert (np.diff(ranking.similarity) <= 0).all()
+    ((_, ranking),) = search.rankings([0])
+    np.testing.assert_allclose(ranking.similarity, sorted(cosines)[::-1], atol=1e-6)
+    np.testing.assert_allclose(np.array([1, *cosines])[ranking.row], ranking.similarity, atol=1e-6)
+    assert sorted(ranking.row[ranking.is_match] - 1) == list(hits)
 
 
 def test_query_overlap_has_widths_plus_one():
     # Two boxes tie at IoU 0 without the extra pixel; with it, the adjacent one wins.
-    protocol, detections = gallery_case((0.9,), (0,), 1)
-    boxes = np.array([[200, 200, 210, 210], [51, 20, 60, 120], *detections.boxes[1:]], np.float32)
-    photo = dataclasses.replace(
-        detections,
-        offsets=np.array([0, 2, 3, 3]),
-        boxes=boxes,
-        scores=np.full(3, 0.9, np.float32),
-        embeddings=unit(np.array([[0, 1], [1, 0], [1, 0.1]])),
-    )
-    wider = dataclasses.replace(photo, boxes=boxes - np.float32([[0], [0.5], [0]]))
-    for found, similarity in ((photo, 0.0995), (wider, 0.995)):
-        ranking = rank_gallery(protocol, found, 0, score_threshold=0.2)
-        np.testing.assert_allclose(ranking.similarity, [similarity], atol=1e-4)
-
-
-def flat(outcome):
-    """All of an outcome as one row of numbers."""
-    values = (getattr(outcome, field.name) for field in dataclasses.fields(outcome))
-    return np.hstack([-1 if value is None else value for value in values])
-
-
-def random_case(seed, tied=False):
-    """All people of some frames, each searched in the other frames."""
-    rng = np.random.default_rng(seed)
-    frames = make_frames(rng, 15, empty=0)
-    found = {name: detect(rng, people, tied) for name, (_, people) in frames.items()}
-    queries = [
-        (n, box, [(m, p.get(i)) for m, (_, p) in frames.items() if m != n])
-        for n, (_, people) in frames.items()
-        for i, box in people.items()
-    ]
-    return frames, protocol_of(queries, frames), lay_out(found)
-
-
-@pytest.mark.parametrize("cost", [0, 10**9])  # always, never fetch a query's detections one by one
-def test_results_do_not_depend_on_blocks(monkeypatch, cost):
-    _, protocol, detections = random_case(3)
-    whole = search_metrics(protocol, detections, score_threshold=0.2)
-    for name, value in {"QUERY_ROWS": 4, "GALLERY_ROWS": 7, "GATHER_COST": cost}.items():
-        monkeypatch.setattr(ranking_module, name, value)
-    pieces = search_metrics(protocol, detections, score_threshold=0.2)
-    for one, other in zip(whole.outcomes, pieces.outcomes, strict=True):
-        np.testing.assert_array_equal(flat(one), flat(other))
+    protocol, found = gallery_case((0.9,), (0,), 1)
+    boxes = np.array([[200, 200, 210, 210], [51, 20, 60, 120]], np.float32)
+    embeddings, scores = np.eye(2, dtype=np.float32)[::-1], np.full(2, 0.9, np.float32)
+    for shift, similarity in ((0, 0.436), (0.5, 0.9)):
+        found["0.jpg"] = boxes - np.float32([[0], [shift]]), scores, embeddings
+        ((_, ranking),) = GallerySearch(protocol, lay_out(found), 0.2).rankings([0])
+        np.testing.assert_allclose(ranking.similarity, [similarity], atol=1e-3)
 
 
 def annotations_of(frames):
@@ -320,42 +265,11 @@ def test_detection_equals_published_protocol(tied, threshold, labeled_only):
         assert ours.recall == (ours.curve.edges[found_some[-1] + 1] if found_some.size else 0)
 
 
-def test_detection_without_people_or_detections_is_zero():
-    _, detections = gallery_case((0.9, 0.8), (0,), 1)
-    nobody = annotations_of({name: (1, {}) for name in detections.names})
-    someone = annotations_of({name: (1, {0: (1, 2, 3, 4)}) for name in detections.names})
-    for people, threshold in ((nobody, 0.2), (someone, 1.0)):
-        result = detection_metrics(people, detections, score_threshold=threshold)
-        assert (result.recall, result.AP, result.curve.area) == (0, 0, 0)
-
-
-def test_ranking_names_what_it_ranked():
-    protocol, detections = gallery_case((0.3, 0.9, 0.6), (0, 1), 2)
-    ranking = rank_gallery(protocol, detections, 0, score_threshold=0.2)
-    assert ranking.image.tolist() == ranking.row.tolist() == [2, 3, 1]
-    assert ranking.is_match.tolist() == [True, False, True]
-    np.testing.assert_allclose(ranking.similarity, [0.9, 0.6, 0.3], atol=1e-6)
-    np.testing.assert_array_equal(ranking.boxes, detections.boxes[ranking.row])
-
-
-def precision_at(curve, recall):
-    """The curve's value at a recall that is no edge."""
-    return curve.precision[np.searchsorted(curve.edges, recall) - 1]
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_one_ranking_against_scikit_learn(tied):
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        truth = rng.random(23) < 0.4
-        truth[0] = True
-        scores = rng.integers(0, 6, 23) / 5 if tied else rng.random(23)
-        curve = mean_curve([(precision_at_hits(scores[truth], scores), int(truth.sum()))])
-        precision, recall, _ = precision_recall_curve(truth, scores)
-        for value in np.linspace(0.01, 0.99, 57):
-            # The least recall at or above this value, with as many hits as ties bring at once.
-            best = np.flatnonzero(recall >= value)[-1]
-            assert precision_at(curve, value) == pytest.approx(precision[best], abs=1e-12)
+def test_detection_without_people_is_zero():
+    _, found = gallery_case((0.9, 0.8), (0,), 1)
+    nobody = annotations_of({name: (1, {}) for name in found})
+    result = detection_metrics(nobody, lay_out(found), score_threshold=0.2)
+    assert (result.recall, result.AP, result.curve.area) == (0, 0, 0)
 
 
 def test_mean_of_curves_by_hand():

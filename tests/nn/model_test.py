@@ -45,7 +45,7 @@ def test_levels_and_shapes(variant, levels):
     assert len(run(model, params, frozen, image, size)) == 1
 
 
-@pytest.mark.parametrize("variant", ["", "plus", "released"])
+@pytest.mark.parametrize("variant", ["", "plus", "released", "baseline"])
 def test_the_bucket_never_changes_a_result(variant):
     _, model, params, frozen = tiny_model(variant)
     rng = np.random.default_rng(0)
