@@ -90,103 +90,94 @@ _CONTEXT = _tuple_of(_COUNT, "() or (k1, k2), numbers of 1 or more", lambda x: l
 _PIXEL = _tuple_of(_number(), "three numbers, in channel order", lambda x: len(x) == 3)
 _BORDERS = _tuple_of(_POSITIVE, "a tuple of ascending numbers of pixels", _ascending)
 
-FIELDS: dict[str, tuple[str, Rule]] = {
-    "seed": (TRAINING, _FROM_0),
-    "data.name": (TRAINING, _choice("cuhk_sysu", "prw", "coco_person_search", "synthetic")),
-    "data.root": (FREE, _TEXT),
-    "data.prepared_dir": (FREE, _unset_or(_TEXT)),
-    "data.train_scales": (TRAINING, _tuple_of(_SCALE, f"one or more pairs {_PAIR}", bool)),
-    "data.test_scale": (NETWORK, _SCALE),
-    "data.flip_probability": (TRAINING, _SHARE),
-    "data.max_programs": (TRAINING, _FROM_0),
-    "data.min_side": (TRAINING, _FROM_0),
-    "data.validation_fraction": (TRAINING, _SHARE),
-    "data.orientation": (TRAINING, _choice("stored", "upright")),
-    "data.skip_damaged": (TRAINING, _FLAG),
-    "data.prepare_again": (FREE, _FLAG),
-    "data.max_pixels": (FREE, _integer(1, 2**40)),
-    "data.workers": (FREE, _integer(0, 1024)),
-    "data.prefetch": (FREE, _integer(0, 1024)),
-    "data.synthetic.seed": (TRAINING, _FROM_0),
-    "data.synthetic.train_images": (TRAINING, _COUNT),
-    "data.synthetic.test_images": (TRAINING, _COUNT),
-    "data.synthetic.train_identities": (TRAINING, _COUNT),
-    "data.synthetic.test_identities": (TRAINING, _COUNT),
-    "data.synthetic.height": (TRAINING, _SIDE),
-    "data.synthetic.width": (TRAINING, _SIDE),
-    "model.backbone": (NETWORK, _choice("resnet50", "resnet_small")),
-    "model.pretrained": (RESULT, _TEXT),
-    "model.backbone_width": (NETWORK, _SIDE),
-    "model.frozen_stages": (TRAINING, _integer(-1, 4)),
-    "model.deform_stages": (NETWORK, _STAGES),
-    "model.channels": (NETWORK, _SIDE),
-    "model.lateral_deform": (NETWORK, _FLAG),
-    "model.output_deform": (NETWORK, _FLAG),
-    "model.concatenate": (NETWORK, _FLAG),
-    "model.levels": (NETWORK, _LEVELS),
-    "model.reid": (NETWORK, _choice("input", "regression", "classification", "independent")),
-    "model.offset_gain": (TRAINING, _NOT_NEGATIVE),
-    "model.head_convs": (NETWORK, _integer(0, 1000)),
-    "model.norm_groups": (NETWORK, _SIDE),
-    "model.initial_distance": (TRAINING, _number()),
-    "model.background_levels": (NETWORK, _FLAG),
-    "model.dtype": (TRAINING, _choice("float32", "bfloat16")),
-    "model.precision": (TRAINING, _choice("default", "highest")),
-    "model.remat": (FREE, _FLAG),
-    "model.channel_order": (NETWORK, _choice("BGR", "RGB")),
-    "model.pixel_mean": (NETWORK, _PIXEL),
-    "model.pixel_std": (NETWORK, _PIXEL),
-    "model.stride_in_3x3": (NETWORK, _FLAG),
-    "loss.focal_alpha": (TRAINING, _SHARE),
-    "loss.focal_gamma": (TRAINING, _NOT_NEGATIVE),
-    "loss.center_radius": (TRAINING, _POSITIVE),
-    "loss.level_borders": (TRAINING, _BORDERS),
-    "loss.lut_size": (TRAINING, _unset_or(_COUNT)),
-    "loss.queue_size": (TRAINING, _FROM_0),
-    "loss.inverse_lut_temperature": (TRAINING, _POSITIVE),
-    "loss.inverse_queue_temperature": (TRAINING, _POSITIVE),
-    "loss.oim_focal_gamma": (TRAINING, _NOT_NEGATIVE),
-    "loss.lut_momentum": (TRAINING, _SHARE),
-    "loss.normalize_lut": (TRAINING, _FLAG),
-    "loss.queue_channels": (TRAINING, _unset_or(_COUNT)),
-    "loss.triplet": (TRAINING, _choice("none", "batch", "batch_and_lut")),
-    "loss.triplet_margin": (TRAINING, _NOT_NEGATIVE),
-    "loss.triplet_first_lut_identity": (TRAINING, _FROM_0),
-    "optimizer.name": (TRAINING, _choice("sgd", "adamw")),
-    "optimizer.learning_rate": (TRAINING, _NOT_NEGATIVE),
-    "optimizer.momentum": (TRAINING, _SHARE),
-    "optimizer.scale_with_batch": (TRAINING, _unset_or(_COUNT)),
-    "optimizer.weight_decay": (TRAINING, _NOT_NEGATIVE),
-    "optimizer.bias_lr_factor": (TRAINING, _NOT_NEGATIVE),
-    "optimizer.bias_weight_decay": (TRAINING, _unset_or(_NOT_NEGATIVE)),
-    "optimizer.warmup": (TRAINING, _SPAN),
-    "optimizer.warmup_start": (TRAINING, _SHARE),
-    "optimizer.drops": (TRAINING, _tuple_of(_SPAN, f"a tuple of {_SPAN.expected}")),
-    "optimizer.drop_factor": (TRAINING, _NOT_NEGATIVE),
-    "optimizer.clip_norm": (TRAINING, _POSITIVE),
-    "train.batch_size": (TRAINING, _COUNT),
-    "train.duration": (RESULT, _LONG),
-    "train.accumulate": (FREE, _SIDE),
-    "train.ema_decay": (TRAINING, _unset_or(_SHARE)),
-    "train.profile": (FREE, _unset_or(_TRACED)),
-    "train.max_positives": (TRAINING, _unset_or(_COUNT)),
-    "train.log_every_steps": (FREE, _COUNT),
-    "train.checkpoint_every": (FREE, _LONG),
-    "train.eval_every": (RESULT, _LONG),
-    "train.keep_checkpoints": (FREE, _COUNT),
-    "eval.batch_size": (FREE, _COUNT),
-    "eval.score_threshold": (RESULT, _SHARE),
-    "eval.pre_nms": (RESULT, _COUNT),
-    "eval.min_cls_score": (RESULT, _SHARE),
-    "eval.nms_iou": (RESULT, _SHARE),
-    "eval.max_detections": (RESULT, _COUNT),
-    "eval.dtype": (RESULT, _choice("float32", "bfloat16")),
-    "eval.precision": (RESULT, _choice("default", "highest")),
-    "eval.boxes": (RESULT, _choice("detected", "ground_truth")),
-    "eval.context_matching": (RESULT, _CONTEXT),
-    "eval.choose_on_test": (RESULT, _FLAG),
-    "eval.untrained_baseline": (FREE, _FLAG),
-    "eval.protocols": (RESULT, _tuple_of(_PROTOCOL, _PROTOCOLS)),
+# Fields of one kind and rule stand side by side.
+_TABLE: dict[str, dict[str, Rule]] = {
+    NETWORK: {
+        "data.test_scale": _SCALE,
+        "model.backbone": _choice("resnet50", "resnet_small"),
+        "model.backbone_width model.channels model.norm_groups": _SIDE,
+        "model.deform_stages": _STAGES,
+        (
+            "model.lateral_deform model.output_deform model.concatenate model.background_levels "
+            "model.stride_in_3x3"
+        ): _FLAG,
+        "model.levels": _LEVELS,
+        "model.reid": _choice("input", "regression", "classification", "independent"),
+        "model.head_convs": _integer(0, 1000),
+        "model.channel_order": _choice("BGR", "RGB"),
+        "model.pixel_mean model.pixel_std": _PIXEL,
+    },
+    TRAINING: {
+        (
+            "seed data.max_programs data.min_side data.synthetic.seed loss.queue_size "
+            "loss.triplet_first_lut_identity"
+        ): _FROM_0,
+        "data.name": _choice("cuhk_sysu", "prw", "coco_person_search", "synthetic"),
+        "data.train_scales": _tuple_of(_SCALE, f"one or more pairs {_PAIR}", bool),
+        (
+            "data.flip_probability data.validation_fraction loss.focal_alpha loss.lut_momentum "
+            "optimizer.momentum optimizer.warmup_start"
+        ): _SHARE,
+        "data.orientation": _choice("stored", "upright"),
+        "data.skip_damaged loss.normalize_lut": _FLAG,
+        (
+            "data.synthetic.train_images data.synthetic.test_images "
+            "data.synthetic.train_identities data.synthetic.test_identities train.batch_size"
+        ): _COUNT,
+        "data.synthetic.height data.synthetic.width": _SIDE,
+        "model.frozen_stages": _integer(-1, 4),
+        (
+            "model.offset_gain loss.focal_gamma loss.oim_focal_gamma loss.triplet_margin "
+            "optimizer.learning_rate optimizer.weight_decay optimizer.bias_lr_factor "
+            "optimizer.drop_factor"
+        ): _NOT_NEGATIVE,
+        "model.initial_distance": _number(),
+        "model.dtype": _choice("float32", "bfloat16"),
+        "model.precision": _choice("default", "highest"),
+        (
+            "loss.center_radius loss.inverse_lut_temperature loss.inverse_queue_temperature "
+            "optimizer.clip_norm"
+        ): _POSITIVE,
+        "loss.level_borders": _BORDERS,
+        (
+            "loss.lut_size loss.queue_channels optimizer.scale_with_batch train.max_positives"
+        ): _unset_or(_COUNT),
+        "loss.triplet": _choice("none", "batch", "batch_and_lut"),
+        "optimizer.name": _choice("sgd", "adamw"),
+        "optimizer.bias_weight_decay": _unset_or(_NOT_NEGATIVE),
+        "optimizer.warmup": _SPAN,
+        "optimizer.drops": _tuple_of(_SPAN, f"a tuple of {_SPAN.expected}"),
+        "train.ema_decay": _unset_or(_SHARE),
+    },
+    RESULT: {
+        "model.pretrained": _TEXT,
+        "train.duration train.eval_every": _LONG,
+        "eval.score_threshold eval.min_cls_score eval.nms_iou": _SHARE,
+        "eval.pre_nms eval.max_detections": _COUNT,
+        "eval.dtype": _choice("float32", "bfloat16"),
+        "eval.precision": _choice("default", "highest"),
+        "eval.boxes": _choice("detected", "ground_truth"),
+        "eval.context_matching": _CONTEXT,
+        "eval.choose_on_test": _FLAG,
+        "eval.protocols": _tuple_of(_PROTOCOL, _PROTOCOLS),
+    },
+    FREE: {
+        "data.root": _TEXT,
+        "data.prepared_dir": _unset_or(_TEXT),
+        "data.prepare_again model.remat eval.untrained_baseline": _FLAG,
+        "data.max_pixels": _integer(1, 2**40),
+        "data.workers data.prefetch": _integer(0, 1024),
+        "train.accumulate": _SIDE,
+        "train.profile": _unset_or(_TRACED),
+        "train.log_every_steps train.keep_checkpoints eval.batch_size": _COUNT,
+        "train.checkpoint_every": _LONG,
+    },
+}
+FIELDS = {
+    name: (kind, rule)
+    for kind, rows in _TABLE.items()
+    for names, rule in rows.items()
+    for name in names.split()
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -21,8 +20,10 @@ from tqdm import tqdm
 
 from alignps_jax.distributed import is_main_process
 
+Line = tuple[int, Mapping[str, float]]  # a step, and what was measured; NaN if not finite
+
 _SECONDS_PER_LINE = 30.0  # of progress in a log file
-_LINE = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+_BAR = "{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
@@ -30,44 +31,30 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(iterable, dynamic_ncols=True, **options)
     pauses = dict.fromkeys(("delay", "mininterval", "maxinterval"), _SECONDS_PER_LINE)
-    return tqdm(iterable, bar_format=_LINE, miniters=1, **pauses, **options)
+    return tqdm(iterable, bar_format=_BAR, miniters=1, **pauses, **options)
 
 
-@dataclasses.dataclass(frozen=True)
-class LogLine:
-    """One line of the log; NaN is a measurement that was not finite."""
-
-    step: int
-    values: Mapping[str, float]
-
-    def encode(self) -> bytes:
-        """The line in the file."""
-        numbers = {name: x if math.isfinite(x) else None for name, x in self.values.items()}
-        return json.dumps({"step": self.step} | numbers).encode() + b"\n"
-
-
-def read_log(path: Path) -> tuple[LogLine, ...]:
-    """Reads a log that `MetricLog` wrote, without a last line that was cut off.
-
-    A note names lines that are left out.
-    """
+def read_log(path: Path) -> tuple[Line, ...]:
+    """Reads a log of `MetricLog`, without a last line that was cut off; a note names bad lines."""
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             content = json.loads(line)
             step = int(content.pop("step"))
             values = {name: math.nan if x is None else float(x) for name, x in content.items()}
-            lines.append(LogLine(step, values))
+            lines.append((step, values))
         except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
             print(f"note: {path}, line {number}: found {line[:60]!r}, which is left out")
     return tuple(lines)
 
 
-class MetricLog:
-    """Appends to `<workdir>/log.jsonl` and `<workdir>/tensorboard`, in process 0 alone.
+def _encoded(step: int, values: Mapping[str, float]) -> bytes:
+    numbers = {name: x if math.isfinite(x) else None for name, x in values.items()}
+    return json.dumps({"step": step} | numbers).encode() + b"\n"
 
-    A line is on the disk when `scalars` returns. A context manager.
-    """
+
+class MetricLog:
+    """Appends to `<workdir>/log.jsonl` and `<workdir>/tensorboard`, in process 0; use `with`."""
 
     def __init__(self, workdir: Path) -> None:
         self.workdir, self._path = workdir, workdir / "log.jsonl"
@@ -94,9 +81,9 @@ class MetricLog:
         """
         if self._writes:
             kept = [
-                line.encode()
-                for line in read_log(self._path)
-                if line.step < step + (not any(name.startswith(again) for name in line.values))
+                _encoded(last, values)
+                for last, values in read_log(self._path)
+                if last < step + (not any(name.startswith(again) for name in values))
             ]
             temporary = self._path.with_name("log.jsonl.tmp")
             temporary.write_bytes(b"".join(kept))
@@ -105,14 +92,14 @@ class MetricLog:
             self._events.write_event(Event(step=step + 1, session_log=start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line; values that are not finite become `null` there."""
+        """Appends one line, which is on the disk then; what is not finite becomes `null` there."""
         if self._writes:
-            line = LogLine(int(step), {name: float(value) for name, value in values.items()})
+            numbers = {name: float(value) for name, value in values.items()}
             with self._path.open("ab") as file:
-                file.write(line.encode())
+                file.write(_encoded(int(step), numbers))
                 file.flush()
                 os.fsync(file.fileno())
-            self._show(step, *(summary.scalar(name, x) for name, x in line.values.items()))
+            self._show(step, *(summary.scalar(name, x) for name, x in numbers.items()))
 
     def images(self, step: int, name: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
         """Shows an RGB picture in TensorBoard."""

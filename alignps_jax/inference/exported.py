@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax import export
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
@@ -50,13 +49,10 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
         return dict(vars(step(weights.params, weights.frozen, batch)))
 
     for file, shape in files.items():
-        arguments = (
-            jax.ShapeDtypeStruct((photos, *shape, 3), np.uint8),
-            jax.ShapeDtypeStruct((photos, 2), np.int32),
-            jax.ShapeDtypeStruct((photos, 2), np.float32),
-        )
+        like = transforms.empty_batch(photos, shape, 0)
         with for_every_platform():
-            program = export.export(jax.jit(detect), platforms=PLATFORMS)(*arguments)
+            exported = export.export(jax.jit(detect), platforms=PLATFORMS)
+            program = exported(like.image, like.size, like.scale)
         write_atomically(file, bytes(program.serialize()))
         print(
             f"step {int(weights.step)} of {checkpoint} (chosen by {by}), for batches of {photos} "

@@ -30,19 +30,17 @@ _OUTPUT_STRIDE = 8
 
 @dataclasses.dataclass(frozen=True)
 class LocationMaps:
-    """The maps of one photo on the host, without bucket padding.
+    """The maps of one photo on the host, without bucket padding, of each level that is searched.
 
-    `embeddings`, of length one or zero, and `strides` are those of each level that is searched.
     `offsets[name][row, column, tap]` is (y, x) in locations of the input of the neck's deformable
-    convolution of that name, such as `lateral3`. `size` is the height and width of the resized
-    photo, `scale` the factors (x, y) from the photo's coordinates to its.
+    convolution of that name, such as `lateral3`.
     """
 
-    embeddings: tuple[Float[np.ndarray, "_h _w D"], ...]
+    embeddings: tuple[Float[np.ndarray, "_h _w D"], ...]  # of length one or zero
     strides: tuple[int, ...]
     offsets: Mapping[str, Float[np.ndarray, "h w 9 2"]]
-    size: Int[np.ndarray, "2"]
-    scale: Float[np.ndarray, "2"]
+    size: Int[np.ndarray, "2"]  # height and width of the resized photo
+    scale: Float[np.ndarray, "2"]  # factors (x, y) from the photo's coordinates to its
 
 
 @partial(jax.jit, static_argnums=0)
@@ -70,11 +68,10 @@ def location_maps(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> 
         height, width = -(-valid // (bucket // array.shape[1]))
         return np.asarray(array)[0, :height, :width]
 
-    taps = {name: x.reshape(*x.shape[:3], 9, 2) for name, x in offsets.items()}
     return LocationMaps(
         embeddings=tuple(map(cut, embeddings)),
         strides=tuple(bucket // array.shape[1] for array in embeddings),
-        offsets={name: cut(array) for name, array in taps.items()},
+        offsets={name: cut(x.reshape(*x.shape[:3], 9, 2)) for name, x in offsets.items()},
         size=np.asarray(batch.size[0]),
         scale=np.asarray(batch.scale[0]),
     )
@@ -83,10 +80,7 @@ def location_maps(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> 
 def similarity_map(
     maps: LocationMaps, embedding: Float[np.ndarray, "D"]
 ) -> Float[np.ndarray, "H W"]:
-    """Cosine similarity of every pixel of the resized photo (`maps.size`) to an embedding.
-
-    Bilinear between the locations; the largest of the levels where there are several.
-    """
+    """Bilinear cosine similarity of the pixels (`maps.size`): the largest of the levels."""
     height, width = maps.size
     levels = []
     for level, stride in zip(maps.embeddings, maps.strides, strict=True):
@@ -114,9 +108,8 @@ def sampling_points(
     """Where a location (row, column) of P3 looks through the lateral convolution of a level.
 
     Pixels (x, y) of the photo, tap by tap of the output convolution and, within it, of the lateral
-    one. An output tap falls between pixels, each of which looks at nine points of the backbone's
-    map; its nine points are the means of these, weighted as bilinear interpolation weighs the
-    pixels. They are NaN outside of the map. UserError if there are no such convolutions.
+    one. An output tap falls between pixels, each of which looks at nine points: its own nine are
+    their bilinear means, NaN outside of the map. UserError if there are no such convolutions.
     """
     from scipy.ndimage import map_coordinates  # slow to import, and rarely needed
 

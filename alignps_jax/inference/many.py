@@ -40,16 +40,11 @@ def detect_all(
     rows: int,
     tasks: Iterable[Callable[[], Photo[Tag]]],
 ) -> Generator[Photo[Tag], None, None]:
-    """The people of many photos, in the order of the tasks.
+    """The people of many photos, in the order of the tasks; `data` is `config.data`.
 
-    Memory holds a few batches, whatever the number of photos. The device does not wait where
-    reading is faster than the network.
-
-    Args:
-      detect: the detections [devices, rows / devices, K] of a batch.
-      data: `config.data`.
-      rows: photos of a batch.
-      tasks: each reads a photo, in a thread; they are taken a few ahead.
+    Each task reads a photo, in a thread, a few ahead: memory holds a few batches, and the device
+    does not wait unless reading is slower. `detect` gives the detections [devices, rows / devices,
+    K] of a batch of `rows` photos.
     """
     photos: deque[Photo[Tag]] = deque()  # those whose turn has not come
     waiting: dict[tuple[int, ...], list[Photo[Tag]]] = {}

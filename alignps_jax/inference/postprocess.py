@@ -18,8 +18,8 @@ def nms(
     """Greedy non-maximum suppression of `boxes`, best first: which ones are kept.
 
     A valid box is kept if no kept box before it overlaps it with an IoU above the threshold. The
-    rule is applied to all boxes at once until nothing changes, usually after a handful of rounds:
-    after t rounds the first t answers are final, as they depend on earlier boxes only.
+    rule is applied to all boxes at once until nothing changes: after t rounds the first t answers
+    are final, as they depend on earlier boxes only.
     """
     earlier = jnp.arange(len(boxes))[:, None] < jnp.arange(len(boxes))[None]
     suppresses = (iou(boxes[:, None], boxes[None]) > iou_threshold) & earlier
@@ -27,13 +27,11 @@ def nms(
     def apply_rule(keep: Bool[Array, "K"]) -> Bool[Array, "K"]:
         return valid & ~jnp.any(suppresses & keep[:, None], axis=0)
 
-    def advance(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        return state[1], apply_rule(state[1])
-
-    def changed(state: tuple[Array, Array]) -> Bool[Array, ""]:
-        return jnp.any(state[0] != state[1])
-
-    return lax.while_loop(changed, advance, (valid, apply_rule(valid)))[1]
+    return lax.while_loop(
+        lambda rounds: jnp.any(rounds[0] != rounds[1]),
+        lambda rounds: (rounds[1], apply_rule(rounds[1])),
+        (valid, apply_rule(valid)),
+    )[1]
 
 
 def detect(
@@ -51,14 +49,9 @@ def detect(
 
     Per image: the `pre_nms` locations of each level with the highest score, which is classification
     probability times centerness; their boxes, clipped to the image and scaled back to the photo;
-    those with a classification probability above `min_cls_score`; non-maximum suppression.
-
-    Args:
-      outputs, strides: of each level.
-      size: height and width of each image without any padding.
-      scale: factors (x, y) from the photo's coordinates to the image's.
-      pre_nms, min_cls_score, max_detections: see above.
-      nms_iou: overlap (in the photo) above which the lower score is suppressed.
+    those with a classification probability above `min_cls_score`; non-maximum suppression, where
+    boxes overlap by more than `nms_iou` in the photo. `outputs` and `strides` are those of each
+    level, `size` height and width without padding, `scale` the factors (x, y) from photo to image.
     """
 
     def detect_one(levels: tuple[Outputs, ...], size: AnyArray, scale: AnyArray) -> Detections:

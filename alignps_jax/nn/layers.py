@@ -73,28 +73,17 @@ class FrozenBatchNorm(nn.Module):
         return scale_and_shift(*self.affine(x.shape[-1]), x, valid_size)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.GroupNorm):
     """Group normalization whose statistics run over the valid region only."""
 
-    groups: int = 32
+    epsilon: float = EPSILON
+    use_fast_variance: bool = False
 
-    @nn.compact
-    def __call__(self, x: Map, valid_size: ValidSize) -> Map:
-        B, H, W, C = x.shape
-        scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
-        valid = valid_mask(valid_size, H, W)[..., None]
-        count = jnp.maximum(valid.sum((1, 2)), 1) * (C // self.groups)
-
-        def group_mean(values: Map) -> Float[Array, "B C"]:
-            per_channel = values.sum((1, 2)).reshape(B, self.groups, -1)
-            return jnp.repeat(per_channel.sum(-1) / count, C // self.groups, axis=-1)
-
-        x32 = jnp.where(valid, x, 0).astype(jnp.float32)
-        mean = group_mean(x32)[:, None, None]
-        centered = jnp.where(valid, x32 - mean, 0)
-        factor = scale * lax.rsqrt(group_mean(jnp.square(centered)) + EPSILON)[:, None, None]
-        return jnp.where(valid, centered * factor + bias, 0).astype(x.dtype)
+    def __call__(self, x: Map, valid_size: ValidSize) -> Map:  # type: ignore[override]
+        valid = valid_mask(valid_size, x.shape[1], x.shape[2])[..., None]
+        mask = valid | ~valid.any((1, 2), keepdims=True)  # finite where nothing is valid, too
+        y = super().__call__(x.astype(jnp.float32), mask=jnp.broadcast_to(mask, x.shape))
+        return mask_padding(y.astype(x.dtype), valid_size)
 
 
 def conv(

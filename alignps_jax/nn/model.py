@@ -79,7 +79,7 @@ def build_model(config: ConfigDict) -> AlignPS:
     everywhere = {"remat": model.remat, "dtype": model.dtype}
     backbones = {
         "resnet50": partial(ResNet50, stride_in_blocks=model.stride_in_3x3),
-        "resnet_small": partial(ResNetSmall, norm=partial(GroupNorm, groups=model.norm_groups)),
+        "resnet_small": partial(ResNetSmall, norm=partial(GroupNorm, num_groups=model.norm_groups)),
     }
     return AlignPS(
         backbone=backbones[model.backbone](

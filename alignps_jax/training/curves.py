@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignps_jax.files import write_atomically
-from alignps_jax.log import LogLine, read_log
+from alignps_jax.log import Line, read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,14 +33,14 @@ def training_curves(log_path: Path, out_path: Path) -> None:
     write_atomically(out_path, data.getvalue())
 
 
-def curves_figure(lines: Sequence[LogLine]) -> Figure:
+def curves_figure(lines: Sequence[Line]) -> Figure:
     """The `PANELS`; of a step that the log holds twice, the later line counts."""
     from matplotlib.figure import Figure  # slow, and only for the end of a run
 
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in lines:
-        for name, value in line.values.items():
-            curves[name][line.step] = value
+    for step, values in lines:
+        for name, value in values.items():
+            curves[name][step] = value
     figure = Figure(figsize=(16, 9), dpi=100, layout="constrained")
     panels = zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True)
     for axes, (title, pattern) in panels:

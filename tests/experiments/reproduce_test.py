@@ -13,7 +13,7 @@ from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.types import UserError
 from configs import tiny
 from configs.variants import rows_of
-from tests.pairs import outputs_of, run_one, start_pair
+from tests.runs import finish, run_one, start_pair
 
 
 def train(config, folder):
@@ -101,12 +101,12 @@ def child(index: int, workdir: str) -> int:
 
 
 def test_two_processes_train_and_one_writes_and_a_lost_row_runs_again(tmp_path):
-    first, second = outputs_of(start_pair(__name__, str(tmp_path)))
+    first, second = finish(start_pair(__name__, str(tmp_path)))
     variants = [variant or "alignps" for variant, _ in rows_of("4", "synthetic")]
     assert second == ""
     assert (tmp_path / "table4.md").read_text() in first
     shutil.rmtree(tmp_path / variants[1])
-    outputs_of(start_pair(__name__, str(tmp_path)))
+    finish(start_pair(__name__, str(tmp_path)))
     for index in range(2):
         trained = [name for name, _ in runs_in(tmp_path / f"process_{index}")]
         assert trained == [*variants, variants[1]]

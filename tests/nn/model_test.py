@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax.inference import predict
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.model import build_model, init_variables
 from configs import tiny
@@ -80,24 +79,6 @@ def test_detections_do_not_depend_on_bucket_or_company():
         np.testing.assert_array_equal(alone.valid[0], together.valid[row])
         np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-4)
         np.testing.assert_allclose(alone.boxes[0], together.boxes[row], atol=1e-2)
-
-
-def test_large_photos_one_by_one_give_the_same(monkeypatch):
-    config, model, params, frozen = tiny_model()
-    config.eval.min_cls_score = 0.0
-    batch = random_batch(np.random.default_rng(5), images=3)
-
-    def compiled(smallest):
-        monkeypatch.setattr(predict, "LARGE_PHOTO", smallest)
-        program = jax.jit(PredictStep(model, config.eval)).lower(params, frozen, batch)
-        return program.as_text(), program.compile()(params, frozen, batch)
-
-    (plain, together), (mapped, one_by_one) = compiled(2**30), compiled(1)
-    assert mapped.count("stablehlo.while") > plain.count("stablehlo.while")
-    assert together.valid.sum(1).min() > 5
-    np.testing.assert_array_equal(one_by_one.valid, together.valid)
-    for found, expected in zip(jax.tree.leaves(one_by_one), jax.tree.leaves(together), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-2)
 
 
 def test_embeddings_have_zero_mean_over_the_valid_region():

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from alignps_jax.files import read_image
-from alignps_jax.log import LogLine
 from alignps_jax.training.curves import curves_figure, training_curves
 
 
@@ -26,8 +25,8 @@ def test_curves_of_one_point_none_or_some(tmp_path, text):
 
 def test_every_measurement_is_in_its_panel_and_later_lines_of_a_step_win():
     evaluation = {"eval/all/mAP": 0.5, "eval/all/top5": 0.7, "eval/detection/AP": 0.25}
-    lines = [LogLine(10, {"loss": 1.0, "loss/oim": 0.25}), LogLine(20, {"loss": 9.0})]
-    lines += [LogLine(20, evaluation), LogLine(15, {"loss": 4.0}), LogLine(20, {"loss": np.nan})]
+    lines = [(10, {"loss": 1.0, "loss/oim": 0.25}), (20, {"loss": 9.0}), (20, evaluation)]
+    lines += [(15, {"loss": 4.0}), (20, {"loss": np.nan})]
     found = {
         (axes.get_title(), line.get_label()): np.transpose(line.get_data()).tolist()
         for axes in curves_figure(lines).axes
