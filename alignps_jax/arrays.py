@@ -11,10 +11,7 @@ from jaxtyping import Array, Float
 
 
 def l2_normalize(x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-    """Scales vectors to length one, in float32.
-
-    Vectors shorter than 1e-12 become zero and pass no gradient.
-    """
+    """Scales vectors to length one, in float32; below 1e-12, to zero and without gradient."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     usable = square > 1e-24

@@ -19,8 +19,7 @@ def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
 def _intersection(a: AnyArray, b: AnyArray) -> AnyArray:
     """Area that two boxes share; leading axes broadcast."""
     xp = a.__array_namespace__()
-    low = xp.maximum(a[..., :2], b[..., :2])
-    high = xp.minimum(a[..., 2:], b[..., 2:])
+    low, high = xp.maximum(a[..., :2], b[..., :2]), xp.minimum(a[..., 2:], b[..., 2:])
     sides = xp.maximum(high - low, 0.0)
     return sides[..., 0] * sides[..., 1]
 
@@ -44,8 +43,7 @@ def giou(a: Float[Array, "*N 4"], b: Float[Array, "*N 4"]) -> Float[Array, "*N"]
     """
     shared = jnp.asarray(_intersection(a, b))
     union = jnp.maximum(area(a) + area(b) - shared, 1e-6)
-    low = jnp.minimum(a[..., :2], b[..., :2])
-    high = jnp.maximum(a[..., 2:], b[..., 2:])
+    low, high = jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])
     enclosing = jnp.maximum(area(jnp.concatenate([low, high], axis=-1)), 1e-6)
     return shared / union - (enclosing - union) / enclosing
 
@@ -61,22 +59,16 @@ def boxes_from_distances(
 def distances_to_boxes(
     locations: Float[Array, "*#N 2"], boxes: Float[AnyArray, "*#N 4"]
 ) -> Float[Array, "..."]:
-    """Inverse of `boxes_from_distances`; negative where a location lies beyond a side.
-
-    Leading axes broadcast.
-    """
+    """Inverse of `boxes_from_distances`, negative beyond a side; leading axes broadcast."""
     return jnp.concatenate([locations - boxes[..., :2], boxes[..., 2:] - locations], axis=-1)
 
 
 def clip_boxes(boxes: Float[Array, "*N 4"], size: Int[AnyArray, "2"]) -> Float[Array, "*N 4"]:
     """Boxes cut to an image of `size` (height, width): x in [0, width], y in [0, height]."""
-    height, width = size[0], size[1]
-    return jnp.clip(boxes, 0.0, jnp.stack([width, height, width, height]).astype(boxes.dtype))
+    return jnp.clip(boxes, 0.0, jnp.tile(size[::-1], 2).astype(boxes.dtype))
 
 
 def locations(height: int, width: int, stride: int) -> Float[Array, "{height}*{width} 2"]:
     """Image coordinates (x, y) of a level's locations, row by row: the centers of its cells."""
-    x = (jnp.arange(width, dtype=jnp.float32) + 0.5) * stride
-    y = (jnp.arange(height, dtype=jnp.float32) + 0.5) * stride
-    grid_y, grid_x = jnp.meshgrid(y, x, indexing="ij")
-    return jnp.stack([grid_x.ravel(), grid_y.ravel()], axis=-1)
+    x, y = ((jnp.arange(n, dtype=jnp.float32) + 0.5) * stride for n in (width, height))
+    return jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)

@@ -27,8 +27,7 @@ Devices = Sequence[jax.Device]
 def parallel_train_step(step: Step, devices: Devices | None = None) -> Step:
     """`step` on all devices of all processes, or those given.
 
-    The batch has a leading axis of local devices. The state goes in and out replicated
-    (`replicate`) and its buffers are reused.
+    The batch has a leading axis of local devices. The state is replicated, its buffers are reused.
     """
     axes: dict[str, Any] = {"in_axes": (None, 0), "out_axes": (None, None)}
     return jax.pmap(step, axis_name=AXIS, devices=devices, donate_argnums=0, **axes)

@@ -1,7 +1,7 @@
 """The processes of one run: they join, wait for one another, and agree on values.
 
-They talk through JAX's coordination service, because collectives of the devices allow no waiting
-for hours. JAX ends a process whose peer died. A run of one process waits nowhere.
+They talk through JAX's coordination service: collectives of the devices cannot wait for hours. JAX
+ends a process whose peer died. A run of one process waits nowhere.
 """
 
 import contextlib
@@ -54,9 +54,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
+            *(coordinator, processes, process),
             cluster_detection_method="deactivate" if coordinator else None,
             shutdown_timeout_seconds=_GOODBYE,
         )

@@ -54,7 +54,7 @@ def _encoded(step: int, values: Mapping[str, float]) -> bytes:
 
 
 class MetricLog:
-    """Appends to `<workdir>/log.jsonl` and `<workdir>/tensorboard`, in process 0; use `with`."""
+    """Appends to `log.jsonl` and `tensorboard` in `workdir`, in process 0; a context manager."""
 
     def __init__(self, workdir: Path) -> None:
         self.workdir, self._path = workdir, workdir / "log.jsonl"

@@ -32,8 +32,8 @@ class Detector:
     """Finds the people of a photo and gives each an embedding.
 
     A photo is a file or a PIL image, both turned as their EXIF orientation says, or an RGB uint8
-    array [H, W, 3]. `rows` is the number of photos in the batches of `detect_many`, `step` the
-    training step of the weights, and `name` where they come from, for people to read.
+    array [H, W, 3]. Batches of `detect_many` have `rows` photos; `step` is the training step of the
+    weights, `name` says where they come from.
     """
 
     def __init__(self, config: ConfigDict, weights: Weights, source: str = "weights in memory"):
@@ -52,9 +52,8 @@ class Detector:
     def from_checkpoint(cls, path: str | Path, config: ConfigDict | None = None) -> Self:
         """Loads the last step of a workdir (or that which a split chose), or one step's folder.
 
-        `config` replaces the checkpoint's own configuration. Compiled programs go into the user's
-        cache, unless JAX has a folder for them. UserError if there is no such checkpoint, or it
-        does not fit.
+        `config` replaces the checkpoint's own. Compiled programs go into the user's cache, unless
+        JAX has a folder for them. UserError if there is no such checkpoint, or it does not fit.
         """
         if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             devices.use_compilation_cache()
@@ -64,7 +63,7 @@ class Detector:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all weights, in hexadecimal digits: equal for equal weights only."""
+        """A hash of all weights in hexadecimal digits."""
         digest = hashlib.sha256()
         for path, array in leaves_by_path((self._params, self._frozen)).items():
             values = np.ascontiguousarray(array)
@@ -83,8 +82,8 @@ class Detector:
     def detect_many(self, photos: Iterable[PhotoLike]) -> Iterator[Detections]:
         """The detections of each of many photos, in their order; see `detect`.
 
-        Photos are read ahead in threads, batched, and spread over all local devices; memory does
-        not grow with their number. UserError comes in the turn of the photo that causes it.
+        Photos are read ahead in threads, and batches spread over all local devices. UserError comes
+        in the turn of the photo that causes it.
         """
 
         def read(photo: PhotoLike) -> Photo[None]:
@@ -111,7 +110,6 @@ class Detector:
         return single_image_batch(self._pixels(photo), self.config.data)
 
     def _pixels(self, photo: Any) -> np.ndarray:
-        """RGB pixels."""
         if isinstance(photo, str | Path):
             return read_image(Path(photo), self.config.data.max_pixels)
         # Pillow would cut numbers of more than 8 bits (modes I and F) to the first 256.

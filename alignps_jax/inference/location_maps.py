@@ -30,14 +30,14 @@ _OUTPUT_STRIDE = 8
 
 @dataclasses.dataclass(frozen=True)
 class LocationMaps:
-    """The maps of one photo on the host, without bucket padding, of each level that is searched.
+    """The maps of one photo on the host, without bucket padding.
 
     `offsets[name][row, column, tap]` is (y, x) in locations of the input of the neck's deformable
     convolution of that name, such as `lateral3`.
     """
 
-    embeddings: tuple[Float[np.ndarray, "_h _w D"], ...]  # of length one or zero
-    strides: tuple[int, ...]
+    embeddings: tuple[Float[np.ndarray, "_h _w D"], ...]  # of the searched levels, length 1 or 0
+    strides: tuple[int, ...]  # of these
     offsets: Mapping[str, Float[np.ndarray, "h w 9 2"]]
     size: Int[np.ndarray, "2"]  # height and width of the resized photo
     scale: Float[np.ndarray, "2"]  # factors (x, y) from the photo's coordinates to its
@@ -80,7 +80,10 @@ def location_maps(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> 
 def similarity_map(
     maps: LocationMaps, embedding: Float[np.ndarray, "D"]
 ) -> Float[np.ndarray, "H W"]:
-    """Bilinear cosine similarity of the pixels (`maps.size`): the largest of the levels."""
+    """Cosine similarity of each pixel of the resized photo (`maps.size`) to an embedding.
+
+    Bilinear between locations; the largest of the levels.
+    """
     height, width = maps.size
     levels = []
     for level, stride in zip(maps.embeddings, maps.strides, strict=True):

@@ -49,8 +49,7 @@ def oim_loss(
     if len(memory.lut) == 0:  # the training set has no labeled people
         return Term(sum=jnp.zeros(()), count=count)
     use = positives.valid & positives.labeled
-    rows = memory.lut * inverse_lut_temperature
-    slots = memory.queue * inverse_queue_temperature
+    rows, slots = memory.lut * inverse_lut_temperature, memory.queue * inverse_queue_temperature
     table = lax.stop_gradient(jnp.concatenate([rows, slots]))
     features = l2_normalize(positives.embeddings)
     # Full precision: the default of GPUs would be off by 1e-2 in the logits.

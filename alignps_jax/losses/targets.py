@@ -1,7 +1,4 @@
-"""Which locations are positive, and what they should predict (FCOS, Tian et al., 2019).
-
-Everything here is per image; callers `vmap` over the batch.
-"""
+"""Which locations are positive, and what they should predict (FCOS, Tian et al., 2019)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -39,33 +36,27 @@ def assign_targets(
       box_valid: False for entries that only fill up G.
     """
     distances = distances_to_boxes(locations[:, None], boxes[None])  # [N, G, 4]
-    largest = distances.max(axis=-1)
+    farthest = distances.max(axis=-1)
     from_center = jnp.abs(locations[:, None] - (boxes[:, :2] + boxes[:, 2:]) / 2).max(axis=-1)
     candidate = (
         (distances.min(axis=-1) > 0)
         & (from_center < (center_radius * strides)[:, None])
-        & (largest >= ranges[:, :1])
-        & (largest <= ranges[:, 1:])
+        & (farthest >= ranges[:, :1])
+        & (farthest <= ranges[:, 1:])
         & location_valid[:, None]
         & box_valid[None]
     )
     positive = candidate.any(axis=-1)
     best = jnp.argmin(jnp.where(candidate, area(boxes)[None], jnp.inf), axis=-1)
-
     own = jnp.take_along_axis(distances, best[:, None, None], axis=1)[:, 0]
     own = jnp.where(positive[:, None], own / strides[:, None], 0.0)
+    opposite = own.reshape(-1, 2, 2)  # [[left, top], [right, bottom]]
+    largest = opposite.max(axis=1)
+    ratio = opposite.min(axis=1) / jnp.where(largest > 0, largest, 1.0)
     return Targets(
         positive=positive,
         distances=own,
-        centerness=_centerness(own),
+        centerness=jnp.sqrt(ratio[:, 0] * ratio[:, 1]),
         identity=jnp.where(positive, identity[best], 0),
         labeled=positive & labeled[best],
     )
-
-
-def _centerness(distances: Float[Array, "N 4"]) -> Float[Array, "N"]:
-    """sqrt(min(l, r) / max(l, r) · min(t, b) / max(t, b)); 0 for zero distances."""
-    opposite = distances.reshape(-1, 2, 2)  # [[left, top], [right, bottom]]
-    largest = opposite.max(axis=1)
-    ratio = opposite.min(axis=1) / jnp.where(largest > 0, largest, 1.0)
-    return jnp.sqrt(ratio[:, 0] * ratio[:, 1])

@@ -41,8 +41,7 @@ def focal_loss(
     Positives weigh `alpha`, others `1 - alpha`. The released code divides the sum by the number
     of positives plus the number of images.
     """
-    # With z the logit of the true class, p_t = sigmoid(z) and 1 - p_t = sigmoid(-z): their
-    # logarithms stay finite for any logit.
+    # With z the logit of the true class, p_t = sigmoid(z): logarithms are finite for any logit.
     z = jnp.where(positive, logits, -logits).astype(jnp.float32)
     weight = jnp.where(positive, alpha, 1 - alpha) * jnp.exp(gamma * jax.nn.log_sigmoid(-z))
     return jnp.sum(-weight * jax.nn.log_sigmoid(z), where=where)
@@ -154,8 +153,7 @@ def _hardest(
         nearest = jnp.argmin(jnp.where(~same & valid, square, jnp.inf))
         return farthest, nearest, (~same & valid).any()
 
-    block = max(1, PAIRS_AT_ONCE // len(norms))
-    return lax.map(search, (*anchors[:2], own), batch_size=block)
+    return lax.map(search, (*anchors[:2], own), batch_size=max(1, PAIRS_AT_ONCE // len(norms)))
 
 
 def _distance(a: Float[Array, "N D"], b: Float[Array, "N D"]) -> Float[Array, "N"]:

@@ -98,8 +98,8 @@ def assign(
     `config.loss.center_radius`, in strides.
     """
     maps = [level.cls_logits for level in outputs]
-    sizes = [x.shape[1] * x.shape[2] for x in maps]
     points = [locations(x.shape[1], x.shape[2], s) for x, s in zip(maps, strides, strict=True)]
+    sizes = [len(x) for x in points]
     of_image = partial(
         assign_targets,
         jnp.concatenate(points),

@@ -13,14 +13,7 @@ from jaxtyping import Array, Float
 
 from alignps_jax.nn.convolution import Map, conv2d, conv_by_rows, shifted
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import (
-    FrozenBatchNorm,
-    GroupNorm,
-    ValidSize,
-    conv,
-    mask_padding,
-    scale_and_shift,
-)
+from alignps_jax.nn.layers import FrozenBatchNorm, GroupNorm, ValidSize, conv, mask_padding, rescale
 from alignps_jax.nn.platforms import on_platform
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -43,20 +36,13 @@ class Block(nn.Module):
     def __call__(self, x: Map, valid_size: ValidSize) -> Float[Array, "B h w D"]:
         conv_ = partial(conv, kernel_init=kaiming, dtype=self.dtype)
         smaller = valid_size // self.stride
-        if self.bottleneck:
-            y = conv_(self.features, 1, name="conv1")(x)
-            y = nn.relu(self.norm(name="bn1")(y, valid_size))
-        else:
-            y = conv_(self.features, 3, self.stride, name="conv1")(x)
-            y = nn.relu(self.norm(name="bn1")(y, smaller))
-        stride = self.stride if self.bottleneck else 1
-        if self.deformable:
-            conv2: nn.Module = DeformConv(
-                self.features, stride, modulated=True, dtype=self.dtype, name="conv2"
-            )
-        else:
-            conv2 = conv_(self.features, 3, stride, name="conv2")
-        y = self.norm(name="bn2")(conv2(y), smaller)
+        size, first, second = (1, 1, self.stride) if self.bottleneck else (3, self.stride, 1)
+        y = conv_(self.features, size, first, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y, valid_size // first))
+        deform = partial(DeformConv, modulated=True, dtype=self.dtype)
+        middle = deform if self.deformable else partial(conv_, size=3)
+        y = middle(self.features, stride=second, name="conv2")(y)
+        y = self.norm(name="bn2")(y, smaller)
         if self.bottleneck:
             y = conv_(4 * self.features, 1, name="conv3")(nn.relu(y))
             y = self.norm(name="bn3")(y, smaller)
@@ -135,7 +121,7 @@ class ResNet(nn.Module):
             if not isinstance(norm, FrozenBatchNorm):
                 return plain_stem(norm, valid_size, image, kernel)
             affine = norm.affine(self.width)
-            plain = partial(plain_stem, partial(scale_and_shift, *affine), valid_size)
+            plain = partial(plain_stem, partial(rescale, *affine), valid_size)
             by_blocks = partial(stem_by_blocks, affine, valid_size)
             return on_platform(image, kernel, tpu=by_blocks, default=plain)
 
@@ -191,15 +177,13 @@ def stem_by_blocks(
     block of 4 x 4 pixels has 48 channels: a 7x7 convolution with stride 2 is a 3x3 convolution of
     blocks, with outputs for 2 x 2 places in a block.
     """
-    blocks, (top, bottom) = _blocks(image), _kernels_of_blocks(kernel)
+    blocks = _blocks(image)
     # Two columns of a block's outputs side by side fill a vector.
     factor, shift = (jnp.tile(x, 2) for x in affine)
-
-    def row(kernel: Array) -> Array:
-        y = conv_by_rows(blocks, kernel)
-        return nn.relu(scale_and_shift(factor, shift, y, valid_size // BLOCK))
-
-    upper, lower = row(top), row(bottom)
+    upper, lower = (
+        nn.relu(rescale(factor, shift, conv_by_rows(blocks, row), valid_size // BLOCK))
+        for row in _kernels_of_blocks(kernel)
+    )
     # The window of a block's maximum has all of it, and what is next to it above and to the left.
     column = jnp.maximum(jnp.maximum(upper, lower), shifted(lower, 1, 0))
     left, right = jnp.split(column, 2, axis=-1)
@@ -224,11 +208,10 @@ def _blocks(image: Map) -> Float[Array, "B h w N"]:
 def _kernels_of_blocks(kernel: Float[Array, "7 7 C F"]) -> list[Float[Array, "3 3 N 2*F"]]:
     """The kernels for the upper and the lower row of a block's outputs, [left, right] column."""
     side, _, channels, features = kernel.shape
-    wide = 3 * BLOCK
 
     def at(row: int, column: int) -> Array:
         # The block's first output is two pixels ahead of the second, and has 3 pixels around it.
-        edges = [(1 + 2 * place, wide - side - 1 - 2 * place) for place in (row, column)]
+        edges = [(1 + 2 * place, 3 * BLOCK - side - 1 - 2 * place) for place in (row, column)]
         placed = jnp.pad(kernel, [*edges, (0, 0), (0, 0)])
         placed = placed.reshape(3, BLOCK, 3, BLOCK, channels, features).swapaxes(1, 2)
         return placed.reshape(3, 3, -1, features)

@@ -11,14 +11,7 @@ from jaxtyping import Array, Float
 
 from alignps_jax.nn.convolution import Map
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import (
-    GroupNorm,
-    ValidSize,
-    conv,
-    mask_padding,
-    subtract_mean,
-    valid_mask,
-)
+from alignps_jax.nn.layers import GroupNorm, ValidSize, conv, mask_padding, minus_mean, valid_mask
 from alignps_jax.types import Outputs
 
 normal = nn.initializers.normal(0.01)
@@ -68,15 +61,9 @@ class FCOSHead(nn.Module):
     dtype: str = "float32"
 
     def setup(self) -> None:
-        tower = partial(
-            nn.remat(Tower) if self.remat else Tower,
-            self.features,
-            self.num_convs,
-            self.norm_groups,
-            dtype=self.dtype,
-        )
-        self.cls_tower = tower()
-        self.box_tower = tower()
+        make = nn.remat(Tower) if self.remat else Tower
+        tower = partial(make, self.features, self.num_convs, self.norm_groups, dtype=self.dtype)
+        self.cls_tower, self.box_tower = tower(), tower()
         predictor = partial(conv, size=3, use_bias=True, kernel_init=normal, dtype=jnp.float32)
         self.cls_predictor = predictor(1, bias_init=nn.initializers.constant(PRIOR_BIAS))
         self.box_predictor = predictor(4, bias_init=nn.initializers.constant(self.initial_distance))
@@ -93,8 +80,7 @@ class FCOSHead(nn.Module):
 
     def __call__(self, x: Map, valid_size: ValidSize, level: int = 3) -> Outputs:
         """Predicts on one level, zero outside its valid `valid_size` (in locations)."""
-        cls = self.cls_tower(x, valid_size)
-        box = self.box_tower(x, valid_size)
+        cls, box = self.cls_tower(x, valid_size), self.box_tower(x, valid_size)
         distances = nn.relu(self.scales[level] * self.box_predictor(box))
         if self.reid == "input":
             embeddings = x.astype(jnp.float32)
@@ -103,7 +89,7 @@ class FCOSHead(nn.Module):
             towers = {"regression": box, "classification": cls}
             tower = towers[self.reid] if self.reid in towers else self.embed_tower(x, valid_size)
             embeddings = mask_padding(self.embed_predictor(tower), valid_size)
-            embeddings = subtract_mean(embeddings, valid_size)
+            embeddings = minus_mean(embeddings, valid_size)
         return Outputs(
             cls_logits=self.cls_predictor(cls)[..., 0],
             box_distances=mask_padding(distances, valid_size),

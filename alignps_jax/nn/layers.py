@@ -1,6 +1,6 @@
 """Layers that look at the valid region only, so that bucket padding never changes a result.
 
-Every feature map comes with a `valid_size`, height and width of its valid region. It is zero
+A feature map comes with the height and width of its valid region (`valid_size`), and is zero
 outside of it, as a convolution sees a map beyond its border.
 """
 
@@ -40,7 +40,7 @@ def mask_padding(x: Map, valid_size: ValidSize) -> Map:
     return jnp.where(valid[..., None], x, jnp.zeros((), x.dtype))
 
 
-def subtract_mean(x: Map, valid_size: ValidSize) -> Map:
+def minus_mean(x: Map, valid_size: ValidSize) -> Map:
     """Maps less their mean over the valid region, in float32 (Released code)."""
     x = x.astype(jnp.float32)
     count = jnp.maximum(valid_size[:, 0] * valid_size[:, 1], 1).astype(jnp.float32)
@@ -48,7 +48,7 @@ def subtract_mean(x: Map, valid_size: ValidSize) -> Map:
     return mask_padding(x - mean, valid_size)
 
 
-def scale_and_shift(
+def rescale(
     factor: Float[Array, "C"], shift: Float[Array, "C"], x: Map, valid_size: ValidSize
 ) -> Map:
     """`x * factor + shift` in the valid region, computed in float32."""
@@ -70,20 +70,31 @@ class FrozenBatchNorm(nn.Module):
         return factor, bias - mean * factor
 
     def __call__(self, x: Map, valid_size: ValidSize) -> Map:
-        return scale_and_shift(*self.affine(x.shape[-1]), x, valid_size)
+        return rescale(*self.affine(x.shape[-1]), x, valid_size)
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(nn.Module):
     """Group normalization whose statistics run over the valid region only."""
 
-    epsilon: float = EPSILON
-    use_fast_variance: bool = False
+    groups: int = 32
 
-    def __call__(self, x: Map, valid_size: ValidSize) -> Map:  # type: ignore[override]
-        valid = valid_mask(valid_size, x.shape[1], x.shape[2])[..., None]
-        mask = valid | ~valid.any((1, 2), keepdims=True)  # finite where nothing is valid, too
-        y = super().__call__(x.astype(jnp.float32), mask=jnp.broadcast_to(mask, x.shape))
-        return mask_padding(y.astype(x.dtype), valid_size)
+    @nn.compact
+    def __call__(self, x: Map, valid_size: ValidSize) -> Map:
+        B, H, W, C = x.shape
+        scale = self.param("scale", nn.initializers.ones, (C,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (C,), jnp.float32)
+        valid = valid_mask(valid_size, H, W)[..., None]
+        count = jnp.maximum(valid.sum((1, 2)), 1) * (C // self.groups)
+
+        def group_mean(values: Map) -> Float[Array, "B C"]:
+            per_channel = values.sum((1, 2)).reshape(B, self.groups, -1)
+            return jnp.repeat(per_channel.sum(-1) / count, C // self.groups, axis=-1)
+
+        x32 = jnp.where(valid, x, 0).astype(jnp.float32)
+        mean = group_mean(x32)[:, None, None]
+        centered = jnp.where(valid, x32 - mean, 0)
+        factor = scale * lax.rsqrt(group_mean(jnp.square(centered)) + EPSILON)[:, None, None]
+        return jnp.where(valid, centered * factor + bias, 0).astype(x.dtype)
 
 
 def conv(

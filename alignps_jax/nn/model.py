@@ -17,7 +17,6 @@ from alignps_jax.nn.layers import GroupNorm, ValidSize, mask_padding, round_up
 from alignps_jax.nn.neck import AlignedFeatureAggregation, level_size
 from alignps_jax.types import Outputs, Weights
 
-LEVELS = (3, 4, 5, 6, 7)
 Params = Any
 
 
@@ -75,11 +74,11 @@ class AlignPS(nn.Module):
 def build_model(config: ConfigDict) -> AlignPS:
     """The network that a checked configuration describes."""
     model = config.model
-    background_levels = LEVELS[1:] if model.background_levels else ()
+    background_levels = (4, 5, 6, 7) if model.background_levels else ()
     everywhere = {"remat": model.remat, "dtype": model.dtype}
     backbones = {
         "resnet50": partial(ResNet50, stride_in_blocks=model.stride_in_3x3),
-        "resnet_small": partial(ResNetSmall, norm=partial(GroupNorm, num_groups=model.norm_groups)),
+        "resnet_small": partial(ResNetSmall, norm=partial(GroupNorm, groups=model.norm_groups)),
     }
     return AlignPS(
         backbone=backbones[model.backbone](
@@ -116,13 +115,11 @@ def build_model(config: ConfigDict) -> AlignPS:
 
 def init_variables(model: AlignPS, rng: Array) -> tuple[Params, Params]:
     """Initial (params, frozen) of a model."""
-    image = jnp.zeros((1, 64, 64, 3), jnp.uint8)
-    size = jnp.full((1, 2), 64, jnp.int32)
     # It runs once: on CPUs most of its time is its compilation, which takes a third then.
     quickly = jax.default_backend() == "cpu" and not isinstance(rng, jax.core.Tracer)
     options = {"xla_backend_optimization_level": 1} if quickly else None
     init = jax.jit(partial(model.init, train=True), compiler_options=options)
-    variables = init(rng, image, size)
+    variables = init(rng, jnp.zeros((1, 64, 64, 3), jnp.uint8), jnp.full((1, 2), 64, jnp.int32))
     return variables["params"], variables.get("frozen", {})
 
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import ValidSize, conv, mask_padding, subtract_mean
+from alignps_jax.nn.layers import ValidSize, conv, mask_padding, minus_mean
 
 FeatureMap = Float[Array, "B _ _ _"]  # [B, h, w, C], of sizes that differ from map to map
 
@@ -56,14 +56,11 @@ class AlignedFeatureAggregation(nn.Module):
 
         `valid_size` is the valid region of the image in pixels.
         """
-        wanted = self.levels
         # Initialization makes all parameters, so that training and inference have the same ones.
-        if train or self.is_initializing():
-            wanted += self.background_levels
+        wanted = self.levels + (self.background_levels if train or self.is_initializing() else ())
         plain = partial(conv, kernel_init=nn.initializers.xavier_uniform())
-        deform = partial(
-            nn.remat(DeformConv) if self.remat else DeformConv, offset_gain=self.offset_gain
-        )
+        deform_conv = nn.remat(DeformConv) if self.remat else DeformConv
+        deform = partial(deform_conv, offset_gain=self.offset_gain)
         lateral = deform if self.lateral_deform else partial(plain, size=1)
         output = deform if self.output_deform else partial(plain, size=3)
         coarser = partial(plain, size=3, stride=2, use_bias=True)
@@ -92,12 +89,9 @@ class AlignedFeatureAggregation(nn.Module):
             made[6] = convolved("output", coarser, made[5], 6)
         if max(wanted) == 7:
             made[7] = convolved("output", coarser, nn.relu(made[6]), 7)
-        return tuple(
-            subtract_mean(made[level], level_size(valid_size, level))
-            if level in self.levels
-            else made[level]
-            for level in wanted
-        )
+        for level in self.levels:
+            made[level] = minus_mean(made[level], level_size(valid_size, level))
+        return tuple(made[level] for level in wanted)
 
 
 def level_size(valid_size: ValidSize, level: int) -> ValidSize:

@@ -38,8 +38,8 @@ def curves_figure(lines: Sequence[Line]) -> Figure:
     from matplotlib.figure import Figure  # slow, and only for the end of a run
 
     curves: dict[str, dict[int, float]] = defaultdict(dict)
-    for step, values in lines:
-        for name, value in values.items():
+    for step, measured in lines:
+        for name, value in measured.items():
             curves[name][step] = value
     figure = Figure(figsize=(16, 9), dpi=100, layout="constrained")
     panels = zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True)

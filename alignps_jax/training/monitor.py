@@ -21,8 +21,7 @@ from alignps_jax.types import Batch, UserError
 class Monitor:
     """Shows and logs the training steps, and stops at what is not finite.
 
-    The host dispatches a step while the one before it runs; it reads what was measured only at
-    steps that are logged or saved.
+    A step is dispatched while the one before it runs; only those logged or saved are read.
     """
 
     def __init__(self, run: Run, log: MetricLog, start: int):
@@ -79,11 +78,7 @@ class Monitor:
             self.say(f"profile     {self._log.workdir / 'profile'}")
 
     def flush(self) -> None:
-        """Waits for the last recorded step, checks what was measured, and logs it where it is due.
-
-        Raises:
-          UserError: a loss term or the gradient is not finite.
-        """
+        """Waits for the last step, and logs what is due; UserError for what is not finite."""
         measured, self._unread = jax.device_get(self._unread), []
         if self._begun:
             seconds, self._begun = time.perf_counter() - self._begun, None

@@ -39,10 +39,7 @@ def is_frozen(model: AlignPS, path: tuple[str, ...]) -> bool:
 
 
 def parameter_labels(params: Any, frozen: Callable[[tuple[str, ...]], bool]) -> Any:
-    """`frozen`, `bias` (of a convolution, but not of one that predicts offsets) or `weight`.
-
-    So does the released code group the parameters.
-    """
+    """`frozen`, `bias` (of a convolution that predicts no offsets) or `weight` (Released code)."""
     flat = traverse_util.flatten_dict(params)
 
     def label(path: tuple[str, ...]) -> str:
@@ -68,7 +65,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Clips the global norm of the gradient, then updates by `optimizer.name`'s rule.
 
-    Frozen parameters get no update and, having no gradient, no share in the norm.
+    Frozen parameters get no update and no share in the norm.
     """
 
     def group(rate_factor: float, weight_decay: float) -> optax.GradientTransformation:

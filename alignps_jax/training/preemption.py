@@ -13,10 +13,10 @@ from alignps_jax.distributed import gather, is_multiprocess
 
 
 class Preemption:
-    """Notes a request, so that training saves before it stops; a context manager.
+    """Notes a request, so that training saves before it stops; a second Ctrl-C exits at once.
 
     JAX tells all processes of a SIGTERM to one of them, so other signals are passed on as SIGTERM.
-    A second Ctrl-C exits at once. Signals that are ignored stay so.
+    Signals that are ignored stay so. A context manager.
     """
 
     def __enter__(self) -> Self:

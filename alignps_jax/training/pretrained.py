@@ -32,9 +32,8 @@ def starting_config(config: ConfigDict, workdir: Path, typed: Collection[str] = 
     Weights at an address are downloaded. A run that is resumed keeps its own pixels and needs no
     weights. Process 0 decides.
 
-    Raises:
-      UserError: there are no such weights, they need PyTorch, nothing tells their pixels, or a
-        `typed` field contradicts them.
+    Raises UserError if there are no such weights, they need PyTorch, nothing tells their pixels, or
+    a `typed` field contradicts them.
     """
     found = broadcast_from_main(_convention(config, workdir, typed) if is_main_process() else None)
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}  # JSON
@@ -73,8 +72,7 @@ def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
     neck and head are taken too, array by array where path and shape are the same. Its memory
     belongs to other people and its optimizer to other losses: both start anew.
 
-    Raises:
-      UserError: they cannot be read, or are those of another backbone.
+    Raises UserError if they cannot be read, or are those of another backbone.
     """
     source = config.model.pretrained
     if source == RANDOM:
@@ -86,10 +84,8 @@ def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
         with blame(f"{FIELD}: {source}"):
             arrays, kind = by_our_names(tensors, places), kind_of(tensors)
     else:
-        kind, arrays = (
-            "a checkpoint",
-            load_arrays(path, lambda name: name.split("/")[0] in ("params", "frozen")),
-        )
+        arrays = load_arrays(path, lambda name: name.startswith(("params/", "frozen/")))
+        kind = "a checkpoint"
     fits = {n: x for n, x in arrays.items() if n in places and places[n].shape == x.shape}
     anew, others = ([n for n in names if n not in fits] for names in (places, arrays))
     missing = [name for name in anew if "/offset/" not in name]
@@ -99,13 +95,11 @@ def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
             f"unexpected or of another shape: {listed(wrong)} ({kind})"
         )
     if is_main_process():
-        backbone = sum(map(_in_backbone, fits))
+        backbone, new = sum(map(_in_backbone, fits)), ["lookup table, queue, optimizer", *anew]
         print(
-            f"{FIELD}: {backbone} arrays of the backbone and {len(fits) - backbone} of neck and "
-            f"head are taken from {source}; lookup table, queue and optimizer start anew"
+            f"{FIELD}: {len(fits)} arrays ({backbone} of the backbone) are taken from {source}; "
+            f"not taken: {listed(others) or 'none'}; starts anew: {listed(new)}"
         )
-        if others:
-            print(f"  not taken: {listed(others)}\n  starts anew: {listed(anew) or 'nothing'}")
     return fits
 
 

@@ -114,8 +114,7 @@ def make_step(
 
 def positives_per_image(config: ConfigDict, people: int) -> int:
     """Maximum number of positive locations of an image with this many people."""
-    # Those inside a square of 2 `center_radius` strides on each level.
-    per_level = math.ceil(2 * config.loss.center_radius) ** 2
+    per_level = math.ceil(2 * config.loss.center_radius) ** 2  # a square of so many strides
     return config.train.max_positives or per_level * len(config.model.levels) * people
 
 
@@ -166,12 +165,10 @@ def check_changes(config: ConfigDict, workdir: Path, accepted: bool) -> None:
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     decisive = [n for n in changed if n not in FIELDS or FIELDS[n][0] in (NETWORK, TRAINING)]
     if decisive and not accepted:
-        fields = "; ".join(
-            f"config.{n}: found {now.get(n)!r}, expected {before.get(n)!r}" for n in decisive
-        )
+        told = (f"config.{n}: found {now.get(n)!r}, expected {before.get(n)!r}" for n in decisive)
         raise UserError(
-            f"{workdir}: its last checkpoint was trained otherwise: {fields}; resume with the old "
-            "values, train on with the new ones (--accept_changes), or choose another --workdir"
+            f"{workdir}: its last checkpoint was trained otherwise: {'; '.join(told)}; resume with "
+            "the old values, with the new ones (--accept_changes), or choose another --workdir"
         )
     for name in changed:
         print(f"note: config.{name} is now {now.get(name)!r}, before {before.get(name)!r}")

@@ -36,20 +36,15 @@ class StepMetrics:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # pmap needs a hash: that of the identity
 class TrainStep:
-    """The training step's collaborators; call it inside an axis named `AXIS`.
-
-    `loss` is that section of the configuration, `max_positives` a static number per device. A
-    device feeds its images to the network in `accumulate` parts. `ema_decay` is that of the
-    parameters' moving average, if any.
-    """
+    """The training step's collaborators; call it inside an axis named `AXIS`."""
 
     model: AlignPS
     optimizer: optax.GradientTransformation
-    loss: ConfigDict
-    max_positives: int
+    loss: ConfigDict  # that section of the configuration
+    max_positives: int  # per device
     precision: str = "default"
-    accumulate: int = 1
-    ema_decay: float | None = None
+    accumulate: int = 1  # parts in which a device feeds its images to the network
+    ema_decay: float | None = None  # of the parameters' moving average, if any
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Updates the state with one device's share of a batch; equal on all devices."""
@@ -88,12 +83,7 @@ class TrainStep:
             normalize=self.loss.normalize_lut,
             queue_channels=self.loss.queue_channels,
         )
-        metrics = StepMetrics(
-            terms=terms,
-            positives=gathered.valid.sum(),
-            dropped_positives=dropped,
-            grad_norm=optax.tree.norm(gradient),
-        )
+        metrics = StepMetrics(terms, gathered.valid.sum(), dropped, optax.tree.norm(gradient))
         state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state, memory=memory)
         return _with_params(state, trained, self.ema_decay), metrics
 
@@ -106,8 +96,7 @@ class TrainStep:
     def _predict(self, variables: Any, batch: Batch) -> tuple[Outputs, ...]:
         """The network's outputs for all images, computed in `accumulate` parts.
 
-        The activations of a part are recomputed for the gradient. What follows sees all images at
-        once, so the step is that of the complete batch.
+        The activations of a part are recomputed for the gradient; all else sees the whole batch.
         """
 
         def network(images: Any) -> Any:

@@ -34,20 +34,15 @@ CURVES = "curves.png"
 
 
 def train_and_evaluate(
-    config: ConfigDict,
-    workdir: Path,
-    accept_changes: bool = False,
-    typed: Collection[str] = (),
+    config: ConfigDict, workdir: Path, accept_changes: bool = False, typed: Collection[str] = ()
 ) -> None:
     """Trains as `config` says, resuming from what `workdir` holds, and evaluates the result.
 
     A run that is refused stays as it is. With `accept_changes`, one resumes with other settings
     than it was begun with. `typed` are the dotted names of the fields that the command line sets.
 
-    Raises:
-      UserError: something is wrong with the configuration, the data or an earlier checkpoint, or
-        another run writes to `workdir`.
-      SystemExit: SIGTERM, SIGHUP or Ctrl-C came, and the state was saved.
+    Raises UserError if the configuration, the data or an earlier checkpoint is wrong, or another
+    run writes to `workdir`; SystemExit if SIGTERM, SIGHUP or Ctrl-C came, and the state was saved.
     """
     check_fields(flat_fields(config))
     config = starting_config(config, workdir, typed)

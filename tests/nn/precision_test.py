@@ -12,7 +12,7 @@ import pytest
 from alignps_jax.devices import AXIS
 from alignps_jax.inference.predict import PredictStep
 from alignps_jax.nn.deform_conv import DeformConv
-from alignps_jax.nn.layers import subtract_mean
+from alignps_jax.nn.layers import minus_mean
 from configs import tiny
 from tests.fakes import random_batch, train_setup
 from tests.nn.model_test import tiny_model
@@ -63,7 +63,7 @@ def test_training_multiplies_as_configured_and_gradients_too():
 def test_the_mean_of_a_bfloat16_map_is_subtracted_in_float32():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(30.3, 0.5, (2, 12, 20, 16)), jnp.bfloat16)
-    found = subtract_mean(x, np.array([[12, 20], [12, 20]], np.int32))
+    found = minus_mean(x, np.array([[12, 20], [12, 20]], np.int32))
     exact = np.asarray(x, np.float64)
     exact -= exact.mean((1, 2), keepdims=True)
     np.testing.assert_allclose(found, exact, atol=1e-5)

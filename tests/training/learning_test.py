@@ -1,12 +1,10 @@
 """Training in both types learns, and bfloat16 gets as far; what stays float32 with it."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from alignps_jax.devices import AXIS
 from configs import tiny
@@ -25,16 +23,14 @@ def test_losses_memory_statistics_and_parameters_stay_float32():
     assert {x.dtype for x in floats} == {jnp.dtype("float32")}
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """The tiny training in both types: same data, same start."""
-    shared = tmp_path_factory.mktemp("shared")
-    folders = {}
+def test_it_learns_in_both_types_and_as_well(tmp_path):
+    """A few hundred steps on few scenes, with the same start: losses must clearly get better."""
+    ends, recall = {}, {}
     for dtype in ("float32", "bfloat16"):
-        folders[dtype] = shared / dtype
+        folder = tmp_path / dtype
         done = launch(
-            shared,
-            folders[dtype],
+            tmp_path,
+            folder,
             f"--config.model.dtype={dtype}",
             "--config.train.duration=200 steps",
             "--config.optimizer.drops=('170 steps',)",
@@ -43,13 +39,6 @@ def runs(tmp_path_factory) -> dict[str, Path]:
             long=True,
         )
         assert done.returncode == 0, done.stderr
-    return folders
-
-
-def test_it_learns_in_both_types_and_as_well(runs):
-    """A few hundred steps on few scenes: losses must clearly get better."""
-    ends, recall = {}, {}
-    for dtype, folder in runs.items():
         log = losses(folder)
 
         def mean(steps, *names, log=log):

@@ -47,11 +47,15 @@ def first_steps(workdir: Path) -> dict:
     return {step: line for step, line in losses(workdir).items() if step <= 3}
 
 
-def test_two_processes_from_nothing_give_the_losses_of_one(from_nothing, alone):
+def test_two_processes_from_nothing_give_the_losses_of_one_which_resumes(from_nothing, alone):
     assert_same_losses(losses(from_nothing), first_steps(alone))
     names = {path.name for path in from_nothing.iterdir()}
     assert names >= {"metrics.json", "curves.png", "log.jsonl", "config.json"}
     assert not any(name.startswith("process_") for name in names)  # process 0 alone writes
+    workdir = from_nothing.with_name("fewer")
+    shutil.copytree(from_nothing, workdir, ignore=shutil.ignore_patterns("xla_cache"))
+    launch(from_nothing.parent, workdir, "--config.train.duration=4 steps").check_returncode()
+    assert_same_losses(losses(workdir), losses(alone))
 
 
 @pytest.mark.parametrize(
@@ -71,13 +75,6 @@ def test_a_signal_saves_in_all(from_nothing, alone, number, to, code):
     said = f"step {last} is saved; the same command resumes from it\n"
     assert [output.count(said) for output in outputs] == [1, 0]
     assert_same_losses(first_steps(workdir), first_steps(alone))
-
-
-def test_one_process_resumes_what_two_began(from_nothing, alone):
-    workdir = from_nothing.with_name("fewer")
-    shutil.copytree(from_nothing, workdir, ignore=shutil.ignore_patterns("xla_cache"))
-    launch(from_nothing.parent, workdir, "--config.train.duration=4 steps").check_returncode()
-    assert_same_losses(losses(workdir), losses(alone))
 
 
 def test_two_processes_evaluate_to_the_last_bit(from_nothing):

@@ -129,16 +129,11 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(pipeline, uninterrupted
     assert results(tmp_path) == uninterrupted
 
 
-@pytest.fixture(scope="module")
-def begun(pipeline, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("begun")
-    with Checkpoints(workdir, keep=1, config=tiny.get_config()) as checkpoints:
+def test_changes_are_named_and_those_that_training_feels_need_a_flag(tmp_path, capsys):
+    begun, config = tmp_path / "begun", tiny.get_config()
+    with Checkpoints(begun, keep=1, config=config) as checkpoints:
         checkpoints.save(initial().replace(step=np.int32(3)), None)
-    return workdir
-
-
-def test_changes_are_named_and_those_that_training_feels_need_a_flag(begun, tmp_path, capsys):
-    config = tiny.get_config()
+    capsys.readouterr()
     check_changes(config, begun, accepted=False)
     assert capsys.readouterr().out == ""
     config.data.root, config.data.workers, config.eval.nms_iou = "/elsewhere", 0, 0.25
