@@ -16,7 +16,7 @@ from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.lock import one_writer
 from alignps_jax.checkpoint.store import (
-    RUN_INFO,
+    RUN_CONFIG,
     Checkpoints,
     load_arrays,
     load_config,
@@ -65,7 +65,7 @@ def convert_released(
     if (workdir / "checkpoints").exists():
         raise UserError(f"--workdir: found checkpoints in {workdir}, expected none")
     _check_backbone(config, source)
-    check_outputs(*(workdir / name for name in ("checkpoints", *RUN_INFO)))
+    check_outputs(*(workdir / name for name in ("checkpoints", RUN_CONFIG)))
     tensors = read_tensors(source, averaged)
     with blame(source):
         state = _state(config, tensors)

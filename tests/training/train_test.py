@@ -102,7 +102,7 @@ def whole_run(shared_dir) -> Path:
 
 
 def test_a_run_writes_what_it_promises(whole_run):
-    names = "checkpoints config.json versions.json curves.png detections.npz log.jsonl metrics.json"
+    names = "checkpoints config.json curves.png detections.npz log.jsonl metrics.json"
     names += " queries.csv rankings.png tensorboard"
     assert {path.name for path in whole_run.iterdir()} >= set(names.split())
     metrics = json.loads((whole_run / "metrics.json").read_text())
