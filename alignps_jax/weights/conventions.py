@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from alignps_jax.types import UserError
-from alignps_jax.weights.released_names import backbone_origin, is_detector
+from alignps_jax.weights.released_names import is_detector
 from alignps_jax.weights.sources import known_convention
 
 Convention = Mapping[str, Any]  # the fields of `config.model` in `CONVENTIONS`
@@ -35,22 +35,27 @@ def convention_of(
     """The pixels that the tensors of these names expect.
 
     The digits in the name of the file or address `source` tell; then a detector; then the channel
-    order, if the user `typed` it; then what only one origin's ResNets have.
+    order, if the user `typed` it. Then torchvision and timm deliver their classifier with a ResNet,
+    and only Caffe's has a bias in its first convolution; DINO, MoCo and SwAV have neither.
 
     Raises:
       ValueError: nothing tells.
     """
-    known = known_convention(source) or ("caffe" if is_detector(names) else None)
-    if not known and "model.channel_order" in typed:
-        known = "torchvision" if config.model.channel_order == "RGB" else "caffe"
-    known = known or backbone_origin(names)
-    if not known:
-        raise ValueError(
-            "the names do not tell what pixels this ResNet-50 was trained on: add "
-            "--config.model.channel_order=RGB (torchvision, timm, DINO, MoCo, SwAV) or BGR "
-            "(Caffe: MSRA, most of detectron2)"
-        )
-    return CONVENTIONS[known]
+    if known := known_convention(source):
+        return CONVENTIONS[known]
+    if is_detector(names):
+        return CAFFE
+    if "model.channel_order" in typed:
+        return TORCHVISION if config.model.channel_order == "RGB" else CAFFE
+    if "conv1.bias" in names:
+        return CAFFE
+    if {"fc.weight", "conv1.weight"} <= set(names):
+        return TORCHVISION
+    raise ValueError(
+        "the names do not tell what pixels this ResNet-50 was trained on: add "
+        "--config.model.channel_order=RGB (torchvision, timm, DINO, MoCo, SwAV) or BGR "
+        "(Caffe: MSRA, most of detectron2)"
+    )
 
 
 def with_convention(

@@ -1,25 +1,31 @@
-"""`config.model.pretrained`: the words it knows, the cache, and the check that takes no time."""
+"""`config.model.pretrained`: the words it knows, and weights from an address, kept in a cache."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
+import http.client
 import os
 import re
+import shutil
 import tempfile
+import urllib.request
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import platformdirs
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
+from alignps_jax.errors import blame
 from alignps_jax.types import UserError
+from alignps_jax.weights.tensor_files import load_torch, read_tensors, write_tensors
 
 # The word for a network that starts from random numbers.
 RANDOM = "random"
 FIELD = "config.model.pretrained"
+_TIMEOUT = 30.0  # seconds without an answer
 
 
 class Published(NamedTuple):
@@ -54,15 +60,10 @@ def is_address(source: str) -> bool:
     return source.lower().startswith(("https://", "http://"))
 
 
-def file_name(source: str) -> str:
-    """The name of the file at an address or a path."""
-    return PurePosixPath(re.split("[?#]", source)[0] if is_address(source) else source).name
-
-
 def expected_digits(source: str) -> str:
     """The digits of the SHA-256 behind an address or in its file's name; "" if it has none."""
     found = re.search(r"#sha256=([0-9a-fA-F]{8,64})$", source)
-    found = found or re.search(r"-([0-9a-f]{8,64})\.\w+$", file_name(source))
+    found = found or re.search(r"-([0-9a-f]{8,64})\.\w+$", _file_name(source))
     return found[1].lower() if found else ""
 
 
@@ -73,41 +74,51 @@ def known_convention(source: str) -> str | None:
 
 
 def check_start(config: ConfigDict) -> None:
-    """Finds out, before any work, whether training can start from `config.model.pretrained`.
-
-    Raises:
-      UserError: the field needs PyTorch, which is not installed, or is random for a network that
-        keeps some of its initial values.
-    """
+    """Raises UserError if training is to start from random values that it would never change."""
     model = config.model
-    if model.pretrained == RANDOM:
-        if model.backbone != "resnet_small" or model.frozen_stages >= 0:
-            raise UserError(
-                f"{FIELD}: found 'random', expected weights ({' or '.join(PUBLISHED)}, a file, an "
-                f"address or a run): {model.backbone} with frozen_stages={model.frozen_stages} "
-                "keeps its initial stages or normalization. From scratch trains "
-                "--config.model.backbone=resnet_small --config.model.frozen_stages=-1"
-            )
-        return
-    source = address_of(model.pretrained)
-    kept = is_address(source) and cached_file(source).is_file()
-    if source.endswith(".pth") and not kept and not has_torch():
+    if model.pretrained == RANDOM and (
+        model.backbone != "resnet_small" or model.frozen_stages >= 0
+    ):
         raise UserError(
-            f"{FIELD}: {file_name(source)} needs PyTorch to be read: "
-            "pip install '.[torch]', or start from weights that need none: "
-            "--config.model.pretrained=torchvision"
+            f"{FIELD}: found 'random', expected weights ({' or '.join(PUBLISHED)}, a file, an "
+            f"address or a run): {model.backbone} with frozen_stages={model.frozen_stages} "
+            "keeps its initial stages or normalization. From scratch trains "
+            "--config.model.backbone=resnet_small --config.model.frozen_stages=-1"
         )
 
 
-def has_torch() -> bool:
-    """Whether PyTorch is installed, without importing it."""
-    return importlib.util.find_spec("torch") is not None
+def fetch(address: str) -> Path:
+    """The file of the weights at an address, which is downloaded unless it is in the cache.
 
+    It is kept as `.safetensors`. The digits of its SHA-256 are checked: those in its name
+    (`-5891d200.pth`, as in the model zoos of PyTorch and OpenMMLab), or `#sha256=...` behind the
+    address.
 
-def cached_file(address: str) -> Path:
-    """Where the weights of an address are kept, as `.safetensors`."""
+    Raises:
+      UserError: there is no network, no such file, another file than the digits say, or no PyTorch
+        to read it.
+    """
     digits = hashlib.sha256(address.encode()).hexdigest()[:8]
-    return cache_folder() / f"{digits}-{PurePosixPath(file_name(address)).stem}.safetensors"
+    name = _file_name(address)
+    target = cache_folder() / f"{digits}-{Path(name).stem}.safetensors"
+    if not target.is_file():
+        with tempfile.TemporaryDirectory() as folder, blame(f"{FIELD}: {address}"):
+            if name.endswith(".pth"):
+                load_torch()  # before the download
+            file = Path(folder) / name
+            try:
+                _download(address.partition("#")[0], file)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise ValueError(
+                    f"cannot be downloaded ({error}); without a network, give the path of the file"
+                ) from error
+            tensors = read_tensors(file)
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            if not digest.startswith(expected := expected_digits(address)):
+                raise ValueError(f"found SHA-256 {digest[:16]}..., expected {expected}...")
+            write_tensors(target, tensors, {"source": address})
+            print(f"{FIELD}: {address} is now {target} (SHA-256 {digest})", flush=True)
+    return target
 
 
 @cache
@@ -121,3 +132,17 @@ def cache_folder() -> Path:
     temporary = Path(tempfile.mkdtemp(prefix="alignps_jax-"))
     print(f"note: {folder} cannot be written: downloaded weights go to {temporary}")
     return temporary
+
+
+def _file_name(source: str) -> str:
+    return PurePosixPath(re.split("[?#]", source)[0] if is_address(source) else source).name
+
+
+def _download(address: str, file: Path) -> None:
+    request = urllib.request.Request(address, headers={"User-Agent": "alignps-jax"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, file.open("wb") as writable:
+        total = int(answer.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(answer, "read", total=total, desc=file.name, mininterval=1) as readable:
+            shutil.copyfileobj(readable, writable)
+        if writable.tell() < total:
+            raise ValueError(f"cut off after {writable.tell():,} of {total:,} bytes")

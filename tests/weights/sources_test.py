@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -11,10 +12,9 @@ import numpy as np
 import pytest
 
 from alignps_jax.types import UserError
-from alignps_jax.weights import download, sources
+from alignps_jax.weights import sources
 from alignps_jax.weights.sources import PUBLISHED, expected_digits, known_convention
 from alignps_jax.weights.tensor_files import read_tensors, write_tensors
-from configs import cuhk
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -61,7 +61,7 @@ def server(content) -> Iterator[Server]:
     names = (f"a-{digits[:8]}.safetensors", "a-00000000.safetensors", "model.safetensors")
     page = b"<!DOCTYPE html><html>Sign in</html>"
     files = {f"/{name}": content for name in names} | {"/page.safetensors": page}
-    server = Server(files | {"/text.safetensors": b"no weights", "/a.pth": b"no weights"})
+    server = Server(files | {"/text.safetensors": b"no weights"})
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -86,14 +86,14 @@ def test_a_file_is_downloaded_once_and_then_read_without_a_network(server, conte
     digits = hashlib.sha256(content).hexdigest()
     for tail in (f"/a-{digits[:8]}.safetensors", f"/model.safetensors#sha256={digits}"):
         address = server.address + prefix + tail
-        file = download.fetch(address)
+        file = sources.fetch(address)
         np.testing.assert_array_equal(read_tensors(file)["x"], np.arange(6))
         asked = server.requests
-        assert download.fetch(address) == file
+        assert sources.fetch(address) == file
         assert server.requests == asked
     server.shutdown()
     server.server_close()
-    assert download.fetch(address) == file
+    assert sources.fetch(address) == file
     assert len(kept(cache)) == 2
 
 
@@ -111,7 +111,7 @@ def test_a_file_is_downloaded_once_and_then_read_without_a_network(server, conte
 )
 def test_anything_else_is_one_line_and_leaves_nothing(server, tail, message, cache):
     with pytest.raises(UserError, match=message) as error:
-        download.fetch(server.address + tail)
+        sources.fetch(server.address + tail)
     assert str(error.value).startswith(f"config.model.pretrained: {server.address}{tail}: ")
     assert "\n" not in str(error.value)
     assert kept(cache) == []
@@ -120,7 +120,7 @@ def test_anything_else_is_one_line_and_leaves_nothing(server, tail, message, cac
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.safetensors", "http://[/a.safetensors"])
 def test_no_network_and_no_address(address, cache):
     with pytest.raises(UserError, match=r"cannot be downloaded .*give the path of the file"):
-        download.fetch(address)
+        sources.fetch(address)
     assert kept(cache) == []
 
 
@@ -128,21 +128,22 @@ def test_a_cache_that_cannot_be_written_is_a_note(server, tmp_path, monkeypatch,
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     address = f"{server.address}/model.safetensors"
-    file = download.fetch(address)
-    assert download.fetch(address) == file
+    file = sources.fetch(address)
+    assert sources.fetch(address) == file
     assert server.requests == 1
     assert capsys.readouterr().out.count("note: ") == 1
 
 
-def test_pytorch_is_needed_once(monkeypatch):
-    config = cuhk.get_config()
-    monkeypatch.setattr(sources, "has_torch", lambda: False)
-    with pytest.raises(UserError, match=r"needs PyTorch to be read"):
-        sources.check_start(config)
-    file = sources.cached_file(PUBLISHED["msra"].address)
+def test_pytorch_is_needed_once(monkeypatch, server, cache):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    address = f"{server.address}/a.pth"
+    with pytest.raises(UserError, match=r"pth files need PyTorch, .*pretrained=torchvision"):
+        sources.fetch(address)
+    assert (server.requests, kept(cache)) == (0, [])
+    digits = hashlib.sha256(address.encode()).hexdigest()[:8]
+    file = sources.cache_folder() / f"{digits}-a.safetensors"
     write_tensors(file, {"x": np.zeros(2, np.float32)}, {})
-    sources.check_start(config)
-    assert download.fetch(PUBLISHED["msra"].address) == file
+    assert sources.fetch(address) == file
 
 
 def test_published_files_have_digits_and_a_convention():
