@@ -41,8 +41,7 @@ from alignps_jax.checkpoint.arrays import (
     snapshot,
     system_error,
 )
-from alignps_jax.checkpoint.choice import SCORE, chosen_step, last_step
-from alignps_jax.checkpoint.places import steps_in
+from alignps_jax.checkpoint.places import SCORE, chosen_step, last_step, steps_in
 from alignps_jax.distributed import broadcast_from_main, is_main_process
 from alignps_jax.files import read_json, write_json
 from alignps_jax.types import TrainState, UserError, Weights
@@ -124,12 +123,10 @@ class Checkpoints:
         step = int(state.step)
         metrics = {"score": float(score)} if score is not None and math.isfinite(score) else None
         exists = step == self.latest_step()
-        if not self._manager:
-            return
-        if exists:
-            if metrics:
-                _write_score(self._root / str(step), metrics)
-                self._manager.reload()
+        if self._manager and exists and metrics:
+            _write_score(self._root / str(step), metrics)
+            self._manager.reload()
+        if exists or not self._manager:
             return
         specs, arrays = snapshot(state)
         iterator_state = json.loads(json.dumps(iterator_state))  # a copy, as it is written later

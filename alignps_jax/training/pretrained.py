@@ -9,8 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.choice import last_step
-from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.places import holds_checkpoint, last_step
 from alignps_jax.checkpoint.store import load_arrays, load_config
 from alignps_jax.distributed import broadcast_from_main, is_main_process
 from alignps_jax.errors import blame

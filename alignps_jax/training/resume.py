@@ -9,8 +9,7 @@ import grain
 import jax
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.choice import last_step
-from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.places import holds_checkpoint, last_step
 from alignps_jax.checkpoint.store import Checkpoints, load_config
 from alignps_jax.config import FIELD_KINDS, NETWORK, TRAINING, flat_fields
 from alignps_jax.distributed import is_main_process

@@ -14,8 +14,8 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.lock import one_writer
+from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.checkpoint.store import (
     RUN_CONFIG,
     Checkpoints,

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -28,7 +28,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.arrays import reading
-from alignps_jax.checkpoint.choice import chosen_step
+from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.checkpoint.store import (
     Checkpoints,
     load_arrays,
@@ -46,6 +46,7 @@ CONFIG = ConfigDict(
     {
         "model": {"stages": (3, 4), "nested": ((1, 2), (3, 4)), "unset": None},
         "data": {"validation_fraction": 0.25},  # the best step is the one that counts
+        "eval": {"choose_on_test": False},
     }
 ).lock()
 
@@ -67,7 +68,10 @@ def make_state(step: int, queue: int = 5) -> TrainState:
     return TrainState(
         step=jnp.int32(step),
         params=params,
-        frozen={"statistics": (jnp.arange(6, dtype=jnp.uint32) + step, jnp.array([True, False]))},
+        frozen={
+            "statistics": (jnp.arange(6, dtype=jnp.uint32) + step, jnp.array([True, False])),
+            "large": jnp.asarray(rng.normal(size=(100, 100)), jnp.float32),
+        },
         opt_state=optimizer.init(params),
         memory=OIMMemory(
             lut=jnp.asarray(rng.normal(size=(7, 4)), jnp.float32),
@@ -134,16 +138,14 @@ def test_the_next_step_may_take_the_buffers_and_the_iterator_state(tmp_path):
     state = make_state(1).replace(params=params, frozen={"host": host})
     with open_checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, position)
-        host[:] = -1
-        position["position"][0] = -1
+        host[:] = position["position"][0] = -1
         for _ in range(5):
             params = add(params)
         restored, iterator_state = checkpoints.restore(state.replace(params=params))
         doubled = add(add(restored.params))
     assert iterator_state == {"position": [1]}
     assert (restored.frozen["host"] == 1).all()
-    for i in range(50):
-        assert (doubled[f"w{i}"] == i + 2).all()
+    assert all((doubled[f"w{i}"] == i + 2).all() for i in range(50))
 
 
 def test_keeps_the_latest_and_the_best(tmp_path):
@@ -220,7 +222,6 @@ def test_weights_of_the_chosen_or_one_step(saved, copied):
     # One step's folder, anywhere, under any name.
     alone = (copied / "checkpoints" / "1").rename(copied.parent / "alone")
     assert load(alone) == 1
-    assert load_config(alone).model.stages == CONFIG.model.stages
     # Without any score the newest is the best there is.
     shutil.rmtree(copied / "checkpoints" / "2" / "metrics")
     assert load(copied) == 3
@@ -229,29 +230,19 @@ def test_weights_of_the_chosen_or_one_step(saved, copied):
             load(nowhere)
 
 
-@pytest.mark.parametrize(
-    ("fraction", "on_test", "expected"),
-    [
-        (0.0, False, ("3", "being the last")),
-        (0.0, True, ("2", "search mAP on the test split")),
-        (0.25, False, ("2", "search mAP on the validation split")),
-        (0.25, True, ("2", "search mAP on the validation split")),
-    ],
-)
-def test_the_last_step_counts_unless_a_split_chooses(tmp_path, fraction, on_test, expected):
+@pytest.mark.parametrize("fraction", [0.0, 0.25])
+@pytest.mark.parametrize("on_test", [False, True])
+def test_the_last_step_counts_unless_a_split_chooses(saved, fraction, on_test):
     config = get_config()
     config.data.validation_fraction, config.eval.choose_on_test = fraction, on_test
-    with Checkpoints(tmp_path, keep=3, config=config) as checkpoints:
-        for step, score in ((1, 0.5), (2, 0.9), (3, 0.7)):
-            checkpoints.save(make_state(step), None, score)
-    folder, by = chosen_step(tmp_path)
+    split = "validation" if fraction else "test"
+    expected = ("2", f"search mAP on the {split} split")
+    if not (fraction or on_test):
+        expected = ("3", "being the last")
+    folder, by = chosen_step(saved, config)
     assert (folder.name, by) == expected
-    assert best_step(tmp_path) == int(expected[0])
     assert chosen_step(folder) == (folder, "hand")
-    config.data.validation_fraction, config.eval.choose_on_test = 0.0, not on_test
-    other = ("3", "being the last") if on_test else ("2", "search mAP on the test split")
-    folder, by = chosen_step(tmp_path, config)  # as the command line says
-    assert (folder.name, by) == other
+    assert chosen_step(saved)[0].name == "2"  # as its own configuration says
 
 
 def test_configurations(tmp_path):
@@ -300,6 +291,8 @@ def test_damage_is_found_or_does_not_matter(saved, tmp_path):
             assert iterator_state == {"position": 2} or content is not None
         shutil.rmtree(folder)
     assert {"arrays", "manifest"} <= {item for item, _ in refused}
+    # A flipped bit in the values, over which Orbax has no checksum.
+    assert any("wrong checksum of frozen/large" in m for item, m in refused if item == "arrays")
     assert all(named and message.isprintable() for (_, message), named in refused.items())
 
 
@@ -322,20 +315,6 @@ def test_what_the_system_says_is_no_damage(error, cause, expected):
     with pytest.raises(type(expected)) as caught, reading(Path("/c/1")):
         raise error
     assert str(caught.value) == str(expected)
-
-
-def test_a_flipped_bit_is_found(tmp_path):
-    """In the values, over which Orbax has no checksum."""
-    state = make_state(1).replace(params={"w": jax.random.normal(jax.random.key(0), (300, 300))})
-    with open_checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, None)
-        checkpoints.wait()
-        file = max(tmp_path.rglob("*"), key=lambda path: path.stat().st_size)
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 4
-        file.write_bytes(data)
-        with pytest.raises(UserError, match=r"/1: damaged checkpoint.*wrong checksum of params/w"):
-            checkpoints.restore(state)
 
 
 def test_a_half_deleted_old_checkpoint_is_cleared_away(copied):
@@ -398,18 +377,26 @@ def many_arrays(step: int) -> TrainState:
 
 def child_stall(workdir: str) -> None:
     """Saves 1 whole, and stops in 2 just before it is renamed."""
-    rename = os.rename
 
-    def stalling_rename(source, target, **options):
-        if Path(target).name == "2":
+    def stall(source: Path) -> None:
+        if Path(source).name.startswith("2."):
             print("committing", flush=True)
             time.sleep(600)
-        rename(source, target, **options)
 
-    os.rename = stalling_rename
+    before_renaming(stall)
     with open_checkpoints(Path(workdir)) as checkpoints:
         checkpoints.save(many_arrays(1), {"position": 1}, score=0.5)
         checkpoints.save(many_arrays(2), {"position": 2}, score=0.9)
+
+
+def before_renaming(act: Callable[[Path], None]) -> None:
+    rename = os.rename
+
+    def acting_rename(source, target, **options):
+        act(source)
+        return rename(source, target, **options)
+
+    os.rename = acting_rename
 
 
 def child_train(workdir: str) -> None:
@@ -443,7 +430,6 @@ def test_kill_while_saving(tmp_path):
         assert iterator_state == {"position": steps[-1]}
         checkpoints.save(many_arrays(steps[-1] + 1), None)
     assert all(name.isdigit() for name in steps_in(tmp_path))
-    assert len(steps_in(tmp_path)) <= 3
 
 
 def child_full(workdir: str, *cluster: str) -> None:
@@ -475,20 +461,19 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, process
 
 def child_synced(workdir: str) -> None:
     """Says which files a checkpoint has on the disk when it gets its name, and which it has not."""
-    rename, fsync, synced = os.rename, os.fsync, set()
+    fsync, synced = os.fsync, set()
 
     def seen_fsync(file):
         fsync(file)
         synced.add(os.fstat(file).st_ino)
 
-    def seen_rename(source, target, **options):
-        if Path(target).name == "1":
+    def tell(source: Path) -> None:
+        if Path(source).name.startswith("1."):
             files = [path for path in Path(source).rglob("*") if path.is_file()]
-            late = [path.name for path in files if path.stat().st_ino not in synced]
-            print(len(files), *late)
-        return rename(source, target, **options)
+            print(len(files), *(path.name for path in files if path.stat().st_ino not in synced))
 
-    os.fsync, os.rename = seen_fsync, seen_rename
+    os.fsync = seen_fsync
+    before_renaming(tell)
     with open_checkpoints(Path(workdir)) as checkpoints:
         checkpoints.save(make_state(1), {"position": 1}, score=0.5)
 
@@ -546,11 +531,8 @@ def child_process(workdir: str, *cluster: str) -> None:
 
 def test_two_processes(tmp_path):
     outputs_of(*start_together("process", tmp_path, 2))
-    state = many_arrays(0)
-    weights = load_weights(tmp_path, Weights(state.step, state.params, state.frozen))
-    assert_same(weights.params, many_arrays(3).params)
     with open_checkpoints(tmp_path, keep=1) as checkpoints:
-        restored, iterator_state = checkpoints.restore(state)
+        restored, iterator_state = checkpoints.restore(many_arrays(0))
     assert_same(restored, many_arrays(3))
     assert iterator_state == {"position": 3}
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from alignps_jax.checkpoint.choice import chosen_step
+from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.checkpoint.store import load_arrays
 from tests.places import ROOT, heed_signals
 
