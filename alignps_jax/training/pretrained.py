@@ -16,9 +16,15 @@ from alignps_jax.errors import blame
 from alignps_jax.nn.model import AlignPS, weights_template
 from alignps_jax.types import UserError
 from alignps_jax.weights import sources
-from alignps_jax.weights.conventions import CAFFE, Convention, convention_of, with_convention
 from alignps_jax.weights.released_names import by_our_names, kind_of
-from alignps_jax.weights.sources import FIELD, RANDOM
+from alignps_jax.weights.sources import (
+    CAFFE,
+    FIELD,
+    RANDOM,
+    Convention,
+    convention_of,
+    with_convention,
+)
 from alignps_jax.weights.tensor_files import listed, read_tensors
 
 Arrays = Mapping[str, np.ndarray]

@@ -30,7 +30,6 @@ from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alignps_jax.training.state import is_frozen
 from alignps_jax.types import OIMMemory, TrainState, UserError
-from alignps_jax.weights.conventions import convention_of, with_convention
 from alignps_jax.weights.released_names import (
     LOOKUP_TABLE,
     QUEUE,
@@ -40,6 +39,7 @@ from alignps_jax.weights.released_names import (
     released_name,
     to_torch,
 )
+from alignps_jax.weights.sources import convention_of, with_convention
 from alignps_jax.weights.tensor_files import Tensors, listed, read_tensors, write_tensors
 
 

@@ -1,4 +1,4 @@
-"""`config.model.pretrained`: the words it knows, and weights from an address, kept in a cache."""
+"""`config.model.pretrained`: where weights come from, and the pixels that they were trained on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import re
 import shutil
 import tempfile
 import urllib.request
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any
 
 import platformdirs
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from alignps_jax.errors import blame
 from alignps_jax.types import UserError
+from alignps_jax.weights.released_names import is_detector
 from alignps_jax.weights.tensor_files import load_torch, read_tensors, write_tensors
 
 # The word for a network that starts from random numbers.
@@ -28,31 +30,39 @@ FIELD = "config.model.pretrained"
 _TIMEOUT = 30.0  # seconds without an answer
 
 
-class Published(NamedTuple):
-    """A published ImageNet ResNet-50, and a key of `CONVENTIONS`: the pixels it was trained on."""
-
-    address: str
-    convention: str
-
-
-# By word. The digits of a file's SHA-256 stand in its name, or behind its address.
+Convention = Mapping[str, Any]  # of a pixel and the stride, as fields of `config.model`
+CAFFE: Convention = {
+    "channel_order": "BGR",
+    "pixel_mean": (103.530, 116.280, 123.675),
+    "pixel_std": (1.0, 1.0, 1.0),
+    "stride_in_3x3": False,
+}
+TORCHVISION: Convention = {
+    "channel_order": "RGB",
+    "pixel_mean": (123.675, 116.280, 103.530),
+    "pixel_std": (58.395, 57.120, 57.375),
+    "stride_in_3x3": True,
+}
+# ImageNet ResNet-50s by word. The digits of a file's SHA-256 stand in its name, or behind its
+# address.
 PUBLISHED = {
     # The initial weights of the released code, from OpenMMLab's model zoo.
-    "msra": Published(
-        "https://download.openmmlab.com/pretrain/third_party/resnet50_msra-5891d200.pth", "caffe"
+    "msra": (
+        "https://download.openmmlab.com/pretrain/third_party/resnet50_msra-5891d200.pth",
+        CAFFE,
     ),
     # torchvision's weights (IMAGENET1K_V1) as timm publishes them.
-    "torchvision": Published(
+    "torchvision": (
         "https://huggingface.co/timm/resnet50.tv_in1k/resolve/main/model.safetensors"
         "#sha256=5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888",
-        "torchvision",
+        TORCHVISION,
     ),
 }
 
 
 def address_of(pretrained: str) -> str:
     """The address or path of a value of the field."""
-    return PUBLISHED[pretrained].address if pretrained in PUBLISHED else pretrained
+    return PUBLISHED[pretrained][0] if pretrained in PUBLISHED else pretrained
 
 
 def is_address(source: str) -> bool:
@@ -65,12 +75,6 @@ def expected_digits(source: str) -> str:
     found = re.search(r"#sha256=([0-9a-fA-F]{8,64})$", source)
     found = found or re.search(r"-([0-9a-f]{8,64})\.\w+$", _file_name(source))
     return found[1].lower() if found else ""
-
-
-def known_convention(source: str) -> str | None:
-    """The convention of a published file by the digits in its name or address; else None."""
-    found = {expected_digits(entry.address): entry.convention for entry in PUBLISHED.values()}
-    return found.get(expected_digits(source))
 
 
 def check_start(config: ConfigDict) -> None:
@@ -132,6 +136,57 @@ def cache_folder() -> Path:
     temporary = Path(tempfile.mkdtemp(prefix="alignps_jax-"))
     print(f"note: {folder} cannot be written: downloaded weights go to {temporary}")
     return temporary
+
+
+def convention_of(
+    names: Collection[str], source: str, config: ConfigDict, typed: Collection[str]
+) -> Convention:
+    """The pixels that the tensors of these names expect.
+
+    The digits in the name of the file or address `source` tell; then a detector; then the channel
+    order, if the user `typed` it. Then torchvision and timm deliver their classifier with a ResNet,
+    and only Caffe's has a bias in its first convolution; DINO, MoCo and SwAV have neither.
+
+    Raises:
+      ValueError: nothing tells.
+    """
+    for address, expected in PUBLISHED.values():
+        if expected_digits(address) == expected_digits(source):
+            return expected
+    if is_detector(names):
+        return CAFFE
+    if "model.channel_order" in typed:
+        return TORCHVISION if config.model.channel_order == "RGB" else CAFFE
+    if "conv1.bias" in names:
+        return CAFFE
+    if {"fc.weight", "conv1.weight"} <= set(names):
+        return TORCHVISION
+    raise ValueError(
+        "the names do not tell what pixels this ResNet-50 was trained on: add "
+        "--config.model.channel_order=RGB (torchvision, timm, DINO, MoCo, SwAV) or BGR "
+        "(Caffe: MSRA, most of detectron2)"
+    )
+
+
+def with_convention(
+    config: ConfigDict, expected: Convention, typed: Collection[str], source: str
+) -> ConfigDict:
+    """A copy of `config` whose pixels and stride are those that the weights of `source` expect.
+
+    Raises:
+      UserError: a field that the user `typed` (dotted names) contradicts the weights.
+    """
+    config = config.copy_and_resolve_references()
+    wrong = [
+        f"config.model.{name}: found {config.model[name]!r}, expected {expected[name]!r}"
+        for name in CAFFE
+        if f"model.{name}" in typed and config.model[name] != expected[name]
+    ]
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)} for {source}; without these flags, it follows")
+    with config.unlocked():
+        config.model.update({name: expected[name] for name in CAFFE})
+    return config
 
 
 def _file_name(source: str) -> str:

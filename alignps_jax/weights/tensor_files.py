@@ -100,7 +100,7 @@ def _content(path: Path) -> Any:
         kind = _format(path)
         if kind == "safetensors":
             return safetensors.numpy.load_file(path)
-        return _load_torch(path) if kind == "pth" else _read_shards(path)
+        return _read_pth(path) if kind == "pth" else _read_shards(path)
     except (OSError, MemoryError, ValueError):
         raise
     except Exception as error:  # PyTorch documents none of what it raises for a damaged file
@@ -110,7 +110,7 @@ def _content(path: Path) -> Any:
         raise ValueError(reason[:250]) from error
 
 
-def _load_torch(path: Path) -> Any:
+def _read_pth(path: Path) -> Any:
     torch = load_torch()
     safe: list[Any] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of NumPy 1 and 2

@@ -16,8 +16,8 @@ from alignps_jax.training.pretrained import starting_arrays, starting_config
 from alignps_jax.training.state import create_state
 from alignps_jax.types import UserError
 from alignps_jax.weights import sources
-from alignps_jax.weights.conventions import CAFFE, TORCHVISION
 from alignps_jax.weights.released_names import to_torch
+from alignps_jax.weights.sources import CAFFE, TORCHVISION
 from configs import ablation, cuhk, prw, synthetic, tiny
 from tests.fakes import randomize
 from tests.weights.convert_test import fake_backbone, fake_detector, saved, small_config

@@ -17,9 +17,9 @@ from alignps_jax.cli import main
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.pretrained import starting_arrays
 from alignps_jax.types import UserError
-from alignps_jax.weights.conventions import CAFFE, TORCHVISION
 from alignps_jax.weights.convert import convert_released, export_released
 from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE, to_torch
+from alignps_jax.weights.sources import CAFFE, TORCHVISION
 from alignps_jax.weights.tensor_files import Tensors, read_tensors, write_tensors
 from configs import cuhk, prw, tiny
 from tests.oracle.random_weights import random_state_dict
@@ -90,19 +90,15 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.skipif(not NAMES.is_file(), reason="needs ../shared")
-def test_names_and_shapes_are_the_released_ones():
-    published = list(json.loads(NAMES.read_text()).values())
-    plain, plus = published[0], published[0] | published[1]
-    for config, expected in (
-        (cuhk.get_config("released"), plain),
-        (cuhk.get_config("released_plus"), plus),
-        (prw.get_config("released"), plain),
-        (prw.get_config("released_plus"), plus),
-    ):
-        found = {name: list(shape) for name, shape in model_shapes(config).items()}
-        left = set(expected) - set(found)
-        assert found == {name: expected[name] for name in found}
-        assert all("matching_layer" in n or n.endswith("num_batches_tracked") for n in left)
+@pytest.mark.parametrize("module", [cuhk, prw])
+@pytest.mark.parametrize("variant", ["released", "released_plus"])
+def test_names_and_shapes_are_the_released_ones(module, variant):
+    plain, plus, *_ = json.loads(NAMES.read_text()).values()
+    expected = plain | (plus if variant == "released_plus" else {})
+    found = {k: list(shape) for k, shape in model_shapes(module.get_config(variant)).items()}
+    left = set(expected) - set(found)
+    assert found == {name: expected[name] for name in found}
+    assert all("matching_layer" in n or n.endswith("num_batches_tracked") for n in left)
 
 
 @pytest.mark.parametrize("variant", ["", "released", "released_plus", "plus"])
@@ -124,14 +120,11 @@ def test_kernels_land_in_our_layout_and_the_config_travels_along(tmp_path):
     stored = load_config(tmp_path / "out")
     assert stored.to_dict() == config.to_dict()
     weights = load_weights(tmp_path / "out", weights_template(build_model(stored)))
-    assert weights.step == 0
     kernel = weights.params["neck"]["lateral4"]["kernel"]
-    torch_kernel = tensors["neck.lateral_convs.1.weight"]
-    assert kernel[2, 0, 3, 5] == torch_kernel[5, 3, 2, 0]
-    norm = weights.frozen["backbone"]["layer2_0"]["downsample_bn"]
-    np.testing.assert_array_equal(
-        norm["var"], tensors["backbone.layer2.0.downsample.1.running_var"]
-    )
+    assert kernel[2, 0, 3, 5] == tensors["neck.lateral_convs.1.weight"][5, 3, 2, 0]
+    variance = weights.frozen["backbone"]["layer2_0"]["downsample_bn"]["var"]
+    expected = tensors["backbone.layer2.0.downsample.1.running_var"]
+    np.testing.assert_array_equal(variance, expected)
 
 
 def changed(**changes) -> Tensors:
@@ -298,14 +291,14 @@ def test_ema_takes_the_running_average(kind, tmp_path):
 def test_pth_files(zipped, tmp_path):
     torch = pytest.importorskip("torch")
     tensors = fake_detector()
-    state = {f"module.{k}": torch.from_numpy(np.array(x)) for k, x in tensors.items()}
-    meta = {"epoch": 24, "config": "model = dict()", "CLASSES": ("person",), "hooks": [None, 1.5]}
-    meta |= {"best": np.float64(0.9), "seed": np.int64(3), "args": Namespace(lr=0.1)}
-    optimizer = {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
-    content = {"meta": meta, "state_dict": state, "optimizer": optimizer}
-    source = tmp_path / "source.pth"
-    torch.save(content, source, _use_new_zipfile_serialization=zipped)
-    convert_released(small_config(), source, tmp_path / "out")
+    content = {
+        "state_dict": {f"module.{k}": torch.from_numpy(np.array(x)) for k, x in tensors.items()},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{}]},
+        "meta": {"epoch": 24, "CLASSES": ("person",), "hooks": [None, 1.5], "seed": np.int64(3)},
+        "args": Namespace(lr=0.1, best=np.float64(0.9)),
+    }
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    convert_released(small_config(), tmp_path / "a.pth", tmp_path / "out")
     export_released(tmp_path / "out", tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert set(back) == {"meta", "state_dict"}

@@ -13,8 +13,9 @@ import pytest
 
 from alignps_jax.types import UserError
 from alignps_jax.weights import sources
-from alignps_jax.weights.sources import PUBLISHED, expected_digits, known_convention
+from alignps_jax.weights.sources import PUBLISHED, convention_of, expected_digits
 from alignps_jax.weights.tensor_files import read_tensors, write_tensors
+from configs import cuhk
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -107,20 +108,16 @@ def test_a_file_is_downloaded_once_and_then_read_without_a_network(server, conte
         ("/page.safetensors", "found a web page"),
         ("/page.safetensors#sha256=12345678", "found a web page"),
         ("/text.safetensors", "found an unknown format"),
+        ("http://127.0.0.1:9/a.safetensors", r"cannot be downloaded .*give the path of the file"),
+        ("http://[/a.safetensors", r"cannot be downloaded .*give the path of the file"),
     ],
 )
 def test_anything_else_is_one_line_and_leaves_nothing(server, tail, message, cache):
+    address = server.address + tail if tail.startswith("/") else tail
     with pytest.raises(UserError, match=message) as error:
-        sources.fetch(server.address + tail)
-    assert str(error.value).startswith(f"config.model.pretrained: {server.address}{tail}: ")
-    assert "\n" not in str(error.value)
-    assert kept(cache) == []
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.safetensors", "http://[/a.safetensors"])
-def test_no_network_and_no_address(address, cache):
-    with pytest.raises(UserError, match=r"cannot be downloaded .*give the path of the file"):
         sources.fetch(address)
+    assert str(error.value).startswith(f"config.model.pretrained: {address}: ")
+    assert "\n" not in str(error.value)
     assert kept(cache) == []
 
 
@@ -147,8 +144,11 @@ def test_pytorch_is_needed_once(monkeypatch, server, cache):
 
 
 def test_published_files_have_digits_and_a_convention():
-    for entry in PUBLISHED.values():
-        assert len(expected_digits(entry.address)) >= 8
-        assert known_convention(entry.address) == entry.convention
-    assert known_convention("/somewhere/resnet50_msra-5891d200.pth") == "caffe"
-    assert known_convention("/somewhere/model.safetensors") is None
+    config = cuhk.get_config()
+    assert all(len(expected_digits(address)) >= 8 for address, _ in PUBLISHED.values())
+    for source, expected in (
+        *PUBLISHED.values(),
+        ("/somewhere/resnet50_msra-5891d200.pth", PUBLISHED["msra"][1]),
+        ("/somewhere/model.safetensors", PUBLISHED["torchvision"][1]),
+    ):
+        assert convention_of({"fc.weight", "conv1.weight"}, source, config, ()) == expected
