@@ -53,8 +53,7 @@ def snapshot(state: TrainState) -> tuple[Specs, dict[str, np.ndarray]]:
 def restore_arrays(folder: Path, template: Any) -> Any:
     """The template's structure, a dataclass, with the arrays of a checkpoint.
 
-    Raises:
-      UserError: the checkpoint is damaged, or its arrays in the template's fields are others.
+    Raises UserError if it is damaged, or its arrays in the template's fields are others.
     """
     leaves = leaves_by_path(template)
     fields = {field.name for field in dataclasses.fields(template)}
@@ -78,8 +77,7 @@ def restore_arrays(folder: Path, template: Any) -> Any:
 def read_arrays(folder: Path, specs: Specs) -> dict[str, np.ndarray]:
     """The arrays of these paths, except those without elements, which only the manifest has.
 
-    Raises:
-      UserError: the checkpoint is damaged.
+    Raises UserError if the checkpoint is damaged.
     """
     stored = {path: spec for path, spec in specs.items() if not re.search(r"\b0\b", spec["type"])}
     args = ocp.args.PyTreeRestore(
