@@ -26,10 +26,7 @@ Specs = Mapping[str, dict[str, Any]]
 
 
 class ArrayWriter(ocp.PyTreeCheckpointHandler):
-    """Writes a checkpoint's files to the disk itself before the checkpoint gets its name.
-
-    Else the name may outlive a crash of the system that its files do not.
-    """
+    """Has a checkpoint's files on the disk itself, should the system crash, before its name."""
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
@@ -56,13 +53,12 @@ def snapshot(state: TrainState) -> tuple[Specs, dict[str, np.ndarray]]:
 def restore_arrays(folder: Path, template: Any) -> Any:
     """The template's structure, a dataclass, with the arrays of a checkpoint.
 
-    Raises:
-      UserError: the checkpoint is damaged, or its arrays in the template's fields are others.
+    Raises UserError if it is damaged, or its arrays in the template's fields are others.
     """
     leaves = leaves_by_path(template)
     fields = {field.name for field in dataclasses.fields(template)}
-    specs = read_manifest(folder)["arrays"]
-    specs = {path: spec for path, spec in specs.items() if path.split("/")[0] in fields}
+    stored = read_manifest(folder)["arrays"].items()
+    specs = {path: spec for path, spec in stored if path.split("/")[0] in fields}
     found = {path: spec["type"] for path, spec in specs.items()}
     expected = {path: _type(leaf) for path, leaf in leaves.items()}
     differences = [
@@ -81,8 +77,7 @@ def restore_arrays(folder: Path, template: Any) -> Any:
 def read_arrays(folder: Path, specs: Specs) -> dict[str, np.ndarray]:
     """The arrays of these paths, except those without elements, which only the manifest has.
 
-    Raises:
-      UserError: the checkpoint is damaged.
+    Raises UserError if the checkpoint is damaged.
     """
     stored = {path: spec for path, spec in specs.items() if not re.search(r"\b0\b", spec["type"])}
     args = ocp.args.PyTreeRestore(
@@ -112,19 +107,19 @@ def reading(folder: Path) -> Iterator[None]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # Orbax and TensorStore document none of what they raise
-        if (number := system_error(error)) is not None:
-            raise OSError(number, os.strerror(number), str(folder)) from error
+        if said := system_error(error):
+            raise OSError(said.errno, said.strerror, str(folder)) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{folder}: damaged checkpoint ({reason})") from error
 
 
-def system_error(error: BaseException | None) -> int | None:
-    """The number of the system's error, which TensorStore hides in the text of its own."""
+def system_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind one of Orbax's; TensorStore hides its number in a text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            return error.errno
+            return error
         if found := re.search(r"os_error_code='(\d+)'", str(error)):
-            return int(found[1])
+            return OSError(int(found[1]), os.strerror(int(found[1])))
         error = error.__cause__ or error.__context__
     return None
 

@@ -18,8 +18,7 @@ NAME = ".lock"
 def one_writer(workdir: Path) -> Iterator[None]:
     """Holds the lock of `workdir`, which it makes; process 0 does so for all processes of a run.
 
-    Raises:
-      UserError: another run writes there. A file system without locks is a note.
+    Raises UserError if another run writes there. A file system without locks is a note.
     """
     if not is_main_process():
         yield
@@ -38,6 +37,6 @@ def one_writer(workdir: Path) -> Iterator[None]:
             print(f"note: {file.name}: {error.strerror}; only one run may write there at a time")
         file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"process {os.getpid()} on {socket.gethostname()}, started {started}", file=file)
-        file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+        print(holder, file=file, flush=True)
         yield

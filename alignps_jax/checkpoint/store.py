@@ -7,9 +7,9 @@ it once complete, so a killed run leaves nothing half written behind. A step's f
     metrics/    the score, where there is one
     manifest/   config, package versions, state of the data iterator; type and checksum of arrays
 
-Arrays are stored as host arrays: nothing ties a checkpoint to the devices that wrote it. Arrays
-without elements, which Orbax refuses, are in the manifest only. The checksums are ours because
-the format has none over the values: it restores a flipped bit there without complaint.
+Arrays are host arrays: nothing ties a checkpoint to the devices that wrote it. Those without
+elements, which Orbax refuses, are in the manifest only. The checksums are ours because the format
+has none over the values: it restores a flipped bit there without complaint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
+import operator
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,25 +41,25 @@ from alignps_jax.checkpoint.arrays import (
     snapshot,
     system_error,
 )
-from alignps_jax.checkpoint.choice import SCORE, chosen_step, last_step
-from alignps_jax.checkpoint.places import steps_in
+from alignps_jax.checkpoint.places import SCORE, chosen_step, last_step, steps_in
 from alignps_jax.distributed import broadcast_from_main, is_main_process
 from alignps_jax.files import read_json, write_json
 from alignps_jax.types import TrainState, UserError, Weights
 
+_SCORE = operator.itemgetter("score")
 _PACKAGES = (
     *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"),
     "opencv-python-headless",
 )
-# A run's configuration and package versions.
-RUN_INFO = ("config.json", "versions.json")
+# In a workdir, the configuration that the run was last started with.
+RUN_CONFIG = "config.json"
 
 
 class Checkpoints:
     """The checkpoints of one training run: the latest `keep` and the one with the best score.
 
     A context manager; leaving it waits for the save under way. With several processes each makes
-    one, on a shared file system, and calls the same methods: process 0 writes, as states and
+    one, on a shared file system, and calls the same methods: process 0 alone writes, as states and
     positions in the data are equal on all. Opening removes what unfinished saves left, so only the
     training run may hold one; others read with `load_weights` and `load_config`.
     """
@@ -68,48 +68,39 @@ class Checkpoints:
         logging.set_verbosity(logging.FATAL)  # Orbax logs what it also raises
         self._root = Path(workdir).absolute() / "checkpoints"
         self._about = {"config": json.loads(config.to_json()), "versions": package_versions()}
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add(ARRAYS, ocp.args.PyTreeSave, ArrayWriter())
-        latest = preservation_policy.LatestN(keep)
-        best = preservation_policy.BestN(
-            get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
-        )
-        options = ocp.CheckpointManagerOptions(
-            best_fn=_score,
-            preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
-            cleanup_tmp_directories=True,
-        )
-        self._root.mkdir(parents=True, exist_ok=True)
-        with reading(self._root):
-            self._manager = ocp.CheckpointManager(
-                self._root, options=options, handler_registry=registry
-            )
+        self._manager = None
+        if is_main_process():
+            self._root.mkdir(parents=True, exist_ok=True)
+            with reading(self._root):
+                self._manager = _manager(self._root, keep)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._writing():
-            self._manager.close()
+        if self._manager:
+            with self._writing():
+                self._manager.close()
 
     def wait(self) -> None:
-        """Returns when no save is under way.
+        """Process 0 returns when no save is under way.
 
         Raises UserError, with the system's reason, if the last one could not be written.
         """
-        with self._writing():
-            self._manager.wait_until_finished()
+        if self._manager:
+            with self._writing():
+                self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore have many for the same
-            if (number := system_error(error)) is None:
+            if not (said := system_error(error)):
                 raise
             raise UserError(
-                f"{self._root}: cannot be written ({os.strerror(number)}); complete checkpoints "
-                "stay, and the same command resumes from the last one"
+                f"{self._root}: cannot be written ({said.strerror}); complete checkpoints stay, "
+                "and the same command resumes from the last one"
             ) from error
 
     def latest_step(self) -> int | None:
@@ -131,13 +122,11 @@ class Checkpoints:
         """
         step = int(state.step)
         metrics = {"score": float(score)} if score is not None and math.isfinite(score) else None
-        if step == self.latest_step():
-            # The barriers keep other processes from seeing the score early, or not yet.
-            ocp.multihost.sync_global_processes("before_score")
-            if metrics and is_main_process():
-                _write_score(self._root / str(step), metrics)
-            ocp.multihost.sync_global_processes("after_score")
+        exists = step == self.latest_step()
+        if self._manager and exists and metrics:
+            _write_score(self._root / str(step), metrics)
             self._manager.reload()
+        if exists or not self._manager:
             return
         specs, arrays = snapshot(state)
         iterator_state = json.loads(json.dumps(iterator_state))  # a copy, as it is written later
@@ -173,7 +162,7 @@ def load_run_config(workdir: Path) -> ConfigDict | None:
 
     Otherwise as `load_config`. Raises UserError if it is damaged.
     """
-    file = Path(workdir) / RUN_INFO[0]
+    file = Path(workdir) / RUN_CONFIG
     if file.exists():
         return _as_config(read_json(file, "the configuration of a run"))
     if steps_in(Path(workdir) / "checkpoints"):
@@ -186,8 +175,7 @@ def load_weights(
 ) -> Weights:
     """What inference needs of a checkpoint; nothing else of it is read.
 
-    `path` is a workdir, its `checkpoints` folder, or one step's folder; of a run `chosen_step`
-    counts, as `config` or the run's own says. `template` as in `Checkpoints.restore`. Raises
+    `path` and `config` as in `chosen_step`, `template` as in `Checkpoints.restore`. Raises
     UserError if there is no such checkpoint, it is damaged or does not fit.
     """
     weights = Weights(template.step, template.params, template.frozen)
@@ -197,8 +185,7 @@ def load_weights(
 def load_arrays(path: Path, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint whose paths (params/neck/lateral3/kernel) are wanted.
 
-    `path` and errors as in `load_weights`, but nothing has to fit. Arrays without elements are left
-    out.
+    Otherwise as `load_weights`. Arrays without elements are left out.
     """
     folder = chosen_step(path)[0]
     specs = read_manifest(folder)["arrays"]
@@ -214,13 +201,28 @@ def package_versions() -> dict[str, str]:
 
 
 def write_run_info(workdir: Path, config: ConfigDict) -> None:
-    """Writes the files of `RUN_INFO` for people to read (process 0 only)."""
+    """Writes what `load_run_config` reads (process 0 only)."""
     if is_main_process():
         # A field may be infinite, such as a gradient norm that is not clipped.
-        content = json.loads(config.to_json())
-        config_file, versions_file = (Path(workdir) / name for name in RUN_INFO)
-        write_json(config_file, content, allow_nan=True)
-        write_json(versions_file, package_versions())
+        write_json(Path(workdir) / RUN_CONFIG, json.loads(config.to_json()), allow_nan=True)
+
+
+def _manager(root: Path, keep: int) -> ocp.CheckpointManager:
+    """Orbax's manager of process 0 alone: one that fails waits for no other process."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add(ARRAYS, ocp.args.PyTreeSave, ArrayWriter())
+    latest = preservation_policy.LatestN(keep)
+    best = preservation_policy.BestN(
+        get_metric_fn=_SCORE, n=1, keep_checkpoints_without_metrics=False
+    )
+    options = ocp.CheckpointManagerOptions(
+        best_fn=_SCORE,
+        preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
+        cleanup_tmp_directories=True,
+        create=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
+    )
+    return ocp.CheckpointManager(root, options=options, handler_registry=registry)
 
 
 def _as_config(stored: dict[str, Any]) -> ConfigDict:
@@ -228,17 +230,10 @@ def _as_config(stored: dict[str, Any]) -> ConfigDict:
 
 
 def _write_score(folder: Path, metrics: dict[str, float]) -> None:
-    """Adds metrics to a checkpoint at once: a metrics folder without its file is damage."""
-    new = folder / "metrics.new"
-    write_json(new / SCORE.name, metrics)
     if (folder / SCORE).is_file():
-        os.replace(new / SCORE.name, folder / SCORE)
-    else:
-        new.rename(folder / SCORE.parent)
-
-
-def _score(metrics: dict[str, float]) -> float:
-    return metrics["score"]
+        return write_json(folder / SCORE, metrics)
+    write_json(folder / "new" / SCORE.name, metrics)
+    (folder / "new").rename(folder / SCORE.parent)  # Orbax fails on a folder without the file
 
 
 def _tuples(value: Any) -> Any:

@@ -16,8 +16,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from alignps_jax import devices
-from alignps_jax.checkpoint.choice import agreed_step
-from alignps_jax.checkpoint.places import results_folder
+from alignps_jax.checkpoint.places import agreed_step, results_folder
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.drawing.canvas import draw_detections

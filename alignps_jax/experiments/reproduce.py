@@ -22,8 +22,7 @@ from alignps_jax.experiments.catalogue import PAPER_METRICS, TABLES
 from alignps_jax.files import check_outputs, write_atomically, write_json
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError, blame
-from alignps_jax.weights.conventions import CAFFE
-from alignps_jax.weights.sources import RANDOM
+from alignps_jax.weights.sources import CAFFE, RANDOM
 from configs.variants import PaperRow, apply_variant, rows_of
 
 METRICS = "metrics.json"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.choice import chosen_step
+from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.devices import gather_rows, use_compilation_cache
 from alignps_jax.distributed import (
     broadcast_from_main,

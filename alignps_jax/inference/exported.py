@@ -10,7 +10,7 @@ from jax import export
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.checkpoint.choice import chosen_step
+from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.files import check_outputs, write_atomically
 from alignps_jax.inference.predict import PredictStep, inference_model

@@ -9,18 +9,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.choice import last_step
-from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.places import holds_checkpoint, last_step
 from alignps_jax.checkpoint.store import load_arrays, load_config
 from alignps_jax.distributed import broadcast_from_main, is_main_process
 from alignps_jax.errors import blame
 from alignps_jax.nn.model import AlignPS, weights_template
 from alignps_jax.types import UserError
 from alignps_jax.weights import sources
-from alignps_jax.weights.conventions import CAFFE, Convention, convention_of, with_convention
-from alignps_jax.weights.download import fetch
 from alignps_jax.weights.released_names import by_our_names, kind_of
-from alignps_jax.weights.sources import FIELD, RANDOM
+from alignps_jax.weights.sources import (
+    CAFFE,
+    FIELD,
+    RANDOM,
+    Convention,
+    convention_of,
+    with_convention,
+)
 from alignps_jax.weights.tensor_files import listed, read_tensors
 
 Arrays = Mapping[str, np.ndarray]
@@ -62,7 +66,7 @@ def _convention(config: ConfigDict, workdir: Path, typed: Collection[str]) -> Co
 def _place(config: ConfigDict) -> Path:
     """The run, step or file of the weights, downloaded if need be."""
     source = sources.address_of(config.model.pretrained)
-    return fetch(source) if sources.is_address(source) else Path(source)
+    return sources.fetch(source) if sources.is_address(source) else Path(source)
 
 
 def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
@@ -80,8 +84,8 @@ def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
     path, template = _place(config), weights_template(model)
     places = leaves_by_path({"params": template.params, "frozen": template.frozen})
     if path.is_file():
-        tensors = read_tensors(path)
         with blame(f"{FIELD}: {source}"):
+            tensors = read_tensors(path)
             arrays, kind = by_our_names(tensors, places), kind_of(tensors)
     else:
         arrays = load_arrays(path, lambda name: name.startswith(("params/", "frozen/")))

@@ -15,8 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.choice import last_step
-from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.places import holds_checkpoint, last_step
 from alignps_jax.checkpoint.store import Checkpoints, load_config
 from alignps_jax.config import FIELDS, NETWORK, TRAINING, flat_fields, steps_of
 from alignps_jax.distributed import is_main_process, main_process_first

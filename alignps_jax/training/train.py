@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from alignps_jax import devices
-from alignps_jax.checkpoint.choice import agreed_step
 from alignps_jax.checkpoint.lock import one_writer
-from alignps_jax.checkpoint.places import holds_checkpoint
+from alignps_jax.checkpoint.places import agreed_step, holds_checkpoint
 from alignps_jax.checkpoint.store import Checkpoints, load_weights, write_run_info
 from alignps_jax.config import check_fields, flat_fields
 from alignps_jax.distributed import barrier, broadcast_from_main, is_main_process

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.checkpoint.choice import chosen_step
 from alignps_jax.checkpoint.lock import one_writer
+from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.checkpoint.store import (
-    RUN_INFO,
+    RUN_CONFIG,
     Checkpoints,
     load_arrays,
     load_config,
@@ -28,7 +29,6 @@ from alignps_jax.losses.oim import init_memory
 from alignps_jax.nn.model import build_model, weights_template
 from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 from alignps_jax.types import OIMMemory, TrainState, UserError
-from alignps_jax.weights.conventions import convention_of, with_convention
 from alignps_jax.weights.released_names import (
     LOOKUP_TABLE,
     QUEUE,
@@ -38,9 +38,8 @@ from alignps_jax.weights.released_names import (
     released_name,
     to_torch,
 )
+from alignps_jax.weights.sources import convention_of, with_convention
 from alignps_jax.weights.tensor_files import Tensors, listed, read_tensors, write_tensors
-
-Template = Mapping[str, jax.Array | jax.ShapeDtypeStruct]
 
 
 def convert_released(
@@ -63,10 +62,9 @@ def convert_released(
     """
     if (workdir / "checkpoints").exists():
         raise UserError(f"--workdir: found checkpoints in {workdir}, expected none")
-    _check_backbone(config, source)
-    check_outputs(*(workdir / name for name in ("checkpoints", *RUN_INFO)))
-    tensors = read_tensors(source, averaged)
+    check_outputs(*(workdir / name for name in ("checkpoints", RUN_CONFIG)))
     with blame(source):
+        tensors = read_tensors(source, averaged)
         state = _state(config, tensors)
         expected = convention_of(tensors, str(source), config, typed)
     config = with_convention(config, expected, typed, str(source))
@@ -83,11 +81,10 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
     `config` goes into the file as its metadata (None: the checkpoint's own).
 
     Raises:
-      UserError: it holds no AlignPS with a ResNet-50, or `target` cannot be written.
+      UserError: it holds a backbone only, or `target` cannot be written.
     """
     check_outputs(target)
     config = config or load_config(checkpoint)
-    _check_backbone(config, checkpoint)
     folder, by = chosen_step(checkpoint, config)
     kept = ("step", "params", "frozen", "memory")
     arrays = load_arrays(folder, lambda name: name.split("/")[0] in kept)
@@ -110,54 +107,44 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
         )
 
 
-def _check_backbone(config: ConfigDict, path: Path) -> None:
-    if config.model.backbone != "resnet50":
-        raise UserError(
-            f"config.model.backbone: found {config.model.backbone!r}, expected 'resnet50' as in "
-            f"the released code, for {path}"
-        )
-
-
 def _state(config: ConfigDict, tensors: Tensors) -> TrainState:
     """The state before the first step that goes on from a detector; of a backbone alone that."""
     model, detector = build_model(config), is_detector(tensors)
-    lut = config.loss.lut_size or len(tensors.get(LOOKUP_TABLE, ()))
-    lut, queue = (lut, config.loss.queue_size) if detector else (0, 0)
-    memory, weights = init_memory(lut, queue, config.model.channels), weights_template(model)
-    tree = {"params": weights.params, "frozen": weights.frozen, "memory": memory}
-    template = leaves_by_path(tree)
+    rows = config.loss.lut_size or len(tensors.get(LOOKUP_TABLE, ()))
+    memory = init_memory(rows, config.loss.queue_size, config.model.channels)
+    weights = weights_template(model)
+    template = leaves_by_path(
+        {"params": weights.params, "frozen": weights.frozen, "memory": memory}
+    )
     if not detector:
         template = {path: x for path, x in template.items() if "/backbone/" in path}
     arrays = _checked(by_our_names(tensors, template), template, detector)
-    step, found = jnp.zeros((), jnp.int32), traverse_util.unflatten_dict(arrays, sep="/")
+    found = traverse_util.unflatten_dict(arrays, sep="/")
+    memory = OIMMemory(**found["memory"]) if detector else init_memory(0, 0, 0)
+    state = TrainState(jnp.zeros((), jnp.int32), found["params"], found["frozen"], (), memory)
     if not detector:
-        return TrainState(step, found["params"], found["frozen"], (), memory)
+        return state
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
     optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
-    return TrainState(
-        step=step,
-        params=found["params"],
-        frozen=found["frozen"],
-        opt_state=optimizer.init(found["params"]),
-        memory=OIMMemory(**found["memory"]),
-        raw=found["params"] if config.train.ema_decay is not None else None,
-    )
+    raw = state.params if config.train.ema_decay is not None else None
+    return dataclasses.replace(state, opt_state=optimizer.init(state.params), raw=raw)
 
 
-def _checked(arrays: Tensors, template: Template, detector: bool) -> Tensors:
+def _checked(arrays: Tensors, template: Mapping[str, Any], detector: bool) -> Tensors:
     """The arrays in the order and the types of the template.
 
     Offsets of deformable convolutions, which a backbone does not have, are zero. Raises ValueError
     if arrays are missing, unexpected or of the wrong shape.
     """
     missing = [path for path in template if path not in arrays]
+    shapes = {path: to_torch(np.empty(x.shape, np.bool_)).shape for path, x in template.items()}
     problems = {
         "missing": [p for p in missing if detector or "/offset/" not in p],
         "unexpected": [name for name in arrays if name not in template],
         "wrong shape": [
-            f"{released_name(path)} {_torch_shape(x)} instead of {_torch_shape(template[path])}"
+            f"{released_name(path)} {list(to_torch(x).shape)} instead of {list(shapes[path])}"
             for path, x in arrays.items()
-            if path in template and x.shape != template[path].shape
+            if path in template and to_torch(x).shape != shapes[path]
         ],
     }
     if any(problems.values()):
@@ -168,7 +155,3 @@ def _checked(arrays: Tensors, template: Template, detector: bool) -> Tensors:
         )
     filled = arrays | {path: np.zeros(template[path].shape) for path in missing}
     return {path: np.array(filled[path], x.dtype, order="C") for path, x in template.items()}
-
-
-def _torch_shape(array: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> list[int]:
-    return list(to_torch(np.empty(array.shape, np.bool_)).shape)

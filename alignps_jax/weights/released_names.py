@@ -82,26 +82,18 @@ def from_torch(array: np.ndarray) -> np.ndarray:
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
-def backbone_origin(names: Collection[str]) -> str | None:
-    """Whose convention the names of an ImageNet ResNet give away: "torchvision", "caffe" or None.
-
-    torchvision and timm deliver their classifier with the backbone; only Caffe's ResNet has a bias
-    in its first convolution. Without a classifier (DINO, MoCo, SwAV) nothing tells.
-    """
-    if "conv1.bias" in names:
-        return "caffe"
-    return "torchvision" if {"fc.weight", "conv1.weight"} <= set(names) else None
-
-
 def by_our_names(
     tensors: Mapping[str, np.ndarray], paths: Collection[str]
 ) -> dict[str, np.ndarray]:
     """The tensors of a detector or a ResNet, in our layout, by those of our `paths` that they are.
 
     Tensors without a path keep their names; those of training-only levels are left out.
+
+    Raises:
+      ValueError: two tensors of a ResNet come to have the same name.
     """
     if not is_detector(tensors):
-        tensors = backbone_tensors(tensors)
+        tensors = _backbone_tensors(tensors)
     named = {released_name(path): path for path in paths}
     return {
         named.get(name, name): from_torch(tensor)
@@ -110,14 +102,8 @@ def by_our_names(
     }
 
 
-def backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """An ImageNet ResNet with its classifier left out, named as in the released models.
-
-    A bias of a convolution before a norm is taken over into the norm's mean.
-
-    Raises:
-      ValueError: two tensors come to have the same name.
-    """
+def _backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of the backbone, named as in the released models, which have no `conv1.bias`."""
     named: dict[str, np.ndarray] = {}
     for original, value in tensors.items():
         name = _BACKBONE.sub("", original)
@@ -126,6 +112,7 @@ def backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
         if name in named:
             raise ValueError(f"found two tensors for {name}, expected one")
         named[name] = value
+    # A bias before a norm goes into the norm's mean.
     for name in [name for name in named if re.search(r"(^|\.)conv\d\.bias$", name)]:
         mean = re.sub(r"conv(\d)\.bias$", r"bn\1.running_mean", name)
         if mean in named and named[mean].shape == named[name].shape:

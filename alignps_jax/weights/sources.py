@@ -1,52 +1,68 @@
-"""`config.model.pretrained`: the words it knows, the cache, and the check that takes no time."""
+"""`config.model.pretrained`: where weights come from, and the pixels that they were trained on."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
+import http.client
 import os
 import re
+import shutil
 import tempfile
+import urllib.request
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any
 
 import platformdirs
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
+from alignps_jax.errors import blame
 from alignps_jax.types import UserError
+from alignps_jax.weights.released_names import is_detector
+from alignps_jax.weights.tensor_files import load_torch, read_tensors, write_tensors
 
 # The word for a network that starts from random numbers.
 RANDOM = "random"
 FIELD = "config.model.pretrained"
+_TIMEOUT = 30.0  # seconds without an answer
 
 
-class Published(NamedTuple):
-    """A published ImageNet ResNet-50, and a key of `CONVENTIONS`: the pixels it was trained on."""
-
-    address: str
-    convention: str
-
-
-# By word. The digits of a file's SHA-256 stand in its name, or behind its address.
+Convention = Mapping[str, Any]  # of a pixel and the stride, as fields of `config.model`
+CAFFE: Convention = {
+    "channel_order": "BGR",
+    "pixel_mean": (103.530, 116.280, 123.675),
+    "pixel_std": (1.0, 1.0, 1.0),
+    "stride_in_3x3": False,
+}
+TORCHVISION: Convention = {
+    "channel_order": "RGB",
+    "pixel_mean": (123.675, 116.280, 103.530),
+    "pixel_std": (58.395, 57.120, 57.375),
+    "stride_in_3x3": True,
+}
+# ImageNet ResNet-50s by word. The digits of a file's SHA-256 stand in its name, or behind its
+# address.
 PUBLISHED = {
     # The initial weights of the released code, from OpenMMLab's model zoo.
-    "msra": Published(
-        "https://download.openmmlab.com/pretrain/third_party/resnet50_msra-5891d200.pth", "caffe"
+    "msra": (
+        "https://download.openmmlab.com/pretrain/third_party/resnet50_msra-5891d200.pth",
+        CAFFE,
     ),
     # torchvision's weights (IMAGENET1K_V1) as timm publishes them.
-    "torchvision": Published(
+    "torchvision": (
         "https://huggingface.co/timm/resnet50.tv_in1k/resolve/main/model.safetensors"
         "#sha256=5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888",
-        "torchvision",
+        TORCHVISION,
     ),
 }
 
 
 def address_of(pretrained: str) -> str:
     """The address or path of a value of the field."""
-    return PUBLISHED[pretrained].address if pretrained in PUBLISHED else pretrained
+    return PUBLISHED[pretrained][0] if pretrained in PUBLISHED else pretrained
 
 
 def is_address(source: str) -> bool:
@@ -54,60 +70,68 @@ def is_address(source: str) -> bool:
     return source.lower().startswith(("https://", "http://"))
 
 
-def file_name(source: str) -> str:
-    """The name of the file at an address or a path."""
-    return PurePosixPath(re.split("[?#]", source)[0] if is_address(source) else source).name
-
-
 def expected_digits(source: str) -> str:
     """The digits of the SHA-256 behind an address or in its file's name; "" if it has none."""
     found = re.search(r"#sha256=([0-9a-fA-F]{8,64})$", source)
-    found = found or re.search(r"-([0-9a-f]{8,64})\.\w+$", file_name(source))
+    found = found or re.search(r"-([0-9a-f]{8,64})\.\w+$", _file_name(source))
     return found[1].lower() if found else ""
 
 
-def known_convention(source: str) -> str | None:
-    """The convention of a published file by the digits in its name or address; else None."""
-    found = {expected_digits(entry.address): entry.convention for entry in PUBLISHED.values()}
-    return found.get(expected_digits(source))
-
-
 def check_start(config: ConfigDict) -> None:
-    """Finds out, before any work, whether training can start from `config.model.pretrained`.
+    """Says at once what training cannot start from.
 
     Raises:
-      UserError: the field needs PyTorch, which is not installed, or is random for a network that
-        keeps some of its initial values.
+      UserError: random values that it would never change, or a `.pth` that PyTorch is not here for.
     """
-    model = config.model
-    if model.pretrained == RANDOM:
-        if model.backbone != "resnet_small" or model.frozen_stages >= 0:
-            raise UserError(
-                f"{FIELD}: found 'random', expected weights ({' or '.join(PUBLISHED)}, a file, an "
-                f"address or a run): {model.backbone} with frozen_stages={model.frozen_stages} "
-                "keeps its initial stages or normalization. From scratch trains "
-                "--config.model.backbone=resnet_small --config.model.frozen_stages=-1"
-            )
-        return
-    source = address_of(model.pretrained)
-    kept = is_address(source) and cached_file(source).is_file()
-    if source.endswith(".pth") and not kept and not has_torch():
+    model, source = config.model, address_of(config.model.pretrained)
+    if _file_name(source).endswith(".pth") and not (is_address(source) and _kept(source).is_file()):
+        with blame(f"{FIELD}: {source}"):
+            load_torch()
+    if model.pretrained == RANDOM and (
+        model.backbone != "resnet_small" or model.frozen_stages >= 0
+    ):
         raise UserError(
-            f"{FIELD}: {file_name(source)} needs PyTorch to be read: "
-            "pip install '.[torch]', or start from weights that need none: "
-            "--config.model.pretrained=torchvision"
+            f"{FIELD}: found 'random', expected weights ({' or '.join(PUBLISHED)}, a file, an "
+            f"address or a run): {model.backbone} with frozen_stages={model.frozen_stages} "
+            "keeps its initial stages or normalization. From scratch trains "
+            "--config.model.backbone=resnet_small --config.model.frozen_stages=-1"
         )
 
 
-def has_torch() -> bool:
-    """Whether PyTorch is installed, without importing it."""
-    return importlib.util.find_spec("torch") is not None
+def fetch(address: str) -> Path:
+    """The file of the weights at an address, which is downloaded unless it is in the cache.
+
+    It is kept as `.safetensors`. The digits of its SHA-256 are checked: those in its name
+    (`-5891d200.pth`, as in the model zoos of PyTorch and OpenMMLab), or `#sha256=...` behind the
+    address.
+
+    Raises:
+      UserError: there is no network, no such file, another file than the digits say, or no PyTorch
+        to read it.
+    """
+    target = _kept(address)
+    if not target.is_file():
+        with tempfile.TemporaryDirectory() as folder, blame(f"{FIELD}: {address}"):
+            file = Path(folder) / _file_name(address)
+            try:
+                _download(address.partition("#")[0], file)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise ValueError(
+                    f"cannot be downloaded ({error}); without a network, give the path of the file"
+                ) from error
+            tensors = read_tensors(file)
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            if not digest.startswith(expected := expected_digits(address)):
+                raise ValueError(f"found SHA-256 {digest[:16]}..., expected {expected}...")
+            write_tensors(target, tensors, {"source": address})
+            print(f"{FIELD}: {address} is now {target} (SHA-256 {digest})", flush=True)
+    return target
 
 
-def cached_file(address: str) -> Path:
-    """Where the weights of an address are kept, as `.safetensors`."""
+def _kept(address: str) -> Path:
+    """Where the weights of an address are kept."""
     digits = hashlib.sha256(address.encode()).hexdigest()[:8]
-    return cache_folder() / f"{digits}-{PurePosixPath(file_name(address)).stem}.safetensors"
+    return cache_folder() / f"{digits}-{Path(_file_name(address)).stem}.safetensors"
 
 
 @cache
@@ -121,3 +145,68 @@ def cache_folder() -> Path:
     temporary = Path(tempfile.mkdtemp(prefix="alignps_jax-"))
     print(f"note: {folder} cannot be written: downloaded weights go to {temporary}")
     return temporary
+
+
+def convention_of(
+    names: Collection[str], source: str, config: ConfigDict, typed: Collection[str]
+) -> Convention:
+    """The pixels that the tensors of these names expect.
+
+    The digits in the name of the file or address `source` tell; then a detector; then the channel
+    order, if the user `typed` it. Then torchvision and timm deliver their classifier with a ResNet,
+    and only Caffe's has a bias in its first convolution; DINO, MoCo and SwAV have neither.
+
+    Raises:
+      ValueError: nothing tells.
+    """
+    for address, expected in PUBLISHED.values():
+        if expected_digits(address) == expected_digits(source):
+            return expected
+    if is_detector(names):
+        return CAFFE
+    if "model.channel_order" in typed:
+        return TORCHVISION if config.model.channel_order == "RGB" else CAFFE
+    if "conv1.bias" in names:
+        return CAFFE
+    if {"fc.weight", "conv1.weight"} <= set(names):
+        return TORCHVISION
+    raise ValueError(
+        "the names do not tell what pixels this ResNet-50 was trained on: add "
+        "--config.model.channel_order=RGB (torchvision, timm, DINO, MoCo, SwAV) or BGR "
+        "(Caffe: MSRA, most of detectron2)"
+    )
+
+
+def with_convention(
+    config: ConfigDict, expected: Convention, typed: Collection[str], source: str
+) -> ConfigDict:
+    """A copy of `config` whose pixels and stride are those that the weights of `source` expect.
+
+    Raises:
+      UserError: a field that the user `typed` (dotted names) contradicts the weights.
+    """
+    config = config.copy_and_resolve_references()
+    wrong = [
+        f"config.model.{name}: found {config.model[name]!r}, expected {expected[name]!r}"
+        for name in CAFFE
+        if f"model.{name}" in typed and config.model[name] != expected[name]
+    ]
+    if wrong:
+        raise UserError(f"{'; '.join(wrong)} for {source}; without these flags, it follows")
+    with config.unlocked():
+        config.model.update({name: expected[name] for name in CAFFE})
+    return config
+
+
+def _file_name(source: str) -> str:
+    return PurePosixPath(re.split("[?#]", source)[0] if is_address(source) else source).name
+
+
+def _download(address: str, file: Path) -> None:
+    request = urllib.request.Request(address, headers={"User-Agent": "alignps-jax"})
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, file.open("wb") as writable:
+        total = int(answer.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(answer, "read", total=total, desc=file.name, mininterval=1) as readable:
+            shutil.copyfileobj(readable, writable)
+        if writable.tell() < total:
+            raise ValueError(f"cut off after {writable.tell():,} of {total:,} bytes")

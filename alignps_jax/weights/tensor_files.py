@@ -48,22 +48,13 @@ def read_tensors(path: Path, averaged: bool = False) -> Tensors:
     prefixes of a wrapper (`module.`, `model.`, ...) are left out.
 
     Raises:
-      UserError: the file is damaged, holds no tensors or numbers that are not finite, or needs a
+      ValueError: the file is damaged, holds no tensors or numbers that are not finite, or needs a
         PyTorch that is not installed.
     """
-    with blame(path):
-        return parse_tensors(path, averaged)
-
-
-def parse_tensors(path: Path, averaged: bool = False) -> Tensors:
-    """As `read_tensors`, but a ValueError says what is wrong, without the path."""
-    found = {
-        name: array if array.dtype.kind in "iu" else array.astype(np.float32, copy=False)
-        for name, array in _chosen(_content(path), averaged).items()
-    }
-    if bad := [name for name, array in found.items() if not np.isfinite(array).all()]:
+    tensors = _chosen(_content(path), averaged)
+    if bad := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
         raise ValueError(f"not finite: {listed(bad)}")
-    return found
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
@@ -74,7 +65,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[s
     """
     if path.suffix == ".pth":
         with blame(path):
-            torch, file = _torch(), io.BytesIO()
+            torch, file = load_torch(), io.BytesIO()
         state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
         torch.save({"meta": dict(meta), "state_dict": state}, file)
         data = file.getvalue()
@@ -91,7 +82,7 @@ def listed(names: Iterable[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + more
 
 
-def file_format(path: Path) -> str:
+def _format(path: Path) -> str:
     """The format by the content: "pth", "safetensors", or "index" of shards; else ValueError."""
     with path.open("rb") as file:
         head = file.read(16)
@@ -106,10 +97,10 @@ def file_format(path: Path) -> str:
 
 def _content(path: Path) -> Any:
     try:
-        kind = file_format(path)
+        kind = _format(path)
         if kind == "safetensors":
             return safetensors.numpy.load_file(path)
-        return _load_torch(path) if kind == "pth" else _read_shards(path)
+        return _read_pth(path) if kind == "pth" else _read_shards(path)
     except (OSError, MemoryError, ValueError):
         raise
     except Exception as error:  # PyTorch documents none of what it raises for a damaged file
@@ -119,8 +110,8 @@ def _content(path: Path) -> Any:
         raise ValueError(reason[:250]) from error
 
 
-def _load_torch(path: Path) -> Any:
-    torch = _torch()
+def _read_pth(path: Path) -> Any:
+    torch = load_torch()
     safe: list[Any] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of NumPy 1 and 2
         safe += [
@@ -136,13 +127,14 @@ def _load_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _torch() -> ModuleType:
+def load_torch() -> ModuleType:
+    """PyTorch; ValueError if it is not installed, or old."""
     try:
         import torch
     except ImportError as error:
         raise ValueError(
-            ".pth files need PyTorch, which is not installed: pip install '.[torch]' "
-            "(.safetensors files do without)"
+            ".pth files need PyTorch, which is not installed: pip install '.[torch]', or use "
+            ".safetensors files, such as those of --config.model.pretrained=torchvision"
         ) from error
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
         raise ValueError(  # there are published ways around `weights_only` in older ones
@@ -167,10 +159,11 @@ def _chosen(content: Any, averaged: bool) -> Tensors:
     ):
         content, at_average = content[inner[0]], at_average or inner[0] in _AVERAGES
     arrays = dict(content) if isinstance(content, Mapping) else {}
-    tensors = {str(name): _array(value) for name, value in arrays.items() if _is_tensor(value)}
+    found = {str(name): _array(value) for name, value in arrays.items()}
+    tensors = {name: array for name, array in found.items() if array is not None}
     if not tensors:
-        found = listed(map(str, arrays)) or type(content).__name__
-        raise ValueError(f"found {found}, expected named tensors or a state_dict of them")
+        names = listed(map(str, arrays)) or type(content).__name__
+        raise ValueError(f"found {names}, expected named tensors or a state_dict of them")
     dotted = {f"ema_{name.replace('.', '_')}": name for name in tensors}  # mmcv's averages
     plain, average = {}, {}
     for name, value in tensors.items():
@@ -185,13 +178,11 @@ def _chosen(content: Any, averaged: bool) -> Tensors:
     return plain | average if averaged else plain
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or hasattr(value, "detach")
-
-
-def _array(value: Any) -> np.ndarray:
-    if isinstance(value, np.ndarray):
-        return value
-    value = value.detach()
-    short = value.is_floating_point() and value.itemsize < 4  # bfloat16 is not NumPy's
-    return (value.float() if short else value).numpy()
+def _array(value: Any) -> np.ndarray | None:
+    """An array, with floating-point numbers as float32; None of what is no tensor."""
+    if hasattr(value, "detach"):  # bfloat16 is not NumPy's
+        value = value.detach()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    if not isinstance(value, np.ndarray):
+        return None
+    return value if value.dtype.kind in "iu" else value.astype(np.float32, copy=False)

@@ -27,6 +27,9 @@ def run(tmp_path) -> Path:
 
 def test_results_of_a_step_go_beside_the_checkpoints(run, tmp_path, monkeypatch):
     step = run / "checkpoints" / "200"
+    (run / "model").mkdir()  # somebody's
+    assert not is_step(run)
+    assert load_config(run).seed == 0
     assert results_folder(run) == run
     assert results_folder(run / "checkpoints") == run
     assert results_folder(step) == run / "step_200"
@@ -40,25 +43,19 @@ def test_results_of_a_step_go_beside_the_checkpoints(run, tmp_path, monkeypatch)
     )
 
 
-def test_a_folder_of_somebodys_project_is_no_step(run):
-    (run / "model").mkdir()
-    assert not is_step(run)
-    assert load_config(run).seed == 0
-
-
 @pytest.mark.parametrize(
     "words",
     [
-        ["--mode=evaluate", "--checkpoint={step}"],
-        ["--mode=evaluate", "--workdir={step}"],
-        ["--mode=search", "--checkpoint={step}", "--query=q.jpg", "--gallery=g"],
-        ["--mode=visualize", "--checkpoint={step}", "--what=gallery_size"],
+        "--mode=evaluate --checkpoint={step}",
+        "--mode=evaluate --workdir={step}",
+        "--mode=search --checkpoint={step} --query=q.jpg --gallery=g",
+        "--mode=visualize --checkpoint={step} --what=gallery_size",
     ],
 )
 def test_modes_choose_a_lasting_place(run, words, capsys):
     # What is in the way of the result shows where it would go.
     step = run / "checkpoints" / "200"
     (run / "step_200").write_text("in the way")
-    assert main(["launch.py", *(word.format(step=step) for word in words)]) == 2
+    assert main(["launch.py", *words.format(step=step).split()]) == 2
     assert "/run/step_200: found a file, expected a folder for" in capsys.readouterr().err
     assert [path.name for path in step.iterdir()] == ["manifest"]

@@ -1,7 +1,7 @@
 """The published AlignPS in plain PyTorch: the oracle of the parity tests.
 
-Written from the facts about the published implementation, with torchvision's `deform_conv2d` and
-`nms`; nothing is shared with the JAX code. `state_dict()` has the released names and shapes.
+Written from the facts about the published implementation, with torchvision's operators; nothing is
+shared with the JAX code. `state_dict()` has the released names and shapes.
 Training follows the released code literally, with loops where it loops: slow and easy to check.
 Maps are NCHW, boxes x1, y1, x2, y2 in pixels.
 """
@@ -13,7 +13,9 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.ops import deform_conv2d, nms
+from torchvision.ops import DeformConv2d, nms
+
+from tests.oracle.random_weights import random_state_dict
 
 STRIDES = (8, 16, 32, 64, 128)
 
@@ -42,22 +44,18 @@ def spec_of(name: str, **changes) -> Spec:
     return Spec(**{**deform, **(prw if dataset == "prw" else {}), **changes})
 
 
-class DeformConv(nn.Module):
+class DeformConv(DeformConv2d):
     """DCNv1, or DCNv2 with `modulated`: 27 predicted channels, of which the last 9 are the mask."""
 
-    def __init__(self, inputs: int, outputs: int, *, modulated: bool, bias: bool, stride: int = 1):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self.conv_offset = nn.Conv2d(inputs, 27 if modulated else 18, 3, stride, 1)
-        self.modulated, self.stride = modulated, stride
+    def __init__(self, inputs: int, outputs: int, *, modulated: bool, bias: bool):
+        super().__init__(inputs, outputs, 3, padding=1, bias=bias)
+        self.conv_offset = nn.Conv2d(inputs, 27 if modulated else 18, 3, padding=1)
+        self.modulated = modulated
 
     def forward(self, x: Tensor) -> Tensor:
         predicted = self.conv_offset(x)
         mask = predicted[:, 18:].sigmoid() if self.modulated else None
-        return deform_conv2d(
-            x, predicted[:, :18], self.weight, self.bias, self.stride, padding=1, mask=mask
-        )
+        return super().forward(x, predicted[:, :18], mask)
 
 
 class Bottleneck(nn.Module):
@@ -163,23 +161,12 @@ class Neck(nn.Module):
         return levels, laterals
 
 
-class Scale(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-
-class LabeledMemory(nn.Module):
-    def __init__(self, size: int, channels: int):
-        super().__init__()
-        self.register_buffer("lookup_table", torch.zeros(size, channels))
-
-
-class UnlabeledMemory(nn.Module):
-    def __init__(self, size: int, channels: int):
-        super().__init__()
-        self.register_buffer("queue", torch.zeros(size, channels))
-        self.register_buffer("tail", torch.tensor(0))
+def buffers(**tensors: Tensor) -> nn.Module:
+    """A module of buffers only."""
+    module = nn.Module()
+    for name, tensor in tensors.items():
+        module.register_buffer(name, tensor)
+    return module
 
 
 class Head(nn.Module):
@@ -196,9 +183,11 @@ class Head(nn.Module):
         self.conv_cls = nn.Conv2d(channels, 1, 3, 1, 1)
         self.conv_reg = nn.Conv2d(channels, 4, 3, 1, 1)
         self.conv_centerness = nn.Conv2d(channels, 1, 3, 1, 1)
-        self.scales = nn.ModuleList([Scale() for _ in STRIDES])
-        self.labeled_matching_layer = LabeledMemory(spec.lut_size, channels)
-        self.unlabeled_matching_layer = UnlabeledMemory(spec.queue_size, channels)
+        self.scales = nn.ModuleList(nn.ParameterDict({"scale": torch.ones(())}) for _ in STRIDES)
+        self.labeled_matching_layer = buffers(lookup_table=torch.zeros(spec.lut_size, channels))
+        self.unlabeled_matching_layer = buffers(
+            queue=torch.zeros(spec.queue_size, channels), tail=torch.tensor(0)
+        )
 
     def forward(self, x: Tensor, level: int) -> dict[str, Tensor]:
         cls = box = x
@@ -208,7 +197,7 @@ class Head(nn.Module):
             box = conv(box)
         return {
             "cls": self.conv_cls(cls),
-            "box": functional.relu(self.scales[level].scale * self.conv_reg(box)),
+            "box": functional.relu(self.scales[level]["scale"] * self.conv_reg(box)),
             "centerness": self.conv_centerness(box),
             "embeddings": x,
         }
@@ -230,6 +219,15 @@ class AlignPS(nn.Module):
         stages = {f"C{index}": x for index, x in enumerate(maps, start=2)}
         stages |= {f"lateral{index}": x for index, x in enumerate(laterals, start=3)}
         return outputs, stages | {"P3": levels[0]}
+
+
+def random_model(spec: Spec, gentle: bool) -> AlignPS:
+    """A model with random weights."""
+    model = AlignPS(spec)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    state = random_state_dict(shapes, 1, gentle)
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
+    return model
 
 
 def locations(height: int, width: int, stride: int) -> Tensor:

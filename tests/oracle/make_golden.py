@@ -11,25 +11,20 @@ import numpy as np
 import torch
 
 from tests.oracle import alignps_torch, golden
-from tests.oracle.random_weights import random_state_dict
 from tests.oracle.training_torch import Trainer, remember
 from tests.parity.common import nhwc, normalize
 
 
 def oracle(name: str, gentle: bool) -> alignps_torch.AlignPS:
     spec = alignps_torch.spec_of(name, **golden.WIDTHS, **golden.MEMORY)
-    model = alignps_torch.AlignPS(spec)
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    state = random_state_dict(shapes, 1, gentle)
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
-    return model
+    return alignps_torch.random_model(spec, gentle)
 
 
 def inference(name: str) -> dict[str, np.ndarray]:
     """The outputs and detections of one image."""
     with torch.no_grad():
         image = golden.image()
-        outputs, stages = oracle(name, gentle=False)(normalize(image[None], image.shape[:2]))
+        outputs, stages = oracle(name, gentle=False)(normalize(image[None]))
         detections = alignps_torch.detect(outputs[0], image.shape[:2], (1.0, 1.0))
     arrays = {key: nhwc(outputs[0][key]) for key in ("cls", "box", "centerness")}
     arrays |= {key: nhwc(stages[key]) for key in ("C5", "lateral5", "P3")}
@@ -45,10 +40,12 @@ def training(name: str) -> dict[str, np.ndarray]:
     batches = []
     for scene in golden.scenes():
         boxes, ids = torch.from_numpy(scene.boxes).double(), torch.from_numpy(scene.ids)
-        pixels = normalize(scene.images, scene.size, "float64")
+        pixels = normalize(scene.images, "float64")
         batches.append((pixels, list(zip(boxes, ids, strict=True))))
     remember(model, batches)
-    arrays = {f"before/{key}": value.clone().numpy() for key, value in memory(model).items()}
+    state = model.state_dict().items()
+    before = {key: value for key, value in state if "matching_layer" in key}
+    arrays = {f"before/{key}": value.clone().numpy() for key, value in before.items()}
     trainer = Trainer(model, **golden.RULES)
     for step in range(golden.STEPS):
         terms = trainer.step(*batches[step % len(batches)])
@@ -61,24 +58,15 @@ def training(name: str) -> dict[str, np.ndarray]:
         summary = torch.stack([value.norm(), value.flatten()[0]]) if value.ndim == 4 else value
         if ".bn" not in key and "downsample.1" not in key:
             arrays[f"after/{key}"] = summary.numpy()
-    return {key: single(value) for key, value in arrays.items()}
+    return {
+        key: np.float32(value) if value.dtype == np.float64 else value
+        for key, value in arrays.items()
+    }
 
 
-def memory(model: alignps_torch.AlignPS) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in model.state_dict().items() if "matching_layer" in key}
-
-
-def single(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float32) if array.dtype == np.float64 else array
-
-
-def main() -> None:
+if __name__ == "__main__":
     golden.FOLDER.mkdir(exist_ok=True)
     for name in golden.INFERENCE:
         np.savez_compressed(golden.FOLDER / f"inference_{name}.npz", **inference(name))
     for name in golden.TRAINING:
         np.savez_compressed(golden.FOLDER / f"training_{name}.npz", **training(name))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from tests.oracle.alignps_torch import STRIDES, AlignPS, locations, rows
 
@@ -33,28 +34,6 @@ def assign(height: int, width: int, boxes: Tensor) -> list[tuple[int, int, Tenso
             distances = torch.stack([x - x1, y - y1, x2 - x, y2 - y]) / stride
             found.append((index, best, distances))
     return found
-
-
-def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Of boxes that are given by distances from one point."""
-
-    def area(d: Tensor) -> Tensor:
-        return (d[:, 0] + d[:, 2]) * (d[:, 1] + d[:, 3])
-
-    shared, hull = torch.minimum(a, b), torch.maximum(a, b)
-    sides = torch.stack([shared[:, 0] + shared[:, 2], shared[:, 1] + shared[:, 3]], 1).clamp(min=0)
-    overlap = sides[:, 0] * sides[:, 1]
-    union = (area(a) + area(b) - overlap).clamp(min=1e-6)
-    enclosing = area(hull).clamp(min=1e-6)
-    return overlap / union - (enclosing - union) / enclosing
-
-
-def focal(logits: Tensor, target: Tensor) -> Tensor:
-    p = logits.sigmoid()
-    weight = target * 0.25 * (1 - p) ** 2 + (1 - target) * 0.75 * p**2
-    return (
-        weight * functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    ).sum()
 
 
 def triplet(embeddings: Tensor, identity: Tensor, lut: Tensor) -> Tensor:
@@ -105,18 +84,21 @@ def losses(model: AlignPS, pixels: Tensor, people: People) -> tuple[dict, Tensor
             embeddings.append(functional.normalize(predicted["embeddings"][index], dim=0))
             wanted.append(distances)
             identity.append(ids[person])
-    cls = focal(torch.cat(flat_cls), torch.cat(targets)) / (len(box) + len(pixels))
+    cls = sigmoid_focal_loss(torch.cat(flat_cls), torch.cat(targets), reduction="sum")
+    cls = cls / (len(box) + len(pixels))
     if not box:
         return {"cls": cls, "box": zero, "centerness": zero, "oim": zero}, zero, zero
     box, centerness, wanted = torch.stack(box), torch.stack(centerness), torch.stack(wanted)
     embeddings, identity = torch.stack(embeddings), torch.stack(identity)
+    around = wanted.new_tensor([-1, -1, 1, 1])  # boxes by their distances from one point
+    giou = generalized_box_iou_loss(box * around, wanted * around, eps=0)
     pairs = torch.stack([wanted[:, 0::2], wanted[:, 1::2]], 1)
     weight = (pairs.min(2).values / pairs.max(2).values).prod(1).sqrt()
     head = model.bbox_head
     lut, queue = head.labeled_matching_layer.lookup_table, head.unlabeled_matching_layer.queue
     terms = {
         "cls": cls,
-        "box": ((1 - giou(box, wanted)) * weight).sum() / weight.sum(),
+        "box": (giou * weight).sum() / weight.sum(),
         "centerness": functional.binary_cross_entropy_with_logits(centerness, weight),
         "oim": oim(embeddings, identity, lut, queue, spec.lut_temperature),
     }

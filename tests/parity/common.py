@@ -18,7 +18,6 @@ from alignps_jax.nn.model import AlignPS, build_model, weights_template
 from alignps_jax.types import Batch, OIMMemory, Weights
 from alignps_jax.weights.convert import convert_released
 from tests.oracle import alignps_torch
-from tests.oracle.random_weights import random_state_dict
 from tests.oracle.scenes import make_scene
 from tests.oracle.training_torch import People, remember
 from tests.parity.ours import relative_error, released_config
@@ -61,11 +60,8 @@ def make_pair(
     tail is near its end.
     """
     spec = alignps_torch.spec_of(name, **widths)
-    oracle = alignps_torch.AlignPS(spec)
-    shapes = {key: tuple(value.shape) for key, value in oracle.state_dict().items()}
-    state = random_state_dict(shapes, 1, gentle)
-    oracle.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
-    remember(oracle.to(dtype), batches)
+    oracle = alignps_torch.random_model(spec, gentle).to(dtype)
+    remember(oracle, batches)
     oracle.bbox_head.unlabeled_matching_layer.tail.fill_(spec.queue_size - 2)
     source = folder / f"{name}.pth"
     meta = {"epoch": 24, "iter": 67272, "config": "model = dict()", "CLASSES": ("person",)}
@@ -93,12 +89,12 @@ def released_pixels(image: np.ndarray, scale: tuple[int, int]) -> tuple[torch.Te
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
     size = int(height * factor + 0.5), int(width * factor + 0.5)
     image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return normalize(image[None], image.shape[:2]), size, (size[1] / width, size[0] / height)
+    return normalize(image[None]), size, (size[1] / width, size[0] / height)
 
 
-def normalize(images: np.ndarray, size: tuple[int, int], dtype: str = "float32") -> torch.Tensor:
+def normalize(images: np.ndarray, dtype: str = "float32") -> torch.Tensor:
     """BGR images of one size to mean-free pixels, zero up to a multiple of 32."""
-    height, width = size
+    height, width = images.shape[1:3]
     padding = ((0, 0), (0, -height % 32), (0, -width % 32), (0, 0))
     pixels = np.pad(images.astype(dtype) - MEAN.astype(dtype), padding)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
@@ -116,7 +112,7 @@ def make_batch(
     boxes = scene.boxes.astype(dtype)
     people = zip(torch.from_numpy(boxes), torch.from_numpy(scene.ids), strict=True)
     batch = scene.batch().replace(boxes=boxes)
-    return batch, normalize(scene.images, scene.size, dtype), list(people)
+    return batch, normalize(scene.images, dtype), list(people)
 
 
 def memory_errors(oracle: alignps_torch.AlignPS, memory: OIMMemory) -> dict[str, float]:

@@ -10,12 +10,12 @@ pytest.importorskip("torch", reason="make parity runs these")
 pytest.importorskip("torchvision", reason="make parity runs these")
 
 import torch
+from flax import traverse_util
 from torchvision.models import resnet50
 from torchvision.transforms import functional
 
 from alignps_jax.nn.model import build_model
 from alignps_jax.training.pretrained import starting_arrays, starting_config
-from alignps_jax.training.setup import create_state
 from configs import cuhk
 from tests.oracle.random_weights import random_state_dict
 from tests.parity.common import nhwc
@@ -46,22 +46,16 @@ def test_torchvision_weights_and_pixels(tmp_path):
 
     config.model.pretrained = str(tmp_path / "resnet50-0676ba61.pth")
     config = starting_config(config, tmp_path)
-    config.loss.queue_size = 1
     model = build_model(config)
-
-    class NoOptimizer:
-        init = staticmethod(lambda params: ())
-
-    state = create_state(config, model, NoOptimizer, 1, starting_arrays(config, model))
+    ours = traverse_util.unflatten_dict(starting_arrays(config, model), sep="/")
+    variables = {name: tree["backbone"] for name, tree in ours.items()}
     size = np.array([image.shape[:2]], np.int32)
 
     @jax.jit
-    def run(params, frozen):
-        normalized = model.normalized(image[None], size)
-        variables = {"params": params["backbone"], "frozen": frozen["backbone"]}
-        return model.backbone.apply(variables, normalized, size)
+    def run(variables):
+        return model.backbone.apply(variables, model.normalized(image[None], size), size)
 
-    for level, found in enumerate(run(state.params, state.frozen)):
+    for level, found in enumerate(run(variables)):
         error = relative_error(found, expected[level + 1])
         print(f"\ntorchvision ResNet-50 C{level + 3}: {error:.1e}")
         assert error <= 1e-4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -14,8 +16,8 @@ from alignps_jax.training.pretrained import starting_arrays, starting_config
 from alignps_jax.training.setup import create_state
 from alignps_jax.types import UserError
 from alignps_jax.weights import sources
-from alignps_jax.weights.conventions import CAFFE, TORCHVISION
 from alignps_jax.weights.released_names import to_torch
+from alignps_jax.weights.sources import CAFFE, TORCHVISION
 from configs import ablation, cuhk, prw, synthetic, tiny
 from tests.fakes import randomize
 from tests.weights.convert_test import fake_backbone, fake_detector, saved, small_config
@@ -107,10 +109,10 @@ def test_pixels_follow_a_run_and_another_backbone_is_refused(trained, tmp_path):
 @pytest.mark.parametrize("module", [cuhk, prw])
 @pytest.mark.parametrize("variant", ["", "plus", "released", "h100x8"])
 def test_the_paper_starts_from_imagenet_or_not_at_all(module, variant, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "cached_file", lambda address: tmp_path / "nothing")
+    monkeypatch.setattr(sources, "cache_folder", lambda: tmp_path)
     config = module.get_config(variant)
     assert config.model.pretrained == "msra"
-    monkeypatch.setattr(sources, "has_torch", lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", None)
     expected = r"pip install '\.\[torch\]', or .* --config\.model\.pretrained=torchvision$"
     with pytest.raises(UserError, match=expected):
         starting_config(config, tmp_path)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from alignps_jax.checkpoint.choice import chosen_step
+from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.checkpoint.store import load_arrays
 from tests.runs import ENDLESS, await_steps, launch, link_cache, losses, start
 
@@ -35,7 +35,7 @@ def whole_run(shared_dir) -> Path:
 
 
 def test_a_run_writes_what_it_promises(whole_run):
-    names = "checkpoints config.json versions.json curves.png detections.npz log.jsonl metrics.json"
+    names = "checkpoints config.json curves.png detections.npz log.jsonl metrics.json"
     names += " queries.csv rankings.png tensorboard"
     assert {path.name for path in whole_run.iterdir()} >= set(names.split())
     metrics = json.loads((whole_run / "metrics.json").read_text())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
-import re
 import sys
 import types
 from pathlib import Path
@@ -70,7 +68,7 @@ def test_an_index_stands_for_its_shards_which_lie_beside_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
         read_tensors(index)
     index.write_text("{}")
-    with pytest.raises(UserError, match="weight_map"):
+    with pytest.raises(ValueError, match="weight_map"):
         read_tensors(index)
 
 
@@ -93,42 +91,38 @@ NO_WEIGHTS = {
 def test_files_of_something_else_are_refused_in_one_line(case, tmp_path):
     content, message = NO_WEIGHTS[case]
     (tmp_path / "a.pth").write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(ValueError, match=message) as error:
         read_tensors(tmp_path / "a.pth")
-    assert str(error.value).startswith(f"{tmp_path / 'a.pth'}: ")
     assert str(error.value).isprintable()
 
 
 def test_the_system_has_its_own_words(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         read_tensors(tmp_path / "nowhere.pth")
-    with pytest.raises(IsADirectoryError):
-        read_tensors(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"a\.safetensors: cannot be written"):
         write_tensors(tmp_path / "file" / "a.safetensors", TENSORS, {})
 
 
-@pytest.mark.parametrize("version", ["2.4.0", "2.9.1+cu128", "2.9.0a0+git123"])
-def test_an_old_pytorch_is_refused_by_name(version, tmp_path, monkeypatch):
-    """Its loader has holes, so it is not even called."""
-    old = types.ModuleType("torch")
-    old.__version__ = version
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("2.4.0", "found PyTorch 2.4.0, expected 2.10 or newer"),
+        ("2.9.1+cu128", "found PyTorch 2.9.1"),
+        ("2.9.0a0+git123", "found PyTorch 2.9.0a0"),
+        (None, r"need PyTorch, .* pip install '\.\[torch\]'"),
+    ],
+)
+def test_no_pytorch_or_an_old_one_is_refused_by_name(version, message, tmp_path, monkeypatch):
+    """The loader of an old one has holes, so it is not even called."""
+    old = version and types.ModuleType("torch")
+    if old:
+        old.__version__ = version
     monkeypatch.setitem(sys.modules, "torch", old)
     (tmp_path / "a.pth").write_bytes(b"PK\x03\x04")
-    expected = rf": found PyTorch {re.escape(version)}, expected 2.10 or newer"
-    with pytest.raises(UserError, match="a.pth" + expected):
+    with pytest.raises(ValueError, match=message):
         read_tensors(tmp_path / "a.pth")
-    with pytest.raises(UserError, match="b.pth" + expected):
-        write_tensors(tmp_path / "b.pth", TENSORS, {})
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
-def test_without_pytorch_the_error_says_so(tmp_path):
-    (tmp_path / "a.pth").write_bytes(b"PK\x03\x04 and so on, a zip file")
-    with pytest.raises(UserError, match=r"need PyTorch, .* pip install '\.\[torch\]'"):
-        read_tensors(tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"need PyTorch, .* pip install '\.\[torch\]'"):
+    with pytest.raises(UserError, match=f"b.pth: .*{message}"):
         write_tensors(tmp_path / "b.pth", TENSORS, {})
     assert not (tmp_path / "b.pth").exists()
 
@@ -150,11 +144,11 @@ def test_what_is_no_tensor_in_a_pth_file_is_never_run(zipped, tmp_path):
         ([1, 2], "found list, expected named tensors"),
     ):
         torch.save(bad, path, _use_new_zipfile_serialization=zipped)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ValueError, match=message):
             read_tensors(path)
     assert not marker.exists()
     torch.save({"state_dict": torch_tensors(torch)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match="found no running average"):
+    with pytest.raises(ValueError, match="found no running average"):
         read_tensors(path, averaged=True)
 
 
@@ -174,5 +168,5 @@ def test_damaged_files_are_refused_or_hold_numbers(form, tmp_path):
     for at in rng.integers(0, len(sound), 200):
         rest = rng.bytes(1) + sound[at + 1 :] if at % 4 else b""
         path.write_bytes(sound[:at] + rest)
-        with contextlib.suppress(UserError):  # anything else fails the test
+        with contextlib.suppress(ValueError):  # anything else fails the test
             assert all(np.isfinite(value).all() for value in read_tensors(path).values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from alignps_jax.types import UserError
-from alignps_jax.weights import download, sources
-from alignps_jax.weights.sources import PUBLISHED, expected_digits, known_convention
+from alignps_jax.weights import sources
+from alignps_jax.weights.sources import PUBLISHED, convention_of, expected_digits
 from alignps_jax.weights.tensor_files import read_tensors, write_tensors
 from configs import cuhk
 
@@ -61,7 +62,7 @@ def server(content) -> Iterator[Server]:
     names = (f"a-{digits[:8]}.safetensors", "a-00000000.safetensors", "model.safetensors")
     page = b"<!DOCTYPE html><html>Sign in</html>"
     files = {f"/{name}": content for name in names} | {"/page.safetensors": page}
-    server = Server(files | {"/text.safetensors": b"no weights", "/a.pth": b"no weights"})
+    server = Server(files | {"/text.safetensors": b"no weights"})
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -86,14 +87,14 @@ def test_a_file_is_downloaded_once_and_then_read_without_a_network(server, conte
     digits = hashlib.sha256(content).hexdigest()
     for tail in (f"/a-{digits[:8]}.safetensors", f"/model.safetensors#sha256={digits}"):
         address = server.address + prefix + tail
-        file = download.fetch(address)
+        file = sources.fetch(address)
         np.testing.assert_array_equal(read_tensors(file)["x"], np.arange(6))
         asked = server.requests
-        assert download.fetch(address) == file
+        assert sources.fetch(address) == file
         assert server.requests == asked
     server.shutdown()
     server.server_close()
-    assert download.fetch(address) == file
+    assert sources.fetch(address) == file
     assert len(kept(cache)) == 2
 
 
@@ -107,20 +108,16 @@ def test_a_file_is_downloaded_once_and_then_read_without_a_network(server, conte
         ("/page.safetensors", "found a web page"),
         ("/page.safetensors#sha256=12345678", "found a web page"),
         ("/text.safetensors", "found an unknown format"),
+        ("http://127.0.0.1:9/a.safetensors", r"cannot be downloaded .*give the path of the file"),
+        ("http://[/a.safetensors", r"cannot be downloaded .*give the path of the file"),
     ],
 )
 def test_anything_else_is_one_line_and_leaves_nothing(server, tail, message, cache):
+    address = server.address + tail if tail.startswith("/") else tail
     with pytest.raises(UserError, match=message) as error:
-        download.fetch(server.address + tail)
-    assert str(error.value).startswith(f"config.model.pretrained: {server.address}{tail}: ")
+        sources.fetch(address)
+    assert str(error.value).startswith(f"config.model.pretrained: {address}: ")
     assert "\n" not in str(error.value)
-    assert kept(cache) == []
-
-
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9/a.safetensors", "http://[/a.safetensors"])
-def test_no_network_and_no_address(address, cache):
-    with pytest.raises(UserError, match=r"cannot be downloaded .*give the path of the file"):
-        download.fetch(address)
     assert kept(cache) == []
 
 
@@ -128,26 +125,34 @@ def test_a_cache_that_cannot_be_written_is_a_note(server, tmp_path, monkeypatch,
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     address = f"{server.address}/model.safetensors"
-    file = download.fetch(address)
-    assert download.fetch(address) == file
+    file = sources.fetch(address)
+    assert sources.fetch(address) == file
     assert server.requests == 1
     assert capsys.readouterr().out.count("note: ") == 1
 
 
-def test_pytorch_is_needed_once(monkeypatch):
-    config = cuhk.get_config()
-    monkeypatch.setattr(sources, "has_torch", lambda: False)
-    with pytest.raises(UserError, match=r"needs PyTorch to be read"):
-        sources.check_start(config)
-    file = sources.cached_file(PUBLISHED["msra"].address)
+def test_pytorch_is_needed_once(monkeypatch, server, cache):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    address, config = f"{server.address}/a.pth", cuhk.get_config()
+    for source in ("msra", address, "/somewhere/a.pth"):
+        config.model.pretrained = source
+        with pytest.raises(UserError, match=r"pth files need PyTorch, .*pretrained=torchvision"):
+            sources.check_start(config)  # before the slow imports
+    assert (server.requests, kept(cache)) == (0, [])
+    digits = hashlib.sha256(address.encode()).hexdigest()[:8]
+    file = sources.cache_folder() / f"{digits}-a.safetensors"
     write_tensors(file, {"x": np.zeros(2, np.float32)}, {})
+    assert sources.fetch(address) == file
+    config.model.pretrained = address
     sources.check_start(config)
-    assert download.fetch(PUBLISHED["msra"].address) == file
 
 
 def test_published_files_have_digits_and_a_convention():
-    for entry in PUBLISHED.values():
-        assert len(expected_digits(entry.address)) >= 8
-        assert known_convention(entry.address) == entry.convention
-    assert known_convention("/somewhere/resnet50_msra-5891d200.pth") == "caffe"
-    assert known_convention("/somewhere/model.safetensors") is None
+    config = cuhk.get_config()
+    assert all(len(expected_digits(address)) >= 8 for address, _ in PUBLISHED.values())
+    for source, expected in (
+        *PUBLISHED.values(),
+        ("/somewhere/resnet50_msra-5891d200.pth", PUBLISHED["msra"][1]),
+        ("/somewhere/model.safetensors", PUBLISHED["torchvision"][1]),
+    ):
+        assert convention_of({"fc.weight", "conv1.weight"}, source, config, ()) == expected
