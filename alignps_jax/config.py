@@ -184,9 +184,7 @@ FIELDS = {
 def check_fields(found: Mapping[str, Any]) -> None:
     """Holds the fields of a complete configuration, by dotted name, against their rules.
 
-    Raises:
-      UserError: a field does not exist (the nearest is named), is missing, is out of range, or
-        does not fit another.
+    Raises UserError where one does not exist, is missing, out of range or does not fit another.
     """
     for name in found.keys() - FIELDS.keys():
         same = [field for field in FIELDS if field.endswith(f".{name.rpartition('.')[2]}")]

@@ -24,10 +24,8 @@ def configuration(
 ) -> ConfigDict:
     """The configuration of --config, else `own` of the run `source`, else cuhk; typed fields win.
 
-    Also with --config, the network of `source` and the pixels that it sees stay its own.
-
-    Raises:
-      UserError: there is no such file or variant, the file fails, or a field is wrong.
+    Also with --config, the network of `source` and the pixels that it sees stay its own. Raises
+    UserError if there is no such file or variant, the file fails, or a field is wrong.
     """
     config = _loaded(args.config or "cuhk")
     fields = flat_fields(config)
@@ -72,8 +70,7 @@ def _loaded(spec: str) -> ConfigDict:
 def train_config(args: Arguments) -> ConfigDict:
     """The configuration to train with: --config, else that of the run to resume or to fine-tune.
 
-    Raises:
-      UserError: there is none of them, or a field is wrong.
+    Raises UserError if there is none of them, or a field is wrong.
     """
     own = None
     if not args.config:
