@@ -235,4 +235,5 @@ def _check_platforms() -> None:
     try:
         _ = platforms and jax.devices()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"JAX_PLATFORMS={platforms}: found no such device. {error}") from error
+        reason = f"JAX_PLATFORMS={platforms}: found no such device. {error}".strip()
+        raise UserError(reason) from error

@@ -43,7 +43,7 @@ def print_catalogue(path: str, dataset: str) -> None:
     for name, variant in rest.items():
         print(f"  {name}")
         _print_variant(variant)
-    print(f"\nTo run one: python launch.py --config={path}:VARIANT (README.md has the other flags)")
+    print(f"\nTo run one: python launch.py --config={path}:VARIANT")
     print(
         f"Metrics are the paper's on {figures_on(dataset)}, in percent; † inferred from its prose"
     )
