@@ -89,7 +89,7 @@ class Arguments(argparse.Namespace):
 
 
 class Mode(argparse.ArgumentParser):
-    """Reads the flags of a mode, of which it needs one of `any_of`, and runs it."""
+    """Reads the flags of a mode, at least one of `any_of` among them, and runs it."""
 
     run: Run
     flags: set[str]

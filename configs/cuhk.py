@@ -203,7 +203,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # IoU above which a better detection suppresses another, and detections kept per image.
     evaluation.nms_iou = 0.5
     evaluation.max_detections = 100
-    # Type of the activations, whatever model.dtype was: float32, or bfloat16, which moves boxes.
+    # Type of the activations: float32, or bfloat16, whose boxes differ; model.dtype is not read.
     evaluation.dtype = "float32"
     # The same choice as config.model.precision, for evaluation and search.
     evaluation.precision = "highest"

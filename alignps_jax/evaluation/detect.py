@@ -35,9 +35,9 @@ def detect_source(
 ) -> None:
     """Writes everybody in the photos and videos of a source with at least the score threshold.
 
-    Photos are named from `source` on; of videos, there is a frame `every` so many seconds. Boxes
-    are in pixels of the photo as stored, without its EXIF orientation, as data sets have them. The
-    target is a .json file (COCO), a .csv file, or an .npz file as `save_detections` writes it.
+    Names of photos are relative to `source`. Of a video, one frame is taken every `every` seconds.
+    Boxes are in pixels of the photo as stored, without its EXIF orientation, as data sets have
+    them. The target is a .json (COCO), a .csv, or an .npz file as `save_detections` writes it.
 
     Raises:
       UserError: the checkpoint or source is wrong, or the target cannot be written.

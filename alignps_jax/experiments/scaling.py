@@ -81,7 +81,7 @@ def _compile(config: dict[str, Any], topology: str, case: Case) -> Row:
     except jax.errors.JaxRuntimeError as error:
         return {"result": " ".join(str(error).split())[:200]}
     row = {"memory, GB": peak_memory(program.compiled), "compile, s": program.seconds}
-    costs: Any = program.compiled.cost_analysis() or {}  # nothing of a GPU's program
+    costs: Any = program.compiled.cost_analysis() or {}  # XLA has none for GPUs
     titles = {"flops": "GFLOP", "bytes accessed": "GB moved"}
     return row | {titles[name]: costs[name] / 1e9 for name in titles if name in costs}
 

@@ -110,9 +110,9 @@ def sampling_points(
 ) -> Float[np.ndarray, "81 2"]:
     """Where a location (row, column) of P3 looks through the lateral convolution of a level.
 
-    Pixels (x, y) of the photo, tap by tap of the output convolution and, within it, of the lateral
-    one. An output tap falls between pixels, each of which looks at nine points: its own nine are
-    their bilinear means, NaN outside of the map. UserError if there are no such convolutions.
+    Returns pixels (x, y) of the photo: for each tap of the output convolution, the nine taps of
+    the lateral one. An output tap lies between pixels, so its nine points are the bilinear means of
+    theirs; NaN outside of the map. UserError if there are no such convolutions.
     """
     from scipy.ndimage import map_coordinates  # slow to import, and rarely needed
 

@@ -112,8 +112,8 @@ def make_step(
 
 
 def positives_per_image(config: ConfigDict, people: int) -> int:
-    """Maximum number of positive locations of an image with this many people."""
-    per_level = math.ceil(2 * config.loss.center_radius) ** 2  # a square of so many strides
+    """Maximum number of positive locations of an image: those in a square around each person."""
+    per_level = math.ceil(2 * config.loss.center_radius) ** 2
     return config.train.max_positives or per_level * len(config.model.levels) * people
 
 

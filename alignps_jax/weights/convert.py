@@ -108,7 +108,7 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
 
 
 def _state(config: ConfigDict, tensors: Tensors) -> TrainState:
-    """The state before the first step that goes on from a detector; of a backbone alone that."""
+    """The state at step 0 with the weights and memory of a detector, or with a backbone alone."""
     model, detector = build_model(config), is_detector(tensors)
     rows = config.loss.lut_size or len(tensors.get(LOOKUP_TABLE, ()))
     memory = init_memory(rows, config.loss.queue_size, config.model.channels)

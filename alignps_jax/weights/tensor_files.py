@@ -106,7 +106,7 @@ def _content(path: Path) -> Any:
     except Exception as error:  # PyTorch documents none of what it raises for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         if culprit := reason.partition("GLOBAL ")[2].partition(" ")[0]:
-            reason = f"found something else than tensors ({culprit}), nothing of it was run"
+            reason = f"found an object that is not a tensor ({culprit}); none of its code was run"
         raise ValueError(reason[:250]) from error
 
 

@@ -9,20 +9,13 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
 pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data_pipeline.sources.damaged_test import CHANGES, damage
+from tests.data_pipeline.sources.damaged_test import CHANGES, QUICK, damage
 from tests.gallery.page_server import people, upload, uploaded
 from tests.gallery.painted import BLUE, RED, encoded, painted
 
-QUICK = settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 PHOTO = painted((RED, (20, 60)), (BLUE, (90, 60)), size=(150, 160))
 ODD = st.sampled_from(["nan", "1e999", "-1", "2" * 400, "../x", "0-0", "%00", "10,20,60,140"])
 VALUES = st.one_of(st.characters(codec="utf-8").map(lambda x: 3 * x), ODD)
