@@ -172,7 +172,11 @@ def _prepare(data: ConfigDict) -> Prepared:
     source, folder = DATASETS[data.name](data.root), _folder(data)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{data.name}: preparing {folder}, or waiting for the process that does", flush=True)
-    with filelock.FileLock(folder / ".lock"):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(filelock.FileLock(folder / ".lock"))
+        except OSError as error:  # some network file systems have no locks
+            print(f"note: {folder}: {error.strerror}; one process alone should prepare it")
         if found := _find(data):
             return found
         for left in folder.glob("*.partial-*"):  # by a process that was killed

@@ -32,6 +32,7 @@ from data_pipeline.prepared import (
     Files,
     Prepared,
     clip_to_photos,
+    features,
     listed,
     save_arrays,
     write_about,
@@ -86,19 +87,7 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
         return Path(self.data_path)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        # Boxes x1, y1, x2, y2 are clipped to the photo; `identity` is meaningful where `labeled`;
-        # `camera` is 0 where the data set has none.
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "name": tfds.features.Text(),
-            "height": np.int32,
-            "width": np.int32,
-            "boxes": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
-            "identity": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-            "labeled": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
-            "camera": np.int32,
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=features())
 
     def _shard_iterators_per_split(
         self, dl_manager: tfds.download.DownloadManager

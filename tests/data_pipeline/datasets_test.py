@@ -1,6 +1,8 @@
 """The data sets by name, and preparing them for real (TFDS, ArrayRecord) from miniature folders."""
 
+import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -325,6 +327,32 @@ def test_one_process_prepares_and_the_others_wait(data, root, capsys):
     thread.join()
     assert "waiting for the process" in capsys.readouterr().out
     assert len(sets(data)) == 1
+
+
+def test_a_file_system_without_locks_is_a_note(data, monkeypatch, capsys):
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    datasets.prepare(data)
+    assert "note: " in capsys.readouterr().out
+    assert len(sets(data)) == 1
+
+
+def test_a_set_of_somebody_else_imports_nothing_and_says_what_is_wrong(data, tmp_path, monkeypatch):
+    expected = datasets.prepare(data).split("train").jpegs[1]
+    (tmp_path / "stranger.py").write_text("raise SystemExit('run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (folder,) = sets(data)
+    text = (folder / "features.json").read_text()
+    changed = re.sub(r'("pythonClassName": )"[^"]+"', r'\1"stranger.Feature"', text)
+    assert changed != text
+    (folder / "features.json").write_text(changed)
+    assert datasets.prepare(data).split("train").jpegs[1] == expected
+    assert "stranger" not in sys.modules
+    (folder / "about-1.json").write_text('{"digest": 3}')
+    with pytest.raises(UserError, match=r"about-1\.json: "):
+        datasets.prepare(data)
 
 
 def test_synthetic_is_drawn_first_and_read_as_cuhk_sysu(tmp_path, capsys):
