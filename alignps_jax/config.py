@@ -99,7 +99,7 @@ _TABLE: dict[str, dict[str, Rule]] = {
         "model.deform_stages": _STAGES,
         (
             "model.lateral_deform model.output_deform model.concatenate model.background_levels "
-            "model.stride_in_3x3"
+            "model.stride_in_3x3 model.roi"
         ): _FLAG,
         "model.levels": _LEVELS,
         "model.reid": _choice("input", "regression", "classification", "independent"),
@@ -119,10 +119,11 @@ _TABLE: dict[str, dict[str, Rule]] = {
             "optimizer.momentum optimizer.warmup_start"
         ): _SHARE,
         "data.orientation": _choice("stored", "upright"),
-        "data.skip_damaged loss.normalize_lut": _FLAG,
+        "data.skip_damaged loss.normalize_lut loss.oim_labeled_mean": _FLAG,
         (
             "data.synthetic.train_images data.synthetic.test_images "
-            "data.synthetic.train_identities data.synthetic.test_identities train.batch_size"
+            "data.synthetic.train_identities data.synthetic.test_identities train.batch_size "
+            "loss.rois_per_image"
         ): _COUNT,
         "data.synthetic.height data.synthetic.width": _SIDE,
         "model.frozen_stages": _integer(-1, 4),
@@ -157,6 +158,7 @@ _TABLE: dict[str, dict[str, Rule]] = {
         "eval.dtype": _choice("float32", "bfloat16"),
         "eval.precision": _choice("default", "highest"),
         "eval.boxes": _choice("detected", "ground_truth"),
+        "eval.branch": _choice("both", "dense", "roi"),
         "eval.context_matching": _CONTEXT,
         "eval.choose_on_test": _FLAG,
         "eval.protocols": _tuple_of(_PROTOCOL, _PROTOCOLS),

@@ -159,11 +159,15 @@ class Weights:
 
 @struct.dataclass
 class TrainState(Weights):
-    """All that training changes; where `params` are an average, the optimizer updates `raw`."""
+    """All that training changes; where `params` are an average, the optimizer updates `raw`.
+
+    `roi_memory` is that of the RoI branch, if there is one.
+    """
 
     opt_state: Any
     memory: OIMMemory
     raw: Any = None
+    roi_memory: OIMMemory | None = None
 
 
 @dataclasses.dataclass(frozen=True)

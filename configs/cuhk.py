@@ -100,6 +100,8 @@ def get_config(variant: str = "") -> ConfigDict:
     model.initial_distance = 0.0
     # In training, run the head on P4 to P7, too: all background (Released code).
     model.background_levels = False
+    # Also embed regions of the map with stride 16 around people, found by their boxes: ROI-AlignPS.
+    model.roi = False
     # Type of the activations: float32 or bfloat16. Parameters and losses are always float32.
     model.dtype = "float32"
     # How accelerators multiply float32 numbers in training: highest, or default (one pass
@@ -134,6 +136,10 @@ def get_config(variant: str = "") -> ConfigDict:
     loss.inverse_queue_temperature = 10.0
     # Exponent of the focal term of the OIM loss (Paper, Sec. 4.2); 0 gives the plain loss.
     loss.oim_focal_gamma = 2.0
+    # Whether the OIM loss is the mean over labeled people (ROI-AlignPS) or over all.
+    loss.oim_labeled_mean = False
+    # With model.roi, number of regions that are sampled from an image.
+    loss.rois_per_image = 128
     # Share of the old row that an update of the lookup table keeps.
     loss.lut_momentum = 0.5
     # Scale each updated row of the table back to length one (OIM paper; Released code: False).
@@ -209,6 +215,8 @@ def get_config(variant: str = "") -> ConfigDict:
     evaluation.precision = "highest"
     # Which boxes are searched: detected, or ground_truth (an upper bound).
     evaluation.boxes = "detected"
+    # With model.roi, whose embeddings are compared: those of both branches, dense alone, or roi.
+    evaluation.branch = "both"
     # (k1, k2): context bipartite graph matching (SeqNet) with k1 gallery images and k2 people of
     # the query photo replaces similarities; () does without. SeqNet uses (10, 3), on PRW (30, 4).
     evaluation.context_matching = ()

@@ -70,6 +70,7 @@ RELEASED: Changes = {
     "optimizer.warmup": "500 steps",
 }
 PLUS: Changes = {"model.deform_stages": (3, 4, 5)}
+ROI: Changes = {"model.roi": True, "loss.oim_labeled_mean": True}
 
 VARIANTS: dict[str, Variant] = {
     "": Variant("AlignPS"),
@@ -98,6 +99,7 @@ VARIANTS: dict[str, Variant] = {
     "plus": Variant("AlignPS+: deformable convolutions in res3, res4 and res5", PLUS),
     "released": Variant("AlignPS with the values of the released code", RELEASED),
     "released_plus": Variant("AlignPS+ with the values of the released code", RELEASED | PLUS),
+    "roi": Variant("ROI-AlignPS: also embeds the regions of people", ROI),
     # Ready for machines, in float32; docs/devices.md has the memory that they need.
     "card24": Variant("for one card with 24 GB, which the defaults fit"),
     "h100x8": Variant(
@@ -147,6 +149,12 @@ PAPER = (
     PaperRow("6", "plus", "AlignPS+", mAP=94.0, top1=94.5),
     PaperRow("6", "", "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
     PaperRow("6", "plus", "AlignPS+", mAP=46.1, top1=82.1, dataset=PRW),
+    PaperRow("roi", "", "AlignPS", mAP=93.1, top1=93.4),
+    PaperRow("roi", "roi", "ROI-AlignPS", mAP=95.1, top1=96.0, note="released weights"),
+    PaperRow("roi", "", "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
+    PaperRow(
+        *("roi", "roi", "ROI-AlignPS"), mAP=51.6, top1=84.4, dataset=PRW, note="released weights"
+    ),
 )
 
 
@@ -158,21 +166,35 @@ RELEASED_PRW: Changes = {
     "loss.triplet": "none",
     "optimizer.weight_decay": 1e-3,
 }
+# The released ROI-AlignPS was trained with the same values on both data sets.
+RELEASED_ROI: Changes = RELEASED | {
+    "optimizer.learning_rate": 0.0015,
+    "optimizer.weight_decay": 5e-4,
+    "optimizer.bias_lr_factor": 1.0,
+    "optimizer.bias_weight_decay": None,
+    "optimizer.warmup": "1141 steps",
+    "optimizer.warmup_start": 1 / 200,
+    "optimizer.clip_norm": 10.0,
+    "train.batch_size": 5,
+}
 # These borders give each level a share of the synthetic scenes' people (36 to 150 pixels high in
 # 256x192). With the paper's, only P3 and P4 would have any.
 SYNTHETIC_BORDERS = (48, 72, 96, 120)
 
 # By data set and variant: further or other changes.
 _OWN_CHANGES: dict[str, dict[str, Changes]] = {
+    CUHK: {"roi": RELEASED_ROI},
     PRW: {
         "released": RELEASED_PRW,
         "released_plus": RELEASED_PRW | {"optimizer.weight_decay": 7e-4},
+        "roi": RELEASED_ROI | {"loss.lut_size": 483},
     },
     "synthetic": {
         name: {"loss.level_borders": SYNTHETIC_BORDERS[: len(borders)]}
         for name, variant in VARIANTS.items()
         if (borders := variant.changes.get("loss.level_borders"))
-    },
+    }
+    | {"roi": {"loss.rois_per_image": 32}},
 }
 
 

@@ -6,11 +6,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from alignps_jax.arrays import l2_normalize
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.types import Batch, Detections
+from alignps_jax.types import Batch, Detections, Outputs
 
 
 def inference_model(config: ConfigDict) -> AlignPS:
@@ -26,7 +29,8 @@ class PredictStep:
     """The detections of a batch; `config` is `config.eval`.
 
     With `level_borders`, `config.loss.level_borders`, the people of the ground truth are taken, as
-    a perfect detector would find them: an upper bound.
+    a perfect detector would find them: an upper bound. `config.branch` says whose embeddings are
+    taken where there is an RoI branch.
     """
 
     model: AlignPS
@@ -37,7 +41,14 @@ class PredictStep:
         """Boxes in the photos' own pixels, best first."""
         variables = {"params": params, "frozen": frozen}
         with jax.default_matmul_precision(self.config.precision):
-            outputs: Any = self.model.apply(variables, batch.image, batch.size)
+            outputs, c4 = self.model.apply(variables, batch.image, batch.size, method="with_c4")
+            found = self._dense(outputs, batch)
+            if c4 is None or self.config.branch == "dense":
+                return found
+            return self._with_regions(variables, c4, batch, found)
+
+    def _dense(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:
+        """The people with the embeddings of their locations."""
         strides = self.model.strides(train=False)
         if self.level_borders is not None:
             people = batch.boxes, batch.valid, batch.scale
@@ -52,6 +63,23 @@ class PredictStep:
             nms_iou=self.config.nms_iou,
             max_detections=self.config.max_detections,
         )
+
+    def _with_regions(
+        self, variables: Any, c4: Array, batch: Batch, found: Detections
+    ) -> Detections:
+        """The people with the embeddings of the RoI branch, or those of both, one after another.
+
+        Their similarity is then the mean of both. Boxes are scaled to the input again, with the
+        rounding of both ways (Released code).
+        """
+        boxes = found.boxes * jnp.tile(batch.scale, 2)[:, None]
+        regions = self.model.apply(
+            variables, c4, batch.size, boxes, found.valid, train=False, method="embed"
+        )
+        parts = (found.embeddings, regions.embeddings)
+        embeddings = jnp.concatenate(parts[self.config.branch == "roi" :], axis=-1)
+        embeddings = jnp.where(found.valid[..., None], l2_normalize(embeddings), 0.0)
+        return dataclasses.replace(found, embeddings=embeddings)
 
 
 def make_predict_step(config: ConfigDict) -> PredictStep:

@@ -68,6 +68,7 @@ def total(
             inverse_lut_temperature=config.inverse_lut_temperature,
             inverse_queue_temperature=config.inverse_queue_temperature,
             focal_gamma=config.oim_focal_gamma,
+            labeled_mean=config.oim_labeled_mean,
         ),
     }
     # ... and against the hardest people of this step, on all devices.

@@ -12,10 +12,12 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from alignps_jax.nn.backbone import ResNet50, ResNetSmall
+from alignps_jax.nn.convolution import Map
 from alignps_jax.nn.head import FCOSHead
 from alignps_jax.nn.layers import GroupNorm, ValidSize, mask_padding, round_up
 from alignps_jax.nn.neck import AlignedFeatureAggregation, level_size
-from alignps_jax.types import Outputs, Weights
+from alignps_jax.nn.roi import MutualInformation, RoIHead, RPNHead
+from alignps_jax.types import Outputs, RoiOutputs, RpnOutputs, Weights
 
 Params = Any
 
@@ -23,6 +25,7 @@ Params = Any
 class AlignPS(nn.Module):
     """Person search in one stage: boxes, scores and embeddings of every location.
 
+    With `rpn`, `roi` and `mutual_information` it is ROI-AlignPS, which embeds regions, too.
     `channel_order`, `pixel_mean` and `pixel_std` are those that the backbone's weights expect.
     """
 
@@ -33,6 +36,9 @@ class AlignPS(nn.Module):
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     dtype: str = "float32"
+    rpn: nn.Module | None = None
+    roi: nn.Module | None = None
+    mutual_information: nn.Module | None = None
 
     def __call__(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
@@ -44,15 +50,44 @@ class AlignPS(nn.Module):
           size: height and width of each photo in its image.
           train: also predict on the levels that only training uses.
         """
+        return self.with_c4(image, size, train=train)[0]
+
+    def with_c4(
+        self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
+    ) -> tuple[tuple[Outputs, ...], Map | None]:
+        """The same, and the map from which the RoI branch reads regions, if there is one."""
         valid_size = round_up(size)
         pixels = self.normalized(image, size).astype(self.dtype)
-        maps = self.neck(self.backbone(pixels, valid_size), valid_size, train=train)
+        features = self.backbone(pixels, valid_size)
+        maps = self.neck(features, valid_size, train=train)
         # Initialisation runs the head on all levels, so that all parameters are made.
         levels = self.predicted_levels(train or self.is_initializing())
-        return tuple(
+        outputs = tuple(
             self.head(level_map, level_size(valid_size, level), level)
             for level_map, level in zip(maps, levels, strict=True)
         )
+        if self.roi is None:
+            return outputs, None
+        if self.is_initializing():
+            some = jnp.tile(valid_size[:, None].astype(jnp.float32), (1, 1, 2))  # a box each
+            found = self.embed(features[1], size, some, jnp.ones(some.shape[:2], bool))
+            self.propose(features[1], size)
+            self.dependence(found.embeddings[:, 0], found.embeddings[:, 0])
+        return outputs, features[1]
+
+    def propose(self, c4: Map, size: ValidSize) -> RpnOutputs:
+        """What the region proposal network says of all anchors."""
+        return self.rpn(c4, level_size(round_up(size), 4))
+
+    def embed(
+        self, c4: Map, size: ValidSize, boxes: Array, valid: Array, **training: Any
+    ) -> RoiOutputs:
+        """What the RoI branch says of boxes [B, R, 4] of the input; `training` as `RoIHead`."""
+        return self.roi(c4, level_size(round_up(size), 4), boxes, valid, **training)
+
+    def dependence(self, u: Float[Array, "K D"], v: Float[Array, "K D"]) -> Float[Array, "K"]:
+        """The estimate that the mutual information of embeddings is made from."""
+        return self.mutual_information(u, v)
 
     def normalized(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize
@@ -80,13 +115,22 @@ def build_model(config: ConfigDict) -> AlignPS:
         "resnet50": partial(ResNet50, stride_in_blocks=model.stride_in_3x3),
         "resnet_small": partial(ResNetSmall, norm=partial(GroupNorm, groups=model.norm_groups)),
     }
+    backbone = backbones[model.backbone](
+        width=model.backbone_width,
+        frozen_stages=model.frozen_stages,
+        deform_stages=model.deform_stages,
+        **everywhere,
+    )
+    branch = {}
+    if model.roi:
+        stage = partial(backbone.clone(deform_stages=()).stage, len(backbone.depths) - 1)
+        branch = {
+            "rpn": RPNHead(dtype=model.dtype),
+            "roi": RoIHead(stage, model.channels, dtype=model.dtype),
+            "mutual_information": MutualInformation(),
+        }
     return AlignPS(
-        backbone=backbones[model.backbone](
-            width=model.backbone_width,
-            frozen_stages=model.frozen_stages,
-            deform_stages=model.deform_stages,
-            **everywhere,
-        ),
+        backbone=backbone,
         neck=AlignedFeatureAggregation(
             model.channels,
             levels=model.levels,
@@ -110,6 +154,7 @@ def build_model(config: ConfigDict) -> AlignPS:
         pixel_mean=model.pixel_mean,
         pixel_std=model.pixel_std,
         dtype=model.dtype,
+        **branch,
     )
 
 

@@ -107,7 +107,7 @@ def make_step(
         config.optimizer, steps_per_epoch, config.train.batch_size
     )
     rule = optimizer.make_optimizer(config.optimizer, schedule, partial(optimizer.is_frozen, model))
-    others = config.model.precision, config.train.accumulate, config.train.ema_decay
+    others = config.model.precision, config.train.accumulate, config.train.ema_decay, config.seed
     return schedule, TrainStep(model, rule, config.loss, positives, *others)
 
 
@@ -143,13 +143,15 @@ def create_state(
         flat |= {name: jnp.asarray(array, flat[name].dtype) for name, array in weights.items()}
         tree = jax.tree.unflatten(jax.tree.structure(tree), flat.values())
         params, frozen = tree["params"], tree["frozen"]
+    memory = init_memory(num_identities, config.loss.queue_size, config.model.channels)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen=frozen,
         opt_state=jax.jit(optimizer.init)(params),  # one program, not one for each shape
-        memory=init_memory(num_identities, config.loss.queue_size, config.model.channels),
+        memory=memory,
         raw=params if config.train.ema_decay is not None else None,
+        roi_memory=jax.tree.map(jnp.copy, memory) if config.model.roi else None,
     )
 
 

@@ -18,10 +18,14 @@ from ml_collections import ConfigDict
 
 from alignps_jax.devices import AXIS
 from alignps_jax.losses.oim import update_memory
+from alignps_jax.losses.roi import draw
+from alignps_jax.losses.rpn import PROPOSALS
 from alignps_jax.losses.terms import Term
 from alignps_jax.losses.total import assign, flatten_levels, select_positives, total
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.types import Batch, Outputs, TrainState
+
+from alignps_jax.training.regions import region_terms
+from alignps_jax.types import Batch, Outputs, RoiDraws, TrainState
 
 
 @struct.dataclass
@@ -45,13 +49,20 @@ class TrainStep:
     precision: str = "default"
     accumulate: int = 1  # parts in which a device feeds its images to the network
     ema_decay: float | None = None  # of the parameters' moving average, if any
+    seed: int = 0  # of the random choices of the RoI branch
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """Updates the state with one device's share of a batch; equal on all devices."""
+    def __call__(
+        self, state: TrainState, batch: Batch, draws: RoiDraws | None = None
+    ) -> tuple[TrainState, StepMetrics]:
+        """Updates the state with one device's share of a batch; equal on all devices.
+
+        `draws` are the random choices of the RoI branch; without any, they follow from the seed.
+        """
         gather = partial(jax.tree.map, partial(lax.all_gather, axis_name=AXIS, tiled=True))
 
         def loss_fn(params: Any) -> tuple[Any, Any]:
-            outputs = self._predict({"params": params, "frozen": state.frozen}, batch)
+            variables = {"params": params, "frozen": state.frozen}
+            outputs, c4 = self._predict(variables, batch)
             targets = assign(
                 outputs,
                 batch,
@@ -66,12 +77,28 @@ class TrainStep:
             gathered = gather(local)
             offset = lax.axis_index(AXIS) * self.max_positives
             terms = total(flat, targets, local, gathered, state.memory, self.loss, offset=offset)
+            frozen, regions = state.frozen, None
+            if self.model.roi is not None:
+                chosen = draws or self._draws(state.step, batch, c4)
+                found = region_terms(
+                    partial(self.model.apply, variables),
+                    c4,
+                    batch,
+                    chosen,
+                    state.roi_memory,
+                    gathered,
+                    self.loss.rois_per_image,
+                    gather=gather,
+                    add_up=partial(lax.psum, axis_name=AXIS),
+                )
+                terms, frozen, regions = terms | found.terms, found.frozen, found.people
             losses = {name: _local_loss(term) for name, term in terms.items()}
-            return sum(losses.values()), (losses, gathered, dropped)
+            return sum(losses.values()), (losses, dropped, (gathered, regions, frozen))
 
         trained = state.params if state.raw is None else state.raw
         with jax.default_matmul_precision(self.precision):
-            gradient, (terms, gathered, dropped) = jax.grad(loss_fn, has_aux=True)(trained)
+            gradient, (terms, dropped, same) = jax.grad(loss_fn, has_aux=True)(trained)
+        gathered, regions, frozen = same  # on all devices
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
@@ -83,6 +110,11 @@ class TrainStep:
             normalize=self.loss.normalize_lut,
             queue_channels=self.loss.queue_channels,
         )
+        if regions is not None:
+            roi_memory = update_memory(
+                state.roi_memory, regions, momentum=0.5, normalize=True, queue_channels=None
+            )
+            state = dataclasses.replace(state, roi_memory=roi_memory, frozen=frozen)
         metrics = StepMetrics(terms, gathered.valid.sum(), dropped, optax.tree.norm(gradient))
         state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state, memory=memory)
         return _with_params(state, trained, self.ema_decay), metrics
@@ -93,14 +125,26 @@ class TrainStep:
         edges = (0.0, *self.loss.level_borders, math.inf)
         return [*pairwise(edges), *[(math.inf, 0.0)] * (len(made) - len(searched))]
 
-    def _predict(self, variables: Any, batch: Batch) -> tuple[Outputs, ...]:
-        """The network's outputs for all images, computed in `accumulate` parts.
+    def _draws(self, step: Int[Array, ""], batch: Batch, c4: Array) -> RoiDraws:
+        """The random choices of a step for this device's images."""
+        images, people = batch.valid.shape
+        return draw(
+            jax.random.fold_in(jax.random.key(self.seed), step),
+            images,
+            lax.axis_index(AXIS) * images,
+            c4.shape[1:3],
+            people + PROPOSALS,
+            lax.axis_size(AXIS) * images * self.loss.rois_per_image,
+        )
+
+    def _predict(self, variables: Any, batch: Batch) -> tuple[tuple[Outputs, ...], Any]:
+        """`AlignPS.with_c4` for all images, computed in `accumulate` parts.
 
         The activations of a part are recomputed for the gradient; all else sees the whole batch.
         """
 
         def network(images: Any) -> Any:
-            return self.model.apply(variables, *images, train=True)
+            return self.model.apply(variables, *images, train=True, method="with_c4")
 
         images = batch.image, batch.size
         if self.accumulate == 1:
