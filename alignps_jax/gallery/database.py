@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from alignps_jax.gallery.table import PEOPLE, About, schema
 from alignps_jax.inference.detector import Detector
+from alignps_jax.inference.predict import embedding_size
 from alignps_jax.types import UserError
 
 # What another writer causes, in Lance's words; a commit is then tried again.
@@ -169,6 +170,6 @@ def about_detector(detector: Detector) -> About:
         name=detector.name,
         test_scale=(int(long), int(short)),
         score_threshold=float(config.eval.score_threshold),
-        dim=int(config.model.channels),
+        dim=embedding_size(config),
         max_pixels=int(config.data.max_pixels),
     )

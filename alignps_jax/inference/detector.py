@@ -63,8 +63,9 @@ class Detector:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all weights in hexadecimal digits."""
-        digest = hashlib.sha256()
+        """A hash of all that makes embeddings, the weights above all, in hexadecimal digits."""
+        branch = self.config.eval.branch if self.config.model.roi else ""
+        digest = hashlib.sha256(branch.encode())
         for path, array in leaves_by_path((self._params, self._frozen)).items():
             values = np.ascontiguousarray(array)
             digest.update(f"{path} {values.dtype} {values.shape}".encode() + values.tobytes())

@@ -60,7 +60,12 @@ def _compute(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> tuple
 
 
 def location_maps(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> LocationMaps:
-    """The maps of a batch of one photo, cut to what the network looks at."""
+    """The maps of a batch of one photo, cut to what the network looks at.
+
+    UserError if people have no embeddings that locations have, too.
+    """
+    if step.model.roi is not None and step.config.branch == "roi":
+        raise UserError("config.eval.branch: found 'roi', expected 'both' or 'dense' for heat maps")
     embeddings, offsets = _compute(step, params, frozen, batch)
     bucket, valid = batch.image.shape[1], np.asarray(round_up(jnp.asarray(batch.size)))[0]
 
@@ -82,12 +87,15 @@ def similarity_map(
 ) -> Float[np.ndarray, "H W"]:
     """Cosine similarity of each pixel of the resized photo (`maps.size`) to an embedding.
 
-    Bilinear between locations; the largest of the levels.
+    Bilinear between locations; the largest of the levels. Locations have no embeddings of the RoI
+    branch, which come last in those of both.
     """
     height, width = maps.size
+    dense = embedding[: maps.embeddings[0].shape[-1]].astype(np.float32)
+    dense /= max(np.linalg.norm(dense), 1e-12)
     levels = []
     for level, stride in zip(maps.embeddings, maps.strides, strict=True):
-        cosine = level @ embedding.astype(np.float32)
+        cosine = level @ dense
         enlarged = (cosine.shape[1] * stride, cosine.shape[0] * stride)
         levels.append(cv2.resize(cosine, enlarged, interpolation=cv2.INTER_LINEAR))
     return np.max([level[:height, :width] for level in levels], axis=0)
