@@ -5,8 +5,11 @@ Distances are left, top, right, bottom: from a location to the sides of a box. F
 elementwise over leading axes unless they say otherwise.
 """
 
+import math
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.types import AnyArray
 
@@ -63,6 +66,25 @@ def distances_to_boxes(
     return jnp.concatenate([locations - boxes[..., :2], boxes[..., 2:] - locations], axis=-1)
 
 
+def boxes_from_deltas(boxes: Float[Array, "*N 4"], deltas: Float[Array, "*N 4"]) -> Array:
+    """Boxes moved by deltas (Faster R-CNN, Ren et al., 2015), at most 1000 / 16 times as large.
+
+    They are the center's way in widths and heights, and the logarithms of the sides' factors.
+    """
+    side = boxes[..., 2:] - boxes[..., :2]
+    center = (boxes[..., :2] + boxes[..., 2:]) / 2 + side * deltas[..., :2]
+    bound = math.log(1000 / 16)
+    half = side * jnp.exp(jnp.clip(deltas[..., 2:], -bound, bound)) / 2
+    return jnp.concatenate([center - half, center + half], axis=-1)
+
+
+def deltas_to_boxes(boxes: Float[Array, "*N 4"], others: Float[Array, "*N 4"]) -> Array:
+    """Inverse of `boxes_from_deltas`; not finite for boxes without area."""
+    side, other = boxes[..., 2:] - boxes[..., :2], others[..., 2:] - others[..., :2]
+    way = (others[..., :2] + others[..., 2:]) / 2 - (boxes[..., :2] + boxes[..., 2:]) / 2
+    return jnp.concatenate([way / side, jnp.log(other / side)], axis=-1)
+
+
 def clip_boxes(boxes: Float[Array, "*N 4"], size: Int[AnyArray, "2"]) -> Float[Array, "*N 4"]:
     """Boxes cut to an image of `size` (height, width): x in [0, width], y in [0, height]."""
     return jnp.clip(boxes, 0.0, jnp.tile(size[::-1], 2).astype(boxes.dtype))
@@ -72,3 +94,25 @@ def locations(height: int, width: int, stride: int) -> Float[Array, "{height}*{w
     """Image coordinates (x, y) of a level's locations, row by row: the centers of its cells."""
     x, y = ((jnp.arange(n, dtype=jnp.float32) + 0.5) * stride for n in (width, height))
     return jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def nms(
+    boxes: Float[Array, "K 4"], valid: Bool[Array, "K"], iou_threshold: float
+) -> Bool[Array, "K"]:
+    """Greedy non-maximum suppression of `boxes`, best first: which ones are kept.
+
+    A valid box is kept if no kept box before it overlaps it with an IoU above the threshold. The
+    rule is applied to all boxes at once until nothing changes: after t rounds the first t answers
+    are final, as they depend on earlier boxes only.
+    """
+    earlier = jnp.arange(len(boxes))[:, None] < jnp.arange(len(boxes))[None]
+    suppresses = (iou(boxes[:, None], boxes[None]) > iou_threshold) & earlier
+
+    def apply_rule(keep: Bool[Array, "K"]) -> Bool[Array, "K"]:
+        return valid & ~jnp.any(suppresses & keep[:, None], axis=0)
+
+    return lax.while_loop(
+        lambda rounds: jnp.any(rounds[0] != rounds[1]),
+        lambda rounds: (rounds[1], apply_rule(rounds[1])),
+        (valid, apply_rule(valid)),
+    )[1]

@@ -65,17 +65,23 @@ class Targets:
 
 
 @struct.dataclass
-class Positives:
-    """At most P positive locations in location order, with predictions and targets."""
+class People:
+    """At most P places where people are, in order, with an embedding each and who they are."""
 
     valid: Bool[Array, "P"]
-    distances: Float[Array, "P 4"]
-    centerness_logits: Float[Array, "P"]
     embeddings: Float[Array, "P D"]
-    target_distances: Float[Array, "P 4"]
-    target_centerness: Float[Array, "P"]
     identity: Int[Array, "P"]
     labeled: Bool[Array, "P"]
+
+
+@struct.dataclass
+class Positives(People):
+    """Positive locations, in order, with predictions and targets."""
+
+    distances: Float[Array, "P 4"]
+    centerness_logits: Float[Array, "P"]
+    target_distances: Float[Array, "P 4"]
+    target_centerness: Float[Array, "P"]
 
 
 @struct.dataclass

@@ -8,30 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.arrays import l2_normalize
-from alignps_jax.boxes import boxes_from_distances, clip_boxes, iou, locations
+from alignps_jax.boxes import boxes_from_distances, clip_boxes, locations, nms
 from alignps_jax.types import AnyArray, Detections, Outputs
-
-
-def nms(
-    boxes: Float[Array, "K 4"], valid: Bool[Array, "K"], iou_threshold: float
-) -> Bool[Array, "K"]:
-    """Greedy non-maximum suppression of `boxes`, best first: which ones are kept.
-
-    A valid box is kept if no kept box before it overlaps it with an IoU above the threshold. The
-    rule is applied to all boxes at once until nothing changes: after t rounds the first t answers
-    are final, as they depend on earlier boxes only.
-    """
-    earlier = jnp.arange(len(boxes))[:, None] < jnp.arange(len(boxes))[None]
-    suppresses = (iou(boxes[:, None], boxes[None]) > iou_threshold) & earlier
-
-    def apply_rule(keep: Bool[Array, "K"]) -> Bool[Array, "K"]:
-        return valid & ~jnp.any(suppresses & keep[:, None], axis=0)
-
-    return lax.while_loop(
-        lambda rounds: jnp.any(rounds[0] != rounds[1]),
-        lambda rounds: (rounds[1], apply_rule(rounds[1])),
-        (valid, apply_rule(valid)),
-    )[1]
 
 
 def detect(

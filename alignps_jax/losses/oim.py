@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.losses.terms import Term
-from alignps_jax.types import OIMMemory, Positives
+from alignps_jax.types import OIMMemory, People
 
 
 def init_memory(num_identities: int, queue_size: int, dim: int) -> OIMMemory:
@@ -23,12 +23,13 @@ def init_memory(num_identities: int, queue_size: int, dim: int) -> OIMMemory:
 
 
 def oim_loss(
-    positives: Positives,
+    positives: People,
     memory: OIMMemory,
     *,
     inverse_lut_temperature: float,
     inverse_queue_temperature: float,
     focal_gamma: float,
+    labeled_mean: bool = False,
 ) -> Term:
     """-(1 - p)^gamma log p of each labeled positive (Paper, Eqs. 1 and 2); counts all positives.
 
@@ -44,11 +45,12 @@ def oim_loss(
       inverse_lut_temperature: 1 / tau of Eq. 1 for the table's rows.
       inverse_queue_temperature: the same for the queue's slots.
       focal_gamma: 0 gives the plain OIM loss.
+      labeled_mean: count labeled positives only (ROI-AlignPS).
     """
-    count = jnp.sum(positives.valid, dtype=jnp.float32)
+    use = positives.valid & positives.labeled
+    count = jnp.sum(use if labeled_mean else positives.valid, dtype=jnp.float32)
     if len(memory.lut) == 0:  # the training set has no labeled people
         return Term(sum=jnp.zeros(()), count=count)
-    use = positives.valid & positives.labeled
     rows, slots = memory.lut * inverse_lut_temperature, memory.queue * inverse_queue_temperature
     table = lax.stop_gradient(jnp.concatenate([rows, slots]))
     features = l2_normalize(positives.embeddings)
@@ -64,7 +66,7 @@ def oim_loss(
 
 def update_memory(
     memory: OIMMemory,
-    positives: Positives,
+    positives: People,
     *,
     momentum: float,
     normalize: bool,
@@ -77,7 +79,7 @@ def update_memory(
 
     Args:
       memory: the state before.
-      positives: in location order; identities outside of [0, L) are written nowhere.
+      positives: in order; identities outside of [0, L) are written nowhere.
       momentum: share of the old row that is kept.
       normalize: scale a row back to length one after every write (OIM paper).
       queue_channels: number of channels of a slot that are written, the others keep their values

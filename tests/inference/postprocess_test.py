@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax.inference.postprocess import detect, embed_boxes, nms
+from alignps_jax.boxes import nms
+from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.types import Detections, Outputs
 from tests.boxes_test import random_boxes, slow_iou
 
