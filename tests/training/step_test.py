@@ -36,7 +36,7 @@ class Case:
     step: Callable
 
 
-@pytest.fixture(scope="module", params=["", "released"])
+@pytest.fixture(scope="module", params=["", "released", "roi"])
 def case(request) -> Case:
     config = tiny.get_config(request.param)
     config.model.frozen_stages = 1
@@ -58,7 +58,7 @@ def test_four_devices_with_one_image_equal_one_device_with_four(case):
 
     assert expected_metrics.positives > 10
     for name, value in expected_metrics.terms.items():
-        assert value > 0, name
+        assert value != 0, name
         assert relative_error(found_metrics.terms[name], value) <= 1e-5, name
     # Without momentum yet, the trace of the optimizer holds the clipped, decayed gradients.
     for leaf, wanted in pairs(found, expected):
@@ -130,7 +130,7 @@ def test_positives_beyond_the_limit_are_counted():
     np.testing.assert_allclose(positives.embeddings[3], flat.embeddings[1, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "parts"), [("", 2), ("released", 4)], indirect=["case"])
+@pytest.mark.parametrize(("case", "parts"), [("", 2), ("released", 4), ("roi", 2)], indirect=["case"])
 def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
     batch = split(random_batch(np.random.default_rng(7)), 1)
     expected, expected_metrics = jax.device_get(case.step(case.state, batch))
