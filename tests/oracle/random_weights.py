@@ -31,7 +31,7 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int, gentle: bool) -> np.nd
     module, leaf = name.rsplit(".", 1)
     if leaf in ("num_batches_tracked", "tail"):
         return np.asarray(rng.integers(0, 7), np.int64)
-    if leaf in ("lookup_table", "queue"):
+    if leaf in ("lookup_table", "queue", "lut", "cq"):
         value = normal / np.linalg.norm(normal, axis=1, keepdims=True)
         if leaf == "queue":
             value[:, 64:] = 0
@@ -41,7 +41,7 @@ def _tensor(name: str, shape: tuple[int, ...], seed: int, gentle: bool) -> np.nd
         value = 1 + 0.2 * rng.random(shape)
     elif leaf == "running_mean":
         value = 0.1 * normal
-    elif len(shape) == 4:
+    elif len(shape) in (2, 4):
         value = normal * _gain(module, gentle) / math.sqrt(math.prod(shape[1:]))
     elif leaf == "weight":  # of a normalization
         value = ((0.2 if gentle else 0.4) if module.endswith("bn3") else 1) * (1 + 0.1 * normal)
@@ -63,4 +63,8 @@ def _gain(module: str, gentle: bool) -> float:
         return 0.5 if gentle else 4.0
     if module.startswith("neck"):
         return 1.0
+    if module == "rpn_head.rpn_reg":
+        return 0.3 if gentle else 1.0
+    if module == "mi_estimator.T_func.0":
+        return 16.0  # of vectors of length one
     return math.sqrt(2)

@@ -105,9 +105,10 @@ def losses(model: AlignPS, pixels: Tensor, people: People) -> tuple[dict, Tensor
     if spec.triplet:
         labeled = identity >= 0
         terms["triplet"] = triplet(embeddings[labeled], identity[labeled], lut)
-    return terms, embeddings.detach(), identity
+    return terms, embeddings, identity
 
 
+@torch.no_grad()
 def update_memory(model: AlignPS, embeddings: Tensor, identity: Tensor) -> None:
     """One positive location after another; of a queue's slot only 64 channels are written."""
     head, spec = model.bbox_head, model.spec
