@@ -34,7 +34,9 @@ def iou(a: Float[AnyArray, "*#N 4"], b: Float[AnyArray, "*#N 4"]) -> Float[AnyAr
     """
     xp = a.__array_namespace__()
     shared = _intersection(a, b)
-    union = area(a) + area(b) - shared
+    # XLA would round a product and a sum once, not twice; a maximum between them parts them. Ties
+    # between anchors, which decide what the network learns, hang on that.
+    union = xp.maximum(area(a), 0.0) + xp.maximum(area(b), 0.0) - shared
     return xp.where(union > 0, shared / xp.where(union > 0, union, 1.0), 0.0)
 
 
