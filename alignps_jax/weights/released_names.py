@@ -29,6 +29,17 @@ _RULES: list[tuple[str, str | Callable]] = [
     (r"^head/box_predictor/", "bbox_head/conv_reg/"),
     (r"^head/centerness_predictor/", "bbox_head/conv_centerness/"),
     (r"^head/scale(\d)$", r"bbox_head/scales/\1/scale"),
+    (r"^rpn/", "rpn_head/rpn_"),
+    (r"^roi/layer4/", "roi_head/shared_head/layer4/"),
+    (r"^roi/(projector|fc_reg)(.*)_bn/", r"roi/\1\2/1/"),
+    (r"^roi/(projector\d|fc_reg)/(?!1/)", r"roi/\1/0/"),
+    (r"^roi/projector", "roi/embedding_head/projectors/"),
+    (r"^roi/rescaler/", "roi/embedding_head/rescaler/"),
+    (r"^roi/", "roi_head/bbox_head/"),
+    (r"^mutual_information/hidden/", "mi_estimator/T_func/0/"),
+    (r"^mutual_information/output/", "mi_estimator/T_func/2/"),
+    (r"^roi_memory/lut$", "roi_head/bbox_head/loss_oim/lut"),
+    (r"^roi_memory/queue$", "roi_head/bbox_head/loss_oim/cq"),
     (r"^memory/lut$", "bbox_head/labeled_matching_layer/lookup_table"),
     (r"^memory/(queue|tail)$", r"bbox_head/unlabeled_matching_layer/\1"),
     (r"/offset/", "/conv_offset/"),
@@ -38,11 +49,19 @@ _RULES: list[tuple[str, str | Callable]] = [
 ]
 LOOKUP_TABLE = "bbox_head.labeled_matching_layer.lookup_table"
 QUEUE = "bbox_head.unlabeled_matching_layer.queue"
-# What only exists there: PyTorch's count of batches, and in a model without background levels
-# what makes P4 to P7.
+# What only exists there: PyTorch's count of batches, memories that nothing reads, and in a model
+# without background levels what makes P4 to P7.
 _ONLY_RELEASED = re.compile(
-    r"\.num_batches_tracked$|^neck\.fpn_convs\.[1-4]\.|^bbox_head\.scales\.[1-4]\."
+    r"\.num_batches_tracked$|^(loss_oim|(un)?labeled_matching_layer)\."
+    r"|^neck\.fpn_convs\.[1-4]\.|^bbox_head\.scales\.[1-4]\."
 )
+# The memories that nothing reads, in files of ROI-AlignPS: rows of the width of embeddings.
+UNREAD = {
+    "loss_oim.lut": 5532,
+    "loss_oim.cq": 5000,
+    "labeled_matching_layer.lookup_table": 5532,
+    "unlabeled_matching_layer.queue": 5000,
+}
 # Where self-supervised training has the backbone, and what it and a classifier have beside it.
 _BACKBONE = re.compile(r"^(encoder_q|base_encoder|encoder|backbone|resnet|trunk)\.")
 _NOT_BACKBONE = re.compile(
@@ -72,13 +91,17 @@ def kind_of(names: Iterable[str]) -> str:
     return "taken for a ResNet-50 because no name has neck. or bbox_head. in it"
 
 
-def to_torch(array: np.ndarray) -> np.ndarray:
-    """Our layout (HWIO) to PyTorch's (OIHW)."""
+def to_torch(array: np.ndarray, path: str = "") -> np.ndarray:
+    """Our layout of the array of a path (HWIO, IO) to PyTorch's (OIHW, OI)."""
+    if array.ndim == 2 and path.endswith("/kernel"):
+        return array.T
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
 
 
-def from_torch(array: np.ndarray) -> np.ndarray:
-    """PyTorch's layout (OIHW) to ours (HWIO)."""
+def from_torch(array: np.ndarray, name: str = "") -> np.ndarray:
+    """PyTorch's layout of the tensor of a name (OIHW, OI) to ours (HWIO, IO)."""
+    if array.ndim == 2 and name.endswith(".weight"):
+        return array.T
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
 
 
@@ -96,7 +119,7 @@ def by_our_names(
         tensors = _backbone_tensors(tensors)
     named = {released_name(path): path for path in paths}
     return {
-        named.get(name, name): from_torch(tensor)
+        named.get(name, name): from_torch(tensor, name)
         for name, tensor in tensors.items()
         if name in named or not _ONLY_RELEASED.search(name)
     }
