@@ -91,12 +91,8 @@ def starting_arrays(config: ConfigDict, model: AlignPS) -> Arrays | None:
         arrays = load_arrays(path, lambda name: name.startswith(("params/", "frozen/")))
         kind = "a checkpoint"
     # The RoI branch starts with a copy of the backbone's last stage, unless it has its own.
-    for name in places:
-        if (
-            "/roi/layer4_" in name
-            and (copied := arrays.get(name.replace("/roi/", "/backbone/"))) is not None
-        ):
-            arrays.setdefault(name, copied)
+    copies = {n: n.replace("/roi/", "/backbone/") for n in places if "/roi/layer4_" in n}
+    arrays = {n: arrays[of] for n, of in copies.items() if of in arrays} | arrays
     fits = {n: x for n, x in arrays.items() if n in places and places[n].shape == x.shape}
     anew, others = ([n for n in names if n not in fits] for names in (places, arrays))
     missing = [name for name in anew if "/offset/" not in name]
