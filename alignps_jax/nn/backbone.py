@@ -89,28 +89,34 @@ class ResNet(nn.Module):
         if self.frozen_stages >= 0:
             x = lax.stop_gradient(x)
         maps = []
-        for stage, depth in enumerate(self.depths):
-            for index in range(depth):
-                stride = 2 if stage > 0 and index == 0 else 1
-                if stride == 2 and not self.stride_in_blocks:
-                    # Here, not in the block: what the backward pass keeps of the map is small, too.
-                    x, valid_size, stride = x[:, ::2, ::2], valid_size // 2, 1
-                block = (nn.remat(Block) if self.remat else Block)(
-                    bottleneck=self.bottleneck,
-                    features=self.width * 2**stage,
-                    stride=stride,
-                    project=index == 0,
-                    norm=self.norm,
-                    deformable=stage + 2 in self.deform_stages,
-                    dtype=self.dtype,
-                    name=f"layer{stage + 1}_{index}",
-                )
-                x = block(x, valid_size)
-                valid_size = valid_size // stride
-            if self.frozen_stages > stage:
+        for number in range(len(self.depths)):
+            x, valid_size = self.stage(number, x, valid_size)
+            if self.frozen_stages > number:
                 x = lax.stop_gradient(x)
             maps.append(x)
         return tuple(maps[1:])
+
+    @nn.nowrap
+    def stage(self, number: int, x: Map, valid_size: ValidSize) -> tuple[Map, ValidSize]:
+        """The blocks of res(2 + number), parts of the module that calls this."""
+        for index in range(self.depths[number]):
+            stride = 2 if number > 0 and index == 0 else 1
+            if stride == 2 and not self.stride_in_blocks:
+                # Here, not in the block: what the backward pass keeps of the map is small, too.
+                x, valid_size, stride = x[:, ::2, ::2], valid_size // 2, 1
+            block = (nn.remat(Block) if self.remat else Block)(
+                bottleneck=self.bottleneck,
+                features=self.width * 2**number,
+                stride=stride,
+                project=index == 0,
+                norm=self.norm,
+                deformable=number + 2 in self.deform_stages,
+                dtype=self.dtype,
+                name=f"layer{number + 1}_{index}",
+            )
+            x = block(x, valid_size)
+            valid_size = valid_size // stride
+        return x, valid_size
 
     @nn.nowrap
     def _stem(self, image: Float[Array, "B H W 3"], valid_size: ValidSize) -> Map:

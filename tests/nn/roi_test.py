@@ -1,0 +1,293 @@
+"""The RoI branch: RoIAlign against literal samples, its layers against formulas in NumPy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignps_jax.arrays import leaves_by_path
+from alignps_jax.nn.backbone import ResNet50
+from alignps_jax.nn.platforms import for_every_platform
+from alignps_jax.nn.roi import BatchNorm, MutualInformation, RoIHead, RPNHead, max_pool
+from alignps_jax.nn.roi_align import roi_align
+from tests.fakes import randomize
+from tests.nn.deform_conv_test import as_on
+
+HEIGHT, WIDTH = 13, 17  # of a map, 208 x 272 pixels
+# x, y, width, height in pixels.
+ODD_BOXES = [
+    (20.3, 11.7, 60.6, 178.5),  # a person
+    (5.2, 3.1, 250.7, 201.3),  # almost everything
+    (50.1, 60.2, 0.8, 0.5),  # less than a pixel
+    (-40.7, 30.3, 90.1, 80.2),  # partly outside, on all sides
+    (100.2, -33.3, 44.1, 90.5),
+    (240.9, 100.1, 77.7, 50.3),
+    (90.5, 170.4, 33.3, 99.9),
+    (-500, -500, 200, 200),  # outside
+    (280, 30, 60, 60),  # within a pixel of the border
+    (-3000, -2000, 7000, 4500),  # huge
+    (30, 40, 0, 50),  # without area
+    (0, 0, 0, 0),
+    (90, 80, -30, -40),  # corners swapped
+    (33.3, 20.1, 224, 224),  # other numbers of samples in float64
+    (0.1, 20.1, 448, 224),
+    (-16, -16, 224, 224),  # samples exactly at -1, at the height, and at the width
+    (272, 208, 224, 224),
+    (-38, -102, 336, 336),  # cells of 1.5, which are more by a product with 1/14
+]
+close = partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+
+
+def corners(boxes):
+    boxes = np.array(boxes)
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1).astype(np.float32)
+
+
+def axis_samples(low, high, size, side, dtype=np.float32):
+    """Of every cell: its samples, as lists of (pixel, weight) that are empty outside."""
+    start = dtype(low) / dtype(16) - dtype(0.5)
+    length = (dtype(high) / dtype(16) - dtype(0.5)) - start
+    cell = length / dtype(size)
+    count = max(int(np.ceil(cell)), 0)
+
+    def sample(index, number):
+        at = start + dtype(index) * cell + dtype(number + 0.5) * cell / dtype(count)
+        if at < -1 or at > side:
+            return []
+        at = max(at, dtype(0))
+        if (first := int(at)) >= side - 1:
+            return [(side - 1, 1.0)]
+        fraction = float(at - dtype(first))
+        return [(first, 1 - fraction), (first + 1, fraction)]
+
+    return [[sample(index, number) for number in range(count)] for index in range(size)]
+
+
+def literal(features, boxes, d_out, size):
+    """Values and gradient of RoIAlign, one sample after another, sums in float64."""
+    height, width, channels = features.shape
+    out, d_features = np.zeros((len(boxes), size, size, channels)), np.zeros(features.shape)
+    for box, (x1, y1, x2, y2) in enumerate(boxes):
+        rows, columns = axis_samples(y1, y2, size, height), axis_samples(x1, x2, size, width)
+        count = len(rows[0]) * len(columns[0])
+        for i, j in np.ndindex(size, size):
+            samples = [(a, b) for a in rows[i] for b in columns[j]]
+            for (y, wy), (x, wx) in ((c, d) for a, b in samples for c in a for d in b):
+                out[box, i, j] += wy * wx / count * features[y, x]
+                d_features[y, x] += wy * wx / count * d_out[box, i, j]
+    return out, d_features
+
+
+def check_roi_align(platform, shape, boxes, size, padding):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=shape).astype(np.float32)
+    d_out = rng.normal(size=(len(boxes), size, size, shape[2])).astype(np.float32)
+    expected, d_expected = literal(features, boxes, d_out, size)
+
+    @jax.jit
+    def run(features, boxes, valid):
+        out, pull = jax.vjp(lambda f, b: roi_align(f, b, valid, size=size), features, boxes)
+        return out, *pull(d_out)
+
+    # What is in the padding of a bucket never matters.
+    padded = np.pad(features, [(0, n) for n in (*padding, 0)], constant_values=1e3)
+    with for_every_platform() if platform == "all" else as_on(platform):
+        out, d_features, d_boxes = run(padded, boxes, np.array(shape[:2], np.int32))
+    close(out, expected)
+    scale = max(1, np.abs(d_expected).max())
+    close(d_features, np.pad(d_expected, [(0, n) for n in (*padding, 0)]), atol=1e-5 * scale)
+    assert not np.any(d_boxes)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "all"])
+@pytest.mark.parametrize("padding", [(0, 0), (3, 7)])
+def test_roi_align_of_odd_boxes(platform, padding):
+    rng = np.random.default_rng(1)
+    random = np.concatenate([rng.uniform(-30, 250, (20, 2)), rng.uniform(0, 300, (20, 2))], 1)
+    boxes = corners([*ODD_BOXES, *random])
+    check_roi_align(platform, (HEIGHT, WIDTH, 3), boxes, 14, padding)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(("shape", "size"), [((1, 1, 1), 2), ((70, 41, 2), 3), ((9, 77, 2), 7)])
+def test_roi_align_of_other_maps(platform, shape, size):
+    rng = np.random.default_rng(2)
+    extent = 16 * np.array([shape[1], shape[0]])
+    boxes = [rng.uniform(-0.2, 0.9, (70, 2)), rng.uniform(0, 0.9, (70, 2)) ** 2]
+    boxes = corners(np.concatenate(boxes, 1) * np.tile(extent, 2))
+    check_roi_align(platform, shape, boxes, size, (2, 1))
+
+
+def test_numbers_of_samples_depend_on_rounding():
+    """So the boxes above tell float32 in the right order from anything else."""
+
+    def counts(box, dtype):
+        x1, y1, x2, y2 = corners([box])[0]
+        return [len(axis_samples(*edge, 14, 50, dtype)[0]) for edge in ((y1, y2), (x1, x2))]
+
+    assert [counts(ODD_BOXES[k], np.float32) for k in (13, 14)] == [[1, 1], [1, 2]]
+    assert [counts(ODD_BOXES[k], np.float64) for k in (13, 14)] == [[2, 1], [2, 3]]
+
+
+def test_max_pool_passes_the_gradient_to_the_first_of_equal_values():
+    rng = np.random.default_rng(2)
+    x = rng.integers(0, 3, (5, 3, 4, 6)).astype(np.float32)
+    d_out = rng.normal(size=(5, 6)).astype(np.float32)
+    found, pull = jax.vjp(max_pool, x)
+    flat = x.reshape(5, 12, 6)
+    expected = np.zeros_like(flat)
+    np.put_along_axis(expected, flat.argmax(1)[:, None], d_out[:, None], 1)
+    np.testing.assert_array_equal(found, flat.max(1))
+    np.testing.assert_array_equal(pull(d_out)[0].reshape(5, 12, 6), expected)
+    assert np.isnan(max_pool(np.where(x == 2, np.nan, x))).any()
+
+
+def norm_case():
+    rng = np.random.default_rng(4)
+    x = (rng.normal(size=(12, 3)) * [1, 30, 0.01] + [5, -100, 0]).astype(np.float32)
+    variables = {
+        "params": {"scale": np.float32([1.5, -2, 0.3]), "bias": np.float32([0.1, 0.2, -3])},
+        "frozen": {"mean": np.float32([1, 2, 3]), "var": np.float32([2, 0.5, 7])},
+    }
+    return x, rng.random(12) < 0.6, variables
+
+
+def apply_norm(variables, x, valid, *, train=True, add_up=lambda x: x):
+    norm = partial(BatchNorm().apply, mutable=["frozen"])
+    out, state = norm(variables, x, valid, train=train, add_up=add_up)
+    return out, state["frozen"]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm(train):
+    x, valid, variables = norm_case()
+    out, new = apply_norm(variables, np.where(valid[:, None], x, 1e6), valid, train=train)
+    used, params, old = x[valid].astype(float), *variables.values()
+    mean, var = (used.mean(0), used.var(0)) if train else (old["mean"], old["var"])
+    expected = (used - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+    close(out[valid], expected, atol=2e-4)
+    kept, var = (0.9, used.var(0, ddof=1)) if train else (1, 0)
+    close(new["mean"], kept * old["mean"] + (1 - kept) * mean)
+    close(new["var"], kept * old["var"] + (1 - kept) * var)
+
+
+def test_batch_norm_of_two_devices_is_that_of_one():
+    x, valid, variables = norm_case()
+    d_out = np.random.default_rng(5).normal(size=x.shape).astype(np.float32)
+
+    def run(x, valid, d_out, add_up):
+        def loss(params, x):
+            out, new = apply_norm({**variables, "params": params}, x, valid, add_up=add_up)
+            return jnp.sum(d_out * out, where=valid[:, None]), (new, out)
+
+        (d_params, d_x), (new, out) = jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
+        return jax.tree.leaves((add_up(d_params), new)), d_x, out
+
+    one = run(x, valid, d_out, lambda x: x)
+    add_up = partial(jax.lax.psum, axis_name="device")
+    halves = (a.reshape(2, 6, *a.shape[1:]) for a in (x, valid, d_out))
+    two = jax.pmap(partial(run, add_up=add_up), axis_name="device")(*halves)
+    for got, expected in zip(two[0], one[0], strict=True):
+        close(got, np.stack([expected] * 2), atol=1e-4)
+    for got, expected in zip(two[1:], one[1:], strict=True):
+        scale = np.abs(expected[valid]).max(0)
+        close(got.reshape(12, 3)[valid] / scale, expected[valid] / scale, atol=1e-4)
+
+
+def test_the_rpn_orders_anchors_by_row_column_and_number():
+    """With weights that make each output its place in the flat order."""
+    c4 = np.zeros((2, 3, 5, 4), np.float32)
+    c4[..., 0] = 1 + np.arange(15).reshape(3, 5)
+    size = np.full((2, 2), 9, np.int32)
+    params = RPNHead().init(jax.random.key(0), c4, size)["params"]
+    assert np.std(params["conv"]["kernel"]) == pytest.approx(0.01, rel=0.3)
+    params = jax.tree.map(np.zeros_like, params)
+    params["conv"]["kernel"][1, 1, 0, 0] = 1
+    for name, channels in {"cls": 15, "reg": 60}.items():
+        params[name]["kernel"][0, 0, 0] = channels
+        params[name]["bias"][:] = np.arange(channels) - channels
+    out = RPNHead().apply({"params": params}, c4, size)
+    np.testing.assert_array_equal(out.logits, [np.arange(225)] * 2)
+    np.testing.assert_array_equal(out.deltas.reshape(2, 900), [np.arange(900)] * 2)
+
+
+def roi_case():
+    """A head with a simple stage and random weights, and what it is given: two images."""
+    rng = np.random.default_rng(6)
+    c4 = rng.normal(size=(2, HEIGHT, WIDTH, 6)).astype(np.float32)
+    c4[1, 9:] = c4[1, :, 11:] = 0
+    boxes = corners([*ODD_BOXES[:6], (0, 0, 0, 0), (9, 9, 90, 99)]).reshape(2, 4, 4)
+    valid = np.array([[True, True, True, False], [True, True, False, False]])
+    given = c4, np.array([[HEIGHT, WIDTH], [9, 11]], np.int32), boxes, valid
+    head = RoIHead(lambda x, size: (2 * x[:, ::2, ::2, :4] - 1, size // 2), features=8)
+    variables = head.init(jax.random.key(1), *given, train=True)
+    return head, {**variables, "params": randomize(variables["params"], scale=0.5)}, given
+
+
+def test_roi_head_against_formulas():
+    head, variables, (c4, size, boxes, valid) = roi_case()
+    out = jax.jit(head.apply)(variables, c4, size, boxes, valid)
+    pooled = [roi_align(*image) for image in zip(c4, boxes, size, strict=True)]
+    before = np.concatenate(pooled).astype(float)
+    after = 2 * before[:, ::2, ::2, :4] - 1
+
+    def normed(x, params):  # with the initial statistics
+        return x / np.sqrt(1 + 1e-5) * params["scale"] + params["bias"]
+
+    def linear(x, name):
+        p = variables["params"][name]
+        return normed(x.max((1, 2)) @ p["kernel"] + p["bias"], variables["params"][f"{name}_bn"])
+
+    projected = np.concatenate([linear(before, "projector0"), linear(after, "projector1")], 1)
+    length = np.linalg.norm(projected, axis=1)
+    close(out.embeddings.reshape(8, 8), projected / length[:, None])
+    close(out.logits.ravel(), normed(length, variables["params"]["rescaler"]))
+    close(out.deltas.reshape(8, 4), linear(after, "fc_reg"))
+
+
+def test_neither_the_bucket_nor_invalid_boxes_matter_nor_any_if_none_is_valid():
+    head, variables, (c4, size, boxes, valid) = roi_case()
+    apply = partial(head.apply, train=True, mutable=["frozen"])
+    expected = apply(variables, c4, size, boxes, valid)
+    padded = np.pad(c4, ((0, 0), (0, 5), (0, 2), (0, 0)))
+    found = apply(variables, padded, size, np.where(valid[..., None], boxes, boxes[0, 1]), valid)
+    for a, e in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
+        close(a[valid], e[valid], atol=1e-4)
+    jax.tree.map(partial(close, atol=1e-4), found[1], expected[1])
+
+    def loss(params, c4, boxes):
+        out, new = apply({**variables, "params": params}, c4, size, boxes, np.zeros_like(valid))
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(out)), new
+
+    for given in ((c4, boxes), (0 * c4, 0 * boxes)):
+        grads, new = jax.grad(loss, (0, 1), has_aux=True)(variables["params"], *given)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+        jax.tree.map(np.testing.assert_array_equal, new["frozen"], variables["frozen"])
+
+
+def test_names_and_sizes_of_roi_weights():
+    head = RoIHead(partial(ResNet50(width=64, stride_in_blocks=False).stage, 3), features=256)
+    arrays = (1, 4, 4, 1024), (1, 2), (1, 2, 4), (1, 2)
+    arrays = (jnp.ones(s, t) for s, t in zip(arrays, "fif?", strict=True))
+    variables = jax.eval_shape(partial(head.init, train=True), jax.random.key(0), *arrays)
+    shapes = {path: leaf.shape for path, leaf in leaves_by_path(variables).items()}
+    assert shapes["params/layer4_0/conv1/kernel"] == (1, 1, 1024, 512)
+    assert shapes["params/layer4_2/conv3/kernel"] == (1, 1, 512, 2048)
+    assert shapes["frozen/fc_cls/kernel"] == (2048, 2)
+    linear = 128 * (1024 + 2048) + 256 + 2048 * 4 + 4 + 2 * (256 + 4 + 1)
+    trained = [np.prod(shape) for path, shape in shapes.items() if path.startswith("params")]
+    assert sum(trained) == 14_942_208 + linear
+
+
+def test_mutual_information_estimator():
+    u, v = np.random.default_rng(7).normal(size=(2, 5, 16)).astype(np.float32)
+    variables = MutualInformation().init(jax.random.key(0), u, v)
+    hidden, output = (variables["params"][name] for name in ("hidden", "output"))
+    for values, inputs in ((hidden, 32), (output, 16)):
+        assert 0 < np.abs(values["bias"] * inputs**0.5).max() <= 1
+        assert 0.5 < np.abs(values["kernel"] * inputs**0.5).max() <= 1
+    x = np.maximum(np.concatenate([u, v], 1) @ hidden["kernel"] + hidden["bias"], 0)
+    expected = (x @ output["kernel"] + output["bias"])[:, 0]
+    close(MutualInformation().apply(variables, u, v), expected)
