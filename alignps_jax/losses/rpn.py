@@ -19,6 +19,7 @@ _ROOTS = np.sqrt(np.array([0.5, 1, 2], np.float32))[:, None]
 _SCALES = 16 * np.array([2, 4, 8, 16, 32], np.float32)
 _SIDES = np.stack([_SCALES / _ROOTS, _SCALES * _ROOTS], axis=-1).reshape(-1, 2)
 ANCHORS = len(_SIDES)
+PROPOSALS = 2000  # of an image, the most
 
 
 def anchors(height: int, width: int) -> Float[Array, "A 4"]:
@@ -97,7 +98,7 @@ def propose(
     width: int,
     *,
     pre_nms: int = 12000,
-    limit: int = 2000,
+    limit: int = PROPOSALS,
     nms_iou: float = 0.7,
 ) -> tuple[Float[Array, "B {limit} 4"], Bool[Array, "B {limit}"]]:
     """Boxes of each image without gradient, best first, and which of them are valid.
