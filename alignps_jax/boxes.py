@@ -13,6 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.types import AnyArray
 
+# Boxes that `nms` compares with each other at once.
+NMS_BLOCK = 512
+
 
 def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
     """Width times height."""
@@ -99,22 +102,42 @@ def locations(height: int, width: int, stride: int) -> Float[Array, "{height}*{w
 
 
 def nms(
-    boxes: Float[Array, "K 4"], valid: Bool[Array, "K"], iou_threshold: float
-) -> Bool[Array, "K"]:
-    """Greedy non-maximum suppression of `boxes`, best first: which ones are kept.
+    boxes: Float[Array, "K 4"], valid: Bool[Array, "K"], iou_threshold: float, limit: int
+) -> tuple[Int[Array, "{limit}"], Bool[Array, "{limit}"]]:
+    """Greedy non-maximum suppression of `boxes`, best first: the first `limit` that are kept.
 
-    A valid box is kept if no kept box before it overlaps it with an IoU above the threshold. The
-    rule is applied to all boxes at once until nothing changes: after t rounds the first t answers
-    are final, as they depend on earlier boxes only.
+    A valid box is kept if no kept box before it overlaps it with an IoU above the threshold. Boxes
+    are compared in blocks: in one, the rule is applied to all boxes at once until nothing changes,
+    as after t rounds the first t answers are final. Returns indices, and which of these are used.
     """
-    earlier = jnp.arange(len(boxes))[:, None] < jnp.arange(len(boxes))[None]
-    suppresses = (iou(boxes[:, None], boxes[None]) > iou_threshold) & earlier
+    size = len(boxes)
+    fill = -size % NMS_BLOCK
+    boxes, valid = jnp.pad(boxes, ((0, fill), (0, 0))), jnp.pad(valid, (0, fill))
 
-    def apply_rule(keep: Bool[Array, "K"]) -> Bool[Array, "K"]:
-        return valid & ~jnp.any(suppresses & keep[:, None], axis=0)
+    def add_block(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        start, kept, count = state
+        rows = start + jnp.arange(NMS_BLOCK)
+        # Without a box yet, an entry of `kept` is out of range: an empty box suppresses nothing.
+        before = boxes.at[kept].get(mode="fill", fill_value=0)
+        free = valid[rows] & ~(iou(boxes[rows][:, None], before[None]) > iou_threshold).any(axis=1)
+        overlap = iou(boxes[rows][:, None], boxes[rows][None]) > iou_threshold
+        suppresses = overlap & (rows[:, None] < rows[None])
 
-    return lax.while_loop(
-        lambda rounds: jnp.any(rounds[0] != rounds[1]),
-        lambda rounds: (rounds[1], apply_rule(rounds[1])),
-        (valid, apply_rule(valid)),
-    )[1]
+        def apply_rule(keep: Bool[Array, "N"]) -> Bool[Array, "N"]:
+            return free & ~jnp.any(suppresses & keep[:, None], axis=0)
+
+        keep = lax.while_loop(
+            lambda rounds: jnp.any(rounds[0] != rounds[1]),
+            lambda rounds: (rounds[1], apply_rule(rounds[1])),
+            (free, apply_rule(free)),
+        )[1]
+        place = jnp.where(keep, count + jnp.cumsum(keep) - 1, limit)
+        return start + NMS_BLOCK, kept.at[place].set(rows, mode="drop"), count + keep.sum()
+
+    _, kept, count = lax.while_loop(
+        lambda state: (state[0] < size) & (state[2] < limit),
+        add_block,
+        (jnp.int32(0), jnp.full(limit, size + fill), jnp.int32(0)),
+    )
+    used = jnp.arange(limit) < count
+    return jnp.where(used, kept, 0), used

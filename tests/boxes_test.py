@@ -1,5 +1,8 @@
 """Boxes against closed forms and literal loops."""
 
+import itertools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,3 +103,65 @@ def test_clip_boxes_uses_height_for_y_and_width_for_x():
     clipped = box_ops.clip_boxes(boxes, jnp.array([100, 200]))
     assert clipped.tolist() == [[0, 0, 200, 100], [5, 6, 7, 8], [200, 100, 200, 100]]
     assert clipped.dtype == jnp.float32
+
+
+def test_deltas_lead_back_to_boxes_and_sides_grow_by_a_bounded_factor():
+    rng = np.random.default_rng(5)
+    boxes, others = random_boxes(rng, 30), random_boxes(rng, 30)
+    deltas = box_ops.deltas_to_boxes(boxes, others)
+    np.testing.assert_allclose(box_ops.boxes_from_deltas(boxes, deltas), others, atol=1e-4)
+    one = np.array([[10.0, 20, 14, 36], [10, 20, 14, 36]], np.float32)
+    by_hand = np.array([[0.5, -0.25, np.log(3), -9], [0, 0, 0, 9]], np.float32)
+    expected = [[8, 24 - 0.128, 20, 24 + 0.128], [10, 28 - 500, 14, 28 + 500]]
+    found = box_ops.boxes_from_deltas(one, by_hand)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def slow_nms(boxes: np.ndarray, valid: np.ndarray, threshold: float) -> np.ndarray:
+    keep = np.zeros(len(boxes), bool)
+    for i in range(len(boxes)):
+        keep[i] = valid[i] and not any(
+            slow_iou(boxes[j], boxes[i]) > threshold for j in np.flatnonzero(keep[:i])
+        )
+    return keep
+
+
+@pytest.mark.parametrize("block", [1, 7, 512])
+@pytest.mark.parametrize("limit", [12, 80])
+def test_nms_matches_loop(block: int, limit: int, monkeypatch):
+    monkeypatch.setattr(box_ops, "NMS_BLOCK", block)
+    nms = jax.jit(partial(box_ops.nms, limit=limit))
+    for seed, threshold in itertools.product(range(4), (0.1, 0.5)):
+        rng = np.random.default_rng(seed)
+        boxes, valid = random_boxes(rng, 80), rng.random(80) < 0.8
+        expected = slow_nms(boxes, valid, threshold)
+        assert 12 < expected.sum() < valid.sum()
+        index, used = nms(boxes, valid, threshold)
+        assert index[used].tolist() == np.flatnonzero(expected)[:limit].tolist()
+        assert used.tolist() == sorted(used, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "valid", "threshold", "kept"),
+    [
+        ([[0, 0, 2, 1], [0, 0, 1, 1]], [1, 1], 0.5, [1, 1]),  # an IoU of exactly 1/2
+        ([[0, 0, 2, 1], [0, 0, 1, 1]], [1, 1], 0.49, [1, 0]),
+        ([[3, 4, 9, 8]] * 5, [1, 1, 1, 1, 1], 0.5, [1, 0, 0, 0, 0]),
+        ([[3, 4, 9, 8]] * 5, [0, 0, 1, 1, 0], 0.5, [0, 0, 1, 0, 0]),
+        ([[3, 4, 9, 8]] * 5, [0, 0, 0, 0, 0], 0.5, [0, 0, 0, 0, 0]),
+        ([[3, 4, 9, 8]], [1], 0.5, [1]),
+        # Boxes without area never overlap, not even the same ones.
+        (
+            [[3, 4, 9, 8], [3, 4, 3, 8], [3, 4, 3, 8], [3, 4, 3, 4], [3, 4, 3, 4]],
+            [1] * 5,
+            0,
+            [1] * 5,
+        ),
+        # Each overlaps only its neighbors, so that every answer waits for the one before.
+        ([[x, 0, x + 2, 1] for x in range(41)], [1] * 41, 0.3, [1, 0] * 20 + [1]),
+    ],
+)
+def test_nms_by_hand(boxes, valid, threshold: float, kept):
+    boxes, valid = np.array(boxes, np.float32), np.array(valid, bool)
+    index, used = jax.jit(partial(box_ops.nms, limit=41))(boxes, valid, threshold)
+    assert index[used].tolist() == np.flatnonzero(kept).tolist()

@@ -41,13 +41,13 @@ def detect(
         boxes = clip_boxes(candidates.boxes, size) / jnp.tile(scale, 2)
         ranked = jnp.where(candidates.valid, -candidates.scores, jnp.inf)
         order = jnp.argsort(ranked, stable=True)
-        kept = nms(boxes[order], candidates.valid[order], nms_iou)
-        best = order[jnp.flatnonzero(kept, size=max_detections, fill_value=0)]
+        kept, used = nms(boxes[order], candidates.valid[order], nms_iou, max_detections)
+        best = order[kept]
         return _detections(
             boxes[best],
             candidates.scores[best],
             candidates.embeddings[best],
-            jnp.arange(max_detections) < kept.sum(),
+            used,
         )
 
     return jax.vmap(detect_one)(tuple(outputs), size, scale)

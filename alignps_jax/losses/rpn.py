@@ -19,8 +19,6 @@ _ROOTS = np.sqrt(np.array([0.5, 1, 2], np.float32))[:, None]
 _SCALES = 16 * np.array([2, 4, 8, 16, 32], np.float32)
 _SIDES = np.stack([_SCALES / _ROOTS, _SCALES * _ROOTS], axis=-1).reshape(-1, 2)
 ANCHORS = len(_SIDES)
-# Boxes that are compared with each other at once.
-_BLOCK = 512
 PROPOSALS = 2000  # of an image, the most
 
 
@@ -117,31 +115,7 @@ def propose(
         scores = jnp.where(valid, jax.nn.sigmoid(own.logits), -1.0)
         scores, best = lax.top_k(scores, min(pre_nms, len(scores)))
         boxes = clip_boxes(boxes_from_deltas(every[best], own.deltas[best]), size)
-        return _first_kept(boxes, scores >= 0, nms_iou, limit)
+        kept, used = nms(boxes, scores >= 0, nms_iou, limit)
+        return boxes[kept], used
 
     return jax.vmap(of_image)(lax.stop_gradient(outputs), size, valid_size)
-
-
-def _first_kept(
-    boxes: Float[Array, "K 4"], valid: Bool[Array, "K"], iou_threshold: float, limit: int
-) -> tuple[Float[Array, "{limit} 4"], Bool[Array, "{limit}"]]:
-    """The first `limit` boxes that `nms` keeps, block by block: no K x K matrix, an early end."""
-    fill = -len(boxes) % _BLOCK
-    blocks = jnp.pad(boxes, ((0, fill), (0, 0))).reshape(-1, _BLOCK, 4)
-    valid = jnp.pad(valid, (0, fill)).reshape(-1, _BLOCK)
-
-    def add_block(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        number, kept, count = state
-        # Free places of `kept` hold empty boxes, which suppress nothing.
-        suppressed = (iou(blocks[number][:, None], kept[None]) > iou_threshold).any(axis=1)
-        keep = nms(blocks[number], valid[number] & ~suppressed, iou_threshold)
-        place = jnp.where(keep, count + jnp.cumsum(keep) - 1, limit)
-        kept = kept.at[place].set(blocks[number], mode="drop")
-        return number + 1, kept, count + keep.sum()
-
-    _, kept, count = lax.while_loop(
-        lambda state: (state[0] < len(blocks)) & (state[2] < limit),
-        add_block,
-        (jnp.int32(0), jnp.zeros((limit, 4)), jnp.int32(0)),
-    )
-    return kept, jnp.arange(limit) < count

@@ -1,56 +1,17 @@
-"""Suppression and detection against literal loops."""
+"""Detection against literal loops."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax.boxes import nms
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.types import Detections, Outputs
-from tests.boxes_test import random_boxes, slow_iou
+from tests.boxes_test import slow_nms
 
 # One compilation per shape instead of one per operation.
-jit_nms = jax.jit(nms)
 jit_detect = jax.jit(detect, static_argnames=("strides", "pre_nms", "max_detections"))
 SETTINGS = {"pre_nms": 1000, "min_cls_score": 0.05, "nms_iou": 0.5, "max_detections": 100}
-
-
-def slow_nms(boxes: np.ndarray, valid: np.ndarray, threshold: float) -> np.ndarray:
-    keep = np.zeros(len(boxes), bool)
-    for i in range(len(boxes)):
-        keep[i] = valid[i] and not any(
-            slow_iou(boxes[j], boxes[i]) > threshold for j in np.flatnonzero(keep[:i])
-        )
-    return keep
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("threshold", [0.1, 0.5])
-def test_nms_matches_loop(seed: int, threshold: float):
-    rng = np.random.default_rng(seed)
-    boxes, valid = random_boxes(rng, 80), rng.random(80) < 0.8
-    expected = slow_nms(boxes, valid, threshold)
-    assert 0 < expected.sum() < valid.sum()
-    np.testing.assert_array_equal(jit_nms(boxes, valid, threshold), expected)
-
-
-@pytest.mark.parametrize(
-    ("boxes", "valid", "threshold", "kept"),
-    [
-        ([[0, 0, 2, 1], [0, 0, 1, 1]], [1, 1], 0.5, [1, 1]),  # an IoU of exactly 1/2
-        ([[0, 0, 2, 1], [0, 0, 1, 1]], [1, 1], 0.49, [1, 0]),
-        ([[3, 4, 9, 8]] * 5, [1, 1, 1, 1, 1], 0.5, [1, 0, 0, 0, 0]),
-        ([[3, 4, 9, 8]] * 5, [0, 0, 1, 1, 0], 0.5, [0, 0, 1, 0, 0]),
-        ([[3, 4, 9, 8]] * 5, [0, 0, 0, 0, 0], 0.5, [0, 0, 0, 0, 0]),
-        ([[3, 4, 9, 8]], [1], 0.5, [1]),
-        # Each overlaps only its neighbors, so that every answer waits for the one before.
-        ([[x, 0, x + 2, 1] for x in range(41)], [1] * 41, 0.3, [1, 0] * 20 + [1]),
-    ],
-)
-def test_nms_by_hand(boxes, valid, threshold: float, kept):
-    found = jit_nms(np.array(boxes, np.float32), np.array(valid, bool), threshold)
-    assert found.tolist() == kept
 
 
 def random_outputs(rng: np.random.Generator, batch: int, height: int, width: int) -> Outputs:
