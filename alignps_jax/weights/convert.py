@@ -32,7 +32,7 @@ from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, ma
 from alignps_jax.types import OIMMemory, TrainState, UserError
 from alignps_jax.weights.released_names import (
     LOOKUP_TABLE,
-    QUEUE,
+    TAIL,
     by_our_names,
     is_detector,
     kind_of,
@@ -91,8 +91,7 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
     if "memory/lut" not in arrays:
         raise UserError(f"{checkpoint}: holds a backbone only, expected a whole AlignPS")
     tensors = {released_name(name): to_torch(array) for name, array in arrays.items()}
-    tail = QUEUE.replace("queue", "tail")
-    tensors[tail] = tensors[tail].astype(np.int64)
+    tensors[TAIL] = tensors[TAIL].astype(np.int64)
     for name in [name for name in tensors if name.endswith(".running_var")]:
         tensors[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     about = {"exported_by": "alignps_jax", "step": str(step), "chosen_by": by}

@@ -34,8 +34,6 @@ _RULES: list[tuple[str, str | Callable]] = [
     (r"/mean$", "/running_mean"),
     (r"/var$", "/running_var"),
 ]
-LOOKUP_TABLE = "bbox_head.labeled_matching_layer.lookup_table"
-QUEUE = "bbox_head.unlabeled_matching_layer.queue"
 # What only exists there: PyTorch's count of batches, and in a model without background levels
 # what makes P4 to P7.
 _ONLY_RELEASED = re.compile(
@@ -55,6 +53,9 @@ def released_name(path: str) -> str:
     for pattern, replacement in _RULES:
         path = re.sub(pattern, replacement, path)
     return path.replace("/", ".")
+
+
+LOOKUP_TABLE, QUEUE, TAIL = (released_name(f"memory/{name}") for name in ("lut", "queue", "tail"))
 
 
 def is_detector(names: Collection[str]) -> bool:

@@ -20,7 +20,7 @@ from alignps_jax.training.pretrained import starting_config
 from alignps_jax.training.setup import check_changes, create_state, make_step
 from alignps_jax.types import UserError
 from alignps_jax.weights.convert import convert_released, export_released
-from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE, to_torch
+from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE, TAIL, to_torch
 from alignps_jax.weights.sources import CAFFE, TORCHVISION
 from alignps_jax.weights.tensor_files import Tensors, read_tensors, write_tensors
 from configs import cuhk, prw
@@ -55,7 +55,7 @@ def file_shapes(config: ConfigDict, rows: int) -> dict[str, tuple[int, ...]]:
     """Those of a file of the released code, which has memory and counters, too."""
     slots, channels = config.loss.queue_size, config.model.channels
     shapes = model_shapes(config) | {LOOKUP_TABLE: (rows, channels), QUEUE: (slots, channels)}
-    shapes[QUEUE.replace("queue", "tail")] = ()
+    shapes[TAIL] = ()
     for name in [name for name in shapes if name.endswith("running_var")]:
         shapes[name.replace("running_var", "num_batches_tracked")] = ()
     return shapes
@@ -150,7 +150,7 @@ def test_at_the_real_width_it_is_exported_and_resumed(module, rows, variant, tmp
     assert position is None  # no data seen
     np.testing.assert_array_equal(state.memory.lut, tensors[LOOKUP_TABLE])
     np.testing.assert_array_equal(state.memory.queue, tensors[QUEUE])
-    assert state.memory.tail == tensors[QUEUE.replace("queue", "tail")]
+    assert state.memory.tail == tensors[TAIL]
 
 
 MISFITS = {
