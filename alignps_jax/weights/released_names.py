@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
-from alignps_jax.weights.tensor_files import listed
-
 # Applied one after another; levels are numbered from 3 here, from 0 there.
 _RULES: list[tuple[str, str | Callable]] = [
     (r"^(params|frozen)/", ""),
@@ -47,21 +45,12 @@ _RULES: list[tuple[str, str | Callable]] = [
     (r"/mean$", "/running_mean"),
     (r"/var$", "/running_var"),
 ]
-LOOKUP_TABLE = "bbox_head.labeled_matching_layer.lookup_table"
-QUEUE = "bbox_head.unlabeled_matching_layer.queue"
 # What only exists there: PyTorch's count of batches, memories that nothing reads, and in a model
 # without background levels what makes P4 to P7.
 _ONLY_RELEASED = re.compile(
     r"\.num_batches_tracked$|^(loss_oim|(un)?labeled_matching_layer)\."
     r"|^neck\.fpn_convs\.[1-4]\.|^bbox_head\.scales\.[1-4]\."
 )
-# The memories that nothing reads, in files of ROI-AlignPS: rows of the width of embeddings.
-UNREAD = {
-    "loss_oim.lut": 5532,
-    "loss_oim.cq": 5000,
-    "labeled_matching_layer.lookup_table": 5532,
-    "unlabeled_matching_layer.queue": 5000,
-}
 # Where self-supervised training has the backbone, and what it and a classifier have beside it.
 _BACKBONE = re.compile(r"^(encoder_q|base_encoder|encoder|backbone|resnet|trunk)\.")
 _NOT_BACKBONE = re.compile(
@@ -78,16 +67,30 @@ def released_name(path: str) -> str:
     return path.replace("/", ".")
 
 
+LOOKUP_TABLE, QUEUE, TAIL = (released_name(f"memory/{name}") for name in ("lut", "queue", "tail"))
+
+
+def unread_memories(width: int) -> dict[str, np.ndarray]:
+    """The tensors that a released ROI-AlignPS holds beside its own memories: zeros."""
+    shapes = {
+        "loss_oim.lut": (5532, width),
+        "loss_oim.cq": (5000, width),
+        "labeled_matching_layer.lookup_table": (5532, width),
+        "unlabeled_matching_layer.queue": (5000, width),
+    }
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    return zeros | {"unlabeled_matching_layer.tail": np.zeros((), np.int64)}
+
+
 def is_detector(names: Collection[str]) -> bool:
     """Whether these are the names of a detector's tensors; else they are those of a backbone."""
     return any(map(_DETECTOR.search, names))
 
 
 def kind_of(names: Iterable[str]) -> str:
-    """What tensors of these names are taken for, and the names that decided."""
-    deciding = [name for name in names if _DETECTOR.search(name)]
-    if deciding:
-        return f"taken for a detector because of {listed(deciding, 1)}"
+    """What tensors of these names are taken for, and the name that decided."""
+    if deciding := next(filter(_DETECTOR.search, names), None):
+        return f"taken for a detector because of {deciding}"
     return "taken for a ResNet-50 because no name has neck. or bbox_head. in it"
 
 
@@ -111,9 +114,6 @@ def by_our_names(
     """The tensors of a detector or a ResNet, in our layout, by those of our `paths` that they are.
 
     Tensors without a path keep their names; those of training-only levels are left out.
-
-    Raises:
-      ValueError: two tensors of a ResNet come to have the same name.
     """
     if not is_detector(tensors):
         tensors = _backbone_tensors(tensors)
@@ -127,14 +127,8 @@ def by_our_names(
 
 def _backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Those of the backbone, named as in the released models, which have no `conv1.bias`."""
-    named: dict[str, np.ndarray] = {}
-    for original, value in tensors.items():
-        name = _BACKBONE.sub("", original)
-        if _NOT_BACKBONE.search(name):
-            continue
-        if name in named:
-            raise ValueError(f"found two tensors for {name}, expected one")
-        named[name] = value
+    named = {_BACKBONE.sub("", name): value for name, value in tensors.items()}
+    named = {name: value for name, value in named.items() if not _NOT_BACKBONE.search(name)}
     # A bias before a norm goes into the norm's mean.
     for name in [name for name in named if re.search(r"(^|\.)conv\d\.bias$", name)]:
         mean = re.sub(r"conv(\d)\.bias$", r"bn\1.running_mean", name)

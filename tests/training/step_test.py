@@ -130,7 +130,9 @@ def test_positives_beyond_the_limit_are_counted():
     np.testing.assert_allclose(positives.embeddings[3], flat.embeddings[1, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("case", "parts"), [("", 2), ("released", 4), ("roi", 2)], indirect=["case"])
+@pytest.mark.parametrize(
+    ("case", "parts"), [("", 2), ("released", 4), ("roi", 2)], indirect=["case"]
+)
 def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
     batch = split(random_batch(np.random.default_rng(7)), 1)
     expected, expected_metrics = jax.device_get(case.step(case.state, batch))
