@@ -129,10 +129,10 @@ class RoiDraws:
     `shuffle` (one number for each identity, at most) are those of the mutual information term.
     """
 
-    rpn: Float[AnyArray, "B A"]
-    roi: Float[AnyArray, "B N"]
-    gate: Float[AnyArray, ""]
-    shuffle: Float[AnyArray, "K"]
+    rpn: Float[Array, "B A"]
+    roi: Float[Array, "B N"]
+    gate: Float[Array, ""]
+    shuffle: Float[Array, "K"]
 
 
 @struct.dataclass
@@ -167,13 +167,13 @@ class Weights:
 class TrainState(Weights):
     """All that training changes; where `params` are an average, the optimizer updates `raw`.
 
-    `roi_memory` is that of the RoI branch, if there is one.
+    `roi_memory` is the `OIMMemory` of the RoI branch, if there is one.
     """
 
     opt_state: Any
     memory: OIMMemory
     raw: Any = None
-    roi_memory: OIMMemory | None = None
+    roi_memory: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

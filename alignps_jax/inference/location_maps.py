@@ -92,7 +92,7 @@ def similarity_map(
     """
     height, width = maps.size
     dense = embedding[: maps.embeddings[0].shape[-1]].astype(np.float32)
-    dense /= max(np.linalg.norm(dense), 1e-12)
+    dense = dense / max(float(np.linalg.norm(dense)), 1e-12)
     levels = []
     for level, stride in zip(maps.embeddings, maps.strides, strict=True):
         cosine = level @ dense

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.types import Batch, Detections, Outputs
+from alignps_jax.types import Batch, Detections, Outputs, RoiOutputs
 
 
 def inference_model(config: ConfigDict) -> AlignPS:
@@ -47,11 +49,12 @@ class PredictStep:
         """Boxes in the photos' own pixels, best first."""
         variables = {"params": params, "frozen": frozen}
         with jax.default_matmul_precision(self.config.precision):
-            outputs, c4 = self.model.apply(variables, batch.image, batch.size, method="with_c4")
+            apply: Any = partial(self.model.apply, variables)
+            outputs, c4 = apply(batch.image, batch.size, method="with_c4")
             found = self._dense(outputs, batch)
             if c4 is None or self.config.branch == "dense":
                 return found
-            return self._with_regions(variables, c4, batch, found)
+            return self._with_regions(apply, c4, batch, found)
 
     def _dense(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:
         """The people with the embeddings of their locations."""
@@ -71,7 +74,7 @@ class PredictStep:
         )
 
     def _with_regions(
-        self, variables: Any, c4: Array, batch: Batch, found: Detections
+        self, apply: Callable[..., RoiOutputs], c4: Array, batch: Batch, found: Detections
     ) -> Detections:
         """The people with the embeddings of the RoI branch, or those of both, one after another.
 
@@ -79,9 +82,7 @@ class PredictStep:
         rounding of both ways (Released code).
         """
         boxes = found.boxes * jnp.tile(batch.scale, 2)[:, None]
-        regions = self.model.apply(
-            variables, c4, batch.size, boxes, found.valid, train=False, method="embed"
-        )
+        regions = apply(c4, batch.size, boxes, found.valid, train=False, method="embed")
         parts = (found.embeddings, regions.embeddings)
         embeddings = jnp.concatenate(parts[self.config.branch == "roi" :], axis=-1)
         embeddings = jnp.where(found.valid[..., None], l2_normalize(embeddings), 0.0)

@@ -36,9 +36,9 @@ class AlignPS(nn.Module):
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     dtype: str = "float32"
-    rpn: nn.Module | None = None
-    roi: nn.Module | None = None
-    mutual_information: nn.Module | None = None
+    rpn: Any = None
+    roi: Any = None
+    mutual_information: Any = None
 
     def __call__(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
@@ -121,7 +121,7 @@ def build_model(config: ConfigDict) -> AlignPS:
         deform_stages=model.deform_stages,
         **everywhere,
     )
-    branch = {}
+    branch: dict[str, Any] = {}
     if model.roi:
         stage = partial(backbone.clone(deform_stages=()).stage, len(backbone.depths) - 1)
         branch = {

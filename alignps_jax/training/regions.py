@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
@@ -52,7 +53,7 @@ def region_terms(
       gather: arrays of this device to those of all, in order.
       add_up: arrays of this device to their sums over all.
     """
-    size, width = level_size(round_up(batch.size), 4), c4.shape[2]
+    size, width = level_size(round_up(jnp.asarray(batch.size)), 4), c4.shape[2]
     anchors = apply(c4, batch.size, method="propose")
     proposals = propose(anchors, batch.size, size, width)
     rois = sample_rois(*proposals, batch, draws.roi, count)

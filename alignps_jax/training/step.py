@@ -23,7 +23,6 @@ from alignps_jax.losses.rpn import PROPOSALS
 from alignps_jax.losses.terms import Term
 from alignps_jax.losses.total import assign, flatten_levels, select_positives, total
 from alignps_jax.nn.model import AlignPS
-
 from alignps_jax.training.regions import region_terms
 from alignps_jax.types import Batch, Outputs, RoiDraws, TrainState
 
@@ -125,14 +124,14 @@ class TrainStep:
         edges = (0.0, *self.loss.level_borders, math.inf)
         return [*pairwise(edges), *[(math.inf, 0.0)] * (len(made) - len(searched))]
 
-    def _draws(self, step: Int[Array, ""], batch: Batch, c4: Array) -> RoiDraws:
+    def _draws(self, step: Any, batch: Batch, c4: Any) -> RoiDraws:
         """The random choices of a step for this device's images."""
         images, people = batch.valid.shape
         return draw(
             jax.random.fold_in(jax.random.key(self.seed), step),
             images,
             lax.axis_index(AXIS) * images,
-            c4.shape[1:3],
+            (c4.shape[1], c4.shape[2]),
             people + PROPOSALS,
             lax.axis_size(AXIS) * images * self.loss.rois_per_image,
         )
