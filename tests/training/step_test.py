@@ -59,7 +59,9 @@ def test_four_devices_with_one_image_equal_one_device_with_four(case):
     assert expected_metrics.positives > 10
     for name, value in expected_metrics.terms.items():
         assert value != 0, name
-        assert relative_error(found_metrics.terms[name], value) <= 1e-5, name
+        # Mutual information is next to nothing at first, the difference of two large numbers.
+        atol = 1e-7 if name == "mutual_information" else 0.0
+        np.testing.assert_allclose(found_metrics.terms[name], value, rtol=1e-5, atol=atol)
     # Without momentum yet, the trace of the optimizer holds the clipped, decayed gradients.
     for leaf, wanted in pairs(found, expected):
         # Where a scalar's gradient is a sum that cancels, rounding of its terms is all there is.
@@ -141,8 +143,8 @@ def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
     found, found_metrics = jax.device_get(in_parts(case.state, batch))
     assert expected_metrics.positives > 10
     for one, other in pairs((found, found_metrics), (expected, expected_metrics)):
-        # The gradient of a single bias is a sum over all locations, of which little remains.
-        cancels = np.size(one) == 1 and abs(one - other).max() < 1e-7
+        # The gradient of a few biases is a sum over all locations, of which little remains.
+        cancels = np.size(one) <= 4 and abs(one - other).max() < 1e-7
         assert cancels or relative_error(one, other) <= 1e-5
 
 
