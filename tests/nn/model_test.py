@@ -66,8 +66,9 @@ def test_the_bucket_never_changes_a_result(variant):
         assert not loose.valid[1, :, columns:].any()
 
 
-def test_detections_do_not_depend_on_bucket_or_company():
-    config, model, params, frozen = tiny_model()
+@pytest.mark.parametrize(("variant", "width"), [("", 16), ("roi", 32)])
+def test_detections_do_not_depend_on_bucket_or_company(variant, width):
+    config, model, params, frozen = tiny_model(variant)
     config.eval.min_cls_score = 0.0
     predict = jax.jit(PredictStep(model, config.eval))
     batch = random_batch(np.random.default_rng(4), images=3)
@@ -79,6 +80,9 @@ def test_detections_do_not_depend_on_bucket_or_company():
         np.testing.assert_array_equal(alone.valid[0], together.valid[row])
         np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-4)
         np.testing.assert_allclose(alone.boxes[0], together.boxes[row], atol=1e-2)
+        similar = (alone.embeddings[0] * together.embeddings[row]).sum(axis=-1)
+        np.testing.assert_allclose(similar[alone.valid[0]], 1, atol=1e-4)
+        assert alone.embeddings.shape[-1] == width
 
 
 def test_embeddings_have_zero_mean_over_the_valid_region():
