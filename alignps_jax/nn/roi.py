@@ -1,7 +1,6 @@
-"""The RoI branch of ROI-AlignPS: proposals for its training, and a second look at every box.
+"""The RoI branch of ROI-AlignPS: proposals to train it with, and a second look at every box.
 
-C4 (stride 16) is what both read. The branch's own last stage of the backbone makes the embedding
-that is put beside the dense one (Released code).
+Both read C4 (stride 16); the second look has a last stage of the backbone of its own.
 """
 
 from __future__ import annotations
@@ -23,24 +22,23 @@ from alignps_jax.nn.roi_align import roi_align
 from alignps_jax.types import RoiOutputs, RpnOutputs
 
 ANCHORS = 15  # at every location of C4
-REGION = 14  # cells of RoIAlign in both directions
 KEPT = 0.9  # share of the old running statistics in the new ones
 
 Initializer = nn.initializers.Initializer
-normal = nn.initializers.normal(0.01)
+normal = nn.initializers.normal
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
-# Adds up over the devices what each of them passes.
-AddUp = Callable[[Array], Array]
+Vectors = Float[Array, "N D"]
+AddUp = Callable[[Array], Array]  # gives the sum over the devices
 
 
 class RPNHead(nn.Module):
-    """A logit and box deltas for all anchors, in the order of `RpnOutputs`."""
+    """A logit and box deltas of every anchor, in the order of `RpnOutputs`."""
 
     dtype: str = "float32"
 
     @nn.compact
     def __call__(self, c4: Map, valid_size: ValidSize) -> RpnOutputs:
-        make = partial(conv, use_bias=True, kernel_init=normal)
+        make = partial(conv, use_bias=True, kernel_init=normal(0.01))
         x = nn.relu(make(c4.shape[-1], 3, dtype=self.dtype, name="conv")(c4))
         x = mask_padding(x, valid_size)
         logits = make(ANCHORS, 1, dtype=jnp.float32, name="cls")(x)
@@ -49,43 +47,43 @@ class RPNHead(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization of vectors; mean and variance of the valid ones on all devices.
+    """Batch normalization of vectors, by the statistics of the valid ones on all devices.
 
-    The running statistics are variables of the collection `frozen`. Training updates them where
-    that is mutable, and inference uses them.
+    Running statistics are in the collection `frozen`, which training updates if it is mutable.
     """
 
     scale_init: Initializer = ones
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "N D"], valid: Bool[Array, "N"], *, train: bool, add_up: AddUp
-    ) -> Float[Array, "N D"]:
-        shape = x.shape[-1:]
-        scale = self.param("scale", self.scale_init, shape, jnp.float32)
-        bias = self.param("bias", zeros, shape, jnp.float32)
-        running_mean = self.variable("frozen", "mean", zeros, None, shape, jnp.float32)
-        running_var = self.variable("frozen", "var", ones, None, shape, jnp.float32)
+        self, x: Vectors, valid: Bool[Array, "N"], *, train: bool, add_up: AddUp
+    ) -> Vectors:
+        shape = x.shape[-1:], jnp.float32
+        scale, bias = (
+            self.param("scale", self.scale_init, *shape),
+            self.param("bias", zeros, *shape),
+        )
+        running_mean = self.variable("frozen", "mean", zeros, None, *shape)
+        running_var = self.variable("frozen", "var", ones, None, *shape)
         mean, var = running_mean.value, running_var.value
         if train:
             count = add_up(jnp.sum(valid, dtype=jnp.float32))
 
-            def average(values: Float[Array, "N D"]) -> Float[Array, "D"]:
-                total = add_up(jnp.sum(values, axis=0, where=valid[:, None]))
-                return total / jnp.maximum(count, 1)
+            def average(values: Vectors) -> Float[Array, "D"]:
+                return add_up(jnp.sum(values, 0, where=valid[:, None])) / jnp.maximum(count, 1)
 
             mean = average(x)
             var = average(jnp.square(x - mean))
             if self.is_mutable_collection("frozen") and not self.is_initializing():
+                new = (1 - KEPT) * (count > 0)
                 unbiased = var * count / jnp.maximum(count - 1, 1)
-                kept = jnp.where(count > 0, KEPT, 1.0)
-                for running, new in ((running_mean, mean), (running_var, unbiased)):
-                    running.value = kept * running.value + (1 - kept) * lax.stop_gradient(new)
+                running_mean.value += new * (mean - running_mean.value)
+                running_var.value += new * (unbiased - running_var.value)
         return (x - mean) * lax.rsqrt(var + EPSILON) * scale + bias
 
 
 class RoIHead(nn.Module):
-    """Logits, box deltas and embeddings of given boxes; predictions in float32.
+    """Logits, box deltas and embeddings of boxes, in float32.
 
     Attributes:
       stage: the last stage of a backbone, called with (map, valid_size) in this module.
@@ -107,34 +105,29 @@ class RoIHead(nn.Module):
         train: bool = False,
         add_up: AddUp = lambda x: x,
     ) -> RoiOutputs:
-        """Predicts for `boxes` in pixels; those that are not `valid` have no part in statistics.
-
-        `valid_size` is that of `c4`, which is zero outside of it.
-        """
+        """Predicts for boxes in pixels; statistics are those of `valid` ones (see `BatchNorm`)."""
         regions = lax.map(lambda one: roi_align(*one), (c4.astype(self.dtype), boxes, valid_size))
         regions = regions.reshape(-1, *regions.shape[2:])
-        sides = jnp.full((len(regions), 2), REGION, jnp.int32)
+        sides = jnp.full((len(regions), 2), regions.shape[1], jnp.int32)
         before, after = max_pool(regions), max_pool(self.stage(regions, sides)[0])
 
-        def norm(x: Float[Array, "N C"], name: str, init: Initializer = ones) -> Array:
+        def norm(x: Vectors, name: str, init: Initializer = ones) -> Vectors:
             return BatchNorm(init, name=name)(x, valid.ravel(), train=train, add_up=add_up)
 
-        def linear(x: Float[Array, "N C"], features: int, name: str, init: Initializer) -> Array:
+        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Vectors:
             return norm(nn.Dense(features, kernel_init=init, name=name)(x), f"{name}_bn", init)
 
         pooled = enumerate((before, after))
-        parts = [linear(x, self.features // 2, f"projector{i}", normal) for i, x in pooled]
+        parts = [linear(x, self.features // 2, f"projector{i}", normal(0.01)) for i, x in pooled]
         projected = jnp.concatenate(parts, axis=-1)
         embeddings = l2_normalize(projected)
         logits = norm(jnp.sum(embeddings * projected, axis=-1, keepdims=True), "rescaler")
-        deltas = linear(after, 4, "fc_reg", nn.initializers.normal(0.001))
+        deltas = linear(after, 4, "fc_reg", normal(0.001))
         # Nothing reads it, but it is in the published files.
         dead = {"kernel": jnp.zeros((after.shape[-1], 2)), "bias": jnp.zeros(2)}
         self.variable("frozen", "fc_cls", lambda: dead)
-        shape = valid.shape
-        return RoiOutputs(
-            logits.reshape(shape), deltas.reshape(*shape, 4), embeddings.reshape(*shape, -1)
-        )
+        outputs = RoiOutputs(logits[:, 0], deltas, embeddings)
+        return jax.tree.map(lambda x: x.reshape(*valid.shape, *x.shape[1:]), outputs)
 
 
 def max_pool(x: Map) -> Float[Array, "B C"]:
@@ -145,7 +138,7 @@ def max_pool(x: Map) -> Float[Array, "B C"]:
 
 
 class MutualInformation(nn.Module):
-    """The function T whose mean over pairs of vectors bounds their mutual information."""
+    """The function T of two vectors whose means bound their mutual information."""
 
     @nn.compact
     def __call__(self, u: Float[Array, "K D"], v: Float[Array, "K D"]) -> Float[Array, "K"]:
@@ -153,7 +146,7 @@ class MutualInformation(nn.Module):
         return _linear(nn.relu(x), 1, "output")[:, 0]
 
 
-def _linear(x: Float[Array, "N C"], features: int, name: str) -> Float[Array, "N D"]:
+def _linear(x: Vectors, features: int, name: str) -> Vectors:
     """A linear layer with the initial values of PyTorch."""
     bound = x.shape[-1] ** -0.5
 

@@ -1,51 +1,60 @@
 """RoIAlign: the mean of bilinear samples in each cell of a grid over every box.
 
-Samples lie on a grid of their own, so this is separable: rows of the map are mixed by one matrix
-and its columns by another. Two products do it, and the gradient is that of two products.
+Samples lie on a grid, too, so one matrix mixes rows of the map, then another one columns.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.platforms import on_platform
 
-CHUNK = 32  # boxes at a time: a map's width times the regions' height is 30 MB for each four
-MOST_SAMPLES = 1000  # per cell and axis: no box of a photo has more
+MOST_SAMPLES = 1000  # of a cell, along an axis: no box of a photo has more
+CHUNK = 32  # boxes at a time: mixed rows of 1024 channels of a map of 100 columns take 180 MB
+BLOCK = 16  # columns of the map that a CPU multiplies at a time
+
+Map = Float[Array, "H W C"]
+Rows = Float[Array, "R size H"]
+Columns = Float[Array, "R size W"]
+Means = Float[Array, "R size size C"]
 
 
 def roi_align(
-    features: Float[Array, "H W C"],
+    features: Map,
     boxes: Float[Array, "R 4"],
     valid_size: Int[Array, "2"],
     *,
     size: int = 14,
     stride: int = 16,
-) -> Float[Array, "R size size C"]:
-    """Equals `torchvision.ops.roi_align` with `aligned` and as many samples as a cell has pixels.
+) -> Means:
+    """Equals `torchvision.ops.roi_align` with `aligned` and its own choice of sample numbers.
 
-    Boxes get no gradient. One without width or height gives zeros.
+    Boxes get no gradient. Those without area give zeros.
 
     Args:
       features: the map of one image.
       boxes: x1, y1, x2, y2 in pixels of the image, anywhere.
       valid_size: height and width of the map without its padding.
-      size: cells of the grid in both directions.
+      size: cells of the grid along either axis.
       stride: pixels of the image per pixel of the map, a power of two.
     """
     boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / stride - 0.5
     left, top, right, bottom = jnp.moveaxis(boxes, 1, 0)
     rows = _weights(top, bottom - top, valid_size[0], features.shape[0], size)
     columns = _weights(left, right - left, valid_size[1], features.shape[1], size)
-    return on_platform(features, rows, columns, default=_products)
+    return on_platform(features, rows, columns, cpu=_by_blocks, default=_products)
 
 
 def _weights(
     start: Float[Array, "R"], length: Float[Array, "R"], valid: Int[Array, ""], side: int, size: int
-) -> Float[Array, "R size side"]:
-    """The share of each row (or column) of the map in the mean of each row of cells."""
+) -> Rows:
+    """The share of every row (or column) of the map in each row of cells."""
     # Divided by `size` where that matters. XLA would multiply by the inverse of a scalar instead,
     # and that rounds differently.
     cell = length / jnp.maximum(size, -length)
@@ -56,30 +65,65 @@ def _weights(
     start, cell, count = (x[:, None] for x in (start, cell, count))
     starts = start + jnp.arange(size) * cell
 
-    def add(
-        index: Int[Array, ""], total: Float[Array, "R size side"]
-    ) -> Float[Array, "R size side"]:
+    def add_sample(index: Int[Array, ""], total: Rows) -> Rows:
         at = starts + (index + 0.5) * cell / count
-        inside = (at >= -1) & (at <= valid) & (index < count)
-        at = jnp.clip(at, 0, valid - 1)[..., None]
-        near = jnp.maximum(1 - jnp.abs(at - jnp.arange(side)), 0)
+        inside = (index < count) & (at >= -1) & (at <= valid)
+        at = jnp.clip(at, 0, valid - 1)
+        near = jnp.maximum(1 - jnp.abs(at[..., None] - jnp.arange(side)), 0)
         return total + jnp.where(inside[..., None], near, 0)
 
-    zeros = jnp.zeros((len(start), size, side))
-    total = lax.fori_loop(0, count.max(initial=0).astype(jnp.int32), add, zeros)
+    most = count.max(initial=0).astype(jnp.int32)
+    total = lax.fori_loop(0, most, add_sample, jnp.zeros((*starts.shape, side)))
     return total / jnp.maximum(count, 1)[..., None]
 
 
-def _products(
-    features: Float[Array, "H W C"],
-    rows: Float[Array, "R size H"],
-    columns: Float[Array, "R size W"],
-) -> Float[Array, "R size size C"]:
-    """The mixed rows of some boxes at a time, then their columns."""
+def _means(rows: Float[Array, "size h"], columns: Float[Array, "size w"], window: Map) -> Map:
+    """The means of one box, from the window of the map that its matrices belong to."""
+    rows, columns = rows.astype(window.dtype), columns.astype(window.dtype)
+    mixed = (rows @ window.reshape(len(window), -1)).reshape(len(rows), *window.shape[1:])
+    return jnp.broadcast_to(columns, (len(rows), *columns.shape)) @ mixed
 
-    def one(matrices: tuple[Array, Array]) -> Float[Array, "size size C"]:
-        rows, columns = (x.astype(features.dtype) for x in matrices)
-        mixed = jnp.einsum("ph,hwc->pwc", rows, features)
-        return jnp.einsum("qw,pwc->pqc", columns, mixed)
 
-    return lax.map(one, (rows, columns), batch_size=CHUNK)
+def _products(features: Map, rows: Rows, columns: Columns) -> Means:
+    """From the whole map, some boxes at a time."""
+    return lax.map(lambda box: _means(box[0], box[1], features), (rows, columns), batch_size=CHUNK)
+
+
+def _by_blocks(features: Map, rows: Rows, columns: Columns) -> Means:
+    """From the blocks of the map's columns that a box needs."""
+    padding = (0, 0), (0, -features.shape[1] % BLOCK), (0, 0)
+    features = jnp.pad(features, padding).reshape(len(features), -1, BLOCK, features.shape[2])
+    columns = jnp.pad(columns.swapaxes(1, 2), padding)
+    columns = columns.reshape(len(columns), -1, BLOCK, columns.shape[2]).swapaxes(2, 3)
+    used = jnp.any(columns != 0, axis=(2, 3))
+    pairs = *jnp.nonzero(used, size=used.size), used.sum()
+    return _sum(features.swapaxes(0, 1), rows, columns, pairs)
+
+
+@jax.custom_vjp
+def _sum(features: Array, rows: Rows, columns: Array, pairs: tuple[Array, Array, Array]) -> Means:
+    """Adds up the means of pairs of a box and a block; also given is how many pairs there are."""
+    boxes, blocks, count = pairs
+
+    def add(at: Array, out: Means) -> Means:
+        box, block = boxes[at], blocks[at]
+        return out.at[box].add(_means(rows[box], columns[box, block], features[block]))
+
+    shape = *rows.shape[:2], rows.shape[1], features.shape[3]
+    return lax.fori_loop(0, count, add, jnp.zeros(shape, features.dtype))
+
+
+def _sum_bwd(residuals: tuple[Any, ...], d_out: Means) -> tuple[Any, ...]:
+    features, rows, columns, (boxes, blocks, count) = residuals
+    d_out = jnp.asarray(d_out, jnp.float32)
+
+    def add(at: Array, total: Array) -> Array:
+        box, block = boxes[at], blocks[at]
+        means = partial(_means, rows[box], columns[box, block])
+        return total.at[block].add(jax.linear_transpose(means, total[0])(d_out[box])[0])
+
+    total = lax.fori_loop(0, count, add, jnp.zeros(features.shape))
+    return total.astype(features.dtype), None, None, None
+
+
+_sum.defvjp(lambda *args: (_sum(*args), args), _sum_bwd)
