@@ -104,12 +104,12 @@ class Rois:
     person.
     """
 
-    boxes: Float[Array, "B R 4"]
-    valid: Bool[Array, "B R"]
-    positive: Bool[Array, "B R"]
-    deltas: Float[Array, "B R 4"]
-    identity: Int[Array, "B R"]
-    labeled: Bool[Array, "B R"]
+    boxes: Float[Array, "*B R 4"]
+    valid: Bool[Array, "*B R"]
+    positive: Bool[Array, "*B R"]
+    deltas: Float[Array, "*B R 4"]
+    identity: Int[Array, "*B R"]
+    labeled: Bool[Array, "*B R"]
 
 
 @struct.dataclass

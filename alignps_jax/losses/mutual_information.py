@@ -50,8 +50,7 @@ def mutual_information(
     u, v = means(regions, ids), means(dense, dense_ids)
     other = v[jnp.floor(count * draws.shuffle).astype(jnp.int32)]
     joint = jnp.sum(estimate(u, v), where=used)
-    # Without any, all are used: the logarithm of an empty sum is infinite.
-    marginal = jax.nn.logsumexp(estimate(u, other), where=used | (count == 0))
+    marginal = jax.nn.logsumexp(estimate(u, other), where=used)
     number = jnp.maximum(count, 1)
     loss = -0.2 * (joint / number - (marginal - jnp.log(number)))
     return Term(jnp.where(count > 0, loss, 0.0), jnp.ones(()))

@@ -127,7 +127,8 @@ ANCHOR = [80.0, 64, 112, 96]
         # A later person takes what an earlier one had, who would have more of it or as much.
         ([ANCHOR, ANCHOR], [1]),
         ([ANCHOR, [81, 64, 113, 96]], [1]),
-        ([[3, 3, 10, 12]], []),  # too little of any anchor
+        ([[85, 70, 102.6, 87.6]], [0] * 3),  # 0.3025 of an anchor
+        ([[85, 70, 102.5, 87.5]], []),  # 0.299 of an anchor
         ([[0, 40, 191, 70], [100, 0, 128, 127.5]], [0] * 7 + [1] * 3),
     ],
 )
@@ -170,7 +171,7 @@ def slow_propose(logits, deltas, size, extent, width: int, pre_nms: int, limit: 
 
 
 @pytest.mark.parametrize(
-    ("shape", "pre_nms", "limit"), [((44, 60), 12000, 2000), ((6, 9), 700, 90)]
+    ("shape", "pre_nms", "limit"), [((44, 60), 12000, 2000), ((6, 9), 700, 700)]
 )
 def test_proposals_match_a_loop(shape: tuple[int, int], pre_nms: int, limit: int):
     """Neighbors have similar boxes, as in photos; some lie wholly outside and have no area."""
