@@ -36,10 +36,10 @@ def iou(a: Float[AnyArray, "*#N 4"], b: Float[AnyArray, "*#N 4"]) -> Float[AnyAr
     Both are NumPy arrays or both are JAX arrays, and so is the result, in their own precision.
     """
     xp = a.__array_namespace__()
-    shared = _intersection(a, b)
     # XLA would round a product and a sum once, not twice; a maximum between them parts them. Ties
     # between anchors, which decide what the network learns, hang on that.
-    union = xp.maximum(area(a), 0.0) + xp.maximum(area(b), 0.0) - shared
+    shared, one, other = (xp.maximum(x, 0.0) for x in (_intersection(a, b), area(a), area(b)))
+    union = one + other - shared
     return xp.where(union > 0, shared / xp.where(union > 0, union, 1.0), 0.0)
 
 

@@ -133,9 +133,11 @@ def test_positives_beyond_the_limit_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("case", "parts"), [("", 2), ("released", 4), ("roi", 2)], indirect=["case"]
+    ("case", "parts", "rtol"),
+    [("", 2, 1e-5), ("released", 4, 1e-5), ("roi", 2, 3e-5)],
+    indirect=["case"],
 )
-def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
+def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts, rtol):
     batch = split(random_batch(np.random.default_rng(7)), 1)
     expected, expected_metrics = jax.device_get(case.step(case.state, batch))
     _, step, _ = train_setup(case.config, devices=1)
@@ -145,7 +147,7 @@ def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts):
     for one, other in pairs((found, found_metrics), (expected, expected_metrics)):
         # The gradient of a few biases is a sum over all locations, of which little remains.
         cancels = np.size(one) <= 4 and abs(one - other).max() < 1e-7
-        assert cancels or relative_error(one, other) <= 1e-5
+        assert cancels or relative_error(one, other) <= rtol
 
 
 @pytest.mark.parametrize("case", [""], indirect=True)
