@@ -34,14 +34,17 @@ def relative_error(found, expected) -> float:
 def by_released_name(tree: Any) -> dict[str, np.ndarray]:
     """The leaves in PyTorch's layout, by released name; `tree` begins with the collections."""
     return {
-        released_name(path): to_torch(np.asarray(x)) for path, x in leaves_by_path(tree).items()
+        released_name(path): to_torch(np.asarray(x), path)
+        for path, x in leaves_by_path(tree).items()
     }
 
 
 def released_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shapes in PyTorch's layout, by released name; leaves may be mere descriptions."""
     leaves = leaves_by_path(tree).items()
-    return {released_name(path): to_torch(np.empty(x.shape, np.bool_)).shape for path, x in leaves}
+    return {
+        released_name(path): to_torch(np.empty(x.shape, np.bool_), path).shape for path, x in leaves
+    }
 
 
 def released_config(name: str, *, width: int, channels: int, groups: int) -> ConfigDict:

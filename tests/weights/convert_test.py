@@ -20,7 +20,7 @@ from alignps_jax.training.pretrained import starting_config
 from alignps_jax.training.setup import check_changes, create_state, make_step
 from alignps_jax.types import UserError
 from alignps_jax.weights.convert import convert_released, export_released
-from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE, TAIL, to_torch
+from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE, TAIL, to_torch, unread_memories
 from alignps_jax.weights.sources import CAFFE, TORCHVISION
 from alignps_jax.weights.tensor_files import Tensors, read_tensors, write_tensors
 from configs import cuhk, prw
@@ -28,7 +28,7 @@ from tests.oracle.random_weights import random_state_dict
 from tests.parity.ours import released_shapes
 from tests.places import SHARED
 
-NAMES = SHARED / "released_state_dict.json"
+NAMES, ROI_NAMES = SHARED / "released_state_dict.json", SHARED / "roi_state_dict.json"
 LUT, SLOTS = 12, 9
 SMALL = {
     "model.backbone_width": 4,
@@ -58,7 +58,19 @@ def file_shapes(config: ConfigDict, rows: int) -> dict[str, tuple[int, ...]]:
     shapes[TAIL] = ()
     for name in [name for name in shapes if name.endswith("running_var")]:
         shapes[name.replace("running_var", "num_batches_tracked")] = ()
+    if config.model.roi:
+        of_branch = "roi_head.bbox_head.loss_oim"
+        shapes |= {f"{of_branch}.lut": (rows, channels), f"{of_branch}.cq": (slots, channels)}
+        shapes |= {name: x.shape for name, x in unread_memories(channels).items()}
     return shapes
+
+
+def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> Tensors:
+    """Random tensors, but those that nothing reads are zero."""
+    tensors = random_state_dict(shapes, seed)
+    return tensors | {
+        name: x for name, x in unread_memories(shapes[QUEUE][1]).items() if name in tensors
+    }
 
 
 @cache
@@ -71,7 +83,7 @@ def detector_shapes(variant: str) -> dict[str, tuple[int, ...]]:
 
 def fake_detector(variant: str = "released") -> Tensors:
     """A released file's tensors."""
-    return random_state_dict(detector_shapes(variant), seed=1)
+    return drawn(detector_shapes(variant), seed=1)
 
 
 def fake_backbone() -> Tensors:
@@ -100,17 +112,20 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
 
 @pytest.mark.skipif(not NAMES.is_file(), reason="needs ../shared")
 @pytest.mark.parametrize("module", [cuhk, prw])
-@pytest.mark.parametrize("variant", ["released", "released_plus"])
+@pytest.mark.parametrize("variant", ["released", "released_plus", "roi"])
 def test_names_and_shapes_are_the_released_ones(module, variant):
     plain, plus, *_ = json.loads(NAMES.read_text()).values()
     expected = plain | (plus if variant == "released_plus" else {})
+    if variant == "roi":
+        _, expected, of_prw, *_ = json.loads(ROI_NAMES.read_text()).values()
+        expected |= of_prw if module is prw else {}
     found = {k: list(shape) for k, shape in model_shapes(module.get_config(variant)).items()}
     left = set(expected) - set(found)
     assert found == {name: expected[name] for name in found}
-    assert all("matching_layer" in n or n.endswith("num_batches_tracked") for n in left)
+    assert all(re.search("matching_layer|loss_oim|num_batches_tracked$", name) for name in left)
 
 
-@pytest.mark.parametrize("variant", ["", "released", "released_plus", "plus"])
+@pytest.mark.parametrize("variant", ["", "released", "released_plus", "plus", "roi"])
 def test_the_commands_there_and_back_are_bit_exact(variant, tmp_path):
     source, out, target = fake_detector(variant), tmp_path / "out", tmp_path / "back.safetensors"
     convert = f"--mode=convert --config=configs/cuhk.py:{variant} --workdir={out}".split()
@@ -119,7 +134,7 @@ def test_the_commands_there_and_back_are_bit_exact(variant, tmp_path):
     assert load_config(out).to_dict() == small_config(variant).to_dict()
     (kernel,) = load_arrays(out, lambda name: name == "params/neck/lateral4/kernel").values()
     assert kernel[2, 0, 3, 5] == source["neck.lateral_convs.1.weight"][5, 3, 2, 0]
-    if "released" not in variant:  # without the levels that only training has
+    if variant in ("", "plus"):  # without the levels that only training has
         source = {name: x for name, x in source.items() if not ONLY_TRAINING.match(name)}
     for path in (out, out / "checkpoints" / "0"):
         words = ["--mode=export", f"--checkpoint={path}", f"--target={target}"]
@@ -129,12 +144,12 @@ def test_the_commands_there_and_back_are_bit_exact(variant, tmp_path):
         assert_equal(uncounted(found), uncounted(source))
 
 
-@pytest.mark.parametrize("variant", ["released", "released_plus"])
+@pytest.mark.parametrize("variant", ["released", "released_plus", "roi"])
 @pytest.mark.parametrize(("module", "rows"), [(cuhk, 5532), (prw, 483)])
 def test_at_the_real_width_it_is_exported_and_resumed(module, rows, variant, tmp_path):
     config, workdir = module.get_config(variant), tmp_path / "out"
-    tensors = random_state_dict(file_shapes(config, rows), seed=3)
-    assert len(tensors) == (390 if variant == "released" else 416)
+    tensors = drawn(file_shapes(config, rows), seed=3)
+    assert len(tensors) == {"released": 390, "released_plus": 416, "roi": 495}[variant]
     convert_released(config, saved(tmp_path, tensors), workdir)
     export_released(workdir, tmp_path / "back.safetensors")
     found = read_tensors(tmp_path / "back.safetensors")
