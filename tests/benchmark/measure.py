@@ -21,17 +21,15 @@ class Context:
 
     Attributes:
       runs: timed runs of every function.
-      quick: tiny shapes, to see that it runs.
       torch: PyTorch, if it is installed and runs on our kind of device.
       against: another checkout to compare starts with.
       people: sizes of the gallery, ascending.
     """
 
     runs: int = 5
-    quick: bool = False
     torch: ModuleType | None = None
     against: Path | None = None
-    people: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    people: tuple[int, ...] = ()
 
     def row(self, what: str, functions: Mapping[str, Callable[[], object]], **more: Any) -> Row:
         """The medians of the functions, one of which is "ours", and how many times it they take."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import io
 import zipfile
 from pathlib import Path
@@ -120,22 +119,6 @@ def test_what_the_system_says_is_said_in_its_own_words(tmp_path):
                 np.lib.format.write_array_header_1_0(file, header)
     with pytest.raises(MemoryError, match="Unable to allocate"):
         load_detections(tmp_path / "large.npz")
-
-
-def test_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "d.npz"
-    save_detections(path, make())
-    before = path.read_bytes()
-
-    def full_disk(file, **_):
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.raises(UserError, match=r"d\.npz: cannot be written \(No space"):
-        save_detections(path, make(seed=1))
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")

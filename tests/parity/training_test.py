@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
@@ -19,11 +18,33 @@ pytest.importorskip("torchvision", reason="make parity runs these")
 
 from tests.parity.common import MODELS
 
-IN_FLOAT64 = "tests.parity.in_float64"
+# By case (see steps.py): the models, and how much each figure may differ at most.
+IN_FLOAT32 = {
+    "trained": (MODELS, {"losses": 1e-4, "memory": 1e-4, "norm": 1e-3, "tensor": 1e-2}),
+    "converted": (MODELS, {"losses": 1e-3, "memory": 1e-3, "parameters": 1e-3}),
+}
+# With any weights whatever: what float32 leaves open there is rounding, and nothing else.
+# Training is chaotic at first: from the initial state, float32 rounding alone grows beyond 1e-3.
+# Offsets of exactly zero put every sample on a kink of the interpolation, and an empty memory makes
+# for large gradients. Where a sample then ends up on the other side, even in float64, it shows in
+# an offset bias, itself still next to zero.
+IN_FLOAT64 = {
+    "rough": {"losses": 1e-10, "memory": 1e-10, "norm": 1e-10, "tensor": 1e-10},
+    "converted": {"losses": 1e-6, "memory": 1e-6, "parameters": 1e-6},
+    "initial": {"losses": 1e-6, "memory": 1e-6, "parameters": 1e-3},
+}
+COMPARED = [
+    *[((), case, name, most) for case, (names, most) in IN_FLOAT32.items() for name in names],
+    *[
+        (("tests.parity.in_float64",), case, name, most)
+        for case, most in IN_FLOAT64.items()
+        for name in ("cuhk", "prw_plus")
+    ],
+]
 
 
-def compare(case: str, name: str, *wrapper: str) -> dict[str, Any]:
-    """What the steps print last."""
+@pytest.mark.parametrize(("wrapper", "case", "name", "most"), COMPARED)
+def test_steps(wrapper, case, name, most):
     done = subprocess.run(
         [sys.executable, "-m", *wrapper, "tests.parity.steps", case, name],
         cwd=ROOT,
@@ -34,45 +55,10 @@ def compare(case: str, name: str, *wrapper: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     unchanged, frozen = found.pop("unchanged"), ("backbone.conv1", "backbone.layer1")
-    assert not found["changed"] or all(key.startswith(frozen) for key in unchanged)
-    assert found["gradients"] > 100
     print(f"\n{case} {name} {wrapper}: {found}")
-    return found
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_two_steps_at_full_width(name):
-    found = compare("trained", name)
-    assert max(found["losses"], found["memory"]) <= 1e-4
-    assert found["norm"] <= 1e-3
-    assert found["tensor"] <= 1e-2
-
-
-@pytest.mark.parametrize("name", ["cuhk", "prw_plus"])
-def test_two_steps_at_full_width_in_float64(name):
-    """With any weights whatever: what float32 leaves open there is rounding, and nothing else."""
-    found = compare("rough", name, IN_FLOAT64)
-    assert max(found[key] for key in ("losses", "memory", "norm", "tensor")) <= 1e-10
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_twenty_steps_from_a_converted_detector(name):
-    found = compare("converted", name)
-    assert found["changed"] > 100
-    assert 0 < found["clipped"] < 20
-    assert max(found["losses"], found["parameters"], found["memory"]) <= 1e-3
-
-
-@pytest.mark.parametrize("case", ["converted", "initial"])
-@pytest.mark.parametrize("name", ["cuhk", "prw_plus"])
-def test_twenty_steps_in_float64(name, case):
-    """The initial state in float64 only: from there, float32 rounding alone grows beyond 1e-3.
-
-    Training is chaotic at first. Offsets of exactly zero put every sample on a kink of the
-    interpolation, and an empty memory makes for large gradients. Where a sample then ends up on
-    the other side, even in float64, it shows in an offset bias, itself still next to zero.
-    """
-    found = compare(case, name, IN_FLOAT64)
-    assert found["changed"] > 100
-    assert max(found["losses"], found["memory"]) <= 1e-6
-    assert found["parameters"] <= (1e-6 if case == "converted" else 1e-3)
+    assert found["gradients"] > 100
+    if "parameters" in most:
+        assert found["changed"] > 100
+        assert all(key.startswith(frozen) for key in unchanged)
+        assert case == "initial" or 0 < found["clipped"] < 20
+    assert {key: found[key] for key in most if found[key] > most[key]} == {}
