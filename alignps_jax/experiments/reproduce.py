@@ -41,7 +41,9 @@ class Result:
         return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def reproduce_table(config: ConfigDict, name: str, table: str, seeds: int, workdir: Path) -> None:
+def reproduce_table(
+    config: ConfigDict, name: str, table: str, seeds: int, workdir: Path, train: Train
+) -> None:
     """Trains every row of `table` of the paper with seeds `config.seed`, `config.seed + 1`, ...
 
     Runs lie in `<workdir>/<variant>/seed<number>`: tables share those that they have in common, a
