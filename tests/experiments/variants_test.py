@@ -42,14 +42,11 @@ def test_table_2_and_figure_4_are_every_combination():
         names = zip(("lateral", "output", "concat"), found[-1], strict=True)
         assert row.label == (" + ".join(part for part, on in names if on) or "none")
     assert set(found) == set(itertools.product((False, True), repeat=3))
-    labels = set()
     for name, row in rows_of("fig4", "cuhk_sysu"):
         model = cuhk.get_config(name).model
         assert (len(model.levels) == 1) == ("SA" in row.label)
         assert {model[field] for field in NECK} == {"RA" in row.label}
         assert model.reid == ("input" if "TA" in row.label else "independent")
-        labels.add(row.label)
-    assert len(labels) == 8
 
 
 @pytest.mark.parametrize("module", CONFIGS.values(), ids=CONFIGS)
