@@ -46,7 +46,6 @@ SEARCH = ["launch.py", "--mode=search", "--query={0}/photos/photo.jpg", "--workd
 # By name: what is deleted before, the command, and the line that ends it, if not its end.
 STARTS = {
     "--help": ("", ["launch.py", "--help"], ""),
-    "--mode=search --help": ("", ["launch.py", "--mode=search", "--help"], ""),
     "first training step of configs/tiny.py, cold": ("run", TRAIN, "first step done"),
     "first training step of configs/tiny.py, warm": ("run/checkpoints", TRAIN, "first step done"),
     "first detection at 1500×900, cold": ("cache", ["-c", DETECT], "detected"),
