@@ -21,12 +21,6 @@ from tests.gallery.networks import network_config, photo, write_checkpoint, writ
 TURNED = 6  # by a quarter, as most phones store portraits
 
 
-def exif(orientation):
-    found = Image.Exif()
-    found[0x0112] = orientation
-    return found
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("run"), network_config())
@@ -39,8 +33,10 @@ def data(run, tmp_path_factory):
     (root / "images" / "cam1").mkdir(parents=True)
     upright = Image.fromarray(photo(0))
     upright.save(root / "images" / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = TURNED
     stored = upright.transpose(Image.Transpose.ROTATE_90)
-    stored.save(root / "images" / "cam1" / "phone.png", exif=exif(TURNED))
+    stored.save(root / "images" / "cam1" / "phone.png", exif=exif)
     Image.fromarray(photo(1)).save(cache / "0a1b2c.png")
     (root / "images" / "link.png").symlink_to(cache / "0a1b2c.png")
     write_video(root / "images" / "v.mp4", [photo(seed) for seed in range(8)], rate=4)
