@@ -89,9 +89,8 @@ def interrupted(run: Run, event: signal.Signals | str, seconds: float) -> tuple[
     if event != FULL:
         victim = random.choice(processes)
         end = time.monotonic() + random.uniform(0, seconds)
-        saving = "*.orbax-checkpoint-tmp*" if random.random() < 0.3 else "never"  # a short moment
-        folder = run.workdir / "checkpoints"
-        while victim.poll() is None and time.monotonic() < end and not any(folder.glob(saving)):
+        tmp = "checkpoints/*.orbax-checkpoint-tmp*" if random.random() < 0.3 else "never"
+        while victim.poll() is None and time.monotonic() < end and not any(run.workdir.glob(tmp)):
             time.sleep(0.005)
         victim.send_signal(event)
     outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes]
@@ -119,9 +118,8 @@ def main() -> int:
     random.seed(arguments.seed)
     logging.getLogger("absl").setLevel("ERROR")
     print(f"seed {arguments.seed}")
-    count = arguments.processes
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder, count = Path(temporary), arguments.processes
         for attempt in ("first", "alone"):  # the first one also compiles
             run, begun = Run(folder, attempt, count), time.monotonic()
             for process in run.start():
