@@ -4,8 +4,6 @@
 for `synthetic`, its shape.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -56,14 +54,10 @@ def load_train(data: ConfigDict) -> Annotations:
 def load_test(
     data: ConfigDict, names: Sequence[str]
 ) -> tuple[Annotations, tuple[SearchProtocol, ...]]:
-    """The people of the test split and the search protocols `names` over its images.
+    """The people of the test split, and the search protocols `names` (or the default ones).
 
-    Reads the prepared data set, or the annotation files below `data.root` if there is none; no
-    image. Boxes are those of the published evaluation, not clipped to the photo.
-
-    Args:
-      data: `config.data`.
-      names: of protocols; () takes the default ones of the data set.
+    Reads the prepared data set, or the annotation files below `data.root` if there is none. Boxes
+    are those of the published evaluation, not clipped to the photo.
 
     Raises:
       UserError: an unknown name, or files that are missing or not in the expected form.
@@ -89,8 +83,8 @@ def prepare(data: ConfigDict) -> Prepared:
     if prepared is None:
         prepared = _prepare(data)
     elif is_main_process():
-        counts = [f"{len(prepared.files(split).bytes):,} {split}" for split in ("train", "test")]
-        print(f"{data.name}: {' and '.join(counts)} images in {prepared.folder}")
+        train, test = (len(x.names) for x in (prepared.train, prepared.test))
+        print(f"{data.name}: {train:,} train and {test:,} test images in {prepared.folder}")
         _compare_photos(data, prepared)
     data.prepare_again = False
     _check_damaged(data, prepared)
@@ -154,15 +148,16 @@ def _find(data: ConfigDict) -> Prepared | None:
             )
         return sets[0] if sets else None
     stamp = _stamp(source)
-    same = next((one for one in sets if one.about.stamp == stamp), None)
-    if same is None:
-        digest = _digest(source)
-        same = next((one for one in sets if one.about.digest == digest), None)
-        if same:
-            same.about.stamp = stamp
+    if same := [one for one in sets if one.about.stamp == stamp]:
+        return same[0]
+    digest = _digest(source)
+    for one in sets:
+        if one.about.digest == digest:
+            one.about.stamp = stamp
             with contextlib.suppress(OSError):  # if not, the content decides again
-                write_about(same.folder, same.about)
-    return same
+                write_about(one.folder, one.about)
+            return one
+    return None
 
 
 def _prepare(data: ConfigDict) -> Prepared:
@@ -189,8 +184,8 @@ def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:
     """Looks whether photos were replaced, by the sizes in bytes of some of them."""
     if (source := _originals(data)) is None:
         return
-    names = np.array(prepared.train.names + prepared.test.names)
-    sizes = np.concatenate([prepared.files(split).bytes for split in ("train", "test")])
+    train, test = prepared.train, prepared.test
+    names, sizes = np.array(train.names + test.names), np.concatenate([train.bytes, test.bytes])
     sample = np.random.default_rng().permutation(np.flatnonzero(sizes >= 0))[:_COMPARED]
     changed = 0
     for name, size in zip(names[sample].tolist(), sizes[sample].tolist(), strict=True):

@@ -1,17 +1,13 @@
 """The shared TFDS builder: writes the photos and annotations of a `Source` as a prepared data set.
 
-Records keep the original bytes of the photos. TFDS writes them as `array_record`, without
-TensorFlow. A photo that cannot be used is black in the records, so that no other photo, and no
-number in a search protocol, changes its place.
+Records keep the original bytes of the photos. A photo that cannot be used is black in them, so that
+no other photo, and no number in a search protocol, changes its place.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
 import hashlib
 import io
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -29,7 +25,7 @@ from alignps_jax.log import progress
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import (
     About,
-    Files,
+    Photos,
     Prepared,
     clip_to_photos,
     features,
@@ -41,18 +37,17 @@ from data_pipeline.sources.source import Source, stand_in
 
 # Photos per file; so many encoded photos are held in memory while preparing.
 _SHARD = 256
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = 8
 _Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Photo:
-    """A photo of (height, width); a black one in place of one that a `problem` makes unusable."""
+    """A photo of (height, width) in a file of so many bytes; a `problem` makes it unusable."""
 
-    image: bytes
     size: tuple[int, int]
-    content: bytes = b""  # stands for that of the file
-    file_bytes: int = -1
+    bytes: int = -1
+    digest: str = ""
     lacks_end: bool = False
     problem: str = ""
 
@@ -81,7 +76,7 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
         """`download_and_prepare` without TFDS's messages; returns the folder of the files."""
         try:
             with contextlib.redirect_stdout(io.StringIO()), self._bar:
-                self.download_and_prepare(download_dir=Path(self.data_path).parent / "downloads")
+                self.download_and_prepare()
         except RuntimeError as error:  # of the C++ that writes records
             raise OSError(" ".join(str(error).split())) from error
         return Path(self.data_path)
@@ -104,12 +99,12 @@ class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checker
         people = self._people[split]
         read = partial(_read_photo, self._source, people, self._data)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
-            for index, photo in zip(images, pool.map(read, images), strict=True):
+            for index, (image, photo) in zip(images, pool.map(read, images), strict=True):
                 boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
-                self.found[split].append(dataclasses.replace(photo, image=b""))
+                self.found[split].append(photo)
                 self._bar.update()
                 example = {
-                    "image": photo.image,
+                    "image": image,
                     "name": people.names[index],
                     "height": photo.size[0],
                     "width": photo.size[1],
@@ -153,9 +148,8 @@ def write_prepared(
             pairs = zip(annotated.names, photos, strict=True)
             damaged[split] = {name: photo.problem for name, photo in pairs if photo.problem}
             sizes = np.array([photo.size for photo in photos], np.int32)
-            file_bytes = np.array([photo.file_bytes for photo in photos])
-            save_arrays(folder, split, annotated)
-            save_arrays(folder, f"{split}.files", Files(sizes, file_bytes))
+            file_bytes = np.array([photo.bytes for photo in photos])
+            save_arrays(folder, split, Photos(**vars(annotated), sizes=sizes, bytes=file_bytes))
         for protocol in protocols:
             save_arrays(folder, protocol.name, protocol)
         names = [protocol.name for protocol in protocols]
@@ -193,7 +187,10 @@ def _check_photos(source: Source, people: dict[str, Annotations]) -> None:
         )
 
 
-def _read_photo(source: Source, people: Annotations, data: ConfigDict, index: int) -> _Photo:
+def _read_photo(
+    source: Source, people: Annotations, data: ConfigDict, index: int
+) -> tuple[bytes, _Photo]:
+    """A photo of the annotated size, or a black one."""
     path = source.image_path(people.names[index])
     annotated = source.photo_size(people.names[index])
     upright = data.orientation == "upright"
@@ -201,23 +198,20 @@ def _read_photo(source: Source, people: Annotations, data: ConfigDict, index: in
         encoded, header = read_photo(path, data.max_pixels)
         height, width, _ = decode_photo(encoded, header, str(path), upright=upright).shape
         if annotated not in (None, (height, width)):
-            raise UserError(_other_size((height, width), annotated, upright))
+            other = "stored" if upright else "upright"
+            turned = f" (EXIF turns it: data.orientation={other}?)" * (annotated == (width, height))
+            expected = "x".join(map(str, annotated))
+            raise UserError(
+                f"has {height}x{width} pixels (height x width), annotated are {expected}{turned}"
+            )
     except UserError as error:
         problem = (path.is_file() and stand_in(path)) or str(error).removeprefix(f"{path}: ")
-        right, bottom = people.boxes[index].max(axis=0, initial=1)[2:].astype(int).tolist()
-        size = annotated or (min(bottom, 4096), min(right, 4096))
+        size = annotated or (32, 32)
         black = cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes()
-        return _Photo(black, size, problem=problem)
-    content = hashlib.blake2b(encoded, digest_size=16).digest()
+        return black, _Photo(size, problem=problem)
+    digest = hashlib.blake2b(encoded, digest_size=16).hexdigest()
     unended = header.format == "JPEG" and lacks_end(encoded)
-    return _Photo(encoded, (height, width), content, path.stat().st_size, unended)
-
-
-def _other_size(size: tuple[int, int], annotated: tuple[int, int], upright: bool) -> str:
-    other = "stored" if upright else "upright"
-    turned = f" (EXIF turns it: data.orientation={other}?)" * (annotated == size[::-1])
-    found, expected = ("x".join(map(str, sides)) for sides in (size, annotated))
-    return f"has {found} pixels (height x width), annotated are {expected}{turned}"
+    return encoded, _Photo((height, width), len(encoded), digest, unended)
 
 
 def _counts(source: Source, protocol: SearchProtocol) -> Iterator[str]:
@@ -234,7 +228,7 @@ def _oddities(train: list[_Photo], test: list[_Photo]) -> Iterator[str]:
     unended = sum(photo.lacks_end for photo in (*train, *test))
     if unended:
         yield f"{unended:,} JPEG files lack their end marker, but no pixel"
-    known = {photo.content for photo in train if photo.content}
-    copies = sum(photo.content in known for photo in test)
+    known = {photo.digest for photo in train} - {""}
+    copies = sum(photo.digest in known for photo in test)
     if copies:
         yield f"{copies:,} test photos are training photos"

@@ -1,12 +1,9 @@
-"""From JPEG bytes to a slot of a padded batch: decoding, resizing, flipping, and the boxes' part.
+"""From a photo to a row of a padded batch: its size, resizing, flipping, and its people's boxes.
 
-Numpy throughout. Images are RGB `uint8` `[H, W, 3]`, boxes are `x1, y1, x2, y2` in pixels, sizes
-are `(height, width)`. OpenCV decodes and resizes because the released code does: another resampler
-would change what the network sees. A batch is made empty and its rows are filled in place, because
-whatever goes over the pixels once more costs time.
+Images are RGB `uint8` `[H, W, 3]`, boxes `x1, y1, x2, y2` in pixels, sizes `(height, width)`.
+OpenCV resizes because the released code does. A batch is made empty and its rows are filled in
+place: to go over the pixels once more costs time.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
@@ -14,24 +11,11 @@ import cv2
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from alignps_jax.image_files import decode_photo, not_decodable, read_header
 from alignps_jax.types import Annotations, Batch
 
 Size = tuple[int, int]  # height, width
 Scale = tuple[int, int]  # long side, short side
 MULTIPLE = 32  # of which the sides of all shapes are one
-
-
-def decode_jpeg(jpeg: bytes, name: str, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes the image `name` to RGB (gray ones get three equal channels).
-
-    Where `upright`, it is turned as its orientation says, else as stored. Raises UserError if the
-    bytes are not a complete image.
-    """
-    header = read_header(jpeg)
-    if header is None:
-        raise not_decodable(f"image {name}", jpeg)
-    return decode_photo(jpeg, header, f"image {name}", upright=upright)
 
 
 def is_landscape(size: Size | Int[np.ndarray, "2"]) -> bool:

@@ -1,7 +1,5 @@
 """Photos of the synthetic data set: people and things in a place, under some light."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import cv2
@@ -45,8 +43,6 @@ _THINGS: tuple[tuple[float, tuple[tuple[int, int, int, int, str], ...]], ...] = 
     ),
 )
 _ROUND, _SQUARE = ("leaves", "rubber"), np.array(((-1, -1), (1, -1), (1, 1), (-1, 1)))
-# The part of a photo that a cut-out covers, and what of the cut-out is in the photo.
-_Placed = tuple[tuple[slice, slice], Sprite]
 
 
 def draw_scene(
@@ -83,8 +79,8 @@ def draw_scene(
 
 def _place(
     sprite: Sprite, bottom: int, free: Bool[np.ndarray, "H W"], tries: int, rng: np.random.Generator
-) -> _Placed:
-    """Finds a place where enough of a cut-out is seen: not covered and not outside."""
+) -> tuple[tuple[slice, slice], Sprite]:
+    """A part of the photo and what of a cut-out is in it, where enough is seen."""
     (rows, columns), (height, width) = sprite.shape[:2], free.shape
     enough = _MIN_VISIBLE * np.count_nonzero(_solid(sprite))
     found: list[tuple[int, tuple[slice, slice], Sprite]] = []
