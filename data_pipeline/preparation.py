@@ -1,15 +1,13 @@
-"""The shared TFDS builder: writes the photos and annotations of a `Source` as a prepared data set.
+"""Writes the photos and annotations of a `Source` as a prepared data set, which TFDS reads.
 
 Records keep the original bytes of the photos. A photo that cannot be used is black in them, so that
 no other photo, and no number in a search protocol, changes its place.
 """
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from functools import partial
 from pathlib import Path
@@ -38,7 +36,6 @@ from data_pipeline.sources.source import Source, stand_in
 # Photos per file; so many encoded photos are held in memory while preparing.
 _SHARD = 256
 _THREADS = 8
-_Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,70 +49,6 @@ class _Photo:
     problem: str = ""
 
 
-class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checkers
-    tfds.core.ShardBasedBuilder, skip_registration=True
-):
-    """The photos of a `Source` with their people, in the splits `train` and `test`, in its order.
-
-    A shard-based builder, because it streams: TFDS's generator-based ones hold a split that is not
-    to be shuffled in memory. It keeps what it `found` of each photo, in order.
-    """
-
-    VERSION = tfds.core.Version("2.0.0")
-
-    def __init__(
-        self, folder: str, source: Source, people: dict[str, Annotations], data: ConfigDict
-    ):
-        """Writes below `folder`; reads photos as `data`, `config.data`, says."""
-        self._source, self._people, self._data = source, people, data
-        self.found: dict[str, list[_Photo]] = {split: [] for split in people}
-        self._bar = progress(desc="preparing", total=sum(len(x.names) for x in people.values()))
-        super().__init__(data_dir=folder, file_format="array_record")
-
-    def write(self) -> Path:
-        """`download_and_prepare` without TFDS's messages; returns the folder of the files."""
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), self._bar:
-                self.download_and_prepare()
-        except RuntimeError as error:  # of the C++ that writes records
-            raise OSError(" ".join(str(error).split())) from error
-        return Path(self.data_path)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=features())
-
-    def _shard_iterators_per_split(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, list[Callable[[], _Examples]]]:
-        del dl_manager
-        shards: dict[str, list[Callable[[], _Examples]]] = {}
-        for split, people in self._people.items():
-            images = range(len(people.names))
-            parts = [images[first : first + _SHARD] for first in images[::_SHARD]]
-            shards[split] = [partial(self._examples, split, part) for part in parts]
-        return shards
-
-    def _examples(self, split: str, images: range) -> _Examples:
-        people = self._people[split]
-        read = partial(_read_photo, self._source, people, self._data)
-        with futures.ThreadPoolExecutor(_THREADS) as pool:
-            for index, (image, photo) in zip(images, pool.map(read, images), strict=True):
-                boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
-                self.found[split].append(photo)
-                self._bar.update()
-                example = {
-                    "image": image,
-                    "name": people.names[index],
-                    "height": photo.size[0],
-                    "width": photo.size[1],
-                    "boxes": boxes[keep],
-                    "identity": people.identity[index][keep],
-                    "labeled": people.labeled[index][keep],
-                    "camera": int(people.camera[index]),
-                }
-                yield index, example
-
-
 def write_prepared(
     source: Source, target: Path, data: ConfigDict, digest: str, stamp: str
 ) -> Prepared:
@@ -124,9 +57,7 @@ def write_prepared(
     A set that is there is replaced; `digest` and `stamp` are those of `About`.
 
     Raises:
-      UserError: annotations are not in the expected form; or photos are missing, unless
-        `data.skip_damaged`.
-      OSError: there is no space, for example.
+      UserError: annotations are not in the expected form, or photos are missing.
     """
     people = {"train": source.train}
     notes = {"train": list(source.notes)}
@@ -140,11 +71,12 @@ def write_prepared(
     with tempfile.TemporaryDirectory(
         dir=target.parent, prefix=f"{target.name}.partial-"
     ) as temporary:
-        builder = PersonSearch(temporary, source, people, data)
-        folder = builder.write()
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        found = _write_records(folder, source, people, data)
         damaged = {}
         for split, annotated in people.items():
-            photos = builder.found[split]
+            photos = found[split]
             pairs = zip(annotated.names, photos, strict=True)
             damaged[split] = {name: photo.problem for name, photo in pairs if photo.problem}
             sizes = np.array([photo.size for photo in photos], np.int32)
@@ -160,9 +92,53 @@ def write_prepared(
             target.rename(Path(temporary) / "replaced")
         folder.rename(target)
     main = next(protocol for protocol in protocols if protocol.name == defaults[0])
-    for line in (*_counts(source, main), *_oddities(*builder.found.values())):
+    for line in _summary(source, main, found["train"], found["test"]):
         print(f"  {line}", flush=True)
     return Prepared(target, about)
+
+
+def _write_records(
+    folder: Path, source: Source, people: dict[str, Annotations], data: ConfigDict
+) -> dict[str, list[_Photo]]:
+    """Writes the photos of all splits with their people; returns what is known of each photo."""
+    version = tfds.core.Version("2.0.0")
+    identity = tfds.core.DatasetIdentity("person_search", version, str(folder), module_name="")
+    info = tfds.core.DatasetInfo(builder=identity, features=features())
+    writer = tfds.core.SequentialWriter(info, _SHARD, file_format="array_record")
+    writer.initialize_splits([*people])
+    found: dict[str, list[_Photo]] = {split: [] for split in people}
+    try:
+        for split, annotated in people.items():
+            examples = _examples(source, annotated, data, found[split])
+            bar = progress(examples, desc=f"preparing {split}", total=len(annotated.names))
+            writer.add_examples({split: bar})
+        writer.close_all()
+    except RuntimeError as error:  # of the C++ that writes records
+        raise OSError(" ".join(str(error).split())) from error
+    return found
+
+
+def _examples(
+    source: Source, people: Annotations, data: ConfigDict, found: list[_Photo]
+) -> Iterator[dict[str, Any]]:
+    """The records of a split; adds what is known of each photo to `found`."""
+    images, read = range(len(people.names)), partial(_read_photo, source, people, data)
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        for first in images[::_SHARD]:
+            part = images[first : first + _SHARD]
+            for index, (image, photo) in zip(part, pool.map(read, part), strict=True):
+                boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
+                found.append(photo)
+                yield {
+                    "image": image,
+                    "name": people.names[index],
+                    "height": photo.size[0],
+                    "width": photo.size[1],
+                    "boxes": boxes[keep],
+                    "identity": people.identity[index][keep],
+                    "labeled": people.labeled[index][keep],
+                    "camera": int(people.camera[index]),
+                }
 
 
 def _protocols(source: Source) -> Iterator[SearchProtocol]:
@@ -214,21 +190,18 @@ def _read_photo(
     return encoded, _Photo((height, width), len(encoded), digest, unended)
 
 
-def _counts(source: Source, protocol: SearchProtocol) -> Iterator[str]:
-    """What was found, beside what is published."""
-    train, queries = source.train, f"queries ({protocol.name})"
-    shown = np.unique(np.concatenate(train.identity)[np.concatenate(train.labeled)])
+def _summary(
+    source: Source, protocol: SearchProtocol, train: list[_Photo], test: list[_Photo]
+) -> Iterator[str]:
+    """What was found, beside what is published, and what is odd about the photos."""
+    people, queries = source.train, f"queries ({protocol.name})"
+    shown = np.unique(np.concatenate(people.identity)[np.concatenate(people.labeled)])
     names = "training images", "training identities", "test images", queries
-    found = len(train.names), len(shown), len(source.test.names), len(protocol.query_image)
+    found = len(train), len(shown), len(test), len(protocol.query_image)
     for count, name, known in zip(found, names, source.published or found, strict=True):
         yield f"{count:>8,} {name}" + f" (published: {known:,})" * (known != count)
-
-
-def _oddities(train: list[_Photo], test: list[_Photo]) -> Iterator[str]:
-    unended = sum(photo.lacks_end for photo in (*train, *test))
-    if unended:
+    if unended := sum(photo.lacks_end for photo in (*train, *test)):
         yield f"{unended:,} JPEG files lack their end marker, but no pixel"
-    known = {photo.digest for photo in train} - {""}
-    copies = sum(photo.digest in known for photo in test)
-    if copies:
+    digests = {photo.digest for photo in train} - {""}
+    if copies := sum(photo.digest in digests for photo in test):
         yield f"{copies:,} test photos are training photos"
