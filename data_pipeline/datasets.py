@@ -48,7 +48,7 @@ DATASETS: dict[str, type[Source]] = {
 
 def load_train(data: ConfigDict) -> Annotations:
     """The people of the training split; reads and raises as `load_test`."""
-    return _people(_opened(data), "train")
+    return _people(_find(data) or DATASETS[data.name](data.root), "train")
 
 
 def load_test(
@@ -62,7 +62,7 @@ def load_test(
     Raises:
       UserError: an unknown name, or files that are missing or not in the expected form.
     """
-    opened = _opened(data)
+    opened = _find(data) or DATASETS[data.name](data.root)
     protocols = [
         opened.protocol(known_name("config.eval.protocols", name, opened.protocols))
         for name in names or opened.default_protocols
@@ -89,10 +89,6 @@ def prepare(data: ConfigDict) -> Prepared:
     data.prepare_again = False
     _check_damaged(data, prepared)
     return prepared
-
-
-def _opened(data: ConfigDict) -> Source | Prepared:
-    return _find(data) or DATASETS[data.name](data.root)
 
 
 def _people(opened: Source | Prepared, split: str) -> Annotations:

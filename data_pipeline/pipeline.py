@@ -7,7 +7,7 @@ batches, and a process knows the shapes of its peers'.
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Self
@@ -202,7 +202,7 @@ def make_train_pipeline(
       UserError: no image can be trained on, or `data.max_programs` is too small.
     """
     split, usable = _trainable(split, data.min_side)
-    sizes = _rescaled_sizes(split.sizes, data.train_scales)
+    sizes = transforms.rescaled_sizes(split.sizes, data.train_scales)
     groups = tuple(_orientations(split.sizes, usable))
     shapes = transforms.buckets(data.train_scales)
     if data.max_programs:
@@ -221,7 +221,7 @@ def make_eval_batches(
     split: PreparedSplit, data: ConfigDict, *, batch_size: int, process: tuple[int, int] = (0, 1)
 ) -> EvalBatches:
     """Plans one pass over a split; see `make_train_pipeline` for the arguments."""
-    sizes = _rescaled_sizes(split.sizes, [data.test_scale])[:, 0]
+    sizes = transforms.rescaled_sizes(split.sizes, [data.test_scale])[:, 0]
     plans = []
     for group in _orientations(split.sizes, np.arange(len(sizes))):
         bucket = _test_bucket(tuple(split.sizes[group[0]]), data.test_scale)
@@ -253,8 +253,8 @@ def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> B
     """One RGB photo as the evaluation with `config.data` sees it: a row without people."""
     size = image.shape[:2]
     batch = transforms.empty_batch(1, _test_bucket(size, data.test_scale), _round_people(0))
-    new_size = transforms.rescaled_size(size, data.test_scale)
-    transforms.fill_image(batch, 0, np.ascontiguousarray(image), new_size, flip=False)
+    (height, width), *_ = transforms.rescaled_sizes(np.array([size]), [data.test_scale])[0].tolist()
+    transforms.fill_image(batch, 0, np.ascontiguousarray(image), (height, width), flip=False)
     return batch
 
 
@@ -287,19 +287,9 @@ def _orientations(
     return [group for group in (indices[landscape], indices[~landscape]) if len(group)]
 
 
-def _rescaled_sizes(
-    sizes: Int[np.ndarray, "N 2"], scales: Sequence[Scale]
-) -> Int[np.ndarray, "N S 2"]:
-    """The (height, width) of all images at each of S scales."""
-    rows = [[transforms.rescaled_size((h, w), x) for x in scales] for h, w in sizes.tolist()]
-    return np.array(rows, np.int32).reshape(-1, len(scales), 2)
-
-
 def _test_bucket(size: Size | Int[np.ndarray, "2"], scale: Scale) -> Size:
     """The bucket of the test scale that photos of this orientation share."""
-    long, short = scale
-    full = (short, long) if transforms.is_landscape(size) else (long, short)
-    return transforms.smallest_bucket(full, transforms.buckets([scale]))
+    return transforms.buckets([scale])[0 if transforms.is_landscape(size) else -1]
 
 
 def _round_people(people: int) -> int:

@@ -182,9 +182,8 @@ def _read_photo(
             )
     except UserError as error:
         problem = (path.is_file() and stand_in(path)) or str(error).removeprefix(f"{path}: ")
-        size = annotated or (32, 32)
-        black = cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes()
-        return black, _Photo(size, problem=problem)
+        black = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+        return black, _Photo((32, 32), problem=problem)
     digest = hashlib.blake2b(encoded, digest_size=16).hexdigest()
     unended = header.format == "JPEG" and lacks_end(encoded)
     return encoded, _Photo((height, width), len(encoded), digest, unended)

@@ -1,7 +1,7 @@
 """A prepared data set: encoded photos as TFDS records, and all that is annotated beside them.
 
 Its folder holds the splits `train` and `test` (ArrayRecord files), people, sizes and search
-protocols as NumPy files, and `about-1.json`. It may be moved, and the originals may be gone.
+protocols as NumPy files, and `about-2.json`. It may be moved, and the originals may be gone.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from alignps_jax.errors import blame
 from alignps_jax.types import Annotations, SearchProtocol
 
 # Another number where sets that are older cannot be read.
-ABOUT = "about-1.json"
+ABOUT = "about-2.json"
 _LISTED = 10
 _Arrays = TypeVar("_Arrays")
 

@@ -24,16 +24,16 @@ def is_landscape(size: Size | Int[np.ndarray, "2"]) -> bool:
     return bool(width > height)
 
 
-def rescaled_size(size: Size, scale: Scale) -> Size:
-    """The largest size within `scale` that keeps the aspect ratio, rounded (released code).
+def rescaled_sizes(
+    sizes: Int[np.ndarray, "N 2"], scales: Sequence[Scale]
+) -> Int[np.ndarray, "N S 2"]:
+    """The largest (height, width) within each of S scales that keep the aspect ratio, rounded.
 
-    The image's long side ends at most at `scale[0]` and its short side at most at `scale[1]`;
-    smaller images are enlarged. A side never gets below one pixel.
+    Smaller images are enlarged; a side never gets below one pixel (released code).
     """
-    height, width = size
-    long, short = scale
-    factor = min(long / max(height, width), short / min(height, width))
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+    long_short = np.sort(sizes)[:, None, ::-1]
+    factors = (scales / long_short).min(axis=-1, keepdims=True)
+    return np.maximum(1, sizes[:, None] * factors + 0.5).astype(np.int32)
 
 
 def buckets(scales: Iterable[Scale]) -> tuple[Size, ...]:
@@ -74,8 +74,7 @@ def fill_image(
 ) -> None:
     """Resizes an image to `size` (bilinear) into the top left corner of a row, then flips it.
 
-    Writes straight into the batch, every pixel of the row (the rest is black), and copies nothing
-    else: this is the inner loop of the input pipeline.
+    Writes every pixel of the row once (the rest is black): this is the pipeline's inner loop.
     """
     height, width = size
     slot = np.asarray(batch.image[row])

@@ -7,13 +7,13 @@ import pytest
 
 from alignps_jax.types import UserError
 from data_pipeline.buckets import choose_buckets
-from data_pipeline.transforms import rescaled_size
+from data_pipeline.transforms import rescaled_sizes
 
 PAPER_SCALES = ((667, 400), (1000, 600), (1333, 800), (1500, 900), (1666, 1000), (2000, 1200))
 
 
 def sizes_at(photos, scales=PAPER_SCALES) -> np.ndarray:
-    return np.array([[rescaled_size(tuple(photo), scale) for scale in scales] for photo in photos])
+    return rescaled_sizes(np.array(photos), scales)
 
 
 def rounded(sizes: np.ndarray) -> np.ndarray:

@@ -326,8 +326,8 @@ def test_a_set_of_somebody_else_imports_nothing_and_says_what_is_wrong(data, tmp
     (folder / "features.json").write_text(changed)
     assert datasets.prepare(data).split("train").encoded(1) == expected
     assert "stranger" not in sys.modules
-    (folder / "about-1.json").write_text('{"digest": 3}')
-    with pytest.raises(UserError, match=r"about-1\.json: "):
+    (folder / "about-2.json").write_text('{"digest": 3}')
+    with pytest.raises(UserError, match=r"about-2\.json: "):
         datasets.prepare(data)
 
 

@@ -65,21 +65,19 @@ class TestSizes:
         ],
     )
     def test_known_values(self, size, scale, expected):
-        assert transforms.rescaled_size(size, scale) == expected
+        assert transforms.rescaled_sizes(np.array([size]), [scale]).tolist() == [[[*expected]]]
 
-    def test_fits_its_scale_and_keeps_the_ratio(self):
-        rng = np.random.default_rng(0)
-        for height, width in rng.integers(32, 3000, (300, 2)).tolist():
-            for long, short in PAPER_SCALES:
-                new_height, new_width = transforms.rescaled_size((height, width), (long, short))
-                assert max(new_height, new_width) <= long
-                assert min(new_height, new_width) <= short
+    def test_all_photos_fit_all_scales_and_keep_their_ratio(self):
+        photos = np.random.default_rng(0).integers(32, 3000, (300, 2))
+        found = transforms.rescaled_sizes(photos, PAPER_SCALES)
+        for (height, width), row in zip(photos.tolist(), found.tolist(), strict=True):
+            for (long, short), size in zip(PAPER_SCALES, row, strict=True):
+                assert max(size) <= long
+                assert min(size) <= short
                 # One limit is reached, and neither side is more than half a pixel off the ratio.
-                reached = max(new_height, new_width) == long, min(new_height, new_width) == short
-                assert any(reached)
+                assert max(size) == long or min(size) == short
                 factor = min(long / max(height, width), short / min(height, width))
-                assert abs(new_height - height * factor) <= 0.5 + 1e-9
-                assert abs(new_width - width * factor) <= 0.5 + 1e-9
+                assert size == [int(height * factor + 0.5), int(width * factor + 0.5)]
 
     def test_a_square_counts_as_portrait(self):
         shapes = [(10, 11), (11, 10), (10, 10)]
