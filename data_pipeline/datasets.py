@@ -32,10 +32,7 @@ class SyntheticSource(CuhkSysuSource):
     """Generated photos of colored figures (`data_pipeline.synthetic`), in CUHK-SYSU's layout."""
 
     published = ()
-
-    @property
-    def default_protocols(self) -> tuple[str, ...]:
-        return self.protocols
+    default_protocols = Source.default_protocols
 
 
 DATASETS: dict[str, type[Source]] = {

@@ -191,12 +191,8 @@ def make_train_pipeline(
 ) -> TrainPipeline:
     """Plans the training batches of a split, without images that have nobody or are too small.
 
-    Args:
-      split: the images and their people.
-      data: `config.data`.
-      seed: decides on order, scales and flips; not negative.
-      batch_size: images per step over all processes, a multiple of their number.
-      process: the index of this process, and the number of all that share each batch.
+    The `seed`, not negative, decides on order, scales and flips. `batch_size` counts the images of
+    all processes; `process` is the index of this one and their number.
 
     Raises:
       UserError: no image can be trained on, or `data.max_programs` is too small.
@@ -227,16 +223,9 @@ def make_eval_batches(
         bucket = _test_bucket(tuple(split.sizes[group[0]]), data.test_scale)
         for start in range(0, len(group), batch_size):
             indices = group[start : start + batch_size]
-            missing = batch_size - len(indices)
-            plans.append(
-                BatchPlan(
-                    indices=np.pad(indices, (0, missing)),
-                    sizes=np.pad(sizes[indices], ((0, missing), (0, 0))),
-                    flips=np.zeros(batch_size, bool),
-                    valid=np.arange(batch_size) < len(indices),
-                    bucket=bucket,
-                )
-            )
+            filled, flips = np.resize(indices, batch_size), np.zeros(batch_size, bool)
+            valid = np.arange(batch_size) < len(indices)
+            plans.append(BatchPlan(filled, sizes[filled], flips, valid, bucket))
     return EvalBatches(BatchReader(split, data, process), tuple(plans))
 
 

@@ -35,7 +35,6 @@ from data_pipeline.sources.source import Source, stand_in
 
 # Photos per file; so many encoded photos are held in memory while preparing.
 _SHARD = 256
-_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +122,7 @@ def _examples(
 ) -> Iterator[dict[str, Any]]:
     """The records of a split; adds what is known of each photo to `found`."""
     images, read = range(len(people.names)), partial(_read_photo, source, people, data)
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
+    with futures.ThreadPoolExecutor(8) as pool:
         for first in images[::_SHARD]:
             part = images[first : first + _SHARD]
             for index, (image, photo) in zip(part, pool.map(read, part), strict=True):

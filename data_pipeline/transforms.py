@@ -1,8 +1,7 @@
 """From a photo to a row of a padded batch: its size, resizing, flipping, and its people's boxes.
 
 Images are RGB `uint8` `[H, W, 3]`, boxes `x1, y1, x2, y2` in pixels, sizes `(height, width)`.
-OpenCV resizes because the released code does. A batch is made empty and its rows are filled in
-place: to go over the pixels once more costs time.
+OpenCV resizes because the released code does; rows are filled in place, which saves time.
 """
 
 from collections.abc import Iterable, Sequence

@@ -157,10 +157,7 @@ def _draw(folder: pathlib.Path, spec: SyntheticSpec, dealt: list[list[int]]) -> 
 def _searches(
     identity: int, photos: _Photos, size: int, spec: SyntheticSpec
 ) -> list[dict[str, np.ndarray]]:
-    """Queries of one identity; galleries start with the photos that hold it, as the real ones.
-
-    Queries are the same for every `size`, and galleries contain the smaller ones.
-    """
+    """Queries of one identity; galleries start with its photos, as the real ones."""
     rng = spec.generator(_SEARCH, identity)
     holding = [name for name in photos if identity in photos[name]]
     others = [name for name in photos if identity not in photos[name]]

@@ -6,16 +6,8 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from data_pipeline.synthetic.figures import (
-    CIRCLE,
-    Appearance,
-    Canvas,
-    Color,
-    Sprite,
-    draw_person,
-    pick,
-    sample_color,
-)
+from data_pipeline.synthetic import figures
+from data_pipeline.synthetic.figures import Appearance, Color, Sprite, pick, sample_color
 
 # Heights of people, as shares of the photo's height (36 to 150 pixels of 192).
 SMALLEST, LARGEST = 0.19, 0.78
@@ -54,7 +46,7 @@ def draw_scene(
     width, height in whole pixels.
     """
     image, ground = _draw_backdrop(rng, height, width)
-    sprites = [(1.0, draw_person(person, rng)) for person in people]
+    sprites = [(1.0, figures.draw_person(person, rng)) for person in people]
     sprites += [_draw_thing(rng) for _ in range(rng.integers(0, 4))]
     # The row of the feet grows with the height: the smallest stand where the ground begins.
     slope = (rng.uniform(0.9, 1.2) * height - ground) / ((LARGEST - SMALLEST) * height)
@@ -122,10 +114,10 @@ def _draw_thing(rng: np.random.Generator) -> tuple[float, Sprite]:
         "wood": (45, 65, 90),
         "rubber": (35, 35, 38),
     }
-    canvas = Canvas(224, 500, (250, 200), 1.6 * max(shape[2] for shape in shapes))
+    canvas = figures.Canvas(224, 500, (250, 200), 1.6 * max(shape[2] for shape in shapes))
     for left, top, right, bottom, material in shapes:
         low, high = 2 * np.array((left + 125, top)), 2 * np.array((right + 125, bottom))
-        outline = CIRCLE if material in _ROUND else _SQUARE
+        outline = figures.CIRCLE if material in _ROUND else _SQUARE
         color = colors[material]
         canvas.polygon((low + high + outline * (high - low)) / 2, color, color)
     return relative, canvas.sprite()
