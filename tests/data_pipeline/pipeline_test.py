@@ -159,7 +159,7 @@ class TestEpochs:
             assert sum(seen.values()) == pipeline.steps_per_epoch * batch_size
             assert max(seen.values()) <= max(2, batch_size)
 
-    def test_batches_hold_one_orientation_in_the_smallest_bucket(self, mixed):
+    def test_batches_hold_one_orientation_in_the_smallest_bucket_and_epochs_differ(self, mixed):
         pipeline = train(mixed)
         assert pipeline.buckets == buckets(SCALES)
         wide = mixed.sizes[:, 1] > mixed.sizes[:, 0]
@@ -176,6 +176,9 @@ class TestEpochs:
         in_epoch = {tuple(orientations[i : i + 5]) for i in range(0, 60, 5)}
         assert {sum(epoch) for epoch in in_epoch} == {3}
         assert len(in_epoch) > 1  # portrait batches are not always last
+        epochs = [epoch_indices(pipeline, epoch) for epoch in range(4)]
+        epochs.append(epoch_indices(train(mixed, seed=4), 0))
+        assert len({epoch.tobytes() for epoch in epochs}) == 5
 
     def test_batches_of_few_programs_share_scale_and_shape(self, mixed):
         pipeline = train(mixed, max_programs=6, batch_size=2)
@@ -196,12 +199,6 @@ class TestEpochs:
             assert (plan.sizes <= plan.bucket).all()
             chosen.add(plan.bucket)
         assert 1 < len(chosen & set(pipeline.buckets)) == len(chosen)
-
-    def test_epochs_differ_and_seeds_differ(self, mixed):
-        pipeline = train(mixed)
-        epochs = [epoch_indices(pipeline, epoch) for epoch in range(4)]
-        epochs.append(epoch_indices(train(mixed, seed=4), 0))
-        assert len({epoch.tobytes() for epoch in epochs}) == 5
 
     def test_the_same_as_ever_without_reading_an_image(self):
         pipeline = train(dataclasses.replace(make_split(mixed_sizes(5, 4)), encoded=None))

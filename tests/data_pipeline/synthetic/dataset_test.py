@@ -1,11 +1,10 @@
-"""The synthetic data set: layout on disk, protocol, drawing, and what is refused."""
+"""The synthetic data set as the reader of CUHK-SYSU sees it, its drawing, and what is refused."""
 
 import dataclasses
 
 import cv2
 import numpy as np
 import pytest
-import scipy.io
 from scipy.spatial.distance import pdist
 
 from alignps_jax.errors import UserError
@@ -13,13 +12,10 @@ from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
 from data_pipeline.synthetic.dataset import SyntheticSpec, write_synthetic
 from data_pipeline.synthetic.figures import draw_person, sample_person
 from data_pipeline.synthetic.scenes import draw_scene
-from tests.places import ROOT
 
-REAL_PROTOCOL = ROOT.parent / "shared/data/TestG100.mat"
 # Photos for training, for tests, identities for training, for tests.
 SPEC = SyntheticSpec(3, 24, 102, 13, 11, height=120, width=168)
 TINY = SyntheticSpec(3, 9, 7, 5, 4, height=120, width=168)
-PROTOCOLS = "annotation/test/train_test"
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +23,6 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "synthetic"
     write_synthetic(folder, SPEC)
     return CuhkSysuSource(folder)
-
-
-def _nesting(value):
-    """How a loaded value is built: shapes with N for lengths, fields, kinds of the leaves."""
-    if isinstance(value, np.ndarray) and (value.dtype.names or value.dtype == object):
-        shape = tuple("N" if length > 1 else length for length in value.shape)
-        inside = {repr(_nesting(element)) for element in value.ravel()}
-        return shape, value.dtype.names, tuple(sorted(inside))
-    if isinstance(value, np.void):
-        return tuple(_nesting(value[field]) for field in value.dtype.names)
-    return value.dtype.kind, value.shape
-
-
-@pytest.mark.skipif(not REAL_PROTOCOL.exists(), reason="needs the real TestG100.mat")
-def test_protocol_is_nested_like_the_real_one(source):
-    ours = scipy.io.loadmat(source.root / PROTOCOLS / "TestG100.mat")["TestG100"]
-    real = scipy.io.loadmat(REAL_PROTOCOL)["TestG100"][:, :40]
-    assert _nesting(ours) == _nesting(real)
 
 
 def _places(people):
