@@ -41,12 +41,9 @@ class ArrayWriter(ocp.PyTreeCheckpointHandler):
 
 def snapshot(state: TrainState) -> tuple[Specs, dict[str, np.ndarray]]:
     """The manifest's entry of every leaf, and the arrays to store, by path."""
-    leaves = leaves_by_path(state)
-    host = zip(leaves, jax.device_get(list(leaves.values())), strict=True)
-    arrays = {path: np.asarray(array, order="C") for path, array in host}
-    specs = {
-        path: {"type": _type(array), "crc32": _checksum(array)} for path, array in arrays.items()
-    }
+    leaves = jax.device_get(leaves_by_path(state))
+    arrays = {path: np.asarray(array, order="C") for path, array in leaves.items()}
+    specs = {path: _spec(array) for path, array in arrays.items()}
     return specs, {path: array for path, array in arrays.items() if array.size}
 
 
@@ -60,18 +57,21 @@ def restore_arrays(folder: Path, template: Any) -> Any:
     stored = read_manifest(folder)["arrays"].items()
     specs = {path: spec for path, spec in stored if path.split("/")[0] in fields}
     found = {path: spec["type"] for path, spec in specs.items()}
-    expected = {path: _type(leaf) for path, leaf in leaves.items()}
-    differences = [
-        f"{path}: found {found.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}"
-        for path in expected | found
-        if found.get(path) != expected.get(path)
-    ]
-    if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise UserError(f"{folder}: does not fit: {'; '.join(differences[:3])}{more}")
+    if wrong := mismatch(found, {path: _type(leaf) for path, leaf in leaves.items()}):
+        raise UserError(f"{folder}: does not fit: {wrong}")
     arrays = read_arrays(folder, specs)
     ordered = [arrays.get(path, np.zeros(x.shape, x.dtype)) for path, x in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(template), jax.device_put(ordered))
+
+
+def mismatch(found: Mapping[str, object], expected: Mapping[str, object]) -> str:
+    """Where the types or shapes of arrays, by name, are not the expected ones; "" if nowhere."""
+    wrong = [
+        f"{name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in {**expected, **found}
+        if found.get(name) != expected.get(name)
+    ]
+    return "; ".join(wrong[:3] + [f"and {len(wrong) - 3} more"] * (len(wrong) > 3))
 
 
 def read_arrays(folder: Path, specs: Specs) -> dict[str, np.ndarray]:
@@ -88,7 +88,7 @@ def read_arrays(folder: Path, specs: Specs) -> dict[str, np.ndarray]:
     with reading(folder):
         arrays = ocp.PyTreeCheckpointHandler().restore(epath.Path(folder / ARRAYS), args=args)
         for path, spec in stored.items():
-            if _type(arrays[path]) != spec["type"] or _checksum(arrays[path]) != spec["crc32"]:
+            if _spec(arrays[path]) != spec:
                 raise ValueError(f"wrong checksum of {path}")
     return arrays
 
@@ -128,5 +128,5 @@ def _type(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _spec(array: np.ndarray) -> dict[str, Any]:
+    return {"type": _type(array), "crc32": zlib.crc32(array.tobytes())}

@@ -36,7 +36,6 @@ def one_writer(workdir: Path) -> Iterator[None]:
         except OSError as error:
             print(f"note: {file.name}: {error.strerror}; only one run may write there at a time")
         file.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = f"process {os.getpid()} on {socket.gethostname()}, started {started}"
+        holder = f"process {os.getpid()} on {socket.gethostname()}, started {time.ctime()}"
         print(holder, file=file, flush=True)
         yield

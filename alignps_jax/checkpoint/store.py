@@ -22,14 +22,14 @@ import operator
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from alignps_jax.checkpoint.arrays import (
     ARRAYS,
@@ -41,7 +41,7 @@ from alignps_jax.checkpoint.arrays import (
     snapshot,
     system_error,
 )
-from alignps_jax.checkpoint.places import SCORE, chosen_step, last_step, steps_in
+from alignps_jax.checkpoint.places import CHECKPOINTS, SCORE, chosen_step, last_step, steps_in
 from alignps_jax.distributed import broadcast_from_main, is_main_process
 from alignps_jax.files import read_json, write_json
 from alignps_jax.types import TrainState, UserError, Weights
@@ -55,7 +55,7 @@ _PACKAGES = (
 RUN_CONFIG = "config.json"
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """The checkpoints of one training run: the latest `keep` and the one with the best score.
 
     A context manager; leaving it waits for the save under way. With several processes each makes
@@ -66,16 +66,13 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int, config: ConfigDict):
         logging.set_verbosity(logging.FATAL)  # Orbax logs what it also raises
-        self._root = Path(workdir).absolute() / "checkpoints"
+        self._root = Path(workdir).absolute() / CHECKPOINTS
         self._about = {"config": json.loads(config.to_json()), "versions": package_versions()}
         self._manager = None
         if is_main_process():
             self._root.mkdir(parents=True, exist_ok=True)
             with reading(self._root):
                 self._manager = _manager(self._root, keep)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._manager:
@@ -165,7 +162,7 @@ def load_run_config(workdir: Path) -> ConfigDict | None:
     file = Path(workdir) / RUN_CONFIG
     if file.exists():
         return _as_config(read_json(file, "the configuration of a run"))
-    if steps_in(Path(workdir) / "checkpoints"):
+    if steps_in(Path(workdir) / CHECKPOINTS):
         return load_config(last_step(workdir))
     return None
 
@@ -211,22 +208,15 @@ def _manager(root: Path, keep: int) -> ocp.CheckpointManager:
     """Orbax's manager of process 0 alone: one that fails waits for no other process."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     registry.add(ARRAYS, ocp.args.PyTreeSave, ArrayWriter())
-    latest = preservation_policy.LatestN(keep)
-    best = preservation_policy.BestN(
-        get_metric_fn=_SCORE, n=1, keep_checkpoints_without_metrics=False
-    )
+    best = policy.BestN(get_metric_fn=_SCORE, n=1, keep_checkpoints_without_metrics=False)
     options = ocp.CheckpointManagerOptions(
         best_fn=_SCORE,
-        preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
+        preservation_policy=policy.AnyPreservationPolicy([policy.LatestN(keep), best]),
         cleanup_tmp_directories=True,
         create=False,
         multiprocessing_options=ocp.options.MultiprocessingOptions(active_processes={0}),
     )
     return ocp.CheckpointManager(root, options=options, handler_registry=registry)
-
-
-def _as_config(stored: dict[str, Any]) -> ConfigDict:
-    return ConfigDict(_tuples(stored)).lock()
 
 
 def _write_score(folder: Path, metrics: dict[str, float]) -> None:
@@ -236,8 +226,8 @@ def _write_score(folder: Path, metrics: dict[str, float]) -> None:
     (folder / "new").rename(folder / SCORE.parent)  # Orbax fails on a folder without the file
 
 
-def _tuples(value: Any) -> Any:
-    """JSON has lists only, the config tuples only."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _as_config(stored: Any) -> Any:
+    """The config of JSON, locked; JSON has lists only, the config tuples only."""
+    if isinstance(stored, dict):
+        return ConfigDict({name: _as_config(value) for name, value in stored.items()}).lock()
+    return tuple(map(_as_config, stored)) if isinstance(stored, list) else stored

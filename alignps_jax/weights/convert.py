@@ -14,8 +14,9 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.arrays import mismatch
 from alignps_jax.checkpoint.lock import one_writer
-from alignps_jax.checkpoint.places import chosen_step
+from alignps_jax.checkpoint.places import CHECKPOINTS, chosen_step
 from alignps_jax.checkpoint.store import (
     RUN_CONFIG,
     Checkpoints,
@@ -31,7 +32,7 @@ from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, ma
 from alignps_jax.types import OIMMemory, TrainState, UserError
 from alignps_jax.weights.released_names import (
     LOOKUP_TABLE,
-    QUEUE,
+    TAIL,
     by_our_names,
     is_detector,
     kind_of,
@@ -39,7 +40,7 @@ from alignps_jax.weights.released_names import (
     to_torch,
 )
 from alignps_jax.weights.sources import convention_of, with_convention
-from alignps_jax.weights.tensor_files import Tensors, listed, read_tensors, write_tensors
+from alignps_jax.weights.tensor_files import Tensors, read_tensors, write_tensors
 
 
 def convert_released(
@@ -56,13 +57,12 @@ def convert_released(
     is the running average that a training checkpoint holds. The checkpoint's configuration gets the
     pixels that the weights expect; `typed` are the dotted names of the fields that the user set.
 
-    Raises:
-      UserError: the file cannot be read, is neither of the two, does not fit `config`, or does
-        not tell its pixels; or there are checkpoints in `workdir` already. Nothing is written then.
+    Raises UserError, and writes nothing, if the file cannot be read, is neither of the two, does
+    not fit `config` or tell its pixels, or there are checkpoints in `workdir` already.
     """
-    if (workdir / "checkpoints").exists():
+    if (workdir / CHECKPOINTS).exists():
         raise UserError(f"--workdir: found checkpoints in {workdir}, expected none")
-    check_outputs(*(workdir / name for name in ("checkpoints", RUN_CONFIG)))
+    check_outputs(*(workdir / name for name in (CHECKPOINTS, RUN_CONFIG)))
     with blame(source):
         tensors = read_tensors(source, averaged)
         state = _state(config, tensors)
@@ -80,31 +80,23 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
 
     `config` goes into the file as its metadata (None: the checkpoint's own).
 
-    Raises:
-      UserError: it holds a backbone only, or `target` cannot be written.
+    Raises UserError if it holds a backbone only, or `target` cannot be written.
     """
     check_outputs(target)
     config = config or load_config(checkpoint)
     folder, by = chosen_step(checkpoint, config)
-    kept = ("step", "params", "frozen", "memory")
-    arrays = load_arrays(folder, lambda name: name.split("/")[0] in kept)
+    kept = ("step", "params/", "frozen/", "memory/")
+    arrays = load_arrays(folder, lambda name: name.startswith(kept))
     step = int(arrays.pop("step"))
     if "memory/lut" not in arrays:
         raise UserError(f"{checkpoint}: holds a backbone only, expected a whole AlignPS")
     tensors = {released_name(name): to_torch(array) for name, array in arrays.items()}
-    tail = QUEUE.replace("queue", "tail")
-    tensors[tail] = tensors[tail].astype(np.int64)
+    tensors[TAIL] = tensors[TAIL].astype(np.int64)
     for name in [name for name in tensors if name.endswith(".running_var")]:
-        counter = name.replace("running_var", "num_batches_tracked")
-        tensors[counter] = np.zeros((), np.int64)
+        tensors[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     about = {"exported_by": "alignps_jax", "step": str(step), "chosen_by": by}
     write_tensors(target, tensors, {**about, "config": config.to_json()})
     print(f"{len(tensors)} tensors of step {step} of {checkpoint} (chosen by {by}): {target}")
-    if "bbox_head.scales.1.scale" not in tensors:
-        print(
-            "note: neck.fpn_convs.1-4 and bbox_head.scales.1-4 are missing, as this model has no "
-            "background levels; the released code uses them in training only"
-        )
 
 
 def _state(config: ConfigDict, tensors: Tensors) -> TrainState:
@@ -112,13 +104,15 @@ def _state(config: ConfigDict, tensors: Tensors) -> TrainState:
     model, detector = build_model(config), is_detector(tensors)
     rows = config.loss.lut_size or len(tensors.get(LOOKUP_TABLE, ()))
     memory = init_memory(rows, config.loss.queue_size, config.model.channels)
-    weights = weights_template(model)
-    template = leaves_by_path(
-        {"params": weights.params, "frozen": weights.frozen, "memory": memory}
-    )
+    template = leaves_by_path(vars(weights_template(model)) | {"memory": memory})
+    del template["step"]
     if not detector:
         template = {path: x for path, x in template.items() if "/backbone/" in path}
-    arrays = _checked(by_our_names(tensors, template), template, detector)
+    arrays = by_our_names(tensors, template)
+    if not detector:  # deformable convolutions start without offsets
+        offsets = {path: np.zeros(x.shape) for path, x in template.items() if "/offset/" in path}
+        arrays = offsets | arrays
+    arrays = _checked(arrays, template)
     found = traverse_util.unflatten_dict(arrays, sep="/")
     memory = OIMMemory(**found["memory"]) if detector else init_memory(0, 0, 0)
     state = TrainState(jnp.zeros((), jnp.int32), found["params"], found["frozen"], (), memory)
@@ -130,28 +124,15 @@ def _state(config: ConfigDict, tensors: Tensors) -> TrainState:
     return dataclasses.replace(state, opt_state=optimizer.init(state.params), raw=raw)
 
 
-def _checked(arrays: Tensors, template: Mapping[str, Any], detector: bool) -> Tensors:
-    """The arrays in the order and the types of the template.
-
-    Offsets of deformable convolutions, which a backbone does not have, are zero. Raises ValueError
-    if arrays are missing, unexpected or of the wrong shape.
-    """
-    missing = [path for path in template if path not in arrays]
-    shapes = {path: to_torch(np.empty(x.shape, np.bool_)).shape for path, x in template.items()}
-    problems = {
-        "missing": [p for p in missing if detector or "/offset/" not in p],
-        "unexpected": [name for name in arrays if name not in template],
-        "wrong shape": [
-            f"{released_name(path)} {list(to_torch(x).shape)} instead of {list(shapes[path])}"
-            for path, x in arrays.items()
-            if path in template and to_torch(x).shape != shapes[path]
-        ],
-    }
-    if any(problems.values()):
-        found = [f"{what}: {listed(map(released_name, x))}" for what, x in problems.items() if x]
+def _checked(arrays: Tensors, template: Mapping[str, Any]) -> Tensors:
+    """The arrays in the order and the types of the template; ValueError if they do not fit it."""
+    found, expected = (
+        {released_name(path): list(to_torch(np.empty(x.shape, np.bool_)).shape) for path, x in of}
+        for of in (arrays.items(), template.items())
+    )
+    if wrong := mismatch(found, expected):
         raise ValueError(
-            f"does not fit the config: {'; '.join(found)} ({kind_of(map(released_name, arrays))}; "
+            f"does not fit the config: {wrong} ({kind_of(found)}; "
             "each released detector has its own: cuhk or prw, :released or :released_plus)"
         )
-    filled = arrays | {path: np.zeros(template[path].shape) for path in missing}
-    return {path: np.array(filled[path], x.dtype, order="C") for path, x in template.items()}
+    return {path: np.array(arrays[path], x.dtype, order="C") for path, x in template.items()}

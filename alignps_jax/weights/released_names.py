@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
-from alignps_jax.weights.tensor_files import listed
-
 # Applied one after another; levels are numbered from 3 here, from 0 there.
 _RULES: list[tuple[str, str | Callable]] = [
     (r"^(params|frozen)/", ""),
@@ -36,8 +34,6 @@ _RULES: list[tuple[str, str | Callable]] = [
     (r"/mean$", "/running_mean"),
     (r"/var$", "/running_var"),
 ]
-LOOKUP_TABLE = "bbox_head.labeled_matching_layer.lookup_table"
-QUEUE = "bbox_head.unlabeled_matching_layer.queue"
 # What only exists there: PyTorch's count of batches, and in a model without background levels
 # what makes P4 to P7.
 _ONLY_RELEASED = re.compile(
@@ -59,16 +55,18 @@ def released_name(path: str) -> str:
     return path.replace("/", ".")
 
 
+LOOKUP_TABLE, QUEUE, TAIL = (released_name(f"memory/{name}") for name in ("lut", "queue", "tail"))
+
+
 def is_detector(names: Collection[str]) -> bool:
     """Whether these are the names of a detector's tensors; else they are those of a backbone."""
     return any(map(_DETECTOR.search, names))
 
 
 def kind_of(names: Iterable[str]) -> str:
-    """What tensors of these names are taken for, and the names that decided."""
-    deciding = [name for name in names if _DETECTOR.search(name)]
-    if deciding:
-        return f"taken for a detector because of {listed(deciding, 1)}"
+    """What tensors of these names are taken for, and the name that decided."""
+    if deciding := next(filter(_DETECTOR.search, names), None):
+        return f"taken for a detector because of {deciding}"
     return "taken for a ResNet-50 because no name has neck. or bbox_head. in it"
 
 
@@ -88,9 +86,6 @@ def by_our_names(
     """The tensors of a detector or a ResNet, in our layout, by those of our `paths` that they are.
 
     Tensors without a path keep their names; those of training-only levels are left out.
-
-    Raises:
-      ValueError: two tensors of a ResNet come to have the same name.
     """
     if not is_detector(tensors):
         tensors = _backbone_tensors(tensors)
@@ -104,14 +99,8 @@ def by_our_names(
 
 def _backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Those of the backbone, named as in the released models, which have no `conv1.bias`."""
-    named: dict[str, np.ndarray] = {}
-    for original, value in tensors.items():
-        name = _BACKBONE.sub("", original)
-        if _NOT_BACKBONE.search(name):
-            continue
-        if name in named:
-            raise ValueError(f"found two tensors for {name}, expected one")
-        named[name] = value
+    named = {_BACKBONE.sub("", name): value for name, value in tensors.items()}
+    named = {name: value for name, value in named.items() if not _NOT_BACKBONE.search(name)}
     # A bias before a norm goes into the norm's mean.
     for name in [name for name in named if re.search(r"(^|\.)conv\d\.bias$", name)]:
         mean = re.sub(r"conv(\d)\.bias$", r"bn\1.running_mean", name)

@@ -29,7 +29,6 @@ RANDOM = "random"
 FIELD = "config.model.pretrained"
 _TIMEOUT = 30.0  # seconds without an answer
 
-
 Convention = Mapping[str, Any]  # of a pixel and the stride, as fields of `config.model`
 CAFFE: Convention = {
     "channel_order": "BGR",
@@ -78,23 +77,19 @@ def expected_digits(source: str) -> str:
 
 
 def check_start(config: ConfigDict) -> None:
-    """Says at once what training cannot start from.
+    """Raises UserError, before the slow imports, for weights that training cannot start from.
 
-    Raises:
-      UserError: random values that it would never change, or a `.pth` that PyTorch is not here for.
+    Those are random ones that it would never change, and a `.pth` without PyTorch.
     """
     model, source = config.model, address_of(config.model.pretrained)
     if _file_name(source).endswith(".pth") and not (is_address(source) and _kept(source).is_file()):
         with blame(f"{FIELD}: {source}"):
             load_torch()
-    if model.pretrained == RANDOM and (
-        model.backbone != "resnet_small" or model.frozen_stages >= 0
-    ):
+    small = model.backbone == "resnet_small" and model.frozen_stages < 0
+    if model.pretrained == RANDOM and not small:
         raise UserError(
             f"{FIELD}: found 'random', expected weights ({' or '.join(PUBLISHED)}, a file, an "
-            f"address or a run): {model.backbone} with frozen_stages={model.frozen_stages} "
-            "keeps its initial stages or normalization. From scratch trains "
-            "--config.model.backbone=resnet_small --config.model.frozen_stages=-1"
+            "address or a run): only backbone=resnet_small with frozen_stages=-1 trains from it"
         )
 
 
@@ -105,9 +100,8 @@ def fetch(address: str) -> Path:
     (`-5891d200.pth`, as in the model zoos of PyTorch and OpenMMLab), or `#sha256=...` behind the
     address.
 
-    Raises:
-      UserError: there is no network, no such file, another file than the digits say, or no PyTorch
-        to read it.
+    Raises UserError if there is no network, no such file, another one than the digits say, or no
+    PyTorch to read it.
     """
     target = _kept(address)
     if not target.is_file():
@@ -150,14 +144,11 @@ def cache_folder() -> Path:
 def convention_of(
     names: Collection[str], source: str, config: ConfigDict, typed: Collection[str]
 ) -> Convention:
-    """The pixels that the tensors of these names expect.
+    """The pixels that the tensors of these names expect; ValueError if nothing tells.
 
     The digits in the name of the file or address `source` tell; then a detector; then the channel
     order, if the user `typed` it. Then torchvision and timm deliver their classifier with a ResNet,
     and only Caffe's has a bias in its first convolution; DINO, MoCo and SwAV have neither.
-
-    Raises:
-      ValueError: nothing tells.
     """
     for address, expected in PUBLISHED.values():
         if expected_digits(address) == expected_digits(source):
@@ -182,8 +173,7 @@ def with_convention(
 ) -> ConfigDict:
     """A copy of `config` whose pixels and stride are those that the weights of `source` expect.
 
-    Raises:
-      UserError: a field that the user `typed` (dotted names) contradicts the weights.
+    Raises UserError if a field that the user `typed` (dotted names) contradicts the weights.
     """
     config = config.copy_and_resolve_references()
     wrong = [

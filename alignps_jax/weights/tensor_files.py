@@ -47,21 +47,15 @@ def read_tensors(path: Path, averaged: bool = False) -> Tensors:
     training checkpoint only the weights count, or with `averaged` their running average (EMA);
     prefixes of a wrapper (`module.`, `model.`, ...) are left out.
 
-    Raises:
-      ValueError: the file is damaged, holds no tensors or numbers that are not finite, or needs a
-        PyTorch that is not installed.
+    Raises ValueError if the file is damaged or holds no tensors, or PyTorch for it is missing.
     """
-    tensors = _chosen(_content(path), averaged)
-    if bad := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
-        raise ValueError(f"not finite: {listed(bad)}")
-    return tensors
+    return _chosen(_content(path), averaged)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
     """Writes .pth (a dictionary of `meta` and `state_dict`, as mmcv's) or .safetensors, complete.
 
-    Raises:
-      UserError: the file cannot be written, or .pth needs a PyTorch that is not installed.
+    Raises UserError if the file cannot be written, or .pth needs a PyTorch that is not installed.
     """
     if path.suffix == ".pth":
         with blame(path):
@@ -82,22 +76,14 @@ def listed(names: Iterable[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + more
 
 
-def _format(path: Path) -> str:
-    """The format by the content: "pth", "safetensors", or "index" of shards; else ValueError."""
+def _content(path: Path) -> Any:
     with path.open("rb") as file:
         head = file.read(16)
-    if head[8:9] == b"{":
-        return "safetensors"
-    found = next((kind for start, kind in _STARTS.items() if head.lstrip().startswith(start)), "")
-    if found not in ("pth", "index"):
-        found = found or "an unknown format"
-        raise ValueError(f"found {found}, expected .pth or .safetensors weights")
-    return found
-
-
-def _content(path: Path) -> Any:
+    starts = [kind for start, kind in _STARTS.items() if head.lstrip().startswith(start)]
+    kind = "safetensors" if head[8:9] == b"{" else (starts or ["an unknown format"])[0]
+    if kind not in ("pth", "safetensors", "index"):
+        raise ValueError(f"found {kind}, expected .pth or .safetensors weights")
     try:
-        kind = _format(path)
         if kind == "safetensors":
             return safetensors.numpy.load_file(path)
         return _read_pth(path) if kind == "pth" else _read_shards(path)
@@ -112,18 +98,13 @@ def _content(path: Path) -> Any:
 
 def _read_pth(path: Path) -> Any:
     torch = load_torch()
-    safe: list[Any] = [(np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
+    safe: list[Any] = [np.ndarray, np.dtype, argparse.Namespace]
+    safe += [type(np.dtype(code)) for code in f"{np.typecodes['AllInteger']}efd?"]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # of NumPy 1 and 2
-        safe += [
-            (multiarray._reconstruct, f"{module}._reconstruct"),
-            (multiarray.scalar, f"{module}.scalar"),
-        ]
-    types = [type(np.dtype(code)) for code in f"{np.typecodes['AllInteger']}efd?"]
-    with (
-        torch.serialization.safe_globals([*safe, *types, argparse.Namespace]),
-        warnings.catch_warnings(action="ignore"),
-    ):
-        mapped = zipfile.is_zipfile(path)  # the optimizer takes no memory
+        for name in ("_reconstruct", "scalar"):
+            safe.append((getattr(multiarray, name), f"{module}.{name}"))
+    mapped = zipfile.is_zipfile(path)  # the optimizer takes no memory
+    with torch.serialization.safe_globals(safe), warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 

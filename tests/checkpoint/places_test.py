@@ -30,32 +30,25 @@ def test_results_of_a_step_go_beside_the_checkpoints(run, tmp_path, monkeypatch)
     (run / "model").mkdir()  # somebody's
     assert not is_step(run)
     assert load_config(run).seed == 0
-    assert results_folder(run) == run
-    assert results_folder(run / "checkpoints") == run
-    assert results_folder(step) == run / "step_200"
-    assert results_folder(run / "step_200") == run / "step_200"
-    step.rename(tmp_path / "copy")
-    assert results_folder(tmp_path / "copy") == tmp_path / "copy_results"
+    for path, expected in (
+        (run, run),
+        (run / "checkpoints", run),
+        (step, run / "step_200"),
+        (run / "step_200", run / "step_200"),
+    ):
+        assert results_folder(path) == expected
+    assert results_folder(step.rename(tmp_path / "copy")) == tmp_path / "copy_results"
     monkeypatch.chdir(run / "checkpoints" / "9")
     assert results_folder(Path()) == run / "step_9"
-    assert figure_request(".", load_config, None, None, None, None).workdir == (
-        run / "step_9" / "figures"
-    )
+    request = figure_request(".", load_config, None, None, None, None)
+    assert request.workdir == run / "step_9" / "figures"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--mode=evaluate --checkpoint={step}",
-        "--mode=evaluate --workdir={step}",
-        "--mode=search --checkpoint={step} --query=q.jpg --gallery=g",
-        "--mode=visualize --checkpoint={step} --what=gallery_size",
-    ],
-)
-def test_modes_choose_a_lasting_place(run, words, capsys):
+@pytest.mark.parametrize("more", ["--mode=evaluate", "--mode=search --query=q.jpg --gallery=g"])
+def test_modes_choose_a_lasting_place(run, more, capsys):
     # What is in the way of the result shows where it would go.
     step = run / "checkpoints" / "200"
     (run / "step_200").write_text("in the way")
-    assert main(["launch.py", *words.format(step=step).split()]) == 2
+    assert main(["launch.py", *more.split(), f"--checkpoint={step}"]) == 2
     assert "/run/step_200: found a file, expected a folder for" in capsys.readouterr().err
     assert [path.name for path in step.iterdir()] == ["manifest"]

@@ -67,23 +67,15 @@ def test_an_index_stands_for_its_shards_which_lie_beside_it(tmp_path):
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.safetensors"):
         read_tensors(index)
-    index.write_text("{}")
-    with pytest.raises(ValueError, match="weight_map"):
-        read_tensors(index)
 
 
-HEADER = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
 NO_WEIGHTS = {
     "empty": (b"", "found an unknown format, expected .pth or .safetensors"),
     "text": (b"hello, this is no file of weights", "found an unknown format"),
     "a page": (b"\n<!DOCTYPE html><html>Sign in</html>", "found a web page, expected"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer"),
     "detectron2": (b"\x80\x02}q\0.", "found a pickle, as of detectron2 and Caffe2"),
-    "cut off": (len(HEADER).to_bytes(8, "little") + HEADER + b"\0\0", "[Ii]ncomplete|[Oo]ffset"),
-    "not finite": (
-        len(HEADER).to_bytes(8, "little") + HEADER + b"\0\0\x80\x7f",
-        "not finite: a",
-    ),
+    "no index": (b"{}", "weight_map"),
 }
 
 
@@ -96,20 +88,10 @@ def test_files_of_something_else_are_refused_in_one_line(case, tmp_path):
     assert str(error.value).isprintable()
 
 
-def test_the_system_has_its_own_words(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        read_tensors(tmp_path / "nowhere.pth")
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"a\.safetensors: cannot be written"):
-        write_tensors(tmp_path / "file" / "a.safetensors", TENSORS, {})
-
-
 @pytest.mark.parametrize(
     ("version", "message"),
     [
         ("2.4.0", "found PyTorch 2.4.0, expected 2.10 or newer"),
-        ("2.9.1+cu128", "found PyTorch 2.9.1"),
-        ("2.9.0a0+git123", "found PyTorch 2.9.0a0"),
         (None, r"need PyTorch, .* pip install '\.\[torch\]'"),
     ],
 )
@@ -136,20 +118,18 @@ def torch_tensors(torch) -> dict:
 def test_what_is_no_tensor_in_a_pth_file_is_never_run(zipped, tmp_path):
     torch = pytest.importorskip("torch")
     path, marker = tmp_path / "a.pth", tmp_path / "marker"
-    for bad, message in (
-        ({"state_dict": torch_tensors(torch), "meta": Malicious(marker)}, "than tensors .*mkdir"),
-        ({"state_dict": {"a": "text"}}, "found a, expected named tensors"),
-        ({"ema": {"a": torch.ones(2)}}, "found ema, expected named tensors"),
-        ({"ema.a": torch.ones(2)}, "a running average of weights only .*--ema"),
-        ([1, 2], "found list, expected named tensors"),
+    for bad, averaged, message in (
+        ({"state_dict": {}, "meta": Malicious(marker)}, False, "not a tensor .*mkdir"),
+        ({"state_dict": {"a": "text"}}, False, "found a, expected named tensors"),
+        ({"ema": {"a": torch.ones(2)}}, False, "found ema, expected named tensors"),
+        ({"ema.a": torch.ones(2)}, False, "a running average of weights only .*--ema"),
+        ({"state_dict": {"a": torch.ones(2)}}, True, "found no running average"),
+        ([1, 2], False, "found list, expected named tensors"),
     ):
         torch.save(bad, path, _use_new_zipfile_serialization=zipped)
         with pytest.raises(ValueError, match=message):
-            read_tensors(path)
+            read_tensors(path, averaged)
     assert not marker.exists()
-    torch.save({"state_dict": torch_tensors(torch)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="found no running average"):
-        read_tensors(path, averaged=True)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "old"])
@@ -169,4 +149,4 @@ def test_damaged_files_are_refused_or_hold_numbers(form, tmp_path):
         rest = rng.bytes(1) + sound[at + 1 :] if at % 4 else b""
         path.write_bytes(sound[:at] + rest)
         with contextlib.suppress(ValueError):  # anything else fails the test
-            assert all(np.isfinite(value).all() for value in read_tensors(path).values())
+            assert all(value.dtype.kind in "iuf" for value in read_tensors(path).values())
