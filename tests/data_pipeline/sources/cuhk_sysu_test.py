@@ -131,12 +131,8 @@ def img(box: object, name: str = "s1.jpg") -> np.ndarray:
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        (
-            "pool",
-            fixtures.cells(["s77.jpg"]),
-            "names the image 's77.jpg', which is none of the images of Images.mat",
-        ),
-        ("nose", np.zeros(3), "has no variable pool, but nose"),
+        ("pool", fixtures.cells(["s77.jpg"]), "the image 's77.jpg', which Images.mat lacks"),
+        ("nose", np.zeros(3), "'pool' is not among nose"),
         ("Img", img([[1, 2, 3, 4]], "../s1.jpg"), "'../s1.jpg'; expected a file inside"),
         ("Img", img([[1, 2, np.nan, 4]]), "has the coordinate nan"),
         ("Img", img([[1, 2, 3]]), "has 3 numbers for a box, not x, y, w, h"),
@@ -170,8 +166,8 @@ def test_what_lies_there_in_place_of_a_file_is_said(root, stub, message):
 @pytest.mark.parametrize(
     ("gallery", "message"),
     [
-        ([("s5.jpg", None)], "query 1 has no box, or no gallery image of its person"),
-        ([("s5.jpg", (22, 32, 42, 52)), ("s9.jpg", None)], "'s9.jpg', which is none of the images"),
+        ([("s5.jpg", None)], "asks for a person without a box, or whom no image shows"),
+        ([("s5.jpg", (22, 32, 42, 52)), ("s9.jpg", None)], "'s9.jpg' is not among s5.jpg, s3.jpg"),
     ],
 )
 def test_protocol_files_are_checked(tmp_path, gallery, message):
