@@ -123,57 +123,48 @@ def test_labeled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_
     assert "1 labeled boxes are not in Images.mat" in source.notes[-1]
 
 
-def img(box: object, name: str = "s1.jpg") -> np.ndarray:
+def img(box: object, name: str = "s1.jpg") -> tuple[str, np.ndarray]:
     boxes = fixtures.structs([{"idlocate": box}])
-    return fixtures.structs([{"imname": name, "nAppear": 1, "box": boxes}])
+    return "Img", fixtures.structs([{"imname": name, "nAppear": 1, "box": boxes}])
+
+
+def query(*gallery: fixtures.Located) -> tuple[str, np.ndarray]:
+    asked = fixtures.structs([fixtures.located(QUERY[0]) | {"idname": "p"}])
+    entries = fixtures.structs(map(fixtures.located, gallery))
+    return "TestG50", fixtures.structs([{"Query": asked, "Gallery": entries}])
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "message"),
+    ("file", "content", "message"),
     [
-        ("pool", fixtures.cells(["s77.jpg"]), "the image 's77.jpg', which Images.mat lacks"),
-        ("nose", np.zeros(3), "'pool' is not among nose"),
-        ("Img", img([[1, 2, 3, 4]], "../s1.jpg"), "'../s1.jpg'; expected a file inside"),
-        ("Img", img([[1, 2, np.nan, 4]]), "has the coordinate nan"),
-        ("Img", img([[1, 2, 3]]), "has 3 numbers for a box, not x, y, w, h"),
-        ("Img", img([[1j, 2, 3, 4]]), "holds complex numbers"),
+        ("pool", ("pool", fixtures.cells(["s7"])), "names the image 's7', which Images.mat lacks"),
+        ("pool", ("nose", np.zeros(3)), "'pool' is not among nose"),
+        ("Images", img([[1, 2, 3, 4]], "../s1.jpg"), "'../s1.jpg'; expected a file inside"),
+        ("Images", img([[1, 2, np.nan, 4]]), "has the coordinate nan"),
+        ("Images", img([[1, 2, 3]]), "has 3 numbers for a box, not x, y, w, h"),
+        ("Images", img([[1j, 2, 3, 4]]), "holds complex numbers"),
+        ("Images", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not"),
+        ("Images", b"<!DOCTYPE html><html>Sign in", "is an HTML page, not the file itself"),
+        (
+            "Images",
+            b"MATLAB 7.3 MAT-file, Platform: ".ljust(512),
+            "is a MATLAB file of version 7.3",
+        ),
+        ("Images", b"MATLAB, honestly", "is not a little-endian MATLAB file of version 5"),
+        ("test/train_test/TestG50", query(("s5.jpg", None)), "or whom no image shows"),
+        ("test/train_test/TestG50", query(("s9.jpg", None)), "'s9.jpg' is not among s5.jpg, s3"),
     ],
 )
-def test_errors_name_the_file(root, variable, value, message):
-    path = root / "annotation" / ("Images.mat" if variable == "Img" else "pool.mat")
-    fixtures.save(path, variable, value)
+def test_errors_name_the_file(root, file, content, message):
+    path = root / "annotation" / f"{file}.mat"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        fixtures.save(path, *content)
     with pytest.raises(UserError) as error:
         _ = CuhkSysuSource(root).test
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("stub", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, .*lfs pull"),
-        (b"<!DOCTYPE html><html>Sign in", "an HTML page, not the file itself"),
-        (b"MATLAB 7.3 MAT-file, Platform: ".ljust(512), "a MATLAB file of version 7.3.*'-v7'"),
-        (b"MATLAB, honestly", "not a little-endian MATLAB file of version 5"),
-    ],
-)
-def test_what_lies_there_in_place_of_a_file_is_said(root, stub, message):
-    (root / "annotation" / "Images.mat").write_bytes(stub)
-    with pytest.raises(UserError, match=rf"Images.mat: is {message}"):
-        _ = CuhkSysuSource(root).train
-
-
-@pytest.mark.parametrize(
-    ("gallery", "message"),
-    [
-        ([("s5.jpg", None)], "asks for a person without a box, or whom no image shows"),
-        ([("s5.jpg", (22, 32, 42, 52)), ("s9.jpg", None)], "'s9.jpg' is not among s5.jpg, s3.jpg"),
-    ],
-)
-def test_protocol_files_are_checked(tmp_path, gallery, message):
-    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": [(*QUERY, gallery)]})
-    with pytest.raises(UserError, match=message):
-        _ = CuhkSysuSource(tmp_path).test
 
 
 def test_what_is_missing_is_said(root):

@@ -56,13 +56,8 @@ def check(source):
         splits = source.train, source.test
         protocols = [source.protocol(name) for name in source.default_protocols]
     except UserError as found:
-        message = str(found)
-    else:
-        return check_splits(source, splits, protocols)
-    assert str(source.root) in message
-
-
-def check_splits(source, splits, protocols):
+        assert str(source.root) in str(found)  # noqa: PT017
+        return
     for split in splits:
         assert len(set(split.names)) == len(split.names)
         for name in split.names:
@@ -104,33 +99,21 @@ def check_damaged(source_class, root, path, content):
         path.write_bytes(sound)
 
 
-@pytest.mark.parametrize("source_class", [CuhkSysuSource, PrwSource])
+@pytest.mark.parametrize("source_class", [CuhkSysuSource, PrwSource, CocoPersonSearchSource])
 @QUICK
 @given(number=st.integers(0, 9), changes=CHANGES, packed=st.booleans())
-def test_matlab(folders, source_class, number, changes, packed):
-    """Most changes are behind the compression, whose checksum is then right."""
+def test_bytes(folders, source_class, number, changes, packed):
+    """Changes of MATLAB files that are packed again are not found by a checksum."""
     root = folders[source_class]
-    paths = sorted(root.rglob("*.mat"))
+    paths = sorted(path for path in root.rglob("*.*") if path.suffix != ".jpg")
     path = paths[number % len(paths)]
     data = path.read_bytes()
-    if packed:
-        matrix = damage(zlib.decompress(data[136:]), changes)
-        element = zlib.compress(matrix, 1)
+    if packed and path.suffix == ".mat":
+        element = zlib.compress(damage(zlib.decompress(data[136:]), changes), 1)
         data = data[:128] + struct.pack("<II", 15, len(element)) + element
     else:
         data = damage(data, changes)
     check_damaged(source_class, root, path, data)
-
-
-TEXTS = [(PrwSource, "query_info.txt")]
-TEXTS += [(CocoPersonSearchSource, f"{file}.json") for file in ("train", "test", "query")]
-
-
-@QUICK
-@given(file=st.sampled_from(TEXTS), changes=CHANGES)
-def test_bytes_of_text(folders, file, changes):
-    path = folders[file[0]] / file[1]
-    check_damaged(file[0], path.parent, path, damage(path.read_bytes(), changes))
 
 
 @QUICK

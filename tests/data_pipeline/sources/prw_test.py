@@ -36,6 +36,8 @@ QUERIES = [
 def root(tmp_path: Path) -> Path:
     variables = ("box_new", "anno_file", "anno_previous")
     fixtures.write_prw(tmp_path, TRAIN, TEST, QUERIES, variables)
+    path = tmp_path / "query_info.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as an editor on Windows leaves it
     return tmp_path
 
 
@@ -52,7 +54,9 @@ def test_annotations(root):
     assert train.camera.tolist() == [2, 1, 6]
     test = PrwSource(root).test
     assert [ids.tolist() for ids in test.identity] == [[2, 0, -1], [0, 0], [2], [1, 0], [1]]
-    assert PrwSource(root).protocol("all").query_box[0].tolist() == [0, 60, 19, 140]
+    protocol = PrwSource(root).protocol("all")
+    assert protocol.query_box[0].tolist() == [0, 60, 19, 140]
+    assert protocol.query_image.tolist() == [0, 2, 4, 1]
 
 
 def test_protocols_against_a_literal_search(tmp_path):
@@ -94,28 +98,6 @@ def test_protocols_against_a_literal_search(tmp_path):
             assert [(names[image], rows.tolist()) for image, rows in found] == targets
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("6 1 2 3 c1s1_000040", "columns changed from 6 to 5 at row 2"),
-        ("6 1 2 3 4 c9s1_000040", "'c9s1_000040.jpg' is not among c1s1_000040.jpg, c3s1"),
-        ("77 1 2 3 4 c1s1_000040", "'77' is not among 6, 9, 41"),
-        ("6 1 2 3 nan c1s1_000040", "has the coordinate nan"),
-    ],
-)
-def test_bad_query_lines_are_an_error(root, line, message):
-    path = root / "query_info.txt"
-    path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
-    with pytest.raises(UserError, match=f"query_info.txt: .*{message}"):
-        PrwSource(root).protocol("all")
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_query(root):
-    path = root / "query_info.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert PrwSource(root).protocol("all").query_image.tolist() == [0, 2, 4, 1]
-
-
 def test_frames_of_both_splits_are_counted(root):
     fixtures.save(root / "frame_train.mat", "img_index_train", fixtures.cells(list(TEST)[:2]))
     source = PrwSource(root)
@@ -124,22 +106,27 @@ def test_frames_of_both_splits_are_counted(root):
 
 
 @pytest.mark.parametrize(
-    ("array", "message"),
+    ("content", "message"),
     [
+        ("6 1 2 3 c1s1_000040", "columns changed from 6 to 5 at row 2"),
+        ("6 1 2 3 4 c9s1_000040", "'c9s1_000040.jpg' is not among c1s1_000040.jpg, c3s1"),
+        ("77 1 2 3 4 c1s1_000040", "'77' is not among 6, 9, 41"),
+        ("6 1 2 3 nan c1s1_000040", "has the coordinate nan"),
         ([[1, 1, 2, np.nan, 4]], "has the coordinate nan"),
         ([[1, 1, 2, 3e9, 4]], "has the coordinate 3000000000.0"),
         ([[1, 2, 3, 4]], r"has an array of shape \(1, 4\), not rows of id, x, y, w, h"),
-        ("1 2 3 4", "holds characters where numbers belong"),
+        (["1 2 3 4"], "holds characters where numbers belong"),
     ],
 )
-def test_errors_of_frames_name_the_file(root, array, message):
-    frame = root / "annotations" / "c1s1_000020.jpg.mat"
-    fixtures.save(frame, "box_new", np.array(array))
-    with pytest.raises(UserError, match=rf"c1s1_000020.jpg.mat: {message}"):
-        _ = PrwSource(root).train
-    frame.unlink()
-    with pytest.raises(FileNotFoundError, match=r"c1s1_000020.jpg.mat"):
-        _ = PrwSource(root).train
+def test_errors_name_the_file(root, content, message):
+    if isinstance(content, str):
+        path = root / "query_info.txt"
+        path.write_text(path.read_text().splitlines()[0] + f"\n{content}\n")
+    else:
+        path = root / "annotations" / "c1s1_000040.jpg.mat"
+        fixtures.save(path, "box_new", np.array(content))
+    with pytest.raises(UserError, match=f"{path}: .*{message}"):
+        PrwSource(root).protocol("all")
 
 
 def test_queries_whose_people_are_in_no_other_photo_are_left_out(tmp_path):
