@@ -43,7 +43,7 @@ LARGE = [
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    files = {"TestG50": SMALL, "TestG500": LARGE, "Occlusion": SMALL[1:]}
+    files = {"TestG50": SMALL, "TestG100": LARGE, "Occlusion": SMALL[1:]}
     fixtures.write_cuhk(tmp_path / "dataset", IMAGES, POOL, TRAIN, files)
     return tmp_path / "dataset"
 
@@ -72,7 +72,8 @@ def test_test_split_is_the_pool_in_its_order_with_the_people_of_the_queries(root
 
 def test_galleries_keep_the_order_and_the_repetitions_of_the_file(root):
     source = CuhkSysuSource(root)
-    assert source.protocols == ("TestG50", "TestG500", "all", "occlusion")
+    assert source.protocols == ("TestG50", "TestG100", "all", "occlusion")
+    assert source.default_protocols == ("TestG100", "TestG50", "all")
     protocol = source.protocol("TestG50")
     assert protocol.name == "TestG50"
     assert protocol.query_image.tolist() == [1, 1]
@@ -80,45 +81,24 @@ def test_galleries_keep_the_order_and_the_repetitions_of_the_file(root):
     assert [images.tolist() for images in protocol.gallery] == [[0, 2], [3, 3, 0]]
     assert [images.tolist() for images in protocol.target_images] == [[0], [3, 3]]
     np.testing.assert_array_equal(protocol.target_boxes[1], [[21, 31, 62, 82]] * 2)
-    large = source.protocol("TestG500")
+    large = source.protocol("TestG100")
     assert [images.tolist() for images in large.gallery] == [[3, 0, 2], [3, 2, 0]]
-    occluded = source.protocol("occlusion")
-    assert occluded.query_box.tolist() == [[100, 30, 140, 80]]
+    assert source.protocol("occlusion").query_box.tolist() == [[100, 30, 140, 80]]
+    # The smallest gallery, then the other images without the query's own.
+    whole = source.protocol("all")
+    assert [images.tolist() for images in whole.gallery] == [[0, 2, 3], [3, 3, 0, 2]]
+    assert [images.tolist() for images in whole.target_images] == [[0], [3, 3]]
 
 
-def test_whole_test_set_follows_the_smallest_gallery_and_leaves_out_the_query_image(root):
-    protocol = CuhkSysuSource(root).protocol("all")
-    assert [images.tolist() for images in protocol.gallery] == [[0, 2, 3], [3, 3, 0, 2]]
-    assert [images.tolist() for images in protocol.target_images] == [[0], [3, 3]]
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        (("TestG50", "TestG100", "TestG500"), ("TestG100", "TestG50", "TestG500", "all")),
-        (("TestG50", "Occlusion", "Resolution"), ("TestG50", "all")),
-        (("TestG500", "TestG4000"), ("TestG500", "TestG4000", "all")),
-    ],
-)
-def test_by_default_all_are_reported_g100_first(tmp_path, files, expected):
-    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, dict.fromkeys(files, SMALL))
-    assert CuhkSysuSource(tmp_path).default_protocols == expected
-
-
-def test_people_of_two_queries_share_an_identity_by_name(tmp_path):
+def test_people_are_named_and_labeled_boxes_may_be_strays(tmp_path):
     queries = [
         (("s3.jpg", (20, 30, 40, 50)), "p30", [("s5.jpg", (22, 32, 42, 52))]),
         (("s5.jpg", (22, 32, 42, 52)), "p30", [("s3.jpg", (20, 30, 40, 50))]),
     ]
-    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": queries})
-    found = [ids.tolist() for ids in CuhkSysuSource(tmp_path).test.identity]
-    assert found == [[0], [0, -1], [], [-1, -1]]
-
-
-def test_labeled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_path):
     train = {"p1": [("s9.jpg", (1, 2, 3, 4)), ("s10.jpg", (11, 12, 13, 14))]}
-    fixtures.write_cuhk(tmp_path, IMAGES, POOL, train, {"TestG50": SMALL})
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, train, {"TestG50": queries})
     source = CuhkSysuSource(tmp_path)
+    assert [ids.tolist() for ids in source.test.identity] == [[0], [0, -1], [], [-1, -1]]
     assert [mask.sum() for mask in source.train.labeled] == [1, 0, 0]
     assert "1 labeled boxes are not in Images.mat" in source.notes[-1]
 
@@ -215,9 +195,3 @@ def test_real_protocol_against_a_literal_reading(tmp_path):
         corners = [[x, y, x + w, y + h] for _, (x, y, w, h) in held]
         found = [protocol.query_box[query], *protocol.target_boxes[query]]
         np.testing.assert_array_equal(found, corners)
-    whole = source.protocol("all")
-    for query in (0, 1500, 2899):
-        np.testing.assert_array_equal(whole.gallery[query][:100], protocol.gallery[query])
-        assert whole.query_image[query] not in whole.gallery[query][100:]
-        others = set(range(6978)) - {int(whole.query_image[query])}
-        assert set(whole.gallery[query].tolist()) == others

@@ -1,6 +1,5 @@
 """Damaged annotation files: whatever is changed in one, it is read, or the error names it."""
 
-import json
 import struct
 import zlib
 
@@ -26,14 +25,6 @@ QUICK = settings(
 KINDS = st.sampled_from(["flip", "word", "cut", "remove", "repeat"])
 NUMBERS = st.one_of(st.integers(0, 20), st.integers(0, 2**32 - 1))
 CHANGES = st.lists(st.tuples(st.integers(0, 5000), KINDS, NUMBERS), min_size=1, max_size=4)
-ODD = st.sampled_from([None, True, "../x.jpg", "/etc/passwd", "a\0b", "nan", "9" * 5000, 10**400])
-LEAVES = st.one_of(ODD, st.integers(-(2**65), 2**65), st.floats(), st.text(max_size=8))
-NAMES = st.sampled_from(["person_id", "x"])
-VALUES = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner)),
-    max_leaves=6,
-)
 
 
 def damage(data, changes):
@@ -89,16 +80,6 @@ def folders(tmp_path_factory):
     return {CuhkSysuSource: cuhk, PrwSource: prw, CocoPersonSearchSource: coco}
 
 
-def check_damaged(source_class, root, path, content):
-    """`check` with another content of one file."""
-    sound = path.read_bytes()
-    path.write_bytes(content)
-    try:
-        check(source_class(root))
-    finally:
-        path.write_bytes(sound)
-
-
 @pytest.mark.parametrize("source_class", [CuhkSysuSource, PrwSource, CocoPersonSearchSource])
 @QUICK
 @given(number=st.integers(0, 9), changes=CHANGES, packed=st.booleans())
@@ -107,23 +88,14 @@ def test_bytes(folders, source_class, number, changes, packed):
     root = folders[source_class]
     paths = sorted(path for path in root.rglob("*.*") if path.suffix != ".jpg")
     path = paths[number % len(paths)]
-    data = path.read_bytes()
+    sound = data = path.read_bytes()
     if packed and path.suffix == ".mat":
         element = zlib.compress(damage(zlib.decompress(data[136:]), changes), 1)
         data = data[:128] + struct.pack("<II", 15, len(element)) + element
     else:
         data = damage(data, changes)
-    check_damaged(source_class, root, path, data)
-
-
-@QUICK
-@given(file=st.sampled_from(["train", "test", "query"]), data=st.data())
-def test_json_values(folders, file, data):
-    root = folders[CocoPersonSearchSource]
-    path = root / f"{file}.json"
-    content = json.loads(path.read_bytes())
-    part = data.draw(st.sampled_from(["images", "annotations", "categories"]))
-    row = data.draw(st.sampled_from(content[part]))
-    row[data.draw(st.sampled_from([*row, "attributes", "iscrowd"]))] = data.draw(VALUES)
-    text = json.dumps(content).encode("utf-8", "surrogatepass")
-    check_damaged(CocoPersonSearchSource, root, path, text)
+    path.write_bytes(data)
+    try:
+        check(source_class(root))
+    finally:
+        path.write_bytes(sound)

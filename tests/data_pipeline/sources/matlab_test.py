@@ -10,10 +10,8 @@ from data_pipeline.sources.matlab import cells, numbers, read_variable, structs,
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.places import SHARED
 
-ENTRY = {"name": "sé.jpg", "where": np.array([[1, 2, 300, 4]], np.uint16), "none": np.zeros((1, 0))}
 NUMERIC = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "?")
 REAL_PROTOCOL = SHARED / "TestG100.mat"
-REAL_FILES = sorted((SHARED / "prw_sample").rglob("*.mat"))
 
 
 def ours(value):
@@ -68,14 +66,6 @@ def test_random_values_are_those_that_scipy_reads(tmp_path, seed):
         assert ours(read_variable(path, "absent", name, "a")) == theirs(expected[name])
 
 
-@pytest.mark.skipif(not REAL_FILES, reason="no real file is here")
-def test_real_files_are_those_that_scipy_reads():
-    for path in REAL_FILES:
-        for name, expected in scipy.io.loadmat(path).items():
-            if not name.startswith("__"):
-                assert ours(read_variable(path, name)) == theirs(expected)
-
-
 @pytest.mark.skipif(not REAL_PROTOCOL.is_file(), reason="the real TestG100.mat is not here")
 def test_one_entry_is_in_memory_beside_the_compressed_file():
     tracemalloc.start()
@@ -86,31 +76,21 @@ def test_one_entry_is_in_memory_beside_the_compressed_file():
     assert peak < 1 << 20 < size // 20
 
 
-def test_structs_that_end_anywhere_are_an_error(tmp_path):
-    path = tmp_path / "a.mat"
-    scipy.io.savemat(path, {"wanted": fixtures.structs([ENTRY] * 2)})
-    body = read_variable(path, "wanted")
-    for size in range(1, len(body)):
-        with pytest.raises(ValueError, match=r"ends too early|holds|not enough values"):
-            _ = [ours(value) for row in structs(body[:size]) for value in row.values()]
-
-
 def test_what_is_not_there_or_not_whole_is_an_error(tmp_path):
     path = tmp_path / "a.mat"
-    entry = fixtures.structs([ENTRY] * 3)
-    scipy.io.savemat(path, {"other": np.arange(9), "wanted": entry}, do_compression=True)
+    wanted = fixtures.structs([{"name": "sé.jpg", "where": np.zeros((1, 4))}] * 3)
+    scipy.io.savemat(path, {"other": np.arange(9), "wanted": wanted}, do_compression=True)
     with pytest.raises(ValueError, match="'absent' is not among other, wanted"):
         read_variable(path, "absent")
     with pytest.raises(ValueError, match="holds numbers where structs belong"):
         list(structs(read_variable(path, "other")))
     whole = path.read_bytes()
-    for data, message in (
-        (whole[:-40], "ends too early"),
-        (whole[:132], "ends too early"),
-        (b"", "not a little-endian MATLAB file of version 5"),
-        (whole[:126] + b"MI" + whole[128:], "not a little-endian MATLAB file"),
-        (whole[:-1] + bytes([whole[-1] ^ 1]), "decompressed .*incorrect data check"),
-    ):
+    damaged = [
+        (whole[:size], "ends too early|not a little-endian|'wanted' is not")
+        for size in range(0, 300, 9)
+    ]
+    damaged += [(whole[:-1] + bytes([whole[-1] ^ 1]), "decompressed .*incorrect data check")]
+    for data, message in damaged:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):
             list(structs(read_variable(path, "wanted")))
