@@ -46,7 +46,7 @@ def check(source):
     try:
         splits = source.train, source.test
         protocols = [source.protocol(name) for name in source.default_protocols]
-    except UserError as found:
+    except (UserError, FileNotFoundError) as found:  # a frame of another name has no file
         assert str(source.root) in str(found)  # noqa: PT017
         return
     for split in splits:
