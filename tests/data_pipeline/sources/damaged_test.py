@@ -14,6 +14,7 @@ from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
 from data_pipeline.sources.prw import PrwSource
 from data_pipeline.sources.source import LARGEST_COORDINATE
 from tests.data_pipeline import dataset_fixtures as fixtures
+from tests.data_pipeline.sources import coco_person_search_test, prw_test
 
 QUICK = settings(
     max_examples=150,
@@ -69,20 +70,15 @@ def folders(tmp_path_factory):
     """A small data set for each reader."""
     cuhk, prw, coco = (tmp_path_factory.mktemp(name) for name in ("cuhk", "prw", "coco"))
     fixtures.write_small_cuhk(cuhk)
-    people = [(41, 10, 20, 30, 40), (6, 50.5, 60, 70, 80), (-2, 1, 2, 3, 4)]
-    frames = {"c1s1_000040": people, "c3s1_000050": people[:2]}
-    queries = [(41, 10, 20, 30, 40, "c1s1_000040"), (6, 50.5, 60, 70, 80, "c3s1_000050")]
-    fixtures.write_prw(prw, {"c2s1_000010": people}, frames, queries)
-    names = {"day/t1.jpg": (90, 120), "t2.jpg": (80, 60), "t3.jpg": (80, 60)}
-    boxes = [(name, (1.5 * row, 2, 10, 20.25), row) for name in names for row in range(3)]
+    fixtures.write_prw(prw, prw_test.TRAIN, prw_test.TEST, prw_test.QUERIES)
     for split in ("train", "test", "query"):
-        fixtures.write_json(coco / f"{split}.json", fixtures.coco(names, boxes))
+        fixtures.write_json(coco / f"{split}.json", coco_person_search_test.TEST)
     return {CuhkSysuSource: cuhk, PrwSource: prw, CocoPersonSearchSource: coco}
 
 
 @pytest.mark.parametrize("source_class", [CuhkSysuSource, PrwSource, CocoPersonSearchSource])
 @QUICK
-@given(number=st.integers(0, 9), changes=CHANGES, packed=st.booleans())
+@given(number=st.integers(0, 99), changes=CHANGES, packed=st.booleans())
 def test_bytes(folders, source_class, number, changes, packed):
     """Changes of MATLAB files that are packed again are not found by a checksum."""
     root = folders[source_class]

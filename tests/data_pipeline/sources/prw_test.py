@@ -63,39 +63,37 @@ def test_protocols_against_a_literal_search(tmp_path):
     rng = np.random.default_rng(5)
     frames = {}
     for number in range(40):
-        people = rng.integers(0, 12, rng.integers(1, 6))  # some twice: their first box counts
-        boxes = rng.integers(1, 300, (len(people), 4))
-        name = f"c{rng.integers(1, 4)}s1_{number:06d}"
-        rows = zip(people.tolist(), boxes.tolist(), strict=True)
-        frames[name] = [(person or -2, *box) for person, box in rows]
+        people = rng.integers(
+            0, 12, rng.integers(1, 6)
+        ).tolist()  # some twice: the first box counts
+        boxes = rng.integers(1, 300, (len(people), 4)).tolist()
+        rows = [(person or -2, *box) for person, box in zip(people, boxes, strict=True)]
+        frames[f"c{rng.integers(1, 4)}s1_{number:06d}"] = rows
     # Nobody is asked for whom no other camera saw.
     frames |= {f"c1s1_0001{n:02d}": [(99, 1, 2, 30, 40 + n)] for n in range(2)}
-    queries = [(rows[0][0], *rows[0][1:], name) for name, rows in frames.items() if rows[0][0] > 0]
+    queries = [(*rows[0], name) for name, rows in frames.items() if rows[0][0] > 0]
     fixtures.write_prw(tmp_path, TRAIN, frames, queries)
     source = PrwSource(tmp_path)
-    names = source.test.names
-    for protocol_name in ("all", "cross_camera"):
-        protocol = source.protocol(protocol_name)
-        literal = []
+    names = [name.removesuffix(".jpg") for name in source.test.names]
+    for searched in ("all", "cross_camera"):
+        literal, found = [], []
         for person, x, y, w, h, own in queries:
-            gallery, targets = [], []
-            for name, rows in frames.items():
-                if name == own or (protocol_name != "all" and name[1] == own[1]):
-                    continue
-                gallery.append(f"{name}.jpg")
-                boxes = [row[1:] for row in rows if row[0] == person]
-                if boxes:
-                    bx, by, bw, bh = boxes[0]
-                    targets.append((f"{name}.jpg", [bx, by, bx + bw, by + bh]))
+            gallery = [n for n in frames if n != own and (searched == "all" or n[1] != own[1])]
+            targets = [
+                (
+                    name,
+                    next([x, y, x + w, y + h] for who, x, y, w, h in frames[name] if who == person),
+                )
+                for name in gallery
+                if person in [row[0] for row in frames[name]]
+            ]
             if targets:
-                literal.append((f"{own}.jpg", [x, y, x + w, y + h], gallery, targets))
-        assert len(literal) == len(protocol.query_image)
-        for query, (own, box, gallery, targets) in enumerate(literal):
-            assert names[protocol.query_image[query]] == own
-            assert protocol.query_box[query].tolist() == box
-            assert [names[image] for image in protocol.gallery[query]] == gallery
-            found = zip(protocol.target_images[query], protocol.target_boxes[query], strict=True)
-            assert [(names[image], rows.tolist()) for image, rows in found] == targets
+                literal.append((own, [x, y, x + w, y + h], gallery, targets))
+        _, *columns = vars(source.protocol(searched)).values()
+        for image, box, gallery, images, boxes in zip(*columns, strict=True):
+            targets = [(names[i], box.tolist()) for i, box in zip(images, boxes, strict=True)]
+            found.append((names[image], box.tolist(), [names[i] for i in gallery], targets))
+        assert found == literal
 
 
 @pytest.mark.parametrize(
