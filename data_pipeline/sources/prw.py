@@ -63,9 +63,8 @@ class PrwSource(Source):
         path = self.root / f"frame_{split}.mat"
         with reading(path):
             frames = cells(read_variable(path, f"img_index_{split}"))
-            return {
-                name: int(name[1:2]) for name in image_index([f"{text(f)}.jpg" for f in frames])
-            }
+            names = image_index([f"{text(frame)}.jpg" for frame in frames])
+            return {name: int(name[1:2]) for name in names}
 
     def _split(self, split: str) -> tuple[Annotations, dict[int, int]]:
         """A split, and the new number of each of the data set's identities in it."""

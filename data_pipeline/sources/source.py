@@ -251,11 +251,11 @@ def search_everywhere(
         queries = [(*next(iter(shown.items())), person) for person, shown in seen.items()]
     place = test.camera if other_cameras else np.arange(len(test.names))
     elsewhere = functools.cache(lambda own: np.flatnonzero(place != own).astype(np.int32))
-    found = [
-        {other: box for other, box in seen[person].items() if place[other] != place[image]}
-        for image, _, person in queries
+    kept = [
+        (image, box, targets)
+        for image, box, person in queries
+        if (targets := {at: b for at, b in seen[person].items() if place[at] != place[image]})
     ]
-    kept = [(*query[:2], targets) for query, targets in zip(queries, found, strict=True) if targets]
     return SearchProtocol(
         name=name,
         query_image=np.array([image for image, _, _ in kept], np.int32),
