@@ -119,4 +119,4 @@ def _search(people: Annotations, wanted: Int[np.ndarray, "k"]) -> SearchProtocol
         for row in np.flatnonzero(labeled & np.isin(ids, wanted)).tolist():
             person = int(ids[row])
             queries.setdefault((image, person), (image, boxes[row], person))
-    return search_everywhere("validation", people, list(queries.values()))[0]
+    return search_everywhere("validation", people, list(queries.values()))
