@@ -6,6 +6,7 @@ elementwise over leading axes unless they say otherwise.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.types import AnyArray
@@ -72,3 +73,19 @@ def locations(height: int, width: int, stride: int) -> Float[Array, "{height}*{w
     """Image coordinates (x, y) of a level's locations, row by row: the centers of its cells."""
     x, y = ((jnp.arange(n, dtype=jnp.float32) + 0.5) * stride for n in (width, height))
     return jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def as_stored(
+    boxes: Float[np.ndarray, "K 4"], size: tuple[int, int], orientation: int
+) -> tuple[Float[np.ndarray, "K 4"], tuple[int, int]]:
+    """Boxes of an upright photo of that height and width, and its size, in the pixels as stored.
+
+    `orientation` is that of EXIF (2.3, section 4.6.4): from 5 on rows and columns are exchanged.
+    """
+    x, y = boxes[:, 0::2], boxes[:, 1::2]
+    if orientation in (2, 3, 6, 7):
+        x = size[1] - x[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        y = size[0] - y[:, ::-1]
+    stored = (y, x) if orientation > 4 else (x, y)
+    return np.stack(stored, axis=2).reshape(-1, 4), size[::-1] if orientation > 4 else size

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from alignps_jax import boxes as box_ops
 
@@ -91,3 +92,17 @@ def test_clip_boxes_uses_height_for_y_and_width_for_x():
     clipped = box_ops.clip_boxes(boxes, jnp.array([100, 200]))
     assert clipped.tolist() == [[0, 0, 200, 100], [5, 6, 7, 8], [200, 100, 200, 100]]
     assert clipped.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_back_as_pillow_turns_photos(orientation):
+    stored = np.zeros((7, 12), np.uint8)
+    stored[1:4, 5:10] = 1
+    image = Image.fromarray(stored)
+    image.getexif()[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(image))
+    rows, columns = (np.flatnonzero(upright.any(axis=axis)) for axis in (1, 0))
+    box = np.array([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]], np.float32)
+    found, size = box_ops.as_stored(box, upright.shape, orientation)
+    np.testing.assert_array_equal(found, [[5, 1, 10, 4]])
+    assert size == stored.shape
