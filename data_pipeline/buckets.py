@@ -1,13 +1,9 @@
 """Shapes to pad to that are chosen from the photos: few programs, little padding.
 
-At one scale, photos of one aspect ratio have one size, so the photos in the order of their aspect
-ratios lie on a curve: along it they get wider and less high. The photos of a shape are therefore a
-stretch of that order, and dynamic programming finds the best stretches exactly. It is done twice:
-for groups of photos, each of which fills batches of its own, and for the shapes that these groups
-share at each scale.
+In the order of their aspect ratios, photos at one scale get wider and less high. The photos of a
+shape are therefore a stretch of that order, and dynamic programming finds the best stretches: first
+of photos that fill batches of their own, then of these groups for the shapes of each scale.
 """
-
-from __future__ import annotations
 
 import itertools
 
@@ -26,15 +22,13 @@ def choose_buckets(
 ) -> tuple[tuple[Int[np.ndarray, "_"], ...], tuple[Size, ...]]:
     """Groups of photos that come into batches together, and at most `most` shapes for all groups.
 
-    There are at most twice as many groups as there are shapes for each scale, and each fills a
-    batch, unless there are too few photos for one. The expected share of pixels that are padding is
-    the least possible where each scale is as likely.
+    There are at most twice as many groups as shapes for each scale, and each fills a batch, unless
+    there are too few photos for one. Padding is the least possible where all scales are as likely.
 
     Args:
       sizes: (height, width) of all photos of a split at each of the S training scales.
       indices: the photos to train on; groups are parts of these.
       most: `config.data.max_programs`.
-      batch_size: photos of a batch.
 
     Raises:
       UserError: `most` is less than the number of scales.
@@ -60,8 +54,7 @@ def choose_buckets(
         found = np.maximum.reduceat(groups[:, scale], stretches)
         shapes |= {(int(height), int(width)) for height, width in found}
     parts = np.split(order, starts[firsts[1:]])
-    by_area = sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape))
-    return tuple(np.sort(part) for part in parts), tuple(by_area)
+    return tuple(np.sort(part) for part in parts), tuple(sorted(shapes))
 
 
 def _divisions(
@@ -72,8 +65,6 @@ def _divisions(
     The list ends where there is no division into so many.
     """
     cost = _pixels(cells, counts, at_least)
-    if not np.isfinite(cost[0, -1]):  # too few photos for a batch
-        return [(_pixels(cells, counts, 0)[0, -1], [0])]
     best, last = cost[0], np.zeros((0, len(cells)), int)
     found: list[_Division] = [(float(best[-1]), [0])]
     while len(found) < min(most, len(cells)):
@@ -94,7 +85,8 @@ def _divisions(
 def _pixels(
     cells: Int[np.ndarray, "C S 2"], counts: Int[np.ndarray, "C"], at_least: int
 ) -> Float[np.ndarray, "C C"]:
-    """Pixels of the cells i to j, padded to one shape for each scale; infinite where too few."""
+    """Pixels of cells i to j, padded to a shape for each scale; infinite for too few photos."""
+    at_least = min(at_least, counts.sum())  # all together may be too few for a batch
     cost = np.full((len(cells), len(cells)), np.inf)
     for first in range(len(cells)):
         boxes = np.maximum.accumulate(cells[first:], axis=0)

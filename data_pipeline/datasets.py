@@ -4,8 +4,6 @@
 for `synthetic`, its shape.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -34,10 +32,7 @@ class SyntheticSource(CuhkSysuSource):
     """Generated photos of colored figures (`data_pipeline.synthetic`), in CUHK-SYSU's layout."""
 
     published = ()
-
-    @property
-    def default_protocols(self) -> tuple[str, ...]:
-        return self.protocols
+    default_protocols = Source.default_protocols
 
 
 DATASETS: dict[str, type[Source]] = {
@@ -50,25 +45,21 @@ DATASETS: dict[str, type[Source]] = {
 
 def load_train(data: ConfigDict) -> Annotations:
     """The people of the training split; reads and raises as `load_test`."""
-    return _people(_opened(data), "train")
+    return _people(_find(data) or DATASETS[data.name](data.root), "train")
 
 
 def load_test(
     data: ConfigDict, names: Sequence[str]
 ) -> tuple[Annotations, tuple[SearchProtocol, ...]]:
-    """The people of the test split and the search protocols `names` over its images.
+    """The people of the test split, and the search protocols `names` (or the default ones).
 
-    Reads the prepared data set, or the annotation files below `data.root` if there is none; no
-    image. Boxes are those of the published evaluation, not clipped to the photo.
-
-    Args:
-      data: `config.data`.
-      names: of protocols; () takes the default ones of the data set.
+    Reads the prepared data set, or the annotation files below `data.root` if there is none. Boxes
+    are those of the published evaluation, not clipped to the photo.
 
     Raises:
       UserError: an unknown name, or files that are missing or not in the expected form.
     """
-    opened = _opened(data)
+    opened = _find(data) or DATASETS[data.name](data.root)
     protocols = [
         opened.protocol(known_name("config.eval.protocols", name, opened.protocols))
         for name in names or opened.default_protocols
@@ -89,16 +80,12 @@ def prepare(data: ConfigDict) -> Prepared:
     if prepared is None:
         prepared = _prepare(data)
     elif is_main_process():
-        counts = [f"{len(prepared.files(split).bytes):,} {split}" for split in ("train", "test")]
-        print(f"{data.name}: {' and '.join(counts)} images in {prepared.folder}")
+        train, test = (len(x.names) for x in (prepared.train, prepared.test))
+        print(f"{data.name}: {train:,} train and {test:,} test images in {prepared.folder}")
         _compare_photos(data, prepared)
     data.prepare_again = False
     _check_damaged(data, prepared)
     return prepared
-
-
-def _opened(data: ConfigDict) -> Source | Prepared:
-    return _find(data) or DATASETS[data.name](data.root)
 
 
 def _people(opened: Source | Prepared, split: str) -> Annotations:
@@ -154,15 +141,16 @@ def _find(data: ConfigDict) -> Prepared | None:
             )
         return sets[0] if sets else None
     stamp = _stamp(source)
-    same = next((one for one in sets if one.about.stamp == stamp), None)
-    if same is None:
-        digest = _digest(source)
-        same = next((one for one in sets if one.about.digest == digest), None)
-        if same:
-            same.about.stamp = stamp
+    if same := [one for one in sets if one.about.stamp == stamp]:
+        return same[0]
+    digest = _digest(source)
+    for one in sets:
+        if one.about.digest == digest:
+            one.about.stamp = stamp
             with contextlib.suppress(OSError):  # if not, the content decides again
-                write_about(same.folder, same.about)
-    return same
+                write_about(one.folder, one.about)
+            return one
+    return None
 
 
 def _prepare(data: ConfigDict) -> Prepared:
@@ -189,8 +177,8 @@ def _compare_photos(data: ConfigDict, prepared: Prepared) -> None:
     """Looks whether photos were replaced, by the sizes in bytes of some of them."""
     if (source := _originals(data)) is None:
         return
-    names = np.array(prepared.train.names + prepared.test.names)
-    sizes = np.concatenate([prepared.files(split).bytes for split in ("train", "test")])
+    train, test = prepared.train, prepared.test
+    names, sizes = np.array(train.names + test.names), np.concatenate([train.bytes, test.bytes])
     sample = np.random.default_rng().permutation(np.flatnonzero(sizes >= 0))[:_COMPARED]
     changed = 0
     for name, size in zip(names[sample].tolist(), sizes[sample].tolist(), strict=True):

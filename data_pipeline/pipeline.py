@@ -1,30 +1,29 @@
-"""From a prepared split to batches: each is planned first, then its photos decoded in threads."""
+"""From a prepared split to batches: each is planned first, then its photos decoded in threads.
 
-from __future__ import annotations
+A plan is a pure function of (split, configuration, seed, step): a resumed run sees the same
+batches, and a process knows the shapes of its peers'.
+"""
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
 
+from alignps_jax.distributed import is_main_process
+from alignps_jax.errors import UserError
+from alignps_jax.image_files import decode_photo, not_decodable, read_header
 from alignps_jax.types import Batch
 from data_pipeline import transforms
 from data_pipeline.buckets import choose_buckets
-from data_pipeline.plans import (
-    BatchPlan,
-    orientations,
-    rescaled_sizes,
-    usable_images,
-    with_trainable_boxes,
-)
-from data_pipeline.prepared import PreparedSplit
+from data_pipeline.prepared import PreparedSplit, with_boxes
 from data_pipeline.transforms import Scale, Size
 
 if TYPE_CHECKING:  # inference on single photos does without
@@ -32,8 +31,31 @@ if TYPE_CHECKING:  # inference on single photos does without
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """What goes into one global batch of B rows, before any image is read.
+
+    `indices` are positions in the split, `sizes` the (height, width) to resize each image to,
+    `flips` which are mirrored, `bucket` the (height, width) that all are padded to. Rows that are
+    not `valid` stay empty.
+    """
+
+    indices: Int[np.ndarray, "B"]
+    sizes: Int[np.ndarray, "B 2"]
+    flips: Bool[np.ndarray, "B"]
+    valid: Bool[np.ndarray, "B"]
+    bucket: Size
+
+    def shard(self, index: int, count: int) -> Self:
+        """The rows of process `index` of `count`: equal, consecutive parts of the global batch."""
+        share = len(self.indices) // count
+        rows = slice(index * share, (index + 1) * share)
+        arrays = self.indices[rows], self.sizes[rows], self.flips[rows], self.valid[rows]
+        return type(self)(*arrays, self.bucket)
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Turns plans into the batches' rows of `process`: its index, and the number of all."""
+    """Turns plans into the rows of `process`: its index, and the number of all."""
 
     split: PreparedSplit = dataclasses.field(repr=False)
     data: ConfigDict
@@ -41,14 +63,11 @@ class BatchReader:
 
     @cached_property
     def people(self) -> int:
-        """G, the static number of boxes per image: enough for the fullest image of the split."""
+        """G, the static number of boxes per image: enough for all images of the split."""
         return _round_people(max(map(len, self.split.annotations.boxes), default=0))
 
     def read(self, plan: BatchPlan, each: Callable[..., Iterable[None]] = map) -> Batch:
-        """Decodes and assembles the rows of this process; `each` maps over them.
-
-        Raises UserError if an image cannot be decoded.
-        """
+        """The rows of this process; `each` maps over them. UserError if a photo is damaged."""
         plan = plan.shard(*self.process)
         batch = transforms.empty_batch(len(plan.indices), plan.bucket, self.people)
         batch.image[~plan.valid] = 0
@@ -56,7 +75,7 @@ class BatchReader:
         deque(each(partial(self._fill, batch, plan), rows), maxlen=0)
         return batch
 
-    def iterate(self, plan: Callable[[int], BatchPlan], count: int) -> grain.DatasetIterator:
+    def iterate(self, plan: Callable[[int], BatchPlan], count: int) -> "grain.DatasetIterator":
         """Reads plans 0 .. count - 1 in order, some ahead, their images in threads.
 
         So the memory is that of `data.prefetch` batches, and of a decoded photo per worker.
@@ -67,7 +86,6 @@ class BatchReader:
         cv2.setNumThreads(0)
         ahead = self.data.prefetch if self.data.workers else 0
         each = futures.ThreadPoolExecutor(self.data.workers).map if ahead else map
-        # Grain's threads only wait for the images of their batches.
         options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         steps = grain.MapDataset.range(count).map(lambda step: self.read(plan(step), each))
         return iter(steps.to_iter_dataset(options))
@@ -84,18 +102,14 @@ class BatchReader:
 class TrainPipeline:
     """The training batches of one process.
 
-    An epoch shuffles the usable images, keeps landscape and portrait apart, and visits every
-    image at least once: the last batch of each orientation is filled up from the front of that
-    orientation's order. Scale and flip are drawn per row. So `steps_per_epoch` never changes.
-
-    With `data.max_programs`, groups of like aspect ratios take the place of the orientations, and
-    one scale is drawn per batch: most padding comes from small images beside large ones.
+    An epoch visits the images of each orientation in a new order, whose front fills up the last
+    batch. Scale and flip are drawn per row. With `data.max_programs`, groups of like aspect ratios
+    take the place of orientations, and a scale is drawn per batch.
     """
 
     reader: BatchReader
-    # Usable images by orientation (landscape, portrait), an empty one left out; or by buckets.
     groups: tuple[Int[np.ndarray, "_"], ...]
-    # Resized (height, width) of every image of the split at each of the S training scales.
+    # (height, width) of all images of the split at each of the S training scales.
     sizes: Int[np.ndarray, "N S 2"] = dataclasses.field(repr=False)
     buckets: tuple[Size, ...]
     seed: int
@@ -104,7 +118,7 @@ class TrainPipeline:
     @property
     def steps_per_epoch(self) -> int:
         """Batches in which every usable image comes at least once."""
-        return sum(_ceil_div(len(group), self.batch_size) for group in self.groups)
+        return sum(math.ceil(len(group) / self.batch_size) for group in self.groups)
 
     def plan(self, step: int) -> BatchPlan:
         """What global batch `step` holds, the same in every process."""
@@ -129,7 +143,7 @@ class TrainPipeline:
         rows = self.batch_size
         # np.resize repeats from the front.
         batches = [
-            np.resize(rng.permutation(group), (_ceil_div(len(group), rows), rows))
+            np.resize(rng.permutation(group), (math.ceil(len(group) / rows), rows))
             for group in self.groups
         ]
         indices = rng.permutation(np.concatenate(batches))
@@ -137,7 +151,7 @@ class TrainPipeline:
         scales = np.broadcast_to(rng.integers(self.sizes.shape[1], size=draws), indices.shape)
         return indices, scales, rng.random(indices.shape) < self.reader.data.flip_probability
 
-    def iterator(self, total_steps: int) -> grain.DatasetIterator:
+    def iterator(self, total_steps: int) -> "grain.DatasetIterator":
         """Batches 0 .. `total_steps` - 1 in order, prefetched.
 
         Its `get_state()` is a small JSON-able dict; `set_state(state)` makes the next batch the
@@ -147,16 +161,14 @@ class TrainPipeline:
 
     def names(self, index: Int[np.ndarray, "B"]) -> tuple[str, ...]:
         """The images' names, given `Batch.index`."""
-        names = self.reader.split.annotations.names
-        return tuple(names[int(i)] for i in np.asarray(index).ravel())
+        return tuple(self.reader.split.annotations.names[i] for i in index)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
     """Every image of a split once, at the test scale: landscape first, each in split order.
 
-    Every process gets the same number of batches. The last one of each orientation is filled up
-    with rows that are not valid.
+    The last batch of each orientation is filled up with rows that are not valid.
     """
 
     reader: BatchReader
@@ -177,25 +189,17 @@ def make_train_pipeline(
     batch_size: int,
     process: tuple[int, int] = (0, 1),
 ) -> TrainPipeline:
-    """Plans the training batches of a split.
+    """Plans the training batches of a split, without images that have nobody or are too small.
 
-    Images without a box that has sides of at least a pixel, or with a side below
-    `data.min_side` are left out, which one line on stdout says.
-
-    Args:
-      split: the images and their people.
-      data: the `data` section of the configuration.
-      seed: decides on order, scales and flips; not negative.
-      batch_size: images per step over all processes, a multiple of their number.
-      process: the index of this process, and the number of all that share each batch.
+    The `seed`, not negative, decides on order, scales and flips. `batch_size` counts the images of
+    all processes; `process` is the index of this one and their number.
 
     Raises:
       UserError: no image can be trained on, or `data.max_programs` is too small.
     """
-    split = with_trainable_boxes(split)
-    usable = usable_images(split, data.min_side)
-    sizes = rescaled_sizes(split.sizes, data.train_scales)
-    groups = tuple(orientations(split.sizes, usable))
+    split, usable = _trainable(split, data.min_side)
+    sizes = transforms.rescaled_sizes(split.sizes, data.train_scales)
+    groups = tuple(_orientations(split.sizes, usable))
     shapes = transforms.buckets(data.train_scales)
     if data.max_programs:
         groups, shapes = choose_buckets(sizes, usable, data.max_programs, batch_size)
@@ -210,58 +214,73 @@ def make_train_pipeline(
 
 
 def make_eval_batches(
-    split: PreparedSplit,
-    data: ConfigDict,
-    *,
-    batch_size: int,
-    process: tuple[int, int] = (0, 1),
+    split: PreparedSplit, data: ConfigDict, *, batch_size: int, process: tuple[int, int] = (0, 1)
 ) -> EvalBatches:
     """Plans one pass over a split; see `make_train_pipeline` for the arguments."""
-    sizes = rescaled_sizes(split.sizes, [data.test_scale])[:, 0]
+    sizes = transforms.rescaled_sizes(split.sizes, [data.test_scale])[:, 0]
     plans = []
-    for group in orientations(split.sizes, np.arange(len(sizes))):
+    for group in _orientations(split.sizes, np.arange(len(sizes))):
         bucket = _test_bucket(tuple(split.sizes[group[0]]), data.test_scale)
         for start in range(0, len(group), batch_size):
             indices = group[start : start + batch_size]
-            missing = batch_size - len(indices)
-            plans.append(
-                BatchPlan(
-                    indices=np.pad(indices, (0, missing)),
-                    sizes=np.pad(sizes[indices], ((0, missing), (0, 0))),
-                    flips=np.zeros(batch_size, bool),
-                    valid=np.arange(batch_size) < len(indices),
-                    bucket=bucket,
-                )
-            )
+            filled, flips = np.resize(indices, batch_size), np.zeros(batch_size, bool)
+            valid = np.arange(batch_size) < len(indices)
+            plans.append(BatchPlan(filled, sizes[filled], flips, valid, bucket))
     return EvalBatches(BatchReader(split, data, process), tuple(plans))
 
 
 def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
     """A photo of a split, RGB; UserError if it cannot be decoded."""
-    name = split.annotations.names[index]
-    return transforms.decode_jpeg(split.jpegs[index], name, split.upright)
+    name, data = f"image {split.annotations.names[index]}", split.encoded(index)
+    header = read_header(data)
+    if header is None:
+        raise not_decodable(name, data)
+    return decode_photo(data, header, name, upright=split.upright)
 
 
 def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> Batch:
     """One RGB photo as the evaluation with `config.data` sees it: a row without people."""
     size = image.shape[:2]
     batch = transforms.empty_batch(1, _test_bucket(size, data.test_scale), _round_people(0))
-    new_size = transforms.rescaled_size(size, data.test_scale)
-    transforms.fill_image(batch, 0, np.ascontiguousarray(image), new_size, flip=False)
+    (height, width), *_ = transforms.rescaled_sizes(np.array([size]), [data.test_scale])[0].tolist()
+    transforms.fill_image(batch, 0, np.ascontiguousarray(image), (height, width), flip=False)
     return batch
+
+
+def _trainable(split: PreparedSplit, min_side: int) -> tuple[PreparedSplit, Int[np.ndarray, "n"]]:
+    """The split without boxes that have a side below a pixel, and its images to train on.
+
+    These have people, and no side below `min_side`; how many others there are is printed.
+    """
+    people, boxes = split.annotations, np.concatenate(split.annotations.boxes)
+    people = with_boxes(people, boxes, (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1))
+    empty = np.array([len(rows) == 0 for rows in people.boxes], bool)
+    small = ~empty & (split.sizes < min_side).any(axis=1)
+    usable = np.flatnonzero(~(empty | small))
+    found = (
+        f"{len(empty) - len(usable)} of {len(empty)} images left out of training ({empty.sum()} "
+        f"without a usable box, {small.sum()} with a side below {min_side} pixels)"
+    )
+    if not len(usable):
+        raise UserError(f"training set: {found}; expected at least one to train on")
+    if len(usable) < len(empty) and is_main_process():
+        print(found)
+    return dataclasses.replace(split, annotations=people), usable
+
+
+def _orientations(
+    sizes: Int[np.ndarray, "N 2"], indices: Int[np.ndarray, "n"]
+) -> list[Int[np.ndarray, "_"]]:
+    """Images in landscape, and in portrait, in the given order; without an empty group."""
+    landscape = np.array([transforms.is_landscape(sizes[i]) for i in indices], bool)
+    return [group for group in (indices[landscape], indices[~landscape]) if len(group)]
 
 
 def _test_bucket(size: Size | Int[np.ndarray, "2"], scale: Scale) -> Size:
     """The bucket of the test scale that photos of this orientation share."""
-    long, short = scale
-    full = (short, long) if transforms.is_landscape(size) else (long, short)
-    return transforms.smallest_bucket(full, transforms.buckets([scale]))
+    return transforms.buckets([scale])[0 if transforms.is_landscape(size) else -1]
 
 
 def _round_people(people: int) -> int:
     """At least 8 and a multiple of 8, so that data sets differ in few compiled shapes."""
-    return max(8, _ceil_div(people, 8) * 8)
-
-
-def _ceil_div(number: int, divisor: int) -> int:
-    return -(-number // divisor)
+    return max(8, math.ceil(people / 8) * 8)

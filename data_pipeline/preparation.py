@@ -1,19 +1,13 @@
-"""The shared TFDS builder: writes the photos and annotations of a `Source` as a prepared data set.
+"""Writes the photos and annotations of a `Source` as a prepared data set, which TFDS reads.
 
-Records keep the original bytes of the photos. TFDS writes them as `array_record`, without
-TensorFlow. A photo that cannot be used is black in the records, so that no other photo, and no
-number in a search protocol, changes its place.
+Records keep the original bytes of the photos. A photo that cannot be used is black in them, so that
+no other photo, and no number in a search protocol, changes its place.
 """
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
 import hashlib
-import io
-import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 from functools import partial
 from pathlib import Path
@@ -29,7 +23,7 @@ from alignps_jax.log import progress
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import (
     About,
-    Files,
+    Photos,
     Prepared,
     clip_to_photos,
     features,
@@ -41,84 +35,17 @@ from data_pipeline.sources.source import Source, stand_in
 
 # Photos per file; so many encoded photos are held in memory while preparing.
 _SHARD = 256
-_THREADS = min(8, os.cpu_count() or 1)
-_Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Photo:
-    """A photo of (height, width); a black one in place of one that a `problem` makes unusable."""
+    """A photo of (height, width) in a file of so many bytes; a `problem` makes it unusable."""
 
-    image: bytes
     size: tuple[int, int]
-    content: bytes = b""  # stands for that of the file
-    file_bytes: int = -1
+    bytes: int = -1
+    digest: str = ""
     lacks_end: bool = False
     problem: str = ""
-
-
-class PersonSearch(  # type: ignore[call-arg]  # TFDS hides it from type checkers
-    tfds.core.ShardBasedBuilder, skip_registration=True
-):
-    """The photos of a `Source` with their people, in the splits `train` and `test`, in its order.
-
-    A shard-based builder, because it streams: TFDS's generator-based ones hold a split that is not
-    to be shuffled in memory. It keeps what it `found` of each photo, in order.
-    """
-
-    VERSION = tfds.core.Version("2.0.0")
-
-    def __init__(
-        self, folder: str, source: Source, people: dict[str, Annotations], data: ConfigDict
-    ):
-        """Writes below `folder`; reads photos as `data`, `config.data`, says."""
-        self._source, self._people, self._data = source, people, data
-        self.found: dict[str, list[_Photo]] = {split: [] for split in people}
-        self._bar = progress(desc="preparing", total=sum(len(x.names) for x in people.values()))
-        super().__init__(data_dir=folder, file_format="array_record")
-
-    def write(self) -> Path:
-        """`download_and_prepare` without TFDS's messages; returns the folder of the files."""
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), self._bar:
-                self.download_and_prepare(download_dir=Path(self.data_path).parent / "downloads")
-        except RuntimeError as error:  # of the C++ that writes records
-            raise OSError(" ".join(str(error).split())) from error
-        return Path(self.data_path)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=features())
-
-    def _shard_iterators_per_split(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, list[Callable[[], _Examples]]]:
-        del dl_manager
-        shards: dict[str, list[Callable[[], _Examples]]] = {}
-        for split, people in self._people.items():
-            images = range(len(people.names))
-            parts = [images[first : first + _SHARD] for first in images[::_SHARD]]
-            shards[split] = [partial(self._examples, split, part) for part in parts]
-        return shards
-
-    def _examples(self, split: str, images: range) -> _Examples:
-        people = self._people[split]
-        read = partial(_read_photo, self._source, people, self._data)
-        with futures.ThreadPoolExecutor(_THREADS) as pool:
-            for index, photo in zip(images, pool.map(read, images), strict=True):
-                boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
-                self.found[split].append(dataclasses.replace(photo, image=b""))
-                self._bar.update()
-                example = {
-                    "image": photo.image,
-                    "name": people.names[index],
-                    "height": photo.size[0],
-                    "width": photo.size[1],
-                    "boxes": boxes[keep],
-                    "identity": people.identity[index][keep],
-                    "labeled": people.labeled[index][keep],
-                    "camera": int(people.camera[index]),
-                }
-                yield index, example
 
 
 def write_prepared(
@@ -129,9 +56,7 @@ def write_prepared(
     A set that is there is replaced; `digest` and `stamp` are those of `About`.
 
     Raises:
-      UserError: annotations are not in the expected form; or photos are missing, unless
-        `data.skip_damaged`.
-      OSError: there is no space, for example.
+      UserError: annotations are not in the expected form, or photos are missing.
     """
     people = {"train": source.train}
     notes = {"train": list(source.notes)}
@@ -145,17 +70,17 @@ def write_prepared(
     with tempfile.TemporaryDirectory(
         dir=target.parent, prefix=f"{target.name}.partial-"
     ) as temporary:
-        builder = PersonSearch(temporary, source, people, data)
-        folder = builder.write()
+        folder = Path(temporary) / target.name
+        folder.mkdir()
+        found = _write_records(folder, source, people, data)
         damaged = {}
         for split, annotated in people.items():
-            photos = builder.found[split]
+            photos = found[split]
             pairs = zip(annotated.names, photos, strict=True)
             damaged[split] = {name: photo.problem for name, photo in pairs if photo.problem}
             sizes = np.array([photo.size for photo in photos], np.int32)
-            file_bytes = np.array([photo.file_bytes for photo in photos])
-            save_arrays(folder, split, annotated)
-            save_arrays(folder, f"{split}.files", Files(sizes, file_bytes))
+            file_bytes = np.array([photo.bytes for photo in photos])
+            save_arrays(folder, split, Photos(**vars(annotated), sizes=sizes, bytes=file_bytes))
         for protocol in protocols:
             save_arrays(folder, protocol.name, protocol)
         names = [protocol.name for protocol in protocols]
@@ -166,9 +91,53 @@ def write_prepared(
             target.rename(Path(temporary) / "replaced")
         folder.rename(target)
     main = next(protocol for protocol in protocols if protocol.name == defaults[0])
-    for line in (*_counts(source, main), *_oddities(*builder.found.values())):
+    for line in _summary(source, main, found["train"], found["test"]):
         print(f"  {line}", flush=True)
     return Prepared(target, about)
+
+
+def _write_records(
+    folder: Path, source: Source, people: dict[str, Annotations], data: ConfigDict
+) -> dict[str, list[_Photo]]:
+    """Writes the photos of all splits with their people; returns what is known of each photo."""
+    version = tfds.core.Version("2.0.0")
+    identity = tfds.core.DatasetIdentity("person_search", version, str(folder), module_name="")
+    info = tfds.core.DatasetInfo(builder=identity, features=features())
+    writer = tfds.core.SequentialWriter(info, _SHARD, file_format="array_record")
+    writer.initialize_splits([*people])
+    found: dict[str, list[_Photo]] = {split: [] for split in people}
+    try:
+        for split, annotated in people.items():
+            examples = _examples(source, annotated, data, found[split])
+            bar = progress(examples, desc=f"preparing {split}", total=len(annotated.names))
+            writer.add_examples({split: bar})
+        writer.close_all()
+    except RuntimeError as error:  # of the C++ that writes records
+        raise OSError(" ".join(str(error).split())) from error
+    return found
+
+
+def _examples(
+    source: Source, people: Annotations, data: ConfigDict, found: list[_Photo]
+) -> Iterator[dict[str, Any]]:
+    """The records of a split; adds what is known of each photo to `found`."""
+    images, read = range(len(people.names)), partial(_read_photo, source, people, data)
+    with futures.ThreadPoolExecutor(8) as pool:
+        for first in images[::_SHARD]:
+            part = images[first : first + _SHARD]
+            for index, (image, photo) in zip(part, pool.map(read, part), strict=True):
+                boxes, keep = clip_to_photos(people.boxes[index], np.array([photo.size]))
+                found.append(photo)
+                yield {
+                    "image": image,
+                    "name": people.names[index],
+                    "height": photo.size[0],
+                    "width": photo.size[1],
+                    "boxes": boxes[keep],
+                    "identity": people.identity[index][keep],
+                    "labeled": people.labeled[index][keep],
+                    "camera": int(people.camera[index]),
+                }
 
 
 def _protocols(source: Source) -> Iterator[SearchProtocol]:
@@ -193,7 +162,10 @@ def _check_photos(source: Source, people: dict[str, Annotations]) -> None:
         )
 
 
-def _read_photo(source: Source, people: Annotations, data: ConfigDict, index: int) -> _Photo:
+def _read_photo(
+    source: Source, people: Annotations, data: ConfigDict, index: int
+) -> tuple[bytes, _Photo]:
+    """A photo of the annotated size, or a black one."""
     path = source.image_path(people.names[index])
     annotated = source.photo_size(people.names[index])
     upright = data.orientation == "upright"
@@ -201,40 +173,33 @@ def _read_photo(source: Source, people: Annotations, data: ConfigDict, index: in
         encoded, header = read_photo(path, data.max_pixels)
         height, width, _ = decode_photo(encoded, header, str(path), upright=upright).shape
         if annotated not in (None, (height, width)):
-            raise UserError(_other_size((height, width), annotated, upright))
+            other = "stored" if upright else "upright"
+            turned = f" (EXIF turns it: data.orientation={other}?)" * (annotated == (width, height))
+            expected = "x".join(map(str, annotated))
+            raise UserError(
+                f"has {height}x{width} pixels (height x width), annotated are {expected}{turned}"
+            )
     except UserError as error:
         problem = (path.is_file() and stand_in(path)) or str(error).removeprefix(f"{path}: ")
-        right, bottom = people.boxes[index].max(axis=0, initial=1)[2:].astype(int).tolist()
-        size = annotated or (min(bottom, 4096), min(right, 4096))
-        black = cv2.imencode(".png", np.zeros((*size, 3), np.uint8))[1].tobytes()
-        return _Photo(black, size, problem=problem)
-    content = hashlib.blake2b(encoded, digest_size=16).digest()
+        black = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
+        return black, _Photo((32, 32), problem=problem)
+    digest = hashlib.blake2b(encoded, digest_size=16).hexdigest()
     unended = header.format == "JPEG" and lacks_end(encoded)
-    return _Photo(encoded, (height, width), content, path.stat().st_size, unended)
+    return encoded, _Photo((height, width), len(encoded), digest, unended)
 
 
-def _other_size(size: tuple[int, int], annotated: tuple[int, int], upright: bool) -> str:
-    other = "stored" if upright else "upright"
-    turned = f" (EXIF turns it: data.orientation={other}?)" * (annotated == size[::-1])
-    found, expected = ("x".join(map(str, sides)) for sides in (size, annotated))
-    return f"has {found} pixels (height x width), annotated are {expected}{turned}"
-
-
-def _counts(source: Source, protocol: SearchProtocol) -> Iterator[str]:
-    """What was found, beside what is published."""
-    train, queries = source.train, f"queries ({protocol.name})"
-    shown = np.unique(np.concatenate(train.identity)[np.concatenate(train.labeled)])
+def _summary(
+    source: Source, protocol: SearchProtocol, train: list[_Photo], test: list[_Photo]
+) -> Iterator[str]:
+    """What was found, beside what is published, and what is odd about the photos."""
+    people, queries = source.train, f"queries ({protocol.name})"
+    shown = np.unique(np.concatenate(people.identity)[np.concatenate(people.labeled)])
     names = "training images", "training identities", "test images", queries
-    found = len(train.names), len(shown), len(source.test.names), len(protocol.query_image)
+    found = len(train), len(shown), len(test), len(protocol.query_image)
     for count, name, known in zip(found, names, source.published or found, strict=True):
         yield f"{count:>8,} {name}" + f" (published: {known:,})" * (known != count)
-
-
-def _oddities(train: list[_Photo], test: list[_Photo]) -> Iterator[str]:
-    unended = sum(photo.lacks_end for photo in (*train, *test))
-    if unended:
+    if unended := sum(photo.lacks_end for photo in (*train, *test)):
         yield f"{unended:,} JPEG files lack their end marker, but no pixel"
-    known = {photo.content for photo in train if photo.content}
-    copies = sum(photo.content in known for photo in test)
-    if copies:
+    digests = {photo.digest for photo in train} - {""}
+    if copies := sum(photo.digest in digests for photo in test):
         yield f"{copies:,} test photos are training photos"

@@ -1,11 +1,8 @@
 """A prepared data set: encoded photos as TFDS records, and all that is annotated beside them.
 
-Its folder holds the splits `train` and `test` (ArrayRecord files that TFDS reads without
-TensorFlow), people, sizes and search protocols as NumPy files that are mapped into memory, and
-`about-1.json`. Nothing else is read, so the folder may be moved, and the originals may be gone.
+Its folder holds the splits `train` and `test` (ArrayRecord files), people, sizes and search
+protocols as NumPy files, and `about-2.json`. It may be moved, and the originals may be gone.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +18,7 @@ from alignps_jax.errors import blame
 from alignps_jax.types import Annotations, SearchProtocol
 
 # Another number where sets that are older cannot be read.
-ABOUT = "about-1.json"
+ABOUT = "about-2.json"
 _LISTED = 10
 _Arrays = TypeVar("_Arrays")
 
@@ -42,36 +39,23 @@ class About(msgspec.Struct):
     damaged: dict[str, dict[str, str]]
 
 
-class Photos(Sequence[bytes]):
-    """Encoded photos by position, each read when it is asked for, by any thread."""
-
-    def __init__(self, read: Callable[[int], bytes], images: Int[np.ndarray, "n"]):
-        """Photo `i` is `read(images[i])`."""
-        self._read, self._images = read, images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._read(int(self._images[index]))
-
-
 @dataclasses.dataclass(frozen=True)
 class PreparedSplit:
-    """N photos: people clipped to them, sizes (height, width), and the encoded bytes.
+    """N photos: people clipped to them, sizes (height, width), and their files by position.
 
-    Where `upright`, sizes and people are those of photos turned as their EXIF orientation says.
+    Any thread may call `encoded`. Where `upright`, sizes and people are those of photos turned as
+    their EXIF orientation says.
     """
 
     annotations: Annotations
     sizes: Int[np.ndarray, "N 2"]
-    jpegs: Sequence[bytes]
+    encoded: Callable[[int], bytes]
     upright: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """(height, width) and bytes of the photos of a split; -1 bytes of one that cannot be used."""
+class Photos(Annotations):
+    """Also (height, width) and bytes of each photo; -1 bytes of one that cannot be used."""
 
     sizes: Int[np.ndarray, "N 2"]
     bytes: Int[np.ndarray, "N"]
@@ -85,14 +69,14 @@ class Prepared:
     about: About
 
     @property
-    def train(self) -> Annotations:
+    def train(self) -> Photos:
         """The training images as annotated, people not clipped to the photos."""
-        return load_arrays(self.folder, "train", Annotations)
+        return load_arrays(self.folder, "train", Photos)
 
     @property
-    def test(self) -> Annotations:
+    def test(self) -> Photos:
         """The test images as the published evaluation takes them."""
-        return load_arrays(self.folder, "test", Annotations)
+        return load_arrays(self.folder, "test", Photos)
 
     @property
     def protocols(self) -> Sequence[str]:
@@ -108,35 +92,30 @@ class Prepared:
         """One of the search protocols, over the images of `test`."""
         return load_arrays(self.folder, name, SearchProtocol)
 
-    def files(self, split: str) -> Files:
-        """Sizes of the photos of a split."""
-        return load_arrays(self.folder, f"{split}.files", Files)
-
     def split(self, name: str) -> PreparedSplit:
         """The photos of a split, with the people who can be seen in them."""
         # Here, because inference on photos does without.
         from array_record.python.array_record_data_source import ArrayRecordDataSource
         from tensorflow_datasets import decode
 
-        people, files = getattr(self, name), self.files(name)
+        people: Photos = getattr(self, name)
         photo = photo_of_each(people.boxes)
-        boxes, seen = clip_to_photos(np.concatenate(people.boxes), files.sizes[photo])
-        if name == "train":
-            seen &= files.bytes[photo] >= 0
+        boxes, seen = clip_to_photos(np.concatenate(people.boxes), people.sizes[photo])
+        seen &= people.bytes[photo] >= 0
         records = ArrayRecordDataSource(sorted(self.folder.glob(f"*-{name}.array_record-*")))
-        skipped = {"image": decode.SkipDecoding()}
-        read = partial(features().deserialize_example_np, decoders=skipped)
-        images = np.arange(len(files.bytes))
-        jpegs = Photos(lambda index: read(records[index])["image"], images)
-        upright = self.about.orientation == "upright"
-        return PreparedSplit(with_boxes(people, boxes, seen), files.sizes, jpegs, upright)
+        read = partial(features().deserialize_example_np, decoders={"image": decode.SkipDecoding()})
+        return PreparedSplit(
+            annotations=with_boxes(people, boxes, seen),
+            sizes=people.sizes,
+            encoded=lambda image: read(records[image])["image"],
+            upright=self.about.orientation == "upright",
+        )
 
 
 def features() -> Any:
     """What a record holds; TFDS's own reader would import the classes that a set's files name.
 
-    Boxes x1, y1, x2, y2 are clipped to the photo; `identity` is meaningful where `labeled`;
-    `camera` is 0 where the data set has none.
+    Boxes x1, y1, x2, y2 are clipped to the photo; `identity` is meaningful where `labeled`.
     """
     from tensorflow_datasets import features
 

@@ -1,12 +1,8 @@
-"""From JPEG bytes to a slot of a padded batch: decoding, resizing, flipping, and the boxes' part.
+"""From a photo to a row of a padded batch: its size, resizing, flipping, and its people's boxes.
 
-Numpy throughout. Images are RGB `uint8` `[H, W, 3]`, boxes are `x1, y1, x2, y2` in pixels, sizes
-are `(height, width)`. OpenCV decodes and resizes because the released code does: another resampler
-would change what the network sees. A batch is made empty and its rows are filled in place, because
-whatever goes over the pixels once more costs time.
+Images are RGB `uint8` `[H, W, 3]`, boxes `x1, y1, x2, y2` in pixels, sizes `(height, width)`.
+OpenCV resizes because the released code does; rows are filled in place, which saves time.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
@@ -14,24 +10,11 @@ import cv2
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from alignps_jax.image_files import decode_photo, not_decodable, read_header
 from alignps_jax.types import Annotations, Batch
 
 Size = tuple[int, int]  # height, width
 Scale = tuple[int, int]  # long side, short side
 MULTIPLE = 32  # of which the sides of all shapes are one
-
-
-def decode_jpeg(jpeg: bytes, name: str, upright: bool = False) -> UInt8[np.ndarray, "H W 3"]:
-    """Decodes the image `name` to RGB (gray ones get three equal channels).
-
-    Where `upright`, it is turned as its orientation says, else as stored. Raises UserError if the
-    bytes are not a complete image.
-    """
-    header = read_header(jpeg)
-    if header is None:
-        raise not_decodable(f"image {name}", jpeg)
-    return decode_photo(jpeg, header, f"image {name}", upright=upright)
 
 
 def is_landscape(size: Size | Int[np.ndarray, "2"]) -> bool:
@@ -40,16 +23,16 @@ def is_landscape(size: Size | Int[np.ndarray, "2"]) -> bool:
     return bool(width > height)
 
 
-def rescaled_size(size: Size, scale: Scale) -> Size:
-    """The largest size within `scale` that keeps the aspect ratio, rounded (released code).
+def rescaled_sizes(
+    sizes: Int[np.ndarray, "N 2"], scales: Sequence[Scale]
+) -> Int[np.ndarray, "N S 2"]:
+    """The largest (height, width) within each of S scales that keep the aspect ratio, rounded.
 
-    The image's long side ends at most at `scale[0]` and its short side at most at `scale[1]`;
-    smaller images are enlarged. A side never gets below one pixel.
+    Smaller images are enlarged; a side never gets below one pixel (released code).
     """
-    height, width = size
-    long, short = scale
-    factor = min(long / max(height, width), short / min(height, width))
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+    long_short = np.sort(sizes)[:, None, ::-1]
+    factors = (scales / long_short).min(axis=-1, keepdims=True)
+    return np.maximum(1, sizes[:, None] * factors + 0.5).astype(np.int32)
 
 
 def buckets(scales: Iterable[Scale]) -> tuple[Size, ...]:
@@ -90,8 +73,7 @@ def fill_image(
 ) -> None:
     """Resizes an image to `size` (bilinear) into the top left corner of a row, then flips it.
 
-    Writes straight into the batch, every pixel of the row (the rest is black), and copies nothing
-    else: this is the inner loop of the input pipeline.
+    Writes every pixel of the row once (the rest is black): this is the pipeline's inner loop.
     """
     height, width = size
     slot = np.asarray(batch.image[row])

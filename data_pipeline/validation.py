@@ -1,11 +1,8 @@
 """A validation split by identity: people of the training split who are not trained on.
 
 A photo with a held-out person leaves training with all its other people: the network would see the
-held-out person, or learn that nobody is there. The other people stay in the photos of the
-validation split, where nobody searches for them.
+held-out person, or learn that nobody is there. In the validation split, nobody searches the others.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from alignps_jax.types import Annotations, SearchProtocol, UserError
-from data_pipeline.prepared import Photos, PreparedSplit
+from data_pipeline.prepared import PreparedSplit
 from data_pipeline.sources.source import Query, search_everywhere
 
 # A random stream of its own, so that other draws with the same seed do not change it.
@@ -53,7 +50,7 @@ class Part:
             split,
             annotations=self.people(split.annotations),
             sizes=split.sizes[self.images],
-            jpegs=Photos(split.jpegs.__getitem__, self.images),
+            encoded=lambda image: split.encoded(int(self.images[image])),
         )
 
 
@@ -61,9 +58,8 @@ class Part:
 class HeldOut:
     """A training split in two parts without a common photo, and the search in the second one.
 
-    `identities` are those that are held out, in the numbering of the training split; no photo of
-    `train` holds one of them. `protocol` searches each of their appearances in all other photos
-    of `validation`.
+    `identities`, as numbered in the split, are in no photo of `train`. `protocol` searches each of
+    their appearances in all other photos of `validation`.
     """
 
     train: Part
@@ -123,4 +119,4 @@ def _search(people: Annotations, wanted: Int[np.ndarray, "k"]) -> SearchProtocol
         for row in np.flatnonzero(labeled & np.isin(ids, wanted)).tolist():
             person = int(ids[row])
             queries.setdefault((image, person), (image, boxes[row], person))
-    return search_everywhere("validation", people, list(queries.values()))[0]
+    return search_everywhere("validation", people, list(queries.values()))

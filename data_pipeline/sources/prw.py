@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import functools
-import re
 
 import numpy as np
-from jaxtyping import Bool, Float
 
-from alignps_jax.types import Annotations, SearchProtocol, UserError
+from alignps_jax.types import Annotations
 from data_pipeline.sources.matlab import cells, numbers, read_variable, text
 from data_pipeline.sources.source import (
+    Person,
     Query,
     Source,
     annotate,
-    check_pixels,
+    corners,
     image_index,
     reading,
-    search_everywhere,
 )
-
-# Names that the array of a frame's people goes by; the first one present counts.
-_BOX_VARIABLES = ("box_new", "anno_file", "anno_previous")
 
 
 class PrwSource(Source):
@@ -30,10 +25,10 @@ class PrwSource(Source):
     Identities are numbered 0, 1, ... within each split, in the order of the data set's own
     numbers; -2 (any negative number) is a person without identity. Boxes `x, y, w, h` with
     negative entries set to 0 become `x, y, x + w, y + h` as int32 (as published). The camera is
-    the number after the `c` of the image name.
+    the digit after the `c` of the image name.
 
     Protocols: `all` (every test image but the query's own) and `cross_camera` (test images of
-    other cameras; queries whose person no other camera saw are left out). Galleries are in the
+    other cameras). Queries whose person is in none of them are left out. Galleries are in the
     order of `frame_test.mat`.
     """
 
@@ -47,7 +42,7 @@ class PrwSource(Source):
     @property
     def default_protocols(self) -> tuple[str, ...]:
         """Both, or `all` alone where no query's person was seen by another camera."""
-        return self.protocols if self._search("cross_camera")[1].any() else self.protocols[:1]
+        return self.protocols if self._search("cross_camera").gallery else self.protocols[:1]
 
     @functools.cached_property
     def train(self) -> Annotations:
@@ -57,22 +52,9 @@ class PrwSource(Source):
     def test(self) -> Annotations:
         return self._test[0]
 
-    def protocol(self, name: str) -> SearchProtocol:
-        protocol, answered = self._search(name)
-        if not answered.any() or (name == "all" and not answered.all()):
-            raise UserError(
-                f"{self.root / 'query_info.txt'}: the person of query {np.argmin(answered) + 1} is "
-                f"in no other photo of protocol {name}"
-            )
-        return protocol
-
-    def _search(self, name: str) -> tuple[SearchProtocol, Bool[np.ndarray, "Q"]]:
-        """A protocol of the queries that have a target, and which these are."""
-        return search_everywhere(name, self.test, self._queries, other_cameras=name != "all")
-
     @functools.cached_property
     def _test(self) -> tuple[Annotations, dict[int, int]]:
-        shared = self._frames("train").keys() & self._frames("test").keys()
+        shared = set(self._frames("train")) & set(self._frames("test"))
         self._note(len(shared), "photos are in both splits, train and test")
         return self._split("test")
 
@@ -80,68 +62,40 @@ class PrwSource(Source):
         """The camera of each image of a split, in the order of the split."""
         path = self.root / f"frame_{split}.mat"
         with reading(path):
-            frames = cells(read_variable(path, [f"img_index_{split}"]))
-            return {name: _camera(name) for name in image_index([f"{text(f)}.jpg" for f in frames])}
+            frames = cells(read_variable(path, f"img_index_{split}"))
+            names = image_index([f"{text(frame)}.jpg" for frame in frames])
+            return {name: int(name[1:2]) for name in names}
 
     def _split(self, split: str) -> tuple[Annotations, dict[int, int]]:
         """A split, and the new number of each of the data set's identities in it."""
         cameras = self._frames(split)
-        people = [self._read_frame(name) for name in cameras]
-        boxes = [_published_boxes(rows[:, 1:]) for rows in people]
-        ids = [[int(number) if number >= 0 else None for number in rows[:, 0]] for rows in people]
-        people_of, number = annotate(list(cameras), boxes, ids, list(cameras.values()))
-        left = sum(map(len, boxes)) - sum(map(len, people_of.boxes))
+        people = [person for name in cameras for person in self._read_frame(name)]
+        annotations, number = annotate(cameras, people)
+        left = len(people) - sum(map(len, annotations.boxes))
         self._note(left, "boxes without area are left out")
-        return people_of, number
+        return annotations, number
 
-    def _read_frame(self, name: str) -> Float[np.ndarray, "G 5"]:
-        """Rows `id, x, y, w, h` of one frame."""
+    def _read_frame(self, name: str) -> list[Person]:
         path = self.root / "annotations" / f"{name}.mat"
         with reading(path):
-            rows = numbers(read_variable(path, _BOX_VARIABLES)).astype(np.float64)
-            if rows.size == 0:
-                return np.zeros((0, 5))
-            if rows.ndim != 2 or rows.shape[1] != 5:
+            # The first of these names that a file has counts (as published).
+            rows = numbers(read_variable(path, "box_new", "anno_file", "anno_previous"))
+            if rows.size and rows.shape[1:] != (5,):
                 raise ValueError(f"has an array of shape {rows.shape}, not rows of id, x, y, w, h")
-            check_pixels(rows)
-            if (rows[:, 0] % 1).any():
-                raise ValueError("has an id that is not whole")
-            return rows
+            rows = rows.reshape(-1, 5)
+            boxes = corners(rows[:, 1:].clip(min=0)).astype(np.int32)
+        identities = [x if x >= 0 else None for x in rows[:, 0].astype(np.int64).tolist()]
+        return [(name, box, who) for box, who in zip(boxes, identities, strict=True)]
 
-    @functools.cached_property
     def _queries(self) -> list[Query]:
         path = self.root / "query_info.txt"
-        index = {name: position for position, name in enumerate(self.test.names)}
-        rows = []
+        test, number = self._test
+        index = image_index(test.names)
         with reading(path):
-            for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
-                try:
-                    rows += [self._query(line.split(), index)] if line.strip() else []
-                except (ValueError, LookupError) as error:
-                    raise ValueError(
-                        f"line {number} is {line[:120]!r}; expected `id x y w h image`, with an id "
-                        "and an image of the test frames"
-                    ) from error
-            if not rows:
-                raise ValueError("has no query")
-        return rows
-
-    def _query(self, words: list[str], index: dict[str, int]) -> Query:
-        person, x, y, w, h, frame = words
-        xywh = np.array([x, y, w, h], np.float64)
-        check_pixels(xywh)
-        corners = np.concatenate([xywh[:2], xywh[:2] + xywh[2:]]).astype(np.int32)
-        return index[f"{frame}.jpg"], corners.clip(min=0), self._test[1][int(person)]
-
-
-def _published_boxes(xywh: Float[np.ndarray, "G 4"]) -> Float[np.ndarray, "G 4"]:
-    xywh = xywh.clip(min=0)
-    corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-    return corners.astype(np.int32).astype(np.float32)
-
-
-def _camera(name: str) -> int:
-    match = re.match(r"c(\d)", name)
-    if match is None:
-        raise ValueError(f"names the frame {name!r}; expected c, the digit of the camera, s ...")
-    return int(match[1])
+            rows = np.loadtxt(path, str, comments=None, encoding="utf-8-sig", ndmin=2)
+            people, x, y, w, h, frames = rows.T
+            boxes = corners(np.array([x, y, w, h], np.float64).T).astype(np.int32).clip(min=0)
+            return [
+                (index[f"{frame}.jpg"], box, number[int(person)])
+                for person, box, frame in zip(people, boxes, frames, strict=True)
+            ]

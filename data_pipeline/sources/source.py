@@ -12,25 +12,33 @@ import contextlib
 import functools
 import glob
 import os
-import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
-from alignps_jax.errors import UserError, blame
+from alignps_jax.errors import UserError
 from alignps_jax.types import Annotations, SearchProtocol
 
 # Boxes are kept in float32, which holds every whole number up to this one.
 LARGEST_COORDINATE = 2**24
 # A person to search for: image, box and identity (in the numbering of the split).
 Query = tuple[int, Any, int]
-# No file has these characters in its name: control characters, halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# Somebody in an image: its name, box and identity (a number or text, or None).
+Person = tuple[str, np.ndarray, Any]
+
+
+class Known(dict[Any, Any]):
+    """A dict for names in files: one that it does not hold is a ValueError."""
+
+    def __missing__(self, key: object) -> NoReturn:
+        known = ", ".join(map(str, self))
+        raise ValueError(f"{str(key)[:120]!r} is not among {known[:200]}")
 
 
 class Source(abc.ABC):
@@ -82,9 +90,22 @@ class Source(abc.ABC):
         """The protocols to report when nobody asks for others, the main one first."""
         return self.protocols
 
-    @abc.abstractmethod
     def protocol(self, name: str) -> SearchProtocol:
         """One of `protocols`, over the images of `test`."""
+        protocol = self._search(name)
+        if not protocol.gallery:
+            raise UserError(
+                f"{self.root}: nobody to search for: {name} has no other photo of anybody"
+            )
+        return protocol
+
+    def _search(self, name: str) -> SearchProtocol:
+        """A protocol, of the queries that have a target."""
+        return search_everywhere(name, self.test, self._queries(), name == "cross_camera")
+
+    def _queries(self) -> Sequence[Query] | None:
+        """Who is searched; None: everybody."""
+        return None
 
     def image_path(self, name: str) -> Path:
         """The photo of that name, or where it should be; links are followed.
@@ -147,11 +168,10 @@ def _folded(name: str) -> str:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Names the file in errors about its content, and what lies there in place of it."""
-    with blame(path):
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(stand_in(path) or str(error)) from error
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path}: {stand_in(path) or error}") from error
 
 
 def stand_in(path: Path) -> str | None:
@@ -165,25 +185,18 @@ def stand_in(path: Path) -> str | None:
     return None
 
 
-def check_pixels(values: Shaped[np.ndarray, "*n"]) -> None:
-    """Raises ValueError for coordinates that are not finite, or larger than any photo's."""
-    # NaN is not below anything; the smallest integers have no absolute value of their own type.
-    sound = np.abs(values.astype(np.float64)) <= LARGEST_COORDINATE
+def corners(xywh: ArrayLike) -> Float[np.ndarray, "*n 4"]:
+    """x1, y1, x2, y2 from x, y, w, h; ValueError if these are not finite, or in no photo."""
+    values = np.asarray(xywh, np.float64)
+    sound = np.abs(values) <= LARGEST_COORDINATE  # NaN is not
     if not sound.all():
-        raise ValueError(f"has the coordinate {values[~sound].flat[0]}, which is in no photo")
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError for an image name that may leave the folder, or that no file can have."""
-    path = PureWindowsPath(name)  # takes / and \, a drive or a leading slash is its anchor
-    possible = not _UNPRINTABLE.search(name) and all(len(p.encode()) < 256 for p in path.parts)
-    if not path.name or path.anchor or ".." in path.parts or not possible:
-        raise ValueError(f"names the image {name[:120]!r}; expected a file inside the data set")
+        raise ValueError(f"has the coordinate {values[~sound][0]}, which is in no photo")
+    return np.concatenate([values[..., :2], values[..., :2] + values[..., 2:]], axis=-1)
 
 
 def image_index(names: Sequence[str]) -> dict[str, int]:
     """The position of each image name; ValueError for a bad name, or one that occurs twice."""
-    index: dict[str, int] = {}
+    index = Known()
     for position, name in enumerate(names):
         check_name(name)
         if index.setdefault(name, position) != position:
@@ -191,63 +204,63 @@ def image_index(names: Sequence[str]) -> dict[str, int]:
     return index
 
 
-def annotate(
-    names: Sequence[str],
-    boxes: Sequence[Any],
-    identity: Sequence[Sequence[Any]],
-    camera: Sequence[int] | None = None,
-) -> tuple[Annotations, dict[Any, int]]:
-    """The images with the boxes of each that have an area, and the new number of each identity.
+def check_name(name: str) -> None:
+    """Raises ValueError for an image name that may leave the folder, or that no file can have."""
+    path = PureWindowsPath(name)  # takes / and \, a drive or a leading slash is its anchor
+    if not path.name or path.anchor or ".." in path.parts or "\0" in name:
+        raise ValueError(f"names the image {name[:120]!r}; expected a file inside the data set")
 
-    The identity of a box is a number or text, or None; these are numbered 0, 1, ... in order.
+
+def annotate(
+    cameras: Mapping[str, int], people: Collection[Person]
+) -> tuple[Annotations, dict[Any, int]]:
+    """The images (their names, each with its camera) with people whose boxes have an area.
+
+    Returns the number of each identity, too: 0, 1, ... in their order; None is nobody's number.
     """
-    known = {person for row in identity for person in row} - {None}
-    ordered = sorted(known, key=lambda person: (isinstance(person, str), person))
-    number = {person: new for new, person in enumerate(ordered)}
-    corners = [np.array(rows, np.float32).reshape(-1, 4) for rows in boxes]
-    numbered = [np.array([number.get(person, -1) for person in row], np.int32) for row in identity]
-    sound = [(rows[:, 2:] > rows[:, :2]).all(axis=1) for rows in corners]
-    kept = tuple(row[keep] for row, keep in zip(numbered, sound, strict=True))
-    annotations = Annotations(
-        names=tuple(names),
-        boxes=tuple(rows[keep] for rows, keep in zip(corners, sound, strict=True)),
-        identity=kept,
-        labeled=tuple(row >= 0 for row in kept),
-        camera=np.array(camera or [0] * len(names), np.int32),
-    )
-    return annotations, number
+    known = {identity for _, _, identity in people} - {None}
+    ordered = sorted(known, key=lambda identity: (isinstance(identity, str), identity))
+    number = Known({identity: new for new, identity in enumerate(ordered)})
+    rows: dict[str, tuple[list[np.ndarray], list[int]]] = {name: ([], []) for name in cameras}
+    for image, box, identity in people:
+        if (box[2:] > box[:2]).all():
+            rows[image][0].append(box)
+            rows[image][1].append(number.get(identity, -1))
+    boxes = tuple(np.array(boxes, np.float32).reshape(-1, 4) for boxes, _ in rows.values())
+    numbered = tuple(np.array(numbers, np.int32) for _, numbers in rows.values())
+    labeled = tuple(numbers >= 0 for numbers in numbered)
+    camera = np.array([*cameras.values()], np.int32)
+    return Annotations(tuple(rows), boxes, numbered, labeled, camera), number
 
 
 def search_everywhere(
-    name: str, test: Annotations, queries: Sequence[Query], *, other_cameras: bool = False
-) -> tuple[SearchProtocol, Bool[np.ndarray, "Q"]]:
+    name: str, test: Annotations, queries: Sequence[Query] | None, other_cameras: bool = False
+) -> SearchProtocol:
     """Each query searches all images but its own; images that hold the identity are targets.
 
-    With `other_cameras` it searches those of other cameras. Galleries are in the order of the
-    split, and kept once for all queries that share one. Where an image holds the person twice, the
-    first box counts (as published).
-
-    Returns the protocol of the queries that have a target, and which these are.
+    With `other_cameras` it searches those of other cameras. Queries without a target are left out.
+    Galleries are in the order of the split, and kept once for all queries that share one. Where an
+    image holds the person twice, the first box counts (as published). Without `queries` every
+    identity is asked for, by its first box.
     """
     seen: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for image, mask in enumerate(test.labeled):
         for identity, box in zip(test.identity[image][mask], test.boxes[image][mask], strict=True):
             seen[int(identity)].setdefault(image, box)
+    if queries is None:
+        queries = [(*next(iter(shown.items())), person) for person, shown in seen.items()]
     place = test.camera if other_cameras else np.arange(len(test.names))
     elsewhere = functools.cache(lambda own: np.flatnonzero(place != own).astype(np.int32))
-    targets = [
-        {other: box for other, box in seen[person].items() if place[other] != place[image]}
-        for image, _, person in queries
+    kept = [
+        (image, box, targets)
+        for image, box, person in queries
+        if (targets := {at: b for at, b in seen[person].items() if place[at] != place[image]})
     ]
-    answered = np.array([bool(found) for found in targets], bool)
-    kept = np.flatnonzero(answered).tolist()
-    images = [queries[query][0] for query in kept]
-    protocol = SearchProtocol(
+    return SearchProtocol(
         name=name,
-        query_image=np.array(images, np.int32),
-        query_box=np.array([queries[query][1] for query in kept], np.float32).reshape(-1, 4),
-        gallery=tuple(elsewhere(int(place[image])) for image in images),
-        target_images=tuple(np.array(list(targets[query]), np.int32) for query in kept),
-        target_boxes=tuple(np.array(list(targets[query].values())) for query in kept),
+        query_image=np.array([image for image, _, _ in kept], np.int32),
+        query_box=np.array([box for _, box, _ in kept], np.float32).reshape(-1, 4),
+        gallery=tuple(elsewhere(int(place[image])) for image, _, _ in kept),
+        target_images=tuple(np.array(list(targets), np.int32) for _, _, targets in kept),
+        target_boxes=tuple(np.array(list(targets.values())) for _, _, targets in kept),
     )
-    return protocol, answered

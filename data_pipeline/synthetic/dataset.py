@@ -1,11 +1,8 @@
 """The built-in synthetic data set, written in CUHK-SYSU's own layout.
 
-Photos of drawn people whose clothes, hair and bags belong to their identity, while size, pose,
-side seen, light, occlusion and place change from photo to photo; photos may also show people
-without identity. Training and test people are different. `SyntheticSpec` decides on all of it.
+Clothes, hair and bags of the people belong to their identity, while size, pose, side seen, light,
+occlusion and place change from photo to photo. Some people have no identity.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
@@ -40,7 +37,7 @@ _Photos = dict[str, dict[int, list[int]]]
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSpec:
-    """What to draw; the fields of `config.data.synthetic`. Sizes are in pixels."""
+    """What to draw, as in `config.data.synthetic`; sizes are in pixels."""
 
     seed: int
     train_images: int
@@ -58,18 +55,22 @@ class SyntheticSpec:
 def write_synthetic(root: pathlib.Path, spec: SyntheticSpec) -> None:
     """Draws the data set into `root`, unless it is there already.
 
-    Writes `Image/SSM/*.jpg`, `annotation/Images.mat`, `pool.mat` and, in
-    `annotation/test/train_test`, `Train.mat`, `TestG50.mat` and, where there are more than 100 test
-    photos, `TestG100.mat`. With fewer than 51, galleries are all other test photos. Everything is
-    drawn in a temporary folder beside `root`, which is renamed at the end.
+    There is a `TestG100.mat` where there are more than 100 test photos; with fewer than 51, the
+    galleries of `TestG50.mat` are all other test photos. The set is complete or absent.
 
     Raises:
       UserError: there are too few photos for every identity to appear often enough; or `root`
         holds something else.
     """
     description = json.dumps({"version": _VERSION, **dataclasses.asdict(spec)})
-    if _is_there(root, description):
+    file = root / _SPEC_FILE
+    if file.is_file() and file.read_text(errors="replace") == description:
         return
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(
+            f"{root}: found other files, expected the synthetic data set {description}; choose "
+            "another --config.data.root or delete them"
+        )
     train = _deal("train", spec, spec.generator(_TRAIN))
     test = _deal("test", spec, spec.generator(_TEST))
     test = [[spec.train_identities + identity for identity in photo] for photo in test]
@@ -80,25 +81,7 @@ def write_synthetic(root: pathlib.Path, spec: SyntheticSpec) -> None:
         folder = pathlib.Path(temporary) / root.name
         _write(folder, spec, train, test)
         (folder / _SPEC_FILE).write_text(description)
-        try:
-            folder.rename(root)
-        except OSError:
-            # Another process may have drawn the same in the meantime.
-            if not _is_there(root, description):
-                raise
-
-
-def _is_there(root: pathlib.Path, description: str) -> bool:
-    """Whether `root` is the described data set; False if it is absent or empty."""
-    file = root / _SPEC_FILE
-    if file.is_file() and file.read_text(errors="replace") == description:
-        return True
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(
-            f"{root}: found other files, expected the synthetic data set {description}; choose "
-            "another --config.data.root or delete them"
-        )
-    return False
+        folder.rename(root)
 
 
 def _deal(split: str, spec: SyntheticSpec, rng: np.random.Generator) -> list[list[int]]:
@@ -132,7 +115,14 @@ def _write(
         images.append({"imname": name, "nAppear": _row([len(people)]), "box": boxes})
     _save(folder / "annotation/Images.mat", "Img", _structs(images))
     _save(folder / "annotation/pool.mat", "pool", _cells([*tested]))
-    entries = [_train_entry(identity, trained) for identity in range(spec.train_identities)]
+    entries = []
+    for identity in range(spec.train_identities):
+        scenes = [
+            _located(name, trained, identity) for name in trained if identity in trained[name]
+        ]
+        count, name = _row([len(scenes)]), f"p{identity + 1}"
+        entry = {"idname": name, "nAppear": count, "scene": _structs(scenes)}
+        entries.append(_structs([entry]))
     _save(protocols / "Train.mat", "Train", _cells(entries))
     identities = range(spec.train_identities, spec.train_identities + spec.test_identities)
     for size in _GALLERY_SIZES:
@@ -164,20 +154,10 @@ def _draw(folder: pathlib.Path, spec: SyntheticSpec, dealt: list[list[int]]) -> 
     return photos
 
 
-def _train_entry(identity: int, photos: _Photos) -> np.ndarray:
-    """An identity and where it is."""
-    scenes = [_located(name, photos, identity) for name in photos if identity in photos[name]]
-    count, name = _row([len(scenes)]), f"p{identity + 1}"
-    return _structs([{"idname": name, "nAppear": count, "scene": _structs(scenes)}])
-
-
 def _searches(
     identity: int, photos: _Photos, size: int, spec: SyntheticSpec
 ) -> list[dict[str, np.ndarray]]:
-    """Queries of one identity; galleries start with the photos that hold it, as the real ones.
-
-    Queries are the same for every `size`, and galleries contain the smaller ones.
-    """
+    """Queries of one identity; galleries start with its photos, as the real ones."""
     rng = spec.generator(_SEARCH, identity)
     holding = [name for name in photos if identity in photos[name]]
     others = [name for name in photos if identity not in photos[name]]

@@ -4,8 +4,6 @@ A figure is a body in space that is turned about its upright axis and painted fr
 that all sides follow from one description.
 """
 
-from __future__ import annotations
-
 import colorsys
 import dataclasses
 import math

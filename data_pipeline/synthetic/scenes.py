@@ -1,23 +1,13 @@
 """Photos of the synthetic data set: people and things in a place, under some light."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from data_pipeline.synthetic.figures import (
-    CIRCLE,
-    Appearance,
-    Canvas,
-    Color,
-    Sprite,
-    draw_person,
-    pick,
-    sample_color,
-)
+from data_pipeline.synthetic import figures
+from data_pipeline.synthetic.figures import Appearance, Color, Sprite, pick, sample_color
 
 # Heights of people, as shares of the photo's height (36 to 150 pixels of 192).
 SMALLEST, LARGEST = 0.19, 0.78
@@ -45,8 +35,6 @@ _THINGS: tuple[tuple[float, tuple[tuple[int, int, int, int, str], ...]], ...] = 
     ),
 )
 _ROUND, _SQUARE = ("leaves", "rubber"), np.array(((-1, -1), (1, -1), (1, 1), (-1, 1)))
-# The part of a photo that a cut-out covers, and what of the cut-out is in the photo.
-_Placed = tuple[tuple[slice, slice], Sprite]
 
 
 def draw_scene(
@@ -58,7 +46,7 @@ def draw_scene(
     width, height in whole pixels.
     """
     image, ground = _draw_backdrop(rng, height, width)
-    sprites = [(1.0, draw_person(person, rng)) for person in people]
+    sprites = [(1.0, figures.draw_person(person, rng)) for person in people]
     sprites += [_draw_thing(rng) for _ in range(rng.integers(0, 4))]
     # The row of the feet grows with the height: the smallest stand where the ground begins.
     slope = (rng.uniform(0.9, 1.2) * height - ground) / ((LARGEST - SMALLEST) * height)
@@ -83,8 +71,8 @@ def draw_scene(
 
 def _place(
     sprite: Sprite, bottom: int, free: Bool[np.ndarray, "H W"], tries: int, rng: np.random.Generator
-) -> _Placed:
-    """Finds a place where enough of a cut-out is seen: not covered and not outside."""
+) -> tuple[tuple[slice, slice], Sprite]:
+    """A part of the photo and what of a cut-out is in it, where enough is seen."""
     (rows, columns), (height, width) = sprite.shape[:2], free.shape
     enough = _MIN_VISIBLE * np.count_nonzero(_solid(sprite))
     found: list[tuple[int, tuple[slice, slice], Sprite]] = []
@@ -126,10 +114,10 @@ def _draw_thing(rng: np.random.Generator) -> tuple[float, Sprite]:
         "wood": (45, 65, 90),
         "rubber": (35, 35, 38),
     }
-    canvas = Canvas(224, 500, (250, 200), 1.6 * max(shape[2] for shape in shapes))
+    canvas = figures.Canvas(224, 500, (250, 200), 1.6 * max(shape[2] for shape in shapes))
     for left, top, right, bottom, material in shapes:
         low, high = 2 * np.array((left + 125, top)), 2 * np.array((right + 125, bottom))
-        outline = CIRCLE if material in _ROUND else _SQUARE
+        outline = figures.CIRCLE if material in _ROUND else _SQUARE
         color = colors[material]
         canvas.polygon((low + high + outline * (high - low)) / 2, color, color)
     return relative, canvas.sprite()

@@ -1,7 +1,5 @@
 """Shapes chosen from the photos: as good as the best of all divisions, and few."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
@@ -9,13 +7,13 @@ import pytest
 
 from alignps_jax.types import UserError
 from data_pipeline.buckets import choose_buckets
-from data_pipeline.transforms import rescaled_size
+from data_pipeline.transforms import rescaled_sizes
 
 PAPER_SCALES = ((667, 400), (1000, 600), (1333, 800), (1500, 900), (1666, 1000), (2000, 1200))
 
 
 def sizes_at(photos, scales=PAPER_SCALES) -> np.ndarray:
-    return np.array([[rescaled_size(tuple(photo), scale) for scale in scales] for photo in photos])
+    return rescaled_sizes(np.array(photos), scales)
 
 
 def rounded(sizes: np.ndarray) -> np.ndarray:
@@ -79,13 +77,10 @@ def test_every_photo_is_in_one_group_and_every_group_fills_a_batch():
     assert len(shapes) <= 24
 
 
-def test_few_photos_make_one_group():
+def test_few_photos_make_one_group_and_few_programs_an_error():
     sizes = sizes_at([(300, 400), (400, 300)])
     groups, shapes = choose_buckets(sizes, np.arange(2), 24, batch_size=4)
     assert [group.tolist() for group in groups] == [[0, 1]]
     assert len(shapes) == 6
-
-
-def test_fewer_programs_than_scales_is_an_error():
     with pytest.raises(UserError, match="max_programs: found 5, expected at least one for each of"):
-        choose_buckets(sizes_at([(300, 400)]), np.arange(1), 5, batch_size=1)
+        choose_buckets(sizes, np.arange(2), 5, batch_size=1)

@@ -44,8 +44,7 @@ def write_cuhk(
 ) -> None:
     """CUHK-SYSU's annotation files, nested as MATLAB saved the real ones.
 
-    `train` maps identity names to where they are; `protocols` maps a file (`TestG50`, ...,
-    `Occlusion`, `Resolution`) to its queries (where, identity name, gallery).
+    Identities of `train` by name, and queries (where, name, gallery) of `protocols` by file.
     """
     folder = root / "annotation" / "test" / "train_test"
     rows = [
@@ -113,7 +112,6 @@ def coco(
     """The content of one JSON file: sizes (height, width) by name, and (image, box, person)."""
     ids = {name: 100 + 7 * number for number, name in enumerate(images)}
     return {
-        "categories": [{"id": 1, "name": "person"}],
         "images": [
             {"id": ids[name], "file_name": name, "height": height, "width": width}
             for name, (height, width) in images.items()
@@ -126,8 +124,9 @@ def coco(
 
 
 def write_json(path: Path, content: object) -> None:
+    """With a byte-order mark, as editors on Windows leave it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), "utf-8-sig")
 
 
 def structs(rows: object) -> np.ndarray:

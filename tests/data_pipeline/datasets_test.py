@@ -34,15 +34,6 @@ TEST = {
 }
 QUERIES = [(5, 10, 20, 30, 20, "c1s1_000004"), (7, 3, 4, 5, 6, "c3s1_000006")]
 SIZES = {"c1s1_000001": (60, 90), "c2s1_000002": (90, 60), "c1s1_000003": (33, 47)}
-WATCHED: list[set[str]] = []  # who wants to know which files are opened
-
-
-def _watch(event: str, args: tuple) -> None:
-    for opened in WATCHED if event == "open" else ():
-        opened.add(str(args[0]))
-
-
-sys.addaudithook(_watch)
 
 
 @pytest.fixture
@@ -66,11 +57,14 @@ def sets(data) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir()]
 
 
+def photos_of(split) -> list[bytes]:
+    return [split.encoded(image) for image in range(len(split.sizes))]
+
+
 def assert_same(first: object, second: object) -> None:
-    """Of annotations or protocols: every field, with its type."""
-    assert vars(first).keys() == vars(second).keys()
-    for name, value in vars(first).items():
-        other = getattr(second, name)
+    """Of annotations or protocols: every field of the second one, with its type."""
+    for name, other in vars(second).items():
+        value = getattr(first, name)
         assert len(value) == len(other)
         rows = ((value,), (other,)) if isinstance(value, np.ndarray | str) else (value, other)
         for one, two in zip(*rows, strict=True):
@@ -82,10 +76,9 @@ def test_prepared_set_holds_the_original_bytes_and_people_clipped_to_the_photo(d
     prepared = datasets.prepare(data)
     train, test = prepared.split("train"), prepared.split("test")
     assert train.annotations.names == tuple(f"{name}.jpg" for name in TRAIN)
-    for split, count in ((train, 3), (test, 3)):
+    for split in (train, test):
         names = split.annotations.names
-        assert len(split.jpegs) == count
-        assert list(split.jpegs) == [(root / "frames" / name).read_bytes() for name in names]
+        assert photos_of(split) == [(root / "frames" / name).read_bytes() for name in names]
     assert train.sizes.tolist() == [[60, 90], [90, 60], [33, 47]]
     np.testing.assert_array_equal(train.annotations.boxes[0], [[10, 20, 40, 40], [50, 20, 90, 40]])
     # The second box lies beside the photo, and its identity goes with it.
@@ -96,12 +89,9 @@ def test_prepared_set_holds_the_original_bytes_and_people_clipped_to_the_photo(d
     assert "       3 training images (published: 5,704)\n" in capsys.readouterr().out
     order = [2, 0, 1] * 20
     with futures.ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(train.jpegs.__getitem__, order)) == [train.jpegs[i] for i in order]
-
-
-def test_records_are_an_ordinary_tfds_data_set(data):
-    datasets.prepare(data)
-    builder = tfds.builder_from_directory(sets(data)[0])
+        assert list(pool.map(train.encoded, order)) == [train.encoded(i) for i in order]
+    # It is an ordinary data set of TFDS.
+    builder = tfds.builder_from_directory(prepared.folder)
     example = builder.as_data_source(split="train")[1]
     assert example["name"] == b"c2s1_000002.jpg"
     assert example["image"].shape == (90, 60, 3)
@@ -117,28 +107,29 @@ def test_a_prepared_set_is_read_and_no_annotation_file_opened(root, tmp_path, na
         fixtures.write_small_cuhk(root := tmp_path / "cuhk")
     data = fixtures.data_config(name, root)
     source = datasets.DATASETS[name](root)
-    protocols = source.protocols
+    train, test, protocols = source.train, source.test, list(map(source.protocol, source.protocols))
+    assert_same(datasets.load_test(data, ())[0], test)
     first = datasets.prepare(data)
+    for path in (root / file for file in source.annotation_files()):
+        before = path.stat()
+        path.write_bytes(bytes(before.st_size))
+        os.utime(path, ns=(0, before.st_mtime_ns))
     written = {path: path.stat().st_mtime_ns for path in (root / "prepared").rglob("*")}
     capsys.readouterr()
-    WATCHED.append(opened := set())
-    people, found = datasets.load_test(data, protocols)
-    train, second = datasets.load_train(data), datasets.prepare(data)
-    WATCHED.clear()
-    suffixes = {Path(path).suffix for path in opened if path.startswith(str(root))}
-    assert suffixes == {".json", ".npy"}
-    assert capsys.readouterr().out.count("\n") == 1
-    assert written == {path: path.stat().st_mtime_ns for path in (root / "prepared").rglob("*")}
-    assert_same(people, source.test)
-    assert_same(train, source.train)
-    for protocol, each in zip(found, protocols, strict=True):
-        assert_same(protocol, source.protocol(each))
+    people, found = datasets.load_test(data, source.protocols)
+    assert_same(people, test)
+    assert_same(datasets.load_train(data), train)
+    for one, other in zip(found, protocols, strict=True):
+        assert_same(one, other)
     defaults = datasets.load_test(data, ())[1]
     assert tuple(protocol.name for protocol in defaults) == source.default_protocols
+    second = datasets.prepare(data)
     for split in ("train", "test"):
         one, other = first.split(split), second.split(split)
         assert_same(one.annotations, other.annotations)
-        assert list(one.jpegs) == list(other.jpegs)
+        assert photos_of(one) == photos_of(other)
+    assert capsys.readouterr().out.count("\n") == 1
+    assert written == {path: path.stat().st_mtime_ns for path in (root / "prepared").rglob("*")}
 
 
 def test_an_optional_protocol_that_cannot_be_read_stops_nothing(tmp_path, capsys):
@@ -148,8 +139,8 @@ def test_an_optional_protocol_that_cannot_be_read_stops_nothing(tmp_path, capsys
     datasets.prepare(data)
     assert len(datasets.load_test(data, ())[1]) == 3
     assert "there is no protocol occlusion" in capsys.readouterr().out
-    with pytest.raises(UserError, match="expected one of TestG50, TestG100, all"):
-        datasets.load_test(data, ("occlusion",))
+    with pytest.raises(UserError, match="one of TestG50, TestG100, all; did you mean 'TestG50'"):
+        datasets.load_test(data, ("TestG51",))
 
 
 def test_a_prepared_set_lives_without_its_originals(data, root, tmp_path):
@@ -159,7 +150,7 @@ def test_a_prepared_set_lives_without_its_originals(data, root, tmp_path):
     data.prepared_dir = str(tmp_path / "copy")
     after = datasets.prepare(data)
     assert_same(after.train, before)
-    assert len(list(after.split("test").jpegs)) == 3
+    assert len(photos_of(after.split("test"))) == 3
     assert len(datasets.load_test(data, ())[1]) == 2
     shutil.copytree(sets(data)[0], tmp_path / "copy" / "prw" / "other")
     with pytest.raises(UserError, match="lacks the annotations that tell which"):
@@ -188,13 +179,13 @@ def test_replaced_photos_are_seen_and_taken_once_that_is_asked_for(data, root, c
     path = root / "frames" / "c1s1_000004.jpg"
     (root / "frames" / "c3s1_000005.jpg").unlink()  # the originals may be gone
     blurred = fixtures.write_photo(path, 50, 70, seed=99)
-    assert datasets.prepare(data).split("test").jpegs[0] != blurred
+    assert datasets.prepare(data).split("test").encoded(0) != blurred
     assert "1 of 6 photos in" in capsys.readouterr().out
     fixtures.write_photo(root / "frames" / "c3s1_000005.jpg", 50, 70)
     data.prepare_again = True
-    assert datasets.prepare(data).split("test").jpegs[0] == blurred
+    assert datasets.prepare(data).split("test").encoded(0) == blurred
     assert data.prepare_again is False
-    assert datasets.prepare(data).split("test").jpegs[0] == blurred
+    assert datasets.prepare(data).split("test").encoded(0) == blurred
     assert len(sets(data)) == 1
     assert "prepare_again" not in capsys.readouterr().out
 
@@ -208,13 +199,8 @@ def test_photos_that_cannot_be_used_are_all_named_and_stop_nothing(data, root, c
     with pytest.raises(UserError) as error:
         datasets.prepare(data)
     assert "3 photos cannot be used" in str(error.value)
-    lines = str(error.value).splitlines()[1:]
-    for words in (
-        "c1s1_000001.jpg: is a Git LFS pointer",
-        "c3s1_000005.jpg: truncated JPEG",
-        "500x400",
-    ):
-        assert sum(words in line for line in lines) == 1
+    for words in ("1.jpg: is a Git LFS pointer", "5.jpg: truncated JPEG", "500x400"):
+        assert str(error.value).count(words) == 1
     (frames / "c1s1_000001.jpg").unlink()  # no photo is read again
     data.skip_damaged = True
     capsys.readouterr()
@@ -227,13 +213,12 @@ def test_photos_that_cannot_be_used_are_all_named_and_stop_nothing(data, root, c
 
 
 def test_missing_photos_are_counted_before_any_is_read(data, root):
-    path = root / "frames" / "c1s1_000003.jpg"
-    path.unlink()
-    with pytest.raises(UserError, match=rf"1 of 6 photos are missing(.|\n)*{path}"):
+    (root / "frames" / "c1s1_000003.jpg").unlink()
+    with pytest.raises(UserError, match=r"1 of 6 photos are missing(.|\n)*c1s1_000003\.jpg"):
         datasets.prepare(data)
     assert not sets(data)
     data.skip_damaged = True
-    assert len(datasets.prepare(data).split("train").jpegs) == 3
+    assert len(photos_of(datasets.prepare(data).split("train"))) == 3
 
 
 def test_what_is_odd_about_photos_is_counted(data, root, capsys):
@@ -253,19 +238,12 @@ def test_what_is_odd_about_photos_is_counted(data, root, capsys):
     assert photo_of(split, 2).shape == (33, 47, 3)
 
 
-def _write_coco(root: Path, sizes: dict[str, tuple[int, int]]) -> None:
-    train = fixtures.coco(sizes, [(name, (5, 6, 20, 15), 0) for name in sizes])
-    fixtures.write_json(root / "train.json", train)
-    fixtures.write_json(root / "test.json", train)
-
-
 @pytest.mark.parametrize(
     ("file_format", "turn"), [("jpeg", 6), ("png", 8), ("tiff", 3), ("tiff", 5)]
 )
 def test_photos_come_as_stored_or_upright(tmp_path, file_format, turn):
-    photo = Image.fromarray(
-        np.arange(600, dtype=np.uint8).reshape(10, 20, 3).repeat(4, 0).repeat(4, 1)
-    )
+    pixels = np.arange(600, dtype=np.uint8).reshape(10, 20, 3)
+    photo = Image.fromarray(pixels.repeat(4, 0).repeat(4, 1))
     photo.getexif()[0x0112] = turn
     (tmp_path / "images").mkdir()
     for name in ("a.jpg", "b.jpg"):
@@ -273,15 +251,16 @@ def test_photos_come_as_stored_or_upright(tmp_path, file_format, turn):
     for orientation, shown in (("stored", photo), ("upright", ImageOps.exif_transpose(photo))):
         data = fixtures.data_config("coco_person_search", tmp_path)
         data.orientation = orientation
-        _write_coco(tmp_path, dict.fromkeys(("a.jpg", "b.jpg"), shown.size[::-1]))
+        sizes = dict.fromkeys(("a.jpg", "b.jpg"), shown.size[::-1])
+        people = fixtures.coco(sizes, [(name, (5, 6, 20, 15), 0) for name in sizes])
+        for part in ("train", "test"):
+            fixtures.write_json(tmp_path / f"{part}.json", people)
         split = datasets.prepare(data).split("train")
         assert split.sizes.tolist() == [list(shown.size[::-1])] * 2
         assert np.abs(photo_of(split, 0).astype(int) - np.asarray(shown)).mean() < 6
     if turn >= 5:
         data.orientation = "stored"
-        with pytest.raises(
-            UserError, match=r"annotated are 80x40 \(EXIF turns it: data.orient.*up"
-        ):
+        with pytest.raises(UserError, match=r"80x40 \(EXIF turns it: data.orientation=upright"):
             datasets.prepare(data)
 
 
@@ -300,7 +279,7 @@ def test_killed_preparation_is_not_taken_for_a_complete_one(data, root):
     died = _prepare_elsewhere(root, "import os; preparation.write_about = lambda *_: os._exit(9)")
     assert died.returncode == 9, died.stderr
     assert [path.suffix[:9] for path in sets(data)] == [".partial-"]
-    assert len(list(datasets.prepare(data).split("test").jpegs)) == 3
+    assert len(photos_of(datasets.prepare(data).split("test"))) == 3
     assert len(sets(data)) == 1
 
 
@@ -309,9 +288,7 @@ def test_a_full_disk_says_so_in_its_own_words(data, root):
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
     failed = _prepare_elsewhere(root, limit)
     assert failed.returncode == 1
-    last = failed.stderr.splitlines()[-1]
-    assert last.startswith("OSError: ")
-    assert "File too large" in last
+    assert re.match("OSError: .*File too large", failed.stderr.splitlines()[-1])
     assert not sets(data)
 
 
@@ -334,13 +311,12 @@ def test_a_file_system_without_locks_is_a_note(data, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    datasets.prepare(data)
+    assert datasets.prepare(data).folder in sets(data)
     assert "note: " in capsys.readouterr().out
-    assert len(sets(data)) == 1
 
 
 def test_a_set_of_somebody_else_imports_nothing_and_says_what_is_wrong(data, tmp_path, monkeypatch):
-    expected = datasets.prepare(data).split("train").jpegs[1]
+    expected = datasets.prepare(data).split("train").encoded(1)
     (tmp_path / "stranger.py").write_text("raise SystemExit('run')")
     monkeypatch.syspath_prepend(tmp_path)
     (folder,) = sets(data)
@@ -348,10 +324,10 @@ def test_a_set_of_somebody_else_imports_nothing_and_says_what_is_wrong(data, tmp
     changed = re.sub(r'("pythonClassName": )"[^"]+"', r'\1"stranger.Feature"', text)
     assert changed != text
     (folder / "features.json").write_text(changed)
-    assert datasets.prepare(data).split("train").jpegs[1] == expected
+    assert datasets.prepare(data).split("train").encoded(1) == expected
     assert "stranger" not in sys.modules
-    (folder / "about-1.json").write_text('{"digest": 3}')
-    with pytest.raises(UserError, match=r"about-1\.json: "):
+    (folder / "about-2.json").write_text('{"digest": 3}')
+    with pytest.raises(UserError, match=r"about-2\.json: "):
         datasets.prepare(data)
 
 
@@ -368,20 +344,10 @@ def test_synthetic_is_drawn_first_and_read_as_cuhk_sysu(tmp_path, capsys):
     assert len(protocol.gallery[0]) == 50
 
 
-def test_without_a_prepared_set_annotation_files_are_read(data):
-    annotations = datasets.load_test(data, ())[0]
-    assert annotations.names == tuple(f"{name}.jpg" for name in TEST)
-    np.testing.assert_array_equal(annotations.boxes[0], [[10, 20, 40, 40], [50, 20, 450, 40]])
-    for names in (("all",), ("cross_camera", "all")):
-        assert tuple(protocol.name for protocol in datasets.load_test(data, names)[1]) == names
-    with pytest.raises(UserError, match="did you mean 'cross_camera'"):
-        datasets.load_test(data, ("crosscamera",))
-
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real PRW slice is not here")
 def test_real_slice_of_prw(tmp_path):
     source = SHARED / "prw_sample"
     prepared = datasets.prepare(fixtures.data_config("prw", source, tmp_path))
     assert (prepared.split("train").sizes == [1080, 1920]).all()
     frame = source / "frames" / prepared.test.names[5]
-    assert prepared.split("test").jpegs[5] == frame.read_bytes()
+    assert prepared.split("test").encoded(5) == frame.read_bytes()

@@ -34,24 +34,22 @@ TEST = fixtures.coco(
         ("t4.jpg", (7, 8, 16, 26), -1),
     ],
 )
-CATEGORIES = [{"id": 1, "name": "person"}, {"id": 2, "name": "car"}]
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     fixtures.write_json(tmp_path / "train.json", TRAIN)
-    fixtures.write_json(tmp_path / "test.json", TEST)
+    # As PowerShell and pandas write.
+    text = json.dumps(TEST).replace('"person_id": -1', '"person_id": NaN')
+    (tmp_path / "test.json").write_text(text, "utf-16")
     return tmp_path
 
 
-def changed(part: str, number: int, **fields: object) -> dict[str, list[dict[str, object]]]:
-    """TRAIN with other values in one record."""
-    rows = [dict(row) for row in TRAIN[part]]
-    rows[number] |= fields
-    return {**TRAIN, part: rows}
-
-
-def train_of(root: Path, content: object) -> CocoPersonSearchSource:
+def train_of(root: Path, part: str = "", *changes: dict[str, object], **others: object):
+    """A source whose training file is TRAIN, with changes to the first records of a part."""
+    content = {name: [dict(row) for row in rows] for name, rows in TRAIN.items()} | others
+    for row, change in zip(content.get(part, []), changes, strict=False):
+        row |= change
     fixtures.write_json(root / "train.json", content)
     return CocoPersonSearchSource(root)
 
@@ -84,14 +82,9 @@ def test_without_queries_every_identity_in_two_images_is_asked_for_once(root):
 
 
 def test_given_queries_are_taken_in_their_order_and_the_others_are_listed(root):
-    people = [
-        ("t2.jpg", (20, 3, 11, 21), 70),
-        ("t4.jpg", (6, 7, 15, 25), 900),
-        ("t4.jpg", (4, 5, 13, 23), 15),
-        ("t4.jpg", (4, 5, 13, 23), 3),
-        ("t9.jpg", (4, 5, 13, 23), 15),
-        ("t2.jpg", (3, 4, 12, 22), 15),
-    ]
+    box = (4, 5, 13, 23)
+    people = [("t2.jpg", (20, 3, 11, 21), 70), ("t4.jpg", box, 900), ("t4.jpg", box, 15)]
+    people += [("t4.jpg", box, 3), ("t9.jpg", box, 15), ("t2.jpg", box, -1), ("t2.jpg", box, 15)]
     sizes = {"t4.jpg": (50, 40), "t2.jpg": (80, 60), "t9.jpg": (9, 9)}
     fixtures.write_json(root / "query.json", fixtures.coco(sizes, people))
     source = CocoPersonSearchSource(root)
@@ -99,232 +92,171 @@ def test_given_queries_are_taken_in_their_order_and_the_others_are_listed(root):
     assert protocol.query_image.tolist() == [1, 3, 1]
     np.testing.assert_array_equal(protocol.query_box[0], [20, 3, 31, 24])
     assert [images.tolist() for images in protocol.target_images] == [[2], [0, 1], [0, 3]]
-    (note,) = (note for note in source.notes if "query.json: 3 records cannot be used" in note)
-    assert [line.split(":")[0] for line in note.splitlines()[1:]] == [
-        f"  annotations[{number}]" for number in (1, 3, 4)
-    ]
+    (note,) = (note for note in source.notes if "query.json: 4 records cannot be used" in note)
+    for who in ("900 of 't4.jpg'", "3 of 't4.jpg'", "15 of 't9.jpg'", "None of 't2.jpg'"):
+        assert f"  {who} is in no other test image" in note
     fixtures.write_json(root / "query.json", fixtures.coco(sizes, people[3:5]))
-    with pytest.raises(UserError, match=r"no identity that is asked for is in two images"):
+    with pytest.raises(UserError, match="nobody to search for"):
         CocoPersonSearchSource(root).protocol("all")
 
 
 @pytest.mark.parametrize(
-    ("name", "field", "value"),
+    ("fields", "known"),
     [
-        ("text", "person_id", "3"),
-        ("float", "person_id", 3.0),
-        ("64 bits", "person_id", 10_000_010_000_000_123),
-        ("words", "person_id", "Müller, blue coat"),
-        ("track", "track_id", 3),
-        ("CVAT track", "attributes", {"occluded": False, "track_id": 5, "keyframe": True}),
-        ("CVAT attribute", "attributes", {"occluded": False, "person_id": "3", "track_id": 7}),
+        ({"person_id": "3"}, True),
+        ({"person_id": 3.0}, True),
+        ({"person_id": 10_000_010_000_000_123}, True),
+        ({"person_id": "Müller, blue coat"}, True),
+        ({"track_id": 3}, True),
+        ({"attributes": {"occluded": False, "track_id": 5, "keyframe": True}}, True),  # CVAT
+        ({"attributes": {"occluded": False, "person_id": "3", "track_id": 7}}, True),
+        *(({"person_id": nobody}, False) for nobody in ("", "nan", "None", "unknown", -1.0, "-2")),
+        ({"attributes": []}, False),
     ],
 )
-def test_identities_as_tools_write_them(root, name, field, value):
-    content = changed("annotations", 0, person_id=None) | {}
-    content["annotations"][0][field] = value
-    assert identities(train_of(root, content)) == [[-1, 0], [1, -1]]
-
-
-@pytest.mark.parametrize("value", [None, "", "nan", "None", "unknown", -1.0, "-2"])
-def test_people_without_identity(root, value):
-    assert identities(train_of(root, changed("annotations", 0, person_id=value)))[1] == [-1, -1]
+def test_identities_as_tools_write_them(root, fields, known):
+    source = train_of(root, "annotations", {"person_id": None} | fields)
+    assert identities(source) == [[-1, 0], [1 if known else -1, -1]]
 
 
 @pytest.mark.parametrize(
-    ("ids", "sizes"),
+    ("image", "same", "sizes"),
     [
-        (("7", 7), {"width": "60", "height": "80"}),
-        ((7.0, "7"), {"width": 60.0, "height": 80.0}),
-        ((10_000_010_000_000_123, "10000010000000123"), {}),
-        (("a.png", "a.png"), {}),
+        ("7", 7, {"width": "60", "height": "80"}),
+        (7.0, "7", {"width": 60.0, "height": 80.0}),
+        (10_000_010_000_000_123, "10000010000000123", {}),
+        ("a.png", "a.png", {}),
     ],
 )
-def test_ids_and_sizes_of_images_as_tools_write_them(root, ids, sizes):
-    content = changed("images", 1, id=ids[0], **sizes)
-    content["annotations"] = [dict(row) for row in TRAIN["annotations"]]
-    for number in (0, 4):
-        content["annotations"][number]["image_id"] = ids[1]
-    source = train_of(root, content)
-    assert [len(rows) for rows in source.train.boxes] == [2, 2]
+def test_ids_and_sizes_of_images_as_tools_write_them(root, image, same, sizes):
+    people = [row | {"image_id": same} for row in TRAIN["annotations"]]
+    source = train_of(root, "images", {}, {"id": image} | sizes, annotations=people)
+    assert [len(rows) for rows in source.train.boxes] == [0, 4]
     assert source.photo_size("a.png") == (80, 60)
 
 
 @pytest.mark.parametrize(
-    "encode",
+    ("categories", "expected"),
     [
-        lambda text: b"\xef\xbb\xbf" + text.encode(),
-        lambda text: text.encode("utf-16"),
-        lambda text: text.replace('"person_id": -1', '"person_id": NaN').encode(),
+        ([{"id": 3, "name": "person"}, {"id": 4, "name": "car"}], [[0], [-1]]),
+        ([{"id": 3, "name": "person 12"}, {"id": 4, "name": "dog"}], [[0], [1]]),  # Roboflow
+        ([{"id": 3, "name": "al", "supercategory": "person_id"}, {"id": 4}], [[0], [1]]),  # VIA
+        ([{"id": 3, "name": "x"}, {"id": 4, "name": "y"}], [[0], [1, -1]]),  # no people
     ],
-    ids=["byte-order mark", "PowerShell", "pandas"],
 )
-def test_encodings(root, encode):
-    (root / "train.json").write_bytes(encode(json.dumps(TRAIN)))
-    assert identities(CocoPersonSearchSource(root)) == [[-1, 0], [1, -1]]
-
-
-def test_crowds_and_other_categories_are_left_out_and_counted(root):
-    content = {**TRAIN, "categories": CATEGORIES}
-    content["annotations"] = [dict(row, category_id=1) for row in TRAIN["annotations"]]
-    content["annotations"][1]["category_id"] = "2"
-    content["annotations"][3]["iscrowd"] = 1
-    source = train_of(root, content)
-    assert [len(rows) for rows in source.train.boxes] == [0, 2]
-    left = "left out 1 boxes of 'car', 1 boxes without area, 1 crowd regions"
-    assert source.notes == [f"{root}/train.json: {left}"]
+def test_categories_as_tools_write_them(root, categories, expected):
+    changes = {"category_id": "4"}, {"iscrowd": 1}, {}, {}, {"category_id": 3.0, "person_id": None}
+    source = train_of(root, "annotations", *changes, categories=categories)
+    assert identities(source) == expected
+    assert "1 crowd regions, 1 boxes without area" in source.notes[0]
+    assert ("left out 1 boxes of" in source.notes[0]) == (len(expected[1]) == 1)
 
 
 @pytest.mark.parametrize(
-    "categories",
+    ("fields", "note"),
     [
-        [{"id": 0, "name": "people-x7", "supercategory": "none"}, {"id": 3, "name": "person 12"}],
-        [{"id": 3, "name": "alice", "supercategory": "person_id"}],
+        ({"bbox": (50, 70, 100, 88)}, "100% of the boxes leave their photo; is bbox x, y, width"),
+        ({"bbox": (0.2, 0.1, 0.3, 0.7)}, "5 boxes are within a pixel; are they fractions of the"),
+        ({"person_id": -1, "bbox": (1, 2, 3, 4)}, "nobody has an identity (person_id or track_id"),
     ],
-    ids=["Roboflow, Label Studio", "VIA"],
 )
-def test_categories_that_are_identities(root, categories):
-    content = changed("annotations", 4, person_id=None) | {"categories": categories}
-    content["annotations"] = [dict(row) for row in content["annotations"]]
-    content["annotations"][4]["category_id"] = 3
-    assert identities(train_of(root, content)) == [[-1, 0], [1, 2]]
+def test_what_is_odd_about_all_boxes_is_said(root, fields, note):
+    source = train_of(root, "annotations", *[fields] * 5)
+    assert sum(map(len, source.train.boxes)) == 5
+    assert len(source.notes) == 1
+    assert source.notes[0].startswith(f"{root}/train.json: {note}")
 
 
 @pytest.mark.parametrize(
-    ("box", "message"),
+    ("part", "fields", "message"),
     [
-        ((50, 70, 100, 88), "40% of the boxes leave their photo; is bbox x, y, width, height?"),
-        ((0.2, 0.1, 0.3, 0.7), "4 boxes are within a pixel; are they fractions of the photo?"),
+        ("annotations", {"bbox": [1, 2, 3]}, "length 4, got 3 - at `$.bbox`"),
+        ("annotations", {"bbox": [1, 2, 3, -1e300]}, "has the coordinate -1e+300"),
+        ("annotations", {"bbox": ["nan", 2, 3, 4]}, "has the coordinate nan"),
+        ("annotations", {"image_id": 7}, "image_id 7 is none of the usable images"),
+        ("annotations", {"person_id": "9" * 5000}, "integer string conversion"),
+        ("images", {"file_name": ""}, "names the image '.'; expected a file inside"),
+        ("images", {"file_name": "/etc/passwd"}, "'/etc/passwd'; expected a file inside"),
+        ("images", {"file_name": "a/../../b.jpg"}, "'a/../../b.jpg'; expected a file inside"),
+        ("images", {"file_name": "..\\..\\a.jpg"}, "'../../a.jpg'; expected a file inside"),
+        ("images", {"file_name": "C:\\a.jpg"}, "'C:/a.jpg'; expected a file inside"),
+        ("images", {"file_name": "a\0.jpg"}, "'a\\x00.jpg'; expected a file inside"),
+        ("images", {"file_name": "a.png"}, "or the name 'a.png' of another image"),
     ],
 )
-def test_boxes_that_are_none_are_counted(root, box, message):
-    content = {**TRAIN, "annotations": [dict(row) for row in TRAIN["annotations"]]}
-    for row in content["annotations"][1:3] if box[0] > 1 else content["annotations"][:4]:
-        row["bbox"] = list(box)
-    source = train_of(root, content)
-    assert len(source.train.names) == 2
-    assert source.notes == [f"{root}/train.json: {message}"]
-
-
-def test_nobody_with_an_identity_is_said(root):
-    content = {**TRAIN, "annotations": [dict(row, person_id=-1) for row in TRAIN["annotations"]]}
-    source = train_of(root, content)
-    assert source.train.num_identities == 0
-    assert "nobody has an identity (person_id or track_id" in source.notes[1]
-
-
-@pytest.mark.parametrize(
-    ("part", "number", "fields", "message"),
-    [
-        ("annotations", 3, {"bbox": [1, 2, 3]}, "length 4 - at `$.bbox`"),
-        ("annotations", 3, {"bbox": [1, 2, 3, -1e300]}, "has the coordinate -1e+300"),
-        ("annotations", 3, {"bbox": ["nan", 2, 3, 4]}, "has the coordinate nan"),
-        ("annotations", 3, {"image_id": 7}, "image_id 7 is none of the usable images"),
-        ("annotations", 3, {"person_id": "9" * 5000}, "integer string conversion"),
-        ("images", 0, {"file_name": ""}, "names the image '.'; expected a file inside"),
-        ("images", 0, {"file_name": "/etc/passwd"}, "'/etc/passwd'; expected a file inside"),
-        ("images", 0, {"file_name": "a/../../b.jpg"}, "'a/../../b.jpg'; expected a file inside"),
-        ("images", 0, {"file_name": "..\\..\\a.jpg"}, "'../../a.jpg'; expected a file inside"),
-        ("images", 0, {"file_name": "C:\\a.jpg"}, "'C:/a.jpg'; expected a file inside"),
-        ("images", 0, {"file_name": "a\0.jpg"}, "'a\\x00.jpg'; expected a file inside"),
-        ("images", 1, {"id": 100}, "has the id 100 or the name 'a.png' of another image"),
-        ("images", 1, {"file_name": "b.jpg"}, "or the name 'b.jpg' of another image"),
-    ],
-)
-def test_records_that_cannot_be_used_are_listed(root, part, number, fields, message):
-    source = train_of(root, changed(part, number, **fields))
-    if fields == {"id": 100}:  # which of the two images is meant nobody knows
-        with pytest.raises(UserError, match="holds nothing that can be used"):
-            _ = source.train
-        return
+def test_records_that_cannot_be_used_are_listed(root, part, fields, message):
+    source = train_of(root, part, fields)
     assert 0 < sum(map(len, source.train.boxes)) < 4
-    note = source.notes[0]
-    assert "records cannot be used:\n" in note
-    assert f"  {part}[{number}]: " in note
-    assert message in note
+    assert "records cannot be used:\n" in source.notes[0]
+    assert f"  {part}[{int('a.png' in fields.values())}]: " in source.notes[0]
+    assert message in source.notes[0]
 
 
 def test_ten_bad_records_are_listed_and_the_others_counted(root):
-    content = {**TRAIN, "annotations": [*TRAIN["annotations"], *[{"bbox": 3}] * 1234]}
-    source = train_of(root, content)
+    source = train_of(root, annotations=[*TRAIN["annotations"], *[{"bbox": 3}] * 1234])
     assert sum(map(len, source.train.boxes)) == 4
-    lines = source.notes[0].splitlines()
-    assert lines[0] == f"{root}/train.json: 1,234 records cannot be used:"
-    assert len(lines) == 12
-    assert lines[-1] == "  and 1,224 more"
+    first, *lines = source.notes[0].splitlines()
+    assert first == f"{root}/train.json: 1,234 records cannot be used:"
+    assert (len(lines), lines[-1]) == (11, "  and 1,224 more")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"[]", "Expected `object`, got `array`; expected COCO's lists"),
-        (b'{"images": []}', "missing required field `annotations`; expected COCO's lists"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b'{"images": []}', "missing required field `annotations`"),
         (b'{"images": {}, "annotations": []}', r"got `object` - at `\$.images`"),
         (b'{"images": [], "annotations": []}', "holds nothing that can be used"),
         (b'{"images": [', "Expecting value: line 1 column 13"),
-        (b'{"images": ' + b"[" * 100_000, "cannot be read .maximum recursion depth"),
+        (  # which of two images is meant nobody knows
+            json.dumps(TRAIN).replace('"id": 107', '"id": 100').encode(),
+            r"nothing that can be used(.|\n)*has the id 100 or the name 'a.png' of another image",
+        ),
     ],
 )
 def test_files_that_cannot_be_used_are_refused(root, content, message):
     (root / "train.json").write_bytes(content)
-    with pytest.raises(UserError, match=rf"train.json: .*{message}") as error:
+    with pytest.raises(UserError, match=rf"train.json: .*{message}"):
         _ = CocoPersonSearchSource(root).train
-    assert len(str(error.value)) < 600
 
 
 @pytest.mark.parametrize(
-    ("files", "names", "photos"),
+    ("file", "name", "photo"),
     [
-        (("{}.json",), ("a.jpg",) * 2, ("images/a.jpg",) * 2),
-        (("{}.json",), ("images/a.jpg",) * 2, ("a.jpg",) * 2),
-        (("{}.json",), ("a.jpg",) * 2, ("images/train/a.jpg", "images/test/a.jpg")),
-        (  # CVAT: a project with the subsets Train and Test
-            ("annotations/instances_{}.json", str.capitalize),
-            ("frame_000000.PNG",) * 2,
-            ("images/Train/frame_000000.PNG", "images/Test/frame_000000.PNG"),
-        ),
-        (  # CVAT: two tasks, each in a folder
-            ("{}/annotations/instances_default.json",),
-            ("frame_000000.PNG",) * 2,
-            ("train/images/default/frame_000000.PNG", "test/images/frame_000000.PNG"),
-        ),
-        (  # Roboflow
-            ("{}/_annotations.coco.json",),
-            ("a_jpg.rf.0c1.jpg", "b_jpg.rf.9e2.jpg"),
-            ("train/a_jpg.rf.0c1.jpg", "test/b_jpg.rf.9e2.jpg"),
-        ),
-        (  # Label Studio on Windows
-            ("{}/result.json",),
-            ("images\\cb0618f6-a.png", "images\\cb0618f6-b.png"),
-            ("train/images/cb0618f6-a.png", "test/images/cb0618f6-b.png"),
-        ),
-        (("{}/labels.json",), ("x/a.jpg",) * 2, ("train/data/x/a.jpg", "test/data/x/a.jpg")),
+        ("{}.json", "a.jpg", "images/a.jpg"),
+        ("{}.json", "images/a.jpg", "a.jpg"),
+        ("{}.json", "a.jpg", "images/{}/a.jpg"),
+        ("annotations/instances_{}.json", "f_0.PNG", "images/{}/f_0.PNG"),  # CVAT, a project
+        ("{}/annotations/instances_default.json", "f_0.PNG", "{}/images/default/f_0.PNG"),  # tasks
+        ("{}/_annotations.coco.json", "a_jpg.rf.0c1.jpg", "{}/a_jpg.rf.0c1.jpg"),  # Roboflow
+        ("{}/result.json", "images\\cb-a.png", "{}/images/cb-a.png"),  # Label Studio on Windows
+        ("{}/labels.json", "x/a.jpg", "{}/data/x/a.jpg"),  # FiftyOne
     ],
 )
-def test_layouts_as_tools_write_them(tmp_path, files, names, photos):
-    spell = files[1] if len(files) > 1 else str
-    for split, name, photo in zip(("train", "test"), names, photos, strict=True):
+def test_layouts_as_tools_write_them(tmp_path, file, name, photo):
+    splits = ("Train", "Test") if "instances_{}" in file else ("train", "test")
+    for split in splits:
         content = fixtures.coco({name: (8, 9)}, [(name, (1, 2, 3, 4), 0)])
-        fixtures.write_json(tmp_path / files[0].format(spell(split)), content)
-        fixtures.write_photo(tmp_path / photo, 8, 9)
+        fixtures.write_json(tmp_path / file.format(split), content)
+        fixtures.write_photo(tmp_path / photo.format(split), 8, 9)
     source = CocoPersonSearchSource(tmp_path)
     found = [source.image_path(people.names[0]) for people in (source.train, source.test)]
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == list(photos)
+    assert found == [tmp_path / photo.format(split) for split in splits]
 
 
 @pytest.mark.parametrize(
     ("name", "photo"),
     [
-        ("a.jpg", "images/a.JPG"),
-        (unicodedata.normalize("NFC", "Straße/Jürgen.jpg"), None),
-        ("Screenshot 1.02.03\u202fPM.png", "images/Screenshot 1.02.03\u202fPM.png"),
+        ("a.jpg", "a.JPG"),
+        (unicodedata.normalize("NFC", "é/ü.jpg"), unicodedata.normalize("NFD", "é/ü.jpg")),
+        ("Screenshot 1.02.03\u202fPM.png", "Screenshot 1.02.03\u202fPM.png"),
     ],
 )
 def test_names_that_are_written_in_another_way_are_found(root, name, photo):
-    path = root / (photo or unicodedata.normalize("NFD", f"images/{name}"))
+    path = root / "images" / photo
     fixtures.write_photo(path, 8, 9)
-    source = train_of(root, changed("images", 1, file_name=name))
-    assert source.image_path(source.train.names[1]) == path
+    source = train_of(root, "images", {"file_name": name})
+    assert source.image_path(source.train.names[0]) == path
     # Nobody knows which of the two is meant.
     fixtures.write_photo(path.with_name(path.name.swapcase()), 8, 9)
     assert CocoPersonSearchSource(root).image_path(name.upper()) == root / "images" / name.upper()
@@ -341,22 +273,14 @@ def test_links_are_followed(root):
     for name in ("b.jpg", "day/9f86d081.jpg"):
         assert source.image_path(name) == root / "images" / name
         assert source.image_path(name).is_file()
-    for name in ("circle/a.jpg", "a" * 300):
-        assert source.image_path(name) == root / "images" / name
+    assert source.image_path("circle/a.jpg") == root / "images" / "circle/a.jpg"
 
 
-def test_photos_of_both_splits_are_counted(root):
+def test_photos_of_both_splits_are_counted_and_missing_files_named(root):
     fixtures.write_json(root / "train.json", TEST)
     source = CocoPersonSearchSource(root)
     assert len(source.test.names) == 4
     assert source.notes[-1] == f"{root}: 4 photos are in both splits, train and test"
-
-
-def test_missing_files_and_nobody_to_search_for(root):
-    lonely = fixtures.coco({"t1.jpg": (9, 9)}, [("t1.jpg", (1, 1, 2, 2), 0)])
-    fixtures.write_json(root / "test.json", lonely)
-    with pytest.raises(UserError, match="no identity that is asked for is in two images"):
-        CocoPersonSearchSource(root).protocol("all")
     (root / "train.json").unlink()
     with pytest.raises(UserError, match=r"lacks train.json, found test.json"):
         CocoPersonSearchSource(root)

@@ -1,6 +1,5 @@
 """CUHK-SYSU: miniature folders with known answers, and the real TestG100.mat."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,7 @@ LARGE = [
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    files = {"TestG50": SMALL, "TestG500": LARGE, "Occlusion": SMALL[1:]}
+    files = {"TestG50": SMALL, "TestG100": LARGE, "Occlusion": SMALL[1:]}
     fixtures.write_cuhk(tmp_path / "dataset", IMAGES, POOL, TRAIN, files)
     return tmp_path / "dataset"
 
@@ -72,7 +71,8 @@ def test_test_split_is_the_pool_in_its_order_with_the_people_of_the_queries(root
 
 def test_galleries_keep_the_order_and_the_repetitions_of_the_file(root):
     source = CuhkSysuSource(root)
-    assert source.protocols == ("TestG50", "TestG500", "all", "occlusion")
+    assert source.protocols == ("TestG50", "TestG100", "all", "occlusion")
+    assert source.default_protocols == ("TestG100", "TestG50", "all")
     protocol = source.protocol("TestG50")
     assert protocol.name == "TestG50"
     assert protocol.query_image.tolist() == [1, 1]
@@ -80,114 +80,78 @@ def test_galleries_keep_the_order_and_the_repetitions_of_the_file(root):
     assert [images.tolist() for images in protocol.gallery] == [[0, 2], [3, 3, 0]]
     assert [images.tolist() for images in protocol.target_images] == [[0], [3, 3]]
     np.testing.assert_array_equal(protocol.target_boxes[1], [[21, 31, 62, 82]] * 2)
-    large = source.protocol("TestG500")
+    large = source.protocol("TestG100")
     assert [images.tolist() for images in large.gallery] == [[3, 0, 2], [3, 2, 0]]
-    occluded = source.protocol("occlusion")
-    assert occluded.query_box.tolist() == [[100, 30, 140, 80]]
+    assert source.protocol("occlusion").query_box.tolist() == [[100, 30, 140, 80]]
+    # The smallest gallery, then the other images without the query's own.
+    whole = source.protocol("all")
+    assert [images.tolist() for images in whole.gallery] == [[0, 2, 3], [3, 3, 0, 2]]
+    assert [images.tolist() for images in whole.target_images] == [[0], [3, 3]]
 
 
-def test_whole_test_set_follows_the_smallest_gallery_and_leaves_out_the_query_image(root):
-    protocol = CuhkSysuSource(root).protocol("all")
-    assert [images.tolist() for images in protocol.gallery] == [[0, 2, 3], [3, 3, 0, 2]]
-    assert [images.tolist() for images in protocol.target_images] == [[0], [3, 3]]
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        (("TestG50", "TestG100", "TestG500"), ("TestG100", "TestG50", "TestG500", "all")),
-        (("TestG50", "Occlusion", "Resolution"), ("TestG50", "all")),
-        (("TestG500", "TestG4000"), ("TestG500", "TestG4000", "all")),
-    ],
-)
-def test_by_default_all_are_reported_g100_first(tmp_path, files, expected):
-    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, dict.fromkeys(files, SMALL))
-    assert CuhkSysuSource(tmp_path).default_protocols == expected
-
-
-def test_people_of_two_queries_share_an_identity_by_name(tmp_path):
+def test_people_are_named_and_labeled_boxes_may_be_strays(tmp_path):
     queries = [
         (("s3.jpg", (20, 30, 40, 50)), "p30", [("s5.jpg", (22, 32, 42, 52))]),
         (("s5.jpg", (22, 32, 42, 52)), "p30", [("s3.jpg", (20, 30, 40, 50))]),
     ]
-    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": queries})
-    found = [ids.tolist() for ids in CuhkSysuSource(tmp_path).test.identity]
-    assert found == [[0], [0, -1], [], [-1, -1]]
-
-
-def test_labeled_box_that_the_image_does_not_have_stays_out_and_is_reported(tmp_path):
     train = {"p1": [("s9.jpg", (1, 2, 3, 4)), ("s10.jpg", (11, 12, 13, 14))]}
-    fixtures.write_cuhk(tmp_path, IMAGES, POOL, train, {"TestG50": SMALL})
+    fixtures.write_cuhk(tmp_path, IMAGES, POOL, train, {"TestG50": queries})
     source = CuhkSysuSource(tmp_path)
+    assert [ids.tolist() for ids in source.test.identity] == [[0], [0, -1], [], [-1, -1]]
     assert [mask.sum() for mask in source.train.labeled] == [1, 0, 0]
     assert "1 labeled boxes are not in Images.mat" in source.notes[-1]
 
 
-def img(box: object, name: str = "s1.jpg") -> np.ndarray:
+def img(box: object, name: str = "s1.jpg") -> tuple[str, np.ndarray]:
     boxes = fixtures.structs([{"idlocate": box}])
-    return fixtures.structs([{"imname": name, "nAppear": 1, "box": boxes}])
+    return "Img", fixtures.structs([{"imname": name, "nAppear": 1, "box": boxes}])
+
+
+def query(*gallery: fixtures.Located) -> tuple[str, np.ndarray]:
+    asked = fixtures.structs([fixtures.located(QUERY[0]) | {"idname": "p"}])
+    entries = fixtures.structs(map(fixtures.located, gallery))
+    return "TestG50", fixtures.structs([{"Query": asked, "Gallery": entries}])
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "message"),
+    ("file", "content", "message"),
     [
+        ("pool", ("pool", fixtures.cells(["s7"])), "names the image 's7', which Images.mat lacks"),
+        ("pool", ("nose", np.zeros(3)), "'pool' is not among nose"),
+        ("Images", img([[1, 2, 3, 4]], "../s1.jpg"), "'../s1.jpg'; expected a file inside"),
+        ("Images", img([[1, 2, np.nan, 4]]), "has the coordinate nan"),
+        ("Images", img([[1, 2, 3]]), "has 3 numbers for a box, not x, y, w, h"),
+        ("Images", img([[1j, 2, 3, 4]]), "holds complex numbers"),
+        ("Images", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not"),
+        ("Images", b"<!DOCTYPE html><html>Sign in", "is an HTML page, not the file itself"),
         (
-            "pool",
-            fixtures.cells(["s77.jpg"]),
-            "names the image 's77.jpg', which is none of the images of Images.mat",
+            "Images",
+            b"MATLAB 7.3 MAT-file, Platform: ".ljust(512),
+            "is a MATLAB file of version 7.3",
         ),
-        ("nose", np.zeros(3), "has no variable pool, but nose"),
-        ("Img", img([[1, 2, 3, 4]], "../s1.jpg"), "'../s1.jpg'; expected a file inside"),
-        ("Img", img([[1, 2, np.nan, 4]]), "has the coordinate nan"),
-        ("Img", img([[1, 2, 3]]), "has 3 numbers for a box, not x, y, w, h"),
-        ("Img", img([[1j, 2, 3, 4]]), "holds complex numbers"),
+        ("Images", b"MATLAB, honestly", "is not a little-endian MATLAB file of version 5"),
+        ("test/train_test/TestG50", query(("s5.jpg", None)), "or whom no image shows"),
+        ("test/train_test/TestG50", query(("s9.jpg", None)), "'s9.jpg' is not among s5.jpg, s3"),
     ],
 )
-def test_errors_name_the_file(root, variable, value, message):
-    path = root / "annotation" / ("Images.mat" if variable == "Img" else "pool.mat")
-    fixtures.save(path, variable, value)
+def test_errors_name_the_file(root, file, content, message):
+    path = root / "annotation" / f"{file}.mat"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        fixtures.save(path, *content)
     with pytest.raises(UserError) as error:
         _ = CuhkSysuSource(root).test
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("stub", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, .*lfs pull"),
-        (b"<!DOCTYPE html><html>Sign in", "an HTML page, not the file itself"),
-        (b"MATLAB 7.3 MAT-file, Platform: ".ljust(512), "a MATLAB file of version 7.3.*'-v7'"),
-        (b"MATLAB, honestly", "not a little-endian MATLAB file of version 5"),
-    ],
-)
-def test_what_lies_there_in_place_of_a_file_is_said(root, stub, message):
-    (root / "annotation" / "Images.mat").write_bytes(stub)
-    with pytest.raises(UserError, match=rf"Images.mat: is {message}"):
-        _ = CuhkSysuSource(root).train
-
-
-@pytest.mark.parametrize(
-    ("gallery", "message"),
-    [
-        ([("s5.jpg", None)], "query 1 has no box, or no gallery image of its person"),
-        ([("s5.jpg", (22, 32, 42, 52)), ("s9.jpg", None)], "'s9.jpg', which is none of the images"),
-    ],
-)
-def test_protocol_files_are_checked(tmp_path, gallery, message):
-    fixtures.write_cuhk(tmp_path, IMAGES, POOL, TRAIN, {"TestG50": [(*QUERY, gallery)]})
-    with pytest.raises(UserError, match=message):
-        _ = CuhkSysuSource(tmp_path).test
-
-
 def test_what_is_missing_is_said(root):
     with pytest.raises(UserError, match=rf"set --config.data.root={root} "):
         CuhkSysuSource(root.parent)
-    for path in (root / "annotation/test/train_test").glob("TestG*.mat"):
+    for path in root.rglob("TestG*.mat"):
         path.unlink()
-    (root / "annotation" / "pool.mat").unlink()
-    missing = "annotation/pool.mat, annotation/test/train_test/TestG*.mat, found annotation"
-    with pytest.raises(UserError, match=re.escape(f"lacks {missing}")):
+    with pytest.raises(UserError, match=r"lacks annotation/.*TestG\*.mat, found annotation"):
         CuhkSysuSource(root)
 
 
@@ -195,21 +159,17 @@ def test_what_is_missing_is_said(root):
 def test_real_protocol_against_a_literal_reading(tmp_path):
     """2,900 queries over 6,978 images; the folder around the file is made up from it."""
     rows = scipy.io.loadmat(REAL_PROTOCOL, squeeze_me=True)["TestG100"]
-    literal = []
-    boxes: dict[str, list[tuple[int, ...]]] = {}
+    literal, boxes = [], {}
     for row in rows:
         query, gallery = row["Query"], row["Gallery"]
         entries = [(str(query["imname"]), query["idlocate"].item())]
         entries += [(str(name), box) for name, box, _ in gallery]
         literal.append((str(query["idname"]), entries))
         for name, box in entries:
-            people = boxes.setdefault(name, [])
-            if box.size and tuple(box.tolist()) not in people:
-                people.append(tuple(box.tolist()))
+            boxes.setdefault(name, set()).update({tuple(box.tolist())} if box.size else ())
     assert len(boxes) == 6978
-    pool = sorted(boxes)
-    images = {"s0.jpg": [(1, 2, 3, 4)]} | boxes
-    fixtures.write_cuhk(tmp_path, images, pool, {"p0": [("s0.jpg", (1, 2, 3, 4))]}, {})
+    train = [("s0.jpg", (1, 2, 3, 4))]
+    fixtures.write_cuhk(tmp_path, boxes | {"s0.jpg": [train[0][1]]}, [*boxes], {"p0": train}, {})
     (tmp_path / "annotation/test/train_test/TestG100.mat").write_bytes(REAL_PROTOCOL.read_bytes())
 
     source = CuhkSysuSource(tmp_path)
@@ -228,9 +188,3 @@ def test_real_protocol_against_a_literal_reading(tmp_path):
         corners = [[x, y, x + w, y + h] for _, (x, y, w, h) in held]
         found = [protocol.query_box[query], *protocol.target_boxes[query]]
         np.testing.assert_array_equal(found, corners)
-    whole = source.protocol("all")
-    for query in (0, 1500, 2899):
-        np.testing.assert_array_equal(whole.gallery[query][:100], protocol.gallery[query])
-        assert whole.query_image[query] not in whole.gallery[query][100:]
-        others = set(range(6978)) - {int(whole.query_image[query])}
-        assert set(whole.gallery[query].tolist()) == others

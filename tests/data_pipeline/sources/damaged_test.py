@@ -1,6 +1,5 @@
 """Damaged annotation files: whatever is changed in one, it is read, or the error names it."""
 
-import json
 import struct
 import zlib
 
@@ -15,6 +14,7 @@ from data_pipeline.sources.cuhk_sysu import CuhkSysuSource
 from data_pipeline.sources.prw import PrwSource
 from data_pipeline.sources.source import LARGEST_COORDINATE
 from tests.data_pipeline import dataset_fixtures as fixtures
+from tests.data_pipeline.sources import coco_person_search_test, prw_test
 
 QUICK = settings(
     max_examples=150,
@@ -26,14 +26,6 @@ QUICK = settings(
 KINDS = st.sampled_from(["flip", "word", "cut", "remove", "repeat"])
 NUMBERS = st.one_of(st.integers(0, 20), st.integers(0, 2**32 - 1))
 CHANGES = st.lists(st.tuples(st.integers(0, 5000), KINDS, NUMBERS), min_size=1, max_size=4)
-ODD = st.sampled_from([None, True, "../x.jpg", "/etc/passwd", "a\0b", "nan", "9" * 5000, 10**400])
-LEAVES = st.one_of(ODD, st.integers(-(2**65), 2**65), st.floats(), st.text(max_size=8))
-NAMES = st.sampled_from(["person_id", "x"])
-VALUES = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner)),
-    max_leaves=6,
-)
 
 
 def damage(data, changes):
@@ -55,14 +47,9 @@ def check(source):
     try:
         splits = source.train, source.test
         protocols = [source.protocol(name) for name in source.default_protocols]
-    except UserError as found:
-        message = str(found)
-    else:
-        return check_splits(source, splits, protocols)
-    assert str(source.root) in message
-
-
-def check_splits(source, splits, protocols):
+    except (UserError, FileNotFoundError) as found:  # a frame of another name has no file
+        assert str(source.root) in str(found)  # noqa: PT017
+        return
     for split in splits:
         assert len(set(split.names)) == len(split.names)
         for name in split.names:
@@ -83,64 +70,28 @@ def folders(tmp_path_factory):
     """A small data set for each reader."""
     cuhk, prw, coco = (tmp_path_factory.mktemp(name) for name in ("cuhk", "prw", "coco"))
     fixtures.write_small_cuhk(cuhk)
-    people = [(41, 10, 20, 30, 40), (6, 50.5, 60, 70, 80), (-2, 1, 2, 3, 4)]
-    frames = {"c1s1_000040": people, "c3s1_000050": people[:2]}
-    queries = [(41, 10, 20, 30, 40, "c1s1_000040"), (6, 50.5, 60, 70, 80, "c3s1_000050")]
-    fixtures.write_prw(prw, {"c2s1_000010": people}, frames, queries)
-    names = {"day/t1.jpg": (90, 120), "t2.jpg": (80, 60), "t3.jpg": (80, 60)}
-    boxes = [(name, (1.5 * row, 2, 10, 20.25), row) for name in names for row in range(3)]
+    fixtures.write_prw(prw, prw_test.TRAIN, prw_test.TEST, prw_test.QUERIES)
     for split in ("train", "test", "query"):
-        fixtures.write_json(coco / f"{split}.json", fixtures.coco(names, boxes))
+        fixtures.write_json(coco / f"{split}.json", coco_person_search_test.TEST)
     return {CuhkSysuSource: cuhk, PrwSource: prw, CocoPersonSearchSource: coco}
 
 
-def check_damaged(source_class, root, path, content):
-    """`check` with another content of one file."""
-    sound = path.read_bytes()
-    path.write_bytes(content)
+@pytest.mark.parametrize("source_class", [CuhkSysuSource, PrwSource, CocoPersonSearchSource])
+@QUICK
+@given(number=st.integers(0, 99), changes=CHANGES, packed=st.booleans())
+def test_bytes(folders, source_class, number, changes, packed):
+    """Changes of MATLAB files that are packed again are not found by a checksum."""
+    root = folders[source_class]
+    paths = sorted(path for path in root.rglob("*.*") if path.suffix != ".jpg")
+    path = paths[number % len(paths)]
+    sound = data = path.read_bytes()
+    if packed and path.suffix == ".mat":
+        element = zlib.compress(damage(zlib.decompress(data[136:]), changes), 1)
+        data = data[:128] + struct.pack("<II", 15, len(element)) + element
+    else:
+        data = damage(data, changes)
+    path.write_bytes(data)
     try:
         check(source_class(root))
     finally:
         path.write_bytes(sound)
-
-
-@pytest.mark.parametrize("source_class", [CuhkSysuSource, PrwSource])
-@QUICK
-@given(number=st.integers(0, 9), changes=CHANGES, packed=st.booleans())
-def test_matlab(folders, source_class, number, changes, packed):
-    """Most changes are behind the compression, whose checksum is then right."""
-    root = folders[source_class]
-    paths = sorted(root.rglob("*.mat"))
-    path = paths[number % len(paths)]
-    data = path.read_bytes()
-    if packed:
-        matrix = damage(zlib.decompress(data[136:]), changes)
-        element = zlib.compress(matrix, 1)
-        data = data[:128] + struct.pack("<II", 15, len(element)) + element
-    else:
-        data = damage(data, changes)
-    check_damaged(source_class, root, path, data)
-
-
-TEXTS = [(PrwSource, "query_info.txt")]
-TEXTS += [(CocoPersonSearchSource, f"{file}.json") for file in ("train", "test", "query")]
-
-
-@QUICK
-@given(file=st.sampled_from(TEXTS), changes=CHANGES)
-def test_bytes_of_text(folders, file, changes):
-    path = folders[file[0]] / file[1]
-    check_damaged(file[0], path.parent, path, damage(path.read_bytes(), changes))
-
-
-@QUICK
-@given(file=st.sampled_from(["train", "test", "query"]), data=st.data())
-def test_json_values(folders, file, data):
-    root = folders[CocoPersonSearchSource]
-    path = root / f"{file}.json"
-    content = json.loads(path.read_bytes())
-    part = data.draw(st.sampled_from(["images", "annotations", "categories"]))
-    row = data.draw(st.sampled_from(content[part]))
-    row[data.draw(st.sampled_from([*row, "attributes", "iscrowd"]))] = data.draw(VALUES)
-    text = json.dumps(content).encode("utf-8", "surrogatepass")
-    check_damaged(CocoPersonSearchSource, root, path, text)
