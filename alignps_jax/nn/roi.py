@@ -113,7 +113,7 @@ class RoIHead(nn.Module):
         def norm(x: Vectors, name: str, init: Initializer = ones) -> Vectors:
             return BatchNorm(init, name=name)(x, valid.ravel(), train=train, add_up=add_up)
 
-        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Vectors:
+        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Array:
             return norm(nn.Dense(features, kernel_init=init, name=name)(x), f"{name}_bn", init)
 
         pooled = enumerate((before, after))
@@ -125,8 +125,8 @@ class RoIHead(nn.Module):
         # Nothing reads it, but it is in the published files.
         dead = {"kernel": jnp.zeros((after.shape[-1], 2)), "bias": jnp.zeros(2)}
         self.variable("frozen", "fc_cls", lambda: dead)
-        outputs = RoiOutputs(logits[:, 0], deltas, embeddings)
-        return jax.tree.map(lambda x: x.reshape(*valid.shape, *x.shape[1:]), outputs)
+        outputs = logits[:, 0], deltas, embeddings
+        return RoiOutputs(*(x.reshape(*valid.shape, *x.shape[1:]) for x in outputs))
 
 
 @jax.custom_jvp
@@ -151,7 +151,7 @@ class MutualInformation(nn.Module):
         return _linear(nn.relu(x), 1, "output")[:, 0]
 
 
-def _linear(x: Vectors, features: int, name: str) -> Vectors:
+def _linear(x: Vectors, features: int, name: str) -> Float[Array, "N F"]:
     """A linear layer with the initial values of PyTorch."""
     bound = x.shape[-1] ** -0.5
 

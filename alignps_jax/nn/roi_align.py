@@ -68,7 +68,9 @@ def _weights(
     return total / jnp.maximum(count, 1)[..., None]
 
 
-def _means(rows: Float[Array, "size h"], columns: Float[Array, "size w"], window: Map) -> Map:
+def _means(
+    rows: Float[Array, "size H"], columns: Float[Array, "size W"], window: Map
+) -> Float[Array, "size size C"]:
     """The means of one box, from the window of the map that its matrices belong to."""
     rows, columns = rows.astype(window.dtype), columns.astype(window.dtype)
     # Of two matrices: the gradient of `tensordot` takes twice as long on CPUs.
