@@ -97,7 +97,7 @@ class ResNet(nn.Module):
         return tuple(maps[1:])
 
     @nn.nowrap
-    def stage(self, number: int, x: Map, valid_size: ValidSize) -> tuple[Map, ValidSize]:
+    def stage(self, number: int, x: Map, valid_size: ValidSize) -> tuple[Array, ValidSize]:
         """The blocks of res(2 + number), parts of the module that calls this."""
         for index in range(self.depths[number]):
             stride = 2 if number > 0 and index == 0 else 1

@@ -92,7 +92,6 @@ class RoIHead(nn.Module):
 
     stage: Callable[[Map, ValidSize], tuple[Map, ValidSize]]
     features: int
-    dtype: str = "float32"
 
     @nn.compact
     def __call__(
@@ -106,7 +105,7 @@ class RoIHead(nn.Module):
         add_up: AddUp = lambda x: x,
     ) -> RoiOutputs:
         """Predicts for boxes in pixels; statistics are those of `valid` ones (see `BatchNorm`)."""
-        regions = lax.map(lambda one: roi_align(*one), (c4.astype(self.dtype), boxes, valid_size))
+        regions = lax.map(lambda one: roi_align(*one), (c4, boxes, valid_size))
         regions = regions.reshape(-1, *regions.shape[2:])
         sides = jnp.full((len(regions), 2), regions.shape[1], jnp.int32)
         before, after = max_pool(regions), max_pool(self.stage(regions, sides)[0])
@@ -114,7 +113,7 @@ class RoIHead(nn.Module):
         def norm(x: Vectors, name: str, init: Initializer = ones) -> Vectors:
             return BatchNorm(init, name=name)(x, valid.ravel(), train=train, add_up=add_up)
 
-        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Vectors:
+        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Array:
             return norm(nn.Dense(features, kernel_init=init, name=name)(x), f"{name}_bn", init)
 
         pooled = enumerate((before, after))
@@ -126,15 +125,21 @@ class RoIHead(nn.Module):
         # Nothing reads it, but it is in the published files.
         dead = {"kernel": jnp.zeros((after.shape[-1], 2)), "bias": jnp.zeros(2)}
         self.variable("frozen", "fc_cls", lambda: dead)
-        outputs = RoiOutputs(logits[:, 0], deltas, embeddings)
-        return jax.tree.map(lambda x: x.reshape(*valid.shape, *x.shape[1:]), outputs)
+        outputs = logits[:, 0], deltas, embeddings
+        return RoiOutputs(*(x.reshape(*valid.shape, *x.shape[1:]) for x in outputs))
 
 
+@jax.custom_jvp
 def max_pool(x: Map) -> Float[Array, "B C"]:
     """The maximum of each channel in float32; the first of equal ones gets the gradient."""
-    x = x.reshape(len(x), -1, x.shape[-1])
-    first = jnp.argmax(x, axis=1)[:, None]
-    return jnp.sum(x, axis=1, where=jnp.arange(x.shape[1])[:, None] == first, dtype=jnp.float32)
+    return x.max((1, 2)).astype(jnp.float32)
+
+
+@max_pool.defjvp
+def _max_pool_jvp(primals: tuple[Map], tangents: tuple[Map]) -> tuple[Array, Array]:
+    x, d_x = (a.reshape(len(a), -1, a.shape[-1]) for a in primals + tangents)
+    first = jnp.arange(x.shape[1])[:, None] == jnp.argmax(x, axis=1)[:, None]
+    return max_pool(*primals), jnp.sum(d_x, axis=1, where=first, dtype=jnp.float32)
 
 
 class MutualInformation(nn.Module):
@@ -146,7 +151,7 @@ class MutualInformation(nn.Module):
         return _linear(nn.relu(x), 1, "output")[:, 0]
 
 
-def _linear(x: Vectors, features: int, name: str) -> Vectors:
+def _linear(x: Vectors, features: int, name: str) -> Float[Array, "N F"]:
     """A linear layer with the initial values of PyTorch."""
     bound = x.shape[-1] ** -0.5
 

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.platforms import on_platform
 
+STRIDE = 16  # of C4, in pixels
 MOST_SAMPLES = 1000  # of a cell, along an axis: no box of a photo has more
 CHUNK = 32  # boxes at a time: mixed rows of 1024 channels of a map of 100 columns take 180 MB
-BLOCK = 16  # columns of the map that a CPU multiplies at a time
+BLOCK = 8  # columns of the map that a CPU multiplies at a time
 
 Map = Float[Array, "H W C"]
 Rows = Float[Array, "R size H"]
@@ -26,29 +27,18 @@ Means = Float[Array, "R size size C"]
 
 
 def roi_align(
-    features: Map,
-    boxes: Float[Array, "R 4"],
-    valid_size: Int[Array, "2"],
-    *,
-    size: int = 14,
-    stride: int = 16,
+    c4: Map, boxes: Float[Array, "R 4"], valid_size: Int[Array, "2"], *, size: int = 14
 ) -> Means:
     """Equals `torchvision.ops.roi_align` with `aligned` and its own choice of sample numbers.
 
-    Boxes get no gradient. Those without area give zeros.
-
-    Args:
-      features: the map of one image.
-      boxes: x1, y1, x2, y2 in pixels of the image, anywhere.
-      valid_size: height and width of the map without its padding.
-      size: cells of the grid along either axis.
-      stride: pixels of the image per pixel of the map, a power of two.
+    Boxes (in pixels, anywhere) get no gradient. Those without area give zeros. `valid_size` is the
+    size of the image's map without its padding.
     """
-    boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / stride - 0.5
+    boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / STRIDE - 0.5
     left, top, right, bottom = jnp.moveaxis(boxes, 1, 0)
-    rows = _weights(top, bottom - top, valid_size[0], features.shape[0], size)
-    columns = _weights(left, right - left, valid_size[1], features.shape[1], size)
-    return on_platform(features, rows, columns, cpu=_by_blocks, default=_products)
+    rows = _weights(top, bottom - top, valid_size[0], c4.shape[0], size)
+    columns = _weights(left, right - left, valid_size[1], c4.shape[1], size)
+    return on_platform(c4, rows, columns, cpu=_by_blocks, default=_products)
 
 
 def _weights(
@@ -63,7 +53,8 @@ def _weights(
     count = count - (size * (count - 1) >= length) + (size * count < length)
     count = jnp.clip(count, 0, MOST_SAMPLES)
     start, cell, count = (x[:, None] for x in (start, cell, count))
-    starts = start + jnp.arange(size) * cell
+    # Not negative; `abs` keeps product and sum apart, which one instruction would round only once.
+    starts = start + jnp.abs(jnp.arange(size) * cell)
 
     def add_sample(index: Int[Array, ""], total: Rows) -> Rows:
         at = starts + (index + 0.5) * cell / count
@@ -77,9 +68,12 @@ def _weights(
     return total / jnp.maximum(count, 1)[..., None]
 
 
-def _means(rows: Float[Array, "size h"], columns: Float[Array, "size w"], window: Map) -> Map:
+def _means(
+    rows: Float[Array, "size H"], columns: Float[Array, "size W"], window: Map
+) -> Float[Array, "size size C"]:
     """The means of one box, from the window of the map that its matrices belong to."""
     rows, columns = rows.astype(window.dtype), columns.astype(window.dtype)
+    # Of two matrices: the gradient of `tensordot` takes twice as long on CPUs.
     mixed = (rows @ window.reshape(len(window), -1)).reshape(len(rows), *window.shape[1:])
     return jnp.broadcast_to(columns, (len(rows), *columns.shape)) @ mixed
 
@@ -91,13 +85,15 @@ def _products(features: Map, rows: Rows, columns: Columns) -> Means:
 
 def _by_blocks(features: Map, rows: Rows, columns: Columns) -> Means:
     """From the blocks of the map's columns that a box needs."""
-    padding = (0, 0), (0, -features.shape[1] % BLOCK), (0, 0)
-    features = jnp.pad(features, padding).reshape(len(features), -1, BLOCK, features.shape[2])
-    columns = jnp.pad(columns.swapaxes(1, 2), padding)
-    columns = columns.reshape(len(columns), -1, BLOCK, columns.shape[2]).swapaxes(2, 3)
-    used = jnp.any(columns != 0, axis=(2, 3))
+
+    def blocks(x: Float[Array, "N W K"]) -> Float[Array, "N blocks BLOCK K"]:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0)))
+        return x.reshape(len(x), -1, BLOCK, x.shape[2])
+
+    weights = blocks(columns.swapaxes(1, 2)).swapaxes(2, 3)
+    used = jnp.any(weights != 0, axis=(2, 3))
     pairs = *jnp.nonzero(used, size=used.size), used.sum()
-    return _sum(features.swapaxes(0, 1), rows, columns, pairs)
+    return _sum(blocks(features).swapaxes(0, 1), rows, weights, pairs)
 
 
 @jax.custom_vjp
@@ -114,16 +110,17 @@ def _sum(features: Array, rows: Rows, columns: Array, pairs: tuple[Array, Array,
 
 
 def _sum_bwd(residuals: tuple[Any, ...], d_out: Means) -> tuple[Any, ...]:
-    features, rows, columns, (boxes, blocks, count) = residuals
-    d_out = jnp.asarray(d_out, jnp.float32)
+    rows, columns, (boxes, blocks, count) = residuals
+    d_means = jnp.asarray(d_out, jnp.float32)
 
     def add(at: Array, total: Array) -> Array:
         box, block = boxes[at], blocks[at]
         means = partial(_means, rows[box], columns[box, block])
-        return total.at[block].add(jax.linear_transpose(means, total[0])(d_out[box])[0])
+        return total.at[block].add(jax.linear_transpose(means, total[0])(d_means[box])[0])
 
-    total = lax.fori_loop(0, count, add, jnp.zeros(features.shape))
-    return total.astype(features.dtype), None, None, None
+    shape = columns.shape[1], rows.shape[2], BLOCK, d_out.shape[3]
+    total = lax.fori_loop(0, count, add, jnp.zeros(shape))
+    return total.astype(d_out.dtype), None, None, None
 
 
-_sum.defvjp(lambda *args: (_sum(*args), args), _sum_bwd)
+_sum.defvjp(lambda features, *rest: (_sum(features, *rest), rest), _sum_bwd)
