@@ -126,7 +126,7 @@ def build_model(config: ConfigDict) -> AlignPS:
         stage = partial(backbone.clone(deform_stages=()).stage, len(backbone.depths) - 1)
         branch = {
             "rpn": RPNHead(dtype=model.dtype),
-            "roi": RoIHead(stage, model.channels, dtype=model.dtype),
+            "roi": RoIHead(stage, model.channels),
             "mutual_information": MutualInformation(),
         }
     return AlignPS(
