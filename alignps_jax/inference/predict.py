@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.inference.postprocess import detect, embed_boxes
+from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import AlignPS, build_model
+from alignps_jax.nn.neck import level_size
 from alignps_jax.types import Batch, Detections, Outputs, RoiOutputs
 
 
@@ -82,7 +84,8 @@ class PredictStep:
         rounding of both ways (Released code).
         """
         boxes = found.boxes * jnp.tile(batch.scale, 2)[:, None]
-        regions = apply(c4, batch.size, boxes, found.valid, train=False, method="embed")
+        size = level_size(round_up(jnp.asarray(batch.size)), 4)
+        regions = apply(c4, size, boxes, found.valid, method="roi")
         parts = (found.embeddings, regions.embeddings)
         embeddings = jnp.concatenate(parts[self.config.branch == "roi" :], axis=-1)
         embeddings = jnp.where(found.valid[..., None], l2_normalize(embeddings), 0.0)

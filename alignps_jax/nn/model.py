@@ -17,7 +17,7 @@ from alignps_jax.nn.head import FCOSHead
 from alignps_jax.nn.layers import GroupNorm, ValidSize, mask_padding, round_up
 from alignps_jax.nn.neck import AlignedFeatureAggregation, level_size
 from alignps_jax.nn.roi import MutualInformation, RoIHead, RPNHead
-from alignps_jax.types import Outputs, RoiOutputs, RpnOutputs, Weights
+from alignps_jax.types import Outputs, Weights
 
 Params = Any
 
@@ -55,7 +55,7 @@ class AlignPS(nn.Module):
     def with_c4(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
     ) -> tuple[tuple[Outputs, ...], Map | None]:
-        """The same, and the map from which the RoI branch reads regions, if there is one."""
+        """The same, and C4, from which the RoI branch reads regions, if there is one."""
         valid_size = round_up(size)
         pixels = self.normalized(image, size).astype(self.dtype)
         features = self.backbone(pixels, valid_size)
@@ -68,26 +68,12 @@ class AlignPS(nn.Module):
         )
         if self.roi is None:
             return outputs, None
-        if self.is_initializing():
-            some = jnp.tile(valid_size[:, None].astype(jnp.float32), (1, 1, 2))  # a box each
-            found = self.embed(features[1], size, some, jnp.ones(some.shape[:2], bool))
-            self.propose(features[1], size)
-            self.dependence(found.embeddings[:, 0], found.embeddings[:, 0])
+        if self.is_initializing():  # of a box in each image
+            size, boxes = level_size(valid_size, 4), jnp.full((len(image), 1, 4), 8.0)
+            found = self.roi(features[1], size, boxes, jnp.ones((len(image), 1), bool))
+            self.rpn(features[1], size)
+            self.mutual_information(found.embeddings[:, 0], found.embeddings[:, 0])
         return outputs, features[1]
-
-    def propose(self, c4: Map, size: ValidSize) -> RpnOutputs:
-        """What the region proposal network says of all anchors."""
-        return self.rpn(c4, level_size(round_up(size), 4))
-
-    def embed(
-        self, c4: Map, size: ValidSize, boxes: Array, valid: Array, **training: Any
-    ) -> RoiOutputs:
-        """What the RoI branch says of boxes [B, R, 4] of the input; `training` as `RoIHead`."""
-        return self.roi(c4, level_size(round_up(size), 4), boxes, valid, **training)
-
-    def dependence(self, u: Float[Array, "K D"], v: Float[Array, "K D"]) -> Float[Array, "K"]:
-        """The estimate that the mutual information of embeddings is made from."""
-        return self.mutual_information(u, v)
 
     def normalized(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,14 +18,16 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from alignps_jax.devices import AXIS
+from alignps_jax.losses.mutual_information import mutual_information
 from alignps_jax.losses.oim import update_memory
-from alignps_jax.losses.roi import draw
-from alignps_jax.losses.rpn import PROPOSALS
+from alignps_jax.losses.roi import draw, people_of, roi_terms, sample_rois
+from alignps_jax.losses.rpn import PROPOSALS, propose, rpn_terms
 from alignps_jax.losses.terms import Term
 from alignps_jax.losses.total import assign, flatten_levels, select_positives, total
+from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.training.regions import region_terms
-from alignps_jax.types import Batch, Outputs, RoiDraws, TrainState
+from alignps_jax.nn.neck import level_size
+from alignps_jax.types import Batch, OIMMemory, Outputs, People, RoiDraws, TrainState
 
 
 @struct.dataclass
@@ -79,18 +82,9 @@ class TrainStep:
             frozen, regions = state.frozen, None
             if self.model.roi is not None:
                 chosen = draws or self._draws(state.step, batch, c4)
-                found = region_terms(
-                    partial(self.model.apply, variables),
-                    c4,
-                    batch,
-                    chosen,
-                    state.roi_memory,
-                    gathered,
-                    self.loss.rois_per_image,
-                    gather=gather,
-                    add_up=partial(lax.psum, axis_name=AXIS),
-                )
-                terms, frozen, regions = terms | found.terms, found.frozen, found.people
+                parts = variables, c4, batch, chosen, state.roi_memory, gathered, gather
+                more, regions, frozen = self._regions(*parts)
+                terms |= more
             losses = {name: _local_loss(term) for name, term in terms.items()}
             return sum(losses.values()), (losses, dropped, (gathered, regions, frozen))
 
@@ -123,6 +117,37 @@ class TrainStep:
         searched, made = (self.model.predicted_levels(train=train) for train in (False, True))
         edges = (0.0, *self.loss.level_borders, math.inf)
         return [*pairwise(edges), *[(math.inf, 0.0)] * (len(made) - len(searched))]
+
+    def _regions(
+        self,
+        variables: Any,
+        c4: Any,
+        batch: Batch,
+        draws: RoiDraws,
+        memory: OIMMemory,
+        dense: People,
+        gather: Callable[[Any], Any],
+    ) -> tuple[dict[str, Term], People, Any]:
+        """The RoI branch's terms, the people in the regions of all devices, and its statistics.
+
+        `dense` are the positive locations of all devices.
+        """
+        apply: Any = partial(self.model.apply, variables)
+        size, width = level_size(round_up(jnp.asarray(batch.size)), 4), c4.shape[2]
+        anchors = apply(c4, size, method="rpn")
+        proposals = propose(anchors, batch.size, size, width)
+        rois = sample_rois(*proposals, batch, draws.roi, self.loss.rois_per_image)
+        outputs, changed = apply(
+            *(c4, size, rois.boxes, rois.valid),
+            **{"train": True, "add_up": partial(lax.psum, axis_name=AXIS)},
+            method="roi",
+            mutable=["frozen"],
+        )
+        people = gather(people_of(rois, outputs.embeddings))
+        estimate = partial(apply, method="mutual_information")
+        terms = rpn_terms(anchors, batch, width, draws.rpn) | roi_terms(outputs, rois, memory)
+        terms["mutual_information"] = mutual_information(people, dense, estimate, draws)
+        return terms, people, changed["frozen"]
 
     def _draws(self, step: Any, batch: Batch, c4: Any) -> RoiDraws:
         """The random choices of a step for this device's images."""
