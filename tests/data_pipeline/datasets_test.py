@@ -108,6 +108,7 @@ def test_a_prepared_set_is_read_and_no_annotation_file_opened(root, tmp_path, na
     data = fixtures.data_config(name, root)
     source = datasets.DATASETS[name](root)
     train, test, protocols = source.train, source.test, list(map(source.protocol, source.protocols))
+    defaults = source.default_protocols
     assert_same(datasets.load_test(data, ())[0], test)
     first = datasets.prepare(data)
     for path in (root / file for file in source.annotation_files()):
@@ -121,8 +122,8 @@ def test_a_prepared_set_is_read_and_no_annotation_file_opened(root, tmp_path, na
     assert_same(datasets.load_train(data), train)
     for one, other in zip(found, protocols, strict=True):
         assert_same(one, other)
-    defaults = datasets.load_test(data, ())[1]
-    assert tuple(protocol.name for protocol in defaults) == source.default_protocols
+    found = datasets.load_test(data, ())[1]
+    assert tuple(protocol.name for protocol in found) == defaults
     second = datasets.prepare(data)
     for split in ("train", "test"):
         one, other = first.split(split), second.split(split)

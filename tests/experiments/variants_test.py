@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from math import inf
 
+import jax
+import numpy as np
 import optax
 import pytest
 
@@ -15,6 +17,7 @@ from alignps_jax.training.step import TrainStep
 from alignps_jax.types import UserError
 from configs import cuhk, prw, synthetic, tiny
 from configs.variants import VARIANTS, rows_of, variants_for
+from tests.fakes import randomize
 
 CONFIGS = {"cuhk": cuhk, "prw": prw, "synthetic": synthetic, "tiny": tiny}
 # Sizes of the people who go to each level, by variant; `released` has levels of background only.
@@ -73,3 +76,26 @@ def test_the_list_names_every_variant_and_row_and_fits(dataset, capsys, monkeypa
     assert len(names) == len(listed) + len(VARIANTS) - len(set(listed))
     assert ("mAP 91.8†" in text) == (dataset != "prw")
     assert ("mAP 45.9" in text) == (dataset == "prw")
+
+
+def test_embeddings_come_from_where_the_variant_says():
+    x = np.random.default_rng(4).normal(size=(1, 5, 6, 8)).astype(np.float32)
+    x[:, 4:] = 0
+    extents = np.array([[4, 6]], np.int32)
+    sources = {
+        "": set(),
+        "t1": {"box_tower", "embed_predictor"},
+        "t2": {"cls_tower", "embed_predictor"},
+    }
+    for name, expected in (sources | {"t3": {"embed_predictor", "embed_tower"}}).items():
+        config = tiny.get_config(name)
+        config.model.channels, config.model.head_convs = 8, 1
+        head = build_model(config).head
+        params = randomize(jax.jit(head.init)(jax.random.key(0), x, extents)["params"])
+        run = jax.jit(lambda params, head=head: head.apply({"params": params}, x, extents))
+        whole = run(params).embeddings
+        assert np.array_equal(whole, x) == (name == "")
+        np.testing.assert_allclose(whole.sum((1, 2)), 0 if name else x.sum((1, 2)), atol=1e-4)
+        changed = {p: params | {p: jax.tree.map(lambda z: 2 * z + 1, params[p])} for p in params}
+        found = {p for p, own in changed.items() if not np.allclose(run(own).embeddings, whole)}
+        assert found == expected, name
