@@ -7,8 +7,6 @@ the maps.
 
 from __future__ import annotations
 
-import math
-import operator
 from typing import Any
 
 import jax
@@ -32,7 +30,7 @@ def convolve(
 ) -> Float[Array, "B h w F"]:
     """Sum over the taps of sample(map) @ kernel, in float32."""
     taps, channels, features = kernel.shape
-    weights, rows = (x.reshape(4, -1, taps) for x in (samples.weights, samples.rows(maps)))
+    rows, weights = (x.reshape(4, -1, taps) for x in samples.corners(maps))
     table = maps.reshape(-1, channels)
     if channels >= 8 * features:
         # Projected for all taps, the map is hardly larger; a location has one sample, of 36 pixels.
@@ -111,9 +109,9 @@ def _products(table: Float[Array, "R C"], rows: Rows, values: Float[Array, "M C"
     One reduction of all operands, so that neither the pixels nor the products are stored; and,
     as no compiler reorders a sum of floats, in as many partial sums as a register has lanes.
     """
-    lanes = math.gcd(values.shape[1], LANES)
+    lanes = np.gcd(values.shape[1], LANES)
     products = [values.astype(jnp.float32) * table.at[row].get(**IN_BOUNDS) for row in rows]
     products = [p.reshape(len(p), -1, lanes) for p in products]
     zeros = [np.float32(0)] * len(products)
-    sums = lax.reduce(products, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))
+    sums = lax.reduce(products, zeros, lambda a, b: tuple(map(lax.add, a, b)), (1,))
     return jnp.stack([each.sum(axis=-1) for each in sums])
