@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignps_jax.nn import deform_cpu, deform_gathers, deform_tpu
-from alignps_jax.nn.deform_gathers import samples_at
+from alignps_jax.nn.deform_gathers import Samples, neighbors
 from alignps_jax.nn.layers import conv
 from alignps_jax.nn.platforms import on_platform
 
@@ -36,7 +36,6 @@ def deform_conv2d(
       inputs: the map, float32 or bfloat16, the type of the matmuls; all else is float32.
       offsets: displacement (y, x) of each tap (row-major) at each output location, in pixels of
         `inputs`. A sample contributes what lies inside the map: nothing if y <= -1 or y >= H.
-      kernel: the weights.
       mask: factor of each sample, all ones (DCNv1) if None.
       stride: step between output locations, in pixels of `inputs`.
     """
@@ -44,13 +43,11 @@ def deform_conv2d(
     y, x, ky, kx = jnp.meshgrid(*map(jnp.arange, (h, w, 3, 3)), indexing="ij")
     y = (y * stride - 1 + ky).reshape(h, w, 9) + offsets[..., 0]
     x = (x * stride - 1 + kx).reshape(h, w, 9) + offsets[..., 1]
-    samples = samples_at(y, x, height, width)
-    if mask is not None:
-        samples = samples._replace(weights=samples.weights * mask)
+    (y, y_weights), (x, x_weights) = neighbors(y, height), neighbors(x, width)
+    samples = Samples(y, x, y_weights, x_weights, 1.0 if mask is None else mask)
     kernel = kernel.reshape(9, channels, -1).astype(inputs.dtype)
-    ways = {"cpu": deform_cpu.convolve, "default": deform_gathers.convolve}
-    if stride == 1:
-        ways["tpu"] = deform_tpu.convolve
+    tpu = deform_tpu if stride == 1 else deform_gathers
+    ways = {"cpu": deform_cpu.convolve, "tpu": tpu.convolve, "default": deform_gathers.convolve}
     return on_platform(inputs, kernel, samples, **ways).astype(inputs.dtype)
 
 

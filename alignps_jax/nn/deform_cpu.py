@@ -7,24 +7,22 @@ the maps.
 
 from __future__ import annotations
 
-import math
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.convolution import matmul
 from alignps_jax.nn.deform_gathers import IN_BOUNDS, Samples
 
 TILE = 256  # locations, at most
 LANES = 16  # of a vector register
-# Of the N pixels of all samples: weights and rows of the table.
-Weights = Float[Array, "N ..."]
-Rows = Int[Array, "N ..."]
+# Of the N pixels of a tile's samples: weights and rows of the table.
+Weights = Float[Array, "*tiles N M"]
+Rows = Int[Array, "*tiles N M"]
 
 
 def convolve(
@@ -32,7 +30,7 @@ def convolve(
 ) -> Float[Array, "B h w F"]:
     """Sum over the taps of sample(map) @ kernel, in float32."""
     taps, channels, features = kernel.shape
-    weights, rows = (x.reshape(4, -1, taps) for x in (samples.weights, samples.rows(maps)))
+    rows, weights = (x.reshape(4, -1, taps) for x in samples.corners(maps))
     table = maps.reshape(-1, channels)
     if channels >= 8 * features:
         # Projected for all taps, the map is hardly larger; a location has one sample, of 36 pixels.
@@ -40,24 +38,28 @@ def convolve(
         rows = rows * taps + jnp.arange(taps)
         weights, rows = (x.swapaxes(1, 2).reshape(4 * taps, -1, 1) for x in (weights, rows))
         kernel = jnp.eye(features)
-    out = _by_tiles(table, kernel.reshape(-1, features), weights, rows)
-    return out.reshape(*samples.y.shape[1:-1], features)
+    # Tiles of locations; small ones if there are few, with zeros after the last location.
+    count = weights.shape[1]
+    size = min(TILE, -(-count // 9))
+    padding = (0, 0), (0, -count % size), (0, 0)
+    tiles = (jnp.pad(x, padding).reshape(len(x), -1, size * x.shape[2]) for x in (weights, rows))
+    out = _by_tiles(table, kernel.reshape(-1, features), *(x.swapaxes(0, 1) for x in tiles))
+    return out.reshape(-1, features)[:count].reshape(*samples.y.shape[1:-1], features)
 
 
 @jax.custom_vjp
 def _by_tiles(
     table: Float[Array, "R C"], kernel: Float[Array, "KC F"], weights: Weights, rows: Rows
-) -> Float[Array, "M F"]:
+) -> Float[Array, "tiles size F"]:
     """Samples all taps of a tile, then multiplies."""
 
     def tile(corners: tuple[Weights, Rows]) -> Float[Array, "size F"]:
         return matmul(_samples(table, *corners).reshape(-1, len(kernel)), kernel)
 
-    out = lax.map(tile, (_split(weights), _split(rows)))
-    return out.reshape(-1, kernel.shape[1])[: rows.shape[1]]
+    return lax.map(tile, (weights, rows))
 
 
-def _by_tiles_bwd(residuals: tuple[Any, ...], d_out: Float[Array, "M F"]) -> tuple[Any, ...]:
+def _by_tiles_bwd(residuals: tuple[Any, ...], d_out: Array) -> tuple[Any, ...]:
     table, kernel, weights, rows = residuals
     transposed_kernel = kernel.T
 
@@ -75,24 +77,14 @@ def _by_tiles_bwd(residuals: tuple[Any, ...], d_out: Float[Array, "M F"]) -> tup
 
         return (lax.scan(add_pixels, d_table, (weights, rows))[0], d_kernel), d_weights
 
-    d_out_tiles = _split(d_out[None])
-    d_out_tiles = d_out_tiles.reshape(len(d_out_tiles), -1, d_out.shape[-1])
     # The transpose in one go: XLA's matmul on CPUs is slow when its left side is transposed.
-    tiles = _split(weights), _split(rows), d_out_tiles, d_out_tiles.swapaxes(1, 2)
+    tiles = weights, rows, d_out, d_out.swapaxes(1, 2)
     sums = jnp.zeros(table.shape), jnp.zeros(kernel.T.shape)
     (d_table, d_kernel), d_weights = lax.scan(tile, sums, tiles)
-    d_weights = d_weights.swapaxes(0, 1).reshape(len(rows), -1, rows.shape[2])[:, : rows.shape[1]]
     return d_table.astype(table.dtype), d_kernel.T.astype(kernel.dtype), d_weights, None
 
 
 _by_tiles.defvjp(lambda *args: (_by_tiles(*args), args), _by_tiles_bwd)
-
-
-def _split(x: Num[Array, "N M K"]) -> Num[Array, "tiles N size*K"]:
-    """Tiles of locations, with zeros after the last location; small ones if there are few."""
-    size = min(TILE, -(-x.shape[1] // 9))
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), (0, 0)])
-    return x.reshape(len(x), -1, size * x.shape[2]).swapaxes(0, 1)
 
 
 def _samples(table: Float[Array, "R C"], weights: Weights, rows: Rows) -> Float[Array, "M C"]:
@@ -117,9 +109,9 @@ def _products(table: Float[Array, "R C"], rows: Rows, values: Float[Array, "M C"
     One reduction of all operands, so that neither the pixels nor the products are stored; and,
     as no compiler reorders a sum of floats, in as many partial sums as a register has lanes.
     """
-    lanes = math.gcd(values.shape[1], LANES)
+    lanes = np.gcd(values.shape[1], LANES)
     products = [values.astype(jnp.float32) * table.at[row].get(**IN_BOUNDS) for row in rows]
     products = [p.reshape(len(p), -1, lanes) for p in products]
     zeros = [np.float32(0)] * len(products)
-    sums = lax.reduce(products, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))
+    sums = lax.reduce(products, zeros, lambda a, b: tuple(map(lax.add, a, b)), (1,))
     return jnp.stack([each.sum(axis=-1) for each in sums])

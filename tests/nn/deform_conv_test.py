@@ -207,7 +207,7 @@ def test_bfloat16_is_close(platform):
 @pytest.mark.parametrize("features", [64, 128])
 def test_backward_memory_is_linear(features):
     """Temporaries of forward and backward stay far below nine times the sampled columns."""
-    height, width, channels = 40, 50, 128
+    height, width, channels = 40, 50, 256
     maps = height * width * channels * 4
     shapes = [(1, height, width, channels), (1, height, width, 9, 2), (3, 3, channels, features)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -216,7 +216,7 @@ def test_backward_memory_is_linear(features):
         return jnp.sum(deform_conv2d(inputs, offsets, kernel) ** 2)
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * maps
+    assert compiled.memory_analysis().temp_size_in_bytes < 7 * maps
 
 
 def test_torchvision():
