@@ -8,6 +8,7 @@ elementwise over leading axes unless they say otherwise.
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -141,3 +142,19 @@ def nms(
     )
     used = jnp.arange(limit) < count
     return jnp.where(used, kept, 0), used
+
+
+def as_stored(
+    boxes: Float[np.ndarray, "K 4"], size: tuple[int, int], orientation: int
+) -> tuple[Float[np.ndarray, "K 4"], tuple[int, int]]:
+    """Boxes of an upright photo of that height and width, and its size, in the pixels as stored.
+
+    `orientation` is that of EXIF (2.3, section 4.6.4): from 5 on rows and columns are exchanged.
+    """
+    x, y = boxes[:, 0::2], boxes[:, 1::2]
+    if orientation in (2, 3, 6, 7):
+        x = size[1] - x[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        y = size[0] - y[:, ::-1]
+    stored = (y, x) if orientation > 4 else (x, y)
+    return np.stack(stored, axis=2).reshape(-1, 4), size[::-1] if orientation > 4 else size

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from alignps_jax import boxes as box_ops
 
@@ -165,3 +166,17 @@ def test_nms_by_hand(boxes, valid, threshold: float, kept):
     boxes, valid = np.array(boxes, np.float32), np.array(valid, bool)
     index, used = jax.jit(partial(box_ops.nms, limit=41))(boxes, valid, threshold)
     assert index[used].tolist() == np.flatnonzero(kept).tolist()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_back_as_pillow_turns_photos(orientation):
+    stored = np.zeros((7, 12), np.uint8)
+    stored[1:4, 5:10] = 1
+    image = Image.fromarray(stored)
+    image.getexif()[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(image))
+    rows, columns = (np.flatnonzero(upright.any(axis=axis)) for axis in (1, 0))
+    box = np.array([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]], np.float32)
+    found, size = box_ops.as_stored(box, upright.shape, orientation)
+    np.testing.assert_array_equal(found, [[5, 1, 10, 4]])
+    assert size == stored.shape

@@ -6,8 +6,6 @@ ones. tests/oracle/make_golden.py writes the arrays.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,22 +15,18 @@ from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
-from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
-from alignps_jax.training.step import TrainStep
 from alignps_jax.types import OIMMemory, Weights
 from alignps_jax.weights.released_names import LOOKUP_TABLE, QUEUE, from_torch, released_name
 from tests.oracle import golden
 from tests.oracle.random_weights import random_state_dict
-from tests.oracle.scenes import Scene
 from tests.parity.ours import (
+    apply_rules,
     by_released_name,
-    first_state,
-    one_device,
-    recorded,
     relative_error,
     released_config,
     released_shapes,
     run_stages,
+    start_training,
 )
 
 TAIL = QUEUE.replace("queue", "tail")
@@ -40,12 +34,8 @@ TAIL = QUEUE.replace("queue", "tail")
 
 def make_config(name: str) -> ConfigDict:
     config = released_config(name, **golden.WIDTHS)
-    config.loss.lut_size = golden.MEMORY["lut_size"]
-    config.loss.queue_size = golden.MEMORY["queue_size"]
-    config.optimizer.weight_decay = golden.RULES["weight_decay"]
-    config.optimizer.clip_norm = golden.RULES["clip_norm"]
-    config.optimizer.warmup = f"{golden.RULES['warmup']} steps"
-    config.optimizer.drops = tuple(f"{step} steps" for step in golden.RULES["drops"])
+    config.loss.update(golden.MEMORY)
+    apply_rules(config.optimizer, golden.RULES)
     return config
 
 
@@ -65,10 +55,9 @@ def random_weights(model: AlignPS, *, gentle: bool) -> Weights:
 def test_inference(name):
     config = make_config(name)
     model = build_model(config)
-    image = golden.image()
-    scene = Scene(image[None], np.zeros((1, 1, 4)), np.zeros((1, 1)), np.zeros((1, 1), bool))
     weights = random_weights(model, gentle=False)
-    found, detections = run_stages(model, weights, config.eval, scene.batch())
+    batch = jax.tree.map(lambda x: x[:1], golden.scenes()[0])
+    found, detections = run_stages(model, weights, config.eval, batch)
     with np.load(golden.FOLDER / f"inference_{name}.npz") as file:
         expected = dict(file)
     wanted = {key: expected.pop(f"detected_{key}") for key in ("scores", "boxes", "embeddings")}
@@ -93,11 +82,9 @@ def test_training(name):
         queue=jnp.asarray(expected.pop(f"before/{QUEUE}")),
         tail=jnp.asarray(expected.pop(f"before/{TAIL}"), jnp.int32),
     )
-    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
-    optimizer = recorded(make_optimizer(config.optimizer, schedule, partial(is_frozen, model)))
-    step = one_device(TrainStep(model, optimizer, config.loss, max_positives=100))
-    state = first_state(random_weights(model, gentle=True), memory, optimizer)
-    batches = [jax.tree.map(lambda x: x[None], scene.batch()) for scene in golden.scenes()]
+    weights = random_weights(model, gentle=True)
+    step, state = start_training(config, model, weights, memory)
+    batches = [jax.tree.map(lambda x: x[None], scene) for scene in golden.scenes()]
     clipped = []
     for turn in range(golden.STEPS):
         state, metrics = step(state, batches[turn % len(batches)])

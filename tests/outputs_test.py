@@ -1,5 +1,6 @@
 """Where results cannot be written, a mode says so before its work, in one line."""
 
+import errno
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from alignps_jax.evaluation.evaluate import evaluate_checkpoint
 from alignps_jax.evaluation.scoring import evaluate_detections
 from alignps_jax.experiments.benchmark import run_benchmark
 from alignps_jax.experiments.reproduce import reproduce_table
-from alignps_jax.files import check_outputs
+from alignps_jax.files import check_outputs, complete_file
 from alignps_jax.gallery.photos import search_photos
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
@@ -26,7 +27,7 @@ MODES = {
     "search": partial(search_photos, NOWHERE, tiny.get_config(), NOWHERE, None, NOWHERE),
     "convert": partial(convert_released, cuhk.get_config(), NOWHERE),
     "benchmark": partial(run_benchmark, tiny.get_config(), None, runs=1),
-    "reproduce": partial(reproduce_table, tiny.get_config(), "tiny", "2", 1),
+    "reproduce": partial(reproduce_table, tiny.get_config(), "tiny", "2", 1, train=None),
 }
 
 
@@ -39,3 +40,16 @@ def test_a_file_where_the_results_should_go_ends_a_mode_before_its_work(mode, tm
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
     with pytest.raises(UserError, match="found a folder, expected a file"):
         check_outputs(tmp_path)
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
+    (tmp_path / "d.npz").write_text("old")
+
+    def save():
+        with complete_file(tmp_path / "d.npz") as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"d\.npz: cannot be written \(No space"):
+        save()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

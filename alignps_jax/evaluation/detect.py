@@ -5,22 +5,19 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
-from jaxtyping import Float
 from ml_collections import ConfigDict
-from PIL.ExifTags import Base
 
+from alignps_jax.boxes import as_stored
 from alignps_jax.devices import use_compilation_cache
 from alignps_jax.errors import known_name
 from alignps_jax.evaluation.detections_io import lay_out, save_detections
 from alignps_jax.files import check_outputs, complete_file, write_json
 from alignps_jax.gallery.query import above
-from alignps_jax.gallery.reading import SceneRead, Task, read_scene, video_tasks
-from alignps_jax.gallery.sources import MediaFile, media_files, report_skipped
+from alignps_jax.gallery.reading import SceneRead, file_tasks
+from alignps_jax.gallery.sources import media_files, orientation, report_skipped
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import detect_all
 from alignps_jax.log import progress
@@ -49,9 +46,9 @@ def detect_source(
     detector = Detector.from_checkpoint(checkpoint, config)
     skipped: dict[str, str] = {}
     files = list(media_files(source, skipped))
-    threshold, found = config.eval.score_threshold, []
+    threshold, most, found = config.eval.score_threshold, config.data.max_pixels, []
     with progress(desc="detect", unit="file", total=len(files)) as bar:
-        tasks = _tasks(files, every, config.data.max_pixels)
+        tasks = (task for file in files for task in file_tasks(file, every, most))
         for result in detect_all(detector.detect_batch, config.data, detector.rows, tasks):
             if result.found is None:
                 skipped[result.tag.file.path] = str(result.error)
@@ -76,51 +73,15 @@ def detect_source(
         raise UserError(f"--source: found no photo or video in {source}")
 
 
-def _tasks(files: list[MediaFile], every: float, max_pixels: int) -> Iterator[Task]:
-    for file in files:
-        if file.is_video:
-            yield from video_tasks(file, every, max_pixels)
-        else:
-            yield partial(read_scene, file, max_pixels)
-
-
 def _as_stored(read: SceneRead, people: Detections) -> Found:
-    name, scene = read.file.name, read.scene
+    name, scene, turn = read.file.name, read.scene, 1
     assert scene is not None
-    size, orientation = (scene.height, scene.width), 1
     if scene.second is None:
-        orientation = _orientation(scene.path)
+        turn = orientation(scene.path)
     else:
         name += f"#t={scene.second:.3f}"
-    boxes = boxes_as_stored(np.asarray(people.boxes), size, orientation)
-    people = dataclasses.replace(people, boxes=boxes)
-    return name, size[::-1] if orientation > 4 else size, people, orientation > 1
-
-
-def _orientation(path: str) -> int:
-    """The EXIF orientation of a photo, from 1 (as stored) to 8."""
-    try:
-        with PIL.Image.open(path) as image:
-            found = int(image.getexif().get(Base.Orientation, 1))
-    except Exception:  # EXIF data may be damaged in any way where the photo is not
-        return 1
-    return found if found in range(1, 9) else 1
-
-
-def boxes_as_stored(
-    boxes: Float[np.ndarray, "K 4"], size: tuple[int, int], orientation: int
-) -> Float[np.ndarray, "K 4"]:
-    """Boxes of an upright photo of that height and width in the pixels that are stored.
-
-    `orientation` is that of EXIF (2.3, section 4.6.4): from 5 on rows and columns are exchanged.
-    """
-    x, y = boxes[:, 0::2], boxes[:, 1::2]
-    if orientation in (2, 3, 6, 7):
-        x = size[1] - x[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        y = size[0] - y[:, ::-1]
-    stored = (y, x) if orientation > 4 else (x, y)
-    return np.stack(stored, axis=2).reshape(-1, 4)
+    boxes, size = as_stored(np.asarray(people.boxes), (scene.height, scene.width), turn)
+    return name, size, dataclasses.replace(people, boxes=boxes), turn > 1
 
 
 def _write_coco(target: Path, found: GalleryDetections, sizes: Sizes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from alignps_jax.errors import blame
 from alignps_jax.evaluation import detections_io
 from alignps_jax.evaluation.results import Measured
 from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
-from alignps_jax.files import check_outputs, read_json, write_image, write_json
+from alignps_jax.files import check_outputs, read_json, write_image
 from alignps_jax.inference.many import people_of
 from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
@@ -93,7 +93,7 @@ class Evaluator:
             picture = draw_detections(photo_of(self.split, image), boxes[kept], scores[kept])
             log.images(step, f"detections/{detections.names[image]}", picture)
 
-    def write(self, trained: Measured, untrained: Measured | None, workdir: Path) -> None:
+    def write(self, trained: Measured, untrained: Mapping[str, Any] | None, workdir: Path) -> None:
         """Prints the table; writes metrics, queries, detections and the picture of rankings."""
         if not is_main_process():
             return
@@ -134,7 +134,7 @@ def spread(count: int, shown: int) -> Int[np.ndarray, "S"]:
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> None:
     """Evaluates the chosen step of a run, or one step's folder, on `config.data`.
 
-    In the run's own metrics, the entry of the untrained network stays.
+    The metrics of the untrained network that the run has stay in its own results.
 
     Raises:
       UserError: the checkpoint, the data or `workdir` is wrong, which is found before the work.
@@ -143,18 +143,16 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
         check_outputs(*(workdir / name for name in OUTPUTS))
     devices.use_compilation_cache()
     check_batch_size(config, "eval")
-    metrics, expected, stored = workdir / METRICS, "the results of this run", {}
+    metrics, untrained = workdir / METRICS, None
     if workdir == results_folder(checkpoint) and metrics.is_file():
-        stored = read_json(metrics, expected)
+        untrained = read_json(metrics, "the results of this run").get("untrained")
     step, by = agreed_step(checkpoint, config)
     weights = load_weights(step, weights_template(inference_model(config)))
     with main_process_first():
         scorer, photos = make_scorer(config), prepare(config.data).split("test")
     evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
-    evaluator.write(measured.chosen(by), None, workdir)
-    if "untrained" in stored and is_main_process():
-        write_json(metrics, read_json(metrics, expected) | {"untrained": stored["untrained"]})
+    evaluator.write(dataclasses.replace(measured, chosen_by=by), untrained, workdir)
 
 
 def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:

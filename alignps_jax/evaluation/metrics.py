@@ -1,15 +1,9 @@
 """The published metrics: detection AP and recall, search mAP and top-k.
 
 Search follows the released evaluations of CUHK-SYSU and PRW, which differ in the gallery only.
-Where the release leaves a case open or crashes:
-
-- A query without detections in its photo, or without a true positive: AP 0, never a hit.
-- A gallery image without detections above the threshold adds nothing to the ranking, but still
-  counts among the images that hold the person.
-- A gallery may list an image several times (TestG100 does, with another box of the person):
-  each entry is searched for itself, the k-th entry of an image going with its k-th target.
-- Equal similarities: AP treats them as one step, as scikit-learn does. Their order in a ranking is
-  that of the released `argsort()[::-1]` of float32 values, which is not stable.
+docs/evaluation.md has the rules, and what holds where the release leaves a case open or crashes.
+A gallery may list an image several times (TestG100 does, with another box of the person): each
+entry is searched for itself, the k-th entry of an image going with its k-th target.
 """
 
 from __future__ import annotations

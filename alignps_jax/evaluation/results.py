@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from alignps_jax.evaluation.metrics import (
     QueryOutcome,
     SearchMetrics,
 )
-from alignps_jax.files import write_atomically
+from alignps_jax.files import complete_file
 from alignps_jax.types import GalleryDetections, SearchProtocol
 
 # Wider than any table, so that no line is ever broken, on a terminal or in a file.
@@ -38,10 +37,6 @@ class Measured:
     labeled_detection: DetectionMetrics  # of people with an identity
     searches: Mapping[str, SearchMetrics]  # by the names of the protocols
     chosen_by: str | None = None  # what chose the step among those of its run
-
-    def chosen(self, by: str) -> Measured:
-        """The same, with a word on what chose the step."""
-        return dataclasses.replace(self, chosen_by=by)
 
     @property
     def score(self) -> float:
@@ -62,10 +57,11 @@ def _values(found: DetectionMetrics | SearchMetrics, names: Iterable[str]) -> di
     return {name: float(getattr(found, name)) for name in names}
 
 
-def print_results(conditions: str, results: Mapping[str, Measured]) -> None:
+def print_results(conditions: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints a table to stdout, one line per system and search protocol, in percent.
 
-    `conditions` are its title. Plain text when stdout is not a terminal.
+    `conditions` are its title, `metrics` those of each system (`Measured.metrics`). Plain text when
+    stdout is not a terminal.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("system")
@@ -75,8 +71,7 @@ def print_results(conditions: str, results: Mapping[str, Measured]) -> None:
     table.add_column("search\nprotocol")
     for metric in SEARCH_METRICS.values():
         table.add_column(f"\n{metric}", justify="right")
-    for system, result in results.items():
-        found = result.metrics
+    for system, found in metrics.items():
         cells = [*found["detection"].values(), *found["detection_labeled"].values()]
         lead = [system, *(f"{100 * value:.1f}" for value in cells)]
         for name, search in found["search"].items():
@@ -102,16 +97,16 @@ def write_queries_csv(path: Path, protocols: Iterable[SearchProtocol], measured:
     of the `targets` images that hold the person have a right result. `wrong_...` is the most
     similar wrong result (empty: there is none). Boxes are in the photo's pixels.
     """
-    text, detections = io.StringIO(), measured.detections
-    text.write(QUERY_COLUMNS)
-    writer = csv.writer(text, lineterminator="\n")
-    for protocol in protocols:
-        search = measured.searches[protocol.name]
-        for query in search.worst_first().tolist():
-            name = detections.names[int(protocol.query_image[query])]
-            asked = protocol.name, query, name, *_rounded(protocol.query_box[query])
-            writer.writerow((*asked, *_cells(search.outcomes[query], detections)))
-    write_atomically(path, text.getvalue().encode())
+    detections = measured.detections
+    with complete_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(QUERY_COLUMNS)
+        writer = csv.writer(file, lineterminator="\n")
+        for protocol in protocols:
+            search = measured.searches[protocol.name]
+            for query in search.worst_first().tolist():
+                name = detections.names[int(protocol.query_image[query])]
+                asked = protocol.name, query, name, *_rounded(protocol.query_box[query])
+                writer.writerow((*asked, *_cells(search.outcomes[query], detections)))
 
 
 def _cells(outcome: QueryOutcome, detections: GalleryDetections) -> tuple[object, ...]:

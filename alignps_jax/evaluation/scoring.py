@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -73,12 +75,14 @@ class Scorer:
             parts.append("context matching {}, {}".format(*settings.context_matching))
         return ", ".join([*parts, f"scores >= {settings.score_threshold:g}"])
 
-    def write(self, workdir: Path, measured: Measured, untrained: Measured | None = None) -> None:
+    def write(
+        self, workdir: Path, measured: Measured, untrained: Mapping[str, Any] | None = None
+    ) -> None:
         """Prints the table; writes `metrics.json` and, query by query, `queries.csv`."""
         threshold, scores = self.config.eval.score_threshold, measured.detections.scores
         others = {"untrained": untrained} if untrained else {}
         system = "saved" if measured.step is None else "trained"
-        print_results(self.conditions(measured), {system: measured, **others})
+        print_results(self.conditions(measured), {system: measured.metrics, **others})
         if not (scores >= threshold).any():
             best = f"{scores.max():.2f}" if scores.size else "none"
             print(
@@ -93,7 +97,7 @@ class Scorer:
             "boxes": self.config.eval.boxes,
             "context_matching": self.config.eval.context_matching,
             **measured.metrics,
-            **{name: other.metrics for name, other in others.items()},
+            **others,
         }
         write_json(workdir / METRICS, content)
         write_queries_csv(workdir / QUERIES, self.protocols, measured)
@@ -117,8 +121,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = N
     check_outputs(workdir / METRICS, workdir / QUERIES)
     if config.eval.boxes != "detected":
         raise UserError(
-            f"config.eval.boxes: found {config.eval.boxes!r}, expected 'detected' with "
-            "--detections: only a network can tell the embeddings of other boxes"
+            "config.eval.boxes: found 'ground_truth', expected 'detected' with --detections"
         )
     scorer = make_scorer(config)
     detections = detections_of(scorer.annotations.names, file)

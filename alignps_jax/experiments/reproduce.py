@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import holds_checkpoint
-from alignps_jax.checkpoint.store import package_versions
-from alignps_jax.config import FIELDS, FREE
-from alignps_jax.devices import device_names
+from alignps_jax.checkpoint.store import load_run_config, package_versions
+from alignps_jax.config import FIELDS, FREE, flat_fields
 from alignps_jax.distributed import broadcast_from_main
 from alignps_jax.experiments.catalogue import PAPER_METRICS, TABLES
-from alignps_jax.files import check_outputs, write_atomically, write_json
-from alignps_jax.training.train import train_and_evaluate
-from alignps_jax.types import UserError, blame
+from alignps_jax.files import check_outputs, read_json, write_atomically, write_json
+from alignps_jax.types import UserError
 from alignps_jax.weights.sources import CAFFE, RANDOM
 from configs.variants import PaperRow, apply_variant, rows_of
 
@@ -46,14 +42,9 @@ class Result:
 
 
 def reproduce_table(
-    config: ConfigDict,
-    name: str,
-    table: str,
-    seeds: int,
-    workdir: Path,
-    train: Train = train_and_evaluate,
+    config: ConfigDict, name: str, table: str, seeds: int, workdir: Path, train: Train
 ) -> None:
-    """Runs every row of `table` of the paper with seeds `config.seed`, `config.seed + 1`, ...
+    """Trains every row of `table` of the paper with seeds `config.seed`, `config.seed + 1`, ...
 
     Runs lie in `<workdir>/<variant>/seed<number>`: tables share those that they have in common, a
     finished run is not run again, and an interrupted one is resumed. `table<table>.md` and `.json`
@@ -98,16 +89,13 @@ def check_settings(config: ConfigDict, folder: Path) -> None:
     """Raises UserError if `folder` holds metrics or a checkpoint of settings that decide others."""
     if not ((folder / METRICS).exists() or holds_checkpoint(folder)):
         return
-    with blame(folder / "config.json"):
-        texts = config.to_json(), (folder / "config.json").read_text()
-        asked, found = (flatten_dict(json.loads(text), sep=".") for text in texts)
-    free = {name for name, (kind, _) in FIELDS.items() if kind == FREE}
-    if config.model.pretrained != RANDOM:
-        free |= {f"model.{name}" for name in CAFFE}  # they follow from the weights
+    asked, found = flat_fields(config), flat_fields(load_run_config(folder) or ConfigDict())
+    follow = CAFFE if config.model.pretrained != RANDOM else ()  # from the weights
     changed = [
-        f"config.{field} = {found.get(field)!r}, expected {asked.get(field)!r}"
-        for field in sorted((asked.keys() | found.keys()) - free)
-        if asked.get(field) != found.get(field)
+        f"config.{name} = {found.get(name)!r}, expected {asked[name]!r}"
+        for name, (kind, _) in FIELDS.items()
+        if kind != FREE and name.removeprefix("model.") not in follow
+        if asked[name] != found.get(name)
     ]
     if changed:
         raise UserError(f"{folder}: was run with {'; '.join(changed)}; choose another --workdir")
@@ -128,7 +116,6 @@ def write_table(
         "table": table,
         "config_name": name,
         "seeds": list(seeds),
-        "device": device_names(),
         "versions": package_versions(),
         "rows": list(map(dataclasses.asdict, results)),
         "config": config.to_dict(),
@@ -139,10 +126,7 @@ def write_table(
 
 def read_result(files: Sequence[Path], variant: str, row: PaperRow) -> Result:
     """The metrics of a row, by its runs; the first protocol of the first run counts in all."""
-    runs = []
-    for file in files:
-        with blame(file):
-            runs.append(json.loads(file.read_text()))
+    runs = [read_json(file, "the metrics of a run") for file in files]
     protocol = next(iter(runs[0]["search"]))
     found = [run["detection"] | run["search"][protocol] for run in runs]
     measured = {name: [100 * metrics[name] for metrics in found] for name in PAPER_METRICS}

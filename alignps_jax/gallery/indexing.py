@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from alignps_jax.gallery.claims import Claims
 from alignps_jax.gallery.entries import folder_range
 from alignps_jax.gallery.forgotten import Forgotten
 from alignps_jax.gallery.query import above
-from alignps_jax.gallery.reading import SceneRead, Task, read_scene, video_tasks
+from alignps_jax.gallery.reading import SceneRead, Task, file_tasks
 from alignps_jax.gallery.sources import MediaFile, media_files, report_skipped
 from alignps_jax.gallery.store import EXACT_UP_TO, Gallery
 from alignps_jax.gallery.table import IndexedScene
@@ -185,10 +184,8 @@ class _Run:
     def _tasks(self, files: Iterable[MediaFile]) -> Iterator[Task]:
         max_pixels = self._gallery.about.max_pixels
         for file in files:
-            if file.is_video:
-                yield from video_tasks(file, self._every, max_pixels, self._known_seconds(file))
-            else:
-                yield partial(read_scene, file, max_pixels)
+            known = self._known_seconds(file) if file.is_video else ()
+            yield from file_tasks(file, self._every, max_pixels, known)
 
     def _missing(self, files: Sequence[MediaFile]) -> list[MediaFile]:
         known = known_files(self._gallery, [file.path for file in files])

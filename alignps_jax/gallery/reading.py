@@ -89,17 +89,20 @@ def _scene(
     return Scene(scene_id(path, second), path, height, width, taken, known.camera, second)
 
 
-def video_tasks(
+def file_tasks(
     file: MediaFile, every: float, max_pixels: int, known: Collection[float] = ()
 ) -> Iterator[Task]:
-    """The frames of a video, one every so many seconds, or why it cannot be read (any further).
+    """A photo, or the frames of a video, one every so many seconds, or why it cannot be read.
 
     Args:
-      file: the video.
+      file: the photo or video.
       every: seconds between frames.
-      max_pixels: of a frame.
+      max_pixels: of a photo or frame.
       known: seconds of frames to leave out.
     """
+    if not file.is_video:
+        yield partial(read_scene, file, max_pixels)
+        return
     last: SceneRead | None = None
     image = None
     try:

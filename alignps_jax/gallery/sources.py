@@ -19,6 +19,7 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv")
 
 # Where EXIF (2.3, section 4.6) keeps what.
 _MAKE, _MODEL, _CHANGED, _EXIF, _TAKEN = 0x010F, 0x0110, 0x0132, 0x8769, 0x9003
+_ORIENTATION = 0x0112
 
 # PRW's c1s1_000151.jpg, and folders such as cam1 or Camera 2.
 _PRW = re.compile(r"(c\d+)s\d+_\d+")
@@ -177,6 +178,18 @@ def _exif(data: bytes) -> Origin:
     known = bool(make) and model.lower().startswith(make.split()[0].lower())
     camera = model if known else f"{make} {model}"
     return Origin(_exif_time(taken), _printable(camera))
+
+
+def orientation(path: str) -> int:
+    """The EXIF orientation of a photo, from 1 (as stored) to 8; UserError if it is gone."""
+    try:
+        with PIL.Image.open(path) as image:
+            found = int(image.getexif().get(_ORIENTATION, 1))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: cannot be read any more, expected the photo") from error
+    except Exception:  # EXIF data may be damaged in any way where the photo is not
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _exif_time(text: object) -> datetime.datetime | None:

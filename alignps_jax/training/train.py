@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from contextlib import closing
 from functools import partial
@@ -68,7 +69,7 @@ def train_and_evaluate(
         trained, untrained = reported(last, run, config, workdir), None
         if config.eval.untrained_baseline:
             initial = run.create(weights or starting_arrays(config, model))
-            untrained = run.evaluator.measure(initial.params, initial.frozen, 0)
+            untrained = run.evaluator.measure(initial.params, initial.frozen, 0).metrics
         run.evaluator.write(trained, untrained, workdir)
         if is_main_process():
             training_curves(workdir / "log.jsonl", workdir / CURVES)
@@ -135,8 +136,9 @@ def reported(last: Measured, run: Run, config: ConfigDict, workdir: Path) -> Mea
     folder, by = agreed_step(workdir, config)
     step = int(folder.name)
     if step == last.step and run.selector is run.evaluator:
-        return last.chosen(by)
+        return dataclasses.replace(last, chosen_by=by)
     if is_main_process():
         print(f"step {step} is reported, chosen by {by}; the last one is {last.step}")
     weights = load_weights(folder, weights_template(run.step.model))
-    return run.evaluator.measure(weights.params, weights.frozen, step).chosen(by)
+    measured = run.evaluator.measure(weights.params, weights.frozen, step)
+    return dataclasses.replace(measured, chosen_by=by)

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alignps_jax.experiments.benchmark import Row, peak_memory
@@ -26,54 +25,37 @@ LAYERS = {
 
 def rows(context: Context) -> Iterator[Row]:
     """Forward, then forward and backward (in input, offsets, kernel, mask), of every layer."""
-    for name, shape in LAYERS.items():
-        shape = (8, 4, 6, 7) if context.quick else shape
-        arrays = random_arrays(*shape, modulated="modulated" in name)
+    for name, (channels, features, *place) in LAYERS.items():
+        arrays = random_arrays(channels, features, *place, modulated="modulated" in name)
         for backward in (False, True):
-            function, arguments = our_work(arrays, backward)
-            program = jax.jit(function).lower(*arguments).compile()
-            functions = {"ours": partial(program, *arguments)}
+            program = jax.jit(gradient if backward else forward).lower(arrays).compile()
+            functions = {"ours": partial(program, jax.device_put(arrays))}
             functions |= context.with_torch(partial(torch_work, context, arrays, backward))
-            channels, features, height, width = shape
-            what = f"{name} {channels}→{features} at {height}×{width}, "
-            what += "forward + backward" if backward else "forward"
+            what = f"{name} {channels}→{features} at {place[0]}×{place[1]}, forward"
+            what += " + backward" * backward
             yield context.row(what, functions, **{"memory, GB": peak_memory(program)})
 
 
 def random_arrays(
     channels: int, features: int, height: int, width: int, modulated: bool
 ) -> dict[str, np.ndarray]:
-    """Arguments of `deform_conv2d` and a cotangent of its result; offsets of a few pixels."""
+    """Arguments of `deform_conv2d`; offsets of a few pixels."""
     rng, place = np.random.default_rng(0), (1, height, width)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(np.float32)
-
     arrays = {
-        "inputs": normal(*place, channels),
-        "offsets": 2 * normal(*place, 9, 2),
-        "kernel": normal(3, 3, channels, features) / (9 * channels) ** 0.5,
+        "inputs": rng.normal(size=(*place, channels)),
+        "offsets": 2 * rng.normal(size=(*place, 9, 2)),
+        "kernel": rng.normal(size=(3, 3, channels, features)) / (9 * channels) ** 0.5,
     }
-    if modulated:
-        arrays["mask"] = rng.uniform(size=(*place, 9)).astype(np.float32)
-    return arrays | {"cotangent": normal(*place, features)}
+    arrays |= {"mask": rng.uniform(size=(*place, 9))} if modulated else {}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def our_work(
-    arrays: dict[str, np.ndarray], backward: bool
-) -> tuple[Callable[..., Any], list[jax.Array]]:
-    """The function to time, and its arguments."""
-    *names, _ = arrays
-    *arguments, cotangent = (jnp.asarray(array) for array in arrays.values())
+def forward(arrays: dict[str, jax.Array]) -> jax.Array:
+    """The convolution."""
+    return deform_conv2d(**arrays)
 
-    def forward(*values: jax.Array) -> jax.Array:
-        return deform_conv2d(**dict(zip(names, values, strict=True)))
 
-    def forward_backward(cotangent: jax.Array, *values: jax.Array) -> Any:
-        out, pull = jax.vjp(forward, *values)
-        return out, pull(cotangent)
-
-    return (forward_backward, [cotangent, *arguments]) if backward else (forward, arguments)
+gradient = jax.grad(lambda arrays: (forward(arrays) ** 2).sum())
 
 
 def torch_work(
@@ -88,16 +70,13 @@ def torch_work(
         else:
             array = array.reshape(*array.shape[:3], -1).transpose(0, 3, 1, 2)
         found = context.torch.tensor(np.ascontiguousarray(array), device=context.torch_device)
-        return found.requires_grad_(backward and name != "cotangent")
+        return found.requires_grad_(backward)
 
-    tensors = {name: tensor(name, array) for name, array in arrays.items()}
-    cotangent, mask = tensors.pop("cotangent"), tensors.get("mask")
-    arguments = [tensors[name] for name in ("inputs", "offsets", "kernel")]
+    tensors = [tensor(name, array) for name, array in arrays.items()]
+    inputs, offsets, kernel, *mask = tensors
 
     def run() -> Any:
-        out = torch_deform_conv2d(*arguments, padding=1, mask=mask)
-        return (
-            context.torch.autograd.grad(out, list(tensors.values()), cotangent) if backward else out
-        )
+        out = torch_deform_conv2d(inputs, offsets, kernel, None, 1, 1, 1, *mask)
+        return context.torch.autograd.grad((out**2).sum(), tensors) if backward else out
 
     return run

@@ -75,11 +75,10 @@ def rows(context: Context) -> Iterator[Row]:
         address, blocks = Path(folder) / "people.lance", 0
         # Without an index, before search by it is measured.
         gallery = Gallery.open(address, create_for=Simulated(), exact_up_to=2**62)
-        for size in context.people[:1] if context.quick else context.people:
+        for size in context.people:
             added, spent = blocks, 0.0
             while blocks * COMMIT * PER_SCENE < size:
-                scenes = block(blocks)
-                spent += seconds(partial(commit_scenes, gallery, scenes))
+                spent += seconds(partial(commit_scenes, gallery, block(blocks)))
                 blocks += 1
                 if blocks % TIDY_COMMITS == 0:  # as indexing does
                     spent += seconds(partial(tidy, gallery, make_indices=False))
@@ -90,10 +89,9 @@ def rows(context: Context) -> Iterator[Row]:
 
 def search(gallery: Gallery) -> Row:
     """Exact search, in memory or by a scan of the disk beyond that, and search by the index."""
-    known = seconds(lambda: known_files(gallery))
+    known = seconds(partial(known_files, gallery))
     before, opened = psutil.Process().memory_info().rss, Gallery.open(gallery.address)
     load = seconds(opened.memory)
-    queries = embeddings(0, QUERIES, PER_IDENTITY)
 
     def exactly(query: Float[np.ndarray, "D"]) -> set[str]:
         if opened.memory() is not None:
@@ -102,14 +100,12 @@ def search(gallery: Gallery) -> Row:
         found = found.bypass_vector_index().where(IS_PERSON).select(["id"]).limit(K).to_arrow()
         return set(found["id"].to_pylist())
 
-    exact = [exactly(query) for query in queries]
-    exact_time = median(exactly, queries)
+    exact, exact_time = timed(exactly)
     memory = psutil.Process().memory_info().rss - before
     disk = sum(path.stat().st_size for path in Path(gallery.address).rglob("*") if path.is_file())
     indexed = Gallery.open(gallery.address, exact_up_to=0)
-    making = seconds(lambda: tidy(indexed))
-    found = [{match.person.id for match in indexed.search(query, K)} for query in queries]
-    indexed_time = median(lambda query: indexed.search(query, K), queries)
+    making = seconds(partial(tidy, indexed))
+    found, indexed_time = timed(lambda query: {m.person.id for m in indexed.search(query, K)})
     indexed.table.checkout_latest()
     indexed.table.drop_index("embedding_idx")
     return {
@@ -131,6 +127,8 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def median(run: Callable[[np.ndarray], object], queries: Float[np.ndarray, "Q D"]) -> float:
-    """Seconds of a query."""
-    return statistics.median(seconds(partial(run, query)) for query in queries)
+def timed(search: Callable[[np.ndarray], set[str]]) -> tuple[list[set[str]], float]:
+    """What each query finds, and the median seconds of one that is asked again."""
+    queries = embeddings(0, QUERIES, PER_IDENTITY)
+    found = [search(query) for query in queries]
+    return found, statistics.median(seconds(partial(search, query)) for query in queries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,27 +21,24 @@ class Context:
 
     Attributes:
       runs: timed runs of every function.
-      quick: tiny shapes, to see that it runs.
       torch: PyTorch, if it is installed and runs on our kind of device.
       against: another checkout to compare starts with.
       people: sizes of the gallery, ascending.
     """
 
     runs: int = 5
-    quick: bool = False
     torch: ModuleType | None = None
     against: Path | None = None
-    people: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    people: tuple[int, ...] = ()
 
     def row(self, what: str, functions: Mapping[str, Callable[[], object]], **more: Any) -> Row:
         """The medians of the functions, one of which is "ours", and how many times it they take."""
         times = time_in_turns(functions, self.runs)
-        ours = times.pop("ours")
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-        row = {"what": what, "seconds": (median := statistics.median(ours))}
-        row |= {"from": ours[0], "to": ours[-1]}
+        ours = medians.pop("ours")
+        row = {"what": what, "seconds": ours, "from": times["ours"][0], "to": times["ours"][-1]}
         for name, other in medians.items():
-            row |= {f"{name}, s": other, f"{name} / ours": other / median}
+            row |= {f"{name}, s": other, f"{name} / ours": other / ours}
         return row | more
 
     @property
@@ -66,10 +63,7 @@ class Context:
 
 def find_torch() -> ModuleType | None:
     """PyTorch, if it and torchvision are installed and it runs on our kind of device."""
-    try:
-        torch = importlib.import_module("torch")
-        importlib.import_module("torchvision")
-    except ImportError:
+    if not importlib.util.find_spec("torchvision"):
         return None
-    here = jax.default_backend()
+    torch, here = importlib.import_module("torch"), jax.default_backend()
     return torch if here == "cpu" or (here == "gpu" and torch.cuda.is_available()) else None

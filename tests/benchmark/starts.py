@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -28,105 +28,77 @@ from tests.oracle.random_weights import random_state_dict
 from tests.parity.ours import released_shapes
 from tests.places import ROOT
 
-FIRST_STEP = "first step done"
+# All files of a checkout lie below {0}.
 DETECT = """
-import sys, numpy as np
+import numpy as np
 from alignps_jax import Detector
-detector = Detector.from_checkpoint(sys.argv[1])
+detector = Detector.from_checkpoint("{0}/detector")
 detector.detect(np.zeros((900, 1500, 3), np.uint8))
 print("detected", flush=True)
 """
+TRAIN = ["launch.py", "--config=configs/tiny.py", "--workdir={0}/run"]
+TRAIN += ["--config.data.root={0}/data"]
+CONVERT = ["launch.py", "--mode=convert", "--config=configs/cuhk.py:released"]
+CONVERT += ["--workdir={0}/detector"]
+GALLERY = ["--checkpoint={0}/detector", "--gallery={0}/people.lance"]
+INDEX = ["launch.py", "--mode=index", "--source={0}/photos", *GALLERY]
+SEARCH = ["launch.py", "--mode=search", "--query={0}/photos/photo.jpg", "--workdir={0}/search"]
+# By name: what is deleted before, the command, and the line that ends it, if not its end.
+STARTS = {
+    "--help": ("", ["launch.py", "--help"], ""),
+    "first training step of configs/tiny.py, cold": ("run", TRAIN, "first step done"),
+    "first training step of configs/tiny.py, warm": ("run/checkpoints", TRAIN, "first step done"),
+    "first detection at 1500×900, cold": ("cache", ["-c", DETECT], "detected"),
+    "first detection at 1500×900, warm": ("", ["-c", DETECT], "detected"),
+    "search of one photo in a gallery, warm": ("", [*SEARCH, *GALLERY], ""),
+}
 
 
-class Checkout:
-    """A checkout of this project, with files and caches of its own below `folder`."""
-
-    def __init__(self, root: Path, folder: Path):
-        self._root, self._folder = root, folder
-        folder.mkdir(parents=True)
-        self.photo = folder / "photos" / "photo.jpg"
-        self.photo.parent.mkdir()
-        noise = np.random.default_rng(0).integers(0, 256, (45, 75, 3), dtype=np.uint8)
-        cv2.imwrite(str(self.photo), cv2.resize(noise, (1500, 900)))
-
-    def prepare(self, weights: Path) -> None:
-        """Draws the tiny data set, converts the detector, and indexes one photo."""
-        self.train(cold=True)
-        own = "--config=configs/cuhk.py:released", f"--workdir={self._folder / 'detector'}"
-        self.launch("--mode=convert", f"--source={weights}", *own)
-        self.launch("--mode=index", f"--source={self.photo.parent}", *self._gallery())
-
-    def train(self, *, cold: bool) -> None:
-        """The first training step of configs/tiny.py."""
-        run = self._folder / "run"
-        shutil.rmtree(run if cold else run / "checkpoints", ignore_errors=True)
-        data = f"--config.data.root={self._folder / 'data'}"
-        self.launch("--config=configs/tiny.py", f"--workdir={run}", data, until=FIRST_STEP)
-
-    def detect(self, *, cold: bool) -> None:
-        """The first detection of `Detector` in a photo of 1500x900."""
-        if cold:
-            shutil.rmtree(self._folder / "cache", ignore_errors=True)
-        self._run(["-c", DETECT, str(self._folder / "detector")], until="detected")
-
-    def search(self) -> None:
-        """`--mode=search` of one photo in a gallery, with compiled programs in the cache."""
-        places = f"--query={self.photo}", f"--workdir={self._folder / 'search'}"
-        self.launch("--mode=search", *places, *self._gallery())
-
-    def launch(self, *flags: str, until: str = "") -> None:
-        """Runs launch.py, to its end or until it prints a line that begins with `until`."""
-        self._run(["launch.py", *flags], until=until)
-
-    def _gallery(self) -> tuple[str, str]:
-        detector, gallery = self._folder / "detector", self._folder / "people.lance"
-        return f"--checkpoint={detector}", f"--gallery={gallery}"
-
-    def _run(self, words: Sequence[str], *, until: str = "") -> None:
-        cache = str(self._folder / "cache")
-        own = {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": cache, "PYTHONPATH": str(self._root)}
-        with subprocess.Popen(
-            [sys.executable, *words],
-            cwd=self._root,
-            env={**os.environ, **own},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            said: list[str] = []
-            for line in process.stdout or ():
-                said.append(line.strip())
-                if until and line.strip().startswith(until):
-                    process.kill()
-                    return
-        if until or process.returncode:
-            raise UserError(f"{' '.join(words[:2])}: ended with {said[-3:]}")
+def start(root: Path, folder: Path, lost: str, words: list[str], until: str = "") -> None:
+    """Runs Python in a checkout, to the end or until it prints a line that begins with `until`."""
+    if lost:
+        shutil.rmtree(folder / lost, ignore_errors=True)
+    own = {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(root)}
+    with subprocess.Popen(
+        [sys.executable, "-u", *(word.format(folder) for word in words)],
+        cwd=root,
+        env=os.environ | own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        said: list[str] = []
+        for line in process.stdout or ():
+            said.append(line.strip())
+            if until and line.startswith(until):
+                process.kill()
+                return
+    if until or process.returncode:
+        raise UserError(f"{' '.join(words[:2])}: ended with {said[-3:]}")
 
 
 def rows(context: Context) -> Iterator[Row]:
     """Cold starts compile everything; warm ones find what the cold ones left in the cache."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkouts = {"ours": Checkout(ROOT, Path(folder) / "ours")}
-        if context.against:
-            checkouts["before"] = Checkout(context.against.resolve(), Path(folder) / "before")
-        weights = Path(folder) / "detector.safetensors"
+    with tempfile.TemporaryDirectory() as temporary:
+        roots = {"ours": ROOT}
+        roots |= {"before": context.against.resolve()} if context.against else {}
+        checkouts = {name: (root, Path(temporary) / name) for name, root in roots.items()}
+        weights = Path(temporary) / "detector.safetensors"
         _write_detector(weights)
-        for checkout in checkouts.values():
-            checkout.prepare(weights)
-        for name, start in STARTS.items():
-            works = {key: partial(start, each) for key, each in checkouts.items()}
+        for place in checkouts.values():
+            _write_photo(place[1] / "photos" / "photo.jpg")
+            start(*place, "", TRAIN, "first step done")
+            start(*place, "", [*CONVERT, f"--source={weights}"])
+            start(*place, "", INDEX)
+        for name, command in STARTS.items():
+            works = {key: partial(start, *place, *command) for key, place in checkouts.items()}
             yield context.row(name, works)
 
 
-STARTS: dict[str, Callable[[Checkout], None]] = {
-    "--help": lambda checkout: checkout.launch("--help"),
-    "--mode=search --help": lambda checkout: checkout.launch("--mode=search", "--help"),
-    "first training step of configs/tiny.py, cold": lambda checkout: checkout.train(cold=True),
-    "first training step of configs/tiny.py, warm": lambda checkout: checkout.train(cold=False),
-    "first detection at 1500×900, cold": lambda checkout: checkout.detect(cold=True),
-    "first detection at 1500×900, warm": lambda checkout: checkout.detect(cold=False),
-    "search of one photo in a gallery, warm": lambda checkout: checkout.search(),
-}
+def _write_photo(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (45, 75, 3), dtype=np.uint8)
+    cv2.imwrite(str(path), cv2.resize(noise, (1500, 900)))
 
 
 def _write_detector(file: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import io
 import zipfile
 from pathlib import Path
@@ -76,19 +75,13 @@ def test_foreign_file_is_sorted_and_normalized(tmp_path):
     [
         ("scores", None, "is no archive .*scores"),
         ("image_names", np.array(["a", None], dtype=object), "is no archive .*allow_pickle"),
-        ("image_names", np.full(4, 0x7FFFFFFF, "<u4").view("<U1"), "is no archive"),
         ("image_names", np.array(["a", "b", "a", "c"]), "image_names: found 'a' twice"),
         ("image_names", np.array(["a", "b"]), r"offsets: found the shape \(5,\), .*\(3,\)"),
         ("offsets", np.array([0, 3, 2, 8, 9]), "offsets: found 0 to 9, expected 0 to 9"),
-        ("offsets", np.array([0, 2**63 - 1, -2, 2**63 - 3, 9]), "offsets: found 0 to 9"),
         ("offsets", np.array([0, 3, 3, 8, 8]), "offsets: found 0 to 8, expected 0 to 9"),
         ("scores", np.zeros((9, 1)), r"scores: found the shape \(9, 1\), expected \(9,\)"),
         ("scores", np.array(["x"] * 9), "is no archive .*float"),
-        (
-            "scores",
-            np.full(9, np.inf),
-            "found 9 scores that are not finite, the first in image 's0",
-        ),
+        ("scores", np.full(9, np.inf), "found 9 scores .* finite, the first in image 's0"),
         ("embeddings", np.ones((7, 6)), r"embeddings: found the shape \(7, 6\)"),
         ("embeddings", np.full((9, 6), 1e300), "found 9 embeddings that are not finite"),
         ("boxes", np.tile([1, np.nan, 5, 7], (9, 1)), "found 9 boxes that are not finite"),
@@ -120,22 +113,6 @@ def test_what_the_system_says_is_said_in_its_own_words(tmp_path):
                 np.lib.format.write_array_header_1_0(file, header)
     with pytest.raises(MemoryError, match="Unable to allocate"):
         load_detections(tmp_path / "large.npz")
-
-
-def test_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "d.npz"
-    save_detections(path, make())
-    before = path.read_bytes()
-
-    def full_disk(file, **_):
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.raises(UserError, match=r"d\.npz: cannot be written \(No space"):
-        save_detections(path, make(seed=1))
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")

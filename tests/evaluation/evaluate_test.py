@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alignps_jax.evaluation.detections_io import load_detections, save_detections
-from alignps_jax.evaluation.evaluate import Evaluator, spread
+from alignps_jax.evaluation.evaluate import Evaluator
 from alignps_jax.inference.predict import make_predict_step
 from alignps_jax.types import Batch, Detections, UserError
 from configs import tiny
@@ -86,8 +86,3 @@ def test_boxes_are_chosen_by_name():
     assert make_predict_step(config).level_borders is None
     config.eval.boxes = "ground_truth"
     assert make_predict_step(config).level_borders == config.loss.level_borders
-
-
-def test_examples_are_spread_from_the_first_to_the_last():
-    found = [spread(count, 4).tolist() for count in (1, 3, 4, 10)]
-    assert found == [[0], [0, 1, 2], [0, 1, 2, 3], [0, 3, 6, 9]]

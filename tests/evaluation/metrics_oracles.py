@@ -90,40 +90,18 @@ def rescore_in_context(query, searched, found_in_photo, threshold, k1, k2):
             cosines[chosen[0]] = best
 
 
-def summary(results):
-    """mAP, {k: top-k}, AP of each query, ranked truth of each query."""
-    aps = [ap for ap, _ in results]
-    top = {k: np.mean([min(1, truth[:k].sum()) for _, truth in results]) for k in (1, 5, 10)}
-    return np.mean(aps), top, np.array(aps), [truth for _, truth in results]
+def search(queries, found, threshold, context=None):
+    """mAP, {k: top-k}, AP of each query, ranked truth of each query.
 
-
-def search_cuhk(queries, found, threshold, context=None):
-    """`queries`: (photo, xywh, gallery), the gallery a list of (image name, xywh or None)."""
-
-    def corners(xywh):
-        x, y, w, h = (int(value) for value in xywh)
-        return np.array([x, y, x + w, y + h], dtype=np.int32)
-
-    results = []
-    for photo, xywh, gallery in queries:
-        entries = [(name, None if box is None else corners(box)) for name, box in gallery]
-        query = query_embedding(found[photo], corners(xywh))
-        results.append(search_one(query, entries, found, threshold, photo, context))
-    return summary(results)
-
-
-def search_prw(frames, queries, found, threshold, cross_camera=False):
-    """`frames`: name -> (camera, {id: box}); `queries`: (frame name, id, box)."""
-    results = []
-    for photo, person, box in queries:
-        entries = [
-            (name, people.get(person))
-            for name, (camera, people) in frames.items()
-            if name != photo and not (cross_camera and camera == frames[photo][0])
-        ]
-        query = query_embedding(found[photo], box)
-        results.append(search_one(query, entries, found, threshold))
-    return summary(results)
+    `queries`: (photo, the person's box, gallery), the gallery a list of (image name, box or None).
+    """
+    results = [
+        search_one(query_embedding(found[photo], box), gallery, found, threshold, photo, context)
+        for photo, box, gallery in queries
+    ]
+    aps, ranked = (list(part) for part in zip(*results, strict=True))
+    top = {k: np.mean([min(1, truth[:k].sum()) for truth in ranked]) for k in (1, 5, 10)}
+    return np.mean(aps), top, np.array(aps), ranked
 
 
 def detection(people, found, threshold, iou_threshold=0.5):

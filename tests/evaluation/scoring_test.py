@@ -13,33 +13,51 @@ from alignps_jax.types import UserError
 from configs.cuhk import get_config
 from tests.data_pipeline import dataset_fixtures as fixtures
 from tests.evaluation import metrics_oracles as oracle
-from tests.evaluation.metrics_test import detect, lay_out, make_frames, xywh
+from tests.evaluation.metrics_test import detect, lay_out, make_frames
 
-FILES = ("TestG50", "TestG100", "TestG4000", "Occlusion", "Resolution")
+# Strangers in a gallery, by protocol.
+STRANGERS = {"TestG50": 6, "TestG100": 12, "TestG4000": 20, "occlusion": 8, "resolution": 8}
+CORNERS = ("x1", "y1", "x2", "y2")
+
+
+def xywh(box):
+    return None if box is None else [*box[:2], *(box[2:] - box[:2])]
+
+
+def percent(value):
+    return f"{100 * value:.1f}"
 
 
 @pytest.fixture(scope="module")
 def cuhk(tmp_path_factory):
-    """A folder with all kinds of protocols, its queries by file, and detections by image."""
+    """A folder with all kinds of protocols, its queries by protocol, and detections by image."""
     rng = np.random.default_rng(11)
     root = tmp_path_factory.mktemp("cuhk")
     people = {name: held for name, (_, held) in make_frames(rng, 24).items()}
     homes = {i: [name for name, held in people.items() if i in held] for i in range(12)}
     persons = [person for person, names in homes.items() if len(names) > 1]
-    queries = {}
-    for file, size in zip(FILES, (6, 12, 20, 8, 8), strict=True):
-        rows = queries[file] = []
-        for person in persons if file.startswith("Test") else persons[2:5]:
+    queries, files = {}, {}
+    for protocol, size in STRANGERS.items():
+        rows = queries[protocol] = []
+        for person in persons if protocol.startswith("Test") else persons[2:5]:
             first, *others = homes[person]
-            gallery = [*others[:3], *rng.choice(list(people), size).tolist()]
-            cells = [(name, xywh(people[name].get(person))) for name in gallery]
-            rows.append(((first, xywh(people[first][person])), f"p{person}", cells))
+            names = [*others[:3], *rng.choice(list(people), size).tolist()]
+            gallery = [(name, people[name].get(person)) for name in names]
+            rows.append((first, people[first][person], gallery))
+        files[protocol[0].upper() + protocol[1:]] = [
+            ((photo, xywh(box)), f"p{number}", [(name, xywh(b)) for name, b in gallery])
+            for number, (photo, box, gallery) in enumerate(rows)
+        ]
+    queries["all"] = [
+        (photo, box, gallery + [(n, None) for n in people if n not in (photo, *dict(gallery))])
+        for photo, box, gallery in queries["TestG50"]
+    ]
     images = {name: [xywh(box) for box in held.values()] for name, held in people.items()}
     train = {"p99": [("t.jpg", (1, 2, 3, 4))]}
-    fixtures.write_cuhk(root, images | {"t.jpg": [(1, 2, 3, 4)]}, list(people), train, queries)
+    fixtures.write_cuhk(root, images | {"t.jpg": [(1, 2, 3, 4)]}, list(people), train, files)
     found = {name: detect(rng, held, tied=False) for name, held in people.items()}
     # A query photo without detections, a gallery image without any.
-    for name in (queries["Occlusion"][0][0][0], list(people)[9]):
+    for name in (queries["occlusion"][0][0], list(people)[9]):
         found[name] = tuple(part[:0] for part in found[name])
     return root, queries, found, people
 
@@ -61,62 +79,77 @@ def save(path: Path, found, scale=1.0, names=None):
 
 
 @pytest.mark.parametrize(
-    ("context", "threshold"), [((), 0.2), ((3, 2), 0.2), ((2, 4), 0.2), ((99, 1), 0.6)]
+    ("context", "threshold"), [((), 0.2), ((), 1.0), ((3, 2), 0.2), ((2, 4), 0.2), ((99, 1), 0.6)]
 )
-def test_every_protocol_of_a_folder_in_one_run(cuhk, tmp_path, context, threshold, capsys):
+def test_every_protocol_of_a_folder_in_one_run(
+    cuhk, tmp_path, context, threshold, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "40")  # of a terminal; the table is for a pipe, as wide as it is
     root, queries, found, people = cuhk
     rng = np.random.default_rng(1)
     extra = {**found, "elsewhere.jpg": next(iter(found.values()))}
     names = rng.permutation(list(extra)).tolist()
     file = save(tmp_path / "mine.npz", extra, scale=7.5, names=names)
-    order = ["TestG100", "TestG50", "TestG4000", "all", "occlusion", "resolution"]
+    order = rng.permutation(list(queries)).tolist()
     settings = {"context_matching": context, "score_threshold": threshold}
     evaluate_detections(config_for(root, protocols=tuple(order), **settings), file)
     results = tmp_path / "mine_rescored"
     metrics = json.loads((results / "metrics.json").read_text())
     assert list(metrics["search"]) == order
-    assert (metrics["context_matching"], metrics["score_threshold"]) == (list(context), threshold)
-    assert "has 1 images that are not in the test split" in capsys.readouterr().out
+    assert metrics == metrics | {
+        "dataset": "cuhk_sysu",
+        "checkpoint_step": None,
+        "checkpoint_chosen_by": None,
+        "score_threshold": threshold,
+        "boxes": "detected",
+        "context_matching": list(context),
+    }
+    said, table = capsys.readouterr().out.split("; metrics in percent\n")
+    assert "has 1 images that are not in the test split" in said
+    matching = f"context matching {context[0]}, {context[1]}, " if context else ""
+    assert said.endswith(f"\ncuhk_sysu, {matching}scores >= {threshold:g}")
+    assert ("nothing reached the score threshold 1 " in table) == (threshold == 1)
+    table = table.split("\nnote: ")[0].split("\nmetrics ")[0].splitlines()
+    assert max(map(len, table)) <= 80
+    detected = [*metrics["detection"].values(), *metrics["detection_labeled"].values()]
+    cells = [line.split() for line in table]
+    assert ["saved", *map(percent, detected)] in [line[:5] for line in cells]
+    with (results / "queries.csv").open() as csv_file:
+        every_line = list(csv.DictReader(csv_file))
 
     for name in order:
-        rows = queries[{"all": "TestG50"}.get(name, name.capitalize() if name[0] != "T" else name)]
-        literal = []
-        for (photo, box), _, gallery in rows:
-            listed = [photo, *(image for image, _ in gallery)]
-            rest = [(image, None) for image in people if image not in listed]
-            literal.append((photo, box, gallery + rest if name == "all" else gallery))
-        mean, top, aps, ranked = oracle.search_cuhk(literal, found, threshold, context or None)
-        ours = metrics["search"][name]
-        assert abs(ours["mAP"] - mean) <= 1e-9
-        for k in (1, 5, 10):
-            assert abs(ours[f"top{k}"] - top[k]) <= 1e-9
-        with (results / "queries.csv").open() as file:
-            lines = [line for line in csv.DictReader(file) if line["protocol"] == name]
-        assert sorted(int(line["query"]) for line in lines) == list(range(len(rows)))
+        mean, top, aps, ranked = oracle.search(queries[name], found, threshold, context or None)
+        expected = {"mAP": mean, **{f"top{k}": value for k, value in top.items()}}
+        assert metrics["search"][name] == pytest.approx(expected, abs=1e-9)
+        shown = [name, *map(percent, metrics["search"][name].values())]
+        assert shown in [line[-5:] for line in cells]
+        lines = [line for line in every_line if line["protocol"] == name]
+        assert sorted(int(line["query"]) for line in lines) == list(range(len(queries[name])))
         failed = [line["first_hit"] != "1" for line in lines]
         assert failed == sorted(failed, reverse=True)
         for line in lines:
             query = int(line["query"])
+            photo, box, gallery = queries[name][query]
             hits = np.flatnonzero(ranked[query])
             assert line["first_hit"] == (str(hits[0] + 1) if hits.size else "")
             assert abs(float(line["AP"]) - aps[query]) < 1e-6
             assert int(line["matches"]) == hits.size
-            (photo, _), _, gallery = rows[query]
             assert line["image"] == photo
+            assert [float(line[side]) for side in CORNERS] == box.tolist()
             assert line["detected"] == ("yes" if len(found[photo][1]) else "no")
             assert int(line["targets"]) == sum(box is not None for _, box in gallery)
+            assert bool(line["wrong_image"]) == bool((ranked[query] == 0).any())
+            if line["wrong_image"]:
+                boxes, _, embeddings = found[line["wrong_image"]]
+                wrong = [float(line[f"wrong_{side}"]) for side in CORNERS]
+                row = np.abs(boxes - wrong).max(axis=1).argmin()
+                np.testing.assert_allclose(boxes[row], wrong, atol=6e-3)
+                cosine = embeddings[row] @ oracle.query_embedding(found[photo], box)
+                assert context or abs(cosine - float(line["wrong_similarity"])) < 1e-5
 
     boxes = {name: np.array(list(held.values())).reshape(-1, 4) for name, held in people.items()}
     recall, ap = oracle.detection(boxes, found, threshold)
     assert metrics["detection"] == pytest.approx({"recall": recall, "AP": ap}, abs=1e-9)
-
-
-def test_a_table_of_zeros_says_that_nothing_reached_the_threshold(cuhk, tmp_path, capsys):
-    root, _, found, _ = cuhk
-    file = save(tmp_path / "d.npz", found)
-    for threshold, said in ((0.6, False), (1.0, True)):
-        evaluate_detections(config_for(root, score_threshold=threshold), file, tmp_path / "out")
-        assert ("nothing reached the score threshold 1 " in capsys.readouterr().out) == said
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -161,7 +194,14 @@ def test_cross_camera_of_prw_against_the_literal_protocol(tmp_path):
     config.data.name = "prw"
     evaluate_detections(config, save(tmp_path / "d.npz", found))
     metrics = json.loads((tmp_path / "d_rescored" / "metrics.json").read_text())
-    for protocol, cross_camera in (("all", False), ("cross_camera", True)):
-        mean, top, _, _ = oracle.search_prw(frames, queries, found, 0.2, cross_camera)
-        assert abs(metrics["search"][protocol]["mAP"] - mean) <= 1e-9
-        assert abs(metrics["search"][protocol]["top1"] - top[1]) <= 1e-9
+    galleries = {"all": [], "cross_camera": []}
+    for photo, person, box in queries:
+        others = [(name, held.get(person)) for name, (_, held) in frames.items() if name != photo]
+        galleries["all"].append((photo, box, others))
+        own = f"c{frames[photo][0]}"
+        others = [entry for entry in others if not entry[0].startswith(own)]
+        galleries["cross_camera"].append((photo, box, others))
+    for protocol, asked in galleries.items():
+        mean, top, _, _ = oracle.search(asked, found, 0.2)
+        expected = {"mAP": mean, **{f"top{k}": value for k, value in top.items()}}
+        assert metrics["search"][protocol] == pytest.approx(expected, abs=1e-9)

@@ -3,6 +3,7 @@
 import json
 import os
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -25,11 +26,8 @@ def quick_config():
 def test_functions_take_turns_after_a_warm_up_and_results_are_waited_for():
     calls = []
 
-    class Result:
-        def block_until_ready(self):
-            calls.append("waits")
-
-    functions = {name: lambda name=name: calls.append(name) or [Result()] for name in "ab"}
+    result = SimpleNamespace(block_until_ready=lambda: calls.append("waits"))
+    functions = {name: lambda name=name: calls.append(name) or [result] for name in "ab"}
     times = time_in_turns(functions, runs=3)
     assert calls == 4 * ["a", "waits", "b", "waits"]
     assert {name: len(each) for name, each in times.items()} == {"a": 3, "b": 3}
@@ -93,13 +91,10 @@ def test_measured_on_simulated_devices(tmp_path):
     case = cases(quick_config(), "inference", 1)[0]
     rows = list(scaling.measure(quick_config(), case, jax.devices()[:2], runs=1))
     assert [row["what"].removesuffix(", float32 highest") for row in rows] == [
-        f"{how}, devices: {devices}, inference 64×64, batch {batch}"
-        for how, devices, batch in (
-            ("weak", 1, 1),
-            ("weak", 2, 1),
-            ("strong", 1, 2),
-            ("strong", 2, 1),
-        )
+        "weak, devices: 1, inference 64×64, batch 1",
+        "weak, devices: 2, inference 64×64, batch 1",
+        "strong, devices: 1, inference 64×64, batch 2",
+        "strong, devices: 2, inference 64×64, batch 1",
     ]
     assert rows[0]["efficiency"] == "100%"
     expected = rows[1]["photos/s"] / rows[0]["photos/s"] / 2

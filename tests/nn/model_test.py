@@ -126,3 +126,26 @@ def test_remat_changes_no_result_and_no_gradient():
     assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * max(np.abs(b).max(), 1e-3))
+
+
+def test_embeddings_come_from_where_the_variant_says():
+    x = np.random.default_rng(4).normal(size=(1, 5, 6, 8)).astype(np.float32)
+    x[:, 4:] = 0
+    extents = np.array([[4, 6]], np.int32)
+    sources = {
+        "": set(),
+        "t1": {"box_tower", "embed_predictor"},
+        "t2": {"cls_tower", "embed_predictor"},
+    }
+    for name, expected in (sources | {"t3": {"embed_predictor", "embed_tower"}}).items():
+        config = tiny.get_config(name)
+        config.model.channels, config.model.head_convs = 8, 1
+        head = build_model(config).head
+        params = randomize(jax.jit(head.init)(jax.random.key(0), x, extents)["params"])
+        run = jax.jit(lambda params, head=head: head.apply({"params": params}, x, extents))
+        whole = run(params).embeddings
+        assert np.array_equal(whole, x) == (name == "")
+        np.testing.assert_allclose(whole.sum((1, 2)), 0 if name else x.sum((1, 2)), atol=1e-4)
+        changed = {p: params | {p: jax.tree.map(lambda z: 2 * z + 1, params[p])} for p in params}
+        found = {p for p, own in changed.items() if not np.allclose(run(own).embeddings, whole)}
+        assert found == expected, name

@@ -13,6 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import DeformConv2d, nms
 
 from tests.oracle.random_weights import random_state_dict
@@ -58,64 +59,45 @@ class DeformConv(DeformConv2d):
         return super().forward(x, predicted[:, :18], mask)
 
 
-class Bottleneck(nn.Module):
-    def __init__(self, inputs: int, width: int, stride: int, project: bool, deformable: bool):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 1, stride, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = (
-            DeformConv(width, width, modulated=True, bias=False)
-            if deformable
-            else nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        )
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        if project:
-            shortcut = nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * width))
+class ResNet50(ResNet):
+    """torchvision's in Caffe's style: the first convolution of a stage has the stride.
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu(self.bn1(self.conv1(x)))
-        y = functional.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return functional.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))
-
-
-class ResNet50(nn.Module):
-    """Caffe style; statistics and affine of all norms, the stem and the first stage are frozen."""
+    Statistics and affine of all norms, the stem and the first stage are frozen.
+    """
 
     def __init__(self, width: int, deform_stages: tuple[int, ...]):
-        super().__init__()
+        self.width = width
+        super().__init__(Bottleneck, [3, 4, 6, 3])
+        del self.fc
         self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        inputs = width
-        for stage, depth in enumerate((3, 4, 6, 3), start=1):
-            blocks = []
-            for index in range(depth):
-                features = width * 2 ** (stage - 1)
-                stride = 2 if index == 0 and stage > 1 else 1
-                deformable = stage + 1 in deform_stages
-                blocks.append(Bottleneck(inputs, features, stride, index == 0, deformable))
-                inputs = 4 * features
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(False)
-        for module in (self.conv1, self.layer1):
+        for block in (block for stage in deform_stages for block in self.stages()[stage - 2]):
+            inner = block.conv2.in_channels
+            block.conv2 = DeformConv(inner, inner, modulated=True, bias=False)
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        for module in (self.conv1, self.layer1, *norms):
             module.requires_grad_(False)
         self.eval()
+
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False) -> nn.Sequential:
+        planes = planes * self.width // 64
+        if stride == 1:
+            self.inplanes = planes  # what the stem gives
+        stage = super()._make_layer(block, planes, blocks, stride)
+        stage[0].conv1.stride, stage[0].conv2.stride = stage[0].conv2.stride, (1, 1)
+        return stage
+
+    def stages(self) -> tuple[nn.Sequential, ...]:
+        return self.layer1, self.layer2, self.layer3, self.layer4
 
     def train(self, mode: bool = True) -> ResNet50:
         return super().train(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = functional.max_pool2d(functional.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        maps = []
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-            maps.append(x)
-        return maps
+        maps = [self.maxpool(self.relu(self.bn1(self.conv1(x))))]
+        for stage in self.stages():
+            maps.append(stage(maps[-1]))
+        return maps[1:]
 
 
 class PlainConv(nn.Module):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from tests.oracle.scenes import Scene, make_scene
+from alignps_jax.types import Batch
+from tests.oracle.scenes import make_scene
 
 FOLDER = Path(__file__).parents[1] / "golden"
 # Small copies of the released models; more channels than the 64 of a queue's slot that are written.
@@ -21,11 +20,6 @@ STEPS = 20
 RULES = {"warmup": 8, "drops": (5, 12), "clip_norm": 15.0, "weight_decay": 1e-3}
 
 
-def image() -> np.ndarray:
-    """A BGR image, [H, W, 3]."""
-    return scenes()[0].images[0]
-
-
-def scenes() -> list[Scene]:
-    """The fixed batches, taken in turn."""
+def scenes() -> list[Batch]:
+    """The fixed batches, taken in turn; inference takes the first image."""
     return [make_scene(seed, MEMORY["lut_size"], SIZE) for seed in (20, 21)]

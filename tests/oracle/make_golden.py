@@ -12,7 +12,7 @@ import torch
 
 from tests.oracle import alignps_torch, golden
 from tests.oracle.training_torch import Trainer, remember
-from tests.parity.common import nhwc, normalize
+from tests.parity.common import nhwc, scene_for_oracle
 
 
 def oracle(name: str, gentle: bool) -> alignps_torch.AlignPS:
@@ -23,9 +23,9 @@ def oracle(name: str, gentle: bool) -> alignps_torch.AlignPS:
 def inference(name: str) -> dict[str, np.ndarray]:
     """The outputs and detections of one image."""
     with torch.no_grad():
-        image = golden.image()
-        outputs, stages = oracle(name, gentle=False)(normalize(image[None]))
-        detections = alignps_torch.detect(outputs[0], image.shape[:2], (1.0, 1.0))
+        pixels, _ = scene_for_oracle(golden.scenes()[0])
+        outputs, stages = oracle(name, gentle=False)(pixels[:1])
+        detections = alignps_torch.detect(outputs[0], golden.SIZE, (1.0, 1.0))
     arrays = {key: nhwc(outputs[0][key]) for key in ("cls", "box", "centerness")}
     arrays |= {key: nhwc(stages[key]) for key in ("C5", "lateral5", "P3")}
     return arrays | {f"detected_{key}": value.numpy() for key, value in detections.items()}
@@ -37,15 +37,12 @@ def training(name: str) -> dict[str, np.ndarray]:
     In float64: rounding is then on one side of the comparison only.
     """
     model = oracle(name, gentle=True).double()
-    batches = []
-    for scene in golden.scenes():
-        boxes, ids = torch.from_numpy(scene.boxes).double(), torch.from_numpy(scene.ids)
-        pixels = normalize(scene.images, "float64")
-        batches.append((pixels, list(zip(boxes, ids, strict=True))))
+    batches = [scene_for_oracle(scene, "float64") for scene in golden.scenes()]
     remember(model, batches)
-    state = model.state_dict().items()
-    before = {key: value for key, value in state if "matching_layer" in key}
-    arrays = {f"before/{key}": value.clone().numpy() for key, value in before.items()}
+    state = model.state_dict()
+    arrays = {
+        f"before/{key}": x.clone().numpy() for key, x in state.items() if "matching_layer" in key
+    }
     trainer = Trainer(model, **golden.RULES)
     for step in range(golden.STEPS):
         terms = trainer.step(*batches[step % len(batches)])
@@ -66,7 +63,6 @@ def training(name: str) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     golden.FOLDER.mkdir(exist_ok=True)
-    for name in golden.INFERENCE:
-        np.savez_compressed(golden.FOLDER / f"inference_{name}.npz", **inference(name))
-    for name in golden.TRAINING:
-        np.savez_compressed(golden.FOLDER / f"training_{name}.npz", **training(name))
+    for kind, names in ((inference, golden.INFERENCE), (training, golden.TRAINING)):
+        for name in names:
+            np.savez_compressed(golden.FOLDER / f"{kind.__name__}_{name}.npz", **kind(name))

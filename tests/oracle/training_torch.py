@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from tests.oracle.alignps_torch import STRIDES, AlignPS, locations, rows
@@ -135,8 +135,8 @@ def remember(model: AlignPS, batches: list[tuple[Tensor, People]]) -> None:
 class Trainer:
     """SGD with the released rules; `drops` and `warmup` in steps.
 
-    `clip` scales gradients in place to at most that norm. `gradients` are those of the last step,
-    by name, before clipping.
+    Gradients are scaled to at most `clip_norm`, without the 1e-6 that PyTorch adds to the norm.
+    `gradients` are those of the last step, by name, before that.
     """
 
     def __init__(
@@ -148,32 +148,28 @@ class Trainer:
         drops: tuple[int, ...],
         clip_norm: float = 35.0,
         rate: float = 0.001,
-        clip: Callable[[list[nn.Parameter], float], object] = nn.utils.clip_grad_norm_,
     ):
-        self.model, self.clip, self.clip_norm, self.rate = model, clip, clip_norm, rate
-        self.warmup, self.drops, self.step_number = warmup, drops, 0
-        groups = [{"params": [], "factor": 1.0}, {"params": [], "factor": 2.0, "weight_decay": 0.0}]
+        self.model, self.clip_norm = model, clip_norm
+        groups = [{"params": [], "lr": rate}, {"params": [], "lr": 2 * rate, "weight_decay": 0.0}]
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 groups[int(has_bias_rule(name))]["params"].append(parameter)
-        self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=weight_decay)
+        self.optimizer = SGD(groups, momentum=0.9, weight_decay=weight_decay)
+        start = LinearLR(self.optimizer, 1 / 3, total_iters=warmup)
+        self.schedule = ChainedScheduler([start, MultiStepLR(self.optimizer, drops)])
 
     def step(self, pixels: Tensor, people: People) -> dict[str, float]:
         """One update of parameters and memory; the losses before it."""
         terms, embeddings, identity = losses(self.model, pixels, people)
         self.optimizer.zero_grad()
         sum(terms.values()).backward()
-        named = self.model.named_parameters()
-        self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.clip([p for p in trainable if p.grad is not None], self.clip_norm)
-        rate = self.rate * 0.1 ** sum(self.step_number >= drop for drop in self.drops)
-        if self.step_number < self.warmup:
-            rate *= 1 - (1 - self.step_number / self.warmup) * (1 - 1 / 3)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["factor"] * rate
+        reached = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
+        self.gradients = {name: p.grad.clone() for name, p in reached.items()}
+        norm = torch.stack([gradient.norm() for gradient in self.gradients.values()]).norm()
+        for parameter in reached.values():
+            parameter.grad *= (self.clip_norm / norm).clamp(max=1)
         self.optimizer.step()
-        self.step_number += 1
+        self.schedule.step()
         if embeddings.ndim:
             update_memory(self.model, embeddings, identity)
         return {name: float(value.detach()) for name, value in terms.items()}

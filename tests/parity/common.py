@@ -18,9 +18,8 @@ from alignps_jax.nn.model import AlignPS, build_model, weights_template
 from alignps_jax.types import Batch, OIMMemory, Weights
 from alignps_jax.weights.convert import convert_released
 from tests.oracle import alignps_torch
-from tests.oracle.scenes import make_scene
 from tests.oracle.training_torch import People, remember
-from tests.parity.ours import relative_error, released_config
+from tests.parity.ours import released_config
 from tests.places import SHARED
 
 # Of everything, with `in_float64`.
@@ -104,22 +103,10 @@ def nhwc(x: torch.Tensor) -> np.ndarray:
     return x.detach().permute(0, 2, 3, 1).numpy()
 
 
-def make_batch(
-    seed: int, size: tuple[int, int], dtype: str = "float32"
-) -> tuple[Batch, torch.Tensor, People]:
-    """A scene for us, and its pixels and people for the oracle."""
-    scene = make_scene(seed, 40, size)
-    boxes = scene.boxes.astype(dtype)
-    people = zip(torch.from_numpy(boxes), torch.from_numpy(scene.ids), strict=True)
-    batch = scene.batch().replace(boxes=boxes)
-    return batch, normalize(scene.images, dtype), list(people)
-
-
-def memory_errors(oracle: alignps_torch.AlignPS, memory: OIMMemory) -> dict[str, float]:
-    """Relative errors of table and queue; the tail is equal."""
-    head = oracle.bbox_head
-    assert int(memory.tail) == int(head.unlabeled_matching_layer.tail)
-    return {
-        "lut": relative_error(memory.lut, head.labeled_matching_layer.lookup_table),
-        "queue": relative_error(memory.queue, head.unlabeled_matching_layer.queue),
-    }
+def scene_for_oracle(scene: Batch, dtype: str = "float32") -> tuple[torch.Tensor, People]:
+    """The pixels and people of a batch; without an identity, people have -1."""
+    height, width = scene.size[0]
+    boxes = torch.from_numpy(scene.boxes.astype(dtype))
+    ids = torch.from_numpy(np.where(scene.labeled, scene.identity, -1))
+    pixels = normalize(scene.image[:, :height, :width, ::-1], dtype)
+    return pixels, list(zip(boxes, ids, strict=True))

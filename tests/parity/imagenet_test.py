@@ -12,6 +12,7 @@ pytest.importorskip("torchvision", reason="make parity runs these")
 import torch
 from flax import traverse_util
 from torchvision.models import resnet50
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import functional
 
 from alignps_jax.nn.model import build_model
@@ -37,12 +38,9 @@ def test_torchvision_weights_and_pixels(tmp_path):
     pixels = functional.normalize(
         functional.to_tensor(image), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     )
+    stages = create_feature_extractor(theirs, {"layer2": "C3", "layer3": "C4", "layer4": "C5"})
     with torch.no_grad():
-        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(pixels[None]))))
-        expected = []
-        for stage in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
-            x = stage(x)
-            expected.append(nhwc(x))
+        expected = stages(pixels[None])
 
     config.model.pretrained = str(tmp_path / "resnet50-0676ba61.pth")
     config = starting_config(config, tmp_path)
@@ -55,7 +53,7 @@ def test_torchvision_weights_and_pixels(tmp_path):
     def run(variables):
         return model.backbone.apply(variables, model.normalized(image[None], size), size)
 
-    for level, found in enumerate(run(variables)):
-        error = relative_error(found, expected[level + 1])
-        print(f"\ntorchvision ResNet-50 C{level + 3}: {error:.1e}")
+    for (level, wanted), found in zip(expected.items(), run(variables), strict=True):
+        error = relative_error(found, nhwc(wanted))
+        print(f"\ntorchvision ResNet-50 {level}: {error:.1e}")
         assert error <= 1e-4

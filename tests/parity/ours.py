@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import leaves_by_path
-from alignps_jax.devices import AXIS
+from alignps_jax.devices import AXIS, replicate
 from alignps_jax.inference.postprocess import detect
 from alignps_jax.nn.model import AlignPS
+from alignps_jax.training.optimizer import is_frozen, learning_rate_schedule, make_optimizer
 from alignps_jax.training.step import TrainStep
 from alignps_jax.types import Batch, Detections, OIMMemory, TrainState, Weights
 from alignps_jax.weights.released_names import released_name, to_torch
@@ -99,16 +100,35 @@ def run_stages(
     return stages, detections
 
 
-def recorded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer; its state holds the last gradient beside its own."""
+def apply_rules(optimizer: ConfigDict, rules: Mapping[str, Any]) -> None:
+    """Gives `config.optimizer` what the oracle's `Trainer` takes; times are in steps."""
+    optimizer.weight_decay, optimizer.clip_norm = rules["weight_decay"], rules["clip_norm"]
+    optimizer.warmup = f"{rules['warmup']} steps"
+    optimizer.drops = tuple(f"{step} steps" for step in rules["drops"])
+
+
+def start_training(
+    config: ConfigDict, model: AlignPS, weights: Weights, memory: OIMMemory
+) -> tuple[Callable, TrainState]:
+    """The step on one device, and the state before the first one.
+
+    The optimizer's state has the last gradient beside its own.
+    """
+    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
+    inner = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
 
     def update(gradient, state, params):
-        updates, inner = optimizer.update(gradient, state[1], params)
-        return updates, (gradient, inner)
+        updates, state = inner.update(gradient, state[1], params)
+        return updates, (gradient, state)
 
-    return optax.GradientTransformation(
-        lambda params: (jax.tree.map(jnp.zeros_like, params), optimizer.init(params)), update
+    optimizer = optax.GradientTransformation(
+        lambda params: (jax.tree.map(jnp.zeros_like, params), inner.init(params)), update
     )
+    step, state = jnp.zeros((), jnp.int32), optimizer.init(weights.params)
+    state = TrainState(step, weights.params, weights.frozen, state, memory)
+    # Placed as the step returns it, else it compiles twice.
+    state = replicate(state, jax.local_devices()[:1])
+    return one_device(TrainStep(model, optimizer, config.loss, max_positives=100)), state
 
 
 def one_device(step: TrainStep) -> Callable:
@@ -116,18 +136,3 @@ def one_device(step: TrainStep) -> Callable:
     return jax.pmap(
         step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=jax.local_devices()[:1]
     )
-
-
-def first_state(
-    weights: Weights, memory: OIMMemory, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """The state before the first step, placed as the step returns it (else it compiles twice)."""
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=weights.params,
-        frozen=weights.frozen,
-        opt_state=optimizer.init(weights.params),
-        memory=memory,
-    )
-    mesh = Mesh(np.array(jax.local_devices()[:1]), (AXIS,))
-    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))

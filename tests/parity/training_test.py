@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
@@ -19,11 +18,28 @@ pytest.importorskip("torchvision", reason="make parity runs these")
 
 from tests.parity.common import MODELS
 
-IN_FLOAT64 = "tests.parity.in_float64"
+SOME = ("cuhk", "prw_plus")
+# By case (see steps.py), and whether in float64: how much each figure may differ at most. What
+# float32 leaves open there with rough weights is rounding, and nothing else. Training is chaotic
+# at first: from the initial state, float32 rounding alone grows beyond 1e-3. Offsets of exactly
+# zero put every sample on a kink of the interpolation, and an empty memory makes for large
+# gradients. Where a sample then ends up on the other side, even in float64, it shows in an offset
+# bias, itself still next to zero.
+COMPARED = {
+    ("trained", False): (MODELS, {"losses": 1e-4, "memory": 1e-4, "norm": 1e-3, "tensor": 1e-2}),
+    ("converted", False): (MODELS, {"losses": 1e-3, "memory": 1e-3, "parameters": 1e-3}),
+    ("rough", True): (SOME, dict.fromkeys(("losses", "memory", "norm", "tensor"), 1e-10)),
+    ("converted", True): (SOME, {"losses": 1e-6, "memory": 1e-6, "parameters": 1e-6}),
+    ("initial", True): (SOME, {"losses": 1e-6, "memory": 1e-6, "parameters": 1e-3}),
+}
 
 
-def compare(case: str, name: str, *wrapper: str) -> dict[str, Any]:
-    """What the steps print last."""
+@pytest.mark.parametrize(
+    ("case", "wide", "name", "most"),
+    [(*key, name, most) for key, (names, most) in COMPARED.items() for name in names],
+)
+def test_steps(case, wide, name, most):
+    wrapper = ["tests.parity.in_float64"] * wide
     done = subprocess.run(
         [sys.executable, "-m", *wrapper, "tests.parity.steps", case, name],
         cwd=ROOT,
@@ -34,45 +50,10 @@ def compare(case: str, name: str, *wrapper: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     unchanged, frozen = found.pop("unchanged"), ("backbone.conv1", "backbone.layer1")
-    assert not found["changed"] or all(key.startswith(frozen) for key in unchanged)
+    print(f"\n{case} {name} {'float64' if wide else 'float32'}: {found}")
     assert found["gradients"] > 100
-    print(f"\n{case} {name} {wrapper}: {found}")
-    return found
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_two_steps_at_full_width(name):
-    found = compare("trained", name)
-    assert max(found["losses"], found["memory"]) <= 1e-4
-    assert found["norm"] <= 1e-3
-    assert found["tensor"] <= 1e-2
-
-
-@pytest.mark.parametrize("name", ["cuhk", "prw_plus"])
-def test_two_steps_at_full_width_in_float64(name):
-    """With any weights whatever: what float32 leaves open there is rounding, and nothing else."""
-    found = compare("rough", name, IN_FLOAT64)
-    assert max(found[key] for key in ("losses", "memory", "norm", "tensor")) <= 1e-10
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_twenty_steps_from_a_converted_detector(name):
-    found = compare("converted", name)
-    assert found["changed"] > 100
-    assert 0 < found["clipped"] < 20
-    assert max(found["losses"], found["parameters"], found["memory"]) <= 1e-3
-
-
-@pytest.mark.parametrize("case", ["converted", "initial"])
-@pytest.mark.parametrize("name", ["cuhk", "prw_plus"])
-def test_twenty_steps_in_float64(name, case):
-    """The initial state in float64 only: from there, float32 rounding alone grows beyond 1e-3.
-
-    Training is chaotic at first. Offsets of exactly zero put every sample on a kink of the
-    interpolation, and an empty memory makes for large gradients. Where a sample then ends up on
-    the other side, even in float64, it shows in an offset bias, itself still next to zero.
-    """
-    found = compare(case, name, IN_FLOAT64)
-    assert found["changed"] > 100
-    assert max(found["losses"], found["memory"]) <= 1e-6
-    assert found["parameters"] <= (1e-6 if case == "converted" else 1e-3)
+    if "parameters" in most:
+        assert found["changed"] > 100
+        assert all(key.startswith(frozen) for key in unchanged)
+        assert case == "initial" or 0 < found["clipped"] < 20
+    assert {key: found[key] for key in most if found[key] > most[key]} == {}

@@ -125,11 +125,12 @@ def test_a_validation_split_chooses_the_step(shared_dir):
 def test_evaluate_and_search_take_the_run(shared_dir, whole_run, tmp_path):
     metrics = whole_run / "metrics.json"
     first = json.loads(metrics.read_text())
+    untrained = {name: first[name] for name in ("detection", "detection_labeled", "search")}
     # What only training can measure stays.
-    metrics.write_text(json.dumps(first | {"untrained": {"search": {}}}))
+    metrics.write_text(json.dumps(first | {"untrained": untrained}))
     done = launch(shared_dir, whole_run, "--mode=evaluate")
     assert done.returncode == 0, done.stderr
-    assert json.loads(metrics.read_text()) == first | {"untrained": {"search": {}}}
+    assert json.loads(metrics.read_text()) == first | {"untrained": untrained}
     metrics.write_text(json.dumps(first))
     assert "checkpoint step 6 (chosen by being the last)" in done.stdout
     assert list(first["search"]) == ["TestG50", "all"]

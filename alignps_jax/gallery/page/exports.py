@@ -8,12 +8,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from PIL import Image as PillowImage
+import numpy as np
 
+from alignps_jax.boxes import as_stored
 from alignps_jax.gallery.page.marks import RIGHT, WRONG, Marked, Sight
+from alignps_jax.gallery.sources import orientation
 from alignps_jax.types import UserError
-
-_ORIENTATION = 0x0112  # the EXIF tag
 
 CSV_HEADER = (
     *("query", "query_photo", "query_second", "query_x1", "query_y1", "query_x2", "query_y2"),
@@ -120,15 +120,16 @@ def _coco(
     folders = {os.path.dirname(sight.photo) for sight in (of or people)}
     root = os.path.commonpath(folders)
     photos = {path: index for index, path in enumerate(dict.fromkeys(s.photo for s in people))}
-    stored = {path: _orientation(path) for path in photos}
+    turns = {path: orientation(path) for path in photos}
     images, annotations = [], []
     sizes = {sight.photo: sight.size for sight in people}
     for path, index in photos.items():
-        height, width = _stored_size(sizes[path], stored[path])
+        height, width = sizes[path][::-1] if turns[path] > 4 else sizes[path]
         name = os.path.relpath(path, root)
         images.append({"id": index, "file_name": name, "width": width, "height": height})
     for index, sight in enumerate(people):
-        x1, y1, x2, y2 = _stored_box(sight, stored[sight.photo])
+        boxes, _ = as_stored(np.array([sight.box], float), sight.size, turns[sight.photo])
+        x1, y1, x2, y2 = boxes[0].tolist()
         bbox = [round(value, 2) for value in (x1, y1, x2 - x1, y2 - y1)]
         annotations.append(
             {
@@ -149,28 +150,3 @@ def _coco(
         "categories": [{"id": 1, "name": "person"}],
     }
     return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _orientation(path: str) -> int:
-    """The EXIF orientation, 1 to 8: data sets have boxes in pixels as stored."""
-    try:
-        with PillowImage.open(path) as image:
-            found = image.getexif().get(_ORIENTATION, 1)
-    except Exception as error:  # EXIF data may be damaged in any way
-        raise UserError(f"{path}: cannot be read any more, expected the photo") from error
-    return found if found in range(1, 9) else 1
-
-
-def _stored_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    return size[::-1] if orientation >= 5 else size
-
-
-def _stored_box(sight: Sight, orientation: int) -> tuple[float, float, float, float]:
-    """The box in the pixels as stored, of a box in the pixels as shown."""
-    x1, y1, x2, y2 = sight.box
-    height, width = sight.size
-    if orientation in (2, 3, 6, 7):
-        x1, x2 = width - x2, width - x1
-    if orientation in (3, 4, 7, 8):
-        y1, y2 = height - y2, height - y1
-    return (y1, x1, y2, x2) if orientation >= 5 else (x1, y1, x2, y2)
