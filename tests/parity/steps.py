@@ -180,7 +180,8 @@ def run(case: str, name: str, folder: Path) -> dict[str, Any]:
         unchanged += same * (part == "params")
     return {
         **{key: max(found[key] for found in gradients) for key in gradients[0]},
-        "terms": {key: max(found[key] for found in losses) for key in losses[0]},
+        "terms": (terms := {key: max(found[key] for found in losses) for key in losses[0]}),
+        "losses": max(terms.values()),
         **{**errors, "changed": changed, "unchanged": unchanged, "clipped": clipped},
     }
 
