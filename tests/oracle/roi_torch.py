@@ -283,8 +283,8 @@ def train(
     warmup: int = 1141,
     drops: tuple[int, ...] = (),
     clip_norm: float = 10.0,
-) -> Iterator[tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]]:
-    """After each step: losses, gradients before clipping, and memories and statistics, by name.
+) -> Iterator[tuple[dict[str, float], dict[str, Tensor]]]:
+    """After each step: its losses and gradients (before clipping), by name.
 
     `warmup` and `drops` are in steps.
     """
@@ -301,5 +301,4 @@ def train(
         optimizer.param_groups[0]["lr"] = rate * warm * 0.1 ** sum(step >= drop for drop in drops)
         optimizer.step()
         update_memories(model, locations, regions)
-        stored = {k: x.clone() for k, x in model.named_buffers()}
-        yield {k: float(x.detach()) for k, x in terms.items()}, gradients, stored
+        yield {k: float(x.detach()) for k, x in terms.items()}, gradients

@@ -69,6 +69,8 @@ def make_pair(
         spec = alignps_torch.spec_of(name, **widths)
         oracle = alignps_torch.random_model(spec, gentle).to(dtype)
     remember(oracle, batches)
+    for buffer in oracle.bbox_head.buffers():
+        buffer.copy_(buffer.float())  # a file of ours has no more digits
     oracle.bbox_head.unlabeled_matching_layer.tail.fill_(spec.queue_size - 2)
     source = folder / f"{name}.pth"
     meta = {"epoch": 24, "iter": 67272, "config": "model = dict()", "CLASSES": ("person",)}

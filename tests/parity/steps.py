@@ -67,8 +67,8 @@ def with_initial_weights(pair: Pair) -> Pair:
     )
 
 
-def make_draws(turn: int, batch: Batch, regions: int) -> RoiDraws:
-    """Random choices; both branches learn from mutual information in the first step.
+def make_draws(turn: int, batch: Batch) -> RoiDraws:
+    """Random choices; both branches learn from mutual information in step 0, but not in step 1.
 
     In float32, of neighbors among the proposals, which rounding may exchange, both are taken.
     """
@@ -78,31 +78,24 @@ def make_draws(turn: int, batch: Batch, regions: int) -> RoiDraws:
     if DTYPE == "float32":
         roi[:, people:].sort(axis=1)
     rpn = rng.random((images, height // 16 * (width // 16) * ANCHORS))
-    gate = rng.integers(0, 99) if turn else 2
-    shuffle = rng.random(images * regions)
+    gate = rng.integers(0, 99) if turn > 1 else 2 - turn
+    shuffle = rng.random(images * REGIONS)
     return jax.tree.map(np.float32, RoiDraws(rpn, roi, (gate + 0.5) / 99, shuffle))
 
 
-Steps = Iterator[tuple[dict[str, float], dict[str, torch.Tensor]]]
-
-
-def oracle_steps(pair: Pair, batches: list[Batch], rate: float, rules: dict[str, Any]) -> Steps:
+def oracle_steps(
+    pair: Pair, batches: list[Batch], draws: list[RoiDraws | None], **rules: Any
+) -> Iterator[tuple[dict[str, float], dict[str, torch.Tensor]]]:
     """Losses and gradients of one training step after another."""
-    trainer = Trainer(pair.oracle, rate=rate, **rules)
-    for batch in batches:
-        yield trainer.step(*scene_for_oracle(batch, DTYPE)), trainer.gradients
-
-
-def roi_steps(
-    pair: Pair, batches: list[Batch], draws: list[RoiDraws], rate: float, rules: dict[str, Any]
-) -> Steps:
-    """The same of ROI-AlignPS."""
-    turns = [
-        roi_torch.TrainingBatch(*scene_for_oracle(batch, DTYPE), batch.size.tolist(), own)
-        for batch, own in zip(batches, draws, strict=True)
-    ]
-    for terms, gradients, _ in roi_torch.train(pair.oracle, turns, rate=rate, **rules):
-        yield terms, gradients
+    scenes = [scene_for_oracle(batch, DTYPE) for batch in batches]
+    if pair.roi_memory is None:
+        trainer = Trainer(pair.oracle, **rules)
+        for scene in scenes:
+            yield trainer.step(*scene), trainer.gradients
+    else:
+        parts = zip(scenes, batches, draws, strict=True)
+        turns = [roi_torch.TrainingBatch(*x, batch.size.tolist(), own) for x, batch, own in parts]
+        yield from roi_torch.train(pair.oracle, turns, **rules)
 
 
 def gradient_errors(oracle: dict[str, torch.Tensor], ours: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -135,21 +128,21 @@ def run(case: str, name: str, folder: Path) -> dict[str, Any]:
     )
     pair = with_initial_weights(pair) if case == "initial" else pair
     config = pair.config.optimizer
-    rules = {"warmup": 500, "drops": (), "clip_norm": 35.0, "weight_decay": config.weight_decay}
-    if case == "converted":  # some gradients are longer than that, others are not
-        rules = golden.RULES | ({"clip_norm": 79.0} if name in ROI_MODELS else {})
+    rules = {"warmup": 500, "drops": ()}
+    rules |= {key: config[key] for key in ("clip_norm", "weight_decay")}
+    rules = golden.RULES if case == "converted" else rules
+    if case == "converted" and pair.roi_memory is not None:  # its gradients are longer
+        rules, config.learning_rate = rules | {"clip_norm": 79.0}, config.learning_rate / 5
     config.learning_rate *= narrow
     apply_rules(config, rules)
     parts = pair.model, pair.weights, pair.memory, pair.roi_memory
     step, state = start_training(pair.config, *parts)
     batches = [scenes[turn % 2] for turn in range(20)] if narrow else [scenes[0]] * 2
-    if pair.roi_memory is None:
-        draws = [None] * len(batches)
-        oracle = oracle_steps(pair, batches, config.learning_rate, rules)
-    else:
+    draws: list[RoiDraws | None] = [None] * len(batches)
+    if pair.roi_memory is not None:
         pair.config.loss.rois_per_image = REGIONS
-        draws = [make_draws(turn, batch, REGIONS) for turn, batch in enumerate(batches)]
-        oracle = roi_steps(pair, batches, draws, config.learning_rate, rules)
+        draws = [make_draws(turn, batch) for turn, batch in enumerate(batches)]
+    oracle = oracle_steps(pair, batches, draws, rate=config.learning_rate, **rules)
     before = {key: value.clone() for key, value in pair.oracle.state_dict().items()}
     losses, gradients, clipped = [], [], 0
     turns = zip(batches, draws, strict=True)
