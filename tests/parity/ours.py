@@ -120,7 +120,12 @@ def start_training(
     The optimizer's state has the last gradient beside its own.
     """
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
-    inner = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
+    # Of whole numbers, optax makes float32 rates, in float64 too.
+    inner = make_optimizer(
+        config.optimizer,
+        lambda step: schedule(jnp.asarray(step, float)),
+        partial(is_frozen, model),
+    )
 
     def update(gradient, state, params):
         updates, state = inner.update(gradient, state[1], params)
