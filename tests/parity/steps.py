@@ -9,8 +9,8 @@ rough: the same with weights drawn without regard to that. Some samples of the d
   convolutions then lie so close to a kink of the interpolation that float32 rounding decides on the
   side, and with it the gradient.
 converted: twenty steps of a narrow copy, and every rule of the optimizer within them.
-initial: the same, but apart from the backbone its weights are what the released training starts
-  from, with empty memory.
+initial: the same of AlignPS, but apart from the backbone its weights are what the released training
+  starts from, with empty memory.
 """
 
 from __future__ import annotations
@@ -44,33 +44,29 @@ CANCELED = ("projectors.0.0.bias", "projectors.1.0.bias", "fc_reg.0.bias", "T_fu
 
 
 def with_initial_weights(pair: Pair) -> Pair:
-    def copied(path: tuple[str, ...]) -> bool:
-        return "offset" not in path and (path[0] == "backbone" or path[1].startswith("layer4"))
-
     params, _ = init_variables(pair.model, jax.random.key(1))
     initial, ours = (traverse_util.flatten_dict(p) for p in (params, pair.weights.params))
-    mixed = {path: value if copied(path) else initial[path] for path, value in ours.items()}
+    mixed = {
+        path: value if path[0] == "backbone" and "offset" not in path else initial[path]
+        for path, value in ours.items()
+    }
     params = traverse_util.unflatten_dict(mixed)
     named = by_released_name({"params": params})
     state = {key: torch.from_numpy(np.array(value)) for key, value in named.items()}
     pair.oracle.load_state_dict(state, strict=False)
-    for key, memory in pair.oracle.named_buffers():
-        if "matching_layer" in key or "loss_oim" in key:
-            memory.zero_()
-    pair.oracle.header = 0
-    memory = init_memory(*pair.memory.lut.shape[:1], *pair.memory.queue.shape)
+    for memory in pair.oracle.bbox_head.buffers():
+        memory.zero_()
     return dataclasses.replace(
         pair,
         weights=pair.weights.replace(params=params),
-        memory=memory,
-        roi_memory=pair.roi_memory and memory,
+        memory=init_memory(*pair.memory.lut.shape[:1], *pair.memory.queue.shape),
     )
 
 
 def make_draws(turn: int, batch: Batch) -> RoiDraws:
     """Random choices; both branches learn from mutual information in step 0, but not in step 1.
 
-    In float32, of neighbors among the proposals, which rounding may exchange, both are taken.
+    In float32 the best proposals are taken: rounding may exchange neighbors among them.
     """
     rng = np.random.default_rng(turn)
     (images, people), (height, width) = batch.valid.shape, batch.image.shape[1:3]
