@@ -132,8 +132,9 @@ def nms(
             lambda rounds: (rounds[1], apply_rule(rounds[1])),
             (free, apply_rule(free)),
         )[1]
-        place = jnp.where(keep, count + jnp.cumsum(keep) - 1, limit)
-        return start + NMS_BLOCK, kept.at[place].set(rows, mode="drop"), count + keep.sum()
+        total = count + jnp.cumsum(keep, dtype=jnp.int32)
+        place = jnp.where(keep, total - 1, limit)
+        return start + NMS_BLOCK, kept.at[place].set(rows, mode="drop"), total[-1]
 
     _, kept, count = lax.while_loop(
         lambda state: (state[0] < size) & (state[2] < limit),

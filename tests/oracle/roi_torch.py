@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,12 @@ class TrainingBatch:
     people: dense.People
     sizes: list[tuple[int, int]]
     draws: RoiDraws
+
+
+def roi_spec_of(dataset: str, **changes) -> RoiSpec:
+    """The released model of "cuhk" or "prw"."""
+    sizes = {"prw": {"lut_size": 483, "queue_size": 500}}
+    return RoiSpec(**sizes.get(dataset, {}) | changes)
 
 
 class ROIAlignPS(AlignPS):
@@ -277,11 +283,10 @@ def train(
     warmup: int = 1141,
     drops: tuple[int, ...] = (),
     clip_norm: float = 10.0,
-    clip: Callable[[list[nn.Parameter], float], object] = nn.utils.clip_grad_norm_,
-) -> Iterator[tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]]:
-    """After each step: losses, gradients before clipping, and memories and statistics, by name.
+) -> Iterator[tuple[dict[str, float], dict[str, Tensor]]]:
+    """After each step: its losses and gradients (before clipping), by name.
 
-    `warmup` and `drops` in steps, `clip` as in `Trainer`.
+    `warmup` and `drops` are in steps.
     """
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), rate, 0.9, weight_decay=weight_decay)
@@ -291,10 +296,9 @@ def train(
         sum(terms.values()).backward()
         parameters = {k: p for k, p in trained.items() if p.grad is not None}
         gradients = {k: p.grad.clone() for k, p in parameters.items()}
-        clip(list(parameters.values()), clip_norm)
+        dense.clip(parameters.values(), clip_norm)
         warm = 1 - max(1 - step / warmup, 0) * (1 - 1 / 200)
         optimizer.param_groups[0]["lr"] = rate * warm * 0.1 ** sum(step >= drop for drop in drops)
         optimizer.step()
         update_memories(model, locations, regions)
-        stored = {k: x.clone() for k, x in model.named_buffers()}
-        yield {k: float(x.detach()) for k, x in terms.items()}, gradients, stored
+        yield {k: float(x.detach()) for k, x in terms.items()}, gradients

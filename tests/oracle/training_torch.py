@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
@@ -132,11 +134,17 @@ def remember(model: AlignPS, batches: list[tuple[Tensor, People]]) -> None:
         update_memory(model, embeddings, identity)
 
 
+def clip(parameters: Collection[nn.Parameter], limit: float) -> None:
+    """Scales gradients to a norm of at most `limit`, without the 1e-6 that PyTorch adds to it."""
+    norm = torch.stack([parameter.grad.norm() for parameter in parameters]).norm()
+    for parameter in parameters:
+        parameter.grad *= (limit / norm).clamp(max=1)
+
+
 class Trainer:
     """SGD with the released rules; `drops` and `warmup` in steps.
 
-    Gradients are scaled to at most `clip_norm`, without the 1e-6 that PyTorch adds to the norm.
-    `gradients` are those of the last step, by name, before that.
+    `gradients` are those of the last step, by name, before clipping.
     """
 
     def __init__(
@@ -165,9 +173,7 @@ class Trainer:
         sum(terms.values()).backward()
         reached = {name: p for name, p in self.model.named_parameters() if p.grad is not None}
         self.gradients = {name: p.grad.clone() for name, p in reached.items()}
-        norm = torch.stack([gradient.norm() for gradient in self.gradients.values()]).norm()
-        for parameter in reached.values():
-            parameter.grad *= (self.clip_norm / norm).clamp(max=1)
+        clip(reached.values(), self.clip_norm)
         self.optimizer.step()
         self.schedule.step()
         if embeddings.ndim:

@@ -17,7 +17,7 @@ from alignps_jax.checkpoint.store import load_arrays, load_weights
 from alignps_jax.nn.model import AlignPS, build_model, weights_template
 from alignps_jax.types import Batch, OIMMemory, Weights
 from alignps_jax.weights.convert import convert_released
-from tests.oracle import alignps_torch
+from tests.oracle import alignps_torch, roi_torch
 from tests.oracle.training_torch import People, remember
 from tests.parity.ours import released_config
 from tests.places import SHARED
@@ -25,6 +25,7 @@ from tests.places import SHARED
 # Of everything, with `in_float64`.
 DTYPE = "float64" if jax.config.jax_enable_x64 else "float32"
 MODELS = ("cuhk", "cuhk_plus", "prw", "prw_plus")
+ROI_MODELS = ("cuhk_roi", "prw_roi")
 PHOTOS = {
     "cuhk": SHARED / "photos" / "gallery-1.jpg",
     "prw": next(iter(sorted((SHARED / "prw_sample" / "frames").glob("*.jpg"))), SHARED),
@@ -41,6 +42,7 @@ class Pair:
     model: AlignPS
     weights: Weights
     memory: OIMMemory
+    roi_memory: OIMMemory | None
     workdir: Path
 
 
@@ -55,12 +57,20 @@ def make_pair(
 ) -> Pair:
     """A pair whose our half went through a file as old mmcv writes them and --mode=convert.
 
-    The memory holds embeddings of `batches`, random ones for all other identities; the queue's
-    tail is near its end.
+    The memory holds embeddings of `batches`, random ones for all other identities; the queues'
+    next slots are near their ends.
     """
-    spec = alignps_torch.spec_of(name, **widths)
-    oracle = alignps_torch.random_model(spec, gentle).to(dtype)
+    dataset, _, variant = name.partition("_")
+    if variant == "roi":
+        spec = roi_torch.roi_spec_of(dataset, **widths)
+        oracle = roi_torch.random_roi_model(spec, gentle).to(dtype)
+        oracle.header = spec.queue_size - 2
+    else:
+        spec = alignps_torch.spec_of(name, **widths)
+        oracle = alignps_torch.random_model(spec, gentle).to(dtype)
     remember(oracle, batches)
+    for buffer in oracle.bbox_head.buffers():
+        buffer.copy_(buffer.float())  # a file of ours has no more digits
     oracle.bbox_head.unlabeled_matching_layer.tail.fill_(spec.queue_size - 2)
     source = folder / f"{name}.pth"
     meta = {"epoch": 24, "iter": 67272, "config": "model = dict()", "CLASSES": ("person",)}
@@ -70,9 +80,15 @@ def make_pair(
     source.unlink()
     model = build_model(config)
     weights = load_weights(folder / name, weights_template(model))
-    stored = load_arrays(folder / name, lambda path: path.startswith("memory/"))
-    memory = OIMMemory(*(jnp.asarray(stored[f"memory/{x}"]) for x in ("lut", "queue", "tail")))
-    return Pair(oracle, config, model, weights, memory, folder / name)
+    stored = load_arrays(folder / name, lambda path: "memory/" in path)
+
+    def memory(part: str) -> OIMMemory:
+        return OIMMemory(*(jnp.asarray(stored[f"{part}/{x}"]) for x in ("lut", "queue", "tail")))
+
+    roi_memory = None
+    if variant == "roi":  # files do not hold the next slot
+        roi_memory = memory("roi_memory").replace(tail=jnp.int32(oracle.header))
+    return Pair(oracle, config, model, weights, memory("memory"), roi_memory, folder / name)
 
 
 def photo(dataset: str) -> np.ndarray:

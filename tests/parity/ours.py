@@ -49,9 +49,10 @@ def released_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def released_config(name: str, *, width: int, channels: int, groups: int) -> ConfigDict:
-    """The config of a released model ("cuhk", "prw_plus", ...) of these widths."""
-    dataset, _, plus = name.partition("_")
-    config = {"cuhk": cuhk, "prw": prw}[dataset].get_config(f"released{plus and '_plus'}")
+    """The config of a released model ("cuhk", "prw_plus", "prw_roi", ...) of these widths."""
+    dataset, _, variant = name.partition("_")
+    variant = {"": "released", "plus": "released_plus"}.get(variant, variant)
+    config = {"cuhk": cuhk, "prw": prw}[dataset].get_config(variant)
     config.model.backbone_width = width
     config.model.channels = channels
     config.model.norm_groups = groups
@@ -108,14 +109,23 @@ def apply_rules(optimizer: ConfigDict, rules: Mapping[str, Any]) -> None:
 
 
 def start_training(
-    config: ConfigDict, model: AlignPS, weights: Weights, memory: OIMMemory
+    config: ConfigDict,
+    model: AlignPS,
+    weights: Weights,
+    memory: OIMMemory,
+    roi_memory: OIMMemory | None = None,
 ) -> tuple[Callable, TrainState]:
     """The step on one device, and the state before the first one.
 
     The optimizer's state has the last gradient beside its own.
     """
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
-    inner = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
+    # Of whole numbers, optax makes float32 rates, in float64 too.
+    inner = make_optimizer(
+        config.optimizer,
+        lambda step: schedule(jnp.asarray(step, float)),
+        partial(is_frozen, model),
+    )
 
     def update(gradient, state, params):
         updates, state = inner.update(gradient, state[1], params)
@@ -125,14 +135,15 @@ def start_training(
         lambda params: (jax.tree.map(jnp.zeros_like, params), inner.init(params)), update
     )
     step, state = jnp.zeros((), jnp.int32), optimizer.init(weights.params)
-    state = TrainState(step, weights.params, weights.frozen, state, memory)
+    state = TrainState(step, weights.params, weights.frozen, state, memory, None, roi_memory)
     # Placed as the step returns it, else it compiles twice.
     state = replicate(state, jax.local_devices()[:1])
     return one_device(TrainStep(model, optimizer, config.loss, max_positives=100)), state
 
 
 def one_device(step: TrainStep) -> Callable:
-    """The step on the first device; the batch has a leading axis of length one."""
-    return jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=jax.local_devices()[:1]
+    """The step on the first device; batch and draws have a leading axis of length one."""
+    mapped = jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, 0, 0), out_axes=None, devices=jax.local_devices()[:1]
     )
+    return lambda state, batch, draws=None: mapped(state, batch, draws)
