@@ -14,9 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.types import AnyArray
 
-# Boxes that `nms` compares with each other at once.
-NMS_BLOCK = 512
-
 
 def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
     """Width times height."""
@@ -107,41 +104,17 @@ def nms(
 ) -> tuple[Int[Array, "{limit}"], Bool[Array, "{limit}"]]:
     """Greedy non-maximum suppression of `boxes`, best first: the first `limit` that are kept.
 
-    A valid box is kept if no kept box before it overlaps it with an IoU above the threshold. Boxes
-    are compared in blocks: in one, the rule is applied to all boxes at once until nothing changes,
-    as after t rounds the first t answers are final. Returns indices, and which of these are used.
+    A valid box is kept if no kept box before it overlaps it with an IoU above the threshold.
+    Returns indices, and which of these are used.
     """
-    size = len(boxes)
-    fill = -size % NMS_BLOCK
-    boxes, valid = jnp.pad(boxes, ((0, fill), (0, 0))), jnp.pad(valid, (0, fill))
 
-    def add_block(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        start, kept, count = state
-        rows = start + jnp.arange(NMS_BLOCK)
-        # Without a box yet, an entry of `kept` is out of range: an empty box suppresses nothing.
-        before = boxes.at[kept].get(mode="fill", fill_value=0)
-        free = valid[rows] & ~(iou(boxes[rows][:, None], before[None]) > iou_threshold).any(axis=1)
-        overlap = iou(boxes[rows][:, None], boxes[rows][None]) > iou_threshold
-        suppresses = overlap & (rows[:, None] < rows[None])
+    def keep_next(left: Bool[Array, "K"], _: None) -> tuple[Array, tuple[Array, Array]]:
+        best = jnp.argmax(left)
+        # Without area, a box does not even overlap itself.
+        gone = (iou(boxes[best], boxes) > iou_threshold) | (jnp.arange(len(boxes)) == best)
+        return left & ~gone, (best, left[best])
 
-        def apply_rule(keep: Bool[Array, "N"]) -> Bool[Array, "N"]:
-            return free & ~jnp.any(suppresses & keep[:, None], axis=0)
-
-        keep = lax.while_loop(
-            lambda rounds: jnp.any(rounds[0] != rounds[1]),
-            lambda rounds: (rounds[1], apply_rule(rounds[1])),
-            (free, apply_rule(free)),
-        )[1]
-        place = jnp.where(keep, count + jnp.cumsum(keep) - 1, limit)
-        return start + NMS_BLOCK, kept.at[place].set(rows, mode="drop"), count + keep.sum()
-
-    _, kept, count = lax.while_loop(
-        lambda state: (state[0] < size) & (state[2] < limit),
-        add_block,
-        (jnp.int32(0), jnp.full(limit, size + fill), jnp.int32(0)),
-    )
-    used = jnp.arange(limit) < count
-    return jnp.where(used, kept, 0), used
+    return lax.scan(keep_next, valid, length=limit)[1]
 
 
 def as_stored(

@@ -17,7 +17,7 @@ from alignps_jax.inference.postprocess import detect, embed_boxes
 from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import AlignPS, build_model
 from alignps_jax.nn.neck import level_size
-from alignps_jax.types import Batch, Detections, Outputs, RoiOutputs
+from alignps_jax.types import Batch, Detections, Outputs, RegionOutputs
 
 
 def inference_model(config: ConfigDict) -> AlignPS:
@@ -76,7 +76,7 @@ class PredictStep:
         )
 
     def _with_regions(
-        self, apply: Callable[..., RoiOutputs], c4: Array, batch: Batch, found: Detections
+        self, apply: Callable[..., RegionOutputs], c4: Array, batch: Batch, found: Detections
     ) -> Detections:
         """The people with the embeddings of the RoI branch, or those of both, one after another.
 

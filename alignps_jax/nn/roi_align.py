@@ -11,18 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.platforms import on_platform
 
-STRIDE = 16  # of C4, in pixels
-MOST_SAMPLES = 1000  # of a cell, along an axis: no box of a photo has more
 CHUNK = 32  # boxes at a time: mixed rows of 1024 channels of a map of 100 columns take 180 MB
 BLOCK = 8  # columns of the map that a CPU multiplies at a time
 
 Map = Float[Array, "H W C"]
-Rows = Float[Array, "R size H"]
-Columns = Float[Array, "R size W"]
+Shares = Float[Array, "R size N"]  # of rows or columns of the map in those of cells
 Means = Float[Array, "R size size C"]
 
 
@@ -32,31 +30,31 @@ def roi_align(
     """Equals `torchvision.ops.roi_align` with `aligned` and its own choice of sample numbers.
 
     Boxes (in pixels, anywhere) get no gradient. Those without area give zeros. `valid_size` is the
-    size of the image's map without its padding.
+    size of the image's map (stride 16) without its padding.
     """
-    boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / STRIDE - 0.5
+    c4 = jnp.pad(c4, ((0, 0), (0, -c4.shape[1] % BLOCK), (0, 0)))
+    boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / 16 - 0.5
     left, top, right, bottom = jnp.moveaxis(boxes, 1, 0)
-    rows = _weights(top, bottom - top, valid_size[0], c4.shape[0], size)
-    columns = _weights(left, right - left, valid_size[1], c4.shape[1], size)
+    rows = _shares(top, bottom - top, valid_size[0], c4.shape[0], size)
+    columns = _shares(left, right - left, valid_size[1], c4.shape[1], size)
     return on_platform(c4, rows, columns, cpu=_by_blocks, default=_products)
 
 
-def _weights(
+def _shares(
     start: Float[Array, "R"], length: Float[Array, "R"], valid: Int[Array, ""], side: int, size: int
-) -> Rows:
-    """The share of every row (or column) of the map in each row of cells."""
+) -> Shares:
+    """Along one axis, of boxes that start and end there."""
     # Divided by `size` where that matters. XLA would multiply by the inverse of a scalar instead,
     # and that rounds differently.
     cell = length / jnp.maximum(size, -length)
     count = jnp.ceil(cell)
     # Accelerators divide with an error in the last place; these products are exact.
     count = count - (size * (count - 1) >= length) + (size * count < length)
-    count = jnp.clip(count, 0, MOST_SAMPLES)
     start, cell, count = (x[:, None] for x in (start, cell, count))
     # Not negative; `abs` keeps product and sum apart, which one instruction would round only once.
     starts = start + jnp.abs(jnp.arange(size) * cell)
 
-    def add_sample(index: Int[Array, ""], total: Rows) -> Rows:
+    def add_sample(index: Int[Array, ""], total: Shares) -> Shares:
         at = starts + (index + 0.5) * cell / count
         inside = (index < count) & (at >= -1) & (at <= valid)
         at = jnp.clip(at, 0, valid - 1)
@@ -68,38 +66,31 @@ def _weights(
     return total / jnp.maximum(count, 1)[..., None]
 
 
-def _means(
-    rows: Float[Array, "size H"], columns: Float[Array, "size W"], window: Map
-) -> Float[Array, "size size C"]:
-    """The means of one box, from the window of the map that its matrices belong to."""
+def _means(rows: Float[Array, "size H"], columns: Float[Array, "size W"], window: Map) -> Map:
+    """Those of one box, from the window of the map that its shares belong to."""
     rows, columns = rows.astype(window.dtype), columns.astype(window.dtype)
     # Of two matrices: the gradient of `tensordot` takes twice as long on CPUs.
     mixed = (rows @ window.reshape(len(window), -1)).reshape(len(rows), *window.shape[1:])
     return jnp.broadcast_to(columns, (len(rows), *columns.shape)) @ mixed
 
 
-def _products(features: Map, rows: Rows, columns: Columns) -> Means:
+def _products(c4: Map, rows: Shares, columns: Shares) -> Means:
     """From the whole map, some boxes at a time."""
-    return lax.map(lambda box: _means(box[0], box[1], features), (rows, columns), batch_size=CHUNK)
+    return lax.map(lambda box: _means(*box, c4), (rows, columns), batch_size=CHUNK)
 
 
-def _by_blocks(features: Map, rows: Rows, columns: Columns) -> Means:
+def _by_blocks(c4: Map, rows: Shares, columns: Shares) -> Means:
     """From the blocks of the map's columns that a box needs."""
-
-    def blocks(x: Float[Array, "N W K"]) -> Float[Array, "N blocks BLOCK K"]:
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0)))
-        return x.reshape(len(x), -1, BLOCK, x.shape[2])
-
-    weights = blocks(columns.swapaxes(1, 2)).swapaxes(2, 3)
-    used = jnp.any(weights != 0, axis=(2, 3))
+    features = c4.reshape(len(c4), -1, BLOCK, c4.shape[2]).swapaxes(0, 1)
+    columns = columns.reshape(*columns.shape[:2], -1, BLOCK).swapaxes(1, 2)
+    used = jnp.any(columns != 0, axis=(2, 3))
     pairs = *jnp.nonzero(used, size=used.size), used.sum()
-    return _sum(blocks(features).swapaxes(0, 1), rows, weights, pairs)
+    return linear_call(_add_means, _add_gradients, (rows, columns, pairs), features)
 
 
-@jax.custom_vjp
-def _sum(features: Array, rows: Rows, columns: Array, pairs: tuple[Array, Array, Array]) -> Means:
-    """Adds up the means of pairs of a box and a block; also given is how many pairs there are."""
-    boxes, blocks, count = pairs
+def _add_means(shares: tuple[Any, ...], features: Float[Array, "blocks H BLOCK C"]) -> Means:
+    """The sums over pairs of a box and a block; also given is how many pairs there are."""
+    rows, columns, (boxes, blocks, count) = shares
 
     def add(at: Array, out: Means) -> Means:
         box, block = boxes[at], blocks[at]
@@ -109,8 +100,8 @@ def _sum(features: Array, rows: Rows, columns: Array, pairs: tuple[Array, Array,
     return lax.fori_loop(0, count, add, jnp.zeros(shape, features.dtype))
 
 
-def _sum_bwd(residuals: tuple[Any, ...], d_out: Means) -> tuple[Any, ...]:
-    rows, columns, (boxes, blocks, count) = residuals
+def _add_gradients(shares: tuple[Any, ...], d_out: Means) -> Float[Array, "blocks H BLOCK C"]:
+    rows, columns, (boxes, blocks, count) = shares
     d_means = jnp.asarray(d_out, jnp.float32)
 
     def add(at: Array, total: Array) -> Array:
@@ -119,8 +110,4 @@ def _sum_bwd(residuals: tuple[Any, ...], d_out: Means) -> tuple[Any, ...]:
         return total.at[block].add(jax.linear_transpose(means, total[0])(d_means[box])[0])
 
     shape = columns.shape[1], rows.shape[2], BLOCK, d_out.shape[3]
-    total = lax.fori_loop(0, count, add, jnp.zeros(shape))
-    return total.astype(d_out.dtype), None, None, None
-
-
-_sum.defvjp(lambda features, *rest: (_sum(features, *rest), rest), _sum_bwd)
+    return lax.fori_loop(0, count, add, jnp.zeros(shape)).astype(d_out.dtype)
