@@ -106,7 +106,7 @@ class RegionOutputs:
 
     logits: Float[Array, "B R"]
     deltas: Float[Array, "B R 4"]
-    embeddings: Float[Array, "B R D"] | None = None
+    embeddings: Any = None  # [B, R, D]
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ from alignps_jax.boxes import deltas_to_boxes, iou
 from alignps_jax.losses.oim import oim_loss
 from alignps_jax.losses.rpn import ANCHORS, sample
 from alignps_jax.losses.terms import Term
-from alignps_jax.types import Batch, OIMMemory, People, RoiDraws, RegionOutputs, Rois
+from alignps_jax.types import Batch, OIMMemory, People, RegionOutputs, RoiDraws, Rois
 
 
 def draw(

@@ -32,12 +32,10 @@ class RPNHead(nn.Module):
     Anchor a at column x and row y has the index (y * w + x) * 15 + a.
     """
 
-    dtype: str = "float32"
-
     @nn.compact
     def __call__(self, c4: Map, valid_size: ValidSize) -> RegionOutputs:
         make = partial(conv, use_bias=True, kernel_init=normal(0.01))
-        x = nn.relu(make(c4.shape[-1], 3, dtype=self.dtype, name="conv")(c4))
+        x = nn.relu(make(c4.shape[-1], 3, dtype=c4.dtype, name="conv")(c4))
         x = mask_padding(x, valid_size)
         logits = make(15, 1, dtype=jnp.float32, name="cls")(x)
         deltas = make(60, 1, dtype=jnp.float32, name="reg")(x)

@@ -66,7 +66,9 @@ def _shares(
     return total / jnp.maximum(count, 1)[..., None]
 
 
-def _means(rows: Float[Array, "size H"], columns: Float[Array, "size W"], window: Map) -> Map:
+def _means(
+    rows: Float[Array, "size H"], columns: Float[Array, "size W"], window: Map
+) -> Float[Array, "size size C"]:
     """Those of one box, from the window of the map that its shares belong to."""
     rows, columns = rows.astype(window.dtype), columns.astype(window.dtype)
     # Of two matrices: the gradient of `tensordot` takes twice as long on CPUs.
@@ -76,7 +78,7 @@ def _means(rows: Float[Array, "size H"], columns: Float[Array, "size W"], window
 
 def _products(c4: Map, rows: Shares, columns: Shares) -> Means:
     """From the whole map, some boxes at a time."""
-    return lax.map(lambda box: _means(*box, c4), (rows, columns), batch_size=CHUNK)
+    return lax.map(lambda box: _means(box[0], box[1], c4), (rows, columns), batch_size=CHUNK)
 
 
 def _by_blocks(c4: Map, rows: Shares, columns: Shares) -> Means:
