@@ -58,12 +58,14 @@ PARALLEL: Changes = {"model.reid": "independent"}
 BASELINE = FPN | FCOS_LEVELS | PARALLEL
 
 # How the released code differs from the paper, apart from the values of a data set.
-RELEASED: Changes = {
+RELEASED_CODE: Changes = {
     "data.max_programs": 0,
     "model.background_levels": True,
     "loss.normalize_lut": False,
     "loss.queue_channels": 64,
     "loss.triplet_first_lut_identity": 1,
+}
+RELEASED = RELEASED_CODE | {
     "optimizer.weight_decay": 1e-4,
     "optimizer.bias_lr_factor": 2.0,
     "optimizer.bias_weight_decay": 0.0,
@@ -167,11 +169,8 @@ RELEASED_PRW: Changes = {
     "optimizer.weight_decay": 1e-3,
 }
 # The released ROI-AlignPS was trained with the same values on both data sets.
-RELEASED_ROI: Changes = RELEASED | {
+RELEASED_ROI = RELEASED_CODE | {
     "optimizer.learning_rate": 0.0015,
-    "optimizer.weight_decay": 5e-4,
-    "optimizer.bias_lr_factor": 1.0,
-    "optimizer.bias_weight_decay": None,
     "optimizer.warmup": "1141 steps",
     "optimizer.warmup_start": 1 / 200,
     "optimizer.clip_norm": 10.0,

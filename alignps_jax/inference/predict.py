@@ -26,12 +26,6 @@ def inference_model(config: ConfigDict) -> AlignPS:
     return build_model(inference)
 
 
-def embedding_size(config: ConfigDict) -> int:
-    """Length of the embeddings of detections."""
-    both = config.model.roi and config.eval.branch == "both"
-    return int(config.model.channels) * (1 + both)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)  # pmap needs a hash: that of the identity
 class PredictStep:
     """The detections of a batch; `config` is `config.eval`.

@@ -23,7 +23,7 @@ from alignps_jax.types import RegionOutputs
 Initializer = nn.initializers.Initializer
 normal, zeros, ones = nn.initializers.normal, nn.initializers.zeros, nn.initializers.ones
 Vectors = Float[Array, "N D"]
-AddUp = Callable[[Array], Array]  # gives the sum over the devices
+AddUp = Callable[[Array], Array] | None  # the sum over the devices, in training only
 
 
 class RPNHead(nn.Module):
@@ -45,22 +45,20 @@ class RPNHead(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalization of vectors, by the statistics of the valid ones on all devices.
 
-    Running statistics are in the collection `frozen`, which training updates if it is mutable.
+    Training updates running statistics, in the collection `frozen`; else they are what counts.
     """
 
     scale_init: Initializer = ones
 
     @nn.compact
-    def __call__(
-        self, x: Vectors, valid: Bool[Array, "N"], *, train: bool, add_up: AddUp
-    ) -> Vectors:
+    def __call__(self, x: Vectors, valid: Bool[Array, "N"], add_up: AddUp) -> Vectors:
         shape = x.shape[-1:], jnp.float32
         scale = self.param("scale", self.scale_init, *shape)
         bias = self.param("bias", zeros, *shape)
         old_mean = self.variable("frozen", "mean", zeros, None, *shape)
         old_var = self.variable("frozen", "var", ones, None, *shape)
         mean, var = old_mean.value, old_var.value
-        if train:
+        if add_up:
             count = add_up(jnp.sum(valid, dtype=jnp.float32))
 
             def average(values: Vectors) -> Float[Array, "D"]:
@@ -68,11 +66,10 @@ class BatchNorm(nn.Module):
 
             mean = average(x)
             var = average(jnp.square(x - mean))
-            if self.is_mutable_collection("frozen") and not self.is_initializing():
-                new = 0.1 * (count > 0)
-                unbiased = var * count / jnp.maximum(count - 1, 1)
-                old_mean.value += new * (mean - old_mean.value)
-                old_var.value += new * (unbiased - old_var.value)
+            new = 0.1 * (count > 0)
+            unbiased = var * count / jnp.maximum(count - 1, 1)
+            old_mean.value += new * (mean - old_mean.value)
+            old_var.value += new * (unbiased - old_var.value)
         return (x - mean) * lax.rsqrt(var + EPSILON) * scale + bias
 
 
@@ -93,18 +90,16 @@ class RoIHead(nn.Module):
         valid_size: ValidSize,
         boxes: Float[Array, "B R 4"],
         valid: Bool[Array, "B R"],
-        *,
-        train: bool = False,
-        add_up: AddUp = lambda x: x,
+        add_up: AddUp = None,
     ) -> RegionOutputs:
-        """Predicts for boxes in pixels; statistics are those of `valid` ones (see `BatchNorm`)."""
+        """Predicts for boxes in pixels, of which `valid` ones count (see `BatchNorm`)."""
         regions = lax.map(lambda one: roi_align(*one), (c4, boxes, valid_size))
         regions = regions.reshape(-1, *regions.shape[2:])
         sides = jnp.full((len(regions), 2), regions.shape[1], jnp.int32)
         before, after = max_pool(regions), max_pool(self.stage(regions, sides)[0])
 
         def norm(x: Vectors, name: str, init: Initializer = ones) -> Vectors:
-            return BatchNorm(init, name=name)(x, valid.ravel(), train=train, add_up=add_up)
+            return BatchNorm(init, name=name)(x, valid.ravel(), add_up)
 
         def linear(x: Vectors, features: int, name: str, init: Initializer) -> Array:
             return norm(nn.Dense(features, kernel_init=init, name=name)(x), f"{name}_bn", init)

@@ -136,9 +136,8 @@ class TrainStep:
         anchors = apply(c4, size, method="rpn")
         proposals = propose(anchors, batch.size, size, shape[1])
         rois = sample_rois(*proposals, batch, draws.roi, self.loss.rois_per_image)
-        training = {"train": True, "add_up": partial(lax.psum, axis_name=AXIS)}
-        given = c4, size, rois.boxes, rois.valid
-        outputs, changed = apply(*given, **training, method="roi", mutable=["frozen"])
+        given = c4, size, rois.boxes, rois.valid, partial(lax.psum, axis_name=AXIS)
+        outputs, changed = apply(*given, method="roi", mutable=["frozen"])
         regions = _gather(people_of(rois, outputs.embeddings))
         terms = rpn_terms(anchors, batch, shape[1], draws.rpn)
         terms |= roi_terms(outputs, rois, state.roi_memory)

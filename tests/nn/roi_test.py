@@ -125,16 +125,21 @@ def norm_case():
     return x, rng.random(12) < 0.6, variables
 
 
-def apply_norm(variables, x, valid, *, train=True, add_up=lambda x: x):
-    norm = partial(BatchNorm().apply, mutable=["frozen"])
-    out, state = norm(variables, x, valid, train=train, add_up=add_up)
+def one_device(x):
+    return x
+
+
+def apply_norm(variables, x, valid, add_up):
+    out, state = BatchNorm().apply(variables, x, valid, add_up, mutable=["frozen"])
     return out, state["frozen"]
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_norm(train):
     x, valid, variables = norm_case()
-    out, new = apply_norm(variables, np.where(valid[:, None], x, 1e6), valid, train=train)
+    out, new = apply_norm(
+        variables, np.where(valid[:, None], x, 1e6), valid, one_device if train else None
+    )
     used, params, old = x[valid].astype(float), *variables.values()
     mean, var = (used.mean(0), used.var(0)) if train else (old["mean"], old["var"])
     expected = (used - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
@@ -150,13 +155,13 @@ def test_batch_norm_of_two_devices_is_that_of_one():
 
     def run(x, valid, d_out, add_up):
         def loss(params, x):
-            out, new = apply_norm({**variables, "params": params}, x, valid, add_up=add_up)
+            out, new = apply_norm({**variables, "params": params}, x, valid, add_up)
             return jnp.sum(d_out * out, where=valid[:, None]), (new, out)
 
         (d_params, d_x), (new, out) = jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
         return jax.tree.leaves((add_up(d_params), new)), d_x, out
 
-    one = run(x, valid, d_out, lambda x: x)
+    one = run(x, valid, d_out, one_device)
     add_up = partial(jax.lax.psum, axis_name="device")
     halves = (a.reshape(2, 6, *a.shape[1:]) for a in (x, valid, d_out))
     two = jax.pmap(partial(run, add_up=add_up), axis_name="device")(*halves)
@@ -193,7 +198,7 @@ def roi_case():
     valid = np.array([[True, True, True, False], [True, True, False, False]])
     given = c4, np.array([[13, 17], [9, 11]], np.int32), boxes, valid
     head = RoIHead(lambda x, size: (2 * x[:, ::2, ::2, :4] - 1, size // 2), features=8)
-    variables = head.init(jax.random.key(1), *given, train=True)
+    variables = head.init(jax.random.key(1), *given)
     return head, {**variables, "params": randomize(variables["params"], scale=0.5)}, given
 
 
@@ -220,7 +225,7 @@ def test_roi_head_against_formulas():
 
 def test_neither_the_bucket_nor_invalid_boxes_matter_nor_any_if_none_is_valid():
     head, variables, (c4, size, boxes, valid) = roi_case()
-    apply = partial(head.apply, train=True, mutable=["frozen"])
+    apply = partial(head.apply, add_up=one_device, mutable=["frozen"])
     expected = apply(variables, c4, size, boxes, valid)
     padded = np.pad(c4, ((0, 0), (0, 5), (0, 2), (0, 0)))
     found = apply(variables, padded, size, np.where(valid[..., None], boxes, boxes[0, 1]), valid)
@@ -242,7 +247,7 @@ def test_names_and_sizes_of_roi_weights():
     head = RoIHead(partial(ResNet50(width=64, stride_in_blocks=False).stage, 3), features=256)
     arrays = (1, 4, 4, 1024), (1, 2), (1, 2, 4), (1, 2)
     arrays = (jnp.ones(s, t) for s, t in zip(arrays, "fif?", strict=True))
-    variables = jax.eval_shape(partial(head.init, train=True), jax.random.key(0), *arrays)
+    variables = jax.eval_shape(head.init, jax.random.key(0), *arrays)
     shapes = {path: leaf.shape for path, leaf in leaves_by_path(variables).items()}
     assert shapes["params/layer4_0/conv1/kernel"] == (1, 1, 1024, 512)
     assert shapes["frozen/fc_cls/kernel"] == (2048, 2)
