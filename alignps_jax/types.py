@@ -152,15 +152,12 @@ class Weights:
 
 @struct.dataclass
 class TrainState(Weights):
-    """All that training changes; where `params` are an average, the optimizer updates `raw`.
-
-    `roi_memory` is the `OIMMemory` of the RoI branch, if there is one.
-    """
+    """All that training changes; where `params` are an average, the optimizer updates `raw`."""
 
     opt_state: Any
     memory: OIMMemory
     raw: Any = None
-    roi_memory: Any = None
+    roi_memory: Any = None  # an `OIMMemory`, too, if there is an RoI branch
 
 
 @dataclasses.dataclass(frozen=True)

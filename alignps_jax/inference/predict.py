@@ -12,9 +12,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.inference.postprocess import detect, embed_boxes
-from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.nn.neck import level_size
 from alignps_jax.types import Batch, Detections, Outputs
 
 
@@ -31,8 +29,7 @@ class PredictStep:
     """The detections of a batch; `config` is `config.eval`.
 
     With `level_borders`, `config.loss.level_borders`, the people of the ground truth are taken, as
-    a perfect detector would find them: an upper bound. `config.branch` says whose embeddings are
-    taken where there is an RoI branch.
+    a perfect detector would find them: an upper bound.
     """
 
     model: AlignPS
@@ -50,8 +47,7 @@ class PredictStep:
                 return found
             # To the input's pixels again, with the rounding of both ways (Released code).
             boxes = found.boxes * jnp.tile(batch.scale, 2)[:, None]
-            size = level_size(round_up(jnp.asarray(batch.size)), 4)
-            regions = apply(c4, size, boxes, found.valid, method="roi").embeddings
+            regions = apply(*c4, boxes, found.valid, method="roi").embeddings
             # With those of both, one after another, similarity is the mean of both branches'.
             parts = [regions] if self.config.branch == "roi" else [found.embeddings, regions]
             embeddings = l2_normalize(jnp.concatenate(parts, axis=-1))

@@ -50,7 +50,6 @@ def sample_rois(
     People are positive, and proposals that have an IoU of at least 0.5 with a person (the one of
     largest IoU, the first of equals); those below 0.1 are negative. `draws` is `RoiDraws.roi`.
     """
-    units = (0.1, 0.1, 0.2, 0.2)
 
     def of_image(boxes: Array, valid: Array, batch: Batch, draws: Array) -> Rois:
         boxes, valid = jnp.append(batch.boxes, boxes, 0), jnp.append(batch.valid, valid)
@@ -60,7 +59,7 @@ def sample_rois(
         largest = overlaps.max(axis=1)
         index, positive, used = sample(largest >= 0.5, valid & (largest < 0.1), draws, count)
         person, boxes = jnp.argmax(overlaps[index], axis=1), boxes[index]
-        deltas = deltas_to_boxes(boxes, batch.boxes[person]) / jnp.array(units)
+        deltas = deltas_to_boxes(boxes, batch.boxes[person]) / jnp.array([0.1, 0.1, 0.2, 0.2])
         return Rois(
             boxes=jnp.where(used[:, None], boxes, 0.0),
             valid=used,

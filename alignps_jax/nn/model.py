@@ -42,8 +42,8 @@ class AlignPS(nn.Module):
 
     def __call__(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
-    ) -> tuple[tuple[Outputs, ...], Map | None]:
-        """The outputs of each level of `predicted_levels(train)`; C4 if there is an RoI branch.
+    ) -> tuple[tuple[Outputs, ...], tuple[Map, ValidSize] | None]:
+        """The outputs of each level of `predicted_levels(train)`, and C4 for an RoI branch.
 
         Args:
           image: RGB bytes; height and width are multiples of 32.
@@ -62,11 +62,11 @@ class AlignPS(nn.Module):
         )
         if self.roi is None:
             return outputs, None
-        c4, size = features[1], level_size(valid_size, 4)
+        c4 = features[1], level_size(valid_size, 4)
         if self.is_initializing():  # with a box in each image
             boxes, valid = jnp.full((len(image), 1, 4), 8.0), jnp.ones((len(image), 1), bool)
-            embeddings = self.roi(c4, size, boxes, valid).embeddings[:, 0]
-            self.rpn(c4, size)
+            embeddings = self.roi(*c4, boxes, valid).embeddings[:, 0]
+            self.rpn(*c4)
             self.mutual_information(embeddings, embeddings)
         return outputs, c4
 

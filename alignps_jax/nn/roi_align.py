@@ -6,7 +6,6 @@ Samples lie on a grid, too, so one matrix mixes rows of the map, then another on
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,16 @@ from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.platforms import on_platform
 
+SIZE = 14  # rows of cells, and columns
 CHUNK = 32  # boxes at a time: mixed rows of 1024 channels of a map of 100 columns take 180 MB
 BLOCK = 8  # columns of the map that a CPU multiplies at a time
 
 Map = Float[Array, "H W C"]
-Shares = Float[Array, "R size N"]  # of rows or columns of the map in those of cells
-Means = Float[Array, "R size size C"]
+Shares = Float[Array, "R 14 N"]  # of rows or columns of the map in those of cells
+Means = Float[Array, "R 14 14 C"]
 
 
-def roi_align(
-    c4: Map, boxes: Float[Array, "R 4"], valid_size: Int[Array, "2"], *, size: int = 14
-) -> Means:
+def roi_align(c4: Map, boxes: Float[Array, "R 4"], valid_size: Int[Array, "2"]) -> Means:
     """Equals `torchvision.ops.roi_align` with `aligned` and its own choice of sample numbers.
 
     Boxes (in pixels, anywhere) get no gradient. Those without area give zeros. `valid_size` is the
@@ -35,24 +33,24 @@ def roi_align(
     c4 = jnp.pad(c4, ((0, 0), (0, -c4.shape[1] % BLOCK), (0, 0)))
     boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / 16 - 0.5
     left, top, right, bottom = jnp.moveaxis(boxes, 1, 0)
-    rows = _shares(top, bottom - top, valid_size[0], c4.shape[0], size)
-    columns = _shares(left, right - left, valid_size[1], c4.shape[1], size)
+    rows = _shares(top, bottom - top, valid_size[0], c4.shape[0])
+    columns = _shares(left, right - left, valid_size[1], c4.shape[1])
     return on_platform(c4, rows, columns, cpu=_by_blocks, default=_products)
 
 
 def _shares(
-    start: Float[Array, "R"], length: Float[Array, "R"], valid: Int[Array, ""], side: int, size: int
+    start: Float[Array, "R"], length: Float[Array, "R"], valid: Int[Array, ""], side: int
 ) -> Shares:
     """Along one axis, of boxes that start and end there."""
-    # Divided by `size` where that matters. XLA would multiply by the inverse of a scalar instead,
+    # Divided by `SIZE` where that matters. XLA would multiply by the inverse of a scalar instead,
     # and that rounds differently.
-    cell = length / jnp.maximum(size, -length)
+    cell = length / jnp.maximum(SIZE, -length)
     count = jnp.ceil(cell)
     # Accelerators divide with an error in the last place; these products are exact.
-    count = count - (size * (count - 1) >= length) + (size * count < length)
+    count = count - (SIZE * (count - 1) >= length) + (SIZE * count < length)
     start, cell, count = (x[:, None] for x in (start, cell, count))
     # Not negative; `abs` keeps product and sum apart, which one instruction would round only once.
-    starts = start + jnp.abs(jnp.arange(size) * cell)
+    starts = start + jnp.abs(jnp.arange(SIZE) * cell)
 
     def add_sample(index: Int[Array, ""], total: Shares) -> Shares:
         at = starts + (index + 0.5) * cell / count
@@ -67,8 +65,8 @@ def _shares(
 
 
 def _means(
-    rows: Float[Array, "size H"], columns: Float[Array, "size W"], window: Map
-) -> Float[Array, "size size C"]:
+    rows: Float[Array, "14 H"], columns: Float[Array, "14 W"], window: Map
+) -> Float[Array, "14 14 C"]:
     """Those of one box, from the window of the map that its shares belong to."""
     rows, columns = rows.astype(window.dtype), columns.astype(window.dtype)
     # Of two matrices: the gradient of `tensordot` takes twice as long on CPUs.
@@ -86,30 +84,25 @@ def _by_blocks(c4: Map, rows: Shares, columns: Shares) -> Means:
     features = c4.reshape(len(c4), -1, BLOCK, c4.shape[2]).swapaxes(0, 1)
     columns = columns.reshape(*columns.shape[:2], -1, BLOCK).swapaxes(1, 2)
     used = jnp.any(columns != 0, axis=(2, 3))
-    pairs = *jnp.nonzero(used, size=used.size), used.sum()
-    return linear_call(_add_means, _add_gradients, (rows, columns, pairs), features)
+    boxes, blocks = jnp.nonzero(used, size=used.size)
+    pairs = boxes, blocks, rows[boxes], columns[boxes, blocks], used.sum()
+    shape = *rows.shape[:2], rows.shape[1], c4.shape[2]
 
+    def means(pairs: tuple[Array, ...], features: Float[Array, "blocks H BLOCK C"]) -> Means:
+        boxes, blocks, rows, columns, count = pairs
 
-def _add_means(shares: tuple[Any, ...], features: Float[Array, "blocks H BLOCK C"]) -> Means:
-    """The sums over pairs of a box and a block; also given is how many pairs there are."""
-    rows, columns, (boxes, blocks, count) = shares
+        def add(at: Array, out: Means) -> Means:
+            return out.at[boxes[at]].add(_means(rows[at], columns[at], features[blocks[at]]))
 
-    def add(at: Array, out: Means) -> Means:
-        box, block = boxes[at], blocks[at]
-        return out.at[box].add(_means(rows[box], columns[box, block], features[block]))
+        return lax.fori_loop(0, count, add, jnp.zeros(shape, c4.dtype))
 
-    shape = *rows.shape[:2], rows.shape[1], features.shape[3]
-    return lax.fori_loop(0, count, add, jnp.zeros(shape, features.dtype))
+    def transposed(pairs: tuple[Array, ...], d_out: Means) -> Float[Array, "blocks H BLOCK C"]:
+        boxes, blocks, rows, columns, count = pairs
 
+        def add(at: Array, out: Array) -> Array:
+            pull = jax.linear_transpose(partial(_means, rows[at], columns[at]), out[0])
+            return out.at[blocks[at]].add(pull(d_out[boxes[at]].astype(jnp.float32))[0])
 
-def _add_gradients(shares: tuple[Any, ...], d_out: Means) -> Float[Array, "blocks H BLOCK C"]:
-    rows, columns, (boxes, blocks, count) = shares
-    d_means = jnp.asarray(d_out, jnp.float32)
+        return lax.fori_loop(0, count, add, jnp.zeros(features.shape)).astype(c4.dtype)
 
-    def add(at: Array, total: Array) -> Array:
-        box, block = boxes[at], blocks[at]
-        means = partial(_means, rows[box], columns[box, block])
-        return total.at[block].add(jax.linear_transpose(means, total[0])(d_means[box])[0])
-
-    shape = columns.shape[1], rows.shape[2], BLOCK, d_out.shape[3]
-    return lax.fori_loop(0, count, add, jnp.zeros(shape)).astype(d_out.dtype)
+    return linear_call(means, transposed, pairs, features)

@@ -23,9 +23,7 @@ from alignps_jax.losses.roi import draw, people_of, roi_terms, sample_rois
 from alignps_jax.losses.rpn import PROPOSALS, propose, rpn_terms
 from alignps_jax.losses.terms import Term
 from alignps_jax.losses.total import assign, flatten_levels, select_positives, total
-from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.nn.neck import level_size
 from alignps_jax.types import Batch, Outputs, People, RoiDraws, TrainState
 
 # From all devices, in their order.
@@ -96,18 +94,15 @@ class TrainStep:
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         # After the gradients, and the same on every device (Released code).
-        momentum = self.loss.lut_momentum
-        memory = update_memory(
+        update = partial(update_memory, momentum=self.loss.lut_momentum)
+        memory = update(
             state.memory,
             gathered,
-            momentum=momentum,
             normalize=self.loss.normalize_lut,
             queue_channels=self.loss.queue_channels,
         )
         if regions is not None:
-            roi_memory = update_memory(
-                state.roi_memory, regions, momentum=momentum, normalize=True, queue_channels=None
-            )
+            roi_memory = update(state.roi_memory, regions, normalize=True, queue_channels=None)
             state = dataclasses.replace(state, roi_memory=roi_memory, frozen=frozen)
         metrics = StepMetrics(terms, gathered.valid.sum(), dropped, optax.tree.norm(gradient))
         state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state, memory=memory)
@@ -126,17 +121,17 @@ class TrainStep:
 
         `dense` are the positive locations of all devices.
         """
-        size, shape = level_size(round_up(jnp.asarray(batch.size)), 4), c4.shape[1:3]
+        size, shape = c4[1], c4[0].shape[1:3]
         if draws is None:
             key = jax.random.fold_in(jax.random.key(self.seed), state.step)
             images, people = batch.valid.shape
             numbers = lax.axis_index(AXIS) * images + jnp.arange(images)
             most = lax.axis_size(AXIS) * images * self.loss.rois_per_image
             draws = draw(key, numbers, shape, people + PROPOSALS, most)
-        anchors = apply(c4, size, method="rpn")
+        anchors = apply(*c4, method="rpn")
         proposals = propose(anchors, batch.size, size, shape[1])
         rois = sample_rois(*proposals, batch, draws.roi, self.loss.rois_per_image)
-        given = c4, size, rois.boxes, rois.valid, partial(lax.psum, axis_name=AXIS)
+        given = *c4, rois.boxes, rois.valid, partial(lax.psum, axis_name=AXIS)
         outputs, changed = apply(*given, method="roi", mutable=["frozen"])
         regions = _gather(people_of(rois, outputs.embeddings))
         terms = rpn_terms(anchors, batch, shape[1], draws.rpn)
