@@ -5,8 +5,6 @@ Distances are left, top, right, bottom: from a location to the sides of a box. F
 elementwise over leading axes unless they say otherwise.
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -76,7 +74,7 @@ def boxes_from_deltas(boxes: Float[Array, "*N 4"], deltas: Float[Array, "*N 4"])
     """
     side = boxes[..., 2:] - boxes[..., :2]
     center = (boxes[..., :2] + boxes[..., 2:]) / 2 + side * deltas[..., :2]
-    bound = math.log(1000 / 16)
+    bound = float(np.log(1000 / 16))
     half = side * jnp.exp(jnp.clip(deltas[..., 2:], -bound, bound)) / 2
     return jnp.concatenate([center - half, center + half], axis=-1)
 

@@ -152,11 +152,9 @@ PAPER = (
     PaperRow("6", "", "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
     PaperRow("6", "plus", "AlignPS+", mAP=46.1, top1=82.1, dataset=PRW),
     PaperRow("roi", "", "AlignPS", mAP=93.1, top1=93.4),
-    PaperRow("roi", "roi", "ROI-AlignPS", mAP=95.1, top1=96.0, note="released weights"),
+    PaperRow("roi", "roi", "ROI-AlignPS", mAP=95.1, top1=96.0),
     PaperRow("roi", "", "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
-    PaperRow(
-        *("roi", "roi", "ROI-AlignPS"), mAP=51.6, top1=84.4, dataset=PRW, note="released weights"
-    ),
+    PaperRow("roi", "roi", "ROI-AlignPS", mAP=51.6, top1=84.4, dataset=PRW),
 )
 
 

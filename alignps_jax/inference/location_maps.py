@@ -84,8 +84,7 @@ def similarity_map(
 ) -> Float[np.ndarray, "H W"]:
     """Cosine similarity of each pixel of the resized photo (`maps.size`) to an embedding.
 
-    Bilinear between locations; the largest of the levels. Locations have no embeddings of the RoI
-    branch, which come last in those of both.
+    Bilinear between locations; the largest of the levels. Of two branches, the dense one counts.
     """
     height, width = maps.size
     dense = embedding[: maps.embeddings[0].shape[-1]].astype(np.float32)

@@ -1,7 +1,4 @@
-"""The RoI branch of ROI-AlignPS: proposals to train it with, and a second look at every box.
-
-Both read C4 (stride 16); the second look has a last stage of the backbone of its own.
-"""
+"""The RoI branch of ROI-AlignPS: what it proposes, what it says of regions of C4 (stride 16)."""
 
 from __future__ import annotations
 
@@ -98,17 +95,18 @@ class RoIHead(nn.Module):
         sides = jnp.full((len(regions), 2), regions.shape[1], jnp.int32)
         before, after = max_pool(regions), max_pool(self.stage(regions, sides)[0])
 
-        def norm(x: Vectors, name: str, init: Initializer = ones) -> Vectors:
-            return BatchNorm(init, name=name)(x, valid.ravel(), add_up)
+        counted = valid.ravel(), add_up
 
-        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Array:
-            return norm(nn.Dense(features, kernel_init=init, name=name)(x), f"{name}_bn", init)
+        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Vectors:
+            x = nn.Dense(features, kernel_init=init, name=name)(x)
+            return BatchNorm(init, name=f"{name}_bn")(x, *counted)
 
         project = partial(linear, features=self.features // 2, init=normal(0.01))
         parts = project(before, name="projector0"), project(after, name="projector1")
         projected = jnp.concatenate(parts, axis=-1)
         embeddings = l2_normalize(projected)
-        logits = norm(jnp.sum(embeddings * projected, axis=-1, keepdims=True), "rescaler")
+        length = jnp.sum(embeddings * projected, axis=-1, keepdims=True)
+        logits = BatchNorm(name="rescaler")(length, *counted)
         deltas = linear(after, 4, "fc_reg", normal(0.001))
         # Nothing reads it, but it is in the published files.
         dead = {"kernel": jnp.zeros((after.shape[-1], 2)), "bias": jnp.zeros(2)}

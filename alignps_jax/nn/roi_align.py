@@ -64,10 +64,8 @@ def _shares(
     return total / jnp.maximum(count, 1)[..., None]
 
 
-def _means(
-    rows: Float[Array, "14 H"], columns: Float[Array, "14 W"], window: Map
-) -> Float[Array, "14 14 C"]:
-    """Those of one box, from the window of the map that its shares belong to."""
+def _means(rows: Array, columns: Array, window: Map) -> Float[Array, "14 14 C"]:
+    """Those of one box, from the window of the map that its shares [14, H] and [14, W] are of."""
     rows, columns = rows.astype(window.dtype), columns.astype(window.dtype)
     # Of two matrices: the gradient of `tensordot` takes twice as long on CPUs.
     mixed = (rows @ window.reshape(len(window), -1)).reshape(len(rows), *window.shape[1:])

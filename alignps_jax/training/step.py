@@ -51,15 +51,12 @@ class TrainStep:
     precision: str = "default"
     accumulate: int = 1  # parts in which a device feeds its images to the network
     ema_decay: float | None = None  # of the parameters' moving average, if any
-    seed: int = 0  # of the random choices of the RoI branch
+    seed: int = 0  # of `RoiDraws` that are not given
 
     def __call__(
         self, state: TrainState, batch: Batch, draws: RoiDraws | None = None
     ) -> tuple[TrainState, StepMetrics]:
-        """Updates the state with one device's share of a batch; equal on all devices.
-
-        `draws` are the random choices of the RoI branch; without any, they follow from the seed.
-        """
+        """Updates the state with one device's share of a batch; equal on all devices."""
 
         def loss_fn(params: Any) -> tuple[Any, Any]:
             variables = {"params": params, "frozen": state.frozen}
