@@ -99,7 +99,7 @@ def _by_blocks(c4: Map, rows: Shares, columns: Shares) -> Means:
 
         def add(at: Array, out: Array) -> Array:
             pull = jax.linear_transpose(partial(_means, rows[at], columns[at]), out[0])
-            return out.at[blocks[at]].add(pull(d_out[boxes[at]].astype(jnp.float32))[0])
+            return out.at[blocks[at]].add(pull(d_out[boxes[at]].astype(out.dtype))[0])
 
         return lax.fori_loop(0, count, add, jnp.zeros(features.shape)).astype(c4.dtype)
 
