@@ -121,9 +121,8 @@ _TABLE: dict[str, dict[str, Rule]] = {
         "data.orientation": _choice("stored", "upright"),
         "data.skip_damaged loss.normalize_lut loss.oim_labeled_mean": _FLAG,
         (
-            "data.synthetic.train_images data.synthetic.test_images "
-            "data.synthetic.train_identities data.synthetic.test_identities train.batch_size "
-            "loss.rois_per_image"
+            "data.synthetic.train_images data.synthetic.test_images loss.rois_per_image "
+            "data.synthetic.train_identities data.synthetic.test_identities train.batch_size"
         ): _COUNT,
         "data.synthetic.height data.synthetic.width": _SIDE,
         "model.frozen_stages": _integer(-1, 4),

@@ -85,23 +85,11 @@ class Positives(People):
 
 
 @struct.dataclass
-class RpnOutputs:
-    """What the region proposal network says of every anchor: a logit and box deltas.
-
-    Anchor a of 15 at column x and row y of C4 (stride 16) has the index (y * w + x) * 15 + a.
-    """
-
-    logits: Float[Array, "B A"]
-    deltas: Float[Array, "B A 4"]
-
-
-@struct.dataclass
 class Rois:
     """Sampled regions of each image, in pixels of the input, with what to predict of them.
 
-    Positive ones come first, in order of their candidates (people before proposals), then negative
-    ones; both are `valid`. Only positive ones have `deltas` (divided by their usual sizes) and a
-    person.
+    Positive ones come first, then negative ones; both are `valid`. Only positive ones have `deltas`
+    (divided by their usual sizes) and a person.
     """
 
     boxes: Float[Array, "*B R 4"]
@@ -113,20 +101,19 @@ class Rois:
 
 
 @struct.dataclass
-class RoiOutputs:
-    """What the RoI branch says of regions: a logit, box deltas and an embedding of length one."""
+class RegionOutputs:
+    """A logit, box deltas and an embedding of length one of each region; anchors have none."""
 
     logits: Float[Array, "B R"]
     deltas: Float[Array, "B R 4"]
-    embeddings: Float[Array, "B R D"]
+    embeddings: Any = None  # [B, R, D]
 
 
 @struct.dataclass
 class RoiDraws:
-    """The random choices of a step, uniform in [0, 1); of candidates, the smallest are sampled.
+    """The random choices of a step, uniform in [0, 1); candidates of the smallest are sampled.
 
-    `rpn` has a number for each anchor, `roi` for each person and, after these, proposal; `gate` and
-    `shuffle` (one number for each identity, at most) are those of the mutual information term.
+    `roi` is of people and, after these, proposals; `gate` and `shuffle` of mutual information.
     """
 
     rpn: Float[Array, "B A"]
@@ -165,15 +152,12 @@ class Weights:
 
 @struct.dataclass
 class TrainState(Weights):
-    """All that training changes; where `params` are an average, the optimizer updates `raw`.
-
-    `roi_memory` is the `OIMMemory` of the RoI branch, if there is one.
-    """
+    """All that training changes; where `params` are an average, the optimizer updates `raw`."""
 
     opt_state: Any
     memory: OIMMemory
     raw: Any = None
-    roi_memory: Any = None
+    roi_memory: Any = None  # an `OIMMemory`, too, if there is an RoI branch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,12 +58,14 @@ PARALLEL: Changes = {"model.reid": "independent"}
 BASELINE = FPN | FCOS_LEVELS | PARALLEL
 
 # How the released code differs from the paper, apart from the values of a data set.
-RELEASED: Changes = {
+RELEASED_CODE: Changes = {
     "data.max_programs": 0,
     "model.background_levels": True,
     "loss.normalize_lut": False,
     "loss.queue_channels": 64,
     "loss.triplet_first_lut_identity": 1,
+}
+RELEASED = RELEASED_CODE | {
     "optimizer.weight_decay": 1e-4,
     "optimizer.bias_lr_factor": 2.0,
     "optimizer.bias_weight_decay": 0.0,
@@ -150,11 +152,9 @@ PAPER = (
     PaperRow("6", "", "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
     PaperRow("6", "plus", "AlignPS+", mAP=46.1, top1=82.1, dataset=PRW),
     PaperRow("roi", "", "AlignPS", mAP=93.1, top1=93.4),
-    PaperRow("roi", "roi", "ROI-AlignPS", mAP=95.1, top1=96.0, note="released weights"),
+    PaperRow("roi", "roi", "ROI-AlignPS", mAP=95.1, top1=96.0),
     PaperRow("roi", "", "AlignPS", mAP=45.9, top1=81.9, dataset=PRW),
-    PaperRow(
-        *("roi", "roi", "ROI-AlignPS"), mAP=51.6, top1=84.4, dataset=PRW, note="released weights"
-    ),
+    PaperRow("roi", "roi", "ROI-AlignPS", mAP=51.6, top1=84.4, dataset=PRW),
 )
 
 
@@ -167,11 +167,8 @@ RELEASED_PRW: Changes = {
     "optimizer.weight_decay": 1e-3,
 }
 # The released ROI-AlignPS was trained with the same values on both data sets.
-RELEASED_ROI: Changes = RELEASED | {
+RELEASED_ROI = RELEASED_CODE | {
     "optimizer.learning_rate": 0.0015,
-    "optimizer.weight_decay": 5e-4,
-    "optimizer.bias_lr_factor": 1.0,
-    "optimizer.bias_weight_decay": None,
     "optimizer.warmup": "1141 steps",
     "optimizer.warmup_start": 1 / 200,
     "optimizer.clip_norm": 10.0,

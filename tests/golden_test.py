@@ -44,9 +44,8 @@ def random_weights(model: AlignPS, *, gentle: bool) -> Weights:
     template = weights_template(model)
     tree = {"params": template.params, "frozen": template.frozen}
     state = random_state_dict(released_shapes(tree), 1, gentle)
-    arrays = {
-        path: jnp.asarray(from_torch(state[released_name(path)])) for path in leaves_by_path(tree)
-    }
+    names = {path: released_name(path) for path in leaves_by_path(tree)}
+    arrays = {path: jnp.asarray(from_torch(state[name], name)) for path, name in names.items()}
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     return Weights(jnp.zeros((), jnp.int32), tree["params"], tree["frozen"])
 

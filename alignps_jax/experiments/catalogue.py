@@ -16,7 +16,7 @@ TABLES = {
     "4": "Table 4: loss",
     "5": "Table 5: deformable convolutions in the backbone",
     "6": "Table 6: AlignPS and AlignPS+",
-    "roi": "ROI-AlignPS (the authors' successor)",
+    "roi": "ROI-AlignPS (the authors' successor; its released weights)",
 }
 # The metrics that the paper's tables have, by name, and as people write them.
 PAPER_METRICS = DETECTION_METRICS | {name: SEARCH_METRICS[name] for name in ("mAP", "top1")}

@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from alignps_jax.gallery.table import PEOPLE, About, schema
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.predict import embedding_size
 from alignps_jax.types import UserError
 
 # What another writer causes, in Lance's words; a commit is then tried again.
@@ -165,11 +164,12 @@ def about_detector(detector: Detector) -> About:
     """What a gallery of this detector's says of it."""
     config = detector.config
     long, short = config.data.test_scale
+    branches = 1 + (config.model.roi and config.eval.branch == "both")
     return About(
         checkpoint=detector.fingerprint,
         name=detector.name,
         test_scale=(int(long), int(short)),
         score_threshold=float(config.eval.score_threshold),
-        dim=embedding_size(config),
+        dim=branches * int(config.model.channels),
         max_pixels=int(config.data.max_pixels),
     )

@@ -47,7 +47,7 @@ class LocationMaps:
 def _compute(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
     """The embeddings of each level, and the outputs of the neck's offset convolutions by name."""
     with jax.default_matmul_precision(step.config.precision):
-        outputs, captured = step.model.apply(
+        (outputs, _), captured = step.model.apply(
             {"params": params, "frozen": frozen},
             batch.image,
             batch.size,
@@ -60,11 +60,8 @@ def _compute(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> tuple
 
 
 def location_maps(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> LocationMaps:
-    """The maps of a batch of one photo, cut to what the network looks at.
-
-    UserError if people have no embeddings that locations have, too.
-    """
-    if step.model.roi is not None and step.config.branch == "roi":
+    """The maps of a batch of one photo, cut to what the network looks at."""
+    if step.config.branch == "roi":  # locations have no such embeddings
         raise UserError("config.eval.branch: found 'roi', expected 'both' or 'dense' for heat maps")
     embeddings, offsets = _compute(step, params, frozen, batch)
     bucket, valid = batch.image.shape[1], np.asarray(round_up(jnp.asarray(batch.size)))[0]
@@ -87,12 +84,11 @@ def similarity_map(
 ) -> Float[np.ndarray, "H W"]:
     """Cosine similarity of each pixel of the resized photo (`maps.size`) to an embedding.
 
-    Bilinear between locations; the largest of the levels. Locations have no embeddings of the RoI
-    branch, which come last in those of both.
+    Bilinear between locations; the largest of the levels. Of two branches, the dense one counts.
     """
     height, width = maps.size
     dense = embedding[: maps.embeddings[0].shape[-1]].astype(np.float32)
-    dense = dense / max(float(np.linalg.norm(dense)), 1e-12)
+    dense /= max(float(np.linalg.norm(dense)), 1e-12)
     levels = []
     for level, stride in zip(maps.embeddings, maps.strides, strict=True):
         cosine = level @ dense

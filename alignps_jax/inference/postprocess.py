@@ -43,12 +43,7 @@ def detect(
         order = jnp.argsort(ranked, stable=True)
         kept, used = nms(boxes[order], candidates.valid[order], nms_iou, max_detections)
         best = order[kept]
-        return _detections(
-            boxes[best],
-            candidates.scores[best],
-            candidates.embeddings[best],
-            used,
-        )
+        return _detections(boxes[best], candidates.scores[best], candidates.embeddings[best], used)
 
     return jax.vmap(detect_one)(tuple(outputs), size, scale)
 

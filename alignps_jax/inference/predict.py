@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.inference.postprocess import detect, embed_boxes
-from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import AlignPS, build_model
-from alignps_jax.nn.neck import level_size
-from alignps_jax.types import Batch, Detections, Outputs, RoiOutputs
+from alignps_jax.types import Batch, Detections, Outputs
 
 
 def inference_model(config: ConfigDict) -> AlignPS:
@@ -28,19 +24,12 @@ def inference_model(config: ConfigDict) -> AlignPS:
     return build_model(inference)
 
 
-def embedding_size(config: ConfigDict) -> int:
-    """Length of the embeddings of detections."""
-    both = config.model.roi and config.eval.branch == "both"
-    return int(config.model.channels) * (1 + both)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)  # pmap needs a hash: that of the identity
 class PredictStep:
     """The detections of a batch; `config` is `config.eval`.
 
     With `level_borders`, `config.loss.level_borders`, the people of the ground truth are taken, as
-    a perfect detector would find them: an upper bound. `config.branch` says whose embeddings are
-    taken where there is an RoI branch.
+    a perfect detector would find them: an upper bound.
     """
 
     model: AlignPS
@@ -52,11 +41,18 @@ class PredictStep:
         variables = {"params": params, "frozen": frozen}
         with jax.default_matmul_precision(self.config.precision):
             apply: Any = partial(self.model.apply, variables)
-            outputs, c4 = apply(batch.image, batch.size, method="with_c4")
+            outputs, c4 = apply(batch.image, batch.size)
             found = self._dense(outputs, batch)
             if c4 is None or self.config.branch == "dense":
                 return found
-            return self._with_regions(apply, c4, batch, found)
+            # To the input's pixels again, with the rounding of both ways (Released code).
+            boxes = found.boxes * jnp.tile(batch.scale, 2)[:, None]
+            regions = apply(*c4, boxes, found.valid, method="roi").embeddings
+            # With those of both, one after another, similarity is the mean of both branches'.
+            parts = [regions] if self.config.branch == "roi" else [found.embeddings, regions]
+            embeddings = l2_normalize(jnp.concatenate(parts, axis=-1))
+            embeddings = jnp.where(found.valid[..., None], embeddings, 0.0)
+            return dataclasses.replace(found, embeddings=embeddings)
 
     def _dense(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:
         """The people with the embeddings of their locations."""
@@ -74,22 +70,6 @@ class PredictStep:
             nms_iou=self.config.nms_iou,
             max_detections=self.config.max_detections,
         )
-
-    def _with_regions(
-        self, apply: Callable[..., RoiOutputs], c4: Array, batch: Batch, found: Detections
-    ) -> Detections:
-        """The people with the embeddings of the RoI branch, or those of both, one after another.
-
-        Their similarity is then the mean of both. Boxes are scaled to the input again, with the
-        rounding of both ways (Released code).
-        """
-        boxes = found.boxes * jnp.tile(batch.scale, 2)[:, None]
-        size = level_size(round_up(jnp.asarray(batch.size)), 4)
-        regions = apply(c4, size, boxes, found.valid, method="roi")
-        parts = (found.embeddings, regions.embeddings)
-        embeddings = jnp.concatenate(parts[self.config.branch == "roi" :], axis=-1)
-        embeddings = jnp.where(found.valid[..., None], l2_normalize(embeddings), 0.0)
-        return dataclasses.replace(found, embeddings=embeddings)
 
 
 def make_predict_step(config: ConfigDict) -> PredictStep:

@@ -22,15 +22,10 @@ def mutual_information(
 
         L = -0.2 (mean_k T(u_k, v_k) - log mean_k exp T(u_k, v_pi(k)))
 
-    u and v are the normalized mean embeddings of an identity in either branch, k counts the
-    identities that both have, pi is drawn with replacement. In two of three steps T alone learns
-    (Released code). Without such an identity, L and its gradient are 0.
-
-    Args:
-      regions: of all devices, see `people_of`.
-      dense: positive locations of all devices.
-      estimate: T of each row.
-      draws: of the step; `shuffle` has as many numbers as there can be identities.
+    u and v are the normalized mean embeddings of an identity in the regions and in the positive
+    locations (`dense`) of all devices, k counts the identities that both have, pi is drawn with
+    replacement, `estimate` is T. In two of three steps T alone learns (Released code). Without such
+    an identity, L and its gradient are 0.
     """
     ids, dense_ids = (jnp.where(x.valid & x.labeled, x.identity, -1) for x in (regions, dense))
     is_first = jnp.argmax(ids[:, None] == ids[None], axis=1) == jnp.arange(len(ids))

@@ -3,6 +3,8 @@
 Numbers without a name are the released settings.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,21 +14,13 @@ from alignps_jax.boxes import deltas_to_boxes, iou
 from alignps_jax.losses.oim import oim_loss
 from alignps_jax.losses.rpn import ANCHORS, sample
 from alignps_jax.losses.terms import Term
-from alignps_jax.types import Batch, OIMMemory, People, RoiDraws, RoiOutputs, Rois
-
-# Units in which the branch predicts deltas.
-_UNITS = (0.1, 0.1, 0.2, 0.2)
+from alignps_jax.types import Batch, OIMMemory, People, RegionOutputs, RoiDraws, Rois
 
 
 def draw(
-    key: PRNGKeyArray,
-    images: int,
-    first: int | Int[Array, ""],
-    shape: tuple[int, int],
-    candidates: int,
-    identities: int,
+    key: PRNGKeyArray, images: Int[Array, "B"], shape: tuple[int, int], candidates: int, most: int
 ) -> RoiDraws:
-    """The numbers of `images` images, the `first` one on, of the step that `key` belongs to.
+    """The numbers of a step's images, which are numbered, too; of `most` identities at most.
 
     `shape` is that of the C4 map. An anchor, or a candidate, of an image has the same number in any
     share of the batch and in any bucket.
@@ -37,11 +31,11 @@ def draw(
     def of_image(number: Array) -> tuple[Array, Array]:
         # Each row has its own key: a longer row begins with the numbers of a shorter one.
         row_keys = jax.vmap(fold, (None, 0))(fold(of_rpn, number), jnp.arange(shape[0]))
-        rows = jax.vmap(lambda row_key: uniform(row_key, (shape[1] * ANCHORS,)))(row_keys)
+        rows = jax.vmap(partial(uniform, shape=(shape[1] * ANCHORS,)))(row_keys)
         return rows.ravel(), uniform(fold(of_roi, number), (candidates,))
 
-    rpn, roi = jax.vmap(of_image)(first + jnp.arange(images))
-    return RoiDraws(rpn, roi, gate=uniform(of_gate), shuffle=uniform(of_shuffle, (identities,)))
+    rpn, roi = jax.vmap(of_image)(images)
+    return RoiDraws(rpn, roi, gate=uniform(of_gate), shuffle=uniform(of_shuffle, (most,)))
 
 
 def sample_rois(
@@ -65,7 +59,7 @@ def sample_rois(
         largest = overlaps.max(axis=1)
         index, positive, used = sample(largest >= 0.5, valid & (largest < 0.1), draws, count)
         person, boxes = jnp.argmax(overlaps[index], axis=1), boxes[index]
-        deltas = deltas_to_boxes(boxes, batch.boxes[person]) / jnp.array(_UNITS)
+        deltas = deltas_to_boxes(boxes, batch.boxes[person]) / jnp.array([0.1, 0.1, 0.2, 0.2])
         return Rois(
             boxes=jnp.where(used[:, None], boxes, 0.0),
             valid=used,
@@ -84,11 +78,8 @@ def people_of(rois: Rois, embeddings: Float[Array, "B R D"]) -> People:
     return People(rois.positive.ravel(), vectors, rois.identity.ravel(), rois.labeled.ravel())
 
 
-def roi_terms(outputs: RoiOutputs, rois: Rois, memory: OIMMemory) -> dict[str, Term]:
-    """Cross-entropy and L1 of deltas, over all regions, and the OIM loss of the labeled ones.
-
-    `memory` is that of the branch, before this step's update.
-    """
+def roi_terms(outputs: RegionOutputs, rois: Rois, memory: OIMMemory) -> dict[str, Term]:
+    """Cross-entropy and L1 of deltas, over all regions, and the OIM loss of the labeled ones."""
     entropies = optax.sigmoid_binary_cross_entropy(outputs.logits, rois.positive)
     errors = jnp.abs(outputs.deltas - rois.deltas).sum(axis=-1)
     count = jnp.sum(rois.valid, dtype=jnp.float32)

@@ -25,7 +25,7 @@ Params = Any
 class AlignPS(nn.Module):
     """Person search in one stage: boxes, scores and embeddings of every location.
 
-    With `rpn`, `roi` and `mutual_information` it is ROI-AlignPS, which embeds regions, too.
+    With `roi` it is ROI-AlignPS, which embeds regions, too.
     `channel_order`, `pixel_mean` and `pixel_std` are those that the backbone's weights expect.
     """
 
@@ -36,26 +36,20 @@ class AlignPS(nn.Module):
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     dtype: str = "float32"
-    rpn: Any = None
     roi: Any = None
-    mutual_information: Any = None
+    rpn: Any = RPNHead()
+    mutual_information: Any = MutualInformation()
 
     def __call__(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
-    ) -> tuple[Outputs, ...]:
-        """The outputs of each level of `predicted_levels(train)`.
+    ) -> tuple[tuple[Outputs, ...], tuple[Map, ValidSize] | None]:
+        """The outputs of each level of `predicted_levels(train)`, and C4 for an RoI branch.
 
         Args:
           image: RGB bytes; height and width are multiples of 32.
           size: height and width of each photo in its image.
           train: also predict on the levels that only training uses.
         """
-        return self.with_c4(image, size, train=train)[0]
-
-    def with_c4(
-        self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
-    ) -> tuple[tuple[Outputs, ...], Map | None]:
-        """The same, and C4, from which the RoI branch reads regions, if there is one."""
         valid_size = round_up(size)
         pixels = self.normalized(image, size).astype(self.dtype)
         features = self.backbone(pixels, valid_size)
@@ -68,12 +62,13 @@ class AlignPS(nn.Module):
         )
         if self.roi is None:
             return outputs, None
-        if self.is_initializing():  # of a box in each image
-            size, boxes = level_size(valid_size, 4), jnp.full((len(image), 1, 4), 8.0)
-            found = self.roi(features[1], size, boxes, jnp.ones((len(image), 1), bool))
-            self.rpn(features[1], size)
-            self.mutual_information(found.embeddings[:, 0], found.embeddings[:, 0])
-        return outputs, features[1]
+        c4 = features[1], level_size(valid_size, 4)
+        if self.is_initializing():  # with a box in each image
+            boxes, valid = jnp.full((len(image), 1, 4), 8.0), jnp.ones((len(image), 1), bool)
+            embeddings = self.roi(*c4, boxes, valid).embeddings[:, 0]
+            self.rpn(*c4)
+            self.mutual_information(embeddings, embeddings)
+        return outputs, c4
 
     def normalized(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize
@@ -107,14 +102,7 @@ def build_model(config: ConfigDict) -> AlignPS:
         deform_stages=model.deform_stages,
         **everywhere,
     )
-    branch: dict[str, Any] = {}
-    if model.roi:
-        stage = partial(backbone.clone(deform_stages=()).stage, len(backbone.depths) - 1)
-        branch = {
-            "rpn": RPNHead(dtype=model.dtype),
-            "roi": RoIHead(stage, model.channels),
-            "mutual_information": MutualInformation(),
-        }
+    last_stage = partial(backbone.clone(deform_stages=()).stage, len(backbone.depths) - 1)
     return AlignPS(
         backbone=backbone,
         neck=AlignedFeatureAggregation(
@@ -140,7 +128,7 @@ def build_model(config: ConfigDict) -> AlignPS:
         pixel_mean=model.pixel_mean,
         pixel_std=model.pixel_std,
         dtype=model.dtype,
-        **branch,
+        roi=RoIHead(last_stage, model.channels) if model.roi else None,
     )
 
 

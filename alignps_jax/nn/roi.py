@@ -1,13 +1,9 @@
-"""The RoI branch of ROI-AlignPS: proposals to train it with, and a second look at every box.
-
-Both read C4 (stride 16); the second look has a last stage of the backbone of its own.
-"""
+"""The RoI branch of ROI-AlignPS: what it proposes, what it says of regions of C4 (stride 16)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,54 +15,47 @@ from alignps_jax.arrays import l2_normalize
 from alignps_jax.nn.convolution import Map
 from alignps_jax.nn.layers import EPSILON, ValidSize, conv, mask_padding
 from alignps_jax.nn.roi_align import roi_align
-from alignps_jax.types import RoiOutputs, RpnOutputs
-
-ANCHORS = 15  # at every location of C4
-KEPT = 0.9  # share of the old running statistics in the new ones
+from alignps_jax.types import RegionOutputs
 
 Initializer = nn.initializers.Initializer
-normal = nn.initializers.normal
-zeros, ones = nn.initializers.zeros, nn.initializers.ones
+normal, zeros, ones = nn.initializers.normal, nn.initializers.zeros, nn.initializers.ones
 Vectors = Float[Array, "N D"]
-AddUp = Callable[[Array], Array]  # gives the sum over the devices
+AddUp = Callable[[Array], Array] | None  # the sum over the devices, in training only
 
 
 class RPNHead(nn.Module):
-    """A logit and box deltas of every anchor, in the order of `RpnOutputs`."""
+    """A logit and box deltas of each of the 15 anchors of every location of C4.
 
-    dtype: str = "float32"
+    Anchor a at column x and row y has the index (y * w + x) * 15 + a.
+    """
 
     @nn.compact
-    def __call__(self, c4: Map, valid_size: ValidSize) -> RpnOutputs:
+    def __call__(self, c4: Map, valid_size: ValidSize) -> RegionOutputs:
         make = partial(conv, use_bias=True, kernel_init=normal(0.01))
-        x = nn.relu(make(c4.shape[-1], 3, dtype=self.dtype, name="conv")(c4))
+        x = nn.relu(make(c4.shape[-1], 3, dtype=c4.dtype, name="conv")(c4))
         x = mask_padding(x, valid_size)
-        logits = make(ANCHORS, 1, dtype=jnp.float32, name="cls")(x)
-        deltas = make(4 * ANCHORS, 1, dtype=jnp.float32, name="reg")(x)
-        return RpnOutputs(logits.reshape(len(x), -1), deltas.reshape(len(x), -1, 4))
+        logits = make(15, 1, dtype=jnp.float32, name="cls")(x)
+        deltas = make(60, 1, dtype=jnp.float32, name="reg")(x)
+        return RegionOutputs(logits.reshape(len(x), -1), deltas.reshape(len(x), -1, 4))
 
 
 class BatchNorm(nn.Module):
     """Batch normalization of vectors, by the statistics of the valid ones on all devices.
 
-    Running statistics are in the collection `frozen`, which training updates if it is mutable.
+    Training updates running statistics, in the collection `frozen`; else they are what counts.
     """
 
     scale_init: Initializer = ones
 
     @nn.compact
-    def __call__(
-        self, x: Vectors, valid: Bool[Array, "N"], *, train: bool, add_up: AddUp
-    ) -> Vectors:
+    def __call__(self, x: Vectors, valid: Bool[Array, "N"], add_up: AddUp) -> Vectors:
         shape = x.shape[-1:], jnp.float32
-        scale, bias = (
-            self.param("scale", self.scale_init, *shape),
-            self.param("bias", zeros, *shape),
-        )
-        running_mean = self.variable("frozen", "mean", zeros, None, *shape)
-        running_var = self.variable("frozen", "var", ones, None, *shape)
-        mean, var = running_mean.value, running_var.value
-        if train:
+        scale = self.param("scale", self.scale_init, *shape)
+        bias = self.param("bias", zeros, *shape)
+        old_mean = self.variable("frozen", "mean", zeros, None, *shape)
+        old_var = self.variable("frozen", "var", ones, None, *shape)
+        mean, var = old_mean.value, old_var.value
+        if add_up:
             count = add_up(jnp.sum(valid, dtype=jnp.float32))
 
             def average(values: Vectors) -> Float[Array, "D"]:
@@ -74,20 +63,18 @@ class BatchNorm(nn.Module):
 
             mean = average(x)
             var = average(jnp.square(x - mean))
-            if self.is_mutable_collection("frozen") and not self.is_initializing():
-                new = (1 - KEPT) * (count > 0)
-                unbiased = var * count / jnp.maximum(count - 1, 1)
-                running_mean.value += new * (mean - running_mean.value)
-                running_var.value += new * (unbiased - running_var.value)
+            new = 0.1 * (count > 0)
+            unbiased = var * count / jnp.maximum(count - 1, 1)
+            old_mean.value += new * (mean - old_mean.value)
+            old_var.value += new * (unbiased - old_var.value)
         return (x - mean) * lax.rsqrt(var + EPSILON) * scale + bias
 
 
 class RoIHead(nn.Module):
     """Logits, box deltas and embeddings of boxes, in float32.
 
-    Attributes:
-      stage: the last stage of a backbone, called with (map, valid_size) in this module.
-      features: length of embeddings; half of it comes from before the stage, half from after it.
+    `stage` is the last one of a backbone; half of the `features` of an embedding come from before
+    it, half from after it.
     """
 
     stage: Callable[[Map, ValidSize], tuple[Map, ValidSize]]
@@ -100,46 +87,37 @@ class RoIHead(nn.Module):
         valid_size: ValidSize,
         boxes: Float[Array, "B R 4"],
         valid: Bool[Array, "B R"],
-        *,
-        train: bool = False,
-        add_up: AddUp = lambda x: x,
-    ) -> RoiOutputs:
-        """Predicts for boxes in pixels; statistics are those of `valid` ones (see `BatchNorm`)."""
+        add_up: AddUp = None,
+    ) -> RegionOutputs:
+        """Predicts for boxes in pixels, of which `valid` ones count (see `BatchNorm`)."""
         regions = lax.map(lambda one: roi_align(*one), (c4, boxes, valid_size))
         regions = regions.reshape(-1, *regions.shape[2:])
         sides = jnp.full((len(regions), 2), regions.shape[1], jnp.int32)
         before, after = max_pool(regions), max_pool(self.stage(regions, sides)[0])
 
-        def norm(x: Vectors, name: str, init: Initializer = ones) -> Vectors:
-            return BatchNorm(init, name=name)(x, valid.ravel(), train=train, add_up=add_up)
+        counted = valid.ravel(), add_up
 
-        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Array:
-            return norm(nn.Dense(features, kernel_init=init, name=name)(x), f"{name}_bn", init)
+        def linear(x: Vectors, features: int, name: str, init: Initializer) -> Vectors:
+            x = nn.Dense(features, kernel_init=init, name=name)(x)
+            return BatchNorm(init, name=f"{name}_bn")(x, *counted)
 
-        pooled = enumerate((before, after))
-        parts = [linear(x, self.features // 2, f"projector{i}", normal(0.01)) for i, x in pooled]
+        project = partial(linear, features=self.features // 2, init=normal(0.01))
+        parts = project(before, name="projector0"), project(after, name="projector1")
         projected = jnp.concatenate(parts, axis=-1)
         embeddings = l2_normalize(projected)
-        logits = norm(jnp.sum(embeddings * projected, axis=-1, keepdims=True), "rescaler")
+        length = jnp.sum(embeddings * projected, axis=-1, keepdims=True)
+        logits = BatchNorm(name="rescaler")(length, *counted)
         deltas = linear(after, 4, "fc_reg", normal(0.001))
         # Nothing reads it, but it is in the published files.
         dead = {"kernel": jnp.zeros((after.shape[-1], 2)), "bias": jnp.zeros(2)}
         self.variable("frozen", "fc_cls", lambda: dead)
         outputs = logits[:, 0], deltas, embeddings
-        return RoiOutputs(*(x.reshape(*valid.shape, *x.shape[1:]) for x in outputs))
+        return RegionOutputs(*(x.reshape(*valid.shape, *x.shape[1:]) for x in outputs))
 
 
-@jax.custom_jvp
 def max_pool(x: Map) -> Float[Array, "B C"]:
     """The maximum of each channel in float32; the first of equal ones gets the gradient."""
-    return x.max((1, 2)).astype(jnp.float32)
-
-
-@max_pool.defjvp
-def _max_pool_jvp(primals: tuple[Map], tangents: tuple[Map]) -> tuple[Array, Array]:
-    x, d_x = (a.reshape(len(a), -1, a.shape[-1]) for a in primals + tangents)
-    first = jnp.arange(x.shape[1])[:, None] == jnp.argmax(x, axis=1)[:, None]
-    return max_pool(*primals), jnp.sum(d_x, axis=1, where=first, dtype=jnp.float32)
+    return nn.max_pool(x, x.shape[1:3])[:, 0, 0].astype(jnp.float32)
 
 
 class MutualInformation(nn.Module):
@@ -147,15 +125,10 @@ class MutualInformation(nn.Module):
 
     @nn.compact
     def __call__(self, u: Float[Array, "K D"], v: Float[Array, "K D"]) -> Float[Array, "K"]:
-        x = _linear(jnp.concatenate([u, v], axis=-1), u.shape[-1], "hidden")
-        return _linear(nn.relu(x), 1, "output")[:, 0]
+        def linear(x: Vectors, features: int, name: str) -> Vectors:
+            bound = x.shape[-1] ** -0.5  # PyTorch's default
+            init = partial(jax.random.uniform, minval=-bound, maxval=bound)
+            return nn.Dense(features, kernel_init=init, bias_init=init, name=name)(x)
 
-
-def _linear(x: Vectors, features: int, name: str) -> Float[Array, "N F"]:
-    """A linear layer with the initial values of PyTorch."""
-    bound = x.shape[-1] ** -0.5
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nn.Dense(features, kernel_init=init, bias_init=init, name=name)(x)
+        x = nn.relu(linear(jnp.concatenate([u, v], axis=-1), u.shape[-1], "hidden"))
+        return linear(x, 1, "output")[:, 0]

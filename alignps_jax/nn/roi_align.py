@@ -6,57 +6,53 @@ Samples lie on a grid, too, so one matrix mixes rows of the map, then another on
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import linear_call
 from jaxtyping import Array, Float, Int
 
 from alignps_jax.nn.platforms import on_platform
 
-STRIDE = 16  # of C4, in pixels
-MOST_SAMPLES = 1000  # of a cell, along an axis: no box of a photo has more
+SIZE = 14  # rows of cells, and columns
 CHUNK = 32  # boxes at a time: mixed rows of 1024 channels of a map of 100 columns take 180 MB
 BLOCK = 8  # columns of the map that a CPU multiplies at a time
 
 Map = Float[Array, "H W C"]
-Rows = Float[Array, "R size H"]
-Columns = Float[Array, "R size W"]
-Means = Float[Array, "R size size C"]
+Shares = Float[Array, "R 14 N"]  # of rows or columns of the map in those of cells
+Means = Float[Array, "R 14 14 C"]
 
 
-def roi_align(
-    c4: Map, boxes: Float[Array, "R 4"], valid_size: Int[Array, "2"], *, size: int = 14
-) -> Means:
+def roi_align(c4: Map, boxes: Float[Array, "R 4"], valid_size: Int[Array, "2"]) -> Means:
     """Equals `torchvision.ops.roi_align` with `aligned` and its own choice of sample numbers.
 
     Boxes (in pixels, anywhere) get no gradient. Those without area give zeros. `valid_size` is the
-    size of the image's map without its padding.
+    size of the image's map (stride 16) without its padding.
     """
-    boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / STRIDE - 0.5
+    c4 = jnp.pad(c4, ((0, 0), (0, -c4.shape[1] % BLOCK), (0, 0)))
+    boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / 16 - 0.5
     left, top, right, bottom = jnp.moveaxis(boxes, 1, 0)
-    rows = _weights(top, bottom - top, valid_size[0], c4.shape[0], size)
-    columns = _weights(left, right - left, valid_size[1], c4.shape[1], size)
+    rows = _shares(top, bottom - top, valid_size[0], c4.shape[0])
+    columns = _shares(left, right - left, valid_size[1], c4.shape[1])
     return on_platform(c4, rows, columns, cpu=_by_blocks, default=_products)
 
 
-def _weights(
-    start: Float[Array, "R"], length: Float[Array, "R"], valid: Int[Array, ""], side: int, size: int
-) -> Rows:
-    """The share of every row (or column) of the map in each row of cells."""
-    # Divided by `size` where that matters. XLA would multiply by the inverse of a scalar instead,
+def _shares(
+    start: Float[Array, "R"], length: Float[Array, "R"], valid: Int[Array, ""], side: int
+) -> Shares:
+    """Along one axis, of boxes that start and end there."""
+    # Divided by `SIZE` where that matters. XLA would multiply by the inverse of a scalar instead,
     # and that rounds differently.
-    cell = length / jnp.maximum(size, -length)
+    cell = length / jnp.maximum(SIZE, -length)
     count = jnp.ceil(cell)
     # Accelerators divide with an error in the last place; these products are exact.
-    count = count - (size * (count - 1) >= length) + (size * count < length)
-    count = jnp.clip(count, 0, MOST_SAMPLES)
+    count = count - (SIZE * (count - 1) >= length) + (SIZE * count < length)
     start, cell, count = (x[:, None] for x in (start, cell, count))
     # Not negative; `abs` keeps product and sum apart, which one instruction would round only once.
-    starts = start + jnp.abs(jnp.arange(size) * cell)
+    starts = start + jnp.abs(jnp.arange(SIZE) * cell)
 
-    def add_sample(index: Int[Array, ""], total: Rows) -> Rows:
+    def add_sample(index: Int[Array, ""], total: Shares) -> Shares:
         at = starts + (index + 0.5) * cell / count
         inside = (index < count) & (at >= -1) & (at <= valid)
         at = jnp.clip(at, 0, valid - 1)
@@ -68,59 +64,43 @@ def _weights(
     return total / jnp.maximum(count, 1)[..., None]
 
 
-def _means(
-    rows: Float[Array, "size H"], columns: Float[Array, "size W"], window: Map
-) -> Float[Array, "size size C"]:
-    """The means of one box, from the window of the map that its matrices belong to."""
+def _means(rows: Array, columns: Array, window: Map) -> Float[Array, "14 14 C"]:
+    """Those of one box, from the window of the map that its shares [14, H] and [14, W] are of."""
     rows, columns = rows.astype(window.dtype), columns.astype(window.dtype)
     # Of two matrices: the gradient of `tensordot` takes twice as long on CPUs.
     mixed = (rows @ window.reshape(len(window), -1)).reshape(len(rows), *window.shape[1:])
     return jnp.broadcast_to(columns, (len(rows), *columns.shape)) @ mixed
 
 
-def _products(features: Map, rows: Rows, columns: Columns) -> Means:
+def _products(c4: Map, rows: Shares, columns: Shares) -> Means:
     """From the whole map, some boxes at a time."""
-    return lax.map(lambda box: _means(box[0], box[1], features), (rows, columns), batch_size=CHUNK)
+    return lax.map(lambda box: _means(box[0], box[1], c4), (rows, columns), batch_size=CHUNK)
 
 
-def _by_blocks(features: Map, rows: Rows, columns: Columns) -> Means:
+def _by_blocks(c4: Map, rows: Shares, columns: Shares) -> Means:
     """From the blocks of the map's columns that a box needs."""
+    features = c4.reshape(len(c4), -1, BLOCK, c4.shape[2]).swapaxes(0, 1)
+    columns = columns.reshape(*columns.shape[:2], -1, BLOCK).swapaxes(1, 2)
+    used = jnp.any(columns != 0, axis=(2, 3))
+    boxes, blocks = jnp.nonzero(used, size=used.size)
+    pairs = boxes, blocks, rows[boxes], columns[boxes, blocks], used.sum()
+    shape = *rows.shape[:2], rows.shape[1], c4.shape[2]
 
-    def blocks(x: Float[Array, "N W K"]) -> Float[Array, "N blocks BLOCK K"]:
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK), (0, 0)))
-        return x.reshape(len(x), -1, BLOCK, x.shape[2])
+    def means(pairs: tuple[Array, ...], features: Float[Array, "blocks H BLOCK C"]) -> Means:
+        boxes, blocks, rows, columns, count = pairs
 
-    weights = blocks(columns.swapaxes(1, 2)).swapaxes(2, 3)
-    used = jnp.any(weights != 0, axis=(2, 3))
-    pairs = *jnp.nonzero(used, size=used.size), used.sum()
-    return _sum(blocks(features).swapaxes(0, 1), rows, weights, pairs)
+        def add(at: Array, out: Means) -> Means:
+            return out.at[boxes[at]].add(_means(rows[at], columns[at], features[blocks[at]]))
 
+        return lax.fori_loop(0, count, add, jnp.zeros(shape, c4.dtype))
 
-@jax.custom_vjp
-def _sum(features: Array, rows: Rows, columns: Array, pairs: tuple[Array, Array, Array]) -> Means:
-    """Adds up the means of pairs of a box and a block; also given is how many pairs there are."""
-    boxes, blocks, count = pairs
+    def transposed(pairs: tuple[Array, ...], d_out: Means) -> Float[Array, "blocks H BLOCK C"]:
+        boxes, blocks, rows, columns, count = pairs
 
-    def add(at: Array, out: Means) -> Means:
-        box, block = boxes[at], blocks[at]
-        return out.at[box].add(_means(rows[box], columns[box, block], features[block]))
+        def add(at: Array, out: Array) -> Array:
+            pull = jax.linear_transpose(partial(_means, rows[at], columns[at]), out[0])
+            return out.at[blocks[at]].add(pull(d_out[boxes[at]].astype(out.dtype))[0])
 
-    shape = *rows.shape[:2], rows.shape[1], features.shape[3]
-    return lax.fori_loop(0, count, add, jnp.zeros(shape, features.dtype))
+        return lax.fori_loop(0, count, add, jnp.zeros(features.shape)).astype(c4.dtype)
 
-
-def _sum_bwd(residuals: tuple[Any, ...], d_out: Means) -> tuple[Any, ...]:
-    rows, columns, (boxes, blocks, count) = residuals
-    d_means = jnp.asarray(d_out, jnp.float32)
-
-    def add(at: Array, total: Array) -> Array:
-        box, block = boxes[at], blocks[at]
-        means = partial(_means, rows[box], columns[box, block])
-        return total.at[block].add(jax.linear_transpose(means, total[0])(d_means[box])[0])
-
-    shape = columns.shape[1], rows.shape[2], BLOCK, d_out.shape[3]
-    total = lax.fori_loop(0, count, add, jnp.zeros(shape))
-    return total.astype(d_out.dtype), None, None, None
-
-
-_sum.defvjp(lambda features, *rest: (_sum(features, *rest), rest), _sum_bwd)
+    return linear_call(means, transposed, pairs, features)

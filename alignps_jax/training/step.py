@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -24,10 +23,11 @@ from alignps_jax.losses.roi import draw, people_of, roi_terms, sample_rois
 from alignps_jax.losses.rpn import PROPOSALS, propose, rpn_terms
 from alignps_jax.losses.terms import Term
 from alignps_jax.losses.total import assign, flatten_levels, select_positives, total
-from alignps_jax.nn.layers import round_up
 from alignps_jax.nn.model import AlignPS
-from alignps_jax.nn.neck import level_size
-from alignps_jax.types import Batch, OIMMemory, Outputs, People, RoiDraws, TrainState
+from alignps_jax.types import Batch, Outputs, People, RoiDraws, TrainState
+
+# From all devices, in their order.
+_gather = partial(jax.tree.map, partial(lax.all_gather, axis_name=AXIS, tiled=True))
 
 
 @struct.dataclass
@@ -51,16 +51,12 @@ class TrainStep:
     precision: str = "default"
     accumulate: int = 1  # parts in which a device feeds its images to the network
     ema_decay: float | None = None  # of the parameters' moving average, if any
-    seed: int = 0  # of the random choices of the RoI branch
+    seed: int = 0  # of `RoiDraws` that are not given
 
     def __call__(
         self, state: TrainState, batch: Batch, draws: RoiDraws | None = None
     ) -> tuple[TrainState, StepMetrics]:
-        """Updates the state with one device's share of a batch; equal on all devices.
-
-        `draws` are the random choices of the RoI branch; without any, they follow from the seed.
-        """
-        gather = partial(jax.tree.map, partial(lax.all_gather, axis_name=AXIS, tiled=True))
+        """Updates the state with one device's share of a batch; equal on all devices."""
 
         def loss_fn(params: Any) -> tuple[Any, Any]:
             variables = {"params": params, "frozen": state.frozen}
@@ -76,14 +72,13 @@ class TrainStep:
             # Only positive locations have a box and a person: a few hundred of ten thousands.
             local, dropped = select_positives(flat, targets, self.max_positives)
             # The hardest pairs and the updates of the table may span devices.
-            gathered = gather(local)
+            gathered = _gather(local)
             offset = lax.axis_index(AXIS) * self.max_positives
             terms = total(flat, targets, local, gathered, state.memory, self.loss, offset=offset)
             frozen, regions = state.frozen, None
             if self.model.roi is not None:
-                chosen = draws or self._draws(state.step, batch, c4)
-                parts = variables, c4, batch, chosen, state.roi_memory, gathered, gather
-                more, regions, frozen = self._regions(*parts)
+                apply = partial(self.model.apply, variables)
+                more, regions, frozen = self._regions(apply, state, c4, batch, draws, gathered)
                 terms |= more
             losses = {name: _local_loss(term) for name, term in terms.items()}
             return sum(losses.values()), (losses, dropped, (gathered, regions, frozen))
@@ -96,17 +91,15 @@ class TrainStep:
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         # After the gradients, and the same on every device (Released code).
-        memory = update_memory(
+        update = partial(update_memory, momentum=self.loss.lut_momentum)
+        memory = update(
             state.memory,
             gathered,
-            momentum=self.loss.lut_momentum,
             normalize=self.loss.normalize_lut,
             queue_channels=self.loss.queue_channels,
         )
         if regions is not None:
-            roi_memory = update_memory(
-                state.roi_memory, regions, momentum=0.5, normalize=True, queue_channels=None
-            )
+            roi_memory = update(state.roi_memory, regions, normalize=True, queue_channels=None)
             state = dataclasses.replace(state, roi_memory=roi_memory, frozen=frozen)
         metrics = StepMetrics(terms, gathered.valid.sum(), dropped, optax.tree.norm(gradient))
         state = dataclasses.replace(state, step=state.step + 1, opt_state=opt_state, memory=memory)
@@ -119,56 +112,39 @@ class TrainStep:
         return [*pairwise(edges), *[(math.inf, 0.0)] * (len(made) - len(searched))]
 
     def _regions(
-        self,
-        variables: Any,
-        c4: Any,
-        batch: Batch,
-        draws: RoiDraws,
-        memory: OIMMemory,
-        dense: People,
-        gather: Callable[[Any], Any],
+        self, apply: Any, state: TrainState, c4: Any, batch: Batch, draws: Any, dense: People
     ) -> tuple[dict[str, Term], People, Any]:
         """The RoI branch's terms, the people in the regions of all devices, and its statistics.
 
         `dense` are the positive locations of all devices.
         """
-        apply: Any = partial(self.model.apply, variables)
-        size, width = level_size(round_up(jnp.asarray(batch.size)), 4), c4.shape[2]
-        anchors = apply(c4, size, method="rpn")
-        proposals = propose(anchors, batch.size, size, width)
+        size, shape = c4[1], c4[0].shape[1:3]
+        if draws is None:
+            key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+            images, people = batch.valid.shape
+            numbers = lax.axis_index(AXIS) * images + jnp.arange(images)
+            most = lax.axis_size(AXIS) * images * self.loss.rois_per_image
+            draws = draw(key, numbers, shape, people + PROPOSALS, most)
+        anchors = apply(*c4, method="rpn")
+        proposals = propose(anchors, batch.size, size, shape[1])
         rois = sample_rois(*proposals, batch, draws.roi, self.loss.rois_per_image)
-        outputs, changed = apply(
-            *(c4, size, rois.boxes, rois.valid),
-            **{"train": True, "add_up": partial(lax.psum, axis_name=AXIS)},
-            method="roi",
-            mutable=["frozen"],
-        )
-        people = gather(people_of(rois, outputs.embeddings))
+        given = *c4, rois.boxes, rois.valid, partial(lax.psum, axis_name=AXIS)
+        outputs, changed = apply(*given, method="roi", mutable=["frozen"])
+        regions = _gather(people_of(rois, outputs.embeddings))
+        terms = rpn_terms(anchors, batch, shape[1], draws.rpn)
+        terms |= roi_terms(outputs, rois, state.roi_memory)
         estimate = partial(apply, method="mutual_information")
-        terms = rpn_terms(anchors, batch, width, draws.rpn) | roi_terms(outputs, rois, memory)
-        terms["mutual_information"] = mutual_information(people, dense, estimate, draws)
-        return terms, people, changed["frozen"]
-
-    def _draws(self, step: Any, batch: Batch, c4: Any) -> RoiDraws:
-        """The random choices of a step for this device's images."""
-        images, people = batch.valid.shape
-        return draw(
-            jax.random.fold_in(jax.random.key(self.seed), step),
-            images,
-            lax.axis_index(AXIS) * images,
-            (c4.shape[1], c4.shape[2]),
-            people + PROPOSALS,
-            lax.axis_size(AXIS) * images * self.loss.rois_per_image,
-        )
+        terms["mutual_information"] = mutual_information(regions, dense, estimate, draws)
+        return terms, regions, changed["frozen"]
 
     def _predict(self, variables: Any, batch: Batch) -> tuple[tuple[Outputs, ...], Any]:
-        """`AlignPS.with_c4` for all images, computed in `accumulate` parts.
+        """What `model` says of all images, computed in `accumulate` parts.
 
         The activations of a part are recomputed for the gradient; all else sees the whole batch.
         """
 
         def network(images: Any) -> Any:
-            return self.model.apply(variables, *images, train=True, method="with_c4")
+            return self.model.apply(variables, *images, train=True)
 
         images = batch.image, batch.size
         if self.accumulate == 1:

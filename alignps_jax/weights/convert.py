@@ -91,10 +91,9 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
     step = int(arrays.pop("step"))
     if "memory/lut" not in arrays:
         raise UserError(f"{checkpoint}: holds a backbone only, expected a whole AlignPS")
-    roi = arrays.pop("roi_memory/tail", None) is not None  # no file holds it
-    tensors = {released_name(name): to_torch(array, name) for name, array in arrays.items()}
-    if roi:
-        tensors |= unread_memories(arrays["memory/lut"].shape[1])
+    is_roi = arrays.pop("roi_memory/tail", None) is not None  # released files do not hold it
+    tensors = unread_memories(arrays["memory/lut"].shape[1]) if is_roi else {}
+    tensors |= {released_name(name): to_torch(array, name) for name, array in arrays.items()}
     tensors[TAIL] = tensors[TAIL].astype(np.int64)
     for name in [name for name in tensors if name.endswith(".running_var")]:
         tensors[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
@@ -111,14 +110,13 @@ def _state(config: ConfigDict, tensors: Tensors) -> TrainState:
     memories = {"memory": memory} | ({"roi_memory": memory} if config.model.roi else {})
     template = leaves_by_path(vars(weights_template(model)) | memories)
     del template["step"]
+    template.pop("roi_memory/tail", None)  # released files do not hold it
     if not detector:
         template = {path: x for path, x in template.items() if "/backbone/" in path}
     arrays = by_our_names(tensors, template)
     if not detector:  # deformable convolutions start without offsets
         offsets = {path: np.zeros(x.shape) for path, x in template.items() if "/offset/" in path}
         arrays = offsets | arrays
-    if detector and config.model.roi:
-        arrays = {"roi_memory/tail": np.zeros(())} | arrays  # files do not hold it
     arrays = _checked(arrays, template)
     found = traverse_util.unflatten_dict(arrays, sep="/")
     memory = OIMMemory(**found["memory"]) if detector else init_memory(0, 0, 0)
@@ -127,21 +125,16 @@ def _state(config: ConfigDict, tensors: Tensors) -> TrainState:
         return state
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch=1)
     optimizer = make_optimizer(config.optimizer, schedule, partial(is_frozen, model))
-    return dataclasses.replace(
-        state,
-        opt_state=optimizer.init(state.params),
-        raw=state.params if config.train.ema_decay is not None else None,
-        roi_memory=OIMMemory(**found["roi_memory"]) if config.model.roi else None,
-    )
+    raw = state.params if config.train.ema_decay is not None else None
+    roi = OIMMemory(**found["roi_memory"], tail=jnp.int32(0)) if config.model.roi else None
+    opt_state = optimizer.init(state.params)
+    return dataclasses.replace(state, opt_state=opt_state, raw=raw, roi_memory=roi)
 
 
 def _checked(arrays: Tensors, template: Mapping[str, Any]) -> Tensors:
     """The arrays in the order and the types of the template; ValueError if they do not fit it."""
     found, expected = (
-        {
-            released_name(path): list(to_torch(np.empty(x.shape, np.bool_), path).shape)
-            for path, x in of
-        }
+        {released_name(p): list(to_torch(np.empty(x.shape, bool), p).shape) for p, x in of}
         for of in (arrays.items(), template.items())
     )
     if wrong := mismatch(found, expected):

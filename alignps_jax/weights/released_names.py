@@ -72,13 +72,9 @@ LOOKUP_TABLE, QUEUE, TAIL = (released_name(f"memory/{name}") for name in ("lut",
 
 def unread_memories(width: int) -> dict[str, np.ndarray]:
     """The tensors that a released ROI-AlignPS holds beside its own memories: zeros."""
-    shapes = {
-        "loss_oim.lut": (5532, width),
-        "loss_oim.cq": (5000, width),
-        "labeled_matching_layer.lookup_table": (5532, width),
-        "unlabeled_matching_layer.queue": (5000, width),
-    }
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    rows = {"loss_oim.lut": 5532, "loss_oim.cq": 5000}
+    rows |= {"labeled_matching_layer.lookup_table": 5532, "unlabeled_matching_layer.queue": 5000}
+    zeros = {name: np.zeros((count, width), np.float32) for name, count in rows.items()}
     return zeros | {"unlabeled_matching_layer.tail": np.zeros((), np.int64)}
 
 
@@ -94,18 +90,15 @@ def kind_of(names: Iterable[str]) -> str:
     return "taken for a ResNet-50 because no name has neck. or bbox_head. in it"
 
 
-def to_torch(array: np.ndarray, path: str = "") -> np.ndarray:
-    """Our layout of the array of a path (HWIO, IO) to PyTorch's (OIHW, OI)."""
-    if array.ndim == 2 and path.endswith("/kernel"):
-        return array.T
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+def to_torch(array: np.ndarray, path: str = "/kernel") -> np.ndarray:
+    """Our layout of the array of a path (kernels: HWIO, IO) to PyTorch's (OIHW, OI)."""
+    return np.moveaxis(array, (-1, -2), (0, 1)) if path.endswith("/kernel") else array
 
 
-def from_torch(array: np.ndarray, name: str = "") -> np.ndarray:
-    """PyTorch's layout of the tensor of a name (OIHW, OI) to ours (HWIO, IO)."""
-    if array.ndim == 2 and name.endswith(".weight"):
-        return array.T
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+def from_torch(array: np.ndarray, name: str) -> np.ndarray:
+    """PyTorch's layout of the tensor of a name to ours."""
+    is_kernel = array.ndim > 1 and name.endswith(".weight")
+    return np.moveaxis(array, (0, 1), (-1, -2)) if is_kernel else array
 
 
 def by_our_names(

@@ -7,7 +7,7 @@ import pytest
 
 from alignps_jax.losses import roi
 from alignps_jax.losses.oim import update_memory
-from alignps_jax.types import OIMMemory, RoiOutputs
+from alignps_jax.types import OIMMemory, RegionOutputs
 from tests.fakes import NUM_IDENTITIES, random_batch
 from tests.losses.oim_test import slow_loss, slow_update
 from tests.losses.rpn_test import F, slow_deltas, slow_iou, slow_sample
@@ -51,6 +51,7 @@ def test_sampled_regions_match_a_loop(count: int, share: float):
         first, others = slow_sample(person, negative, draws[i], count)
         candidates, number = np.concatenate([people, boxes[i]]), len(first + others)
         assert (number < count) == (count == 128)
+        assert rois.boxes.shape[1] == min(count, 4 + PROPOSALS)
         own = np.array([person[k] for k in first], int)
         units = np.array([0.1, 0.1, 0.2, 0.2], F)
         deltas = [slow_deltas(candidates[k], people[person[k]]) / units for k in first]
@@ -63,7 +64,7 @@ def test_sampled_regions_match_a_loop(count: int, share: float):
             (rois.labeled, batch.labeled[i, own]),
         )
         for found, rows in expected:  # and zero after these
-            rows = np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]))])
+            rows = np.concatenate([rows, np.zeros((len(found[i]) - len(rows), *rows.shape[1:]))])
             np.testing.assert_allclose(found[i], rows, rtol=1e-4, atol=1e-5)
 
 
@@ -75,7 +76,7 @@ def outputs_and_rois():
     *outputs, lut, queue = (jnp.asarray(rng.normal(size=shape), F) for shape in shapes)
     kinds = (np.ravel(x) for x in (rois.identity, rois.labeled, rois.positive))
     rows = np.asarray(outputs[2]).reshape(-1, D), *kinds
-    return RoiOutputs(*outputs), rois, OIMMemory(lut / 5, queue / 5, jnp.int32(3)), rows
+    return RegionOutputs(*outputs), rois, OIMMemory(lut / 5, queue / 5, jnp.int32(3)), rows
 
 
 def test_terms_and_memory_match_loops_and_shares_add_up():
