@@ -84,7 +84,9 @@ def people_of(rois: Rois, embeddings: Float[Array, "B R D"]) -> People:
     return People(rois.positive.ravel(), vectors, rois.identity.ravel(), rois.labeled.ravel())
 
 
-def roi_terms(outputs: RoiOutputs, rois: Rois, memory: OIMMemory) -> dict[str, Term]:
+def roi_terms(
+    outputs: RoiOutputs, rois: Rois, memory: OIMMemory, inverse_temperature: float
+) -> dict[str, Term]:
     """Cross-entropy and L1 of deltas, over all regions, and the OIM loss of the labeled ones.
 
     `memory` is that of the branch, before this step's update.
@@ -98,8 +100,8 @@ def roi_terms(outputs: RoiOutputs, rois: Rois, memory: OIMMemory) -> dict[str, T
         "roi_oim": oim_loss(
             people_of(rois, outputs.embeddings),
             memory,
-            inverse_lut_temperature=30.0,
-            inverse_queue_temperature=30.0,
+            inverse_lut_temperature=inverse_temperature,
+            inverse_queue_temperature=inverse_temperature,
             focal_gamma=0.0,
             labeled_mean=True,
         ),

@@ -36,6 +36,7 @@ def region_terms(
     memory: OIMMemory,
     dense: People,
     count: int,
+    inverse_temperature: float,
     *,
     gather: Callable[[Any], Any],
     add_up: Callable[[Any], Any],
@@ -50,6 +51,7 @@ def region_terms(
       memory: table and queue of the RoI branch before this step's update.
       dense: the positive locations of all devices.
       count: number of regions of each image.
+      inverse_temperature: 1 / tau of their OIM loss.
       gather: arrays of this device to those of all, in order.
       add_up: arrays of this device to their sums over all.
     """
@@ -64,7 +66,8 @@ def region_terms(
         method="embed",
         mutable=["frozen"],
     )
-    terms = rpn_terms(anchors, batch, width, draws.rpn) | roi_terms(outputs, rois, memory)
+    terms = rpn_terms(anchors, batch, width, draws.rpn)
+    terms |= roi_terms(outputs, rois, memory, inverse_temperature)
     people = gather(people_of(rois, outputs.embeddings))
     estimate = partial(apply, method="dependence")
     terms["mutual_information"] = mutual_information(people, dense, estimate, draws)

@@ -87,6 +87,7 @@ class TrainStep:
                     state.roi_memory,
                     gathered,
                     self.loss.rois_per_image,
+                    self.loss.roi_inverse_temperature,
                     gather=gather,
                     add_up=partial(lax.psum, axis_name=AXIS),
                 )
@@ -102,17 +103,16 @@ class TrainStep:
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         # After the gradients, and the same on every device (Released code).
-        momentum = self.loss.lut_momentum
         memory = update_memory(
             state.memory,
             gathered,
-            momentum=momentum,
+            momentum=self.loss.lut_momentum,
             normalize=self.loss.normalize_lut,
             queue_channels=self.loss.queue_channels,
         )
         if regions is not None:
             roi_memory = update_memory(
-                state.roi_memory, regions, momentum=momentum, normalize=True, queue_channels=None
+                state.roi_memory, regions, momentum=0.5, normalize=True, queue_channels=None
             )
             state = dataclasses.replace(state, roi_memory=roi_memory, frozen=frozen)
         metrics = StepMetrics(terms, gathered.valid.sum(), dropped, optax.tree.norm(gradient))
