@@ -85,7 +85,12 @@ def people_of(rois: Rois, embeddings: Float[Array, "B R D"]) -> People:
 
 
 def roi_terms(
-    outputs: RoiOutputs, rois: Rois, memory: OIMMemory, inverse_temperature: float
+    outputs: RoiOutputs,
+    rois: Rois,
+    memory: OIMMemory,
+    *,
+    inverse_temperature: float,
+    box_weight: float,
 ) -> dict[str, Term]:
     """Cross-entropy and L1 of deltas, over all regions, and the OIM loss of the labeled ones.
 
@@ -96,7 +101,7 @@ def roi_terms(
     count = jnp.sum(rois.valid, dtype=jnp.float32)
     return {
         "roi_cls": Term(jnp.sum(entropies, where=rois.valid), count),
-        "roi_box": Term(10 * jnp.sum(errors, where=rois.positive), count),
+        "roi_box": Term(box_weight * jnp.sum(errors, where=rois.positive), count),
         "roi_oim": oim_loss(
             people_of(rois, outputs.embeddings),
             memory,

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from alignps_jax.losses.mutual_information import mutual_information
 from alignps_jax.losses.roi import people_of, roi_terms, sample_rois
@@ -35,8 +36,7 @@ def region_terms(
     draws: RoiDraws,
     memory: OIMMemory,
     dense: People,
-    count: int,
-    inverse_temperature: float,
+    config: ConfigDict,
     *,
     gather: Callable[[Any], Any],
     add_up: Callable[[Any], Any],
@@ -50,15 +50,14 @@ def region_terms(
       draws: the random choices.
       memory: table and queue of the RoI branch before this step's update.
       dense: the positive locations of all devices.
-      count: number of regions of each image.
-      inverse_temperature: 1 / tau of their OIM loss.
+      config: `config.loss`.
       gather: arrays of this device to those of all, in order.
       add_up: arrays of this device to their sums over all.
     """
     size, width = level_size(round_up(jnp.asarray(batch.size)), 4), c4.shape[2]
     anchors = apply(c4, batch.size, method="propose")
     proposals = propose(anchors, batch.size, size, width)
-    rois = sample_rois(*proposals, batch, draws.roi, count)
+    rois = sample_rois(*proposals, batch, draws.roi, config.rois_per_image)
     outputs, changed = apply(
         *(c4, batch.size, rois.boxes, rois.valid),
         train=True,
@@ -67,7 +66,11 @@ def region_terms(
         mutable=["frozen"],
     )
     terms = rpn_terms(anchors, batch, width, draws.rpn)
-    terms |= roi_terms(outputs, rois, memory, inverse_temperature)
+    terms |= roi_terms(
+        *(outputs, rois, memory),
+        inverse_temperature=config.roi_inverse_temperature,
+        box_weight=config.roi_box_weight,
+    )
     people = gather(people_of(rois, outputs.embeddings))
     estimate = partial(apply, method="dependence")
     terms["mutual_information"] = mutual_information(people, dense, estimate, draws)

@@ -86,8 +86,7 @@ class TrainStep:
                     chosen,
                     state.roi_memory,
                     gathered,
-                    self.loss.rois_per_image,
-                    self.loss.roi_inverse_temperature,
+                    self.loss,
                     gather=gather,
                     add_up=partial(lax.psum, axis_name=AXIS),
                 )

@@ -17,7 +17,7 @@ from tests.losses.rpn_test import F, slow_deltas, slow_iou, slow_sample
 D, IMAGES, PROPOSALS = 6, 3, 60
 # One compilation per shape instead of one per operation.
 sample_rois = jax.jit(roi.sample_rois, static_argnames="count")
-roi_terms = jax.jit(partial(roi.roi_terms, inverse_temperature=30.0))
+roi_terms = jax.jit(partial(roi.roi_terms, inverse_temperature=30.0, box_weight=10.0))
 
 
 def sample(rng: np.random.Generator):
