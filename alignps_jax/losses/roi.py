@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from ml_collections import ConfigDict
 
 from alignps_jax.boxes import deltas_to_boxes, iou
 from alignps_jax.losses.oim import oim_loss
@@ -85,28 +86,23 @@ def people_of(rois: Rois, embeddings: Float[Array, "B R D"]) -> People:
 
 
 def roi_terms(
-    outputs: RoiOutputs,
-    rois: Rois,
-    memory: OIMMemory,
-    *,
-    inverse_temperature: float,
-    box_weight: float,
+    outputs: RoiOutputs, rois: Rois, memory: OIMMemory, config: ConfigDict
 ) -> dict[str, Term]:
     """Cross-entropy and L1 of deltas, over all regions, and the OIM loss of the labeled ones.
 
-    `memory` is that of the branch, before this step's update.
+    `memory` is that of the branch, before this step's update; `config` is `config.loss`.
     """
     entropies = optax.sigmoid_binary_cross_entropy(outputs.logits, rois.positive)
     errors = jnp.abs(outputs.deltas - rois.deltas).sum(axis=-1)
     count = jnp.sum(rois.valid, dtype=jnp.float32)
     return {
         "roi_cls": Term(jnp.sum(entropies, where=rois.valid), count),
-        "roi_box": Term(box_weight * jnp.sum(errors, where=rois.positive), count),
+        "roi_box": Term(config.roi_box_weight * jnp.sum(errors, where=rois.positive), count),
         "roi_oim": oim_loss(
             people_of(rois, outputs.embeddings),
             memory,
-            inverse_lut_temperature=inverse_temperature,
-            inverse_queue_temperature=inverse_temperature,
+            inverse_lut_temperature=config.roi_inverse_temperature,
+            inverse_queue_temperature=config.roi_inverse_temperature,
             focal_gamma=0.0,
             labeled_mean=True,
         ),

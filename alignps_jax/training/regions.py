@@ -66,11 +66,7 @@ def region_terms(
         mutable=["frozen"],
     )
     terms = rpn_terms(anchors, batch, width, draws.rpn)
-    terms |= roi_terms(
-        *(outputs, rois, memory),
-        inverse_temperature=config.roi_inverse_temperature,
-        box_weight=config.roi_box_weight,
-    )
+    terms |= roi_terms(outputs, rois, memory, config)
     people = gather(people_of(rois, outputs.embeddings))
     estimate = partial(apply, method="dependence")
     terms["mutual_information"] = mutual_information(people, dense, estimate, draws)
