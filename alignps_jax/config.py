@@ -130,7 +130,7 @@ _TABLE: dict[str, dict[str, Rule]] = {
         (
             "model.offset_gain loss.focal_gamma loss.oim_focal_gamma loss.triplet_margin "
             "optimizer.learning_rate optimizer.weight_decay optimizer.bias_lr_factor "
-            "optimizer.drop_factor loss.roi_box_weight"
+            "optimizer.drop_factor"
         ): _NOT_NEGATIVE,
         "model.initial_distance": _number(),
         "model.dtype": _choice("float32", "bfloat16"),

@@ -181,14 +181,6 @@ RELEASED_ROI: Changes = RELEASED | {
 # 256x192). With the paper's, only P3 and P4 would have any.
 SYNTHETIC_BORDERS = (48, 72, 96, 120)
 
-# Few regions cost little on a CPU. With the released weight, the gradient of their boxes is several
-# times as large as all others in a backbone that learns from scratch.
-SYNTHETIC_ROI: Changes = {
-    "loss.rois_per_image": 8,
-    "loss.roi_inverse_temperature": 10.0,
-    "loss.roi_box_weight": 1.0,
-}
-
 # By data set and variant: further or other changes.
 _OWN_CHANGES: dict[str, dict[str, Changes]] = {
     CUHK: {"roi": RELEASED_ROI},
@@ -202,7 +194,8 @@ _OWN_CHANGES: dict[str, dict[str, Changes]] = {
         for name, variant in VARIANTS.items()
         if (borders := variant.changes.get("loss.level_borders"))
     }
-    | {"roi": SYNTHETIC_ROI},
+    # Few regions, which cost little on a CPU.
+    | {"roi": {"loss.rois_per_image": 8, "loss.roi_inverse_temperature": 10.0}},
 }
 
 

@@ -97,7 +97,7 @@ def roi_terms(
     count = jnp.sum(rois.valid, dtype=jnp.float32)
     return {
         "roi_cls": Term(jnp.sum(entropies, where=rois.valid), count),
-        "roi_box": Term(config.roi_box_weight * jnp.sum(errors, where=rois.positive), count),
+        "roi_box": Term(10 * jnp.sum(errors, where=rois.positive), count),
         "roi_oim": oim_loss(
             people_of(rois, outputs.embeddings),
             memory,
