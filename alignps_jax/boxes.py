@@ -112,15 +112,20 @@ def nms(
     as after t rounds the first t answers are final. Returns indices, and which of these are used.
     """
     size = len(boxes)
-    fill = -size % NMS_BLOCK
+    fill, chunk = -size % NMS_BLOCK, min(NMS_BLOCK, limit)
     boxes, valid = jnp.pad(boxes, ((0, fill), (0, 0))), jnp.pad(valid, (0, fill))
 
     def add_block(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start, kept, count = state
         rows = start + jnp.arange(NMS_BLOCK)
-        # Without a box yet, an entry of `kept` is out of range: an empty box suppresses nothing.
-        before = boxes.at[kept].get(mode="fill", fill_value=0)
-        free = valid[rows] & ~(iou(boxes[rows][:, None], before[None]) > iou_threshold).any(axis=1)
+
+        def drop_overlapped(number: Int[Array, ""], free: Bool[Array, "N"]) -> Bool[Array, "N"]:
+            some = lax.dynamic_slice_in_dim(kept, number * chunk, chunk)
+            # Without a box yet, an entry of `kept` is out of range: empty, it suppresses nothing.
+            before = boxes.at[some].get(mode="fill", fill_value=0)
+            return free & ~(iou(boxes[rows][:, None], before[None]) > iou_threshold).any(axis=1)
+
+        free = lax.fori_loop(0, -(-count // chunk), drop_overlapped, valid[rows])
         overlap = iou(boxes[rows][:, None], boxes[rows][None]) > iou_threshold
         suppresses = overlap & (rows[:, None] < rows[None])
 

@@ -136,7 +136,7 @@ _TABLE: dict[str, dict[str, Rule]] = {
         "model.precision": _choice("default", "highest"),
         (
             "loss.center_radius loss.inverse_lut_temperature loss.inverse_queue_temperature "
-            "optimizer.clip_norm"
+            "loss.roi_inverse_temperature optimizer.clip_norm"
         ): _POSITIVE,
         "loss.level_borders": _BORDERS,
         (

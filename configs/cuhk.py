@@ -140,6 +140,8 @@ def get_config(variant: str = "") -> ConfigDict:
     loss.oim_labeled_mean = False
     # With model.roi, number of regions that are sampled from an image.
     loss.rois_per_image = 128
+    # 1 / tau of their OIM loss, for their table and their queue.
+    loss.roi_inverse_temperature = 30.0
     # Share of the old row that an update of the lookup table keeps.
     loss.lut_momentum = 0.5
     # Scale each updated row of the table back to length one (OIM paper; Released code: False).

@@ -191,7 +191,8 @@ _OWN_CHANGES: dict[str, dict[str, Changes]] = {
         for name, variant in VARIANTS.items()
         if (borders := variant.changes.get("loss.level_borders"))
     }
-    | {"roi": {"loss.rois_per_image": 32}},
+    # Few regions, which cost little on a CPU.
+    | {"roi": {"loss.rois_per_image": 8, "loss.roi_inverse_temperature": 10.0}},
 }
 
 

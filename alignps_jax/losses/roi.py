@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from ml_collections import ConfigDict
 
 from alignps_jax.boxes import deltas_to_boxes, iou
 from alignps_jax.losses.oim import oim_loss
@@ -78,8 +79,13 @@ def people_of(rois: Rois, embeddings: Float[Array, "B R D"]) -> People:
     return People(rois.positive.ravel(), vectors, rois.identity.ravel(), rois.labeled.ravel())
 
 
-def roi_terms(outputs: RegionOutputs, rois: Rois, memory: OIMMemory) -> dict[str, Term]:
-    """Cross-entropy and L1 of deltas, over all regions, and the OIM loss of the labeled ones."""
+def roi_terms(
+    outputs: RegionOutputs, rois: Rois, memory: OIMMemory, config: ConfigDict
+) -> dict[str, Term]:
+    """Cross-entropy and L1 of deltas, over all regions, and the OIM loss of the labeled ones.
+
+    `memory` is that before this step's update, `config` is `config.loss`.
+    """
     entropies = optax.sigmoid_binary_cross_entropy(outputs.logits, rois.positive)
     errors = jnp.abs(outputs.deltas - rois.deltas).sum(axis=-1)
     count = jnp.sum(rois.valid, dtype=jnp.float32)
@@ -89,8 +95,8 @@ def roi_terms(outputs: RegionOutputs, rois: Rois, memory: OIMMemory) -> dict[str
         "roi_oim": oim_loss(
             people_of(rois, outputs.embeddings),
             memory,
-            inverse_lut_temperature=30.0,
-            inverse_queue_temperature=30.0,
+            inverse_lut_temperature=config.roi_inverse_temperature,
+            inverse_queue_temperature=config.roi_inverse_temperature,
             focal_gamma=0.0,
             labeled_mean=True,
         ),

@@ -132,7 +132,7 @@ class TrainStep:
         outputs, changed = apply(*given, method="roi", mutable=["frozen"])
         regions = _gather(people_of(rois, outputs.embeddings))
         terms = rpn_terms(anchors, batch, shape[1], draws.rpn)
-        terms |= roi_terms(outputs, rois, state.roi_memory)
+        terms |= roi_terms(outputs, rois, state.roi_memory, self.loss)
         estimate = partial(apply, method="mutual_information")
         terms["mutual_information"] = mutual_information(regions, dense, estimate, draws)
         return terms, regions, changed["frozen"]

@@ -18,9 +18,9 @@ from alignps_jax.types import OIMMemory, TrainState
 from configs import tiny
 
 
-def network_config(threshold: float = 0.285) -> ConfigDict:
+def network_config(threshold: float = 0.285, variant: str = "") -> ConfigDict:
     """A network that finds at most five people of that score."""
-    config = tiny.get_config()
+    config = tiny.get_config(variant)
     config.data.max_pixels = 1_000_000
     config.eval.score_threshold = threshold
     config.eval.max_detections = 5
@@ -36,6 +36,7 @@ def write_checkpoint(folder: Path, config: ConfigDict, seed: int = 0) -> Path:
         return rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
 
     params, frozen = jax.tree.map(random, (template.params, template.frozen))
+    frozen = jax.tree.map(np.abs, frozen)  # there are variances
     params["head"]["scale0"] = np.ones((), np.float32)
     params["head"]["box_predictor"]["bias"] = np.array([1.5, 2, 1.5, 2], np.float32)
     memory = OIMMemory(np.ones((2, 2), np.float32), np.zeros((0, 2), np.float32), np.int32(0))

@@ -31,9 +31,9 @@ assert not [name for name in sys.modules if name.startswith(("alignps", "data_pi
 """
 
 
-@pytest.fixture(scope="module")
-def config():
-    config = tiny.get_config()
+@pytest.fixture(scope="module", params=["", "roi"])
+def config(request):
+    config = tiny.get_config(request.param)
     config.eval.batch_size = 1
     config.eval.min_cls_score = 0.0  # an untrained network finds something, too
     return config.lock()

@@ -1,5 +1,7 @@
 """Sampled regions, their losses and what they write into the memory, against literal loops."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from alignps_jax.losses import roi
 from alignps_jax.losses.oim import update_memory
 from alignps_jax.types import OIMMemory, RegionOutputs
+from configs import cuhk
 from tests.fakes import NUM_IDENTITIES, random_batch
 from tests.losses.oim_test import slow_loss, slow_update
 from tests.losses.rpn_test import F, slow_deltas, slow_iou, slow_sample
@@ -15,7 +18,7 @@ from tests.losses.rpn_test import F, slow_deltas, slow_iou, slow_sample
 D, IMAGES, PROPOSALS = 6, 3, 60
 # One compilation per shape instead of one per operation.
 sample_rois = jax.jit(roi.sample_rois, static_argnames="count")
-roi_terms = jax.jit(roi.roi_terms)
+roi_terms = jax.jit(partial(roi.roi_terms, config=cuhk.get_config("roi").loss))
 
 
 def sample(rng: np.random.Generator):

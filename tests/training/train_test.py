@@ -13,6 +13,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from alignps_jax.checkpoint.places import chosen_step
@@ -47,6 +48,33 @@ def test_a_run_writes_what_it_promises(whole_run):
     assert set(metrics["detection"]) == set(metrics["detection_labeled"]) == {"recall", "AP"}
     assert set(metrics["search"]["TestG50"]) == {"mAP", "top1", "top5", "top10"}
     assert sorted(losses(whole_run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_roi_alignps_learns_and_resumes_to_the_last_bit(shared_dir):
+    """Also the memory of the RoI branch and its running statistics, whichever branch counts."""
+    whole, resumed = shared_dir / "roi", shared_dir / "roi_resumed"
+    flags = "--config=configs/tiny.py:roi", "--config.train.duration=24 steps"
+    flags += ("--config.optimizer.drops=()", "--config.train.checkpoint_every=16 steps")
+    flags += ("--config.train.batch_size=2",)
+    done = launch(shared_dir, whole, *flags)
+    assert done.returncode == 0, done.stderr
+    log = losses(whole)
+    for name in ("rpn_cls", "roi_cls", "roi_oim"):
+        values = [log[step][f"loss/{name}"] for step in sorted(log)]
+        assert np.mean(values[-8:]) < 0.9 * np.mean(values[:8]), name
+
+    (resumed / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints" / "16", resumed / "checkpoints" / "16")
+    done = launch(shared_dir, resumed, *flags, "--config.eval.branch=roi")
+    assert done.returncode == 0, done.stderr
+    assert losses(resumed) == {step: line for step, line in log.items() if step > 16}
+    arrays, expected = (load_arrays(x, lambda _: True) for x in (resumed, whole))
+    assert {"roi_memory/lut", "roi_memory/tail", "frozen/roi/rescaler/var"} <= set(expected)
+    assert expected["roi_memory/tail"] > 0
+    assert expected["frozen/roi/rescaler/var"] != 1
+    assert arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
 
 
 @pytest.mark.parametrize(
