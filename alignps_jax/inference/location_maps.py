@@ -47,7 +47,7 @@ class LocationMaps:
 def _compute(step: PredictStep, params: Any, frozen: Any, batch: Batch) -> tuple[Any, Any]:
     """The embeddings of each level, and the outputs of the neck's offset convolutions by name."""
     with jax.default_matmul_precision(step.config.precision):
-        (outputs, _), captured = step.model.apply(
+        outputs, captured = step.model.apply(
             {"params": params, "frozen": frozen},
             batch.image,
             batch.size,

@@ -41,7 +41,7 @@ class PredictStep:
         variables = {"params": params, "frozen": frozen}
         with jax.default_matmul_precision(self.config.precision):
             apply: Any = partial(self.model.apply, variables)
-            outputs, c4 = apply(batch.image, batch.size)
+            outputs, c4 = apply(batch.image, batch.size, method="with_c4")
             found = self._dense(outputs, batch)
             if c4 is None or self.config.branch == "dense":
                 return found

@@ -42,14 +42,20 @@ class AlignPS(nn.Module):
 
     def __call__(
         self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
-    ) -> tuple[tuple[Outputs, ...], tuple[Map, ValidSize] | None]:
-        """The outputs of each level of `predicted_levels(train)`, and C4 for an RoI branch.
+    ) -> tuple[Outputs, ...]:
+        """The outputs of each level of `predicted_levels(train)`.
 
         Args:
           image: RGB bytes; height and width are multiples of 32.
           size: height and width of each photo in its image.
           train: also predict on the levels that only training uses.
         """
+        return self.with_c4(image, size, train=train)[0]
+
+    def with_c4(
+        self, image: UInt8[Array, "B H W 3"], size: ValidSize, *, train: bool = False
+    ) -> tuple[tuple[Outputs, ...], tuple[Map, ValidSize] | None]:
+        """The same, and C4 with its valid size if there is an RoI branch."""
         valid_size = round_up(size)
         pixels = self.normalized(image, size).astype(self.dtype)
         features = self.backbone(pixels, valid_size)

@@ -138,13 +138,13 @@ class TrainStep:
         return terms, regions, changed["frozen"]
 
     def _predict(self, variables: Any, batch: Batch) -> tuple[tuple[Outputs, ...], Any]:
-        """What `model` says of all images, computed in `accumulate` parts.
+        """`AlignPS.with_c4` of all images, computed in `accumulate` parts.
 
         The activations of a part are recomputed for the gradient; all else sees the whole batch.
         """
 
         def network(images: Any) -> Any:
-            return self.model.apply(variables, *images, train=True)
+            return self.model.apply(variables, *images, train=True, method="with_c4")
 
         images = batch.image, batch.size
         if self.accumulate == 1:

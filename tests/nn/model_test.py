@@ -21,7 +21,7 @@ def tiny_model(variant: str = ""):
 def run(model, params, frozen, image, size, *, train: bool = False):
     """The network's outputs, compiled as a whole (op by op takes much longer)."""
     apply = jax.jit(model.apply, static_argnames="train")
-    return apply({"params": params, "frozen": frozen}, image, size, train=train)[0]
+    return apply({"params": params, "frozen": frozen}, image, size, train=train)
 
 
 def pad(image: np.ndarray, height: int, width: int, value: int) -> np.ndarray:

@@ -67,7 +67,7 @@ def run_stages(
 
     @jax.jit
     def run(weights: Weights, batch: Batch):
-        (outputs, _), state = model.apply(
+        outputs, state = model.apply(
             {"params": weights.params, "frozen": weights.frozen},
             batch.image,
             batch.size,
