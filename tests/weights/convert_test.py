@@ -188,7 +188,7 @@ MISFITS = {
     ),
     "AlignPS+": (
         lambda x: fake_detector("released_plus"),
-        "conv_offset.*: .*cuhk or prw, :released or :released_plus",
+        "conv_offset.*: .*cuhk or prw, :released, :released_plus or :roi",
     ),
     "a backbone's head": (
         lambda x: {"weight": np.ones(3)},
