@@ -83,16 +83,16 @@ def test_embeddings_are_those_of_both_branches_or_of_one(tmp_path):
     """Of both: so that similarities are the mean of those of each."""
     config = network_config(variant="roi").unlock()
     checkpoint, found = write_checkpoint(tmp_path, config), {}
-    for branch in ("both", "dense", "roi"):
+    for branch in ("both", "roi"):
         config.eval.branch = branch
-        one = Detector.from_checkpoint(checkpoint, config).detect(photo(0))
-        embeddings = one.embeddings / np.linalg.norm(one.embeddings, axis=1, keepdims=True)
-        found[branch] = one.boxes, one.scores, embeddings
-    assert len(found["both"][0]) > 1
-    assert_same(found["dense"][:2], found["both"][:2], rtol=1e-5)
-    assert_same(found["roi"][:2], found["both"][:2], rtol=1e-5)
-    parts = np.concatenate([found["dense"][2], found["roi"][2]], axis=1) / np.sqrt(2)
-    assert_same(found["both"][2], parts, atol=1e-5)
+        found[branch] = Detector.from_checkpoint(checkpoint, config).detect(photo(0))
+    both, roi = found.values()
+    assert len(both.scores) > 1
+    assert_same((roi.boxes, roi.scores), (both.boxes, both.scores), rtol=1e-5)
+    halves = np.split(np.asarray(both.embeddings) * np.sqrt(2), 2, axis=1)
+    assert_same(halves[1], np.asarray(roi.embeddings), atol=1e-5)
+    for half in halves:
+        np.testing.assert_allclose(np.linalg.norm(half, axis=1), 1, atol=1e-5)
 
 
 def test_the_fingerprint_is_of_the_weights(detector, tmp_path):
