@@ -205,6 +205,8 @@ def check_fields(found: Mapping[str, Any]) -> None:
         raise _wrong("model.norm_groups", groups, expected)
     if found["model.background_levels"] and levels != (3,):
         raise _wrong("model.background_levels", True, f"False for config.model.levels = {levels}")
+    if found["eval.branch"] == "roi" and not found["model.roi"]:
+        raise _wrong("eval.branch", "roi", "both or dense, as config.model.roi is False")
 
 
 def _wrong(name: str, found: object, expected: str) -> UserError:

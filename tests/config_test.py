@@ -89,6 +89,7 @@ def test_wrong_values_are_refused(name):
         ({"model.levels": (3, 4)}, r"loss\.level_borders: found \(\), expected 1 "),
         ({"loss.level_borders": (64,)}, r"loss\.level_borders: found \(64,\), expected 0 "),
         ({"model.levels": (4,), "model.background_levels": True}, "background_levels: found True"),
+        ({"eval.branch": "roi"}, "eval.branch: found .roi., expected both or dense"),
         ({"model.norm_groups": 7}, "norm_groups: found 7, expected a divisor of config.model.chan"),
     ],
 )
