@@ -51,7 +51,7 @@ def test_a_run_writes_what_it_promises(whole_run):
 
 
 def test_roi_alignps_learns_and_resumes_to_the_last_bit(shared_dir):
-    """Also the memory of the RoI branch and its running statistics, whichever branch counts."""
+    """Also the memory of the RoI branch and its running statistics."""
     whole, resumed = shared_dir / "roi", shared_dir / "roi_resumed"
     flags = "--config=configs/tiny.py:roi", "--config.train.duration=24 steps"
     flags += ("--config.optimizer.drops=()", "--config.train.checkpoint_every=16 steps")
@@ -65,7 +65,7 @@ def test_roi_alignps_learns_and_resumes_to_the_last_bit(shared_dir):
 
     (resumed / "checkpoints").mkdir(parents=True)
     shutil.copytree(whole / "checkpoints" / "16", resumed / "checkpoints" / "16")
-    done = launch(shared_dir, resumed, *flags, "--config.eval.branch=roi")
+    done = launch(shared_dir, resumed, *flags)
     assert done.returncode == 0, done.stderr
     assert losses(resumed) == {step: line for step, line in log.items() if step > 16}
     arrays, expected = (load_arrays(x, lambda _: True) for x in (resumed, whole))
