@@ -39,7 +39,7 @@ _SHARD = 256
 
 @dataclasses.dataclass(frozen=True)
 class _Photo:
-    """A photo of (height, width) in a file of so many bytes; a `problem` makes it unusable."""
+    """A photo's (height, width) and its file's size in bytes; a `problem` makes it unusable."""
 
     size: tuple[int, int]
     bytes: int = -1

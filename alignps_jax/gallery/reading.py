@@ -92,7 +92,7 @@ def _scene(
 def file_tasks(
     file: MediaFile, every: float, max_pixels: int, known: Collection[float] = ()
 ) -> Iterator[Task]:
-    """A photo, or the frames of a video, one every so many seconds, or why it cannot be read.
+    """A photo, or the frames of a video at an interval in seconds, or why it cannot be read.
 
     Args:
       file: the photo or video.

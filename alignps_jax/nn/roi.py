@@ -89,7 +89,7 @@ class RoIHead(nn.Module):
         valid: Bool[Array, "B R"],
         add_up: AddUp = None,
     ) -> RegionOutputs:
-        """Predicts for boxes in pixels, of which `valid` ones count (see `BatchNorm`)."""
+        """Predictions for boxes in pixels; statistics are those of the `valid` ones."""
         regions = lax.map(lambda one: roi_align(*one), (c4, boxes, valid_size))
         regions = regions.reshape(-1, *regions.shape[2:])
         sides = jnp.full((len(regions), 2), regions.shape[1], jnp.int32)

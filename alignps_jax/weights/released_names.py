@@ -106,7 +106,8 @@ def by_our_names(
 ) -> dict[str, np.ndarray]:
     """The tensors of a detector or a ResNet, in our layout, by those of our `paths` that they are.
 
-    Tensors without a path keep their names; those of training-only levels are left out.
+    Tensors without a path keep their names; those of training-only levels are left out. Raises
+    ValueError if there are two backbones.
     """
     if not is_detector(tensors):
         tensors = _backbone_tensors(tensors)
@@ -120,8 +121,10 @@ def by_our_names(
 
 def _backbone_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Those of the backbone, named as in the released models, which have no `conv1.bias`."""
-    named = {_BACKBONE.sub("", name): value for name, value in tensors.items()}
-    named = {name: value for name, value in named.items() if not _NOT_BACKBONE.search(name)}
+    renamed = [(_BACKBONE.sub("", name), value) for name, value in tensors.items()]
+    renamed = [each for each in renamed if not _NOT_BACKBONE.search(each[0])]
+    if len(named := dict(renamed)) < len(renamed):
+        raise ValueError("found two backbones, expected one")
     # A bias before a norm goes into the norm's mean.
     for name in [name for name in named if re.search(r"(^|\.)conv\d\.bias$", name)]:
         mean = re.sub(r"conv(\d)\.bias$", r"bn\1.running_mean", name)

@@ -47,9 +47,12 @@ def read_tensors(path: Path, averaged: bool = False) -> Tensors:
     training checkpoint only the weights count, or with `averaged` their running average (EMA);
     prefixes of a wrapper (`module.`, `model.`, ...) are left out.
 
-    Raises ValueError if the file is damaged or holds no tensors, or PyTorch for it is missing.
+    Raises ValueError if the file is damaged, holds no tensors or NaN, or PyTorch for it is missing.
     """
-    return _chosen(_content(path), averaged)
+    tensors = _chosen(_content(path), averaged)
+    if bad := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"not finite: {listed(bad)}")
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:

@@ -170,7 +170,7 @@ def reading(path: Path) -> Iterator[None]:
     """Names the file in errors about its content, and what lies there in place of it."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # JSON may be nested too deeply
         raise UserError(f"{path}: {stand_in(path) or error}") from error
 
 

@@ -128,7 +128,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def timed(search: Callable[[np.ndarray], set[str]]) -> tuple[list[set[str]], float]:
-    """What each query finds, and the median seconds of one that is asked again."""
+    """What each query finds, and the median time of a repeated query in seconds."""
     queries = embeddings(0, QUERIES, PER_IDENTITY)
     found = [search(query) for query in queries]
     return found, statistics.median(seconds(partial(search, query)) for query in queries)

@@ -145,7 +145,7 @@ def test_parts_of_a_batch_one_after_another_equal_all_at_once(case, parts, rtol)
     found, found_metrics = jax.device_get(in_parts(case.state, batch))
     assert expected_metrics.positives > 10
     for one, other in pairs((found, found_metrics), (expected, expected_metrics)):
-        # The gradient of a few biases is a sum over all locations, of which little remains.
+        # The gradient of such a bias is a sum over all locations whose terms nearly cancel.
         cancels = np.size(one) <= 4 and abs(one - other).max() < 1e-7
         assert cancels or relative_error(one, other) <= rtol
 

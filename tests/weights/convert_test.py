@@ -190,6 +190,16 @@ MISFITS = {
         lambda x: fake_detector("released_plus"),
         "conv_offset.*: .*cuhk or prw, :released, :released_plus or :roi",
     ),
+    "not finite": (
+        lambda x: x | {"bbox_head.conv_cls.bias": np.full(1, np.nan)},
+        "not finite: bbox_head.conv_cls.bias",
+    ),
+    "two backbones": (
+        lambda x: {
+            f"{p}.{k}": v for p in ("backbone", "encoder") for k, v in fake_backbone().items()
+        },
+        "found two backbones, expected one",
+    ),
     "a backbone's head": (
         lambda x: {"weight": np.ones(3)},
         "found nothing.* and .* more .*taken for a ResNet-50 because no name has neck. or bbox",

@@ -208,6 +208,7 @@ def test_ten_bad_records_are_listed_and_the_others_counted(root):
         (b'{"images": {}, "annotations": []}', r"got `object` - at `\$.images`"),
         (b'{"images": [], "annotations": []}', "holds nothing that can be used"),
         (b'{"images": [', "Expecting value: line 1 column 13"),
+        (b"[" * 100_000, "recursion"),
         (  # which of two images is meant nobody knows
             json.dumps(TRAIN).replace('"id": 107', '"id": 100').encode(),
             r"nothing that can be used(.|\n)*has the id 100 or the name 'a.png' of another image",

@@ -62,7 +62,7 @@ def test_random_values_are_those_that_scipy_reads(tmp_path, seed):
     variables = {name: random_value(rng, 3) for name in ("a", "b", "c")}
     scipy.io.savemat(path, variables, do_compression=bool(seed % 2), long_field_names=seed % 3 > 0)
     expected = scipy.io.loadmat(path)
-    for name in variables:  # of the names that are asked for, the first one that is there
+    for name in variables:  # the first of the requested names that the file has
         assert ours(read_variable(path, "absent", name, "a")) == theirs(expected[name])
 
 
