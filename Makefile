@@ -147,7 +147,7 @@ lint: setup
 
 # Pins everything that pyproject.toml asks for (needs uv).
 lock:
-	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra gallery pyproject.toml \
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra gallery --extra cluster pyproject.toml \
 	  --custom-compile-command "make lock" --output-file requirements.lock
 	uv pip compile --quiet --universal --python-version 3.11 --extra docs pyproject.toml \
 	  --constraints requirements.lock --custom-compile-command "make lock" --output-file requirements-docs.lock

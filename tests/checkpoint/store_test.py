@@ -388,7 +388,7 @@ def child_run(workdir: str, port: str, count: str, index: str) -> None:
             checkpoints.save(make_state(2), {"position": 2})
             checkpoints.wait()
         except UserError as error:
-            print(error)
+            print(f"{error}\n", end="", flush=True)  # in one piece among other threads
         resource.setrlimit(limit, (most, most))
         state = jax.device_get(make_state(3))
         state = state.replace(memory=jax.device_put(state.memory, everywhere))
