@@ -28,7 +28,7 @@ from alignps_jax.drawing.canvas import (
     grid_picture,
     put_text,
 )
-from alignps_jax.files import Image
+from alignps_jax.media.photos import Image
 
 # Results of a query in a row: more would make each too small to see who it is.
 RESULTS_SHOWN = 5

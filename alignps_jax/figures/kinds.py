@@ -14,10 +14,11 @@ from alignps_jax.drawing.rankings import ranking_picture
 from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import photos as photo_figures
 from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
-from alignps_jax.files import Image, check_outputs, read_image, write_image
+from alignps_jax.files import check_outputs, write_image
 from alignps_jax.gallery.photos import GalleryReader, gallery_photos
 from alignps_jax.gallery.query import parse_box
 from alignps_jax.inference.detector import Detector
+from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.types import UserError
 
 
@@ -56,7 +57,7 @@ class FigureRequest:
         """The query's path and pixels, no more than the detector's configuration allows."""
         if self.query is None:
             raise UserError("--query: missing, expected the photo to draw")
-        return self.query, read_image(self.query, detector.config.data.max_pixels)
+        return self.query, read_photo(self.query, detector.config.data.max_pixels)
 
     def scenes(self) -> list[Path]:
         """The photos of the gallery but the query, in the order of their names; () without one."""

@@ -23,7 +23,6 @@ from alignps_jax.drawing.canvas import (
     heat_scale,
 )
 from alignps_jax.drawing.rankings import ranking_picture
-from alignps_jax.files import Image, read_image
 from alignps_jax.gallery.photos import GalleryReader, gallery_photos, photos_row, rank
 from alignps_jax.gallery.query import Query, above, check_box, find_queries
 from alignps_jax.inference.detector import Detector
@@ -34,6 +33,7 @@ from alignps_jax.inference.location_maps import (
     similarity_map,
 )
 from alignps_jax.log import progress
+from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.types import UserError
 
 # Lateral convolutions whose sampling points are shown (Paper, Fig. 5).
@@ -213,7 +213,7 @@ def comparison_picture(
     for label, detector in detectors:
         threshold = detector.config.eval.score_threshold
         max_pixels = detector.config.data.max_pixels
-        photo = read_image(path, max_pixels)
+        photo = read_photo(path, max_pixels)
         query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
         box = tuple(float(corner) for corner in query.box)
         found = {

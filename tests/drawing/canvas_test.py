@@ -17,7 +17,8 @@ from alignps_jax.drawing.rankings import (
     picture_row,
     ranking_picture,
 )
-from alignps_jax.files import read_image, write_image
+from alignps_jax.files import write_image
+from alignps_jax.media.photos import read_photo
 from alignps_jax.types import UserError
 from tests.places import SHARED
 
@@ -240,8 +241,8 @@ def test_a_row_shows_the_first_results_and_makes_no_others(count):
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="needs ../shared")
 def test_real_photos():
-    query = read_image(PHOTOS / "query.jpg", MAX_PIXELS)
-    gallery = read_image(PHOTOS / "gallery-1.jpg", MAX_PIXELS)
+    query = read_photo(PHOTOS / "query.jpg", MAX_PIXELS)
+    gallery = read_photo(PHOTOS / "gallery-1.jpg", MAX_PIXELS)
     row = PictureRow(
         Panel(query, np.array([60.0, 80, 400, 920]), "query"),
         (Panel(gallery, np.array([1020.0, 300, 1290, 1000]), "#1"),),
@@ -268,11 +269,11 @@ def encoded(image, file_format="jpeg", **options):
 def test_png_round_trip_and_jpeg_colors(tmp_path):
     image = photo()
     write_image(tmp_path / "new" / "a.png", image)
-    np.testing.assert_array_equal(read_image(tmp_path / "new" / "a.png", MAX_PIXELS), image)
+    np.testing.assert_array_equal(read_photo(tmp_path / "new" / "a.png", MAX_PIXELS), image)
     red = np.full((32, 32, 3), (200, 30, 10), np.uint8)
     for name in ("a.jpg", "a.JPEG"):
         write_image(tmp_path / name, red)
-        np.testing.assert_allclose(read_image(tmp_path / name, MAX_PIXELS), red, atol=3)
+        np.testing.assert_allclose(read_photo(tmp_path / name, MAX_PIXELS), red, atol=3)
         assert (tmp_path / name).read_bytes()[:2] == b"\xff\xd8"
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -310,7 +311,7 @@ def test_exif_orientation_is_applied(tmp_path, file_format, orientation):
     exif[0x0112] = orientation
     data = encoded(np.ascontiguousarray(stored), file_format, exif=exif, quality=95)
     (tmp_path / "a").write_bytes(data)
-    image = read_image(tmp_path / "a", MAX_PIXELS)
+    image = read_photo(tmp_path / "a", MAX_PIXELS)
     assert image.shape == upright.shape
     assert np.abs(image.astype(int) - upright).mean() < 12
 
@@ -319,7 +320,7 @@ def test_exif_orientation_is_applied(tmp_path, file_format, orientation):
 def test_other_kinds_of_pixels_become_rgb(tmp_path, mode):
     image = PILImage.fromarray(photo()).convert(mode)
     image.save(tmp_path / "a", "jpeg" if mode == "CMYK" else "png")
-    read = read_image(tmp_path / "a", MAX_PIXELS)
+    read = read_photo(tmp_path / "a", MAX_PIXELS)
     assert read.shape == (40, 60, 3)
     assert read.dtype == np.uint8
 
@@ -331,7 +332,7 @@ def test_truncated_jpeg(tmp_path, missing, progressive):
     kept = len(data) - (missing if missing >= 1 else int(missing * len(data)))
     (tmp_path / "a.jpg").write_bytes(data[:kept])
     with pytest.raises(UserError, match=r"a\.jpg.*truncated"):
-        read_image(tmp_path / "a.jpg", MAX_PIXELS)
+        read_photo(tmp_path / "a.jpg", MAX_PIXELS)
 
 
 def test_truncated_jpeg_with_a_whole_thumbnail(tmp_path):
@@ -340,17 +341,17 @@ def test_truncated_jpeg_with_a_whole_thumbnail(tmp_path):
     segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
     with_thumbnail = data[:2] + segment + data[2:]
     (tmp_path / "a.jpg").write_bytes(with_thumbnail)
-    assert read_image(tmp_path / "a.jpg", MAX_PIXELS).shape == (400, 600, 3)
+    assert read_photo(tmp_path / "a.jpg", MAX_PIXELS).shape == (400, 600, 3)
     (tmp_path / "a.jpg").write_bytes(with_thumbnail[:-100])
     with pytest.raises(UserError, match="truncated"):
-        read_image(tmp_path / "a.jpg", MAX_PIXELS)
+        read_photo(tmp_path / "a.jpg", MAX_PIXELS)
 
 
 def test_bytes_after_the_end_of_a_jpeg_do_not_matter(tmp_path):
     data = encoded(photo(1, 400, 600))
     (tmp_path / "a.jpg").write_bytes(data + b"camera\xff\xd8 notes \xff" * 10)
     (tmp_path / "b.jpg").write_bytes(data)
-    appended, plain = (read_image(tmp_path / name, MAX_PIXELS) for name in ("a.jpg", "b.jpg"))
+    appended, plain = (read_photo(tmp_path / name, MAX_PIXELS) for name in ("a.jpg", "b.jpg"))
     np.testing.assert_array_equal(appended, plain)
 
 
@@ -359,22 +360,22 @@ def test_other_truncated_formats(tmp_path, file_format):
     data = encoded(photo(1, 400, 600), file_format)
     (tmp_path / "a").write_bytes(data[: len(data) // 2])
     with pytest.raises(UserError, match="a: "):
-        read_image(tmp_path / "a", MAX_PIXELS)
+        read_photo(tmp_path / "a", MAX_PIXELS)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, I am not an image" * 20, b"\xff", b"\xff\xd8"])
 def test_what_is_not_an_image(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.jpg") as error:
-        read_image(tmp_path / "a.jpg", MAX_PIXELS)
+        read_photo(tmp_path / "a.jpg", MAX_PIXELS)
     assert "\n" not in str(error.value)
 
 
 def test_missing_image_and_folder(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jpg.*No such file"):
-        read_image(tmp_path / "a.jpg", MAX_PIXELS)
-    with pytest.raises(UserError, match="directory"):
-        read_image(tmp_path, MAX_PIXELS)
+    with pytest.raises(FileNotFoundError, match=r"No such file.*a\.jpg"):
+        read_photo(tmp_path / "a.jpg", MAX_PIXELS)
+    with pytest.raises(UserError, match="no regular file"):
+        read_photo(tmp_path, MAX_PIXELS)
 
 
 def test_names_that_are_no_text_are_drawn():

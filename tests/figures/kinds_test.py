@@ -14,11 +14,12 @@ from alignps_jax.evaluation.detections_io import save_detections
 from alignps_jax.figures import datasets as dataset_figures
 from alignps_jax.figures import kinds as figures
 from alignps_jax.figures import photos as photo_figures
-from alignps_jax.files import read_image, write_image
+from alignps_jax.files import write_image
 from alignps_jax.gallery.photos import GalleryReader
 from alignps_jax.gallery.query import Query
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
+from alignps_jax.media.photos import read_photo
 from alignps_jax.types import Detections, GalleryDetections, IncompleteError, UserError
 from configs import tiny
 from data_pipeline.datasets import load_test
@@ -107,7 +108,7 @@ def draw(kind, *args, **options):
     wanted = request(*args, **options)
     figures.draw_figures(kind, wanted)
     assert not list(wanted.workdir.rglob("*.tmp"))
-    return {path.name: read_image(path, MAX_PIXELS) for path in wanted.workdir.iterdir()}
+    return {path.name: read_photo(path, MAX_PIXELS) for path in wanted.workdir.iterdir()}
 
 
 # Sampling points.
@@ -317,7 +318,7 @@ def test_comparison_on_a_protocol(evaluated, tmp_path):
         f"{folder}/good,{folder}/bad", lambda path: config, None, None, None, str(tmp_path)
     )
     figures.draw_figures("comparison", wanted)
-    picture = read_image(tmp_path / "comparison-TestG50.png", MAX_PIXELS)
+    picture = read_photo(tmp_path / "comparison-TestG50.png", MAX_PIXELS)
     assert has(picture, YELLOW).any()
     assert has(picture, GREEN).any()
     assert has(picture, RED).any()
@@ -339,7 +340,7 @@ def test_precision_recall_of_saved_detections(evaluated, tmp_path):
     files = f"{folder}/good/detections.npz,{folder}/bad"
     wanted = figures.figure_request(files, lambda path: config, None, None, None, str(tmp_path))
     figures.draw_figures("precision_recall", wanted)
-    assert read_image(tmp_path / "precision_recall.png", MAX_PIXELS).shape == (600, 1950, 3)
+    assert read_photo(tmp_path / "precision_recall.png", MAX_PIXELS).shape == (600, 1950, 3)
     detection, first, whole = panels.values()
     assert [set(panel) for panel in (detection, first, whole)] == [{"good", "bad"}] * 3
     assert detection["good"].area == pytest.approx(1)
