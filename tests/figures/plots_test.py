@@ -1,39 +1,26 @@
 """Plots, judged by their lines."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from alignps_jax.evaluation.metrics import PrecisionRecall
-from alignps_jax.figures.plots import (
-    GallerySizes,
-    Reference,
-    gallery_size_plot,
-    precision_recall_plot,
-    rendered,
-)
+from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
 
 
 def test_gallery_sizes_and_the_papers_metrics():
-    figure = gallery_size_plot(
-        GallerySizes(
-            {"a": {"50": 0.5, "all": 0.25}, "b": {"100": 0.75}},
-            ("50", "100", "all"),
-            (Reference("paper", "100", 93.1),),
-        )
-    )
+    maps = {"a": {"all": 0.25, "4000": 0.375, "50": 0.5}, "b": {"100": 0.75}}
+    figure = gallery_size_plot(maps, {"paper": 93.1})
     picture = rendered(figure)
     assert picture.shape == (720, 1080, 3)
     assert picture.dtype == np.uint8
     axes = figure.axes[0]
     lines = {line.get_label(): line for line in axes.lines}
-    np.testing.assert_array_equal(lines["a"].get_ydata(), [50, np.nan, 25])
-    np.testing.assert_array_equal(lines["b"].get_ydata(), [np.nan, 75, np.nan])
+    np.testing.assert_array_equal(lines["a"].get_ydata(), [50, np.nan, 37.5, 25])
+    np.testing.assert_array_equal(lines["b"].get_ydata(), [np.nan, 75, np.nan, np.nan])
     np.testing.assert_array_equal(lines["paper"].get_xydata(), [[1, 93.1]])
-    dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
-    assert len(dotted) == 1
-    np.testing.assert_array_equal(dotted[0].get_ydata(), [93.1, 93.1])
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["50", "100", "all"]
+    assert [line.get_linestyle() for line in axes.lines].count(":") == 1
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["50", "100", "4000", "all"]
+    without = gallery_size_plot({"a": {"50": 0.5}}, {"paper": 93.1}).axes[0]
+    assert [line.get_label() for line in without.lines] == ["a"]  # the paper has another gallery
 
 
 def test_precision_recall_panels():
