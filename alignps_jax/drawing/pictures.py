@@ -31,7 +31,7 @@ RESULTS_SHOWN = 5
 GAP, LINE_HEIGHT, MIN_WIDTH = 12, 22, 200
 # Heights of the person and of the photo in a ranking; a panorama is scaled down to the width.
 _PERSON_HEIGHT, SCENE_HEIGHT, _SCENE_WIDTH = 280, 170, 340
-_CAPTION_SCALE = 0.55
+_FONT, _CAPTION_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.55
 _CONTEXT = 0.1  # share of the box's sides that is shown around a person
 
 
@@ -65,18 +65,14 @@ def draw_label(
 ) -> None:
     """Writes on a filled background above the box, or within it at the image's upper edge."""
     x, y = _clipped(canvas, box)[:2].tolist()
-    (text_width, above), below = cv2.getTextSize(text, *_font(scale))
+    (text_width, above), below = cv2.getTextSize(text, _FONT, scale, 1)
     pad = max(1, round(4 * scale))
     width, height = text_width + 2 * pad, above + below + 2 * pad
     left, top = max(0, min(x, canvas.shape[1] - width)), y - height if y >= height else y
     cv2.rectangle(canvas, (left, top), (left + width, top + height), color, cv2.FILLED)
-    bright = np.dot(color, (0.3, 0.59, 0.11)) > 110
-    _write(canvas, text, (left + pad, top + pad + above), BLACK if bright else WHITE, scale)
-
-
-def _write(image: Image, text: str, at: tuple[int, int], color: Color, scale: float) -> None:
-    face, scale, thickness = _font(scale)
-    cv2.putText(image, text, at, face, scale, color, thickness, cv2.LINE_AA)
+    letters = BLACK if np.dot(color, (0.3, 0.59, 0.11)) > 110 else WHITE
+    start = left + pad, top + pad + above
+    cv2.putText(canvas, text, start, _FONT, scale, letters, 1, cv2.LINE_AA)
 
 
 def _clipped(image: Image, box: Float[np.ndarray, "4"]) -> np.ndarray:
@@ -84,11 +80,6 @@ def _clipped(image: Image, box: Float[np.ndarray, "4"]) -> np.ndarray:
     limit = np.array(image.shape[1::-1] * 2) - 1
     corners = np.clip(np.round(np.asarray(box, float)), 0, limit).astype(int)
     return np.concatenate([corners[:2], np.maximum(corners[:2], corners[2:])])
-
-
-def _font(scale: float) -> tuple[int, float, int]:
-    """Face, scale and thickness."""
-    return cv2.FONT_HERSHEY_SIMPLEX, scale, max(1, round(1.8 * scale))
 
 
 def fitted(image: Image, max_width: int, max_height: int) -> tuple[Image, float]:
@@ -106,8 +97,8 @@ def captioned(image: Image, *lines: str) -> Image:
     for number, line in enumerate(lines, start=1):
         # OpenCV crashes on what is no character, as names of files may have.
         text = "".join(letter if letter.isprintable() else "?" for letter in line)
-        baseline = number * LINE_HEIGHT - 8
-        _write(strip, shortened(text, strip.shape[1]), (0, baseline), BLACK, _CAPTION_SCALE)
+        text, start = shortened(text, strip.shape[1]), (0, number * LINE_HEIGHT - 8)
+        cv2.putText(strip, text, start, _FONT, _CAPTION_SCALE, BLACK, 1, cv2.LINE_AA)
     return np.concatenate([strip, image])
 
 
@@ -115,7 +106,7 @@ def shortened(text: str, width: int) -> str:
     """Takes out as much of the middle of a caption as is needed to fit a width in pixels."""
     short = text
     for kept in range(len(text) - 1, 0, -1):
-        if cv2.getTextSize(short, *_font(_CAPTION_SCALE))[0][0] <= width:
+        if cv2.getTextSize(short, _FONT, _CAPTION_SCALE, 1)[0][0] <= width:
             break
         short = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
     return short
@@ -188,9 +179,9 @@ def _cell(
     scene, factor = fitted(image, _SCENE_WIDTH, SCENE_HEIGHT)
     draw_box(scene, np.asarray(box) * factor, color, 2)
     width = max(MIN_WIDTH, scene.shape[1])
-    context = _CONTEXT * np.subtract(box[2:], box[:2])
-    around = np.concatenate([box[:2] - context, box[2:] + context])
-    left, top, right, bottom = _clipped(image, around)
+    start, end = np.split(np.asarray(box), 2)
+    context = _CONTEXT * (end - start)
+    left, top, right, bottom = _clipped(image, np.concatenate([start - context, end + context]))
     person, _ = fitted(image[top : bottom + 1, left : right + 1], width, _PERSON_HEIGHT)
     cv2.rectangle(person, (1, 1), (person.shape[1] - 2, person.shape[0] - 2), color, 3)
     if word:

@@ -14,8 +14,6 @@ from alignps_jax.types import UserError
 
 def comparison(request: FigureRequest) -> Pictures:
     """The same queries under several checkpoints (Paper, Fig. 7): in photos, or of the test set."""
-    if len(request.checkpoints) < 2:
-        raise UserError("--checkpoint: found one, expected A,B or A,B,C: those to compare")
     if bool(request.query) != bool(request.gallery):
         raise UserError("--query, --gallery: found one of them, expected both, or neither")
     return (photos if request.query else datasets).comparison(request)

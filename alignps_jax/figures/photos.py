@@ -117,15 +117,11 @@ def detections(request: FigureRequest) -> Pictures:
     for path, photo in itertools.chain(query, request.gallery_photos(detector)):
         found = _found(detector, photo)
         canvas, factor = pictures.fitted(photo, *_LARGE)
-        drawn = pictures.draw_detections(
-            canvas, np.asarray(found.boxes) * factor, np.asarray(found.scores)
-        )
-        threshold = f"{detector.config.eval.score_threshold:g}"
-        number = f"{len(found.scores)} found with a score of {threshold} or more"
-        yield (
-            f"detections-{path.name}",
-            pictures.grid_picture([[pictures.captioned(drawn, path.name, number)]]),
-        )
+        drawn = pictures.draw_detections(canvas, found.boxes * factor, found.scores)
+        least = detector.config.eval.score_threshold
+        caption = path.name, f"{len(found.scores)} found with a score of {least:g} or more"
+        picture = pictures.grid_picture([[pictures.captioned(drawn, *caption)]])
+        yield f"detections-{path.name}", picture
 
 
 def similarity(request: FigureRequest) -> Pictures:

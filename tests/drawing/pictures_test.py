@@ -37,14 +37,15 @@ def extent(mask):
 
 
 BOX = np.array([40.0, 30, 80, 130])
+PHOTO = gray(240, 320)
 
 
-def result(match=None, image=None, box=BOX, name="x.jpg"):
-    return Result(gray(240, 320) if image is None else image, name, box, 0.5, match)
+def row(*results, image=PHOTO, box=BOX):
+    return picture_row("query", image, "q.jpg", box, results)
 
 
-def row(*results, image=None, box=BOX):
-    return picture_row("query", gray(240, 320) if image is None else image, "q.jpg", box, results)
+def result(match=None, image=PHOTO, box=BOX, name="x.jpg"):
+    return Result(image, name, box, 0.5, match)
 
 
 # Detections.
@@ -55,7 +56,6 @@ def test_boxes_are_drawn_where_they_are(height, width):
     image = gray(height, width)
     box = np.array([[width * 0.25, height * 0.4, width * 0.75, height * 0.9]], np.float32)
     drawn = draw_detections(image, box, np.array([0.873]))
-    assert drawn.shape == image.shape
     assert (image == 90).all()  # the photo itself stays as it is
     mask = has(drawn, GREEN)
     below_label = int(height * 0.5)
@@ -66,8 +66,6 @@ def test_boxes_are_drawn_where_they_are(height, width):
     assert not mask[below_label : int(height * 0.85), int(width * 0.3) : int(width * 0.7)].any()
     x1, y1 = box[0, :2].astype(int)
     assert mask[y1 - 10 : y1 - slack, x1 : x1 + 20].mean() > 0.25
-    changed = (drawn != image).any(-1)
-    assert changed[: int(box[0, 1])].sum() < 0.01 * height * width
 
 
 def test_lines_and_labels_grow_with_the_image():
