@@ -67,7 +67,7 @@ def search(args: Arguments) -> None:
 def index(args: Arguments) -> None:
     """finds everybody in photos and videos, once, and adds them to a gallery"""
     from alignps_jax.gallery.indexing import index_source
-    from alignps_jax.gallery.sources import parse_every
+    from alignps_jax.media.videos import parse_every
 
     places = args.checkpoint, _config(args), args.gallery, args.source
     options = {"every": parse_every(args.every), "prune": args.prune}
@@ -86,7 +86,7 @@ def forget(args: Arguments) -> None:
 def detect(args: Arguments) -> None:
     """finds everybody in photos and videos, and writes .json (COCO), .csv or .npz (embeddings)"""
     from alignps_jax.evaluation.detect import detect_source
-    from alignps_jax.gallery.sources import parse_every
+    from alignps_jax.media.videos import parse_every
 
     every = parse_every(args.every)
     detect_source(args.checkpoint, _config(args), args.source, every, args.target)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import cv2
@@ -19,11 +20,11 @@ from matplotlib.figure import Figure
 from alignps_jax.drawing import pictures
 from alignps_jax.figures.plots import rendered
 from alignps_jax.figures.request import FigureRequest, Pictures
-from alignps_jax.files import Image, read_image
 from alignps_jax.gallery.query import find_queries
 from alignps_jax.inference import location_maps
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
+from alignps_jax.media.photos import Image
 from alignps_jax.types import Detections, UserError
 
 # Lateral convolutions whose sampling points are shown (Paper, Fig. 5).
@@ -46,11 +47,11 @@ def _found(detector: Detector, photo: Image) -> Detections:
 
 
 def _query(
-    detector: Detector, path: Path, photo: Image, box: Sequence[float] | None
+    detector: Detector, name: str, photo: Image, box: Sequence[float] | None
 ) -> tuple[Float[np.ndarray, "4"], Float[np.ndarray, "D"]]:
     """Box and embedding of the person in a box, by default of the one with the best score."""
     threshold = detector.config.eval.score_threshold
-    query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
+    query = find_queries(detector.detect(photo), box, threshold, Path(name), photo.shape[:2])[0]
     return query.box, query.embedding
 
 
@@ -61,15 +62,15 @@ def sampling_points_of(request: FigureRequest) -> Pictures:
     scores.
     """
     detector = request.detector()
-    path, photo = request.query_photo(detector)
+    name, photo = request.query_photo(detector)
     centers = _centers(np.asarray(_found(detector, photo).boxes))
     chosen = centers[: len(COLORS)]
     if request.box is not None:
         chosen = _centers(np.array([request.box]))
     if len(chosen) == 0:
-        raise UserError(f"{path}: found nobody, expected somebody, or --box around the place")
+        raise UserError(f"{name}: found nobody, expected somebody, or --box around the place")
     figure = sampling_points_figure(detector.maps(photo), photo, chosen, centers)
-    yield f"sampling_points-{path.stem}", rendered(figure)
+    yield f"sampling_points-{Path(name).stem}", rendered(figure)
 
 
 def _centers(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
@@ -114,14 +115,15 @@ def detections(request: FigureRequest) -> Pictures:
         raise UserError("--query: missing, expected a photo (or a folder as --gallery) to draw")
     detector = request.detector()
     query = [request.query_photo(detector)] if request.query else []
-    for path, photo in itertools.chain(query, request.gallery_photos(detector)):
+    for name, photo in itertools.chain(query, request.gallery_photos(detector)):
         found = _found(detector, photo)
         canvas, factor = pictures.fitted(photo, *_LARGE)
-        drawn = pictures.draw_detections(canvas, found.boxes * factor, found.scores)
+        boxes, scores = np.asarray(found.boxes) * factor, np.asarray(found.scores)
+        drawn = pictures.draw_detections(canvas, boxes, scores)
         least = detector.config.eval.score_threshold
-        caption = path.name, f"{len(found.scores)} found with a score of {least:g} or more"
+        caption = name, f"{len(scores)} found with a score of {least:g} or more"
         picture = pictures.grid_picture([[pictures.captioned(drawn, *caption)]])
-        yield f"detections-{path.name}", picture
+        yield f"detections-{name.replace(os.sep, '-')}", picture
 
 
 def similarity(request: FigureRequest) -> Pictures:
@@ -132,8 +134,8 @@ def similarity(request: FigureRequest) -> Pictures:
     similar people are shown, best first.
     """
     detector = request.detector()
-    path, photo = request.query_photo(detector)
-    query_box, embedding = _query(detector, path, photo, request.box)
+    name, photo = request.query_photo(detector)
+    query_box, embedding = _query(detector, name, photo, request.box)
 
     def cell(
         photo: Image, boxes: Float[np.ndarray, "K 4"], color: pictures.Color, *caption: str
@@ -145,18 +147,18 @@ def similarity(request: FigureRequest) -> Pictures:
         return pictures.captioned(canvas, *caption)
 
     def scenes() -> Iterator[tuple[float, Image]]:
-        for path, photo in request.gallery_photos(detector):
+        for name, photo in request.gallery_photos(detector):
             people = _found(detector, photo)
             cosine = people.embeddings @ embedding
             best = np.argsort(-cosine)[:1]
             match = "".join(f"best match {x:.2f}" for x in cosine[best]) or "nobody found"
-            picture = cell(photo, np.asarray(people.boxes)[best], pictures.BLUE, path.name, match)
+            picture = cell(photo, np.asarray(people.boxes)[best], pictures.BLUE, name, match)
             yield float(cosine.max(initial=-1)), picture
 
-    cells = [cell(photo, query_box[None], pictures.YELLOW, "query", path.name)]
+    cells = [cell(photo, query_box[None], pictures.YELLOW, "query", name)]
     cells += [picture for _, picture in heapq.nlargest(MAX_SCENES, scenes(), itemgetter(0))]
     rows = [cells[i : i + _PER_ROW] for i in range(0, len(cells), _PER_ROW)]
-    yield f"similarity-{path.stem}", pictures.grid_picture([*rows, [_scale()]])
+    yield f"similarity-{Path(name).stem}", pictures.grid_picture([*rows, [_scale()]])
 
 
 def tinted(image: Image, heat: Float[np.ndarray, "h w"]) -> Image:
@@ -182,20 +184,21 @@ def comparison(request: FigureRequest) -> Pictures:
 
     Without a box the query is the detection with the best score of the first network.
     """
-    box, rows, people = request.box, [], list[tuple[float, Path, np.ndarray]]()
+    box, rows = request.box, []
     for label, detector in request.detectors():
-        query, photo = request.query_photo(detector)
-        query_box, embedding = _query(detector, query, photo, box)
+        name, photo = request.query_photo(detector)
+        query_box, embedding = _query(detector, name, photo, box)
+        people = _similar_people(request, detector, embedding)
+        best = heapq.nlargest(pictures.RESULTS_SHOWN, people, attrgetter("similarity"))
+        rows.append(pictures.picture_row(label, photo, name, query_box, best))
         box = tuple(query_box.tolist())
-        people = []
-        for path, image in request.gallery_photos(detector):
-            found = _found(detector, image)
-            cosine = found.embeddings @ embedding
-            people += [(x, path, one) for x, one in zip(cosine, found.boxes, strict=True)]
-        best = heapq.nlargest(pictures.RESULTS_SHOWN, people, itemgetter(0))
-        limit = detector.config.data.max_pixels
-        results = (
-            pictures.Result(read_image(path, limit), path.name, one, x) for x, path, one in best
-        )
-        rows.append(pictures.picture_row(label, photo, query.name, query_box, results))
-    yield f"comparison-{query.stem}", pictures.grid_picture(rows)
+    yield f"comparison-{Path(name).stem}", pictures.grid_picture(rows)
+
+
+def _similar_people(
+    request: FigureRequest, detector: Detector, embedding: Float[np.ndarray, "D"]
+) -> Iterator[pictures.Result]:
+    for name, photo in request.gallery_photos(detector):
+        found = _found(detector, photo)
+        for box, cosine in zip(found.boxes, found.embeddings @ embedding, strict=True):
+            yield pictures.Result(photo, name, box, float(cosine))

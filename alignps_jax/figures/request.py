@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import results_folder
-from alignps_jax.files import Image, read_image
-from alignps_jax.gallery.photos import GalleryReader, gallery_photos
 from alignps_jax.inference.detector import Detector
 from alignps_jax.log import progress
+from alignps_jax.media.photos import Image, read_photo
+from alignps_jax.media.walk import Walk, media_files
 from alignps_jax.types import UserError
 
 Pictures = Iterator[tuple[str, Image]]  # each with the name of its file, without .png
@@ -73,25 +74,33 @@ class FigureRequest:
             raise UserError(f"--checkpoint: found {found} of them, expected one for this --what")
         return next(self.detectors())[1]
 
-    def query_photo(self, detector: Detector) -> tuple[Path, Image]:
-        """The query's path and pixels, no more than the detector's configuration allows."""
+    def query_photo(self, detector: Detector) -> tuple[str, Image]:
+        """The query's name and pixels, no more than the detector's configuration allows."""
         if self.query is None:
             raise UserError("--query: missing, expected the photo to draw")
-        return self.query, read_image(self.query, detector.config.data.max_pixels)
+        return self.query.name, read_photo(self.query, detector.config.data.max_pixels)
 
     @cached_property
-    def _reader(self) -> GalleryReader:
-        return GalleryReader()
+    def _walk(self) -> Walk:
+        return media_files([str(self.gallery)])
 
-    def gallery_photos(self, detector: Detector) -> Iterator[tuple[Path, Image]]:
-        """The photos of the folder that can be read, each with its path, without the query."""
-        if self.gallery:
-            paths = progress(gallery_photos(self.gallery, self.query or Path()), unit="photo")
-            yield from self._reader.read(paths, detector.config.data.max_pixels)
+    def gallery_photos(self, detector: Detector) -> Iterator[tuple[str, Image]]:
+        """The photos of the folder, and below it, that can be read, without the query."""
+        files = [file for file in self._walk.files if not file.is_video] if self.gallery else []
+        for file in progress(files, desc="photos", unit="photo", disable=not files):
+            if self.query and os.path.samefile(file.path, self.query):
+                continue
+            try:
+                photo = read_photo(file.path, detector.config.data.max_pixels)
+            except (UserError, OSError) as error:
+                self._walk.skipped[file.path] = str(error)
+                continue
+            yield file.name, photo
 
     def report(self) -> None:
         """Lists the photos that could not be read; IncompleteError if there are any."""
-        self._reader.finish()
+        if self.gallery:
+            self._walk.report()
 
 
 def _label(path: Path) -> str:

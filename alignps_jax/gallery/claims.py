@@ -25,9 +25,9 @@ import psutil
 import pyarrow as pa
 
 from alignps_jax.gallery.database import committing, open_or_create, reading
-from alignps_jax.gallery.sources import MediaFile
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.gallery.table import one_of
+from alignps_jax.media.walk import MediaFile
 from alignps_jax.types import UserError
 
 CLAIMS = "claims"

@@ -20,7 +20,6 @@ from alignps_jax.gallery.entries import folder_range
 from alignps_jax.gallery.forgotten import Forgotten
 from alignps_jax.gallery.query import above
 from alignps_jax.gallery.reading import SceneRead, Task, file_tasks
-from alignps_jax.gallery.sources import MediaFile, media_files, report_skipped
 from alignps_jax.gallery.store import EXACT_UP_TO, Gallery
 from alignps_jax.gallery.table import IndexedScene
 from alignps_jax.gallery.writing import (
@@ -33,6 +32,7 @@ from alignps_jax.gallery.writing import (
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all
 from alignps_jax.log import progress
+from alignps_jax.media.walk import MediaFile, Walk, media_files
 from alignps_jax.types import UserError
 
 # What a kill can cost, and what one commit holds at most.
@@ -59,6 +59,7 @@ class Indexed:
     people: int = 0
     removed: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    walk: Walk = dataclasses.field(default_factory=Walk)
 
 
 def index_source(
@@ -96,7 +97,7 @@ def index_source(
         + (f"; removed {done.removed:,} that are gone" if prune else "")
     )
     print(f"gallery  {address}: {gallery.num_people:,} people in {gallery.num_scenes:,} scenes")
-    report_skipped(done.skipped, done.found)
+    done.walk.report()
 
 
 def index(
@@ -115,8 +116,9 @@ def index(
     done = Indexed()
     forgotten = Forgotten(gallery)
     forgotten.refresh()
-    skipped: dict[str, str] = {}
-    files = list(itertools.chain(*(media_files(source, skipped) for source in sources)))
+    walk = media_files(sources)
+    skipped = walk.skipped
+    files = [dataclasses.replace(f, path=os.path.realpath(f.path)) for f in walk.files]
     known, away = known_files(gallery), forgotten.files()
     pending = [
         file
@@ -124,6 +126,7 @@ def index(
         if file.path not in away and not is_known(known.get(file.path), file, every)
     ]
     done.found, done.known, done.skipped = len(files), len(files) - len(pending), skipped
+    done.walk = walk
     if prune:
         done.removed = _prune(gallery, sources, known, {file.path for file in files}, skipped)
     if pending:

@@ -20,7 +20,6 @@ from alignps_jax.distributed import (
     main_process_first,
 )
 from alignps_jax.drawing.pictures import Result, grid_picture, picture_row
-from alignps_jax.files import Image, read_image
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.gallery.query import (
     MAX_PICTURE_QUERIES,
@@ -33,9 +32,8 @@ from alignps_jax.gallery.query import (
 )
 from alignps_jax.inference.detector import Detector
 from alignps_jax.log import progress
+from alignps_jax.media.photos import PHOTO_SUFFIXES, Image, read_photo
 from alignps_jax.types import Detections, IncompleteError, UserError
-
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def search_photos(
@@ -118,8 +116,8 @@ class GalleryReader:
         """The same, where there may be none: in a share of the photos."""
         for path in photos:
             try:
-                image = read_image(path, max_pixels)
-            except UserError as error:
+                image = read_photo(path, max_pixels)
+            except (UserError, OSError) as error:
                 self.skipped[path] = str(error)
                 continue
             self._read.add(path)
@@ -204,8 +202,7 @@ def gallery_photos(gallery: Path, query: Path) -> list[Path]:
     ]
     if not photos:
         raise UserError(
-            f"--gallery: found no photos in {gallery}, expected {', '.join(PHOTO_SUFFIXES)} files "
-            "besides the query"
+            f"--gallery: found no photos in {gallery}, expected at least one besides the query"
         )
     return photos
 
@@ -262,7 +259,7 @@ def photos_row(
 ) -> list[Image]:
     """A query in its photo, below a title, and its first results in those of a folder."""
     results = (
-        Result(read_image(gallery / one.image, max_pixels), one.image, one.box, one.similarity)
+        Result(read_photo(gallery / one.image, max_pixels), one.image, one.box, one.similarity)
         for one in ranking.results
     )
     return picture_row(title, photo, ranking.image, ranking.box, results)

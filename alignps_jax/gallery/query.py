@@ -13,8 +13,9 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from alignps_jax.boxes import iou
-from alignps_jax.files import Image, check_outputs, read_image, write_image, write_json
+from alignps_jax.files import check_outputs, write_image, write_json
 from alignps_jax.inference.detector import Detector
+from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.types import Detections, UserError
 
 # Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
@@ -194,7 +195,7 @@ class Search:
         """
         ranking, picture = workdir / "ranking.json", workdir / "ranking.png"
         check_outputs(ranking, picture)
-        photo = read_image(query, config.data.max_pixels)
+        photo = read_photo(query, config.data.max_pixels)
         if box is not None:
             check_box(box, query, photo.shape[:2])
         return cls(query, photo, box, config.eval.score_threshold, ranking, picture)

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from alignps_jax.devices import use_compilation_cache
 from alignps_jax.drawing.pictures import Result, grid_picture, picture_row
-from alignps_jax.files import Image
 from alignps_jax.gallery.entries import Match, Scene
 from alignps_jax.gallery.query import (
     MAX_PICTURE_QUERIES,
@@ -24,6 +23,7 @@ from alignps_jax.gallery.query import (
 )
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.inference.detector import Detector
+from alignps_jax.media.photos import Image
 from alignps_jax.types import UserError
 
 

@@ -17,8 +17,8 @@ from lancedb.query import ColumnOrdering
 from alignps_jax.gallery.database import about_detector, about_of, connect, create_people, reading
 from alignps_jax.gallery.entries import FileState, Filter, Match, Person, Scene, folder_of
 from alignps_jax.gallery.memory import COLUMNS, PeopleInMemory, load_people
-from alignps_jax.gallery.pixels import scene_pixels
 from alignps_jax.gallery.query import Corners, find_queries, is_gallery
+from alignps_jax.gallery.reading import scene_pixels
 from alignps_jax.gallery.table import (
     IS_PERSON,
     IS_SCENE,

@@ -13,9 +13,10 @@ from alignps_jax.figures.kinds import draw_figures
 from alignps_jax.figures.photos import sampling_points_figure, tinted
 from alignps_jax.figures.plots import rendered
 from alignps_jax.figures.request import FigureRequest
-from alignps_jax.files import read_image, write_image, write_json
+from alignps_jax.files import write_image, write_json
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
+from alignps_jax.media.photos import read_photo
 from alignps_jax.types import Detections, GalleryDetections, IncompleteError, UserError
 from configs import tiny
 from data_pipeline.datasets import load_test
@@ -88,7 +89,7 @@ def draw(kind, folder, checkpoints="a", config=None, **options):
     out = folder / "out"
     draw_figures(kind, FigureRequest(paths, lambda path: config, **options), out)
     assert not list(out.rglob("*.tmp"))
-    return {path.name: read_image(path, MAX_PIXELS) for path in out.iterdir()}
+    return {path.name: read_photo(path, MAX_PIXELS) for path in out.iterdir()}
 
 
 def test_sampling_points_are_where_the_convolutions_look():

@@ -104,11 +104,11 @@ def test_what_cannot_be_read_is_listed_and_all_else_is_indexed(gallery, photos):
     reasons = {os.path.basename(path): reason for path, reason in done.skipped.items()}
     parts = {
         "cut.jpg": "truncated JPEG",
-        "gone.jpg": "cannot be read (No such file or directory)",
-        "huge.png": "has 1000x1001 pixels; expected at most 1,000,000",
-        "no.mp4": "cannot be decoded; expected a video",
-        "pipe.jpg": "is no file",
-        "text.webp": "cannot be decoded",
+        "gone.jpg": "No such file or directory",
+        "huge.png": "found 1000x1001 pixels, expected 1,000,000",
+        "no.mp4": "cannot be decoded",
+        "pipe.jpg": "found no regular file",
+        "text.webp": "expected a photo",
     }
     assert reasons.keys() == parts.keys()
     for name, part in parts.items():
@@ -136,10 +136,6 @@ def test_a_video_is_a_frame_every_so_often(gallery, tmp_path, suffix):
     fill(gallery, path, every=2.0)
     assert [scene.second for scene in gallery.scenes(10)] == [0, 2, 4]
     if suffix == ".avi":
-        cut = path.read_bytes()
-        path.write_bytes(cut[: len(cut) // 2])
-        (reason,) = fill(gallery, path, every=2.0).skipped.values()
-        assert "frames; expected" in reason
         (*_, last) = gallery.scenes(10)
         touch_later(path)
         with pytest.raises(UserError, match="has changed since it was indexed"):

@@ -11,12 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from alignps_jax.files import read_image, write_image
+from alignps_jax.files import write_image
 from alignps_jax.gallery.entries import FileState, Scene, scene_id
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.gallery.table import IndexedScene
 from alignps_jax.gallery.writing import commit_scenes
 from alignps_jax.inference.detector import Detector
+from alignps_jax.media.photos import read_photo
 from alignps_jax.types import Detections
 from configs import tiny
 
@@ -96,7 +97,7 @@ def gallery_of(folder: Path, address: Path, detector: Detector) -> Gallery:
     gallery = Gallery.open(address, create_for=detector)
     scenes = []
     for hour, path in enumerate(sorted(folder.rglob("*.png"))):
-        image = read_image(path, 10**6)
+        image = read_photo(path, 10**6)
         scenes.append(indexed(path, image, detector, datetime.datetime(2026, 5, 1, hour)))
     commit_scenes(gallery, scenes)
     return gallery

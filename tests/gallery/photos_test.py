@@ -73,19 +73,20 @@ def test_what_cannot_be_read_is_skipped_and_listed(run, photos, capsys):
     printed = capsys.readouterr()
     assert "among 6 people (scores >= 0.2) in 3 photos" in printed.out
     reasons = {
-        "circle.jpg": "cannot be read (",
-        "cut.jpg": "truncated JPEG",
+        "circle.jpg": "Too many levels of symbolic links",
+        "cut.jpg": "cannot be decoded",
         "empty.png": "cannot be decoded (0 bytes)",
-        "folder.jpg": "cannot be read (Is a directory)",
-        "gone.jpg": "cannot be read (No such file or directory)",
-        "huge.png": "has 500x500 pixels; expected at most 100,000",
-        "pipe.jpg": "is no file",
+        "folder.jpg": "found no regular file",
+        "gone.jpg": "No such file or directory",
+        "huge.png": "found 500x500 pixels, expected 100,000",
+        "pipe.jpg": "found no regular file",
         "text.webp": "cannot be decoded",
     }
     lines = printed.out.split("skipped:\n")[1].splitlines()
     assert len(lines) == len(reasons)
     for line, (name, reason) in zip(lines, reasons.items(), strict=True):
-        assert line.startswith(f"  {photos / name}: {reason}")
+        assert str(photos / name) in line
+        assert reason in line
     (error,) = printed.err.splitlines()[-1:]
     assert error == (
         "error: --gallery: skipped 8 of 11 photos, which are listed above; the results are "
@@ -134,7 +135,7 @@ def test_the_gallery_is_a_folder_of_photos_without_the_query(photos, tmp_path):
     assert names == ["a.png", "b.png", "d.jpg"]
     (tmp_path / "empty").mkdir()
     for folder, message in (
-        ("empty", r"no photos in \S+empty, expected \.jpg, .* files besides the query"),
+        ("empty", r"no photos in \S+empty, expected at least one besides the query"),
         ("nothing", r"nothing, which cannot be read \(No such file or directory\)"),
         ("query.png", r"query\.png, which cannot be read \(Not a directory\)"),
     ):
