@@ -55,7 +55,7 @@ def _query(
     return query.box, query.embedding
 
 
-def sampling_points_of(request: FigureRequest) -> Pictures:
+def sampling_points(request: FigureRequest) -> Pictures:
     """Where the neck's deformable convolutions look from some locations (Paper, Fig. 5).
 
     The locations are the center of the box, without one those of the detections with the best
@@ -98,13 +98,11 @@ def sampling_points_figure(
             location = location_maps.nearest_location(maps, xy)
             points = location_maps.sampling_points(maps, location, level)
             axes.scatter(*points.T, 45, color, edgecolors="black")
-            for line, shade in ((7, "black"), (4, color)):
-                ring = {"facecolors": "none", "edgecolors": shade, "linewidths": line}
-                axes.scatter(*location_maps.location_xy(maps, location), 400, **ring)
+            ring = location_maps.location_xy(maps, location)
+            axes.scatter(*ring, 400, facecolors="none", edgecolors=color, linewidths=4)
         axes.scatter(*centers.T, 60, "limegreen", edgecolors="black")
-        axes.set(xlim=(0, width), ylim=(height, 0))
         title = f"lateral C{level} + output (rings: locations, green: centers of people)"
-        axes.set_title(title, loc="left")
+        axes.set(xlim=(0, width), ylim=(height, 0), title=title)
         axes.set_axis_off()
     return figure
 
@@ -188,17 +186,13 @@ def comparison(request: FigureRequest) -> Pictures:
     for label, detector in request.detectors():
         name, photo = request.query_photo(detector)
         query_box, embedding = _query(detector, name, photo, box)
-        people = _similar_people(request, detector, embedding)
+        people = (
+            pictures.Result(scene, scene_name, one, float(cosine))
+            for scene_name, scene in request.gallery_photos(detector)
+            for found in [_found(detector, scene)]
+            for one, cosine in zip(found.boxes, found.embeddings @ embedding, strict=True)
+        )
         best = heapq.nlargest(pictures.RESULTS_SHOWN, people, attrgetter("similarity"))
         rows.append(pictures.picture_row(label, photo, name, query_box, best))
         box = tuple(query_box.tolist())
     yield f"comparison-{Path(name).stem}", pictures.grid_picture(rows)
-
-
-def _similar_people(
-    request: FigureRequest, detector: Detector, embedding: Float[np.ndarray, "D"]
-) -> Iterator[pictures.Result]:
-    for name, photo in request.gallery_photos(detector):
-        found = _found(detector, photo)
-        for box, cosine in zip(found.boxes, found.embeddings @ embedding, strict=True):
-            yield pictures.Result(photo, name, box, float(cosine))

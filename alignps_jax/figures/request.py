@@ -48,12 +48,9 @@ class FigureRequest:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Short names of the checkpoints; the path where two would share one."""
-        names = [_label(path.resolve()) for path in self.checkpoints]
-        return tuple(
-            name if names.count(name) == 1 else str(path)
-            for name, path in zip(names, self.checkpoints, strict=True)
-        )
+        """Short names of the checkpoints; the paths where two would share one."""
+        names = tuple(_label(path.resolve()) for path in self.checkpoints)
+        return names if len({*names}) == len(names) else tuple(map(str, self.checkpoints))
 
     def files(self, name: str) -> dict[str, Path]:
         """By label: the checkpoint itself if it is a file, else the file `name` of its results."""
