@@ -326,9 +326,7 @@ def _people_rows(scenes: Sequence[FoundScene], columns: pa.Schema) -> pa.Table:
     ids = [person_id(one.scene.id, box) for one in scenes for box in np.asarray(one.people.boxes)]
     arrays |= {"id": pa.array(ids), "score": values("scores", 1), "box": values("boxes", 4)}
     arrays["embedding"] = values("embeddings", columns.field("embedding").type.list_size)
-    # Boxes of one scene that are the same to a pixel are one person.
-    first = np.sort(np.unique(ids, return_index=True)[1])
-    return pa.table([arrays[name] for name in columns.names], schema=columns).take(first)
+    return pa.table([arrays[name] for name in columns.names], schema=columns)
 
 
 def scene_of(row: Mapping[str, Any]) -> Scene:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 from lancedb.expr import Expr, col
 from lancedb.index import BTree
@@ -98,10 +99,15 @@ class Table:
         return query.select(list(columns))
 
     def put(self, rows: pa.Table) -> None:
-        """Adds rows, in place of those with the same ids, in one commit."""
+        """Adds rows, of each id the first one, in place of those with the same ids, in one commit.
+
+        So of copies that were looked at one counts, and boxes that are the same to a pixel are one
+        person.
+        """
+        first = np.unique(rows["id"].to_numpy(), return_index=True)[1]
         with self.open() as table:
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(rows)
+            merge.execute(rows.take(np.sort(first)))
 
     def delete(self, **values: Any) -> None:
         """Removes the rows with these values."""
