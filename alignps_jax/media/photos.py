@@ -92,7 +92,9 @@ def opened(data: bytes, max_pixels: int) -> PIL.Image.Image:
 def check_size(width: int, height: int, most: int) -> None:
     """ValueError if a photo or frame has more than `most` pixels."""
     if width * height > most:
-        raise ValueError(f"found {width}x{height} pixels, expected {most:,} (data.max_pixels)")
+        raise ValueError(
+            f"found {width}x{height} pixels, expected {most:,} at most (data.max_pixels)"
+        )
 
 
 def orientation(image: PIL.Image.Image) -> int:

@@ -148,7 +148,7 @@ def test_photos_with_too_many_pixels_are_not_read(tmp_path, photos, networks, ki
     config.data.max_pixels = 99
     networks["a"].config = config
     options = {"checkpoints": "a,b", "gallery": photos} if kind == "comparison" else {}
-    with pytest.raises(UserError, match=r"query.png: has .* pixels; expected at most 99 in all"):
+    with pytest.raises(UserError, match=r"query.png: found .* pixels, expected 99 at most"):
         draw(kind, tmp_path, query=photos / "query.png", **options)
 
 
