@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from alignps_jax.errors import UserError
-from alignps_jax.media.videos import frame_at, frames, parse_every
+from alignps_jax.media.videos import frame_at, frames
 from tests.media.clips import SIZE, number_of, numbered, trim, write_clip
 from tests.places import SHARED
 
@@ -145,16 +145,3 @@ def test_real_videos():
         assert found[0][0] == 0
         for second, image in found[:: len(found) // 2]:
             np.testing.assert_array_equal(frame_at(str(path), second, 10**7), image)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("1s", 1), ("500ms", 0.5), ("2min", 120), (".5", 0.5), ("1.25s", 1.25)]
-)
-def test_times_between_frames(text, seconds):
-    assert parse_every(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0", "-1s", "1h", "s", "1e9", "nan", "0.1ms"])
-def test_wrong_times_between_frames(text):
-    with pytest.raises(UserError, match=r"^--every: found "):
-        parse_every(text)

@@ -13,8 +13,9 @@ from alignps_jax.errors import IncompleteError, UserError
 from alignps_jax.media.walk import DEFAULT_EXCLUDES, MediaFile, media_files, origin, shots
 from tests.media.clips import number_of, numbered, write_clip
 
-OWN_TAGS = {"movflags": "use_metadata_tags"}
+APPLE, OWN_TAGS = "com.apple.quicktime.creationdate", {"movflags": "use_metadata_tags"}
 TIME = datetime.datetime(2024, 1, 31, 14, 25, 30)
+WHEN, LATER = "2024:01:31 14:25:30", "2025:06:01 10:00:00"
 LIBRARY = """
     DCIM/100APPLE/IMG_0001.HEIC DCIM/100APPLE/IMG_0001.MOV DCIM/100APPLE/IMG_0001.AAE
     DCIM/Camera/PXL_20240131_142530.MP.jpg DCIM/Camera/VID.3gp DCIM/.thumbnails/1.jpg
@@ -24,12 +25,12 @@ LIBRARY = """
     mac/._d.jpg mac/d.jpeg mac/__MACOSX/d.jpeg mac/.DS_Store win/Thumbs.db win/e.JPG win/f.m2ts
     mac/Photos.photoslibrary/originals/0/g.heic mac/Photos.photoslibrary/resources/g_1.jpeg
     work/drafts/h.png work/drafts/more/i.webm work/k.avif
-""".split()
+"""
 FOUND = """
     DCIM/100APPLE/IMG_0001.HEIC DCIM/100APPLE/IMG_0001.MOV DCIM/Camera/PXL_20240131_142530.MP.jpg
     DCIM/Camera/VID.3gp mac/d.jpeg mac/Photos.photoslibrary/originals/0/g.heic nas/a.jpg
     win/e.JPG win/f.m2ts work/k.avif work/drafts/h.png work/drafts/more/i.webm
-""".split()
+"""
 
 
 def make(root, names):
@@ -40,21 +41,18 @@ def make(root, names):
 
 
 def test_libraries_as_they_are(tmp_path, capsys):
-    source = make(tmp_path, LIBRARY)
+    source, found = make(tmp_path, LIBRARY.split()), FOUND.split()
     walk = media_files([source])
-    assert sorted(file.name for file in walk.files) == sorted(FOUND)
-    assert [file.name for file in walk.files if file.is_video] == [
-        name
-        for name in (file.name for file in walk.files)
-        if name[-4:] in (".MOV", ".3gp", "webm", "m2ts")
-    ]
+    assert sorted(file.name for file in walk.files) == sorted(found)
+    videos = [file.name[-4:] for file in walk.files if file.is_video]
+    assert sorted(videos) == [".3gp", ".MOV", "m2ts", "webm"]
     assert walk.others == {".cr3": 2, ".dng": 1, ".aae": 1, "without a suffix": 1}
     walk.report()
     assert capsys.readouterr().out.startswith("not looked at: 2 .cr3, 1 ")
     excludes = (*DEFAULT_EXCLUDES, "**/drafts/**", "*.heic", "win")
     names = [file.name for file in media_files([source], excludes).files]
     assert sorted(names) == sorted(
-        n for n in FOUND if not n.startswith(("work/d", "win")) and "g.heic" not in n
+        n for n in found if not n.startswith(("work/d", "win")) and "g.heic" not in n
     )
     everything = media_files([source], ()).files
     assert len(everything) == 23
@@ -151,30 +149,37 @@ def test_names_say_when_and_by_which_camera(new_york, path, taken, camera):
 @pytest.mark.parametrize(
     ("name", "exif", "taken", "camera"),
     [
-        ("cam1/IMG_20200101_000000.jpg", {"original": "2024:01:31 14:25:30", "make": "NIKON CORPORATION", "model": "NIKON D90"}, TIME, "NIKON D90"),
-        ("IMG_20240131_142530.jpg", {"changed": "2025:06:01 10:00:00"}, TIME, ""),
-        ("x.heic", {"changed": "2024:01:31 14:25:30", "make": "Canon", "model": "IXUS\0\x01"}, TIME, "Canon IXUS"),
-        ("cam1/y.jpg", {"changed": "0000:00:00 00:00:00"}, None, "cam1"),
+        (
+            "cam1/IMG_20200101_000000.jpg",
+            (WHEN, LATER, "NIKON CORPORATION", "NIKON D90"),
+            TIME,
+            "NIKON D90",
+        ),
+        ("IMG_20240131_142530.jpg", (None, LATER, None, None), TIME, ""),
+        ("x.heic", (None, WHEN, "Canon", "IXUS\0\x01"), TIME, "Canon IXUS"),
+        ("cam1/y.jpg", (None, "0000:00:00 00:00:00", "", ""), None, "cam1"),
     ],
-)  # fmt: skip
+)
 def test_what_photos_say(tmp_path, name, exif, taken, camera):
-    (shot,) = read(saved(tmp_path / name, **exif))
+    (shot,) = read(saved(tmp_path / name, *exif))
     assert (shot.taken, shot.camera, shot.final, shot.error) == (taken, camera, True, None)
     assert shot.hash == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     assert number_of(shot.image) == 3
 
 
 @pytest.mark.parametrize(
-    ("name", "tags", "taken"),
+    ("name", "key", "text", "taken"),
     [
-        ("a.mp4", {"creation_time": "2024-01-31T19:25:30.000000Z"}, TIME),
-        ("VID_20240131_142530.mp4", {"creation_time": "2025-06-01T10:00:00.000000Z"}, TIME),
-        ("b.mkv", {"creation_time": "1904-01-01T00:00:00.000000Z"}, None),
-        ("IMG_20200101_000000.mov", {"com.apple.quicktime.creationdate": "2024-01-31T14:25:30+0100"}, TIME),
+        ("a.mp4", "creation_time", "2024-01-31T19:25:30.000000Z", TIME),
+        ("VID_20240131_142530.mp4", "creation_time", "2025-06-01T10:00:00.000000Z", TIME),
+        ("b.mkv", "creation_time", "1904-01-01T00:00:00.000000Z", None),
+        ("IMG_20200101_000000.mov", APPLE, "2024-01-31T14:25:30+0100", TIME),
     ],
-)  # fmt: skip
-def test_what_videos_say(tmp_path, new_york, name, tags, taken):
-    path = write_clip(tmp_path / name, [n / 20 for n in range(30)], muxing=OWN_TAGS, tags=tags)
+)
+def test_what_videos_say(tmp_path, new_york, name, key, text, taken):
+    path = write_clip(
+        tmp_path / name, [n / 20 for n in range(30)], muxing=OWN_TAGS, tags={key: text}
+    )
     *frames, end = read(path)
     assert [(shot.second, number_of(shot.image)) for shot in frames] == [(0, 0), (0.5, 10), (1, 20)]
     later = [taken and taken + datetime.timedelta(seconds=s) for s in (0, 0.5, 1)]
