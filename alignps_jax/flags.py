@@ -93,9 +93,13 @@ FLAGS: dict[str, dict[str, Any]] = {
     "no_default_excludes": _switch("look into hidden folders, trash, and thumbnails as well"),
     "folder": _flag("search only what lies below this folder; default: everything"),
     "camera": _several("search only photos of this camera"),
-    "after": _flag("search only what was taken from then on, such as 2024-05-31", _begin),
-    "before": _flag("search only what was taken until then, 2024-05-31 or ...T14:30", _end),
-    "kind": {"help": "search only photos or only videos", "choices": ("photo", "video")},
+    "after": _flag(
+        "search only what was taken from then on: 2024-05-31T14:30; default: all", _begin
+    ),
+    "before": _flag(
+        "search only what was taken until then: 2024-05-31 (its end); default: all", _end
+    ),
+    "kind": {"help": "search photos or videos alone; default: both", "choices": ("photo", "video")},
     "count": _flag("results of each person that is searched", _count, 1000),
     "photo": _several("photo or video whose people are forgotten"),
     "person": _several("id of a person to forget, from ranking.json"),
