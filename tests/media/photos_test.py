@@ -68,7 +68,7 @@ def test_formats(kind):
     _, mode, options = FORMATS[kind]
     data, found = encoded(kind), decode_photo(encoded(kind), 96 * 64)
     expected = np.asarray(PIL.Image.fromarray(picture()).convert(mode).convert("RGB"), int)
-    assert found.dtype == np.uint8
+    assert (found.dtype, found.flags.writeable) == (np.uint8, True)
     assert np.abs(found - expected).mean() < (20 if kind in ("palette", "gif") else 5)
     small = cv2.resize(found, (24, 16), interpolation=cv2.INTER_AREA).astype(int)
     assert np.abs(thumbnail(data, 24, 96 * 64) - small).mean() < 25

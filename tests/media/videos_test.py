@@ -59,6 +59,7 @@ def test_frames_of_every_container(tmp_path, name):
     np.testing.assert_allclose([s for s, _ in found], [s for s, _ in expected], atol=1e-3)
     for position, (second, image) in enumerate(found):
         np.testing.assert_array_equal(frame_at(path, second, MOST), image)
+        assert image.flags.writeable
         following = [s for s, _ in frames(path, 0.5, MOST, after=second)]
         assert following == [s for s, _ in found[position + 1 :]]
     with pytest.raises(UserError, match=r"found no frame at 0\.010 s"):
