@@ -60,6 +60,8 @@ def opened(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
                 raise ValueError("found no video stream of a known codec")
             yield container, streams[0]
     except av.FFmpegError as error:
+        if isinstance(error, OSError):  # of a disk
+            raise
         raise ValueError(f"cannot be decoded ({error.strerror}), expected a video") from error
 
 

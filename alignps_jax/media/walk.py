@@ -78,62 +78,57 @@ def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUD
     does not exist or is a file of another type.
     """
     walk, seen = Walk(), set[tuple[int, int]]()
+
+    def is_new(state: os.stat_result) -> bool:
+        place, count = (state.st_dev, state.st_ino), len(seen)
+        seen.add(place)
+        return len(seen) > count or not state.st_ino  # which some file systems lack
+
     for source in map(os.path.abspath, sources):
-        if os.path.isdir(source):
-            for path in _below(source, excludes, seen, walk.skipped):
-                _add(walk, path, os.path.relpath(path, source), seen)
-        elif os.path.exists(source) and source.lower().endswith(SUFFIXES):
-            _add(walk, source, os.path.basename(source), seen)
-        else:
+        root = source if os.path.isdir(source) else os.path.dirname(source)
+        if root != source and not (os.path.exists(source) and source.lower().endswith(SUFFIXES)):
             raise UserError(f"--source: found {source}, expected a folder, photo or video")
+        for path in _below(root, excludes, is_new, walk) if root == source else [source]:
+            if not path.lower().endswith(SUFFIXES):
+                walk.others[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
+                continue
+            try:
+                with blame(path):
+                    if os.fsencode(path) != path.encode(errors="replace"):
+                        raise ValueError("found a name that is no text, expected UTF-8")
+                    state = photos.regular(path)
+            except (UserError, OSError) as error:
+                walk.skipped[path] = str(error)
+                continue
+            if is_new(state):
+                name = os.path.relpath(path, root)
+                walk.files.append(MediaFile(path, state.st_size, state.st_mtime_ns, name))
     return walk
 
 
 def _below(
-    source: str, excludes: Sequence[str], seen: set[tuple[int, int]], skipped: dict[str, str]
+    root: str, excludes: Sequence[str], is_new: Callable[[os.stat_result], bool], walk: Walk
 ) -> Iterator[str]:
     """The paths of all files: in each folder links last, and folders behind links at the end."""
 
     def kept(path: str) -> bool:
-        inside = path[len(source) :]
+        inside = path[len(root) :]
         forms = os.path.basename(path), inside, inside[1:], f"{inside}/"
         return not any(fnmatch.fnmatch(form, glob) for glob in excludes for form in forms)
 
-    def cannot_list(error: OSError) -> None:
-        skipped[error.filename] = str(error)
+    def skip(error: OSError) -> None:
+        walk.skipped[error.filename] = str(error)
 
-    folders = [source]
+    folders = [root]
     for folder in folders:
-        for here, below, names in os.walk(folder, onerror=cannot_list):
-            if not _is_new(os.stat(here), seen):
+        for here, below, names in os.walk(folder, onerror=skip):
+            join = partial(os.path.join, here)
+            below[:] = sorted(filter(lambda name: kept(join(name)), below))
+            if not is_new(os.stat(here)):
                 below.clear()
                 continue
-            join = partial(os.path.join, here)
-            below[:] = sorted(name for name in below if kept(join(name)))
             folders += filter(os.path.islink, map(join, below))
             yield from sorted(filter(kept, map(join, sorted(names))), key=os.path.islink)
-
-
-def _add(walk: Walk, path: str, name: str, seen: set[tuple[int, int]]) -> None:
-    if not path.lower().endswith(SUFFIXES):
-        walk.others[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
-        return
-    try:
-        with blame(path):
-            if os.fsencode(name) != name.encode(errors="replace"):
-                raise ValueError("found a name that is no text, expected UTF-8")
-            state = photos.regular(path)
-    except (UserError, OSError) as error:
-        walk.skipped[path] = str(error)
-    else:
-        if _is_new(state, seen):
-            walk.files.append(MediaFile(path, state.st_size, state.st_mtime_ns, name))
-
-
-def _is_new(state: os.stat_result, seen: set[tuple[int, int]]) -> bool:
-    place, count = (state.st_dev, state.st_ino), len(seen)
-    seen.add(place)
-    return len(seen) > count
 
 
 @dataclasses.dataclass(frozen=True)
