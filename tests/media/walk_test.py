@@ -50,12 +50,10 @@ def test_libraries_as_they_are(tmp_path, capsys):
     walk.report()
     assert capsys.readouterr().out.startswith("not looked at: 2 .cr3, 1 ")
     excludes = (*DEFAULT_EXCLUDES, "**/drafts/**", "*.heic", "win")
-    names = [file.name for file in media_files([source], excludes).files]
-    assert sorted(names) == sorted(
-        n for n in found if not n.startswith(("work/d", "win")) and "g.heic" not in n
-    )
-    everything = media_files([source], ()).files
-    assert len(everything) == 23
+    names = {file.name for file in media_files([source], excludes).files}
+    left_out = {n for n in found if n.startswith(("work/d", "win")) or n.endswith("g.heic")}
+    assert names == {*found} - left_out
+    assert len(media_files([source], ()).files) == 23
     (only,) = media_files([f"{source}/nas/.stversions"]).files
     assert only.path == f"{source}/nas/.stversions/a.jpg"
 
@@ -71,29 +69,21 @@ def test_each_once_by_a_name_of_its_own(tmp_path):
     os.link(tmp_path / "s" / "b" / "2.jpg", tmp_path / "s" / "c" / "hard.jpg")
     os.mkfifo(tmp_path / "s" / "pipe.mp4")
     walk = media_files([source, source, f"{source}/b/2.jpg"])
-    assert [file.name for file in walk.files] == [
-        "5.jpg",
-        "b/1.PNG",
-        "b/2.jpg",
-        "c/x.mp4",
-        "z/in/4.jpg",
-    ]
+    names = " ".join(file.name for file in walk.files)
+    assert names == "5.jpg b/1.PNG b/2.jpg c/x.mp4 z/in/4.jpg"
     assert walk.files[0].path == f"{source}/5.jpg"
     assert {os.path.basename(path) for path in walk.skipped} == {"gone.jpg", "zero.jpg", "pipe.mp4"}
     with pytest.raises(IncompleteError, match="skipped 3 files"):
         walk.report()
 
 
-@pytest.mark.parametrize("name", ["gone.jpg", "notes.txt"])
-def test_sources_that_are_none(tmp_path, name):
-    make(tmp_path, ["notes.txt"])
-    with pytest.raises(UserError, match=r"^--source: found .*expected a folder, photo or video"):
-        media_files([str(tmp_path / name)])
-
-
-def test_a_folder_without_photos_is_an_error(tmp_path, capsys):
+def test_a_source_without_photos_is_an_error(tmp_path, capsys):
+    source = make(tmp_path, ["IMG_1.CR3", "IMG_1.XMP"])
+    for name in ("gone.jpg", "IMG_1.XMP"):
+        with pytest.raises(UserError, match=rf"^--source: found .*{name}, expected a folder"):
+            media_files([f"{source}/{name}"])
     with pytest.raises(UserError, match="found no photo or video"):
-        media_files([make(tmp_path, ["IMG_1.CR3", "IMG_1.XMP"])]).report()
+        media_files([source]).report()
     assert capsys.readouterr().out == "not looked at: 1 .cr3, 1 .xmp\n"
 
 
@@ -149,12 +139,7 @@ def test_names_say_when_and_by_which_camera(new_york, path, taken, camera):
 @pytest.mark.parametrize(
     ("name", "exif", "taken", "camera"),
     [
-        (
-            "cam1/IMG_20200101_000000.jpg",
-            (WHEN, LATER, "NIKON CORPORATION", "NIKON D90"),
-            TIME,
-            "NIKON D90",
-        ),
+        ("cam1/IMG_20200101_000000.jpg", (WHEN, LATER, "NIKON CO", "NIKON D9"), TIME, "NIKON D9"),
         ("IMG_20240131_142530.jpg", (None, LATER, None, None), TIME, ""),
         ("x.heic", (None, WHEN, "Canon", "IXUS\0\x01"), TIME, "Canon IXUS"),
         ("cam1/y.jpg", (None, "0000:00:00 00:00:00", "", ""), None, "cam1"),
@@ -177,9 +162,8 @@ def test_what_photos_say(tmp_path, name, exif, taken, camera):
     ],
 )
 def test_what_videos_say(tmp_path, new_york, name, key, text, taken):
-    path = write_clip(
-        tmp_path / name, [n / 20 for n in range(30)], muxing=OWN_TAGS, tags={key: text}
-    )
+    times = [number / 20 for number in range(30)]
+    path = write_clip(tmp_path / name, times, muxing=OWN_TAGS, tags={key: text})
     *frames, end = read(path)
     assert [(shot.second, number_of(shot.image)) for shot in frames] == [(0, 0), (0.5, 10), (1, 20)]
     later = [taken and taken + datetime.timedelta(seconds=s) for s in (0, 0.5, 1)]
