@@ -63,7 +63,8 @@ class Walk:
             counts = (f"{count:,} {suffix}" for suffix, count in self.others.most_common())
             print("not looked at:", ", ".join(counts))
         if self.skipped:
-            print("skipped:", *map(UserError, self.skipped.values()), sep="\n  ")
+            reasons = (str(UserError(why)).replace("\n", "\\n") for why in self.skipped.values())
+            print("skipped:", *reasons, sep="\n  ")
         if not self.files:
             raise UserError("--source: found no photo or video")
         if self.skipped:

@@ -58,12 +58,13 @@ def test_libraries_as_they_are(tmp_path, capsys):
     assert only.path == f"{source}/nas/.stversions/a.jpg"
 
 
-def test_each_once_by_a_name_of_its_own(tmp_path):
+def test_each_once_by_a_name_of_its_own(tmp_path, capsys):
     source = make(tmp_path / "s", ["b/2.jpg", "b/1.PNG", "c/x.mp4"])
     make(tmp_path, ["away/3.jpg", "away/in/4.jpg"])
     for link, target in (
         ("a", "b"), ("b/0.jpg", "2.jpg"), ("up", "."), ("z", tmp_path / "away"), ("gone.jpg", "no"),
-        ("zero.jpg", "/dev/zero"), ("circle", "circle"), ("5.jpg", tmp_path / "away" / "3.jpg"),
+        ("zero.jpg", "/dev/zero"), ("circle", "circle"), ("5.jpg", tmp_path / "away/3.jpg"),
+        ("two\nlines.png", "no"),
     ):  # fmt: skip
         os.symlink(target, tmp_path / "s" / link)
     os.link(tmp_path / "s" / "b" / "2.jpg", tmp_path / "s" / "c" / "hard.jpg")
@@ -72,9 +73,11 @@ def test_each_once_by_a_name_of_its_own(tmp_path):
     names = " ".join(file.name for file in walk.files)
     assert names == "5.jpg b/1.PNG b/2.jpg c/x.mp4 z/in/4.jpg"
     assert walk.files[0].path == f"{source}/5.jpg"
-    assert {os.path.basename(path) for path in walk.skipped} == {"gone.jpg", "zero.jpg", "pipe.mp4"}
-    with pytest.raises(IncompleteError, match="skipped 3 files"):
+    skipped = {os.path.basename(path) for path in walk.skipped}
+    assert skipped == {"gone.jpg", "zero.jpg", "pipe.mp4", "two\nlines.png"}
+    with pytest.raises(IncompleteError, match="skipped 4 files"):
         walk.report()
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
 
 
 def test_a_source_without_photos_is_an_error(tmp_path, capsys):
