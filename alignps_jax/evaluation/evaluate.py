@@ -152,7 +152,8 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
         scorer, photos = make_scorer(config), prepare(config.data).split("test")
     evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
-    evaluator.write(dataclasses.replace(measured, chosen_by=by), untrained, workdir)
+    measured = dataclasses.replace(measured, chosen_by=by, folder=step)
+    evaluator.write(measured, untrained, workdir)
 
 
 def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.evaluation import metrics
+from alignps_jax.evaluation.calibration import Calibration, fit
 from alignps_jax.evaluation.detections_io import load_detections, rows_of_images
 from alignps_jax.evaluation.ranking import GallerySearch, Ranking
 from alignps_jax.evaluation.results import Measured, print_results, write_queries_csv
@@ -63,6 +64,15 @@ class Scorer:
         rules = self.config.eval
         return GallerySearch(protocol, detections, rules.score_threshold, rules.context_matching)
 
+    def calibration(self, measured: Measured) -> Calibration | None:
+        """What similarities mean by the first protocol; None where a search has others."""
+        rules, name = self.config.eval, self.protocols[0].name
+        if rules.context_matching or rules.boxes != "detected":
+            return None
+        search = measured.searches[name]
+        searches = sum(one.detected for one in search.outcomes)
+        return fit(f"{self.config.data.name}, {name}", search.right, search.wrong, searches)
+
     def conditions(self, measured: Measured) -> str:
         """One line on how this was measured."""
         parts, settings = [self.config.data.name], self.config.eval
@@ -78,7 +88,10 @@ class Scorer:
     def write(
         self, workdir: Path, measured: Measured, untrained: Mapping[str, Any] | None = None
     ) -> None:
-        """Prints the table; writes `metrics.json` and, query by query, `queries.csv`."""
+        """Prints the table; writes `metrics.json` and, query by query, `queries.csv`.
+
+        What similarities mean is also written beside the checkpoint.
+        """
         threshold, scores = self.config.eval.score_threshold, measured.detections.scores
         others = {"untrained": untrained} if untrained else {}
         system = "saved" if measured.step is None else "trained"
@@ -89,6 +102,7 @@ class Scorer:
                 f"note: nothing reached the score threshold {threshold:g} "
                 f"(config.eval.score_threshold); the best score is {best}"
             )
+        calibration = self.calibration(measured)
         content = {
             "dataset": self.config.data.name,
             "checkpoint_step": measured.step,
@@ -98,10 +112,15 @@ class Scorer:
             "context_matching": self.config.eval.context_matching,
             **measured.metrics,
             **others,
+            "calibration": calibration and dataclasses.asdict(calibration),
         }
         write_json(workdir / METRICS, content)
         write_queries_csv(workdir / QUERIES, self.protocols, measured)
         print(f"metrics     {workdir / METRICS}\nqueries     {workdir / QUERIES}")
+        if calibration:
+            print(f"similarity  {calibration}")
+            if measured.folder:
+                calibration.save(measured.folder)
 
 
 def make_scorer(config: ConfigDict) -> Scorer:
