@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.places import CALIBRATION
 from alignps_jax.evaluation import metrics
 from alignps_jax.evaluation.calibration import Calibration, fit
 from alignps_jax.evaluation.detections_io import load_detections, rows_of_images
@@ -22,6 +23,7 @@ from data_pipeline.datasets import load_test
 
 # The files that `Scorer.write` writes.
 METRICS, QUERIES = "metrics.json", "queries.csv"
+OUTPUTS = (METRICS, QUERIES, CALIBRATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +90,9 @@ class Scorer:
     def write(
         self, workdir: Path, measured: Measured, untrained: Mapping[str, Any] | None = None
     ) -> None:
-        """Prints the table; writes `metrics.json` and, query by query, `queries.csv`.
+        """Prints the table; writes `metrics.json`, `queries.csv`, and `calibration.json`.
 
-        What similarities mean is also written beside the checkpoint.
+        The last one goes to the checkpoint, too.
         """
         threshold, scores = self.config.eval.score_threshold, measured.detections.scores
         others = {"untrained": untrained} if untrained else {}
@@ -102,7 +104,6 @@ class Scorer:
                 f"note: nothing reached the score threshold {threshold:g} "
                 f"(config.eval.score_threshold); the best score is {best}"
             )
-        calibration = self.calibration(measured)
         content = {
             "dataset": self.config.data.name,
             "checkpoint_step": measured.step,
@@ -112,15 +113,14 @@ class Scorer:
             "context_matching": self.config.eval.context_matching,
             **measured.metrics,
             **others,
-            "calibration": calibration and dataclasses.asdict(calibration),
         }
         write_json(workdir / METRICS, content)
         write_queries_csv(workdir / QUERIES, self.protocols, measured)
         print(f"metrics     {workdir / METRICS}\nqueries     {workdir / QUERIES}")
-        if calibration:
-            print(f"similarity  {calibration}")
-            if measured.folder:
-                calibration.save(measured.folder)
+        if calibration := self.calibration(measured):
+            for folder in filter(None, (workdir, measured.folder)):
+                calibration.save(folder)
+            print(f"similarity  {workdir / CALIBRATION}: {calibration}")
 
 
 def make_scorer(config: ConfigDict) -> Scorer:
@@ -137,7 +137,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = N
       UserError: the file, its images or the data are wrong, or the results cannot be written.
     """
     workdir = workdir or file.with_name(f"{file.stem}_rescored")
-    check_outputs(workdir / METRICS, workdir / QUERIES)
+    check_outputs(*(workdir / name for name in OUTPUTS))
     if config.eval.boxes != "detected":
         raise UserError(
             "config.eval.boxes: found 'ground_truth', expected 'detected' with --detections"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alignps_jax.evaluation.calibration import load
 from alignps_jax.evaluation.scoring import evaluate_detections, make_scorer
 from alignps_jax.types import UserError
 from configs.cuhk import get_config
@@ -117,13 +118,13 @@ def test_every_protocol_of_a_folder_in_one_run(
     with (results / "queries.csv").open() as csv_file:
         every_line = list(csv.DictReader(csv_file))
 
-    calibration = metrics["calibration"]
+    calibration = load(results)
     assert (calibration is None) == bool(context or threshold == 1)  # no result
     if calibration:
         truths = oracle.search(queries[order[0]], found, threshold)[3]
-        assert calibration["dataset"] == f"cuhk_sysu, {order[0]}"
-        assert sum(calibration["right"]) == sum(truth.sum() for truth in truths)
-        assert sum(calibration["right"] + calibration["wrong"]) == sum(map(len, truths))
+        assert calibration.dataset == f"cuhk_sysu, {order[0]}"
+        assert sum(calibration.right) == sum(truth.sum() for truth in truths)
+        assert sum(calibration.right + calibration.wrong) == sum(map(len, truths))
     for name in order:
         mean, top, aps, ranked = oracle.search(queries[name], found, threshold, context or None)
         expected = {"mAP": mean, **{f"top{k}": value for k, value in top.items()}}
