@@ -57,8 +57,8 @@ def clusters(
         if name and first.setdefault(name, row) != row:
             join(of[first[name]], of[row])
     near = neighbors(embeddings)
-    row, place = np.nonzero(near.similarity >= limit)
-    pairs = -near.similarity[row, place], row, near.index[row, place]
+    rows, places = np.nonzero(near.similarity >= limit)
+    pairs = -near.similarity[rows, places], rows, np.asarray(near.index)[rows, places]
     heap = list(zip(*(column.tolist() for column in pairs), strict=True))
     heapq.heapify(heap)
     while heap:
@@ -73,7 +73,7 @@ def clusters(
             heapq.heappush(heap, (-mean, i, j))
     several = {id(one): one for one in of if len(one.members) > 1 or one.fixed}
     members = [(np.array(one.members), one.total) for one in several.values()]
-    return [rows[np.argsort(-(embeddings[rows] @ total))] for rows, total in members]
+    return [each[np.argsort(-(embeddings[each] @ total))] for each, total in members]
 
 
 def neighbors(embeddings: Float[np.ndarray, "N D"]) -> Neighbors:
