@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import isotonic_regression
 
 from alignps_jax.checkpoint.places import CALIBRATION
-from alignps_jax.errors import UserError, blame
+from alignps_jax.errors import blame
 from alignps_jax.files import write_json
 from alignps_jax.types import AnyArray
 
@@ -64,18 +64,9 @@ class Calibration:
         reached = self.of(np.array(self.similarity), people) >= probability
         return min(np.array(self.similarity)[reached].tolist(), default=math.inf)
 
-    def __str__(self) -> str:
-        people = round(self.people)
-        limits = {word: self.least(limit, people) for limit, word in _WORDS.items() if limit}
-        shown = ", ".join(f"{word} from {limit:.2f}" for word, limit in limits.items())
-        return f"{shown} the same person, among {people:,}"
-
     def save(self, folder: Path) -> None:
-        """Writes what `load` reads; where that is not possible, a note says so."""
-        try:
-            write_json(folder / CALIBRATION, dataclasses.asdict(self))
-        except (UserError, OSError) as error:  # such as a checkpoint that others share
-            print(f"note: searches will show no probabilities: {error}")
+        """Writes what `load` reads."""
+        write_json(folder / CALIBRATION, dataclasses.asdict(self))
 
 
 def load(folder: Path | None) -> Calibration | None:
@@ -105,20 +96,15 @@ def count(similarity: Float[np.ndarray, "R"]) -> Int[np.ndarray, "bins"]:
 def fit(
     dataset: str, right: Int[np.ndarray, "bins"], wrong: Int[np.ndarray, "bins"], searches: int
 ) -> Calibration | None:
-    """The curve of some searches with these numbers of results; None where they had none.
-
-    One wrong result more in the best bin, and a right one in the worst, stand for what has not been
-    seen yet: no result is ever certain.
-    """
+    """The curve of some searches with these numbers of results; None where they had none."""
     used = np.flatnonzero(right + wrong)
     if not used.size:
         return None
     right, wrong = right[used], wrong[used]
-    seen = np.stack([right, wrong]).astype(float)
-    seen[0, 0] += 1
-    seen[1, -1] += 1
-    total = seen.sum(axis=0)
-    fitted = isotonic_regression(seen[0] / total, weights=total).x
+    # A wrong result more in the best bin and a right one in the worst: nothing is ever certain.
+    more = np.eye(1, used.size, dtype=int)[0]
+    total = right + more + wrong + more[::-1]
+    fitted = isotonic_regression((right + more) / total, weights=total).x
     people = float(right.sum() + wrong.sum()) / searches
     curve = _CENTERS[used].round(3).tolist(), fitted.tolist()
     return Calibration(dataset, people, *curve, right.tolist(), wrong.tolist())

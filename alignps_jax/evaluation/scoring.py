@@ -118,9 +118,14 @@ class Scorer:
         write_queries_csv(workdir / QUERIES, self.protocols, measured)
         print(f"metrics     {workdir / METRICS}\nqueries     {workdir / QUERIES}")
         if calibration := self.calibration(measured):
-            for folder in filter(None, (workdir, measured.folder)):
-                calibration.save(folder)
-            print(f"similarity  {workdir / CALIBRATION}: {calibration}")
+            calibration.save(workdir)
+            people = round(calibration.people)
+            likely = f"likely the same person from {calibration.least(0.6, people):.2f}"
+            print(f"similarity  {workdir / CALIBRATION} ({likely} among {people:,})")
+            try:
+                calibration.save(measured.folder or workdir)
+            except (UserError, OSError) as error:  # such as a checkpoint that others own
+                print(f"note: searches will show no probabilities: {error}")
 
 
 def make_scorer(config: ConfigDict) -> Scorer:

@@ -7,7 +7,7 @@ import pytest
 from sklearn.isotonic import IsotonicRegression
 
 from alignps_jax.checkpoint.places import CALIBRATION
-from alignps_jax.evaluation.calibration import LIMIT, Calibration, count, fit, load, words
+from alignps_jax.evaluation.calibration import LIMIT, count, fit, load, words
 from alignps_jax.types import UserError
 
 CENTERS = (np.arange(200) - 99.5) / 100
@@ -97,18 +97,13 @@ def test_words():
         assert words(probability).startswith(text)
 
 
-def test_it_lies_in_the_folder_of_its_step(tmp_path, capsys):
+def test_it_lies_in_the_folder_of_its_step(tmp_path):
     assert load(None) is None
     assert load(tmp_path) is None
     curve = fitted(*pairs(np.random.default_rng(5), 9, 11))
     curve.save(tmp_path)
     tmp_path = tmp_path.rename(tmp_path.with_name("copied"))
     assert load(tmp_path) == curve
-    assert isinstance(load(tmp_path), Calibration)
-    file = tmp_path / "a file"
-    file.touch()
-    curve.save(file)  # where nothing can be written
-    assert str(file) in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -160,6 +160,19 @@ def test_every_protocol_of_a_folder_in_one_run(
     assert metrics["detection"] == pytest.approx({"recall": recall, "AP": ap}, abs=1e-9)
 
 
+def test_a_checkpoint_gets_its_calibration_and_one_that_is_read_only_a_note(cuhk, tmp_path, capsys):
+    root, _, found, _ = cuhk
+    scorer = make_scorer(config_for(root))
+    measured = scorer.score(lay_out(found, scorer.annotations.names), 7)
+    for folder, notes in ((tmp_path / "own", 0), (Path("/proc/no"), 1)):
+        scorer.write(tmp_path, dataclasses.replace(measured, folder=folder))
+        assert capsys.readouterr().out.count("note: searches") == notes
+    assert (own := load(tmp_path / "own"))
+    assert own == load(tmp_path) == scorer.calibration(measured)
+    for changed in ({"boxes": "ground_truth"}, {"context_matching": (3, 2)}):
+        assert make_scorer(config_for(root, **changed)).calibration(measured) is None
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_one_line(cuhk, tmp_path):
     root, _, found, _ = cuhk
