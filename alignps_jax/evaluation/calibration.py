@@ -4,7 +4,8 @@ The estimate answers: of all results of this similarity, over searches of people
 gallery as often as the queries of the evaluation, which share shows the person? It is the isotonic
 regression of "right" on the similarity, over all pairs of a query and a detection of its gallery,
 as the evaluation judges them. A gallery of more people has more that look alike by chance and not
-more that are right: the odds fall with the number of people.
+more that are right: the odds fall with the number of people. In one of fewer people they stay: it
+holds a person less often, too.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Calibration:
     def of(self, similarity: Float[AnyArray, "*S"], people: int) -> Float[np.ndarray, "*S"]:
         """The probability that results show the person who is searched among so many `people`."""
         measured = np.interp(similarity, self.similarity, self.probability)
-        right, wrong = measured * self.people, (1 - measured) * max(people, 1)
+        right, wrong = measured * self.people, (1 - measured) * max(people, self.people)
         return np.asarray(right / (right + wrong))
 
     def least(self, probability: float, people: int) -> float:
