@@ -127,12 +127,15 @@ def export(args: Arguments) -> None:
 def visualize(args: Arguments) -> None:
     """draws sampling_points, comparison, gallery_size, detections, similarity, precision_recall"""
     from alignps_jax.configuration import checkpoint_config
-    from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
+    from alignps_jax.figures.kinds import FIGURES, draw_figures
+    from alignps_jax.figures.request import FigureRequest
+    from alignps_jax.gallery.query import parse_box
 
     kind = known_name("--what", args.what, FIGURES)
-    sources, own = str(args.detections or args.checkpoint), partial(checkpoint_config, args)
-    options = args.query, args.box, args.gallery, args.workdir
-    draw_figures(kind, figure_request(sources, own, *options))
+    sources = tuple(map(Path, str(args.detections or args.checkpoint).split(",")))
+    photos = args.query, parse_box(args.box), args.gallery and Path(args.gallery)
+    request = FigureRequest(sources, partial(checkpoint_config, args), *photos)
+    draw_figures(kind, request, args.workdir)
 
 
 @mode(takes="config what runs workdir")

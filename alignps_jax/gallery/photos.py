@@ -19,7 +19,7 @@ from alignps_jax.distributed import (
     is_multiprocess,
     main_process_first,
 )
-from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
+from alignps_jax.drawing.pictures import Result, grid_picture, picture_row
 from alignps_jax.files import Image, read_image
 from alignps_jax.gallery.nearest import top_k
 from alignps_jax.gallery.query import (
@@ -248,7 +248,7 @@ def draw_rankings(
     max_pixels: int,
 ) -> Image:
     """The queries and their first results."""
-    return ranking_picture(
+    return grid_picture(
         photos_row(ranking, gallery, photo, "query", max_pixels) for ranking in rankings
     )
 
@@ -259,7 +259,7 @@ def photos_row(
     photo: Image,
     title: str,
     max_pixels: int,
-) -> PictureRow:
+) -> list[Image]:
     """A query in its photo, below a title, and its first results in those of a folder."""
     results = (
         Result(read_image(gallery / one.image, max_pixels), one.image, one.box, one.similarity)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignps_jax.devices import use_compilation_cache
-from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
+from alignps_jax.drawing.pictures import Result, grid_picture, picture_row
 from alignps_jax.files import Image
 from alignps_jax.gallery.entries import Match, Scene
 from alignps_jax.gallery.query import (
@@ -60,7 +60,7 @@ def search_gallery(
     rows = (_row(gallery, search.photo, one, found) for one, found in shown)
     search.write(
         rankings,
-        lambda: ranking_picture(rows),
+        lambda: grid_picture(rows),
         f"searched {len(queries)} of {query.name} among {gallery.num_people:,} people in "
         f"{gallery.num_scenes:,} scenes of {gallery.address} in {seconds:.2f} s",
     )
@@ -91,7 +91,7 @@ def _found(match: Match) -> FoundPerson:
 
 def _row(
     gallery: Gallery, photo: Image, ranking: QueryRanking, matches: Sequence[Match]
-) -> PictureRow:
+) -> list[Image]:
     return picture_row("query", photo, ranking.image, ranking.box, _drawn(gallery, matches))
 
 

@@ -15,7 +15,7 @@ from alignps_jax.gallery.photos import GalleryReader, gallery_photos
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
 from configs import tiny
-from tests.drawing.canvas_test import gray
+from tests.drawing.pictures_test import gray
 from tests.figures.kinds_test import PEOPLE, FakeDetector
 
 

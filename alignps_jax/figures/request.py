@@ -1,0 +1,102 @@
+"""What `--mode=visualize` draws from: checkpoints or saved results, a query photo, a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from alignps_jax.checkpoint.places import results_folder
+from alignps_jax.files import Image, read_image
+from alignps_jax.gallery.photos import GalleryReader, gallery_photos
+from alignps_jax.inference.detector import Detector
+from alignps_jax.log import progress
+from alignps_jax.types import UserError
+
+Pictures = Iterator[tuple[str, Image]]  # each with the name of its file, without .png
+
+
+@dataclasses.dataclass
+class FigureRequest:
+    """What to draw from.
+
+    `checkpoints` (one at least) are workdirs or folders of a step; figures of a whole data set
+    read the `detections.npz` or `metrics.json` there, or are given such files themselves.
+    `config_of` gives the configuration to use one of the checkpoints with.
+    """
+
+    checkpoints: tuple[Path, ...]
+    config_of: Callable[[Path], ConfigDict]
+    query: Path | None = None
+    box: tuple[float, ...] | None = None
+    gallery: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The first checkpoint, or the folder of the first file."""
+        first = self.checkpoints[0]
+        return first.parent if first.is_file() else first
+
+    @property
+    def config(self) -> ConfigDict:
+        """The configuration that says which data set; of several checkpoints the first one's."""
+        return self.config_of(self.folder)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Short names of the checkpoints; the path where two would share one."""
+        names = [_label(path.resolve()) for path in self.checkpoints]
+        return tuple(
+            name if names.count(name) == 1 else str(path)
+            for name, path in zip(names, self.checkpoints, strict=True)
+        )
+
+    def files(self, name: str) -> dict[str, Path]:
+        """By label: the checkpoint itself if it is a file, else the file `name` of its results."""
+        return {
+            label: path if path.is_file() else results_folder(path) / name
+            for label, path in zip(self.labels, self.checkpoints, strict=True)
+        }
+
+    def detectors(self) -> Iterator[tuple[str, Detector]]:
+        """Every checkpoint's label and detector, one after another."""
+        for label, path in zip(self.labels, self.checkpoints, strict=True):
+            yield label, Detector.from_checkpoint(path, self.config_of(path))
+
+    def detector(self) -> Detector:
+        """The detector of the only checkpoint."""
+        if len(self.checkpoints) != 1:
+            found = len(self.checkpoints)
+            raise UserError(f"--checkpoint: found {found} of them, expected one for this --what")
+        return next(self.detectors())[1]
+
+    def query_photo(self, detector: Detector) -> tuple[Path, Image]:
+        """The query's path and pixels, no more than the detector's configuration allows."""
+        if self.query is None:
+            raise UserError("--query: missing, expected the photo to draw")
+        return self.query, read_image(self.query, detector.config.data.max_pixels)
+
+    @cached_property
+    def _reader(self) -> GalleryReader:
+        return GalleryReader()
+
+    def gallery_photos(self, detector: Detector) -> Iterator[tuple[Path, Image]]:
+        """The photos of the folder that can be read, each with its path, without the query."""
+        if self.gallery:
+            paths = progress(gallery_photos(self.gallery, self.query or Path()), unit="photo")
+            yield from self._reader.read(paths, detector.config.data.max_pixels)
+
+    def report(self) -> None:
+        """Lists the photos that could not be read; IncompleteError if there are any."""
+        self._reader.finish()
+
+
+def _label(path: Path) -> str:
+    if path.name in ("detections.npz", "metrics.json"):
+        path = path.parent
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name}, step {path.name}"
+    return path.stem if path.suffix in (".npz", ".json") else path.name
