@@ -1,4 +1,4 @@
-"""Complete files, whether they could be written, JSON, and photos."""
+"""Complete files, whether they could be written, JSON, and pictures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-from jaxtyping import UInt8
 
-from alignps_jax.image_files import decode_photo, read_photo
+from alignps_jax.media.photos import Image
 from alignps_jax.types import UserError
 
 _MOST_JSON = 1 << 26  # bytes
@@ -82,21 +80,6 @@ def read_json(path: Path, expected: str) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: found no JSON, expected {expected}") from error
-
-
-# The sizes of several in one signature need not agree.
-Image = UInt8[np.ndarray, "_H _W 3"]
-
-
-def read_image(path: Path, max_pixels: int) -> Image:
-    """Reads a user's photo as a viewer shows it, with the EXIF orientation applied.
-
-    Raises:
-        UserError: the file cannot be read, is not an image, has more than `max_pixels` pixels
-            (`data.max_pixels`), or ends before the image does.
-    """
-    data, header = read_photo(path, max_pixels)
-    return decode_photo(data, header, str(path), upright=True)
 
 
 def write_image(path: Path, image: Image) -> None:

@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from alignps_jax.drawing import pictures
 from alignps_jax.figures.plots import rendered
 from alignps_jax.figures.request import FigureRequest, Pictures
-from alignps_jax.files import Image, read_image
-from alignps_jax.gallery.query import find_queries
+from alignps_jax.gallery.search import wanted_people
 from alignps_jax.inference import location_maps
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
+from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.types import Detections, UserError
 
 # Lateral convolutions whose sampling points are shown (Paper, Fig. 5).
@@ -49,9 +49,9 @@ def _query(
     detector: Detector, path: Path, photo: Image, box: Sequence[float] | None
 ) -> tuple[Float[np.ndarray, "4"], Float[np.ndarray, "D"]]:
     """Box and embedding of the person in a box, by default of the one with the best score."""
-    threshold = detector.config.eval.score_threshold
-    query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
-    return query.box, query.embedding
+    people = wanted_people(detector, photo, path, box)
+    own = people.boxes[0] if box is None else np.array(box, np.float32)
+    return np.asarray(own), np.asarray(people.embeddings[0])
 
 
 def sampling_points_of(request: FigureRequest) -> Pictures:
@@ -117,7 +117,8 @@ def detections(request: FigureRequest) -> Pictures:
     for path, photo in itertools.chain(query, request.gallery_photos(detector)):
         found = _found(detector, photo)
         canvas, factor = pictures.fitted(photo, *_LARGE)
-        drawn = pictures.draw_detections(canvas, found.boxes * factor, found.scores)
+        boxes = np.asarray(found.boxes) * factor
+        drawn = pictures.draw_detections(canvas, boxes, np.asarray(found.scores))
         least = detector.config.eval.score_threshold
         caption = path.name, f"{len(found.scores)} found with a score of {least:g} or more"
         picture = pictures.grid_picture([[pictures.captioned(drawn, *caption)]])
@@ -195,7 +196,7 @@ def comparison(request: FigureRequest) -> Pictures:
         best = heapq.nlargest(pictures.RESULTS_SHOWN, people, itemgetter(0))
         limit = detector.config.data.max_pixels
         results = (
-            pictures.Result(read_image(path, limit), path.name, one, x) for x, path, one in best
+            pictures.Result(read_photo(path, limit), path.name, one, x) for x, path, one in best
         )
         rows.append(pictures.picture_row(label, photo, query.name, query_box, results))
     yield f"comparison-{query.stem}", pictures.grid_picture(rows)

@@ -10,10 +10,10 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import results_folder
-from alignps_jax.files import Image, read_image
-from alignps_jax.gallery.photos import GalleryReader, gallery_photos
 from alignps_jax.inference.detector import Detector
 from alignps_jax.log import progress
+from alignps_jax.media.photos import Image, read_photo
+from alignps_jax.media.walk import Walk, media_files
 from alignps_jax.types import UserError
 
 Pictures = Iterator[tuple[str, Image]]  # each with the name of its file, without .png
@@ -77,21 +77,30 @@ class FigureRequest:
         """The query's path and pixels, no more than the detector's configuration allows."""
         if self.query is None:
             raise UserError("--query: missing, expected the photo to draw")
-        return self.query, read_image(self.query, detector.config.data.max_pixels)
+        return self.query, read_photo(self.query, detector.config.data.max_pixels)
 
     @cached_property
-    def _reader(self) -> GalleryReader:
-        return GalleryReader()
+    def _walk(self) -> Walk:
+        return media_files([str(self.gallery)])
 
     def gallery_photos(self, detector: Detector) -> Iterator[tuple[Path, Image]]:
         """The photos of the folder that can be read, each with its path, without the query."""
-        if self.gallery:
-            paths = progress(gallery_photos(self.gallery, self.query or Path()), unit="photo")
-            yield from self._reader.read(paths, detector.config.data.max_pixels)
+        if not self.gallery:
+            return
+        own = self.query and str(self.query.absolute())
+        files = [file for file in self._walk.files if not file.is_video and file.path != own]
+        for file in progress(files, unit="photo"):
+            try:
+                image = read_photo(file.path, detector.config.data.max_pixels)
+            except (UserError, OSError) as error:
+                self._walk.skipped[file.path] = str(error)
+            else:
+                yield Path(file.path), image
 
     def report(self) -> None:
         """Lists the photos that could not be read; IncompleteError if there are any."""
-        self._reader.finish()
+        if self.gallery:
+            self._walk.report()
 
 
 def _label(path: Path) -> str:
