@@ -20,7 +20,7 @@ def comparison(request: FigureRequest) -> Pictures:
 
 
 FIGURES: dict[str, Callable[[FigureRequest], Pictures]] = {
-    "sampling_points": photos.sampling_points_of,
+    "sampling_points": photos.sampling_points,
     "comparison": comparison,
     "gallery_size": datasets.gallery_size,
     "detections": photos.detections,

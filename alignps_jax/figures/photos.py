@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import cv2
-import jax
 import numpy as np
 from jaxtyping import Float
 from matplotlib import colormaps
@@ -23,7 +23,8 @@ from alignps_jax.gallery.search import wanted_people
 from alignps_jax.inference import location_maps
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
-from alignps_jax.media.photos import Image, read_photo
+from alignps_jax.inference.many import above
+from alignps_jax.media.photos import Image
 from alignps_jax.types import Detections, UserError
 
 # Lateral convolutions whose sampling points are shown (Paper, Fig. 5).
@@ -41,35 +42,34 @@ _DPI = 100
 
 def _found(detector: Detector, photo: Image) -> Detections:
     """The detections with the least score that counts, or more."""
-    found = detector.detect(photo)
-    return jax.tree.map(lambda x: x[found.scores >= detector.config.eval.score_threshold], found)
+    return above(detector.detect(photo), detector.config.eval.score_threshold)
 
 
 def _query(
-    detector: Detector, path: Path, photo: Image, box: Sequence[float] | None
+    detector: Detector, name: str, photo: Image, box: Sequence[float] | None
 ) -> tuple[Float[np.ndarray, "4"], Float[np.ndarray, "D"]]:
     """Box and embedding of the person in a box, by default of the one with the best score."""
-    people = wanted_people(detector, photo, path, box)
+    people = wanted_people(detector, photo, name, box)
     own = people.boxes[0] if box is None else np.array(box, np.float32)
     return np.asarray(own), np.asarray(people.embeddings[0])
 
 
-def sampling_points_of(request: FigureRequest) -> Pictures:
+def sampling_points(request: FigureRequest) -> Pictures:
     """Where the neck's deformable convolutions look from some locations (Paper, Fig. 5).
 
     The locations are the center of the box, without one those of the detections with the best
     scores.
     """
     detector = request.detector()
-    path, photo = request.query_photo(detector)
+    name, photo = request.query_photo(detector)
     centers = _centers(np.asarray(_found(detector, photo).boxes))
     chosen = centers[: len(COLORS)]
     if request.box is not None:
         chosen = _centers(np.array([request.box]))
     if len(chosen) == 0:
-        raise UserError(f"{path}: found nobody, expected somebody, or --box around the place")
+        raise UserError(f"{name}: found nobody, expected somebody, or --box around the place")
     figure = sampling_points_figure(detector.maps(photo), photo, chosen, centers)
-    yield f"sampling_points-{path.stem}", rendered(figure)
+    yield f"sampling_points-{Path(name).stem}", rendered(figure)
 
 
 def _centers(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
@@ -97,13 +97,11 @@ def sampling_points_figure(
             location = location_maps.nearest_location(maps, xy)
             points = location_maps.sampling_points(maps, location, level)
             axes.scatter(*points.T, 45, color, edgecolors="black")
-            for line, shade in ((7, "black"), (4, color)):
-                ring = {"facecolors": "none", "edgecolors": shade, "linewidths": line}
-                axes.scatter(*location_maps.location_xy(maps, location), 400, **ring)
+            ring = location_maps.location_xy(maps, location)
+            axes.scatter(*ring, 400, facecolors="none", edgecolors=color, linewidths=4)
         axes.scatter(*centers.T, 60, "limegreen", edgecolors="black")
-        axes.set(xlim=(0, width), ylim=(height, 0))
         title = f"lateral C{level} + output (rings: locations, green: centers of people)"
-        axes.set_title(title, loc="left")
+        axes.set(xlim=(0, width), ylim=(height, 0), title=title)
         axes.set_axis_off()
     return figure
 
@@ -114,15 +112,15 @@ def detections(request: FigureRequest) -> Pictures:
         raise UserError("--query: missing, expected a photo (or a folder as --gallery) to draw")
     detector = request.detector()
     query = [request.query_photo(detector)] if request.query else []
-    for path, photo in itertools.chain(query, request.gallery_photos(detector)):
+    for name, photo in itertools.chain(query, request.gallery_photos(detector)):
         found = _found(detector, photo)
         canvas, factor = pictures.fitted(photo, *_LARGE)
-        boxes = np.asarray(found.boxes) * factor
-        drawn = pictures.draw_detections(canvas, boxes, np.asarray(found.scores))
+        boxes, scores = np.asarray(found.boxes) * factor, np.asarray(found.scores)
+        drawn = pictures.draw_detections(canvas, boxes, scores)
         least = detector.config.eval.score_threshold
-        caption = path.name, f"{len(found.scores)} found with a score of {least:g} or more"
+        caption = name, f"{len(scores)} found with a score of {least:g} or more"
         picture = pictures.grid_picture([[pictures.captioned(drawn, *caption)]])
-        yield f"detections-{path.name}", picture
+        yield f"detections-{name.replace(os.sep, '-')}", picture
 
 
 def similarity(request: FigureRequest) -> Pictures:
@@ -133,8 +131,8 @@ def similarity(request: FigureRequest) -> Pictures:
     similar people are shown, best first.
     """
     detector = request.detector()
-    path, photo = request.query_photo(detector)
-    query_box, embedding = _query(detector, path, photo, request.box)
+    name, photo = request.query_photo(detector)
+    query_box, embedding = _query(detector, name, photo, request.box)
 
     def cell(
         photo: Image, boxes: Float[np.ndarray, "K 4"], color: pictures.Color, *caption: str
@@ -146,18 +144,18 @@ def similarity(request: FigureRequest) -> Pictures:
         return pictures.captioned(canvas, *caption)
 
     def scenes() -> Iterator[tuple[float, Image]]:
-        for path, photo in request.gallery_photos(detector):
+        for name, photo in request.gallery_photos(detector):
             people = _found(detector, photo)
             cosine = people.embeddings @ embedding
             best = np.argsort(-cosine)[:1]
             match = "".join(f"best match {x:.2f}" for x in cosine[best]) or "nobody found"
-            picture = cell(photo, np.asarray(people.boxes)[best], pictures.BLUE, path.name, match)
+            picture = cell(photo, np.asarray(people.boxes)[best], pictures.BLUE, name, match)
             yield float(cosine.max(initial=-1)), picture
 
-    cells = [cell(photo, query_box[None], pictures.YELLOW, "query", path.name)]
+    cells = [cell(photo, query_box[None], pictures.YELLOW, "query", name)]
     cells += [picture for _, picture in heapq.nlargest(MAX_SCENES, scenes(), itemgetter(0))]
     rows = [cells[i : i + _PER_ROW] for i in range(0, len(cells), _PER_ROW)]
-    yield f"similarity-{path.stem}", pictures.grid_picture([*rows, [_scale()]])
+    yield f"similarity-{Path(name).stem}", pictures.grid_picture([*rows, [_scale()]])
 
 
 def tinted(image: Image, heat: Float[np.ndarray, "h w"]) -> Image:
@@ -183,20 +181,17 @@ def comparison(request: FigureRequest) -> Pictures:
 
     Without a box the query is the detection with the best score of the first network.
     """
-    box, rows, people = request.box, [], list[tuple[float, Path, np.ndarray]]()
+    box, rows = request.box, []
     for label, detector in request.detectors():
-        query, photo = request.query_photo(detector)
-        query_box, embedding = _query(detector, query, photo, box)
-        box = tuple(query_box.tolist())
-        people = []
-        for path, image in request.gallery_photos(detector):
-            found = _found(detector, image)
-            cosine = found.embeddings @ embedding
-            people += [(x, path, one) for x, one in zip(cosine, found.boxes, strict=True)]
-        best = heapq.nlargest(pictures.RESULTS_SHOWN, people, itemgetter(0))
-        limit = detector.config.data.max_pixels
-        results = (
-            pictures.Result(read_photo(path, limit), path.name, one, x) for x, path, one in best
+        name, photo = request.query_photo(detector)
+        query_box, embedding = _query(detector, name, photo, box)
+        people = (
+            pictures.Result(scene, scene_name, one, float(cosine))
+            for scene_name, scene in request.gallery_photos(detector)
+            for found in [_found(detector, scene)]
+            for one, cosine in zip(found.boxes, found.embeddings @ embedding, strict=True)
         )
-        rows.append(pictures.picture_row(label, photo, query.name, query_box, results))
-    yield f"comparison-{query.stem}", pictures.grid_picture(rows)
+        best = heapq.nlargest(pictures.RESULTS_SHOWN, people, attrgetter("similarity"))
+        rows.append(pictures.picture_row(label, photo, name, query_box, best))
+        box = tuple(query_box.tolist())
+    yield f"comparison-{Path(name).stem}", pictures.grid_picture(rows)

@@ -20,14 +20,10 @@ PAPER_GALLERY = "100"
 def gallery_size_plot(
     maps: Mapping[str, Mapping[str, float]], paper: Mapping[str, float]
 ) -> Figure:
-    """mAP against gallery size, a curve per system; gaps where a system was not measured.
+    """mAP against gallery size, a curve per system; the galleries are equally far apart.
 
-    The galleries are equally far apart.
-
-    Args:
-      maps: system -> gallery ("50", "100", ..., "all") -> search mAP, as a fraction.
-      paper: system -> published mAP for `PAPER_GALLERY`, in percent: dotted lines from the axis to
-        a hollow mark, where one of the systems was measured on it.
+    `maps` is system -> gallery ("50", "100", ..., "all") -> search mAP, as a fraction, `paper`
+    system -> published mAP for `PAPER_GALLERY`, in percent: a dotted line to a hollow mark.
     """
     galleries = sorted(
         {gallery for values in maps.values() for gallery in values},

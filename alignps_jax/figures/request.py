@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -47,12 +48,9 @@ class FigureRequest:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Short names of the checkpoints; the path where two would share one."""
-        names = [_label(path.resolve()) for path in self.checkpoints]
-        return tuple(
-            name if names.count(name) == 1 else str(path)
-            for name, path in zip(names, self.checkpoints, strict=True)
-        )
+        """Short names of the checkpoints; the paths where two would share one."""
+        names = tuple(_label(path.resolve()) for path in self.checkpoints)
+        return names if len({*names}) == len(names) else tuple(map(str, self.checkpoints))
 
     def files(self, name: str) -> dict[str, Path]:
         """By label: the checkpoint itself if it is a file, else the file `name` of its results."""
@@ -73,29 +71,28 @@ class FigureRequest:
             raise UserError(f"--checkpoint: found {found} of them, expected one for this --what")
         return next(self.detectors())[1]
 
-    def query_photo(self, detector: Detector) -> tuple[Path, Image]:
-        """The query's path and pixels, no more than the detector's configuration allows."""
+    def query_photo(self, detector: Detector) -> tuple[str, Image]:
+        """The query's name and pixels, no more than the detector's configuration allows."""
         if self.query is None:
             raise UserError("--query: missing, expected the photo to draw")
-        return self.query, read_photo(self.query, detector.config.data.max_pixels)
+        return self.query.name, read_photo(self.query, detector.config.data.max_pixels)
 
     @cached_property
     def _walk(self) -> Walk:
         return media_files([str(self.gallery)])
 
-    def gallery_photos(self, detector: Detector) -> Iterator[tuple[Path, Image]]:
-        """The photos of the folder that can be read, each with its path, without the query."""
-        if not self.gallery:
-            return
-        own = self.query and str(self.query.absolute())
-        files = [file for file in self._walk.files if not file.is_video and file.path != own]
-        for file in progress(files, unit="photo"):
+    def gallery_photos(self, detector: Detector) -> Iterator[tuple[str, Image]]:
+        """The photos of the folder, and below it, that can be read, without the query."""
+        files = [file for file in self._walk.files if not file.is_video] if self.gallery else []
+        for file in progress(files, desc="photos", unit="photo", disable=not files):
+            if self.query and os.path.samefile(file.path, self.query):
+                continue
             try:
-                image = read_photo(file.path, detector.config.data.max_pixels)
+                photo = read_photo(file.path, detector.config.data.max_pixels)
             except (UserError, OSError) as error:
                 self._walk.skipped[file.path] = str(error)
-            else:
-                yield Path(file.path), image
+                continue
+            yield file.name, photo
 
     def report(self) -> None:
         """Lists the photos that could not be read; IncompleteError if there are any."""

@@ -2,7 +2,8 @@
 
 python -m tests.gallery.kills --kills=200 [--seed=1]
 
-A process indexes a few photos and a video into a gallery, until kill -9 comes after some commits. In the end the gallery must hold what an uninterrupted run leaves, row by row.
+A process indexes a few photos and a video into a gallery, until kill -9 comes after some commits.
+In the end the gallery must hold what an uninterrupted run leaves, row by row.
 """
 
 from __future__ import annotations
