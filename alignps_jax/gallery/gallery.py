@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from alignps_jax.errors import UserError
+from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
 from alignps_jax.gallery.people import FILE, SCENE, People
@@ -43,10 +44,12 @@ class Gallery:
     Attributes:
       people: its tables.
       detector: finds people in photos that are added or searched; None: there are none.
+      calibration: what similarities mean, if the detector's checkpoint was evaluated.
     """
 
     def __init__(self, people: People, detector: Detector | None = None):
         self.people, self.detector = people, detector
+        self.calibration = load(detector.folder) if detector else None
         self._memory: PeopleInMemory | None = None
         self._loaded, self._forgotten = 0.0, 0
         self._lock = threading.Lock()
@@ -129,9 +132,18 @@ class Gallery:
             found = memory.search(queries, k, where)
         else:
             found = [self._nearest(memory, query, k, where) for query in queries]
+        among = self.searched(where) if self.calibration else 0
+        return [self._matches(memory, matches, among) for matches in found]
+
+    def _matches(
+        self, memory: PeopleInMemory, found: Sequence[tuple[Person, float]], among: int
+    ) -> list[Match]:
+        shares: list[float | None] = [None] * len(found)
+        if self.calibration:
+            shares = self.calibration.of(np.array([one for _, one in found]), among).tolist()
         return [
-            [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
-            for matches in found
+            Match(person, similarity, share, memory.paths_of(person.scene))
+            for (person, similarity), share in zip(found, shares, strict=True)
         ]
 
     def _nearest(
