@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
+import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -111,35 +113,34 @@ class Filter:
             time = getattr(self, name)
             if time is not None and time.tzinfo is not None:
                 object.__setattr__(self, name, time.astimezone().replace(tzinfo=None))
-        if self.min_score is not None:
-            object.__setattr__(self, "min_score", float(self.min_score))
+        if self.min_score is not None:  # as scores are stored
+            object.__setattr__(self, "min_score", float(np.float32(self.min_score)))
 
-    def condition(self, field: Callable[[str], Any], copied: Sequence[str] = ()) -> list[Any]:
-        """What a row must fulfil, the score aside, as expressions of LanceDB or PyArrow.
+    def condition(self, field: Callable[[str], Any], paths: Mapping[str, Sequence[str]]) -> Any:
+        """What a row must fulfil, as an expression of LanceDB or PyArrow; None: nothing.
 
         Args:
           field: `lancedb.expr.col` or `pyarrow.compute.field`.
-          copied: contents of which one of several files lies in the folder.
+          paths: the files of each content that has several.
         """
         found = []
         if self.folder is not None:
-            inside = (field("path") >= self.below[0]) & (field("path") < self.below[1])
-            found.append(inside | field("hash").isin(list(copied)) if copied else inside)
+            prefix = os.path.normpath(self.folder).rstrip("/")
+            first, end = f"{prefix}/", f"{prefix}{chr(ord('/') + 1)}"
+            inside = (field("path") >= first) & (field("path") < end)
+            copied = [name for name, some in paths.items() if any(first <= p < end for p in some)]
+            found.append(inside | field("hash").isin(copied) if copied else inside)
         if self.cameras:
             found.append(field("camera").isin(list(self.cameras)))
         if self.after is not None:
             found.append(field("taken") >= self.after)
         if self.before is not None:
             found.append(field("taken") <= self.before)
+        if self.min_score is not None:
+            found.append(field("score") >= self.min_score)
         if self.kind is not None:
             found.append(field("every") > 0 if self.kind == "video" else field("every") == 0)
-        return found
-
-    @property
-    def below(self) -> tuple[str, str]:
-        """The first possible path below the folder, and the first one after all of them."""
-        prefix = os.path.normpath(self.folder or "/").rstrip("/")
-        return f"{prefix}/", f"{prefix}{chr(ord('/') + 1)}"
+        return functools.reduce(operator.and_, found) if found else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
-from alignps_jax.gallery.people import FILE, SCENE, People
+from alignps_jax.gallery.people import People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.media.photos import Image, photo_bytes, read_photo, thumbnail
 from alignps_jax.media.videos import frame_at
@@ -97,7 +97,7 @@ class Gallery:
         return self.detector
 
     @property
-    def version(self) -> tuple[int, int]:
+    def version(self) -> tuple[int, ...]:
         """Changes with every commit."""
         return self.people.version
 
@@ -109,7 +109,7 @@ class Gallery:
     @property
     def num_scenes(self) -> int:
         """The number of photos and frames, those of nobody included."""
-        return self.people.scenes.count(kind=SCENE)
+        return self.people.scenes.count()
 
     def search(
         self, embedding: Float[AnyArray, "D"], k: int, where: Filter | None = None
@@ -149,7 +149,7 @@ class Gallery:
     def _nearest(
         self, memory: PeopleInMemory, query: Float[np.ndarray, "D"], k: int, where: Filter
     ) -> list[tuple[Person, float]]:
-        found = self.people.nearest(query, k, where, memory.copied(where))
+        found = self.people.nearest(query, k, where, memory.paths)
         people = [(memory.person(identity), similarity) for identity, similarity in found]
         return [(person, similarity) for person, similarity in people if person is not None]
 
@@ -213,7 +213,7 @@ class Gallery:
 
     def scene(self, identity: str) -> Scene | None:
         """The scene of an id."""
-        return next(iter(self.memory().scenes_with("scene", identity)), None)
+        return next(iter(self.memory().scenes_with("id", identity)), None)
 
     def scenes_of(self, content: str) -> list[Scene]:
         """The photo, or the frames of the video in their order, with that hash of its file."""
@@ -260,7 +260,7 @@ class Gallery:
         Raises:
           UserError, OSError: all files with this content are gone, changed, or cannot be decoded.
         """
-        files = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
+        files = self.people.files.rows(["path", "size", "mtime"], hash=[scene.hash])
         error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
         for row in sorted(files.to_pylist(), key=lambda row: row["path"] != scene.path):
             path, state = Path(row["path"]), (row["size"], row["mtime"])

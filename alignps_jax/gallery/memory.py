@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 import time
-from collections import defaultdict
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +12,16 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Array, Bool, Float, Int
+from pyarrow.dataset import dataset
 
 from alignps_jax.gallery.entries import Filter, Person, Scene, person_id
-from alignps_jax.gallery.people import FILE, SCENE, SCENE_COLUMNS, People, scene_of
+from alignps_jax.gallery.people import People
 from alignps_jax.nearest import CHUNK, power_of_two_from, top_k
 from alignps_jax.types import AnyArray
 
 # Fewer results than that are computed as if they were so many: one program for all of them.
 _LEAST_RESULTS = 64
-_ALIGNMENT = 64  # bytes, with which JAX takes an array on a CPU as it is
+_SCENE = [field.name for field in dataclasses.fields(Scene)]
 _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending")]
 
 
@@ -35,7 +32,8 @@ class PeopleInMemory:
     Attributes:
       version: of the tables.
       took: seconds to load.
-      scenes: a table with `SCENE_COLUMNS`, newest first, those of unknown time last.
+      scenes: a table of the fields of `Scene`, seconds between frames, and the best score; newest
+        first, those of unknown time last.
       content: a number for each scene's content.
       paths: all files of each content that has several.
       scene: each person's row in `scenes`; -1: there is none.
@@ -44,7 +42,7 @@ class PeopleInMemory:
         they do not fit into memory.
     """
 
-    version: tuple[int, int]
+    version: tuple[int, ...]
     took: float
     scenes: pa.Table
     content: Int[np.ndarray, "S"]
@@ -53,7 +51,6 @@ class PeopleInMemory:
     boxes: Float[np.ndarray, "N 4"]
     scores: Float[np.ndarray, "N"]
     embeddings: Float[Array, "C D"] | None
-    _cards: dict[Filter, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -63,84 +60,58 @@ class PeopleInMemory:
     ) -> list[list[tuple[Person, float]]]:
         """For each query the k most similar people and their similarities, best first."""
         assert self.embeddings is not None
-        wanted = min(len(self), k)
-        if wanted == 0 or len(queries) == 0:
-            return [[] for _ in queries]
-        rows = power_of_two_from(len(queries))
-        padded = np.pad(np.asarray(queries, np.float32), ((0, rows - len(queries)), (0, 0)))
+        padded = np.zeros((power_of_two_from(len(queries)), queries.shape[1]), np.float32)
+        padded[: len(queries)] = queries
         among = np.zeros(len(self.embeddings), bool)
         among[: len(self)] = self.matching(where)
-        most = min(len(among), power_of_two_from(max(wanted, _LEAST_RESULTS)))
+        k = min(k, len(self))
+        most = min(len(among), power_of_two_from(max(k, _LEAST_RESULTS)))
         found = jax.device_get(top_k(padded, self.embeddings, most, among=among))
         results = []
-        for index, similarity in zip(found.index, found.similarity, strict=True):
-            exists = np.isfinite(similarity[:wanted])
-            people = self.people(index[:wanted][exists])
-            results.append(list(zip(people, similarity[:wanted][exists].tolist(), strict=True)))
+        for index, similarity in zip(found.index, found.similarity[:, :k], strict=True):
+            exists = np.isfinite(similarity)
+            people = self.people(index[:k][exists])
+            results.append(list(zip(people, similarity[exists].tolist(), strict=True)))
         return results[: len(queries)]
 
     def matching(self, where: Filter) -> Bool[np.ndarray, "N"]:
         """Who passes a filter."""
-        scenes = self._scenes_matching(dataclasses.replace(where, min_score=None))
         # Whoever has no scene (-1) is about to get one, or to go.
-        matching = np.append(scenes, False)[self.scene]
-        if where.min_score is not None:
-            matching &= self.scores >= np.float32(where.min_score)
-        return matching
+        passes = np.append(self._scenes_matching(where), False)[self.scene]
+        return passes if where.min_score is None else passes & (self.scores >= where.min_score)
 
     def _scenes_matching(self, where: Filter) -> Bool[np.ndarray, "S"]:
         """Which scenes pass a filter; by score, where somebody does."""
-        matching = np.ones(len(self.scenes), bool)
-        if conditions := where.condition(pc.field, self.copied(where)):
-            rows = self.scenes.append_column("row", pa.array(np.arange(len(matching))))
-            matching[:] = False
-            matching[rows.filter(functools.reduce(operator.and_, conditions))["row"]] = True
-        if where.min_score is not None:
-            scored = np.zeros(len(matching) + 1, bool)
-            scored[self.scene[self.scores >= np.float32(where.min_score)]] = True
-            matching &= scored[:-1]
+        condition = where.condition(pc.field, self.paths)
+        if condition is None:
+            return np.ones(len(self.scenes), bool)
+        passes = dataset(self.scenes).to_table(columns={"passes": condition})["passes"]
+        matching: Bool[np.ndarray, "S"] = passes.fill_null(False).to_numpy()
         return matching
-
-    def copied(self, where: Filter) -> list[str]:
-        """The contents of which one of several files lies in the filter's folder."""
-        if where.folder is None:
-            return []
-        low, high = where.below
-        return [
-            content
-            for content, paths in self.paths.items()
-            if any(low <= path < high for path in paths)
-        ]
 
     def cards(self, where: Filter) -> tuple[Int[np.ndarray, "c"], Int[np.ndarray, "c"]]:
         """For each photo and video that passes a filter its first row and number of rows."""
-        found = self._cards.get(where)
-        if found is None:
-            rows = np.flatnonzero(self._scenes_matching(where))
-            _, first, count = np.unique(self.content[rows], return_index=True, return_counts=True)
-            order = np.argsort(first)
-            found = rows[first[order]], count[order]
-            self._cards.clear()  # whoever scrolls asks for the same again
-            self._cards[where] = found
-        return found
+        rows = np.flatnonzero(self._scenes_matching(where))
+        content = self.content[rows]
+        first = np.zeros(len(self.content), int)
+        first[content[::-1]] = rows[::-1]  # the last one that is written stays
+        newest = rows[first[content] == rows]
+        return newest, np.bincount(content)[self.content[newest]]
 
     def people(self, rows: Int[np.ndarray, "k"]) -> list[Person]:
         """The people of some rows."""
         needed, place = np.unique(self.scene[rows], return_inverse=True)
         scenes = self.scenes_of(needed)
         return [
-            Person(
-                id=person_id(scenes[at].id, self.boxes[row]),
-                scene=scenes[at],
-                box=self.boxes[row],
-                score=float(self.scores[row]),
+            Person(person_id(scene.id, self.boxes[row]), scene, self.boxes[row], score)
+            for row, scene, score in zip(
+                rows, (scenes[at] for at in place), self.scores[rows].tolist(), strict=True
             )
-            for row, at in zip(rows.tolist(), place.tolist(), strict=True)
         ]
 
     def people_of(self, scene: str) -> list[Person]:
         """The people of a scene (its id), best score first."""
-        place = pc.index(self.scenes["scene"], scene).as_py()
+        place = pc.index(self.scenes["id"], scene).as_py()
         rows = np.flatnonzero((self.scene == place) & (place >= 0))
         return self.people(rows[np.argsort(-self.scores[rows], kind="stable")])
 
@@ -151,7 +122,7 @@ class PeopleInMemory:
 
     def scenes_of(self, rows: Int[np.ndarray, "k"]) -> list[Scene]:
         """The scenes of some rows of `scenes`."""
-        return [scene_of(row) for row in self.scenes.take(pa.array(rows)).to_pylist()]
+        return [Scene(**row) for row in self.scenes.select(_SCENE).take(rows).to_pylist()]
 
     def scenes_with(self, column: str, value: str) -> list[Scene]:
         """The scenes with that value in a column."""
@@ -162,6 +133,42 @@ class PeopleInMemory:
         return tuple(dict.fromkeys((scene.path, *self.paths.get(scene.hash, ()))))
 
 
+def load_people(people: People) -> PeopleInMemory:
+    """A gallery as it is now."""
+    start, version, dim = time.perf_counter(), people.version, people.info.dim
+    # In this order, since a scene is committed after its people. What comes meanwhile makes another
+    # version, and is read next time.
+    paths = _paths(people.files.rows(["path", "hash"]))
+    scenes = people.scenes.rows([*_SCENE, "every"]).sort_by(_ORDER)
+    with people.table.open() as table:
+        count, row, batches = table.count_rows(), 0, []
+        embeddings = _room(count, dim) if fits(count, dim) else None
+        columns = ["scene", "score", "box", *["embedding"] * (embeddings is not None)]
+        reader = table.search().select(columns).to_batches()
+        for batch in reader:
+            if embeddings is not None:
+                some = batch["embedding"].flatten().to_numpy()
+                embeddings[row : row + len(batch)] = some.reshape(-1, dim)
+            row += len(batch)
+            batches.append(batch.select(columns[:3]))
+    found = pa.Table.from_batches(batches, pa.schema([reader.schema.field(i) for i in range(3)]))
+    owner = pc.index_in(found["scene"], value_set=scenes["id"].combine_chunks()).fill_null(-1)
+    owner, scores = owner.to_numpy(), found["score"].to_numpy()
+    best = np.full(len(scenes) + 1, -1, np.float32)
+    np.maximum.at(best, owner, scores)
+    return PeopleInMemory(
+        version=version,
+        took=time.perf_counter() - start,
+        scenes=scenes.append_column("score", pa.array(best[:-1])),
+        content=scenes["hash"].combine_chunks().dictionary_encode().indices.to_numpy(),
+        paths=paths,
+        scene=owner,
+        boxes=pc.list_flatten(found["box"]).to_numpy().reshape(-1, 4),
+        scores=scores,
+        embeddings=None if embeddings is None else jnp.asarray(embeddings),
+    )
+
+
 def fits(people: int, dim: int) -> bool:
     """Whether the embeddings of so many people take at most half of the free memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -170,53 +177,12 @@ def fits(people: int, dim: int) -> bool:
     return _capacity(people) * dim * 4 <= free // 2
 
 
-def load_people(people: People) -> PeopleInMemory:
-    """A gallery as it is now."""
-    start, dim = time.perf_counter(), people.info.dim
-    # In this order, since a scene is committed after its people.
-    tables = people.scenes.pinned(), people.table.pinned()
-    files = tables[0].rows(["path", "hash"], kind=FILE)
-    scenes = tables[0].rows([*SCENE_COLUMNS, "every"], kind=SCENE).sort_by(_ORDER)
-    ids, count = scenes["scene"].combine_chunks(), tables[1].count()
-    boxes, scores = np.empty((count, 4), np.float32), np.empty(count, np.float32)
-    embeddings = _aligned((_capacity(count), dim)) if fits(count, dim) else None
-    columns = ["scene", "score", "box", *["embedding"] * (embeddings is not None)]
-    owners, row = [], 0
-    for batch in tables[1].batches(columns):
-        rows = slice(row, row + len(batch))
-        owners.append(batch.column("scene"))
-        scores[rows] = batch.column("score")
-        boxes[rows] = batch.column("box").flatten().to_numpy().reshape(-1, 4)
-        if embeddings is not None:
-            embeddings[rows] = batch.column("embedding").flatten().to_numpy().reshape(-1, dim)
-        row += len(batch)
-    owner = pc.index_in(pa.chunked_array(owners, pa.string()), value_set=ids)
-    return PeopleInMemory(
-        version=(tables[0].version, tables[1].version),
-        took=time.perf_counter() - start,
-        scenes=scenes,
-        content=_numbers(scenes["hash"]),
-        paths=_copies(files),
-        scene=owner.fill_null(-1).to_numpy(),
-        boxes=boxes,
-        scores=scores,
-        embeddings=None if embeddings is None else jnp.asarray(embeddings),
-    )
-
-
-def _numbers(texts: pa.ChunkedArray) -> Int[np.ndarray, "S"]:
-    indices: Int[np.ndarray, "S"] = texts.combine_chunks().dictionary_encode().indices.to_numpy()
-    return indices
-
-
-def _copies(files: pa.Table) -> dict[str, list[str]]:
+def _paths(files: pa.Table) -> dict[str, list[str]]:
     """The files of each content that has several."""
-    counts = pc.value_counts(files["hash"])
-    several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    paths = defaultdict(list)
-    for row in files.filter(pc.is_in(files["hash"], several)).sort_by("path").to_pylist():
-        paths[row["hash"]].append(row["path"])
-    return dict(paths)
+    groups = files.sort_by("path").group_by("hash", use_threads=False)
+    found = groups.aggregate([("path", "list")])
+    found = found.filter(pc.list_value_length(pc.field("path_list")) > 1)
+    return dict(zip(found["hash"].to_pylist(), found["path_list"].to_pylist(), strict=True))
 
 
 def _capacity(count: int) -> int:
@@ -225,9 +191,9 @@ def _capacity(count: int) -> int:
     return max(CHUNK if count > CHUNK else 1024, -(-count // step) * step)
 
 
-def _aligned(shape: tuple[int, int]) -> Float[np.ndarray, "C D"]:
-    """Zeros that JAX takes without a copy."""
-    size = shape[0] * shape[1] * 4
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(np.float32).reshape(shape)
+def _room(count: int, dim: int) -> Float[np.ndarray, "C D"]:
+    """Room for embeddings that JAX takes without a copy, as Arrow aligns it."""
+    capacity = _capacity(count)
+    room = np.frombuffer(pa.allocate_buffer(capacity * dim * 4), np.float32).reshape(capacity, dim)
+    room[count:] = 0
+    return room

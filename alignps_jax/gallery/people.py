@@ -3,18 +3,15 @@
 A file row says that a path with a content (hash) is indexed; a scene row is a photo or a frame; a
 person row is somebody in a scene and repeats what is known of it. Scenes and people belong to a
 content, not to a path: copies are further file rows. People are committed before their scenes, and
-whoever has no scene does not count: no kill leaves half of the people of a photo.
+these before their files; whoever has no scene does not count: no kill leaves half of a photo.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import functools
 import json
 import math
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,28 +22,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float
-from lancedb.expr import col, lit
+from lancedb.expr import col
 from lancedb.index import IvfPq
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.entries import Filter, GalleryInfo, Scene, content_hash, person_id
-from alignps_jax.gallery.tables import (
-    KEY,
-    NOTES,
-    Note,
-    Notes,
-    Table,
-    in_one_line,
-    parts,
-    table_names,
-)
+from alignps_jax.gallery.entries import Filter, GalleryInfo, Scene, person_id
+from alignps_jax.gallery.tables import NOTES, Note, Notes, Table, columns_of, in_one_line, keyed
 from alignps_jax.types import Detections
 
-FILE, SCENE = "file", "scene"
-SCENE_COLUMNS = ("scene", "path", "height", "width", "taken", "camera", "second", "hash")
-
 _INFO = b"alignps_jax"
-_KEEP_OLD = datetime.timedelta(hours=1)  # older states, for those who read them
 _SAMPLE = 20  # people by whom the recall is measured
 
 
@@ -70,14 +54,26 @@ class FileState(NamedTuple):
     complete: bool = True
 
 
+_FILES = keyed(columns_of(FileState))
+_SCENES = keyed(columns_of(Scene) | {"every": pa.float64()})
+
+
+def schema(info: GalleryInfo) -> pa.Schema:
+    """The columns of the table of people, with the detector that made it."""
+    found = {"box": pa.list_(pa.float32(), 4), "score": pa.float32()}
+    found["embedding"] = pa.list_(pa.float32(), info.dim)
+    columns = {"id": pa.string(), "scene": pa.string()} | columns_of(Scene)
+    text = json.dumps(dataclasses.asdict(info))
+    return keyed(columns | {"every": pa.float64()} | found).with_metadata({_INFO: text.encode()})
+
+
 class People:
     """The people of a gallery.
 
     Attributes:
       address: a folder such as people.lance, or s3://bucket/people.lance.
       info: the detector that made it.
-      table: of people.
-      scenes: table of scenes and files, by `kind`.
+      files, scenes, table, all_notes: tables of files, scenes, people, and notes of all kinds.
     """
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
@@ -85,127 +81,114 @@ class People:
         _check_place(address, making=info is not None)
         self.address = address
         with in_one_line(address):
-            always = datetime.timedelta(0)
-            self._database = lancedb.connect(address, read_consistency_interval=always)
-        self.scenes = Table(self._database, "scenes", _SCENES if info else None)
-        self.table = Table(self._database, "people", schema(info) if info else None)
-        with self.scenes.open(), self.table.open() as table:
+            database = lancedb.connect(address)
+        schemas = {"files": _FILES, "scenes": _SCENES, "notes": NOTES}
+        self.files, self.scenes, self.all_notes, self.table = self._tables = [
+            Table(database, name, columns if info else None)
+            for name, columns in (schemas | {"people": info and schema(info)}).items()
+        ]
+        with self.table.open() as table:
             self.info = _info(address, table.schema)
 
-    def notes(self, name: str) -> Notes:
+    def notes(self, kind: str) -> Notes:
         """The notes of a kind, such as "marks"."""
-        return Notes(self._database, name)
-
-    def all_notes(self) -> list[Notes]:
-        """The notes of all kinds."""
-        names = [name for name in table_names(self._database) if name.startswith(NOTES)]
-        return [self.notes(name.removeprefix(NOTES)) for name in names]
+        return Notes(self.all_notes, kind)
 
     @property
-    def folder(self) -> Path | None:
-        """The folder of a gallery on a disk."""
-        return None if "://" in self.address else Path(self.address)
-
-    @property
-    def thumbnails(self) -> Path | None:
-        """Where pictures of its people may be kept, which `forget` removes."""
-        return self.folder and self.folder / ".thumbnails"
+    def version(self) -> tuple[int, ...]:
+        """Changes with every commit of files, scenes, people."""
+        return self.files.version, self.scenes.version, self.table.version
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
-        columns = self.scenes.rows(FileState._fields, kind=FILE).columns
+        columns = self.files.rows(FileState._fields).columns
         states = map(FileState, *(column.to_pylist() for column in columns))
         return {state.path: state for state in states}
 
     def last_second(self, content: str) -> float | None:
         """The last frame of a video that is in; None if there is none."""
-        seconds = self.scenes.rows(["second"], kind=SCENE, hash=content)["second"]
-        found: float | None = pc.max(seconds).as_py()
+        found: float | None = pc.max(self.scenes.rows(["second"], hash=[content])["second"]).as_py()
         return found
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Changes with every commit."""
-        return self.scenes.version, self.table.version
 
     def commit(self, scenes: Sequence[FoundScene], files: Sequence[FileState]) -> None:
         """Adds scenes and files, in place of what the gallery has of them."""
-        if any(len(found.people.scores) for found in scenes):
-            self.table.put(_people_rows(scenes, schema(self.info)))
-        rows = [
-            vars(found.scene) | {"kind": SCENE, "every": found.every, "scene": found.scene.id}
-            for found in scenes
+        rows = [vars(one.scene) | {"every": one.every} for one in scenes]
+        people = [
+            row
+            | {"scene": row["id"], "id": person_id(row["id"], box)}
+            | {"box": box, "score": score, "embedding": embedding}
+            for row, people in zip(rows, (one.people for one in scenes), strict=True)
+            for box, score, embedding in zip(
+                *map(np.asarray, (people.boxes, people.scores, people.embeddings)), strict=True
+            )
         ]
-        for file in files:
-            identity = content_hash(file.path.encode())
-            rows.append(file._asdict() | {"kind": FILE, "id": identity, "scene": ""})
-        if rows:
-            self.scenes.put(pa.Table.from_pylist(rows, _SCENES))
+        self.table.put(pa.Table.from_pylist(people, schema(self.info)))
+        self.scenes.put(pa.Table.from_pylist(rows, _SCENES))
+        self.files.put(pa.Table.from_pylist([file._asdict() for file in files], _FILES))
 
     def remove_files(self, paths: Collection[str]) -> None:
         """Removes files, and the scenes and people of contents that no other file has."""
-        for some in parts(paths):
-            gone = self.scenes.rows(["hash"], kind=FILE, path=some)["hash"].unique().to_pylist()
-            same = self.scenes.rows(["path", "hash"], kind=FILE, hash=gone).to_pylist()
-            others = {row["hash"]: row["path"] for row in same if row["path"] not in paths}
-            last = [content for content in gone if content not in others]
-            _move(self.scenes, _SCENES, others, kind=SCENE, path=some)
-            _move(self.table, schema(self.info), others, path=some)
-            self.remove(last)
-            self.scenes.delete(kind=FILE, path=some)
-
-    def remove_strays(self) -> None:
-        """Removes people without a scene, which only an interrupted commit of indexing leaves."""
-        people = (batch.column("scene").unique() for batch in self.table.batches(["scene"]))
-        strays = {scene for some in people for scene in some.to_pylist()}
-        strays -= set(self.scenes.rows(["scene"], kind=SCENE)["scene"].to_pylist())
-        for some in parts(strays):
-            self.table.delete(scene=some)
+        gone = self.files.rows(["hash"], path=paths)["hash"].unique().to_pylist()
+        same = self.files.rows(["hash", "path"], hash=gone).to_pylist()
+        others = {row["hash"]: row["path"] for row in same if row["path"] not in paths}
+        for table, columns in ((self.scenes, _SCENES), (self.table, schema(self.info))):
+            moved = table.rows(columns.names, hash=others, path=paths).to_pylist()
+            moved = [row | {"path": others[row["hash"]]} for row in moved]
+            table.put(pa.Table.from_pylist(moved, columns))
+        self.remove(set(gone) - others.keys())
+        self.files.delete("path", paths)
 
     def remove(self, contents: Collection[str], people: Collection[str] = ()) -> None:
         """Removes the scenes and people of contents, and single people (ids); files stay known."""
-        for some in parts(contents):
-            self.scenes.delete(kind=SCENE, hash=some)
-            self.table.delete(hash=some)
-        for some in parts(people):
-            self.table.delete(id=some)
+        self.scenes.delete("hash", contents)
+        self.table.delete("hash", contents)
+        self.table.delete("id", people)
+
+    def remove_strays(self) -> None:
+        """Removes the scenes and people without a file that an interrupted run left."""
+        known, *found = (
+            set(table.rows(["hash"])["hash"].unique().to_pylist())
+            for table in (self.files, self.scenes, self.table)
+        )
+        self.remove(set.union(*found) - known)
 
     def nearest(
         self,
         query: Float[np.ndarray, "D"],
         k: int,
         where: Filter,
-        copied: Sequence[str] = (),
+        paths: Mapping[str, Sequence[str]],
         exact: bool = False,
     ) -> list[tuple[str, float]]:
-        """Ids and similarities of people, by the vector index if there is one."""
-        wanted = where.condition(col, copied)
-        if where.min_score is not None:
-            wanted.append(col("score") >= lit(where.min_score).cast("float32"))
+        """Ids and similarities of people, by the vector index if there is one.
+
+        `paths`: the files of each content that has several.
+        """
         with self.table.open() as table:
             search = table.search(query, vector_column_name="embedding").distance_type("cosine")
             search = search.bypass_vector_index() if exact else search
             # A few lists of every thousand; candidates are compared again exactly.
             search = search.nprobes(max(64, table.count_rows() // 40_000))
             search = search.refine_factor(max(4, min(40, 8000 // k))).limit(k)
-            if wanted:
-                search = search.where(functools.reduce(operator.and_, wanted), prefilter=True)
+            if (wanted := where.condition(col, paths)) is not None:
+                search = search.where(wanted, prefilter=True)
             rows = search.select(["id", "_distance"]).to_arrow().to_pylist()
         return [(row["id"], 1.0 - row["_distance"]) for row in rows]
 
     def train(self) -> None:
         """Makes the vector index anew, and notes how many people it was made of and its recall."""
-        count, dim = self.table.count(), self.info.dim
+        dim = self.info.dim
         with self.table.open() as table:
             # Codes of a byte for eight values, where their length allows.
             lists = IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 8)))
             table.create_index("embedding", config=lists, replace=True)
-            sample = table.search().offset(count // 2).limit(_SAMPLE)
-            queries = sample.select(["embedding"]).to_arrow()["embedding"].to_pylist()
+            count = table.count_rows()
+            sample = table.search().select(["embedding"]).offset(count // 2).limit(_SAMPLE)
+            queries = np.array(sample.to_arrow()["embedding"].to_pylist(), np.float32)
         shares = []
-        for query in np.array(queries, np.float32):
+        for query in queries:
             found, best = (
-                {one for one, _ in self.nearest(query, 11, Filter(), exact=exact)}
+                {one for one, _ in self.nearest(query, 11, Filter(), {}, exact)}
                 for exact in (False, True)
             )
             shares.append(len(found & best) / len(best))
@@ -222,32 +205,31 @@ class People:
         What stands in its way, such as another process that does the same, is left for next time.
         """
         try:
-            self.scenes.optimize(["id", "path", "hash"])
-            self.table.optimize(["id", "path", "hash", "taken"])
+            for table in self._tables:
+                table.optimize()
         except UserError as error:
             print(f"note: {error}")
 
-    def purge(self, alone: bool = False) -> str | None:
+    def purge(self) -> str | None:
         """See `Table.purge`; returns why older states remain, where they do."""
         if self.address.startswith("db://"):
             return "this service keeps older states as long as it is set up to"
-        for name in table_names(self._database):
-            Table(self._database, name).purge(alone and name in ("people", "scenes"))
+        self.notes("vector_index").remove(["embedding"])
+        for table in self._tables:
+            table.purge()
         self.optimize()
         return None
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[None]:
         """Keeps a second indexing process of a gallery on a disk out; UserError if there is one."""
-        if self.folder is None:
-            yield
-            return
+        is_local = "://" not in self.address
+        lock = filelock.FileLock(f"{self.address}/.indexing", timeout=0)
         try:
-            lock = filelock.FileLock(self.folder / ".indexing").acquire(timeout=0)
+            with lock if is_local else contextlib.nullcontext():
+                yield
         except filelock.Timeout as error:
             raise UserError(f"--gallery: {self.address}: another process indexes it") from error
-        with lock:
-            yield
 
 
 def is_gallery(address: str) -> bool:
@@ -257,36 +239,13 @@ def is_gallery(address: str) -> bool:
 
 def _check_place(address: str, making: bool) -> None:
     """Raises UserError if a folder holds other things than a gallery, or there is none to open."""
-    if "://" in address:
-        return
     place = Path(address)
-    names = [path.name for path in place.iterdir()] if place.is_dir() else []
-    others = [name for name in names if not name.endswith(".lance") and name[0] != "."]
-    if place.is_file() or (making and others):
-        found = sorted(others)[0] if others else "a file"
+    others = [path.name for path in place.glob("[!.]*") if path.suffix != ".lance"]
+    if making and "://" not in address and (others or place.is_file()):
+        found = min(others, default="a file")
         raise UserError(f"--gallery: found {found} in {place}, expected a gallery or nothing there")
     if not (making or is_gallery(address)):
         raise UserError(f"--gallery: found no gallery in {place}, expected what --mode=index made")
-
-
-_PLACE = {
-    **{"scene": pa.string(), "path": pa.string(), "hash": pa.string(), "height": pa.int32()},
-    **{"width": pa.int32(), "taken": pa.timestamp("us"), "camera": pa.string()},
-    **{"second": pa.float64(), "every": pa.float64()},
-}
-_FILE = {"kind": pa.string(), "size": pa.int64(), "mtime": pa.int64(), "complete": pa.bool_()}
-_ID = pa.field("id", pa.string(), nullable=False, metadata=KEY)
-_SCENES = pa.schema([_ID, *(_PLACE | _FILE).items()])
-
-
-def schema(info: GalleryInfo) -> pa.Schema:
-    """The columns of the table of people, with the detector that made it."""
-    own = {
-        **{"box": pa.list_(pa.float32(), 4), "score": pa.float32()},
-        "embedding": pa.list_(pa.float32(), info.dim),
-    }
-    metadata = {_INFO: json.dumps(dataclasses.asdict(info)).encode()}
-    return pa.schema([_ID, *(_PLACE | own).items()], metadata=metadata)
 
 
 def _info(address: str, found: pa.Schema) -> GalleryInfo:
@@ -297,38 +256,3 @@ def _info(address: str, found: pa.Schema) -> GalleryInfo:
         if found.equals(schema(info)):
             return info
     raise UserError(f"--gallery: {address} is no gallery of this version; index anew elsewhere")
-
-
-def _move(table: Table, columns: pa.Schema, paths: Mapping[str, str], **values: Any) -> None:
-    """Gives contents another path in the rows with these values."""
-    rows = table.rows(columns.names, hash=list(paths), **values)
-    if len(rows):
-        moved = pa.array([paths[content] for content in rows["hash"].to_pylist()])
-        table.put(rows.set_column(columns.get_field_index("path"), "path", moved))
-
-
-def _people_rows(scenes: Sequence[FoundScene], columns: pa.Schema) -> pa.Table:
-    """A row per person."""
-    owner = pa.array(np.repeat(np.arange(len(scenes)), [len(one.people.scores) for one in scenes]))
-
-    def values(name: str, width: int) -> pa.Array:
-        parts = [np.asarray(getattr(one.people, name), np.float32) for one in scenes]
-        flat = np.concatenate([part.ravel() for part in parts])
-        return pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else pa.array(flat)
-
-    arrays = {
-        name: pa.array([getattr(one.scene, name) for one in scenes], kind).take(owner)
-        for name, kind in _PLACE.items()
-        if name not in ("scene", "every")
-    }
-    arrays["every"] = pa.array([one.every for one in scenes]).take(owner)
-    arrays["scene"] = pa.array([one.scene.id for one in scenes]).take(owner)
-    ids = [person_id(one.scene.id, box) for one in scenes for box in np.asarray(one.people.boxes)]
-    arrays |= {"id": pa.array(ids), "score": values("scores", 1), "box": values("boxes", 4)}
-    arrays["embedding"] = values("embeddings", columns.field("embedding").type.list_size)
-    return pa.table([arrays[name] for name in columns.names], schema=columns)
-
-
-def scene_of(row: Mapping[str, Any]) -> Scene:
-    """The scene of a row (a dictionary with `SCENE_COLUMNS`)."""
-    return Scene(row["scene"], *(row[name] for name in SCENE_COLUMNS[1:]))

@@ -1,4 +1,4 @@
-"""LanceDB tables with a key `id`: opening, reading, writing; and notes about people."""
+"""LanceDB tables with a key, and notes about people."""
 
 from __future__ import annotations
 
@@ -9,69 +9,56 @@ import functools
 import json
 import operator
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, get_type_hints
 
 import numpy as np
 import pyarrow as pa
-from lancedb.expr import Expr, col
+from lancedb.expr import col
 from lancedb.index import BTree
 
 from alignps_jax.errors import UserError
 
-KEY = {"lance-schema:unenforced-primary-key": "true"}
-NOTES = "notes_"
-_IN_ONE = 500  # values in one condition
+_INDEXED = {"id", "path", "hash", "taken"}
 # Older states stay a while for those who read them, unless all have to go.
 _KEEP_OLD, _ALL_OLD = datetime.timedelta(hours=1), datetime.timedelta(0)
+_TYPES: Mapping[Any, pa.DataType] = {
+    **{str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()},
+    **{float | None: pa.float64(), datetime.datetime | None: pa.timestamp("us")},
+}
+
+
+def columns_of(record: type) -> dict[str, pa.DataType]:
+    """The fields of a dataclass as columns."""
+    return {name: _TYPES[kind] for name, kind in get_type_hints(record).items()}
+
+
+def keyed(columns: Mapping[str, pa.DataType]) -> pa.Schema:
+    """A schema whose first column is the key: of rows that are put at once, one stays."""
+    key, *others = columns.items()
+    metadata = {"lance-schema:unenforced-primary-key": "true"}
+    return pa.schema([pa.field(*key, nullable=False, metadata=metadata), *others])
 
 
 class Table:
-    """A table of a LanceDB database, opened when it is needed, and anew after an error.
-
-    Conditions are values of columns, or lists of them, that rows must have.
-    """
+    """A table of a LanceDB database; its errors are UserErrors of one line."""
 
     def __init__(self, database: Any, name: str, schema: pa.Schema | None = None):
-        """Has a missing table made where a schema is given."""
-        self._database, self._name, self._schema = database, name, schema
-        self._opened: Any = None
+        """Makes the table where a schema is given and there is none."""
+        self._database, self._name = database, name
+        with in_one_line(database.uri):
+            try:
+                database.open_table(name)
+            except ValueError:
+                if schema is None:
+                    raise
+                database.create_table(name, schema=schema, exist_ok=True)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Any]:
-        """LanceDB's table in its newest state; UserError (one line) for its errors in the block."""
+        """LanceDB's table as it is now: what others commit is not seen in the block."""
         with in_one_line(self._database.uri):
-            try:
-                table = self._open() if self._opened is None else self._opened
-                self._opened = table
-                yield table
-            except Exception:
-                self._opened = None
-                raise
-
-    def _open(self) -> Any:
-        for wait in (0.05, 0.2, 0.8, 0.0):
-            try:
-                if self._schema is None or self.exists:
-                    return self._database.open_table(self._name)
-                return self._database.create_table(self._name, schema=self._schema)
-            except (ValueError, RuntimeError):
-                # While another process makes it, it is neither there nor missing.
-                if self._schema is None or not wait:
-                    raise
-                time.sleep(wait)
-
-    def pinned(self) -> Self:
-        """The same table as it is now, whatever is committed."""
-        other = type(self)(self._database, self._name)
-        with other.open() as table:
-            table.checkout(table.version)
-        return other
-
-    @property
-    def exists(self) -> bool:
-        """Whether the table was made."""
-        return self._opened is not None or self._name in table_names(self._database)
+            yield self._database.open_table(self._name)
 
     @property
     def version(self) -> int:
@@ -79,60 +66,54 @@ class Table:
         with self.open() as table:
             return int(table.version)
 
-    def count(self, **values: Any) -> int:
-        """The number of rows with these values."""
+    def count(self) -> int:
+        """The number of rows."""
         with self.open() as table:
-            return int(table.count_rows(having(**values).to_sql() if values else None))
+            return int(table.count_rows())
 
-    def rows(self, columns: Sequence[str], **values: Any) -> pa.Table:
-        """Columns of the rows with these values."""
+    def rows(self, columns: Sequence[str], **values: Collection[str]) -> pa.Table:
+        """Columns of the rows that have one of these values in each of these columns."""
+        conditions = [col(name).isin(list(some)) for name, some in values.items()]
         with self.open() as table:
-            return self._query(table, columns, values).to_arrow()
-
-    def batches(self, columns: Sequence[str], **values: Any) -> Iterator[pa.RecordBatch]:
-        """The same, some rows at a time."""
-        with self.open() as table:
-            yield from self._query(table, columns, values).to_batches()
-
-    def _query(self, table: Any, columns: Sequence[str], values: Mapping[str, Any]) -> Any:
-        query = table.search().where(having(**values)) if values else table.search()
-        return query.select(list(columns))
+            query = table.search().select(list(columns))
+            if conditions:
+                query = query.where(functools.reduce(operator.and_, conditions))
+            return query.to_arrow()
 
     def put(self, rows: pa.Table) -> None:
-        """Adds rows, of each id the first one, in place of those with the same ids, in one commit.
+        """Adds rows, of each key the first one, in place of those with the same keys, at once."""
+        key = rows.column_names[0]
+        first = np.unique(rows[key].to_numpy(), return_index=True)[1]
+        if len(first):
+            with self.open() as table:
+                merge = table.merge_insert(key).when_matched_update_all()
+                merge.when_not_matched_insert_all().execute(rows.take(np.sort(first)))
 
-        So of copies that were looked at one counts, and boxes that are the same to a pixel are one
-        person.
-        """
-        first = np.unique(rows["id"].to_numpy(), return_index=True)[1]
-        with self.open() as table:
-            merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(rows.take(np.sort(first)))
+    def delete(self, column: str, values: Collection[str]) -> None:
+        """Removes the rows with one of these values."""
+        if values:
+            with self.open() as table:
+                table.delete(col(column).isin(list(values)))
 
-    def delete(self, **values: Any) -> None:
-        """Removes the rows with these values."""
-        with self.open() as table:
-            table.delete(having(**values))
-
-    def optimize(self, indexed: Sequence[str]) -> None:
+    def optimize(self) -> None:
         """Puts small files together, brings the indices of columns up to date, drops old states."""
         with self.open() as table:
             known = {index.columns[0] for index in table.list_indices()}
-            for column in [name for name in indexed if name not in known]:
+            for column in _INDEXED.intersection(table.schema.names) - known:
                 table.create_index(column, config=BTree())
             table.optimize(cleanup_older_than=_KEEP_OLD)
 
-    def purge(self, alone: bool) -> None:
+    def purge(self) -> None:
         """Writes everything anew without the removed rows, and deletes all older states.
 
         A removed row is only marked as such in its file; older states and indices hold it, too.
-        Where this is the only writer (`alone`), what interrupted writers left goes as well.
         """
         with self.open() as table:
             for index in table.list_indices():
                 table.drop_index(index.name)
-            table.update(values_sql={"id": "id"})
-            table.optimize(cleanup_older_than=_ALL_OLD, delete_unverified=alone)
+            key = table.schema.names[0]
+            table.update(values_sql={key: key})
+            table.optimize(cleanup_older_than=_ALL_OLD)
 
 
 @contextlib.contextmanager
@@ -147,20 +128,6 @@ def in_one_line(address: str) -> Iterator[None]:
         raise UserError(f"--gallery: {address}: {reason or type(error).__name__}") from error
 
 
-def having(**values: Any) -> Expr:
-    """The condition that columns have these values, or one of them where it is a list."""
-    conditions = (
-        col(name).isin(value) if isinstance(value, list) else col(name) == value
-        for name, value in values.items()
-    )
-    return functools.reduce(operator.and_, conditions)
-
-
-def table_names(database: Any) -> list[str]:
-    """The names of all tables."""
-    return list(database.list_tables(limit=1000).tables)
-
-
 @dataclasses.dataclass(frozen=True)
 class Note:
     """Something said about people (their ids), such as a mark: gone once one is forgotten."""
@@ -171,49 +138,43 @@ class Note:
     at: float = dataclasses.field(default_factory=time.time)
 
 
+_NOTES = {"key": str, "kind": str, "id": str, "content": str, "at": float}
+NOTES = keyed({n: _TYPES[t] for n, t in _NOTES.items()} | {"people": pa.list_(pa.string())})
+
+
 class Notes:
     """Notes of one kind; servers that write at the same time lose nothing."""
 
-    _SCHEMA = pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False, metadata=KEY),
-            pa.field("people", pa.list_(pa.string())),
-            pa.field("content", pa.string()),
-            pa.field("at", pa.float64()),
-        ]
-    )
-
-    def __init__(self, database: Any, name: str):
-        self.table = Table(database, f"{NOTES}{name}", self._SCHEMA)
+    def __init__(self, table: Table, kind: str):
+        self.table, self._kind = table, kind
 
     def put(self, notes: Sequence[Note]) -> None:
         """Adds notes, in place of those with the same ids."""
-        rows = [vars(note) | {"content": json.dumps(note.content)} for note in notes]
-        self.table.put(pa.Table.from_pylist(rows, self._SCHEMA))
+        own = {"kind": self._kind}
+        rows = [
+            vars(one) | own | {"key": self._key(one.id), "content": json.dumps(one.content)}
+            for one in notes
+        ]
+        self.table.put(pa.Table.from_pylist(rows, NOTES))
 
     def all(self) -> list[Note]:
         """All notes, the oldest first."""
-        if not self.table.exists:
-            return []
+        rows = self.table.rows(["id", "people", "content", "at"], kind=[self._kind]).sort_by("at")
         return [
             Note(row["id"], tuple(row["people"]), json.loads(row["content"]), row["at"])
-            for row in self.table.rows(self._SCHEMA.names).sort_by("at").to_pylist()
+            for row in rows.to_pylist()
         ]
 
     def remove(self, ids: Collection[str]) -> list[Note]:
         """Removes notes; gives those that there were."""
         removed = [note for note in self.all() if note.id in ids]
-        for some in parts(note.id for note in removed):
-            self.table.delete(id=some)
+        self.table.delete("key", [self._key(note.id) for note in removed])
         return removed
+
+    def _key(self, identity: str) -> str:
+        return f"{self._kind} {identity}"
 
     @property
     def version(self) -> int:
-        """Changes with every commit."""
-        return self.table.version if self.table.exists else 0
-
-
-def parts(values: Iterable[str]) -> Iterator[list[str]]:
-    """The values, not too many for one condition."""
-    some = sorted(values)
-    return (some[start : start + _IN_ONE] for start in range(0, len(some), _IN_ONE))
+        """Changes with every commit of notes."""
+        return self.table.version
