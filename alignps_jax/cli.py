@@ -141,10 +141,9 @@ def convert(args: Arguments) -> None:
 def export(args: Arguments) -> None:
     """writes a checkpoint as .pth, .safetensors, .stablehlo, or a gallery as .parquet"""
     if args.gallery:
-        from alignps_jax.gallery.export import export_people
         from alignps_jax.gallery.people import People
 
-        count = export_people(People(args.gallery), args.target)
+        count = People(args.gallery).export(args.target)
         return print(f"{count:,} people  {args.target}")
     from alignps_jax.inference.exported import SUFFIX, export_programs
     from alignps_jax.weights.convert import export_released

@@ -18,12 +18,11 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A photo, or one frame of a video.
+    """A photo, or one frame of a video; its size is that of the upright picture.
 
     Attributes:
-      id: depends on content and second alone, so that renamed and copied files keep it.
+      id: of content and second alone: renamed and copied files keep it.
       path: absolute; of several files with this content the one that was indexed first.
-      height, width: in pixels, as a viewer shows it (EXIF orientation applied).
       taken: local time without a zone; None where unknown.
       camera: empty where unknown.
       second: time stamp in the video; None for photos.
@@ -60,11 +59,8 @@ class Person:
 class Match:
     """One result of a search.
 
-    Attributes:
-      person: who was found.
-      similarity: a cosine.
-      probability: that it is the person searched; None without a calibration.
-      paths: all files with this content, the scene's own first.
+    `similarity` is a cosine, `probability` that it is the person searched (None: not calibrated),
+    `paths` are all files with this content, the scene's own first.
     """
 
     person: Person
@@ -83,22 +79,17 @@ class Entry:
     @property
     def seconds(self) -> tuple[float, float] | None:
         """First and last second in the video; None for a photo."""
-        found = [one.person.scene.second for one in self.members]
-        seconds = [second for second in found if second is not None]
-        return (min(seconds), max(seconds)) if seconds else None
+        found = [x for one in self.members if (x := one.person.scene.second) is not None]
+        return (min(found), max(found)) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
     """Whom to search; by default everybody.
 
-    Attributes:
-      folder: scenes below this absolute path.
-      cameras: scenes of these cameras, if there are any.
-      after, before: scenes taken in this time, both ends included, local time; those of unknown
-        time are left out where one is given.
-      min_score: people with at least this score, or scenes with one.
-      kind: photos or frames of videos alone.
+    Scenes below the absolute path `folder`, of one of the `cameras`, taken from `after` to `before`
+    (both included, local time without a zone; unknown times are left out), of a `kind`; people with
+    at least `min_score`, or scenes with one.
     """
 
     folder: str | None = None
@@ -108,36 +99,24 @@ class Filter:
     min_score: float | None = None
     kind: Literal["photo", "video"] | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("after", "before"):
-            time = getattr(self, name)
-            if time is not None and time.tzinfo is not None:
-                object.__setattr__(self, name, time.astimezone().replace(tzinfo=None))
-        if self.min_score is not None:  # as scores are stored
-            object.__setattr__(self, "min_score", float(np.float32(self.min_score)))
-
     def condition(self, field: Callable[[str], Any], paths: Mapping[str, Sequence[str]]) -> Any:
         """What a row must fulfil, as an expression of LanceDB or PyArrow; None: nothing.
 
-        Args:
-          field: `lancedb.expr.col` or `pyarrow.compute.field`.
-          paths: the files of each content that has several.
+        `field` is LanceDB's `col` or PyArrow's; `paths` the files of each content of several.
         """
-        found = []
+        found: list[Any] = []
         if self.folder is not None:
-            prefix = os.path.normpath(self.folder).rstrip("/")
-            first, end = f"{prefix}/", f"{prefix}{chr(ord('/') + 1)}"
-            inside = (field("path") >= first) & (field("path") < end)
-            copied = [name for name, some in paths.items() if any(first <= p < end for p in some)]
-            found.append(inside | field("hash").isin(copied) if copied else inside)
+            first = os.path.join(os.path.normpath(self.folder), "")
+            inside = (field("path") >= first) & (field("path") < first[:-1] + chr(ord("/") + 1))
+            copied = [one for one, some in paths.items() if any(p.startswith(first) for p in some)]
+            found.append(inside | field("hash").isin([*copied, ""]))
         if self.cameras:
-            found.append(field("camera").isin(list(self.cameras)))
-        if self.after is not None:
-            found.append(field("taken") >= self.after)
-        if self.before is not None:
-            found.append(field("taken") <= self.before)
+            found.append(field("camera").isin(self.cameras))
+        for time, is_within in ((self.after, operator.ge), (self.before, operator.le)):
+            if time is not None:
+                found.append(is_within(field("taken"), time.astimezone().replace(tzinfo=None)))
         if self.min_score is not None:
-            found.append(field("score") >= self.min_score)
+            found.append(field("score") >= float(np.float32(self.min_score)))
         if self.kind is not None:
             found.append(field("every") > 0 if self.kind == "video" else field("every") == 0)
         return functools.reduce(operator.and_, found) if found else None
@@ -145,30 +124,23 @@ class Filter:
 
 @dataclasses.dataclass(frozen=True)
 class GalleryInfo:
-    """The detector that made a gallery.
+    """The detector that made a gallery; equal ones give embeddings that can be compared.
 
     `checkpoint` is a hash of the weights, `name` where they lay; photos of at most `max_pixels` are
     resized to `test_scale` (long and short side); embeddings have `dim` numbers.
     """
 
     checkpoint: str
-    name: str
+    name: str = dataclasses.field(compare=False)
     test_scale: tuple[int, int]
     score_threshold: float
     dim: int
-    max_pixels: int
+    max_pixels: int = dataclasses.field(compare=False)
 
     def __str__(self) -> str:
-        long, short = self.test_scale
-        return (
-            f"checkpoint {self.checkpoint[:12]} ({self.name}), test scale {long}x{short}, "
-            f"score threshold {self.score_threshold:g}"
-        )
-
-    @property
-    def compatibility(self) -> tuple[object, ...]:
-        """The fields in which two detectors must agree for their embeddings to be compared."""
-        return self.checkpoint, self.test_scale, self.score_threshold
+        scale = "{}x{}".format(*self.test_scale)
+        found = f"test scale {scale}, score threshold {self.score_threshold:g}, {self.dim} numbers"
+        return f"checkpoint {self.checkpoint[:12]} ({self.name}), {found}"
 
 
 def content_hash(data: bytes) -> str:

@@ -34,28 +34,26 @@ class Forgot:
 
 
 class Forgotten:
-    """The list of a gallery; `paths`, `hashes`: of files in which everybody is forgotten."""
+    """Who was forgotten in a gallery; `paths` and `hashes` are of files in which everybody was."""
 
     def __init__(self, people: People):
-        self._people, self._entries = people, list[Any]()
-        self.paths, self.hashes = set[str](), set[str]()
+        self._people, self._all = people, list[Any]()
         self.refresh()
 
     def refresh(self) -> bool:
         """Reads what others have entered; says whether they have."""
-        known = self._entries
-        self._entries = [note.content for note in self._people.notes("forgotten").all()]
-        self._persons = [one for one in self._entries if "box" in one]
-        files = [one for one in self._entries if "box" not in one]
+        known, notes = self._all, self._people.notes("forgotten").all()
+        self._all = [note.content for note in notes]
+        files = [one for one in self._all if "box" not in one]
         self.paths, self.hashes = ({one[key] for one in files} for key in ("path", "hash"))
-        return known != self._entries
+        return known != self._all
 
     def without(self, found: FoundScene) -> FoundScene | None:
         """The scene without those who are to be forgotten; None: everybody in its file is."""
         scene, people = found.scene, found.people
         if scene.path in self.paths or scene.hash in self.hashes:
             return None
-        for one in self._persons:
+        for one in self._all:
             is_same = one["path"] == scene.path or one["hash"] == scene.hash
             if is_same and one["second"] == scene.second:
                 box = np.array(one["box"], np.float32)
@@ -65,23 +63,17 @@ class Forgotten:
 
     def enforce(self) -> None:
         """Removes whoever is on the list."""
-        self._people.remove(self.hashes, [one["id"] for one in self._persons])
+        self._people.remove(self.hashes, [one["id"] for one in self._all if "box" in one])
 
 
 def forget(
     people: People, photos: Sequence[str] = (), persons: Sequence[str] = (), for_good: bool = True
 ) -> Forgot:
-    """Forgets everybody in photos or videos and their copies, and single people of scenes.
+    """Forgets everybody in photos or videos (paths) and their copies, and single people (ids).
 
     Nothing of them stays in the tables, and notes about them go; after an interruption, call it
-    again. Indexing may go on meanwhile.
-
-    Args:
-      people: of the gallery.
-      photos: paths; the files need not be there any more.
-      persons: ids.
-      for_good: write everything anew and delete older states; otherwise that is left to the next
-        time, as for somebody who is no person.
+    again. Indexing may go on meanwhile. `for_good`: everything is written anew and older states are
+    deleted; otherwise that is left to the next time, as for somebody who is no person.
 
     Raises:
       UserError: the gallery does not know a photo or person.
@@ -102,10 +94,9 @@ def forget(
     people.notes("forgotten").put(
         [Note(f"{one.get('id', one['path'])} {one['hash']}", (), one) for one in entries]
     )
-    about = people.all_notes.rows(["key", "people"]).to_pylist()
-    people.all_notes.delete(
-        "key", [row["key"] for row in about if not gone.isdisjoint(row["people"])]
-    )
+    about = people.all_notes.rows(["id", "people"]).to_pylist()
+    notes = [row["id"] for row in about if not gone.isdisjoint(row["people"])]
+    people.all_notes.delete("id", notes)
     forgotten.refresh()
     forgotten.enforce()
     files = tuple(sorted({one["path"] for one in entries}))

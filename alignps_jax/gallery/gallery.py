@@ -13,11 +13,12 @@ from typing import Self
 import cv2
 import numpy as np
 from jaxtyping import Float
+from lancedb.expr import col
 
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
-from alignps_jax.gallery.memory import PeopleInMemory, load_people
+from alignps_jax.gallery.memory import PeopleInMemory
 from alignps_jax.gallery.people import People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.media.photos import Image, photo_bytes, read_photo, thumbnail
@@ -84,7 +85,7 @@ class Gallery:
     def check_detector(self, detector: Detector) -> None:
         """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
         found = info_of(detector)
-        if found.compatibility != self.info.compatibility:
+        if found != self.info:
             raise UserError(
                 f"--gallery: {self.address} was made by {self.info}; found {found}; expected the "
                 "same, or another gallery"
@@ -149,8 +150,8 @@ class Gallery:
     def _nearest(
         self, memory: PeopleInMemory, query: Float[np.ndarray, "D"], k: int, where: Filter
     ) -> list[tuple[Person, float]]:
-        found = self.people.nearest(query, k, where, memory.paths)
-        people = [(memory.person(identity), similarity) for identity, similarity in found]
+        found = self.people.nearest(query, k, where.condition(col, memory.paths))
+        people = [(self.person(identity), similarity) for identity, similarity in found]
         return [(person, similarity) for person, similarity in people if person is not None]
 
     def searched(self, where: Filter | None = None) -> int:
@@ -179,7 +180,7 @@ class Gallery:
                 return known
         with self._lock:
             if self._memory is None or self._memory.version != self.version:
-                self._memory, self._forgotten = load_people(self.people), forgotten
+                self._memory, self._forgotten = PeopleInMemory(self.people), forgotten
                 self._loaded = time.monotonic()
             return self._memory
 
@@ -222,7 +223,8 @@ class Gallery:
 
     def person(self, identity: str) -> Person | None:
         """The person of an id."""
-        return self.memory().person(identity)
+        people = self.people_of(identity.partition("-")[0])
+        return next((person for person in people if person.id == identity), None)
 
     def people_of(self, scene: str) -> list[Person]:
         """The people of a scene (its id), best score first."""

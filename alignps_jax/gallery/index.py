@@ -110,7 +110,6 @@ def index(
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
         walk = media_files(sources, excludes)
-        people.remove_strays()
         run = _Run(gallery, every, Indexed(walk))
         pending = [file for file in walk.files if not run.is_known(file)]
         run.done.known = len(walk.files) - len(pending)

@@ -12,45 +12,51 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Array, Bool, Float, Int
-from pyarrow.dataset import dataset
 
 from alignps_jax.gallery.entries import Filter, Person, Scene, person_id
 from alignps_jax.gallery.people import People
-from alignps_jax.nearest import CHUNK, power_of_two_from, top_k
+from alignps_jax.nearest import power_of_two_from, top_k
 from alignps_jax.types import AnyArray
 
-# Fewer results than that are computed as if they were so many: one program for all of them.
-_LEAST_RESULTS = 64
 _SCENE = [field.name for field in dataclasses.fields(Scene)]
 _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending")]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class PeopleInMemory:
-    """N people in S scenes.
+    """N people and their scenes, as they are when this is made.
 
     Attributes:
       version: of the tables.
       took: seconds to load.
-      scenes: a table of the fields of `Scene`, seconds between frames, and the best score; newest
-        first, those of unknown time last.
-      content: a number for each scene's content.
+      scenes: a table of scenes with their best score, newest first, those of unknown time last.
       paths: all files of each content that has several.
-      scene: each person's row in `scenes`; -1: there is none.
-      boxes, scores: of each person.
-      embeddings: on the device, with room for more so that few shapes are compiled; None where
-        they do not fit into memory.
+      scene: each person's row in `scenes`; Int[N].
+      boxes, scores: Float[N 4], Float[N].
+      embeddings: Float[C D] on the device, with room for more so that few shapes are compiled; None
+        where they do not fit into memory.
     """
 
-    version: tuple[int, ...]
-    took: float
-    scenes: pa.Table
-    content: Int[np.ndarray, "S"]
-    paths: dict[str, list[str]]
-    scene: Int[np.ndarray, "N"]
-    boxes: Float[np.ndarray, "N 4"]
-    scores: Float[np.ndarray, "N"]
-    embeddings: Float[Array, "C D"] | None
+    def __init__(self, people: People):
+        start, self.version = time.perf_counter(), people.version
+        # In this order, since a scene is committed after its people. What comes meanwhile makes
+        # another version, and is read next time.
+        files = people.files.rows(["path", "hash"]).sort_by("path")
+        groups = files.group_by("hash", use_threads=False).aggregate([("path", "list")])
+        several = groups.filter(pc.list_value_length(pc.field("path_list")) > 1)
+        self.paths = {row["hash"]: row["path_list"] for row in several.to_pylist()}
+        scenes = people.scenes.rows([*_SCENE, "every"]).sort_by(_ORDER)
+        has_room = fits(people.table.count(), people.info.dim)
+        found = people.table.rows(["scene", "score", "box", *["embedding"] * has_room])
+        owner = pc.index_in(found["scene"], value_set=scenes["id"].combine_chunks())
+        if owner.null_count:  # whoever has no scene is about to get one, or to go
+            found, owner = found.filter(owner.is_valid()), owner.drop_null()
+        self.scene, self.scores = owner.to_numpy(), found["score"].to_numpy()
+        self.boxes = pc.list_flatten(found["box"]).to_numpy().reshape(-1, 4)
+        best, rows = np.full(len(scenes), -1, np.float32), pa.array(np.arange(len(scenes)))
+        np.maximum.at(best, self.scene, self.scores)
+        self.scenes = scenes.append_column("score", pa.array(best)).append_column("row", rows)
+        self.embeddings = _on_device(found["embedding"], people.info.dim) if has_room else None
+        self.took = time.perf_counter() - start
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -64,8 +70,7 @@ class PeopleInMemory:
         padded[: len(queries)] = queries
         among = np.zeros(len(self.embeddings), bool)
         among[: len(self)] = self.matching(where)
-        k = min(k, len(self))
-        most = min(len(among), power_of_two_from(max(k, _LEAST_RESULTS)))
+        most = min(len(among), power_of_two_from(max(k, 64)))  # few programs are compiled
         found = jax.device_get(top_k(padded, self.embeddings, most, among=among))
         results = []
         for index, similarity in zip(found.index, found.similarity[:, :k], strict=True):
@@ -76,49 +81,34 @@ class PeopleInMemory:
 
     def matching(self, where: Filter) -> Bool[np.ndarray, "N"]:
         """Who passes a filter."""
-        # Whoever has no scene (-1) is about to get one, or to go.
-        passes = np.append(self._scenes_matching(where), False)[self.scene]
-        return passes if where.min_score is None else passes & (self.scores >= where.min_score)
+        passes = np.zeros(len(self.scenes), bool)
+        passes[self._passing(where)["row"]] = True
+        return passes[self.scene] & (self.scores >= np.float32(where.min_score or -1))
 
-    def _scenes_matching(self, where: Filter) -> Bool[np.ndarray, "S"]:
-        """Which scenes pass a filter; by score, where somebody does."""
+    def _passing(self, where: Filter) -> pa.Table:
+        """The scenes that do, by score where somebody does, in any order."""
         condition = where.condition(pc.field, self.paths)
-        if condition is None:
-            return np.ones(len(self.scenes), bool)
-        passes = dataset(self.scenes).to_table(columns={"passes": condition})["passes"]
-        matching: Bool[np.ndarray, "S"] = passes.fill_null(False).to_numpy()
-        return matching
+        return self.scenes if condition is None else self.scenes.filter(condition)
 
     def cards(self, where: Filter) -> tuple[Int[np.ndarray, "c"], Int[np.ndarray, "c"]]:
         """For each photo and video that passes a filter its first row and number of rows."""
-        rows = np.flatnonzero(self._scenes_matching(where))
-        content = self.content[rows]
-        first = np.zeros(len(self.content), int)
-        first[content[::-1]] = rows[::-1]  # the last one that is written stays
-        newest = rows[first[content] == rows]
-        return newest, np.bincount(content)[self.content[newest]]
+        found = self._passing(where).group_by("hash").aggregate([("row", "min"), ("row", "count")])
+        found = found.sort_by("row_min")
+        return found["row_min"].to_numpy(), found["row_count"].to_numpy()
 
     def people(self, rows: Int[np.ndarray, "k"]) -> list[Person]:
         """The people of some rows."""
         needed, place = np.unique(self.scene[rows], return_inverse=True)
-        scenes = self.scenes_of(needed)
+        scenes, scores = self.scenes_of(needed), self.scores[rows].tolist()
         return [
-            Person(person_id(scene.id, self.boxes[row]), scene, self.boxes[row], score)
-            for row, scene, score in zip(
-                rows, (scenes[at] for at in place), self.scores[rows].tolist(), strict=True
-            )
+            Person(person_id(scenes[at].id, box), scenes[at], box, score)
+            for at, box, score in zip(place, self.boxes[rows], scores, strict=True)
         ]
 
     def people_of(self, scene: str) -> list[Person]:
         """The people of a scene (its id), best score first."""
-        place = pc.index(self.scenes["id"], scene).as_py()
-        rows = np.flatnonzero((self.scene == place) & (place >= 0))
+        rows = np.flatnonzero(self.scene == pc.index(self.scenes["id"], scene).as_py())
         return self.people(rows[np.argsort(-self.scores[rows], kind="stable")])
-
-    def person(self, identity: str) -> Person | None:
-        """The person of an id."""
-        people = self.people_of(identity.partition("-")[0])
-        return next((person for person in people if person.id == identity), None)
 
     def scenes_of(self, rows: Int[np.ndarray, "k"]) -> list[Scene]:
         """The scenes of some rows of `scenes`."""
@@ -133,40 +123,13 @@ class PeopleInMemory:
         return tuple(dict.fromkeys((scene.path, *self.paths.get(scene.hash, ()))))
 
 
-def load_people(people: People) -> PeopleInMemory:
-    """A gallery as it is now."""
-    start, version, dim = time.perf_counter(), people.version, people.info.dim
-    # In this order, since a scene is committed after its people. What comes meanwhile makes another
-    # version, and is read next time.
-    paths = _paths(people.files.rows(["path", "hash"]))
-    scenes = people.scenes.rows([*_SCENE, "every"]).sort_by(_ORDER)
-    with people.table.open() as table:
-        count, row, batches = table.count_rows(), 0, []
-        embeddings = _room(count, dim) if fits(count, dim) else None
-        columns = ["scene", "score", "box", *["embedding"] * (embeddings is not None)]
-        reader = table.search().select(columns).to_batches()
-        for batch in reader:
-            if embeddings is not None:
-                some = batch["embedding"].flatten().to_numpy()
-                embeddings[row : row + len(batch)] = some.reshape(-1, dim)
-            row += len(batch)
-            batches.append(batch.select(columns[:3]))
-    found = pa.Table.from_batches(batches, pa.schema([reader.schema.field(i) for i in range(3)]))
-    owner = pc.index_in(found["scene"], value_set=scenes["id"].combine_chunks()).fill_null(-1)
-    owner, scores = owner.to_numpy(), found["score"].to_numpy()
-    best = np.full(len(scenes) + 1, -1, np.float32)
-    np.maximum.at(best, owner, scores)
-    return PeopleInMemory(
-        version=version,
-        took=time.perf_counter() - start,
-        scenes=scenes.append_column("score", pa.array(best[:-1])),
-        content=scenes["hash"].combine_chunks().dictionary_encode().indices.to_numpy(),
-        paths=paths,
-        scene=owner,
-        boxes=pc.list_flatten(found["box"]).to_numpy().reshape(-1, 4),
-        scores=scores,
-        embeddings=None if embeddings is None else jnp.asarray(embeddings),
-    )
+def _on_device(embeddings: pa.ChunkedArray, dim: int) -> Float[Array, "C D"]:
+    parts = [chunk.flatten().to_numpy() for chunk in embeddings.chunks]
+    count, capacity = len(embeddings), _capacity(len(embeddings))
+    # JAX takes what Arrow has aligned without a copy.
+    room = np.frombuffer(pa.allocate_buffer(capacity * dim * 4), np.float32)
+    np.concatenate([*parts, np.zeros((capacity - count) * dim, np.float32)], out=room)
+    return jnp.asarray(room.reshape(capacity, dim))
 
 
 def fits(people: int, dim: int) -> bool:
@@ -177,23 +140,7 @@ def fits(people: int, dim: int) -> bool:
     return _capacity(people) * dim * 4 <= free // 2
 
 
-def _paths(files: pa.Table) -> dict[str, list[str]]:
-    """The files of each content that has several."""
-    groups = files.sort_by("path").group_by("hash", use_threads=False)
-    found = groups.aggregate([("path", "list")])
-    found = found.filter(pc.list_value_length(pc.field("path_list")) > 1)
-    return dict(zip(found["hash"].to_pylist(), found["path_list"].to_pylist(), strict=True))
-
-
 def _capacity(count: int) -> int:
     """Room for so many: an eighth more at most where there are many, in few different sizes."""
     step = max(1024, power_of_two_from(count) // 8)
-    return max(CHUNK if count > CHUNK else 1024, -(-count // step) * step)
-
-
-def _room(count: int, dim: int) -> Float[np.ndarray, "C D"]:
-    """Room for embeddings that JAX takes without a copy, as Arrow aligns it."""
-    capacity = _capacity(count)
-    room = np.frombuffer(pa.allocate_buffer(capacity * dim * 4), np.float32).reshape(capacity, dim)
-    room[count:] = 0
-    return room
+    return max(1, -(-count // step)) * step

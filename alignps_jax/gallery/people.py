@@ -1,9 +1,8 @@
 """The people of a gallery in LanceDB, and the scenes and files that they were found in.
 
-A file row says that a path with a content (hash) is indexed; a scene row is a photo or a frame; a
+A file row says that a path with a content (hash) is indexed, a scene row is a photo or a frame, a
 person row is somebody in a scene and repeats what is known of it. Scenes and people belong to a
-content, not to a path: copies are further file rows. People are committed before their scenes, and
-these before their files; whoever has no scene does not count: no kill leaves half of a photo.
+content: copies are further file rows. Whoever has no scene yet does not count.
 """
 
 from __future__ import annotations
@@ -20,18 +19,17 @@ import filelock
 import lancedb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from jaxtyping import Float
-from lancedb.expr import col
 from lancedb.index import IvfPq
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.entries import Filter, GalleryInfo, Scene, person_id
-from alignps_jax.gallery.tables import NOTES, Note, Notes, Table, columns_of, in_one_line, keyed
+from alignps_jax.files import complete_file
+from alignps_jax.gallery.entries import GalleryInfo, Scene, person_id
+from alignps_jax.gallery.tables import Note, Notes, Table, columns_of, in_one_line, keyed
 from alignps_jax.types import Detections
 
 _INFO = b"alignps_jax"
-_SAMPLE = 20  # people by whom the recall is measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +52,13 @@ class FileState(NamedTuple):
     complete: bool = True
 
 
-_FILES = keyed(columns_of(FileState))
-_SCENES = keyed(columns_of(Scene) | {"every": pa.float64()})
-
-
 def schema(info: GalleryInfo) -> pa.Schema:
     """The columns of the table of people, with the detector that made it."""
-    found = {"box": pa.list_(pa.float32(), 4), "score": pa.float32()}
-    found["embedding"] = pa.list_(pa.float32(), info.dim)
     columns = {"id": pa.string(), "scene": pa.string()} | columns_of(Scene)
-    text = json.dumps(dataclasses.asdict(info))
-    return keyed(columns | {"every": pa.float64()} | found).with_metadata({_INFO: text.encode()})
+    columns |= {"every": pa.float64(), "box": pa.list_(pa.float32(), 4), "score": pa.float32()}
+    text = json.dumps(dataclasses.asdict(info)).encode()
+    embedding = {"embedding": pa.list_(pa.float32(), info.dim)}
+    return keyed(columns | embedding).with_metadata({_INFO: text})
 
 
 class People:
@@ -78,15 +72,25 @@ class People:
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
         """Opens a gallery, or makes an empty one for `info`; UserError if there is none."""
-        _check_place(address, making=info is not None)
-        self.address = address
+        place, self.address = Path(address), address
+        others = sorted(path.name for path in place.glob("[!.]*") if path.suffix != ".lance")
+        if info is not None and others:
+            raise UserError(f"--gallery: found {others[0]} in {place}, expected a gallery")
+        if info is None and not is_gallery(address):
+            raise UserError(f"--gallery: found none in {place}, expected what --mode=index made")
+        schemas = {
+            "files": keyed(columns_of(FileState)),
+            "scenes": keyed(columns_of(Scene) | {"every": pa.float64()}),
+            "notes": keyed(columns_of(Note) | {"kind": pa.string()}),
+            "people": info and schema(info),
+        }
         with in_one_line(address):
             database = lancedb.connect(address)
-        schemas = {"files": _FILES, "scenes": _SCENES, "notes": NOTES}
-        self.files, self.scenes, self.all_notes, self.table = self._tables = [
-            Table(database, name, columns if info else None)
-            for name, columns in (schemas | {"people": info and schema(info)}).items()
-        ]
+            for name, columns in schemas.items() if info else ():
+                with contextlib.suppress(ValueError):  # another detector's, which Gallery says
+                    database.create_table(name, schema=columns, exist_ok=True)
+        self._tables = [Table(database, name) for name in schemas]
+        self.files, self.scenes, self.all_notes, self.table = self._tables
         with self.table.open() as table:
             self.info = _info(address, table.schema)
 
@@ -101,14 +105,13 @@ class People:
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
-        columns = self.files.rows(FileState._fields).columns
-        states = map(FileState, *(column.to_pylist() for column in columns))
-        return {state.path: state for state in states}
+        rows = self.files.rows(FileState._fields).to_pylist()
+        return {row["path"]: FileState(**row) for row in rows}
 
     def last_second(self, content: str) -> float | None:
         """The last frame of a video that is in; None if there is none."""
-        found: float | None = pc.max(self.scenes.rows(["second"], hash=[content])["second"]).as_py()
-        return found
+        seconds = self.scenes.rows(["second"], hash=[content])["second"]
+        return max(seconds.to_pylist(), default=None)
 
     def commit(self, scenes: Sequence[FoundScene], files: Sequence[FileState]) -> None:
         """Adds scenes and files, in place of what the gallery has of them."""
@@ -117,24 +120,24 @@ class People:
             row
             | {"scene": row["id"], "id": person_id(row["id"], box)}
             | {"box": box, "score": score, "embedding": embedding}
-            for row, people in zip(rows, (one.people for one in scenes), strict=True)
-            for box, score, embedding in zip(
-                *map(np.asarray, (people.boxes, people.scores, people.embeddings)), strict=True
-            )
+            for row, one in zip(rows, scenes, strict=True)
+            for box, score, embedding, _ in zip(*vars(one.people).values(), strict=True)
         ]
-        self.table.put(pa.Table.from_pylist(people, schema(self.info)))
-        self.scenes.put(pa.Table.from_pylist(rows, _SCENES))
-        self.files.put(pa.Table.from_pylist([file._asdict() for file in files], _FILES))
+        # What a kill leaves in between belongs to a file that is looked at again.
+        self.files.put([file._replace(complete=False)._asdict() for file in files])
+        self.table.put(people)
+        self.scenes.put(rows)
+        self.files.put([file._asdict() for file in files])
 
     def remove_files(self, paths: Collection[str]) -> None:
         """Removes files, and the scenes and people of contents that no other file has."""
         gone = self.files.rows(["hash"], path=paths)["hash"].unique().to_pylist()
         same = self.files.rows(["hash", "path"], hash=gone).to_pylist()
-        others = {row["hash"]: row["path"] for row in same if row["path"] not in paths}
-        for table, columns in ((self.scenes, _SCENES), (self.table, schema(self.info))):
-            moved = table.rows(columns.names, hash=others, path=paths).to_pylist()
-            moved = [row | {"path": others[row["hash"]]} for row in moved]
-            table.put(pa.Table.from_pylist(moved, columns))
+        others = {row["hash"]: row["path"] for row in reversed(same) if row["path"] not in paths}
+        moved = pa.table([list(others), list(others.values())], ["hash", "path"])
+        for one in (self.scenes, self.table) if others else ():
+            with one.open() as table:
+                table.merge_insert("hash").when_matched_update_all().execute(moved)
         self.remove(set(gone) - others.keys())
         self.files.delete("path", paths)
 
@@ -144,25 +147,12 @@ class People:
         self.table.delete("hash", contents)
         self.table.delete("id", people)
 
-    def remove_strays(self) -> None:
-        """Removes the scenes and people without a file that an interrupted run left."""
-        known, *found = (
-            set(table.rows(["hash"])["hash"].unique().to_pylist())
-            for table in (self.files, self.scenes, self.table)
-        )
-        self.remove(set.union(*found) - known)
-
     def nearest(
-        self,
-        query: Float[np.ndarray, "D"],
-        k: int,
-        where: Filter,
-        paths: Mapping[str, Sequence[str]],
-        exact: bool = False,
+        self, query: Float[np.ndarray, "D"], k: int, wanted: Any = None, exact: bool = False
     ) -> list[tuple[str, float]]:
         """Ids and similarities of people, by the vector index if there is one.
 
-        `paths`: the files of each content that has several.
+        `wanted`: what they must fulfil, as an expression of LanceDB.
         """
         with self.table.open() as table:
             search = table.search(query, vector_column_name="embedding").distance_type("cosine")
@@ -170,40 +160,32 @@ class People:
             # A few lists of every thousand; candidates are compared again exactly.
             search = search.nprobes(max(64, table.count_rows() // 40_000))
             search = search.refine_factor(max(4, min(40, 8000 // k))).limit(k)
-            if (wanted := where.condition(col, paths)) is not None:
-                search = search.where(wanted, prefilter=True)
+            search = search if wanted is None else search.where(wanted, prefilter=True)
             rows = search.select(["id", "_distance"]).to_arrow().to_pylist()
         return [(row["id"], 1.0 - row["_distance"]) for row in rows]
 
     def train(self) -> None:
         """Makes the vector index anew, and notes how many people it was made of and its recall."""
-        dim = self.info.dim
+        dim, shares = self.info.dim, []
         with self.table.open() as table:
             # Codes of a byte for eight values, where their length allows.
             lists = IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 8)))
             table.create_index("embedding", config=lists, replace=True)
             count = table.count_rows()
-            sample = table.search().select(["embedding"]).offset(count // 2).limit(_SAMPLE)
+            sample = table.search().select(["embedding"]).offset(count // 2).limit(20)
             queries = np.array(sample.to_arrow()["embedding"].to_pylist(), np.float32)
-        shares = []
         for query in queries:
-            found, best = (
-                {one for one, _ in self.nearest(query, 11, Filter(), {}, exact)}
-                for exact in (False, True)
-            )
-            shares.append(len(found & best) / len(best))
+            best = {one for one, _ in self.nearest(query, 11, exact=True)}
+            shares.append(len(best.intersection(dict(self.nearest(query, 11)))) / len(best))
         content = {"people": count, "recall": float(np.mean(shares))}
-        self.notes("vector_index").put([Note("embedding", (), content)])
+        self.notes("vector_index").put([Note("vector_index", (), content)])
 
     def trained(self) -> Mapping[str, Any]:
         """What `train` noted; {} without a vector index."""
         return next((note.content for note in self.notes("vector_index").all()), {})
 
     def optimize(self) -> None:
-        """Puts small files together, brings indices up to date, and drops older states.
-
-        What stands in its way, such as another process that does the same, is left for next time.
-        """
+        """See `Table.optimize`; what stands in its way, such as a purge, is for next time."""
         try:
             for table in self._tables:
                 table.optimize()
@@ -211,14 +193,28 @@ class People:
             print(f"note: {error}")
 
     def purge(self) -> str | None:
-        """See `Table.purge`; returns why older states remain, where they do."""
+        """See `Table.optimize`; returns why older states remain, where they do."""
         if self.address.startswith("db://"):
             return "this service keeps older states as long as it is set up to"
-        self.notes("vector_index").remove(["embedding"])
+        self.notes("vector_index").remove(["vector_index"])
         for table in self._tables:
-            table.purge()
-        self.optimize()
+            table.optimize(purge=True)
         return None
+
+    def export(self, target: Path) -> int:
+        """Writes everybody to a .parquet file, a row per person; returns their number.
+
+        `box` is x1, y1, x2, y2 in pixels of the scene, `embedding` of length one. Needs memory for
+        a few thousand people only.
+        """
+        if target.suffix.lower() != ".parquet":
+            raise UserError(f"--target: found {target}, expected a file .parquet for a gallery")
+        with self.table.open() as table, complete_file(target) as temporary:
+            batches = table.search().to_batches()
+            with pq.ParquetWriter(temporary, batches.schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            return int(table.count_rows())
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[None]:
@@ -235,17 +231,6 @@ class People:
 def is_gallery(address: str) -> bool:
     """Whether something that --mode=index made may lie there, rather than a folder of photos."""
     return "://" in address or (Path(address) / "people.lance").is_dir()
-
-
-def _check_place(address: str, making: bool) -> None:
-    """Raises UserError if a folder holds other things than a gallery, or there is none to open."""
-    place = Path(address)
-    others = [path.name for path in place.glob("[!.]*") if path.suffix != ".lance"]
-    if making and "://" not in address and (others or place.is_file()):
-        found = min(others, default="a file")
-        raise UserError(f"--gallery: found {found} in {place}, expected a gallery or nothing there")
-    if not (making or is_gallery(address)):
-        raise UserError(f"--gallery: found no gallery in {place}, expected what --mode=index made")
 
 
 def _info(address: str, found: pa.Schema) -> GalleryInfo:
