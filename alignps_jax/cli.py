@@ -273,7 +273,8 @@ def main(argv: Sequence[str]) -> int:
         reason, code = str(error) or "out of memory", getattr(error, "exit_code", 2)
     except ModuleNotFoundError as error:
         extras = "galleries need pip install '.[gallery]', .pth files pip install '.[torch]'"
-        reason, code = f"found no package {error.name}: run make setup in the project ({extras})", 2
+        package = str(error.name).partition(".")[0]
+        reason, code = f"found no package {package}: run make setup in the project ({extras})", 2
     except Exception:
         traceback.print_exc()
         return 1

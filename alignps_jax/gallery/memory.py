@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.gallery.entries import Filter, Person, Scene, person_id
 from alignps_jax.gallery.people import People
-from alignps_jax.nearest import power_of_two_from, top_k
+from alignps_jax.nearest import CHUNK, power_of_two_from, top_k
 from alignps_jax.types import AnyArray
 
 _SCENE = [field.name for field in dataclasses.fields(Scene)]
@@ -32,8 +32,7 @@ class PeopleInMemory:
       paths: all files of each content that has several.
       scene: each person's row in `scenes`; Int[N].
       boxes, scores: Float[N 4], Float[N].
-      embeddings: Float[C D] on the device, with room for more so that few shapes are compiled; None
-        where they do not fit into memory.
+      embeddings: Float[C D] on the device, with room for more; None where they do not fit.
     """
 
     def __init__(self, people: People):
@@ -124,12 +123,13 @@ class PeopleInMemory:
 
 
 def _on_device(embeddings: pa.ChunkedArray, dim: int) -> Float[Array, "C D"]:
+    """Embeddings with room for more: a program is compiled for each number of chunks."""
+    room = -(-max(1, len(embeddings)) // CHUNK) * CHUNK
     parts = [chunk.flatten().to_numpy() for chunk in embeddings.chunks]
-    count, capacity = len(embeddings), _capacity(len(embeddings))
     # JAX takes what Arrow has aligned without a copy.
-    room = np.frombuffer(pa.allocate_buffer(capacity * dim * 4), np.float32)
-    np.concatenate([*parts, np.zeros((capacity - count) * dim, np.float32)], out=room)
-    return jnp.asarray(room.reshape(capacity, dim))
+    found = np.frombuffer(pa.allocate_buffer(room * dim * 4), np.float32)
+    np.concatenate([*parts, np.zeros((room - len(embeddings)) * dim, np.float32)], out=found)
+    return jnp.asarray(found.reshape(room, dim))
 
 
 def fits(people: int, dim: int) -> bool:
@@ -137,10 +137,4 @@ def fits(people: int, dim: int) -> bool:
     stats = jax.local_devices()[0].memory_stats() or {}
     free = psutil.virtual_memory().available
     free = min(free, stats.get("bytes_limit", free) - stats.get("bytes_in_use", 0))
-    return _capacity(people) * dim * 4 <= free // 2
-
-
-def _capacity(count: int) -> int:
-    """Room for so many: an eighth more at most where there are many, in few different sizes."""
-    step = max(1024, power_of_two_from(count) // 8)
-    return max(1, -(-count // step)) * step
+    return people * dim * 4 <= free // 2

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +25,11 @@ from lancedb.index import IvfPq
 from alignps_jax.errors import UserError
 from alignps_jax.files import complete_file
 from alignps_jax.gallery.entries import GalleryInfo, Scene, person_id
-from alignps_jax.gallery.tables import Note, Notes, Table, columns_of, in_one_line, keyed
+from alignps_jax.gallery.tables import Note, Notes, Table, columns_of, in_one_line
 from alignps_jax.types import Detections
 
-_INFO = b"alignps_jax"
+# Of rows with the same key that several processes add at once, one stays.
+_KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +52,6 @@ class FileState(NamedTuple):
     complete: bool = True
 
 
-def schema(info: GalleryInfo) -> pa.Schema:
-    """The columns of the table of people, with the detector that made it."""
-    columns = {"id": pa.string(), "scene": pa.string()} | columns_of(Scene)
-    columns |= {"every": pa.float64(), "box": pa.list_(pa.float32(), 4), "score": pa.float32()}
-    text = json.dumps(dataclasses.asdict(info)).encode()
-    embedding = {"embedding": pa.list_(pa.float32(), info.dim)}
-    return keyed(columns | embedding).with_metadata({_INFO: text})
-
-
 class People:
     """The people of a gallery.
 
@@ -78,21 +69,31 @@ class People:
             raise UserError(f"--gallery: found {others[0]} in {place}, expected a gallery")
         if info is None and not is_gallery(address):
             raise UserError(f"--gallery: found none in {place}, expected what --mode=index made")
-        schemas = {
-            "files": keyed(columns_of(FileState)),
-            "scenes": keyed(columns_of(Scene) | {"every": pa.float64()}),
-            "notes": keyed(columns_of(Note) | {"kind": pa.string()}),
-            "people": info and schema(info),
+        dim, person = info.dim if info else 0, {"id": pa.string(), "scene": pa.string()}
+        vectors = {"box": pa.list_(pa.float32(), 4), "embedding": pa.list_(pa.float32(), dim)}
+        scene = columns_of(Scene) | {"every": pa.float64()}
+        schemas: dict[str, dict[str, pa.DataType]] = {
+            "files": columns_of(FileState),
+            "scenes": scene,
+            "notes": columns_of(Note) | {"kind": pa.string()},
+            "people": person | scene | {"score": pa.float32()} | vectors,
         }
         with in_one_line(address):
             database = lancedb.connect(address)
-            for name, columns in schemas.items() if info else ():
+            for name, (key, *columns) in ((n, x.items()) for n, x in schemas.items() if info):
+                fields = [pa.field(*key, nullable=False, metadata=_KEY), *columns]
                 with contextlib.suppress(ValueError):  # another detector's, which Gallery says
-                    database.create_table(name, schema=columns, exist_ok=True)
+                    database.create_table(name, schema=pa.schema(fields), exist_ok=True)
         self._tables = [Table(database, name) for name in schemas]
         self.files, self.scenes, self.all_notes, self.table = self._tables
-        with self.table.open() as table:
-            self.info = _info(address, table.schema)
+        known = self.notes("detector").all()
+        if info is not None and not known:
+            known = [Note("detector", (), dataclasses.asdict(info))]
+            self.notes("detector").put(known)
+        if not known:
+            raise UserError(f"--gallery: {place} was never filled, expected what --mode=index made")
+        scale = tuple(known[0].content["test_scale"])
+        self.info = GalleryInfo(**{**known[0].content, "test_scale": scale})
 
     def notes(self, kind: str) -> Notes:
         """The notes of a kind, such as "marks"."""
@@ -216,14 +217,12 @@ class People:
                     writer.write_batch(batch)
             return int(table.count_rows())
 
-    @contextlib.contextmanager
-    def only_writer(self) -> Iterator[None]:
+    def only_writer(self) -> contextlib.AbstractContextManager[Any]:
         """Keeps a second indexing process of a gallery on a disk out; UserError if there is one."""
-        is_local = "://" not in self.address
-        lock = filelock.FileLock(f"{self.address}/.indexing", timeout=0)
+        if "://" in self.address:
+            return contextlib.nullcontext()
         try:
-            with lock if is_local else contextlib.nullcontext():
-                yield
+            return filelock.FileLock(f"{self.address}/.indexing").acquire(timeout=0)
         except filelock.Timeout as error:
             raise UserError(f"--gallery: {self.address}: another process indexes it") from error
 
@@ -231,13 +230,3 @@ class People:
 def is_gallery(address: str) -> bool:
     """Whether something that --mode=index made may lie there, rather than a folder of photos."""
     return "://" in address or (Path(address) / "people.lance").is_dir()
-
-
-def _info(address: str, found: pa.Schema) -> GalleryInfo:
-    """The detector that made a table; UserError if it is no gallery, or one of another version."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        stored = json.loads((found.metadata or {})[_INFO])
-        info = GalleryInfo(**stored | {"test_scale": tuple(stored["test_scale"])})
-        if found.equals(schema(info)):
-            return info
-    raise UserError(f"--gallery: {address} is no gallery of this version; index anew elsewhere")

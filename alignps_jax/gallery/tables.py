@@ -31,13 +31,6 @@ def columns_of(record: type) -> dict[str, pa.DataType]:
     return {name: _TYPES[kind] for name, kind in get_type_hints(record).items()}
 
 
-def keyed(columns: Mapping[str, pa.DataType]) -> pa.Schema:
-    """A schema with the first column as key: of rows that several processes put, one stays."""
-    key, *others = columns.items()
-    metadata = {"lance-schema:unenforced-primary-key": "true"}
-    return pa.schema([pa.field(*key, nullable=False, metadata=metadata), *others])
-
-
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A table of a LanceDB database."""

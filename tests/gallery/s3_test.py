@@ -38,16 +38,14 @@ def port():
     process = subprocess.Popen(
         [MOTO, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    try:
+    with process:
         for _ in range(300):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
         yield port
-    finally:
         process.terminate()
-        process.wait()
 
 
 @pytest.fixture
@@ -64,9 +62,6 @@ def bucket(port, monkeypatch):
         monkeypatch.setenv(name, value)
     files = fs.S3FileSystem(
         endpoint_override=names["AWS_ENDPOINT"],
-        access_key="testing",
-        secret_key="testing",
-        region="us-east-1",
         allow_bucket_creation=True,
         allow_bucket_deletion=True,
     )
