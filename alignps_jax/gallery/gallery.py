@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float
 
-from alignps_jax.errors import UserError
+from alignps_jax.errors import UserError, blame
 from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
@@ -254,35 +255,44 @@ class Gallery:
         above = {folder for one in own for folder in one.parents if folder.is_relative_to(top)}
         return sorted(map(str, own | above))
 
+    def file_of(self, scene: Scene) -> Path:
+        """The first file with a scene's content that is there as it was indexed.
+
+        Raises:
+          UserError, OSError: all of them are gone or changed.
+        """
+        rows = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
+        error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
+        for row in sorted(rows.to_pylist(), key=lambda row: row["path"] != scene.path):
+            try:
+                found = os.stat(row["path"])
+            except OSError as reason:
+                error = reason
+                continue
+            if (found.st_size, found.st_mtime_ns) == (row["size"], row["mtime"]):
+                return Path(row["path"])
+            error = UserError(f"{row['path']}: has changed since it was indexed; index it again")
+        raise error
+
     def pixels(self, scene: Scene, side: int | None = None) -> Image:
         """The photo, or the frame of the video, RGB; with a longer side of at most `side`, quickly.
 
         Raises:
-          UserError, OSError: all files with this content are gone, changed, or cannot be decoded.
+          UserError, OSError: as `file_of`, or it cannot be decoded.
         """
-        files = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
-        error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
-        for row in sorted(files.to_pylist(), key=lambda row: row["path"] != scene.path):
-            path, state = Path(row["path"]), (row["size"], row["mtime"])
-            try:
-                found = os.stat(path)
-                if (found.st_size, found.st_mtime_ns) != state:
-                    raise UserError(f"{path}: has changed since it was indexed; index it again")
-                return _read(path, scene.second, self.info.max_pixels, side)
-            except (UserError, OSError) as reason:
-                error = reason
-        raise error
+        path, most = self.file_of(scene), self.info.max_pixels
+        if scene.second is not None:
+            frame = frame_at(str(path), scene.second, most)
+            factor = min(1.0, (side or math.inf) / max(frame.shape[:2]))
+            size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
+            return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if factor < 1 else frame
+        return read_photo(path, most) if side is None else read_thumbnail(path, side, most)
 
 
-def _read(path: Path, second: float | None, max_pixels: int, side: int | None) -> Image:
-    if second is None:
-        if side is None:
-            return read_photo(path, max_pixels)
+def read_thumbnail(path: Path, side: int, max_pixels: int) -> Image:
+    """A photo with a longer side of at most `side`; of a JPEG file quickly."""
+    with blame(path):
         return thumbnail(photo_bytes(path, max_pixels), side, max_pixels)
-    frame = frame_at(str(path), second, max_pixels)
-    factor = min(1.0, (side or max(frame.shape)) / max(frame.shape[:2]))
-    size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
-    return frame if side is None else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
 def info_of(detector: Detector) -> GalleryInfo:
