@@ -35,16 +35,11 @@ Detect = Callable[["Reading", Sequence[MediaFile]], Results]
 
 @dataclasses.dataclass
 class Indexed:
-    """What an indexing run did so far, in numbers of files and people.
+    """What an indexing run did so far.
 
-    Attributes:
-      walk: files below the sources, those that could not be read (completely) with reasons, and
-        counts of other types.
-      known: files that were in the gallery as they are.
-      done: files that were read.
-      scenes, people: that were added.
-      removed: files that are gone, and were removed.
-      unsound: detections that were left out since they are not finite.
+    That is, `walk` has the files, those that could not be read (completely), and other types;
+    `known` files were in the gallery as they are, `done` were read, `removed` are gone; `scenes`
+    and `people` were added; `unsound` detections were left out since they are not finite.
     """
 
     walk: Walk
@@ -60,10 +55,8 @@ class Indexed:
 class Reading:
     """How files are read, in whatever process.
 
-    Attributes:
-      every: seconds between the frames of a video.
-      max_pixels: of a photo or frame.
-      seen: for each content the last second that is known: infinity where it is complete.
+    `every`: seconds between frames of a video; `seen`: for each content the last second that is
+    known, infinity where it is complete.
     """
 
     every: float
@@ -94,16 +87,13 @@ def index(
 
     Args:
       gallery: with a detector.
-      sources: folders, photos or videos.
+      sources: folders, photos or videos; UserError if one does not exist.
       every: seconds between the frames of a video that are looked at.
       prune: remove what was found below the sources in files that are not there any more.
       excludes: patterns of files and folders to leave out.
       report: called with what was done so far, after each file.
       detect: reads files and finds people elsewhere, in any order of the files.
       commit_seconds: how often what was found is committed.
-
-    Raises:
-      UserError: a source does not exist, or another process indexes the gallery.
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
@@ -245,8 +235,8 @@ class _Run:
         self.done.unsound += int((~sound).sum())
         sound &= np.asarray(found.scores) >= self._people.info.score_threshold
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
-        identity, place = scene_id(shot.hash, shot.second), (shot.file.path, *shot.size)
-        scene = Scene(identity, *place, shot.taken, shot.camera, shot.second, shot.hash)
+        about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
+        scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
         return FoundScene(scene, people, self._every if shot.file.is_video else 0.0)
 
     def prune(self, sources: Sequence[str]) -> None:

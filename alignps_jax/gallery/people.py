@@ -79,12 +79,15 @@ class People:
     """The people of a gallery; an empty one is made for `info`.
 
     `address` is a folder such as people.lance, or s3://bucket/people.lance, `info` the detector
-    that made it, `table` has the people, `scenes` the scenes and files. UserError if it is none.
+    that made it, `table` has the people, `scenes` the scenes and files. On a disk, pictures of the
+    people may be kept in the folder `thumbnails`, which `forget` removes. UserError if it is none.
     """
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
         _check_place(address, making=info is not None)
         self.address, always = address, datetime.timedelta(0)
+        self.folder = None if "://" in address else Path(address)
+        self.thumbnails = self.folder and self.folder / ".thumbnails"
         with in_one_line(address):
             database = lancedb.connect(address, read_consistency_interval=always)
         schemas = {"notes": Notes.SCHEMA, "scenes": _SCENES, "people": info and schema(info)}
@@ -103,16 +106,6 @@ class People:
         """Removes all notes about people (ids)."""
         rows = self._notes.rows(["id", "people"]).to_pylist()
         self._notes.delete(id=[row["id"] for row in rows if not people.isdisjoint(row["people"])])
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of a gallery on a disk."""
-        return None if "://" in self.address else Path(self.address)
-
-    @property
-    def thumbnails(self) -> Path | None:
-        """Where pictures of its people may be kept, which `forget` removes."""
-        return self.folder and self.folder / ".thumbnails"
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
