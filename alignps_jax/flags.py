@@ -89,6 +89,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
     "every": _flag("time between two frames of a video: 1s, 500ms, 2min", _seconds, "1s"),
     "prune": _switch("remove people whose photo or video is gone from --source"),
+    "watch": _switch("go on, and index what is added to --source"),
+    "cluster": _flag("Ray cluster to index on: auto, local, or an address; default: this process"),
     "exclude": _several("pattern of files and folders to leave out, such as '**/drafts/**'"),
     "no_default_excludes": _switch("look into hidden folders, trash, and thumbnails as well"),
     "folder": _flag("search only what lies below this folder; default: everything"),

@@ -133,14 +133,26 @@ class People:
     def remove_files(self, paths: Collection[str]) -> None:
         """Removes files, and the scenes and people of contents that no other file has."""
         gone = self.files.rows(["hash"], path=paths)["hash"].unique().to_pylist()
-        same = self.files.rows(["hash", "path"], hash=gone).to_pylist()
-        others = {row["hash"]: row["path"] for row in reversed(same) if row["path"] not in paths}
-        moved = pa.table([list(others), list(others.values())], ["hash", "path"])
-        for one in (self.scenes, self.table) if others else ():
+        self.files.delete("path", paths)
+        self.settle(gone)
+
+    def settle(self, contents: Collection[str]) -> None:
+        """Removes contents that no file has, and gives others the path of a file that has them."""
+        files = self.files.rows(["hash", "path"], hash=contents).to_pylist()
+        paths = {row["hash"]: row["path"] for row in reversed(files)}
+        self.remove(set(contents) - paths.keys())
+        moved = pa.table([list(paths), list(paths.values())], ["hash", "path"])
+        for one in (self.scenes, self.table) if paths else ():
             with one.open() as table:
                 table.merge_insert("hash").when_matched_update_all().execute(moved)
-        self.remove(set(gone) - others.keys())
-        self.files.delete("path", paths)
+
+    def remove_strays(self) -> None:
+        """Removes the scenes and people of no file, which only an interrupted run leaves."""
+        known, *found = (
+            set(table.rows(["hash"])["hash"].unique().to_pylist())
+            for table in (self.files, self.scenes, self.table)
+        )
+        self.remove(set.union(*found) - known)
 
     def remove(self, contents: Collection[str], people: Collection[str] = ()) -> None:
         """Removes the scenes and people of contents, and single people (ids); files stay known."""

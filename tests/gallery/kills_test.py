@@ -16,6 +16,12 @@ from tests.gallery.networks import photo, write_photos, write_video
 FILES = 25
 
 
+def write_files(folder):
+    """Some photos and a video."""
+    write_photos(folder, [f"{number % 3}/{number}.jpg" for number in range(FILES - 1)])
+    write_video(folder / "video.avi", [photo(100 + number) for number in range(30)])
+
+
 def wait(address, process, commits):
     """Until the gallery has so many commits more, the process is gone, or it takes long."""
     deadline = time.monotonic() + 20
@@ -33,8 +39,7 @@ def test_kills_leave_nobody_twice_and_nobody_missing(tmp_path, monkeypatch):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.gallery.finder"])  # processes start at once
     address, source = tmp_path / "people.lance", tmp_path / "photos"
-    write_photos(source, [f"{number % 3}/{number}.jpg" for number in range(FILES - 1)])
-    write_video(source / "video.avi", [photo(100 + number) for number in range(30)])
+    write_files(source)
     rng = random.Random(seed := int(os.environ.get("SEED", 5)))
     for _ in range(int(os.environ.get("KILLS", 10))):
         process = context.Process(target=run, args=(str(address), str(source), 0.01))
