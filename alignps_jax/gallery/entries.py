@@ -20,13 +20,8 @@ from jaxtyping import Float
 class Scene:
     """A photo, or one frame of a video; its size is that of the upright picture.
 
-    Attributes:
-      id: of content and second alone: renamed and copied files keep it.
-      path: absolute; of several files with this content the one that was indexed first.
-      taken: local time without a zone; None where unknown.
-      camera: empty where unknown.
-      second: time stamp in the video; None for photos.
-      hash: SHA-256 of the file.
+    `id` is of `hash` (SHA-256 of the file) and `second` (None for photos) alone: renamed and copied
+    files keep it. `path` is that of the first of them, `taken` local time. Unknown: None, or "".
     """
 
     id: str
@@ -126,8 +121,7 @@ class Filter:
 class GalleryInfo:
     """The detector that made a gallery; equal ones give embeddings that can be compared.
 
-    `checkpoint` is a hash of the weights, `name` where they lay; photos of at most `max_pixels` are
-    resized to `test_scale` (long and short side); embeddings have `dim` numbers.
+    `checkpoint` is a hash of the weights, `name` where they lay, `dim` the numbers of an embedding.
     """
 
     checkpoint: str

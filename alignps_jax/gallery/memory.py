@@ -23,16 +23,12 @@ _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending"
 
 
 class PeopleInMemory:
-    """N people and their scenes, as they are when this is made.
+    """N people and their scenes, as they are when this is made, in `took` seconds.
 
-    Attributes:
-      version: of the tables.
-      took: seconds to load.
-      scenes: a table of scenes with their best score, newest first, those of unknown time last.
-      paths: all files of each content that has several.
-      scene: each person's row in `scenes`; Int[N].
-      boxes, scores: Float[N 4], Float[N].
-      embeddings: Float[C D] on the device, with room for more; None where they do not fit.
+    `scenes` is a table with the best score of each, newest first, those of unknown time last;
+    `paths` are all files of each content that has several; `scene` (Int[N]) is each person's row in
+    `scenes`, `boxes` (Float[N 4]) and `scores` are the people's; `embeddings` (Float[C D]) are on
+    the device, with room for more; None where they do not fit.
     """
 
     def __init__(self, people: People):

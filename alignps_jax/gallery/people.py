@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +26,9 @@ from lancedb.index import IvfPq
 from alignps_jax.errors import UserError
 from alignps_jax.files import complete_file
 from alignps_jax.gallery.entries import GalleryInfo, Scene, person_id
-from alignps_jax.gallery.tables import Note, Notes, Table, columns_of, in_one_line
+from alignps_jax.gallery.tables import Note, Notes, Table, in_one_line
 from alignps_jax.types import Detections
 
-# Of rows with the same key that several processes add at once, one stays.
 _KEY = {"lance-schema:unenforced-primary-key": "true"}
 
 
@@ -53,12 +53,10 @@ class FileState(NamedTuple):
 
 
 class People:
-    """The people of a gallery.
+    """The people of a gallery, with tables of files, scenes, people and notes of all kinds.
 
-    Attributes:
-      address: a folder such as people.lance, or s3://bucket/people.lance.
-      info: the detector that made it.
-      files, scenes, table, all_notes: tables of files, scenes, people, and notes of all kinds.
+    `address` is a folder such as people.lance, or s3://bucket/people.lance, `info` the detector
+    that made it.
     """
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
@@ -69,22 +67,25 @@ class People:
             raise UserError(f"--gallery: found {others[0]} in {place}, expected a gallery")
         if info is None and not is_gallery(address):
             raise UserError(f"--gallery: found none in {place}, expected what --mode=index made")
-        dim, person = info.dim if info else 0, {"id": pa.string(), "scene": pa.string()}
-        vectors = {"box": pa.list_(pa.float32(), 4), "embedding": pa.list_(pa.float32(), dim)}
-        scene = columns_of(Scene) | {"every": pa.float64()}
-        schemas: dict[str, dict[str, pa.DataType]] = {
-            "files": columns_of(FileState),
+        scene = vars(Scene("", "", 0, 0, datetime.datetime.now(), "", 0.0, "")) | {"every": 0.0}
+        examples = {
+            "files": FileState("", 0, 0, "")._asdict(),
             "scenes": scene,
-            "notes": columns_of(Note) | {"kind": pa.string()},
-            "people": person | scene | {"score": pa.float32()} | vectors,
+            "notes": vars(Note("", ("",), {})) | {"content": "", "kind": ""},
+            "people": {"id": "", "scene": ""} | scene,
         }
+        vectors = [pa.field("score", pa.float32()), pa.field("box", pa.list_(pa.float32(), 4))]
+        vectors += [pa.field("embedding", pa.list_(pa.float32(), info.dim if info else 0))]
         with in_one_line(address):
             database = lancedb.connect(address)
-            for name, (key, *columns) in ((n, x.items()) for n, x in schemas.items() if info):
-                fields = [pa.field(*key, nullable=False, metadata=_KEY), *columns]
+            for name, example in examples.items() if info else ():
+                key, *columns = pa.Table.from_pylist([example]).schema
+                # Of rows with the same key that several processes add at once, one stays.
+                columns = [key.with_nullable(False).with_metadata(_KEY), *columns]
+                columns += vectors if name == "people" else []
                 with contextlib.suppress(ValueError):  # another detector's, which Gallery says
-                    database.create_table(name, schema=pa.schema(fields), exist_ok=True)
-        self._tables = [Table(database, name) for name in schemas]
+                    database.create_table(name, schema=pa.schema(columns), exist_ok=True)
+        self._tables = [Table(database, name) for name in examples]
         self.files, self.scenes, self.all_notes, self.table = self._tables
         known = self.notes("detector").all()
         if info is not None and not known:

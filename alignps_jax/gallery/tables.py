@@ -10,7 +10,7 @@ import json
 import operator
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any
 
 import pyarrow as pa
 from lancedb.expr import col, lit
@@ -19,16 +19,6 @@ from lancedb.index import BTree
 from alignps_jax.errors import UserError
 
 _INDEXED = {"id", "path", "hash", "taken"}
-_TYPES: Mapping[Any, pa.DataType] = {
-    **{str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()},
-    **{float | None: pa.float64(), datetime.datetime | None: pa.timestamp("us")},
-    **{tuple[str, ...]: pa.list_(pa.string()), Mapping[str, Any]: pa.string()},
-}
-
-
-def columns_of(record: type) -> dict[str, pa.DataType]:
-    """The fields of a dataclass as columns."""
-    return {name: _TYPES[kind] for name, kind in get_type_hints(record).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +129,7 @@ class Notes:
 
     def all(self) -> list[Note]:
         """All notes, the oldest first."""
-        rows = self.table.rows([*columns_of(Note)], kind=[self.kind]).sort_by("at")
+        rows = self.table.rows(["id", "people", "content", "at"], kind=[self.kind]).sort_by("at")
         return [
             Note(**row | {"people": tuple(row["people"]), "content": json.loads(row["content"])})
             for row in rows.to_pylist()
