@@ -31,12 +31,9 @@ def people(count: int, seed: int = 0) -> Detections:
     rng = np.random.default_rng((count, seed))
     embeddings = rng.normal(size=(count, DIM))
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return Detections(
-        rng.uniform(0, 90, (count, 4)).astype(np.float32),
-        np.sort(rng.uniform(0.3, 1, count))[::-1].astype(np.float32),
-        embeddings.astype(np.float32),
-        np.ones(count, bool),
-    )
+    scores = np.sort(rng.uniform(0.3, 1, count))[::-1]
+    boxes, valid = rng.uniform(0, 90, (count, 4)), np.ones(count, bool)
+    return Detections(*(x.astype(np.float32) for x in (boxes, scores, embeddings)), valid)
 
 
 def indexed(path, found, second=None, taken=None, camera="", every=0.0):
@@ -49,12 +46,11 @@ def some_scenes() -> list[FoundScene]:
     found = []
     for number in range(40):
         folder = ("/a", "/a/it's b", "/ab", "/c\n\u00fc")[number % 4]
+        taken = DAY + datetime.timedelta(hours=number) if number % 3 else None
+        camera = ("", "c1", "Canon 'x'")[number % 3]
         found.append(
             indexed(
-                f"{folder}/{number}.jpg",
-                people(number % 5, number),
-                taken=None if number % 3 == 0 else DAY + datetime.timedelta(hours=number),
-                camera=("", "c1", "Canon 'x'")[number % 3],
+                f"{folder}/{number}.jpg", people(number % 5, number), taken=taken, camera=camera
             )
         )
     for number in range(10):
@@ -127,9 +123,7 @@ def everybody(scenes):
     return [
         (person_id(one.scene.id, box), one.scene, box, float(score), embedding)
         for one in scenes
-        for box, score, embedding in zip(
-            one.people.boxes, one.people.scores, one.people.embeddings, strict=True
-        )
+        for box, score, embedding, _ in zip(*vars(one.people).values(), strict=True)
     ]
 
 
@@ -284,25 +278,6 @@ def test_what_a_killed_commit_leaves_is_nobody_and_can_be_forgotten(tmp_path, mo
     assert found.embeddings[0].tobytes() not in stored_bytes(gallery.address)
     commit(gallery, [one])
     assert gallery.num_people == len(gallery.search(np.eye(DIM)[0], 9)) == 2
-
-
-def test_files_share_a_content(tmp_path):
-    """People go with the last file of their content, and follow it to another path before."""
-    gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
-    commit(gallery, [indexed("/a.jpg", people(2)), indexed("/b.jpg", people(3, 1))])
-    gallery.people.commit([], [FileState("/copy.jpg", 9, 5, "/a.jpg")])
-    known = gallery.people.known_files()
-    assert known["/copy.jpg"] == FileState("/copy.jpg", 9, 5, "/a.jpg", 0.0, True)
-    before = {match.person.id for match in gallery.search(np.eye(DIM)[0], 9)}
-    gallery.people.remove_files(["/a.jpg", "/nothing.jpg"])
-    found = gallery.search(np.eye(DIM)[0], 9)
-    assert {match.person.id for match in found} == before
-    assert {match.person.scene.path for match in found} == {"/copy.jpg", "/b.jpg"}
-    gallery.people.remove_files(["/copy.jpg"])
-    assert (gallery.num_people, gallery.num_scenes) == (3, 1)
-    gallery.people.optimize()
-    gallery.people.purge()
-    assert (gallery.num_people, gallery.num_scenes) == (3, 1)
 
 
 def test_searches_during_commits_see_one_state(tmp_path):
