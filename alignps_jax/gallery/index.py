@@ -181,8 +181,8 @@ class _Run:
             if state.complete and state.every in (0, self._every):
                 seen[state.hash] = math.inf
             elif not state.complete and state.every == self._every:
-                last = self._people.last_second(state.hash)
-                seen.setdefault(state.hash, -1.0 if last is None else last)
+                frames = self._people.scenes.rows(["second"], hash=[state.hash])
+                seen.setdefault(state.hash, max(frames["second"].to_pylist(), default=-1.0))
         return seen
 
     def counted(self, results: Results, report: Callable[[Indexed], None]) -> Results:

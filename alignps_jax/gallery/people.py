@@ -110,11 +110,6 @@ class People:
         rows = self.files.rows(FileState._fields).to_pylist()
         return {row["path"]: FileState(**row) for row in rows}
 
-    def last_second(self, content: str) -> float | None:
-        """The last frame of a video that is in; None if there is none."""
-        seconds = self.scenes.rows(["second"], hash=[content])["second"]
-        return max(seconds.to_pylist(), default=None)
-
     def commit(self, scenes: Sequence[FoundScene], files: Sequence[FileState]) -> None:
         """Adds scenes and files, in place of what the gallery has of them."""
         rows = [vars(one.scene) | {"every": one.every} for one in scenes]

@@ -9,6 +9,7 @@ import functools
 import json
 import operator
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from lancedb.index import BTree
 
 from alignps_jax.errors import UserError
 
+# That others cannot read older states any more is what a purge is for.
+warnings.filterwarnings("ignore", r"optimize\(cleanup_older_than=0\)")
 _INDEXED = {"id", "path", "hash", "taken"}
 
 
