@@ -87,11 +87,10 @@ class People:
                     database.create_table(name, schema=pa.schema(columns), exist_ok=True)
         self._tables = [Table(database, name) for name in examples]
         self.files, self.scenes, self.all_notes, self.table = self._tables
-        known = self.notes("detector").all()
-        if info is not None and not known:
-            known = [Note("detector", (), dataclasses.asdict(info))]
-            self.notes("detector").put(known)
-        if not known:
+        detector = self.notes("detector")
+        if info is not None and not detector.all():
+            detector.put([Note("detector", (), dataclasses.asdict(info))])
+        if not (known := detector.all()):
             raise UserError(f"--gallery: {place} was never filled, expected what --mode=index made")
         scale = tuple(known[0].content["test_scale"])
         self.info = GalleryInfo(**{**known[0].content, "test_scale": scale})

@@ -211,26 +211,22 @@ def test_scenes_newest_first_and_one_of_each_video(address, scenes):
     assert gallery.folders() == own
 
 
-def test_another_detector_is_an_error_that_names_both(address):
-    with pytest.raises(UserError, match=r"checkpoint ffffffffffff \(.*checkpoint eeeeeeeeeeee \("):
-        Gallery.open(address, Finder(fingerprint="e" * 64))
+def test_what_is_no_gallery_or_another_ones_is_a_line(tmp_path, address):
     scaled = Finder()
     scaled.config = scaled.config.copy_and_resolve_references()
     with scaled.config.unlocked():
         scaled.config.data.test_scale = (256, 192)
-    with pytest.raises(UserError, match=r"test scale 128x96, .* test scale 256x192"):
-        Gallery.open(address, scaled)
-
-
-def test_what_is_no_gallery(tmp_path, address):
-    for place in ("nothing", "."):
-        with pytest.raises(UserError, match="found none in"):
-            Gallery.open(tmp_path / place)
     (tmp_path / "photo.jpg").touch()
-    with pytest.raises(UserError, match=r"found photo.jpg in .*, expected a gallery"):
-        Gallery.open(tmp_path, Finder(), create=True)
-    with pytest.raises(UserError, match=r"--gallery: .*photo\.jpg: "):
-        Gallery.open(tmp_path / "photo.jpg", Finder(), create=True)
+    for place, how, message in (
+        (address, (Finder(fingerprint="e" * 64),), r"int f{12} \(.*checkpoint e{12} \("),
+        (address, (scaled, True), r"test scale 128x96, .* test scale 256x192"),
+        (tmp_path / "nothing", (), "found none in"),
+        (tmp_path, (), "found none in"),
+        (tmp_path, (Finder(), True), r"found photo.jpg in .*, expected a gallery"),
+        (tmp_path / "photo.jpg", (Finder(), True), r"--gallery: .*photo\.jpg: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            Gallery.open(place, *how)
     copy = tmp_path / "copy"
     shutil.copytree(address, copy)
     for file in (copy / "people.lance" / "data").rglob("*.lance"):

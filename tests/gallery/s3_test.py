@@ -1,7 +1,4 @@
-"""A gallery in a bucket: the same people as in a folder, forgotten for good, with marks.
-
-Needs moto's server (`pip install "moto[server]"` anywhere, its `moto_server` on the PATH).
-"""
+"""A gallery in a bucket of moto's server (`pip install "moto[server]"` anywhere, on the PATH)."""
 
 from __future__ import annotations
 
@@ -51,20 +48,17 @@ def port():
 @pytest.fixture
 def bucket(port, monkeypatch):
     """Its files; LanceDB finds it by the environment."""
-    names = {
-        "AWS_ENDPOINT": f"http://127.0.0.1:{port}",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in names.items():
+    endpoint = f"http://127.0.0.1:{port}"
+    for name, value in (
+        ("AWS_ENDPOINT", endpoint),
+        ("AWS_ALLOW_HTTP", "true"),
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
         monkeypatch.setenv(name, value)
-    files = fs.S3FileSystem(
-        endpoint_override=names["AWS_ENDPOINT"],
-        allow_bucket_creation=True,
-        allow_bucket_deletion=True,
-    )
+    allowed = {"allow_bucket_creation": True, "allow_bucket_deletion": True}
+    files = fs.S3FileSystem(endpoint_override=endpoint, **allowed)
     files.create_dir("people")
     yield files
     files.delete_dir("people")
