@@ -103,7 +103,7 @@ def _windows(
 
         out = jnp.zeros((band * wide, features, 128))
         taps = kernel, *corners
-        return lax.scan(lambda out, tap: (out + sample(*tap), None), out, taps, unroll=3)[0]
+        return lax.scan(lambda out, tap: (out + sample(*tap), None), out, taps)[0]
 
     out = lax.map(lambda x: sample_band(*x), (squares, *map(blocks, corners)))
     out = out.swapaxes(-1, -2).reshape(batch, high, wide, 8, 16, features).swapaxes(2, 3)
