@@ -50,8 +50,7 @@ class PredictStep:
             regions = apply(*c4, boxes, found.valid, method="roi").embeddings
             # With those of both, one after another, similarity is the mean of both branches'.
             parts = [regions] if self.config.branch == "roi" else [found.embeddings, regions]
-            embeddings = l2_normalize(jnp.concatenate(parts, axis=-1))
-            embeddings = jnp.where(found.valid[..., None], embeddings, 0.0)
+            embeddings = l2_normalize(jnp.concatenate(parts, axis=-1)) * found.valid[..., None]
             return dataclasses.replace(found, embeddings=embeddings)
 
     def _dense(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:

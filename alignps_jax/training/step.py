@@ -26,8 +26,7 @@ from alignps_jax.losses.total import assign, flatten_levels, select_positives, t
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.types import Batch, Outputs, People, RoiDraws, TrainState
 
-# From all devices, in their order.
-_gather = partial(jax.tree.map, partial(lax.all_gather, axis_name=AXIS, tiled=True))
+_gather = partial(lax.all_gather, axis_name=AXIS, tiled=True)  # from all devices, in their order
 
 
 @struct.dataclass
@@ -114,10 +113,7 @@ class TrainStep:
     def _regions(
         self, apply: Any, state: TrainState, c4: Any, batch: Batch, draws: Any, dense: People
     ) -> tuple[dict[str, Term], People, Any]:
-        """The RoI branch's terms, the people in the regions of all devices, and its statistics.
-
-        `dense` are the positive locations of all devices.
-        """
+        """The RoI branch's terms, people and statistics; `dense`: the positives of all devices."""
         size, shape = c4[1], c4[0].shape[1:3]
         if draws is None:
             key = jax.random.fold_in(jax.random.key(self.seed), state.step)

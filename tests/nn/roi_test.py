@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax.nn.roi import BatchNorm, MutualInformation, RoIHead, RPNHead, max_pool
-from alignps_jax.nn.roi_align import roi_align
+from alignps_jax.nn.roi import BatchNorm, MutualInformation, RoIHead, RPNHead, max_pool, roi_align
 from tests.fakes import randomize
 
 # x1, y1, x2, y2 in pixels, of a map of 13 x 17.
