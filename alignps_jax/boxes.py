@@ -116,7 +116,7 @@ def nms(
         start, kept, count = state
         rows = start + jnp.arange(NMS_BLOCK)
 
-        def overlaps(others: Int[Array, "M"]) -> Bool[Array, "N M"]:
+        def overlaps(others: Int[Array, "M"]) -> Bool[AnyArray, "N M"]:
             # Without a box yet, an entry of `kept` is out of range: empty, it suppresses nothing.
             found = boxes.at[others].get(mode="fill", fill_value=0)
             return iou(boxes[rows][:, None], found) > iou_threshold
