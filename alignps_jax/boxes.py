@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.types import AnyArray
 
-# Boxes that `nms` compares with each other at once.
-NMS_BLOCK = 512
+NMS_BLOCK = 512  # boxes that `nms` compares with each other at once
 
 
 def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
