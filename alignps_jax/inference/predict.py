@@ -37,7 +37,7 @@ class PredictStep:
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """Boxes in the photos' own pixels, best first."""
-        model = self.model.bind({"params": params, "frozen": frozen})
+        model: Any = self.model.bind({"params": params, "frozen": frozen})
         with jax.default_matmul_precision(self.config.precision):
             outputs, c4 = model.with_c4(batch.image, batch.size)
             found = self._dense(outputs, batch)
