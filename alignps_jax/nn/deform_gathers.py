@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# Taps at a time on GPUs: fewer launches than one, for as much more memory; all nine are too wide for XLA's
-# Triton code on an A100.
+# Taps at a time on GPUs: fewer launches than one, for as much more memory; all nine are too wide
+# for XLA's Triton code on an A100.
 GROUP = 3
 # Options of gathers and scatters of `Samples.corners`.
 IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
