@@ -6,12 +6,15 @@ Nothing slow is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from alignps_jax import __version__
 from alignps_jax.errors import known_name, nearest
@@ -33,6 +36,39 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _box(text: str) -> tuple[float, ...]:
+    with contextlib.suppress(ValueError):
+        corners = tuple(map(float, text.split(",")))
+        if len(corners) == 4 and all(map(math.isfinite, corners)):
+            return corners
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected x1,y1,x2,y2 (pixels of the photo)")
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(ms|s|min)?", text)
+    seconds = float(found[1]) * {"ms": 0.001, "min": 60.0}.get(found[2], 1.0) if found else 0.0
+    if not 0.001 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a time: 1s, 500ms or 2min")
+    return seconds
+
+
+def _begin(text: str) -> datetime.datetime:
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        expected = "expected a day or time: 2024-05-31 or 2024-05-31T14:30"
+        raise argparse.ArgumentTypeError(f"found {text!r}, {expected}") from error
+
+
+def _end(text: str) -> datetime.datetime:
+    whole_day = datetime.timedelta(days=1, microseconds=-1)
+    return _begin(text) + (whole_day if len(text) == len("2024-05-31") else datetime.timedelta(0))
+
+
+def _several(help: str) -> dict[str, Any]:
+    return {"help": f"{help}; may be repeated; default: none", "action": "append"}
+
+
 def _flag(help: str, kind: Any = str, default: Any = None) -> dict[str, Any]:
     told = help if default is None else f"{help}; default: {default}"
     return {"help": told, "type": kind, "default": default}
@@ -48,14 +84,30 @@ FLAGS: dict[str, dict[str, Any]] = {
     "checkpoint": _flag("workdir of a run, or folder of one step; default: --workdir", _path),
     "detections": _flag("saved detections (.npz) in place of a checkpoint; default: none", _path),
     "query": _flag("photo with the person to find; default: none", _path),
-    "box": _flag("x1,y1,x2,y2 in pixels of the person in --query; default: everybody"),
+    "box": _flag("x1,y1,x2,y2 in pixels of the person in --query; default: everybody", _box),
     "gallery": _flag("what --mode=index made, or a folder of photos; default: none"),
     "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
-    "every": _flag("time between two frames of a video: 1s, 500ms, 2min", default="1s"),
+    "every": _flag("time between two frames of a video: 1s, 500ms, 2min", _seconds, "1s"),
     "prune": _switch("remove people whose photo or video is gone from --source"),
-    "exact_up_to": _flag("number of people up to which search is exact", int, 2_000_000),
-    "photo": _flag("photo or video whose people are forgotten; default: none"),
-    "person": _flag("id of one person to forget, from ranking.json; default: none"),
+    "watch": _switch("go on, and index what is added to --source"),
+    "cluster": _flag("Ray cluster to index on: auto, local, or an address; default: this process"),
+    "exclude": _several("pattern of files and folders to leave out, such as '**/drafts/**'"),
+    "no_default_excludes": _switch("look into hidden folders, trash, and thumbnails as well"),
+    "folder": _flag("search only what lies below this folder; default: everything"),
+    "camera": _several("search only photos of this camera"),
+    "after": _flag(
+        "search only what was taken from then on: 2024-05-31T14:30; default: all", _begin
+    ),
+    "before": _flag(
+        "search only what was taken until then: 2024-05-31 (its end); default: all", _end
+    ),
+    "kind": {"help": "search photos or videos alone; default: both", "choices": ("photo", "video")},
+    "count": _flag("results of each person that is searched", _count, 1000),
+    "show_all": _switch("show also results that are not likely the person"),
+    "across_days": _switch("group people of different days, too"),
+    "json": _switch("print the results as JSON, and all other lines to the standard error"),
+    "photo": _several("photo or video whose people are forgotten"),
+    "person": _several("id of a person to forget, from ranking.json"),
     "ema": _switch("take the running average of the weights from a training checkpoint"),
     "target": _flag("file to write; its suffix says what; default: below runs/scaling", _path),
     "table": _flag("table of the paper: 1 to 6, or fig4"),
@@ -72,6 +124,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "processes": _flag("number of processes of the run; default: 1", int),
     "process": _flag("number of this process, from 0; default: 0", int),
 }
+FILTERS = "folder camera after before kind"
 PROCESSES = "distributed coordinator processes process"
 
 
@@ -80,6 +133,7 @@ class Arguments(argparse.Namespace):
 
     mode: str
     fields: dict[str, str]
+    stdout: TextIO
 
     @property
     def config_name(self) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from alignps_jax.boxes import as_stored
 from alignps_jax.gallery.page.marks import RIGHT, WRONG, Marked, Sight
-from alignps_jax.gallery.sources import orientation
+from alignps_jax.media.photos import orientation_of
 from alignps_jax.types import UserError
 
 CSV_HEADER = (
@@ -120,7 +120,7 @@ def _coco(
     folders = {os.path.dirname(sight.photo) for sight in (of or people)}
     root = os.path.commonpath(folders)
     photos = {path: index for index, path in enumerate(dict.fromkeys(s.photo for s in people))}
-    turns = {path: orientation(path) for path in photos}
+    turns = {path: _turn(path) for path in photos}
     images, annotations = [], []
     sizes = {sight.photo: sight.size for sight in people}
     for path, index in photos.items():
@@ -150,3 +150,10 @@ def _coco(
         "categories": [{"id": 1, "name": "person"}],
     }
     return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _turn(path: str) -> int:
+    try:
+        return orientation_of(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read any more ({error.strerror})") from error

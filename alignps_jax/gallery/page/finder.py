@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Float
 
 from alignps_jax.boxes import iou
-from alignps_jax.files import Image
+from alignps_jax.errors import blame
 from alignps_jax.gallery.page.pictures import PREVIEW, decoded, jpeg, person_picture
-from alignps_jax.image_files import decode_photo, read_header
 from alignps_jax.inference.detector import Detector
+from alignps_jax.media.photos import Image, decode_photo, opened
 from alignps_jax.types import Detections, UserError
 from data_pipeline.transforms import is_landscape
 
@@ -163,15 +163,13 @@ class Finder:
           UserError: it is no photo, or has too many pixels.
           BusyError: too many photos wait.
         """
-        header = read_header(data)
-        if header is None:
-            raise UserError(f"{name}: this is not a photo (JPEG, PNG, BMP, WebP or TIFF)")
-        if header.height * header.width > self.max_pixels:
-            raise UserError(
-                f"{name}: {header.width}x{header.height} pixels are too many, at most "
-                f"{self.max_pixels:,} are possible"
-            )
-        return self.add(name, lambda: decode_photo(data, header, name, upright=True))
+        with blame(name):
+            opened(data, self.max_pixels)
+        return self.add(name, lambda: self._decode(name, data))
+
+    def _decode(self, name: str, data: bytes) -> Image:
+        with blame(name):
+            return decode_photo(data, self.max_pixels)
 
     def add(self, name: str, read: Callable[[], Image]) -> Upload:
         """Takes a photo that `read` gives when its turn comes; raises BusyError."""
