@@ -54,13 +54,13 @@ class Calibration:
     right: list[int]
     wrong: list[int]
 
-    def of(self, similarity: Float[AnyArray, "*S"], people: int) -> Float[np.ndarray, "*S"]:
+    def of(self, similarity: Float[AnyArray, "*S"], people: int = 0) -> Float[np.ndarray, "*S"]:
         """The probability that results show the person who is searched among so many `people`."""
         measured = np.interp(similarity, self.similarity, self.probability)
         right, wrong = measured * self.people, (1 - measured) * max(people, self.people)
         return np.asarray(right / (right + wrong))
 
-    def least(self, probability: float, people: int) -> float:
+    def least(self, probability: float, people: int = 0) -> float:
         """The similarity from which results are at least so likely; infinite where none is."""
         reached = self.of(np.array(self.similarity), people) >= probability
         return min(np.array(self.similarity)[reached].tolist(), default=math.inf)

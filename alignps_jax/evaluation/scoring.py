@@ -119,9 +119,8 @@ class Scorer:
         print(f"metrics     {workdir / METRICS}\nqueries     {workdir / QUERIES}")
         if calibration := self.calibration(measured):
             calibration.save(workdir)
-            people = round(calibration.people)
-            likely = f"likely the same person from {calibration.least(0.6, people):.2f}"
-            print(f"similarity  {workdir / CALIBRATION} ({likely} among {people:,})")
+            likely = f"likely the same person from {calibration.least(0.6):.2f} on"
+            print(f"similarity  {workdir / CALIBRATION} ({likely})")
             try:
                 calibration.save(measured.folder or workdir)
             except (UserError, OSError) as error:  # such as a checkpoint that others own
