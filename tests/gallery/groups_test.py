@@ -159,6 +159,8 @@ def test_what_users_do_stays(gallery):
         ("789", "", ""),
     ]
     assert elsewhere.all()[0].name == "Anna"
+    gallery.people.remove(["/odd/7.jpg"])
+    assert ("89", "", "") in shown(gallery, make_groups(gallery, Filter()))
     forget(gallery.people, photos=["/odd/1.jpg"])
     assert ("345", "", "Anna") in shown(gallery, groups.all())
     assert groups.of(ids["1"]) is None
