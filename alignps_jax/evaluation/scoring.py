@@ -73,7 +73,7 @@ class Scorer:
             return None
         search = measured.searches[name]
         searches = sum(one.detected for one in search.outcomes)
-        return fit(f"{self.config.data.name}, {name}", search.right, search.wrong, searches)
+        return fit(f"{self.config.data.name}, {name}", search.counts, searches)
 
     def conditions(self, measured: Measured) -> str:
         """One line on how this was measured."""
@@ -119,8 +119,7 @@ class Scorer:
         print(f"metrics     {workdir / METRICS}\nqueries     {workdir / QUERIES}")
         if calibration := self.calibration(measured):
             calibration.save(workdir)
-            likely = f"likely the same person from {calibration.least(0.6):.2f} on"
-            print(f"similarity  {workdir / CALIBRATION} ({likely})")
+            print(f"similarity  {workdir / CALIBRATION}")
             try:
                 calibration.save(measured.folder or workdir)
             except (UserError, OSError) as error:  # such as a checkpoint that others own

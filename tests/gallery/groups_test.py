@@ -106,7 +106,7 @@ def add(gallery, number, persons):
 @pytest.fixture
 def gallery(tmp_path):
     made = Gallery.open(tmp_path / "people.lance", Finder(), create=True)
-    made.calibration = Calibration("", 99.0, [0.4, 0.6], [0.1, 0.9], [1, 9], [9, 1])
+    made.calibration = Calibration("", 99.0, [0.4, 0.6], *[[0.1, 0.9]] * 2, *[[1, 9]] * 2)
     for number, persons in enumerate(PHOTOS, 1):
         add(made, number, persons)
     return made
