@@ -264,7 +264,7 @@ def test_calibration_of_saved_detections(evaluated, plotted):
         1080,
         3,
     )
-    for line in plotted[0].axes[0].lines[::2]:
+    for line in plotted[0].axes[0].lines[::3]:
         assert (np.diff(line.get_ydata()) >= 0).all()
         assert 0 < line.get_ydata()[0] <= line.get_ydata()[-1] < 1
 
