@@ -13,7 +13,7 @@ from alignps_jax.drawing.pictures import grid_picture
 from alignps_jax.evaluation.evaluate import query_row
 from alignps_jax.evaluation.metrics import SearchMetrics
 from alignps_jax.evaluation.scoring import detections_of, make_scorer
-from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
+from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot
 from alignps_jax.figures.request import FigureRequest, Pictures
 from alignps_jax.files import read_json
 from alignps_jax.types import UserError
@@ -35,7 +35,7 @@ def gallery_size(request: FigureRequest) -> Pictures:
     rows = rows_of("6", "cuhk_sysu") if on_cuhk else ()
     paper = {f"{row.label}, paper": row.mAP for _, row in rows if row.mAP is not None}
     maps = {label: maps for label, (_, maps) in saved.items()}
-    yield "gallery_size", rendered(gallery_size_plot(maps, paper))
+    yield "gallery_size", gallery_size_plot(maps, paper)
 
 
 def _maps(path: Path) -> tuple[str, dict[str, float]]:
@@ -67,7 +67,7 @@ def precision_recall(request: FigureRequest) -> Pictures:
     for name in (protocol.name for protocol in scorer.protocols):
         curves = {label: one.searches[name].curve for label, one in measured.items()}
         panels[f"search, {name} (area: mAP)"] = curves
-    yield "precision_recall", rendered(precision_recall_plot(panels))
+    yield "precision_recall", precision_recall_plot(panels)
 
 
 def comparison(request: FigureRequest) -> Pictures:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from alignps_jax.drawing import pictures
 from alignps_jax.figures.plots import rendered
@@ -70,7 +71,7 @@ def sampling_points(request: FigureRequest) -> Pictures:
     if len(chosen) == 0:
         raise UserError(f"{name}: found nobody, expected somebody, or --box around the place")
     figure = sampling_points_figure(detector.maps(photo), photo, chosen, centers)
-    yield f"sampling_points-{Path(name).stem}", rendered(figure)
+    yield f"sampling_points-{Path(name).stem}", figure
 
 
 def _centers(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
@@ -98,8 +99,12 @@ def sampling_points_figure(
             location = location_maps.nearest_location(maps, xy)
             points = location_maps.sampling_points(maps, location, level)
             axes.scatter(*points.T, 45, color, edgecolors="black")
-            ring = location_maps.location_xy(maps, location)
-            axes.scatter(*ring, 400, facecolors="none", edgecolors=color, linewidths=4)
+            ring = {
+                "facecolors": "none",
+                "path_effects": [withStroke(linewidth=7, foreground="black")],
+            }
+            place = location_maps.location_xy(maps, location)
+            axes.scatter(*place, 400, edgecolors=color, linewidths=4, **ring)
         axes.scatter(*centers.T, 60, "limegreen", edgecolors="black")
         title = f"lateral C{level} + output (rings: locations, green: centers of people)"
         axes.set(xlim=(0, width), ylim=(height, 0), title=title)

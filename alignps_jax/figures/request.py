@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import results_folder
@@ -17,7 +18,7 @@ from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.media.walk import Walk, media_files
 from alignps_jax.types import UserError
 
-Pictures = Iterator[tuple[str, Image]]  # each with the name of its file, without .png
+Pictures = Iterator[tuple[str, Image | Figure]]  # each with the name of its file, without .png
 
 
 @dataclasses.dataclass
