@@ -14,7 +14,6 @@ from alignps_jax.evaluation.scoring import evaluate_detections
 from alignps_jax.experiments.benchmark import run_benchmark
 from alignps_jax.experiments.reproduce import reproduce_table
 from alignps_jax.files import check_outputs, complete_file, write_image
-from alignps_jax.gallery.photos import search_photos
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
 from alignps_jax.weights.convert import convert_released
@@ -27,7 +26,6 @@ MODES = {
     "train": partial(train_and_evaluate, tiny.get_config()),
     "evaluate": partial(evaluate_checkpoint, tiny.get_config(), NOWHERE),
     "evaluate detections": partial(evaluate_detections, tiny.get_config(), NOWHERE),
-    "search": partial(search_photos, NOWHERE, tiny.get_config(), NOWHERE, None, NOWHERE),
     "convert": partial(convert_released, cuhk.get_config(), NOWHERE),
     "benchmark": partial(run_benchmark, tiny.get_config(), None, runs=1),
     "reproduce": partial(reproduce_table, tiny.get_config(), "tiny", "2", 1, train=None),

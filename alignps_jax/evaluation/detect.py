@@ -16,9 +16,8 @@ from alignps_jax.devices import use_compilation_cache
 from alignps_jax.errors import known_name
 from alignps_jax.evaluation.detections_io import lay_out, save_detections
 from alignps_jax.files import check_outputs, complete_file, write_json
-from alignps_jax.gallery.query import above
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import detect_all, shot_photo
+from alignps_jax.inference.many import above, detect_all, shot_photo
 from alignps_jax.log import progress
 from alignps_jax.media.photos import orientation_of
 from alignps_jax.media.walk import Shot, media_files, shots

@@ -10,7 +10,6 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import cv2
-import jax
 import numpy as np
 from jaxtyping import Float
 from matplotlib import colormaps
@@ -21,10 +20,11 @@ from matplotlib.patheffects import withStroke
 from alignps_jax.drawing import pictures
 from alignps_jax.figures.plots import rendered
 from alignps_jax.figures.request import FigureRequest, Pictures
-from alignps_jax.gallery.query import find_queries
+from alignps_jax.gallery.search import wanted_people
 from alignps_jax.inference import location_maps
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
+from alignps_jax.inference.many import above
 from alignps_jax.media.photos import Image
 from alignps_jax.types import Detections, UserError
 
@@ -43,17 +43,16 @@ _DPI = 100
 
 def _found(detector: Detector, photo: Image) -> Detections:
     """The detections with the least score that counts, or more."""
-    found = detector.detect(photo)
-    return jax.tree.map(lambda x: x[found.scores >= detector.config.eval.score_threshold], found)
+    return above(detector.detect(photo), detector.config.eval.score_threshold)
 
 
 def _query(
     detector: Detector, name: str, photo: Image, box: Sequence[float] | None
 ) -> tuple[Float[np.ndarray, "4"], Float[np.ndarray, "D"]]:
     """Box and embedding of the person in a box, by default of the one with the best score."""
-    threshold = detector.config.eval.score_threshold
-    query = find_queries(detector.detect(photo), box, threshold, Path(name), photo.shape[:2])[0]
-    return query.box, query.embedding
+    people = wanted_people(detector, photo, name, box)
+    own = people.boxes[0] if box is None else np.array(box, np.float32)
+    return np.asarray(own), np.asarray(people.embeddings[0])
 
 
 def sampling_points(request: FigureRequest) -> Pictures:

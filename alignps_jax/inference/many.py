@@ -93,6 +93,11 @@ def detect_all(
     yield from finish(0)
 
 
+def above(found: Detections, threshold: float) -> Detections:
+    """The detections of one photo with at least that score."""
+    return jax.tree.map(lambda x: np.asarray(x)[np.asarray(found.scores) >= threshold], found)
+
+
 def join(batches: Sequence[Any], rows: int) -> Batch:
     """Batches of one photo each as one batch, filled up to `rows` with rows that are not valid."""
     fill = jax.tree.map(np.zeros_like, batches[0])

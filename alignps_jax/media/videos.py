@@ -2,14 +2,13 @@
 
 import contextlib
 import math
-import re
 from collections.abc import Iterator
 
 import av
 import numpy as np
 from av.stream import Disposition
 
-from alignps_jax.errors import UserError, blame
+from alignps_jax.errors import blame
 from alignps_jax.media.photos import Image, check_size, regular
 
 VIDEO_SUFFIXES: tuple[str, ...] = (
@@ -32,16 +31,6 @@ _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
 _EXACT = 0.0005  # seconds between time stamps that count as the same
 # Seconds before a frame at which to begin to decode, until a key frame comes before it.
 _BEFORE = (0.0, 3.0, 20.0, math.inf)
-
-
-def parse_every(text: str) -> float:
-    """The seconds of "1s", "500ms" or "2min"; UserError if it is none of them."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(ms|s|min)?", text)
-    units = {"ms": 0.001, "s": 1.0, "min": 60.0, None: 1.0}
-    seconds = float(found[1]) * units[found[2]] if found else 0.0
-    if not 0.001 <= seconds < 1e6:
-        raise UserError(f"--every: found {text!r}, expected a time such as 1s, 500ms or 2min")
-    return seconds
 
 
 def frames(

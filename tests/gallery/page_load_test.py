@@ -27,7 +27,7 @@ from alignps_jax.gallery.page.security import LOOPBACK, Door
 from alignps_jax.gallery.page.serve import serve_gallery
 from alignps_jax.types import UserError
 from tests.gallery.page_server import READ, painted_site, running
-from tests.gallery.painted import RED, ColorDetector, encoded, painted
+from tests.gallery.painted import RED, ColorDetector, encoded, painted, scenes_of
 from tests.places import ROOT, heed_signals
 
 
@@ -55,7 +55,7 @@ def test_fifty_at_once(tmp_path):
     site = painted_site(tmp_path, detector)
     detector.delay = 0.1
     photo = encoded(painted((RED, (10, 10))))
-    person = next(p for s in site.gallery.scenes(9) for p in site.gallery.people(s.id))
+    person = next(p for s in scenes_of(site) for p in site.gallery.people_of(s.id))
     detector.most = 0
 
     def send(number):
@@ -223,7 +223,7 @@ import sys
 from pathlib import Path
 from tests.gallery.painted import ColorDetector
 from alignps_jax.gallery.page.serve import serve_gallery
-from alignps_jax.gallery.store import Gallery
+from alignps_jax.gallery.gallery import Gallery
 folder = Path(sys.argv[1])
 detector = ColorDetector(delay=float(sys.argv[2]))
 gallery = Gallery.open(folder / "people.lance")

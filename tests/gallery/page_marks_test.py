@@ -24,7 +24,7 @@ from alignps_jax.media.photos import read_photo
 from alignps_jax.types import UserError
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from tests.gallery.page_server import painted_site
-from tests.gallery.painted import BLUE, GREEN, RED, ColorDetector, indexed, painted
+from tests.gallery.painted import BLUE, GREEN, RED, ColorDetector, indexed, painted, scenes_of
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def site(tmp_path):
 def sights(site, color):
     """Everybody of the gallery in that color."""
     found = []
-    for scene in site.gallery.scenes(99):
-        for person in site.gallery.people(scene.id):
+    for scene in scenes_of(site):
+        for person in site.gallery.people_of(scene.id):
             x1, y1, x2, y2 = person.box.astype(int)
             pixel = site.gallery.pixels(scene)[(y1 + y2) // 2, (x1 + x2) // 2]
             if tuple(pixel) == color:

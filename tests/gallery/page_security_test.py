@@ -22,7 +22,7 @@ from tests.gallery.page_server import (
     uploaded,
     visitor,
 )
-from tests.gallery.painted import RED, SIZE, ColorDetector, encoded, painted
+from tests.gallery.painted import RED, SIZE, ColorDetector, encoded, painted, scenes_of
 from tests.places import ROOT
 
 
@@ -129,7 +129,7 @@ def test_beyond_this_machine_a_token_comes_first(site):
 
 
 def test_every_answer_is_closed(client, site):
-    scene = site.gallery.scenes(1)[0]
+    scene = site.gallery.scenes(1)[0].scene
     for path in (
         "/",
         "/nothing",
@@ -190,12 +190,12 @@ def test_names_are_shown_as_text(client, site):
 def test_a_photo_that_changed_or_went_is_not_shown(tmp_path):
     site = painted_site(tmp_path)
     client = visitor(site)
-    a, b = (s for s in site.gallery.scenes(9) if s.path.endswith(("yard/a.png", "yard/b.png")))
+    a, b = (s for s in scenes_of(site) if s.path.endswith(("yard/a.png", "yard/b.png")))
     os.unlink(a.path)
     with open(b.path, "ab") as file:
         file.write(b"more")
     for scene, line in ((a, "cannot be read"), (b, "has changed since it was indexed")):
-        person = site.gallery.people(scene.id)[0]
+        person = site.gallery.people_of(scene.id)[0]
         for path in (f"/scene/{scene.id}/photo.jpg", f"/person/{person.id}.jpg"):
             answer = client.get(path)
             assert answer.status_code == 400
@@ -203,7 +203,7 @@ def test_a_photo_that_changed_or_went_is_not_shown(tmp_path):
 
 
 def test_pictures_hold_pixels_and_nothing_else(client, site):
-    scene = site.gallery.scenes(1)[0]
+    scene = site.gallery.scenes(1)[0].scene
     for path in (f"/scene/{scene.id}/photo.jpg", f"/scene/{scene.id}/small.jpg"):
         data = client.get(path).content
         assert data.startswith(b"\xff\xd8")

@@ -24,7 +24,7 @@ from tests.gallery.page_server import (
     uploaded,
     visitor,
 )
-from tests.gallery.painted import BLUE, GREEN, RED, encoded, painted
+from tests.gallery.painted import BLUE, GREEN, RED, encoded, painted, scenes_of
 
 
 def test_from_a_photo_to_its_people_to_their_results(client, site):
@@ -57,7 +57,7 @@ def test_a_result_leads_to_its_scene_and_to_a_search_from_there(client, site):
 
 
 def test_views_are_combined_by_their_mean_or_their_best(client, site):
-    everybody = [p for s in site.gallery.scenes(99) for p in site.gallery.people(s.id)]
+    everybody = [p for s in scenes_of(site) for p in site.gallery.people_of(s.id)]
     of = {color: [p for p in everybody if color_of(site, p.id) == color] for color in (RED, GREEN)}
     views = [of[RED][0].id, of[GREEN][0].id]
     embeddings = site.gallery.embeddings([p.id for p in everybody])
@@ -130,7 +130,7 @@ def test_a_wrong_address_is_one_line(client, fields, line):
 
 
 def test_results_come_page_by_page(client, site, monkeypatch, tmp_path):
-    view = site.gallery.people(next(s.id for s in site.gallery.scenes(9) if "a.png" in s.path))[0]
+    view = site.gallery.people_of(next(s.id for s in scenes_of(site) if "a.png" in s.path))[0]
     whole = results(client.get("/search", params={"view": view.id}))
     rest = client.get("/results", params={"view": view.id, "offset": 3})
     assert results(rest) == whole[3:]
@@ -191,7 +191,7 @@ def test_a_box_finds_who_is_in_it(client, site):
 
 
 def test_a_box_in_a_photo_of_the_gallery(client, site):
-    scene = next(s for s in site.gallery.scenes(9) if s.path.endswith("yard/a.png"))
+    scene = next(s for s in scenes_of(site) if s.path.endswith("yard/a.png"))
     green = client.post(f"/scene/{scene.id}/box", data={"box": "195,80,240,170"})
     assert color_of(site, results(client.get(green.headers["location"]))[0][1]) == GREEN
     # Nobody of the gallery is there, so the photo is searched once more, and in vain.

@@ -196,7 +196,7 @@ def scenes_from(site: Site, query: Query, offset: int) -> dict[str, Any]:
     if not 0 <= offset < 2**40:
         raise UserError("The place in the list is out of range.")
     where = site.overview.checked(query.where)
-    found = site.gallery.scenes(SCENES + 1, offset, where)
+    found = [card.scene for card in site.gallery.scenes(SCENES + 1, offset, where)]
     following = offset + SCENES if len(found) > SCENES else None
     return {
         "shown": found[:SCENES],
@@ -215,7 +215,7 @@ def people_of(site: Site, scene: Scene, chosen: str) -> list[dict[str, Any]]:
             "picture": f"/person/{person.id}.jpg",
             "chosen": person.id == chosen,
         }
-        for number, person in enumerate(site.gallery.people(scene.id), 1)
+        for number, person in enumerate(site.gallery.people_of(scene.id), 1)
     ]
 
 
@@ -282,7 +282,7 @@ def searched_box(site: Site, scene_id: str, query: Query, box: Float[np.ndarray,
     people with low scores, too.
     """
     scene = site.scene(scene_id)
-    people = site.gallery.people(scene.id)
+    people = site.gallery.people_of(scene.id)
     if people:
         overlap = iou(np.stack([person.box for person in people]), box)
         if overlap.max() > 0:

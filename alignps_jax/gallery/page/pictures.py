@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from alignps_jax.gallery.entries import Person, Scene
-from alignps_jax.gallery.store import Gallery
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.media.photos import Image
 
 PREVIEW = 1600  # longer side of a complete scene, pixels

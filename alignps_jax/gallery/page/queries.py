@@ -10,21 +10,22 @@ import dataclasses
 import datetime
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 from jaxtyping import Float
 
 from alignps_jax.gallery.entries import Filter, Person
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.finder import Finder
-from alignps_jax.gallery.store import Gallery
 from alignps_jax.types import UserError
 
 MAX_VIEWS = 12
 MEAN, BEST = "mean", "best"
 _UPLOADED = re.compile(r"up\.([0-9a-f]{24})\.(\d{1,4})")
 _FIELDS = ("view", "combine", "folder", "camera", "after", "before", "score", "kind")
-_KINDS = {"": None, "photos": False, "videos": True}
+_KINDS: dict[str, Any] = {"": None, "photos": "photo", "videos": "video"}
 
 _EVERYBODY = Filter()
 Pairs = Sequence[tuple[str, str]]
@@ -76,7 +77,7 @@ class Query:
     def pairs(self, **changes: str | Iterable[str]) -> list[tuple[str, str]]:
         """Names and values as they stand in the address; `changes` replaces or adds fields."""
         where = self.where
-        kind = next(name for name, value in _KINDS.items() if value is where.videos)
+        kind = next(name for name, value in _KINDS.items() if value == where.kind)
         values: dict[str, str | Iterable[str]] = {
             "view": self.views,
             "combine": self.combine if self.combine != MEAN else "",
@@ -142,7 +143,7 @@ def parse_query(pairs: Pairs) -> Query:
         after=_moment("from", single["after"]),
         before=_moment("until", single["before"]),
         min_score=_score(single["score"]),
-        videos=_KINDS[single["kind"]],
+        kind=_KINDS[single["kind"]],
     )
     return Query(views, combine, where)
 

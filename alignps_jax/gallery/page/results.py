@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from alignps_jax.gallery.entries import Match, Person
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.queries import BEST, Query, View
-from alignps_jax.gallery.store import Gallery
 
 MAX_MATCHES = 1000
 PAGE = 48  # entries that are shown at a time; it divides into rows of 2, 3, 4, 6 and 8
@@ -95,8 +95,8 @@ class Searcher:
     def warm_up(self) -> None:
         """Has the gallery read, and the search compiled."""
         if self._gallery.num_people:
-            width = self._gallery.about.dim
-            self._gallery.search(np.full((1, width), width**-0.5, np.float32), MAX_MATCHES)
+            width = self._gallery.info.dim
+            self._gallery.search_many(np.full((1, width), width**-0.5, np.float32), MAX_MATCHES)
 
     def search(self, query: Query, views: Sequence[View]) -> Results:
         """The people that are most similar to the views, without the views themselves."""
@@ -113,10 +113,7 @@ class Searcher:
         return results
 
     def _count(self, query: Query) -> int | None:
-        memory = self._gallery.memory()
-        if memory is not None:
-            return int(memory.matching(query.where).sum()) if query.is_filtered else len(memory)
-        return None if query.is_filtered else self._gallery.num_people
+        return self._gallery.searched(query.where)
 
     def latest(self, query: Query, views: Sequence[View]) -> Results:
         """The remembered results, else those of another search."""
@@ -140,7 +137,7 @@ def ranked(gallery: Gallery, query: Query, views: Sequence[View]) -> list[Match]
     """The people of the gallery, best first, each once; of several similarities the best counts."""
     own = {view.id for view in views}
     best: dict[str, Match] = {}
-    for matches in gallery.search(combined(query, views), MAX_MATCHES + len(own), query.where):
+    for matches in gallery.search_many(combined(query, views), MAX_MATCHES + len(own), query.where):
         for match in matches:
             known = best.get(match.person.id)
             if known is None or match.similarity > known.similarity:

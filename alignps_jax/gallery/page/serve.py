@@ -14,6 +14,7 @@ import uvicorn
 from ml_collections import ConfigDict
 
 from alignps_jax.devices import use_compilation_cache
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.app import make_app
 from alignps_jax.gallery.page.finder import Finder
 from alignps_jax.gallery.page.marks import Marks
@@ -21,7 +22,6 @@ from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.results import Searcher
 from alignps_jax.gallery.page.security import Door, is_loopback, own_names
 from alignps_jax.gallery.page.site import Overview, Site
-from alignps_jax.gallery.store import Gallery
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
 

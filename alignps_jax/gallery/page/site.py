@@ -18,13 +18,13 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from alignps_jax.boxes import area
 from alignps_jax.gallery.entries import Filter, Person, Scene
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.finder import Finder
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.queries import Query, parse_query
 from alignps_jax.gallery.page.results import Searcher, summary
 from alignps_jax.gallery.page.security import MAX_BODY
-from alignps_jax.gallery.store import Gallery
 from alignps_jax.types import UserError
 
 _READ_COOKIE = "alignps_responsible_use"
