@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from operator import attrgetter, itemgetter
 from pathlib import Path
 
@@ -44,15 +44,6 @@ _DPI = 100
 def _found(detector: Detector, photo: Image) -> Detections:
     """The detections with the least score that counts, or more."""
     return above(detector.detect(photo), detector.config.eval.score_threshold)
-
-
-def _query(
-    detector: Detector, name: str, photo: Image, box: Sequence[float] | None
-) -> tuple[Float[np.ndarray, "4"], Float[np.ndarray, "D"]]:
-    """Box and embedding of the person in a box, by default of the one with the best score."""
-    people = wanted_people(detector, photo, name, box)
-    own = people.boxes[0] if box is None else np.array(box, np.float32)
-    return np.asarray(own), np.asarray(people.embeddings[0])
 
 
 def sampling_points(request: FigureRequest) -> Pictures:
@@ -137,7 +128,8 @@ def similarity(request: FigureRequest) -> Pictures:
     """
     detector = request.detector()
     name, photo = request.query_photo(detector)
-    query_box, embedding = _query(detector, name, photo, request.box)
+    query = wanted_people(detector, photo, name, request.box)
+    embedding = np.asarray(query.embeddings)[0]
 
     def cell(
         photo: Image, boxes: Float[np.ndarray, "K 4"], color: pictures.Color, *caption: str
@@ -157,7 +149,7 @@ def similarity(request: FigureRequest) -> Pictures:
             picture = cell(photo, np.asarray(people.boxes)[best], pictures.BLUE, name, match)
             yield float(cosine.max(initial=-1)), picture
 
-    cells = [cell(photo, query_box[None], pictures.YELLOW, "query", name)]
+    cells = [cell(photo, np.asarray(query.boxes)[:1], pictures.YELLOW, "query", name)]
     cells += [picture for _, picture in heapq.nlargest(MAX_SCENES, scenes(), itemgetter(0))]
     rows = [cells[i : i + _PER_ROW] for i in range(0, len(cells), _PER_ROW)]
     yield f"similarity-{Path(name).stem}", pictures.grid_picture([*rows, [_scale()]])
@@ -189,14 +181,14 @@ def comparison(request: FigureRequest) -> Pictures:
     box, rows = request.box, []
     for label, detector in request.detectors():
         name, photo = request.query_photo(detector)
-        query_box, embedding = _query(detector, name, photo, box)
+        query = wanted_people(detector, photo, name, box)
+        box = tuple(query.boxes[0].tolist())
         people = (
             pictures.Result(scene, scene_name, one, float(cosine))
             for scene_name, scene in request.gallery_photos(detector)
             for found in [_found(detector, scene)]
-            for one, cosine in zip(found.boxes, found.embeddings @ embedding, strict=True)
+            for one, cosine in zip(found.boxes, found.embeddings @ query.embeddings[0], strict=True)
         )
         best = heapq.nlargest(pictures.RESULTS_SHOWN, people, attrgetter("similarity"))
-        rows.append(pictures.picture_row(label, photo, name, query_box, best))
-        box = tuple(query_box.tolist())
+        rows.append(pictures.picture_row(label, photo, name, np.array(box), best))
     yield f"comparison-{Path(name).stem}", pictures.grid_picture(rows)
