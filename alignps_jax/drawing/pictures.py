@@ -25,8 +25,7 @@ BLUE: Color = (40, 120, 255)
 WHITE: Color = (255, 255, 255)
 BLACK: Color = (0, 0, 0)
 
-# Results of a query in a row: more would make each too small to see who it is.
-RESULTS_SHOWN = 5
+RESULTS_SHOWN = 5  # in a row: more would make each too small to see who it is
 # Pixels: between cells, of a line of a caption, and the smallest width that a caption gets.
 GAP, LINE_HEIGHT, MIN_WIDTH = 12, 22, 200
 # Heights of the person and of the photo in a ranking; a panorama is scaled down to the width.
@@ -154,14 +153,11 @@ class Result:
 def picture_row(
     title: str, image: Image, name: str, box: Float[np.ndarray, "4"], results: Iterable[Result]
 ) -> list[Image]:
-    """The cells of a query, below a title and the name of its photo, and of its first results.
+    """The cells of a query, in a photo of that name, and of its `RESULTS_SHOWN` first results.
 
     A cell shows the person enlarged, and the photo with the person's box: yellow for the query,
-    green or red for a right or wrong result, blue where that is not known.
-
-    Args:
-      title, image, name, box: the query, its photo and its box there.
-      results: most similar first; of a generator only the `RESULTS_SHOWN` that are shown are made.
+    green or red for a right or wrong result, blue where that is not known. Of a generator of
+    results only those that are shown are made.
     """
     cells = [_cell(image, box, YELLOW, "", title, name)]
     for rank, one in enumerate(islice(results, RESULTS_SHOWN), start=1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from configs.variants import rows_of
 from data_pipeline.datasets import prepare
 
 MAX_COMPARED_ROWS = 9
-# Protocols whose galleries differ in size only.
-_GALLERY = re.compile(r"TestG(\d+)|all")
 
 
 def gallery_size(request: FigureRequest) -> Pictures:
@@ -44,9 +41,9 @@ def _maps(path: Path) -> tuple[str, dict[str, float]]:
     content = read_json(path, expected)
     try:
         maps = {
-            match[1] or match[0]: float(search["mAP"])
+            size: float(search["mAP"])
             for name, search in content["search"].items()
-            if (match := _GALLERY.fullmatch(name))
+            if (size := name.removeprefix("TestG")) == "all" or size.isdecimal()
         }
         return str(content["dataset"]), maps
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -62,8 +59,7 @@ def precision_recall(request: FigureRequest) -> Pictures:
     files = request.files("detections.npz").items()
     names = scorer.annotations.names
     measured = {label: scorer.score(detections_of(names, path), None) for label, path in files}
-    curves = {label: one.detection.curve for label, one in measured.items()}
-    panels = {"detection (area: AP)": curves}
+    panels = {"detection (area: AP)": {key: x.detection.curve for key, x in measured.items()}}
     for name in (protocol.name for protocol in scorer.protocols):
         curves = {label: one.searches[name].curve for label, one in measured.items()}
         panels[f"search, {name} (area: mAP)"] = curves

@@ -47,17 +47,14 @@ def _found(detector: Detector, photo: Image) -> Detections:
 
 
 def sampling_points(request: FigureRequest) -> Pictures:
-    """Where the neck's deformable convolutions look from some locations (Paper, Fig. 5).
+    """Where the neck's deformable convolutions look (Paper, Fig. 5).
 
-    The locations are the center of the box, without one those of the detections with the best
-    scores.
+    They look from the center of the box, without one from those of the best detections.
     """
     detector = request.detector()
     name, photo = request.query_photo(detector)
     centers = _centers(np.asarray(_found(detector, photo).boxes))
-    chosen = centers[: len(COLORS)]
-    if request.box is not None:
-        chosen = _centers(np.array([request.box]))
+    chosen = centers[: len(COLORS)] if request.box is None else _centers(np.array([request.box]))
     if len(chosen) == 0:
         raise UserError(f"{name}: found nobody, expected somebody, or --box around the place")
     figure = sampling_points_figure(detector.maps(photo), photo, chosen, centers)
@@ -89,12 +86,9 @@ def sampling_points_figure(
             location = location_maps.nearest_location(maps, xy)
             points = location_maps.sampling_points(maps, location, level)
             axes.scatter(*points.T, 45, color, edgecolors="black")
-            ring = {
-                "facecolors": "none",
-                "path_effects": [withStroke(linewidth=7, foreground="black")],
-            }
+            ring = {"linewidths": 4, "path_effects": [withStroke(linewidth=7, foreground="black")]}
             place = location_maps.location_xy(maps, location)
-            axes.scatter(*place, 400, edgecolors=color, linewidths=4, **ring)
+            axes.scatter(*place, 400, "none", edgecolors=color, **ring)
         axes.scatter(*centers.T, 60, "limegreen", edgecolors="black")
         title = f"lateral C{level} + output (rings: locations, green: centers of people)"
         axes.set(xlim=(0, width), ylim=(height, 0), title=title)
@@ -104,10 +98,8 @@ def sampling_points_figure(
 
 def detections(request: FigureRequest) -> Pictures:
     """Everybody found in a photo, in each photo of a folder, or in both."""
-    if not request.query and not request.gallery:
-        raise UserError("--query: missing, expected a photo (or a folder as --gallery) to draw")
     detector = request.detector()
-    query = [request.query_photo(detector)] if request.query else []
+    query = [request.query_photo(detector)] if request.query or not request.gallery else []
     for name, photo in itertools.chain(query, request.gallery_photos(detector)):
         found = _found(detector, photo)
         canvas, factor = pictures.fitted(photo, *_LARGE)
@@ -122,9 +114,8 @@ def detections(request: FigureRequest) -> Pictures:
 def similarity(request: FigureRequest) -> Pictures:
     """Heat maps: how similar the embedding of every location of some photos is to the query's.
 
-    The query is the person in the box, without one the detection with the best score. It has a
-    yellow box, the most similar person of each scene a blue one. Of many scenes those with the most
-    similar people are shown, best first.
+    The query, by default the best detection, has a yellow box, the most similar person of each
+    scene a blue one. Of many scenes those with the most similar people are shown, best first.
     """
     detector = request.detector()
     name, photo = request.query_photo(detector)
@@ -182,7 +173,7 @@ def comparison(request: FigureRequest) -> Pictures:
     for label, detector in request.detectors():
         name, photo = request.query_photo(detector)
         query = wanted_people(detector, photo, name, box)
-        box = tuple(query.boxes[0].tolist())
+        box = box or tuple(query.boxes[0].tolist())
         people = (
             pictures.Result(scene, scene_name, one, float(cosine))
             for scene_name, scene in request.gallery_photos(detector)
@@ -190,5 +181,5 @@ def comparison(request: FigureRequest) -> Pictures:
             for one, cosine in zip(found.boxes, found.embeddings @ query.embeddings[0], strict=True)
         )
         best = heapq.nlargest(pictures.RESULTS_SHOWN, people, attrgetter("similarity"))
-        rows.append(pictures.picture_row(label, photo, name, np.array(box), best))
+        rows.append(pictures.picture_row(label, photo, name, np.asarray(query.boxes[0]), best))
     yield f"comparison-{Path(name).stem}", pictures.grid_picture(rows)

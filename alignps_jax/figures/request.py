@@ -86,9 +86,9 @@ class FigureRequest:
         """The photos of the folder, and below it, that can be read, without the query."""
         files = [file for file in self._walk.files if not file.is_video] if self.gallery else []
         for file in progress(files, desc="photos", unit="photo", disable=not files):
-            if self.query and os.path.samefile(file.path, self.query):
-                continue
             try:
+                if self.query and os.path.samefile(file.path, self.query):
+                    continue
                 photo = read_photo(file.path, detector.config.data.max_pixels)
             except (UserError, OSError) as error:
                 self._walk.skipped[file.path] = str(error)
