@@ -10,7 +10,7 @@ from alignps_jax.drawing.pictures import BLUE, GAP, GREEN, LINE_HEIGHT, RED, YEL
 from alignps_jax.evaluation.detections_io import save_detections
 from alignps_jax.figures import datasets
 from alignps_jax.figures.kinds import FIGURES, draw_figures
-from alignps_jax.figures.photos import comparison, sampling_points, tinted
+from alignps_jax.figures.photos import comparison, sampling_points, similarity, tinted
 from alignps_jax.figures.plots import rendered
 from alignps_jax.figures.request import FigureRequest
 from alignps_jax.files import write_image, write_json
@@ -80,7 +80,6 @@ def ask(folder, networks, config=None, **options):
 def draw(kind, folder, *args, **options):
     """Draws and reads the pictures, by file name."""
     draw_figures(kind, ask(folder, *args, **options), folder / "out")
-    assert not list(folder.rglob("*.tmp"))
     return {path.name: read_photo(path, MAX_PIXELS) for path in (folder / "out").iterdir()}
 
 
@@ -145,9 +144,9 @@ def test_a_damaged_photo_costs_only_itself(kind, names, tmp_path, photos, capsys
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(good)
 
 
-def test_heat_is_where_the_embedding_is(tmp_path, photos):
+def test_heat_is_where_the_embedding_is(photos):
     networks, query = {"a": FakeDetector(PEOPLE, spot=(8, 12))}, {"query": photos / "query.png"}
-    picture = draw("similarity", tmp_path, networks, **query)["similarity-query.png"]
+    [(_, picture)] = similarity(ask(photos, networks, **query))
     photo, factor = picture[HEAD : HEAD + 900, GAP:-GAP].astype(int), np.float64(900 / 160)
     # The query is the better detection, whose embedding is (1, 0): at location (8, 12) only.
     red = (photo[..., 0] - photo[..., 2] > 60) & ~has(photo, YELLOW)
@@ -158,9 +157,7 @@ def test_heat_is_where_the_embedding_is(tmp_path, photos):
     assert (tints[2] == tints[3]).all()
     # One scene is similar by 1, one by 0.6, in one is nobody; blue boxes say who was meant.
     networks["a"] = FakeDetector(PEOPLE | {(240, 96): ([[10, 10, 50, 90]], [0.9], [(0.6, 0.8)])})
-    picture = draw("similarity", tmp_path, networks, **query, gallery=photos)[
-        "similarity-query.png"
-    ]
+    [(_, picture)] = similarity(ask(photos, networks, **query, gallery=photos))
     step = 560 + GAP
     assert picture.shape[1] == 3 * step + GAP
     query, best, second = (picture[HEAD:, GAP + i * step :][:420, :560] for i in range(3))
@@ -176,8 +173,8 @@ def test_comparison_in_photos_has_a_row_per_checkpoint(photos):
     pictures = []
     for names in ("ab", "abc"):
         networks = {name: FakeDetector(PEOPLE) for name in names}
-        pictures += [picture for _, picture in comparison(ask(photos, networks, **options))]
-    two, three = pictures
+        pictures += comparison(ask(photos, networks, **options))
+    (_, two), (_, three) = pictures
     assert three.shape[0] - two.shape[0] > 400
     assert three.shape[1] == two.shape[1] < 4 * 352  # the query and both people
     networks["b"] = FakeDetector()  # finds nobody, so it cannot search
@@ -210,13 +207,9 @@ def evaluated(tmp_path_factory):
         rng = np.random.default_rng(1)
         embeddings = faces[identity] + noise * rng.normal(size=(len(identity), 16))
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-        found = GalleryDetections(
-            names=people.names,
-            offsets=np.cumsum([0, *map(len, people.boxes)]),
-            boxes=np.concatenate(people.boxes).astype(np.float32),
-            scores=np.full(len(identity), 0.9, np.float32),
-            embeddings=embeddings.astype(np.float32),
-        )
+        boxes, scores = np.concatenate(people.boxes), np.full(len(identity), 0.9)
+        offsets, arrays = np.cumsum([0, *map(len, people.boxes)]), (boxes, scores, embeddings)
+        found = GalleryDetections(people.names, offsets, *(x.astype(np.float32) for x in arrays))
         (folder / name).mkdir()
         save_detections(folder / name / "detections.npz", found)
     return folder, config
@@ -227,9 +220,8 @@ def test_comparison_on_a_protocol(evaluated):
     picture = draw("comparison", folder, ["good", "bad"], config)["comparison-TestG50.png"]
     rows = np.split(picture[: len(picture) // 8 * 8], 8)  # of the good and the bad one in turn
     assert all(has(row, YELLOW).any() for row in rows)
-    right, wrong = ([has(row, color).sum() for row in rows] for color in (GREEN, RED))
-    assert min(right[::2]) > 0
-    assert min(wrong[1::2]) > 0
+    assert all(has(row, GREEN).any() for row in rows[::2])
+    assert all(has(row, RED).any() for row in rows[1::2])
     assert not has(picture, BLUE).any()
     with pytest.raises(FileNotFoundError, match=r"detections\.npz"):
         draw("comparison", folder, ["good", "nowhere"], config)
@@ -257,7 +249,6 @@ def test_queries_that_differ_come_first():
     def metrics(right, ap):
         return SimpleNamespace(hits=lambda k: np.array(right) < k, per_query_ap=np.array(ap))
 
-    # Ranks of the first right results, by query.
     a = metrics([0, 0, 1, 0, 5], [0.9, 0.5, 0.1, 0.8, 0.4])
     b = metrics([0, 1, 2, 3, 9], [0.1, 0.4, 0.2, 0.3, 0.4])
     assert datasets.most_different([a, b]).tolist() == [3, 1, 0, 2, 4]
@@ -294,14 +285,11 @@ def test_gallery_sizes_of_other_files(tmp_path, content):
         draw("gallery_size", tmp_path, ["metrics.json"])
 
 
-@pytest.mark.parametrize(
-    ("checkpoints", "labels"),
-    [
+def test_labels_are_short():
+    for checkpoints, labels in (
         (["runs/a", "runs/b/"], ["a", "b"]),
         (["x/a", "y/a", "b"], ["x/a", "y/a", "b"]),
         (["runs/a/detections.npz", "runs/b/metrics.json", "c.npz"], ["a", "b", "c"]),
         (["runs/a/checkpoints/20"], ["a, step 20"]),
-    ],
-)
-def test_labels_are_short(checkpoints, labels):
-    assert [*ask(Path(), checkpoints).labels] == labels
+    ):
+        assert [*ask(Path(), checkpoints).labels] == labels
