@@ -30,7 +30,17 @@ from lancedb.index import Bitmap, BTree, IvfPq
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Scene, content_hash, person_id
-from alignps_jax.gallery.tables import KEY, NOTES, Note, Notes, Table, having, parts, table_names
+from alignps_jax.gallery.tables import (
+    KEY,
+    NOTES,
+    Note,
+    Notes,
+    Table,
+    having,
+    in_one_line,
+    parts,
+    table_names,
+)
 from alignps_jax.types import Detections
 
 FILE, SCENE, PERSON = "file", "scene", "person"
@@ -75,8 +85,9 @@ class People:
         """Opens a gallery, or makes an empty one for `info`; UserError if there is none."""
         _check_place(address, making=info is not None)
         self.address = address
-        always = datetime.timedelta(0)
-        self._database = lancedb.connect(address, read_consistency_interval=always)
+        with in_one_line(address):
+            always = datetime.timedelta(0)
+            self._database = lancedb.connect(address, read_consistency_interval=always)
         self.table = Table(self._database, "people", schema(info) if info else None)
         with self.table.open() as table:
             self.info = _info(address, table.schema)

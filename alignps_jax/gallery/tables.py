@@ -37,17 +37,14 @@ class Table:
     @contextlib.contextmanager
     def open(self) -> Iterator[Any]:
         """LanceDB's table in its newest state; UserError (one line) for its errors in the block."""
-        try:
-            table = self._open() if self._opened is None else self._opened
-            self._opened = table
-            yield table
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:  # of many kinds
-            self._opened = None
-            reason = " ".join(str(error).split()).partition(", /")[0][:300]
-            where = f"--gallery: {self._database.uri}"
-            raise UserError(f"{where}: {reason or type(error).__name__}") from error
+        with in_one_line(self._database.uri):
+            try:
+                table = self._open() if self._opened is None else self._opened
+                self._opened = table
+                yield table
+            except Exception:
+                self._opened = None
+                raise
 
     def _open(self) -> Any:
         for wait in (0.05, 0.2, 0.8, 0.0):
@@ -121,6 +118,18 @@ class Table:
                 table.drop_index(index.name)
             table.update(values_sql={"id": "id"})
             table.optimize(cleanup_older_than=_ALL_OLD, delete_unverified=alone)
+
+
+@contextlib.contextmanager
+def in_one_line(address: str) -> Iterator[None]:
+    """Turns any error of LanceDB into a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split()).partition(", /")[0][:800]
+        raise UserError(f"--gallery: {address}: {reason or type(error).__name__}") from error
 
 
 def having(**values: Any) -> Expr:
