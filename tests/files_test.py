@@ -29,7 +29,7 @@ MODES = {
     "train": partial(train_and_evaluate, tiny.get_config()),
     "evaluate": partial(evaluate_checkpoint, tiny.get_config(), NOWHERE),
     "evaluate detections": partial(evaluate_detections, tiny.get_config(), NOWHERE),
-    "detect": partial(detect_source, NOWHERE, tiny.get_config(), NOWHERE, 1.0),
+    "detect": partial(detect_source, NOWHERE, tiny.get_config(), "nowhere", 1.0),
     "visualize": partial(draw_figures, "similarity", FigureRequest((NOWHERE,), tiny.get_config)),
     "export": partial(export_released, NOWHERE),
     "convert": partial(convert_released, cuhk.get_config(), NOWHERE),

@@ -181,7 +181,7 @@ def _cell(
     person, _ = fitted(image[top : bottom + 1, left : right + 1], width, _PERSON_HEIGHT)
     cv2.rectangle(person, (1, 1), (person.shape[1] - 2, person.shape[0] - 2), color, 3)
     if word:
-        corner = np.array([0, person.shape[0]] * 2)
+        corner = np.array([0.0, person.shape[0]] * 2)
         draw_label(person, corner, word, color, _CAPTION_SCALE)
     person = _on_white(person, _PERSON_HEIGHT + GAP // 2, width)
     return captioned(np.concatenate([person, _on_white(scene, SCENE_HEIGHT, width)]), *caption)

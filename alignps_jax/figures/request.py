@@ -89,7 +89,7 @@ class FigureRequest:
             try:
                 if self.query and os.path.samefile(file.path, self.query):
                     continue
-                photo = read_photo(file.path, detector.config.data.max_pixels)
+                photo = read_photo(Path(file.path), detector.config.data.max_pixels)
             except (UserError, OSError) as error:
                 self._walk.skipped[file.path] = str(error)
                 continue

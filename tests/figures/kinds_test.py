@@ -152,7 +152,7 @@ def test_heat_is_where_the_embedding_is(photos):
     red = (photo[..., 0] - photo[..., 2] > 60) & ~has(photo, YELLOW)
     np.testing.assert_allclose(extent(red) / factor, [96, 64, 104, 72], atol=4)
     np.testing.assert_allclose(extent(has(photo, YELLOW)) / factor, [80, 40, 120, 100], atol=1)
-    tints = [tinted(gray(2, 2), np.full((1, 1), value)) for value in (-3.0, 0, 1, 3)]
+    tints = [tinted(gray(2, 2), np.full((1, 1), value)) for value in (-3.0, 0.0, 1.0, 3.0)]
     assert (tints[0] == tints[1]).all()
     assert (tints[2] == tints[3]).all()
     # One scene is similar by 1, one by 0.6, in one is nobody; blue boxes say who was meant.
