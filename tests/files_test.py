@@ -34,7 +34,9 @@ MODES = {
     "export": partial(export_released, NOWHERE),
     "convert": partial(convert_released, cuhk.get_config(), NOWHERE),
     "benchmark": partial(run_benchmark, tiny.get_config(), None, runs=1),
-    "reproduce": partial(reproduce_table, tiny.get_config(), "tiny", "2", 1, train=None),
+    "reproduce": partial(
+        reproduce_table, tiny.get_config(), "tiny", "2", 1, train=train_and_evaluate
+    ),
 }
 
 

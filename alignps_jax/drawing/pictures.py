@@ -31,7 +31,6 @@ GAP, LINE_HEIGHT, MIN_WIDTH = 12, 22, 200
 # Heights of the person and of the photo in a ranking; a panorama is scaled down to the width.
 _PERSON_HEIGHT, SCENE_HEIGHT, _SCENE_WIDTH = 280, 170, 340
 _FONT, _CAPTION_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.55
-_CONTEXT = 0.1  # share of the box's sides that is shown around a person
 
 
 def draw_detections(
@@ -176,7 +175,7 @@ def _cell(
     draw_box(scene, np.asarray(box) * factor, color, 2)
     width = max(MIN_WIDTH, scene.shape[1])
     start, end = np.split(np.asarray(box), 2)
-    context = _CONTEXT * (end - start)
+    context = 0.1 * (end - start)  # is shown around the person
     left, top, right, bottom = _clipped(image, np.concatenate([start - context, end + context]))
     person, _ = fitted(image[top : bottom + 1, left : right + 1], width, _PERSON_HEIGHT)
     cv2.rectangle(person, (1, 1), (person.shape[1] - 2, person.shape[0] - 2), color, 3)

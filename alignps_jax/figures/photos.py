@@ -33,9 +33,7 @@ LATERAL_LEVELS = (3, 4)
 # Of the locations, told apart from each other and from the green of people's centers; more
 # locations would hide each other.
 COLORS = ("magenta", "cyan", "darkorange", "yellow", "mediumpurple", "red")
-# Scenes beside the query: with it, four rows of three.
-MAX_SCENES = 11
-_PER_ROW = 3
+MAX_SCENES, _PER_ROW = 11, 3  # with the query, four rows
 # Largest width and height of a photo in a picture, alone and among others.
 _LARGE, _SMALL = (1400, 900), (560, 420)
 _DPI = 100

@@ -68,8 +68,7 @@ class FigureRequest:
     def detector(self) -> Detector:
         """The detector of the only checkpoint."""
         if len(self.checkpoints) != 1:
-            found = len(self.checkpoints)
-            raise UserError(f"--checkpoint: found {found} of them, expected one for this --what")
+            raise UserError(f"--checkpoint: found {len(self.checkpoints)}, expected one to draw")
         return next(self.detectors())[1]
 
     def query_photo(self, detector: Detector) -> tuple[str, Image]:

@@ -187,7 +187,7 @@ def test_what_is_missing_is_named(photos):
     for kind in ("sampling_points", "detections", "similarity"):
         with pytest.raises(UserError, match="--query: missing"):
             list(FIGURES[kind](ask(photos, {"a": two["a"]})))
-        with pytest.raises(UserError, match="found 2 of them"):
+        with pytest.raises(UserError, match="found 2, expected one"):
             list(FIGURES[kind](ask(photos, two, **query)))
     with pytest.raises(UserError, match="--query, --gallery: found one"):
         list(FIGURES["comparison"](ask(photos, two, **query)))
