@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Float
 
 from alignps_jax.errors import UserError
+from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
-from alignps_jax.gallery.people import FILE, PERSON, SCENE, People
+from alignps_jax.gallery.people import FILE, SCENE, People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.media.photos import Image, photo_bytes, read_photo, thumbnail
 from alignps_jax.media.videos import frame_at
@@ -43,10 +44,12 @@ class Gallery:
     Attributes:
       people: its tables.
       detector: finds people in photos that are added or searched; None: there are none.
+      calibration: what similarities mean, if the detector's checkpoint was evaluated.
     """
 
     def __init__(self, people: People, detector: Detector | None = None):
         self.people, self.detector = people, detector
+        self.calibration = load(detector.folder) if detector else None
         self._memory: PeopleInMemory | None = None
         self._loaded, self._forgotten = 0.0, 0
         self._lock = threading.Lock()
@@ -94,19 +97,19 @@ class Gallery:
         return self.detector
 
     @property
-    def version(self) -> int:
+    def version(self) -> tuple[int, int]:
         """Changes with every commit."""
-        return self.people.table.version
+        return self.people.version
 
     @property
     def num_people(self) -> int:
         """The number of people."""
-        return self.people.table.count(kind=PERSON)
+        return self.people.table.count()
 
     @property
     def num_scenes(self) -> int:
         """The number of photos and frames, those of nobody included."""
-        return self.people.table.count(kind=SCENE)
+        return self.people.scenes.count(kind=SCENE)
 
     def search(
         self, embedding: Float[AnyArray, "D"], k: int, where: Filter | None = None
@@ -129,9 +132,18 @@ class Gallery:
             found = memory.search(queries, k, where)
         else:
             found = [self._nearest(memory, query, k, where) for query in queries]
+        among = self.searched(where) if self.calibration else 0
+        return [self._matches(memory, matches, among) for matches in found]
+
+    def _matches(
+        self, memory: PeopleInMemory, found: Sequence[tuple[Person, float]], among: int
+    ) -> list[Match]:
+        shares: list[float | None] = [None] * len(found)
+        if self.calibration:
+            shares = self.calibration.of(np.array([one for _, one in found]), among).tolist()
         return [
-            [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
-            for matches in found
+            Match(person, similarity, share, memory.paths_of(person.scene))
+            for (person, similarity), share in zip(found, shares, strict=True)
         ]
 
     def _nearest(
@@ -218,7 +230,7 @@ class Gallery:
 
     def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """The embeddings of people (their ids), in that order; UserError if one is not there."""
-        rows = self.people.table.rows(["id", "embedding"], kind=PERSON, id=list(people))
+        rows = self.people.table.rows(["id", "embedding"], id=list(people))
         found = dict(zip(*(column.to_pylist() for column in rows.columns), strict=True))
         if missing := [identity for identity in people if identity not in found]:
             raise UserError(f"{self.address}: found nobody with the id {missing[0]!r}")
@@ -248,7 +260,7 @@ class Gallery:
         Raises:
           UserError, OSError: all files with this content are gone, changed, or cannot be decoded.
         """
-        files = self.people.table.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
+        files = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
         error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
         for row in sorted(files.to_pylist(), key=lambda row: row["path"] != scene.path):
             path, state = Path(row["path"]), (row["size"], row["mtime"])

@@ -18,7 +18,7 @@ from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.forget import Forgotten
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.memory import fits
-from alignps_jax.gallery.people import PERSON, FileState, FoundScene
+from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
 from alignps_jax.log import progress
@@ -110,6 +110,7 @@ def index(
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
         walk = media_files(sources, excludes)
+        people.remove_strays()
         run = _Run(gallery, every, Indexed(walk))
         pending = [file for file in walk.files if not run.is_known(file)]
         run.done.known = len(walk.files) - len(pending)
@@ -291,6 +292,6 @@ class _Run:
         gone = (path for path, state in self._known.items() if state.hash in self._moved)
         self._people.remove_files({path for path in gone if not os.path.lexists(path)})
         self._people.optimize()
-        count, trained = self._people.table.count(kind=PERSON), self._people.trained()
+        count, trained = self._people.table.count(), self._people.trained()
         if not fits(count, self._people.info.dim) and count >= 2 * trained.get("people", 0):
             self._people.train()

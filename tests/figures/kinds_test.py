@@ -244,6 +244,14 @@ def test_precision_recall_of_saved_detections(evaluated):
     assert areas[2][1] < 0.9
 
 
+def test_calibration_of_saved_detections(evaluated):
+    folder, config = evaluated
+    [(_, figure)] = datasets.calibration(ask(folder, ["good", "bad"], config))
+    for line in figure.axes[0].lines[::2]:
+        assert (np.diff(line.get_ydata()) >= 0).all()
+        assert 0 < line.get_ydata()[0] <= line.get_ydata()[-1] < 1
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_queries_that_differ_come_first():
     def metrics(right, ap):
