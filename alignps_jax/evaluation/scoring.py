@@ -137,7 +137,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = N
     Results go to `workdir` or, without it, to `<name of the file>_rescored` beside the file.
 
     Raises:
-      UserError: the file, its images or the data are wrong, or the results cannot be written.
+      UserError: the file, its images or the data are wrong, or `workdir` is a file.
     """
     workdir = workdir or file.with_name(f"{file.stem}_rescored")
     check_outputs(*(workdir / name for name in OUTPUTS))

@@ -32,9 +32,8 @@ def gallery_size_plot(
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
     for system, values in maps.items():
-        axes.plot(
-            [100 * values.get(gallery, np.nan) for gallery in galleries], marker="o", label=system
-        )
+        percents = [100 * values.get(gallery, np.nan) for gallery in galleries]
+        axes.plot(percents, marker="o", label=system)
     for number, (system, percent) in enumerate(paper.items(), start=len(maps)):
         if PAPER_GALLERY in galleries:
             place, color = galleries.index(PAPER_GALLERY), f"C{number}"
