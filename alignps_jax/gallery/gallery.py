@@ -19,7 +19,7 @@ from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scen
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
 from alignps_jax.gallery.people import FILE, SCENE, People
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.photos import Image, photo_bytes, read_photo, thumbnail
+from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.media.videos import frame_at
 from alignps_jax.types import AnyArray
 
@@ -264,9 +264,7 @@ class Gallery:
 
 def _read(path: Path, second: float | None, max_pixels: int, side: int | None) -> Image:
     if second is None:
-        if side is None:
-            return read_photo(path, max_pixels)
-        return thumbnail(photo_bytes(path, max_pixels), side, max_pixels)
+        return read_photo(path, max_pixels, side or 0)
     frame = frame_at(str(path), second, max_pixels)
     factor = min(1.0, (side or max(frame.shape)) / max(frame.shape[:2]))
     size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]

@@ -78,8 +78,8 @@ class Reading:
         )
         return detect_all(detector.detect_batch, detector.config.data, detector.rows, tasks)
 
-    def _known(self, content: str) -> float | None:
-        known = self.seen.get(content)
+    def _known(self, content: str) -> float:
+        known = self.seen.get(content, -math.inf)
         self.seen[content] = math.inf  # of copies, one is read
         return known
 
