@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from alignps_jax.log import progress
-from alignps_jax.media.photos import decode_photo, photo_bytes
+from alignps_jax.media.photos import decode_photo
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import (
     About,
@@ -169,7 +169,7 @@ def _read_photo(
     annotated = source.photo_size(people.names[index])
     upright = data.orientation == "upright"
     try:
-        encoded = photo_bytes(path, data.max_pixels)
+        encoded = path.read_bytes()
         height, width, _ = decode_photo(encoded, data.max_pixels, upright).shape
         if annotated not in (None, (height, width)):
             other = "stored" if upright else "upright"

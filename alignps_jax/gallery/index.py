@@ -79,7 +79,7 @@ class Reading:
         return detect_all(detector.detect_batch, detector.config.data, detector.rows, tasks)
 
     def _known(self, content: str) -> float:
-        known = self.seen.get(content, -math.inf)
+        known = self.seen.get(content, -1.0)
         self.seen[content] = math.inf  # of copies, one is read
         return known
 

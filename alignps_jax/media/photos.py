@@ -27,13 +27,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 def read_photo(path: str | Path, max_pixels: int, side: int = 0) -> Image:
     """`decode_photo` of a file, upright; UserError if it is damaged or too large."""
     with blame(path):
-        return decode_photo(photo_bytes(path, max_pixels), max_pixels, side=side)
-
-
-def photo_bytes(path: str | Path, max_pixels: int) -> bytes:
-    """The content of a file, as far as `max_pixels` pixels of any format can need it."""
-    with open(path, "rb") as file:
-        return file.read(16 * max_pixels + (64 << 20))
+        return decode_photo(Path(path).read_bytes(), max_pixels, side=side)
 
 
 def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int = 0) -> Image:
@@ -53,7 +47,8 @@ def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int =
         return pixels
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
-        check_size(*image.size, max_pixels)
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"found {image.width}x{image.height} pixels, most is {max_pixels:,}")
         if side:
             image.thumbnail((side, side))
         is_turned = image.format == "TIFF"  # when Pillow loads it
@@ -65,12 +60,6 @@ def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int =
         raise
     except Exception as error:  # formats fail in many ways
         raise ValueError(f"cannot be decoded ({len(data)} bytes), expected a photo") from error
-
-
-def check_size(width: int, height: int, most: int) -> None:
-    """ValueError if a photo or frame has more than `most` pixels."""
-    if width * height > most:
-        raise ValueError(f"found {width}x{height} pixels, data.max_pixels is {most:,}")
 
 
 def exif_of(file: str | Path | IO[bytes]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from alignps_jax.errors import blame
-from alignps_jax.media.photos import Image, check_size
+from alignps_jax.media.photos import Image
 
 VIDEO_SUFFIXES: tuple[str, ...] = (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm")
 VIDEO_SUFFIXES += (".avi", ".mts", ".m2ts", ".m2t", ".ts", ".mpg", ".mpeg", ".vob", ".mod", ".wmv")
@@ -18,24 +18,46 @@ _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,mxf,dv"  # play
 _EXACT = 0.0005  # seconds between time stamps that count as the same
 
 
-_Decoded = Iterator[tuple[float, av.VideoFrame, dict[str, str]]]
-
-
 def frames(
-    path: str, every: float, max_pixels: int, after: float = -math.inf
+    path: str, every: float, max_pixels: int, after: float = -1, before: float = 0
 ) -> Iterator[tuple[float, Image, dict[str, str]]]:
     """The first frame at or after each multiple of `every` seconds: second, pixels, metadata.
 
     The second counts from the start of the container, whose metadata it is. Only frames behind
-    `after`, the second of a known one, are given. ValueError or av.FFmpegError if it is no video,
-    too large, or damaged from here on.
+    `after`, the second of a known one, are given; a key frame is looked for from `before` seconds
+    before it on, then earlier. ValueError or av.FFmpegError if it is no video, too large, or
+    damaged from here on.
     """
-    passed = np.floor((after + _EXACT) / every)
-    for second, frame, about in _decoded(path, max_pixels, after):
-        if (number := np.floor((second + _EXACT) / every)) > passed:
-            turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-            yield second, np.ascontiguousarray(turned), about
-            passed = number
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+    with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, av.VideoStream) or not stream.codec_context:
+            raise ValueError("found no video stream of a known codec")
+        if stream.width * stream.height > max_pixels:
+            raise ValueError(f"found {stream.width}x{stream.height} pixels, most is {max_pixels:,}")
+        stream.thread_type = "AUTO"
+        start = (container.start_time or 0) / av.time_base
+        # The time stamps of MPEG program streams are made up as they are decoded.
+        jumped = after > before and container.format.name != "mpeg"
+        if jumped:
+            with contextlib.suppress(av.FFmpegError):  # then all is decoded
+                container.seek(int((after - before + start) * av.time_base))
+        found = itertools.chain.from_iterable(map(_decoded, container.demux(stream)))
+        # Until the first key frame, parts of what is shown were jumped over.
+        shown = itertools.dropwhile(lambda frame: jumped and not frame.key_frame, found)
+        timed = ((round(one.time - start, 6), one) for one in shown if one.time is not None)
+        first = next(timed, (math.inf, None))
+        if jumped and first[0] > after + _EXACT:
+            yield from frames(path, every, max_pixels, after, 2 * before + 3)
+            return
+        if first[1] is None:
+            raise ValueError(f"found no frame that can be decoded ({stream.codec.name})")
+        passed = math.floor((after + _EXACT) / every)
+        for second, frame in itertools.chain([first], timed):
+            if (number := math.floor((second + _EXACT) / every)) > passed:
+                turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                yield second, np.ascontiguousarray(turned), container.metadata
+                passed = number
 
 
 def frame_at(path: str, second: float, max_pixels: int) -> Image:
@@ -47,39 +69,7 @@ def frame_at(path: str, second: float, max_pixels: int) -> Image:
         raise ValueError(f"found no frame at {second:.3f} s")
 
 
-def _decoded(path: str, max_pixels: int, second: float, before: float = 0.0) -> _Decoded:
-    """(second, frame, metadata) to the end of a video, from a key frame at or before `second` on.
-
-    It is looked for from `before` seconds before it on, then earlier.
-    """
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
-    with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
-        stream = container.streams.best("video")
-        if not isinstance(stream, av.VideoStream) or not stream.codec_context:
-            raise ValueError("found no video stream of a known codec")
-        check_size(stream.width, stream.height, max_pixels)
-        stream.thread_type = "AUTO"
-        start = (container.start_time or 0) / av.time_base
-        # The time stamps of MPEG program streams are made up as they are decoded.
-        jumped = second > before and container.format.name != "mpeg"
-        if jumped:
-            with contextlib.suppress(av.FFmpegError):  # then all is decoded
-                container.seek(int((second - before + start) * av.time_base))
-        found = itertools.chain.from_iterable(map(_frames, container.demux(stream)))
-        # Until the first key frame, parts of what is shown were jumped over.
-        shown = itertools.dropwhile(lambda frame: jumped and not frame.key_frame, found)
-        timed = ((round(one.time - start, 6), one) for one in shown if one.time is not None)
-        first = next(timed, (math.inf, None))
-        if jumped and first[0] > second + _EXACT:
-            yield from _decoded(path, max_pixels, second, 2 * before + 3)
-        elif first[1] is None:
-            raise ValueError(f"found no frame that can be decoded ({stream.codec.name})")
-        else:
-            for time, frame in itertools.chain([first], timed):
-                yield time, frame, container.metadata
-
-
-def _frames(packet: av.Packet) -> list[av.VideoFrame]:
+def _decoded(packet: av.Packet) -> list[av.VideoFrame]:
     try:
         return packet.decode()
     except av.InvalidDataError:  # one that is damaged is passed over

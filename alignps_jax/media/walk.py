@@ -1,5 +1,6 @@
 """Finds photos and videos in folders, and reads them: pixels, time, camera."""
 
+import contextlib
 import dataclasses
 import datetime
 import fnmatch
@@ -7,10 +8,10 @@ import hashlib
 import math
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import av
 
@@ -25,10 +26,11 @@ DEFAULT_EXCLUDES += ("$RECYCLE.BIN", "Thumbs.db", "__MACOSX", "*.photoslibrary/r
 Origin = tuple[datetime.datetime | None, str]  # local time, camera
 # Folders such as cam1 or Camera 2, and PRW's c1s1_000151.jpg.
 _CAMERA = re.compile(r"/((?i:c|cam|camera)[ _-]?\d+)(?:/|s\d+_\d+)[^/]*$")
-# 2024:01:31 14:25:30, IMG_20240131_142530.jpg, and folders such as 2024-01-31; clocks begin in 1904
-# and 1970.
+# 2024:01:31 14:25:30, IMG_20240131_142530, or a day; 1904 and 1970 are where clocks begin.
 _DAY = r"(?<!\d)(?!1904|1970)(?:19|20)\d\d(\D?)\d\d\1\d\d"
 _TIME = re.compile(_DAY + r"(?:\D{0,4}\d\d\D?\d\d\D?\d\d|(?!\d))")
+# Where the time is looked for: in EXIF tags, metadata of videos, and names.
+_CLOCKS = ("datetimeoriginal", "creationdate", "name", "folder", "datetime", "creation_time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class MediaFile:
     path: str
     size: int
     mtime: int
-    name: str = ""
+    name: str
 
     @property
     def is_video(self) -> bool:
@@ -73,34 +75,30 @@ def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUD
     Links are followed, in each folder last. `excludes` are patterns (*, ?) of names, or of paths
     from a source, that are left out. UserError if a source is no folder, photo or video.
     """
-    walk, seen = Walk(), set[tuple[int, int | str]]()
-    excluded = re.compile("|".join(map(fnmatch.translate, excludes)) or "(?!)")
+    walk, seen = Walk(), set[str]()
+    globs = (f"(?:^|/){fnmatch.translate(glob)}" for glob in excludes)
+    excluded = re.compile("|".join(globs) or "(?!)")
     for source in map(os.path.abspath, sources):
         root = source if os.path.isdir(source) else os.path.dirname(source)
         if root != source and not (os.path.exists(source) and source.lower().endswith(SUFFIXES)):
             raise UserError(f"--source: found {source}, expected a folder, photo or video")
         paths = [source]
         for path in paths:  # which grow
-            name, is_folder = os.path.relpath(path, root), os.path.isdir(path)
-            forms = os.path.basename(path), name, f"/{name}"
-            if path != source and any(map(excluded.match, forms)):
+            name, real = os.path.relpath(path, root), os.path.realpath(path)
+            if real in seen or (path != source and excluded.search(f"/{name}")):
                 continue
-            if not is_folder and not path.lower().endswith(SUFFIXES):
-                walk.others[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
-                continue
+            seen.add(real)
             try:
-                now = os.stat(path.encode())  # a ValueError if the name is no text
-                place = now.st_dev, now.st_ino or path  # some file systems number no files
-                if place in seen:
-                    continue
-                seen.add(place)
-                if is_folder:
+                if os.path.isdir(path):
                     below = [os.path.join(path, child) for child in os.listdir(path)]
                     paths += sorted(below, key=lambda one: (os.path.islink(one), one))
-                elif stat.S_ISREG(now.st_mode):
-                    walk.files.append(MediaFile(path, now.st_size, now.st_mtime_ns, name))
-                else:
+                elif not path.lower().endswith(SUFFIXES):
+                    walk.others[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
+                elif not os.path.isfile(path):
                     raise ValueError("found no regular file")
+                else:
+                    now = os.stat(path.encode())  # a ValueError if the name is no text
+                    walk.files.append(MediaFile(path, now.st_size, now.st_mtime_ns, name))
             except (ValueError, OSError) as error:
                 walk.skipped[path] = f"{path!r}: {getattr(error, 'strerror', error)}"
     return walk
@@ -126,19 +124,15 @@ class Shot:
 
 
 def shots(
-    file: MediaFile,
-    every: float,
-    max_pixels: int,
-    known: Callable[[str], float] = lambda _: -math.inf,
+    file: MediaFile, every: float, max_pixels: int, known: Callable[[str], float] = lambda _: -1
 ) -> Iterator[Callable[[], Shot]]:
     """Tasks that read a photo, or the frames of a video every so many seconds, and its end.
 
     A photo is decoded by the task, a frame before it. `known` gives for a file's hash the second of
-    the last frame that is known: minus infinity if nothing is, infinity if all of the file is.
+    the last frame that is known: -1 if nothing is, infinity if all of the file is.
     """
 
     def read() -> Iterator[Shot]:
-        shot = Shot(file)
         try:
             with open(file.path, "rb") as content:
                 shot = Shot(file, hashlib.file_digest(content, "sha256").hexdigest())
@@ -148,7 +142,7 @@ def shots(
                     size, moment = image.shape[:2], origin(file.path, about, second)
                     yield Shot(file, shot.hash, image, size, *moment, second, final=False)
             elif after < math.inf:
-                image = photos.decode_photo(photos.photo_bytes(file.path, max_pixels), max_pixels)
+                image = photos.decode_photo(Path(file.path).read_bytes(), max_pixels)
                 moment = origin(file.path, photos.exif_of(file.path))
                 shot = Shot(file, shot.hash, image, image.shape[:2], *moment)
             if os.stat(file.path).st_mtime_ns != file.mtime:
@@ -156,7 +150,7 @@ def shots(
             yield shot
         except (ValueError, OSError, av.FFmpegError) as error:
             reason = f"{file.path}: {getattr(error, 'strerror', error)}"
-            yield Shot(file, shot.hash, error=UserError(reason))
+            yield Shot(file, error=UserError(reason))
 
     if file.is_video:
         yield from (partial(dataclasses.replace, shot) for shot in read())
@@ -171,10 +165,8 @@ def origin(path: str, about: Mapping[str, object], second: float = 0.0) -> Origi
     of the name or the day of the folder, then the time of a change.
     """
     said = {key.rsplit(".", 1)[-1].lower(): str(value) for key, value in about.items()}
-    *_, folder, name = path.split("/")
-    first, last = ("datetimeoriginal", "creationdate"), ("datetime", "creation_time")
-    texts = (*map(said.get, first), name, folder, *map(said.get, last))
-    time = next(filter(None, map(_time, filter(None, texts))), None)
+    *_, said["folder"], said["name"] = path.split("/")
+    time = next(_times(said[key] for key in _CLOCKS if key in said), None)
     # Models of most makers begin with the maker's name.
     words = re.findall("[!-~]+", f"{said.get('make', '')} {said.get('model', '')}")
     place = _CAMERA.search(path)
@@ -182,13 +174,12 @@ def origin(path: str, about: Mapping[str, object], second: float = 0.0) -> Origi
     return time and time + datetime.timedelta(seconds=second), camera
 
 
-def _time(text: str) -> datetime.datetime | None:
-    found = _TIME.search(text)
-    digits = re.sub(r"\D", "", found[0] if found else "").ljust(14, "0")
-    try:
-        time = datetime.datetime.strptime(digits, "%Y%m%d%H%M%S")
-    except ValueError:
-        return None
-    if text.startswith("PXL_") or text.endswith("Z"):  # of Pixel phones and videos: UTC
-        time = time.replace(tzinfo=datetime.UTC).astimezone().replace(tzinfo=None)
-    return time
+def _times(texts: Iterable[str]) -> Iterator[datetime.datetime]:
+    for text in texts:
+        for found in _TIME.finditer(text):
+            with contextlib.suppress(ValueError):  # February 31
+                digits = re.sub(r"\D", "", found[0]).ljust(14, "0")
+                time = datetime.datetime.strptime(digits, "%Y%m%d%H%M%S")
+                if text.startswith("PXL_") or text.endswith("Z"):  # of Pixel phones, videos: UTC
+                    time = time.replace(tzinfo=datetime.UTC).astimezone().replace(tzinfo=None)
+                yield time

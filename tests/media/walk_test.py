@@ -58,26 +58,27 @@ def test_libraries_as_they_are(tmp_path, capsys):
     assert only.path == f"{source}/nas/.stversions/a.jpg"
 
 
-def test_each_once_by_a_name_of_its_own(tmp_path, capsys):
+def test_each_once_and_nothing_that_may_not_end(tmp_path, capsys):
     source = make(tmp_path / "s", ["b/2.jpg", "b/1.PNG", "c/x.mp4"])
     make(tmp_path, ["away/3.jpg", "away/in/4.jpg"])
-    for link, target in (
-        ("a", "b"), ("b/0.jpg", "2.jpg"), ("up", "."), ("z", tmp_path / "away"), ("gone.jpg", "no"),
-        ("zero.jpg", "/dev/zero"), ("circle", "circle"), ("5.jpg", tmp_path / "away/3.jpg"),
-        ("two\nlines.png", "no"),
-    ):  # fmt: skip
+    links = {"a": "b", "b/0.jpg": "2.jpg", "up": ".", "z": "../away", "gone.jpg": "no"}
+    links |= {"zero.jpg": "/dev/zero", "circle": "circle", "5.jpg": "../away/3.jpg"}
+    for link, target in links.items():
         os.symlink(target, tmp_path / "s" / link)
-    os.link(tmp_path / "s" / "b" / "2.jpg", tmp_path / "s" / "c" / "hard.jpg")
     os.mkfifo(tmp_path / "s" / "pipe.mp4")
+    (tmp_path / "s" / os.fsdecode(b"\xff\x1b.jpg")).touch()
     walk = media_files([source, source, f"{source}/b/2.jpg"])
     names = " ".join(file.name for file in walk.files)
     assert names == "5.jpg b/1.PNG b/2.jpg c/x.mp4 z/in/4.jpg"
     assert walk.files[0].path == f"{source}/5.jpg"
-    skipped = {os.path.basename(path) for path in walk.skipped}
-    assert skipped == {"gone.jpg", "zero.jpg", "pipe.mp4", "two\nlines.png"}
     with pytest.raises(IncompleteError, match="skipped 4 files"):
         walk.report()
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 4
+    first, *lines = capsys.readouterr().out.splitlines()
+    for line, name in zip(
+        lines, ("pipe.mp4", r"\udcff\x1b.jpg", "gone.jpg", "zero.jpg"), strict=True
+    ):
+        assert f"/{name}'" in line
+    assert first == "not looked at: 1 without a suffix"
 
 
 def test_a_source_without_photos_is_an_error(tmp_path, capsys):
@@ -90,22 +91,19 @@ def test_a_source_without_photos_is_an_error(tmp_path, capsys):
     assert capsys.readouterr().out == "not looked at: 1 .cr3, 1 .xmp\n"
 
 
-def saved(path, original=None, changed=None, make=None, model=None, **options):
+def saved(path, original="", changed="", make="", model="", **options):
     exif = PIL.Image.Exif()
-    for tag, value in ((0x0132, changed), (0x010F, make), (0x0110, model)):
-        if value:
-            exif[tag] = value
-    if original:
-        exif.get_ifd(0x8769)[0x9003] = original
+    exif.update({0x0132: changed, 0x010F: make, 0x0110: model})
+    exif.get_ifd(0x8769)[0x9003] = original
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(numbered(3)).save(path, exif=exif.tobytes(), **options)
     return path
 
 
-def read(path, known=lambda _: -math.inf, every=0.5):
+def read(path, known=lambda _: -1):
     state = os.stat(path)
     file = MediaFile(str(path), state.st_size, state.st_mtime_ns, path.name)
-    return [task() for task in shots(file, every, 10**6, known)]
+    return [task() for task in shots(file, 0.5, 10**6, known)]
 
 
 @pytest.fixture
@@ -126,13 +124,12 @@ def new_york(monkeypatch):
         ("/x/c12/c3s1_000151.jpg", None, "c12"),
         ("/x/IMG_20240131_142530.jpg", TIME, ""),
         ("/x/VID_20240131_142530123.mp4", TIME, ""),
-        ("/x/2024-01-31 14.25.30.jpg", TIME, ""),
+        ("/x/IMG20240131142530.jpg", TIME, ""),
+        ("/x/Screenshot 2024-01-31 at 14.25.30.png", TIME, ""),
         ("/x/PXL_20240131_192530123.MP.jpg", TIME, ""),
-        ("/x/PXL_20240131-192530~2.mp4", TIME, ""),
         ("/2024-01-31/a.jpg", TIME.replace(hour=0, minute=0, second=0), ""),
         ("/x/20240231_142530.jpg", None, ""),
         ("/x/123420240131.jpg", None, ""),
-        ("/x/1.jpg", None, ""),
     ],
 )
 def test_names_say_when_and_by_which_camera(new_york, path, taken, camera):
@@ -142,15 +139,10 @@ def test_names_say_when_and_by_which_camera(new_york, path, taken, camera):
 @pytest.mark.parametrize(
     ("name", "exif", "taken", "camera"),
     [
-        (
-            "cam1/IMG_20200101_000000.jpg",
-            (WHEN, LATER, "NIKON CO", "NIKON D9"),
-            TIME,
-            "NIKON CO D9",
-        ),
-        ("IMG_20240131_142530.jpg", (None, LATER, None, None), TIME, ""),
-        ("x.heic", (None, WHEN, "Canon", "IXUS\0\x01"), TIME, "Canon IXUS"),
-        ("cam1/y.jpg", (None, "0000:00:00 00:00:00", "", ""), None, "cam1"),
+        ("cam1/IMG_20200101_000000.jpg", (WHEN, LATER, "NIKON", "NIKON D9"), TIME, "NIKON D9"),
+        ("IMG_20240131_142530.jpg", ("", LATER), TIME, ""),
+        ("x.heic", ("", WHEN, "Canon", "IXUS\0\x01"), TIME, "Canon IXUS"),
+        ("cam1/y.jpg", ("", "0000:00:00 00:00:00"), None, "cam1"),
     ],
 )
 def test_what_photos_say(tmp_path, name, exif, taken, camera):
@@ -192,13 +184,7 @@ def test_what_is_known_or_cannot_be_read(tmp_path):
         (shot,) = read(tmp_path / name)
         assert f"{name}: {reason}" in str(shot.error)
         assert shot.final
-    file = MediaFile(str(tmp_path / "gone.jpg"), 1, 1)
-    (task,) = shots(file, 1.0, 10**6)
-    assert "No such file" in str(task().error)
-
-    def replace(_):
-        photo.write_bytes(saved(tmp_path / "d.jpg", quality=50).read_bytes())
-        return -math.inf
-
-    (shot,) = read(photo, replace)
+    (task,) = shots(MediaFile(str(tmp_path / "gone.jpg"), 1, 1, ""), 1.0, 10**6)
+    assert "gone.jpg: No such file" in str(task().error)
+    (shot,) = read(photo, lambda _: os.utime(photo) or -1)
     assert "changes while it is read" in str(shot.error)
