@@ -3,7 +3,6 @@
 import io
 import struct
 import tracemalloc
-import zlib
 
 import cv2
 import numpy as np
@@ -12,42 +11,32 @@ import PIL.ImageOps
 import pytest
 
 from alignps_jax.errors import UserError
-from alignps_jax.media import photos
-from alignps_jax.media.photos import decode_photo, orientation_of, read_photo
+from alignps_jax.media.photos import PHOTO_SUFFIXES, decode_photo, orientation_of, read_photo
 from tests.places import SHARED
 
 MOST = 10**6
 KINDS = """
-    JPEG:RGB JPEG:RGB:progressive JPEG:L JPEG:CMYK MPO:RGB:many PNG:RGB PNG:P PNG:1 GIF:RGB:many
-    BMP:RGB WEBP:RGB WEBP:RGB:many TIFF:RGB TIFF:RGB:lzw TIFF:RGB:big HEIF:RGB AVIF:RGB
+    JPEG:RGB JPEG:L JPEG:CMYK MPO:RGB:many PNG:RGB PNG:P GIF:RGB:many BMP:RGB WEBP:RGB:many
+    WEBP:RGB TIFF:RGB TIFF:RGB:lzw TIFF:RGB:big HEIF:RGB AVIF:RGB
 """
 OPTIONS = {
-    "progressive": {"progressive": True},
     "many": {"save_all": True, "append_images": [PIL.Image.new("RGB", (96, 64))]},
     "lzw": {"compression": "tiff_lzw"},
     "big": {"big_tiff": True},
 }
 
 
-def picture(height=64, width=96, seed=0):
-    colors = np.random.default_rng(seed).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+def picture(height=64, width=96):
+    colors = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
     return colors.repeat(16, axis=0).repeat(16, axis=1)
 
 
 def encoded(kind, pixels=None, mode="RGB", **options):
     data = io.BytesIO()
     image = PIL.Image.fromarray(picture() if pixels is None else pixels)
-    (image.convert(mode) if mode else image).save(
-        data, kind, **({"quality": 95} if kind != "TIFF" else {}), **options
-    )
+    options |= {"quality": 95} if kind != "TIFF" else {}
+    (image.convert(mode) if mode else image).save(data, kind, **options)
     return data.getvalue()
-
-
-@pytest.fixture(autouse=True)
-def silence(capfd):
-    """No library writes to the terminal."""
-    yield
-    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("kind", KINDS.split())
@@ -59,7 +48,7 @@ def test_formats(kind):
     assert (found.dtype, found.flags.writeable) == (np.uint8, True)
     assert np.abs(found - expected).mean() < (20 if mode == "P" or file_format == "GIF" else 5)
     small = cv2.resize(found, (24, 16), interpolation=cv2.INTER_AREA).astype(int)
-    assert mode == "1" or np.abs(decode_photo(data, 96 * 64, side=24) - small).mean() < 30
+    assert np.abs(decode_photo(data, 96 * 64, side=24) - small).mean() < 30
     with pytest.raises(ValueError, match="found 96x64 pixels"):
         decode_photo(data, 96 * 64 - 1)
     for share in (0.0, 0.1, 0.2) if "many" in more else (0.0, 0.1, 0.5, 0.9):
@@ -67,27 +56,30 @@ def test_formats(kind):
             decode_photo(data[: int(share * len(data))], MOST)
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"mode": "L"},
+        {"exif": b"Exif\0\0" + encoded("JPEG")},
+    ],
+)
 def test_jpeg_files_as_data_sets_have_them(options):
-    """Bit by bit as OpenCV decodes them."""
+    """Bit by bit as OpenCV decodes them, and complete if they lack no more than the end marker.
+
+    In place of EXIF data, the last one has a photo within, whose end is not that of the file.
+    """
     noise = np.random.default_rng(0).integers(0, 256, (61, 90, 3), np.uint8)
     data = encoded("JPEG", noise, **options)
     opencv = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    np.testing.assert_array_equal(decode_photo(data, MOST), opencv)
-    # One that lacks no more than its end marker is complete.
-    np.testing.assert_array_equal(decode_photo(data[:-2], MOST), opencv)
-    for missing in (4, 9, len(data) // 2):
+    for whole in (data, data[:-1], data[:-2], data + b"\xff\xd8 notes \xff"):
+        np.testing.assert_array_equal(decode_photo(whole, MOST), opencv)
+    for missing in (4, 9, len(data) // 8):
         for rest in (b"", bytes(100)):  # downloads fill up with zeros
             with pytest.raises(ValueError, match="truncated JPEG"):
                 decode_photo(data[:-missing] + rest, MOST)
-
-
-def test_the_end_of_a_thumbnail_is_not_that_of_its_jpeg():
-    inner, outer = encoded("JPEG", picture(32, 48)), encoded("JPEG")
-    whole = outer[:2] + b"\xff\xe1" + (len(inner) + 2).to_bytes(2, "big") + inner + outer[2:]
-    np.testing.assert_array_equal(decode_photo(whole, MOST), decode_photo(outer, MOST))
-    with pytest.raises(ValueError, match="truncated"):
-        decode_photo(whole[:-100], MOST)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -98,33 +90,28 @@ def test_orientation_as_stored_or_upright(kind, orientation):
     data = encoded(kind, exif=exif.tobytes())
     shown = PIL.Image.fromarray(picture())
     shown.getexif()[0x0112] = orientation
-    shown = np.asarray(PIL.ImageOps.exif_transpose(shown), int)
+    shown = np.asarray(PIL.ImageOps.exif_transpose(shown))
     # HEIC has turns of its own: what is stored is not for data sets.
-    stored = shown if kind == "HEIF" else picture().astype(int)
-    for upright, expected in ((True, shown), (False, stored)):
-        found = decode_photo(data, MOST, upright)
+    for upright, expected in ((True, shown), (False, shown if kind == "HEIF" else picture())):
+        found, small = (decode_photo(data, MOST, upright, side) for side in (0, 24))
         assert found.shape == expected.shape
-        assert np.abs(found - expected).mean() < 6
-    assert decode_photo(data, MOST, side=24).shape == (*(n // 4 for n in shown.shape[:2]), 3)
+        np.testing.assert_allclose(found[8::16, 8::16], expected[8::16, 8::16], atol=9)
+        np.testing.assert_allclose(small[2::4, 2::4], expected[8::16, 8::16], atol=60)
     assert orientation_of(io.BytesIO(data)) == (1 if kind == "HEIF" else orientation)
 
 
 @pytest.mark.parametrize(
-    ("file_format", "kind", "values", "expected"),
+    ("kind", "values", "expected"),
     [
-        ("PNG", np.uint16, [0, 257, 65535], [0, 1, 255]),
-        ("TIFF", np.uint16, [0, 257, 65535], [0, 1, 255]),
-        ("TIFF", np.int32, [0, 100, 2000], [0, 13, 255]),
-        ("TIFF", np.float32, [0, 0.5, 1], [0, 128, 255]),
-        ("TIFF", np.float32, [-1, np.nan, 50, 100], [0, 0, 128, 255]),
+        (np.uint16, [0, 257, 65535], [0, 1, 255]),
+        (np.int32, [0, 100, 2000], [0, 13, 255]),
+        (np.float32, [0, 0.5, 1], [0, 128, 255]),
+        (np.float32, [-1, np.nan, 50, 100], [0, 0, 128, 255]),
     ],
 )
-def test_more_than_8_bits(file_format, kind, values, expected):
-    found = decode_photo(encoded(file_format, np.array([values], kind), None), MOST)
+def test_more_than_8_bits(kind, values, expected):
+    found = decode_photo(encoded("TIFF", np.array([values], kind), None), MOST)
     np.testing.assert_array_equal(found, np.repeat(np.array([expected])[..., None], 3, axis=-1))
-    colors = picture()[..., ::-1].astype(np.uint16) * 257
-    data = cv2.imencode(f".{file_format.lower()}", colors)[1].tobytes()
-    np.testing.assert_array_equal(decode_photo(data, MOST), picture())
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
@@ -138,14 +125,10 @@ def test_what_is_transparent_is_white(file_format):
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
-    header = b"IHDR" + struct.pack(">II", 50_000, 50_000) + b"\x08\x02\0\0\0"
-    chunks = (
-        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c))
-        for c in (header, b"IDAT")
-    )
+    data = encoded("BMP")
     tracemalloc.start()
     with pytest.raises(ValueError, match="found 50000x50000 pixels"):
-        decode_photo(b"\x89PNG\r\n\x1a\n" + b"".join(chunks), 10**8)
+        decode_photo(data[:18] + struct.pack("<ii", 50_000, 50_000) + data[26:], 10**8)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 
@@ -157,17 +140,9 @@ def test_other_formats_are_refused(file_format, tmp_path):
         read_photo(tmp_path / "a.jpg", MOST)
 
 
-def test_damage_that_leaves_the_pixels_alone():
-    nonsense = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\1" * 40
-    for exif in (nonsense, b"Exif\0\0nonsense"):
-        np.testing.assert_array_equal(
-            decode_photo(encoded("JPEG", exif=exif), MOST), decode_photo(encoded("JPEG"), MOST)
-        )
-
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real photos are here")
 def test_real_photos():
-    paths = [path for path in SHARED.rglob("*") if path.suffix in photos.PHOTO_SUFFIXES]
+    paths = [path for path in SHARED.rglob("*") if path.suffix in PHOTO_SUFFIXES]
     assert {".jpg", ".jfif", ".avif"} <= {path.suffix for path in paths}
     for path in paths:
         shown = PIL.ImageOps.exif_transpose(PIL.Image.open(path)).convert("RGB")
