@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from alignps_jax import __version__
 from alignps_jax.errors import known_name, nearest
@@ -89,6 +89,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
     "every": _flag("time between two frames of a video: 1s, 500ms, 2min", _seconds, "1s"),
     "prune": _switch("remove people whose photo or video is gone from --source"),
+    "watch": _switch("go on, and index what is added to --source"),
+    "cluster": _flag("Ray cluster to index on: auto, local, or an address; default: this process"),
     "exclude": _several("pattern of files and folders to leave out, such as '**/drafts/**'"),
     "no_default_excludes": _switch("look into hidden folders, trash, and thumbnails as well"),
     "folder": _flag("search only what lies below this folder; default: everything"),
@@ -101,6 +103,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     ),
     "kind": {"help": "search photos or videos alone; default: both", "choices": ("photo", "video")},
     "count": _flag("results of each person that is searched", _count, 1000),
+    "show_all": _switch("show also results that are not likely the person"),
+    "across_days": _switch("group people of different days, too"),
+    "json": _switch("print the results as JSON, and all other lines to the standard error"),
     "photo": _several("photo or video whose people are forgotten"),
     "person": _several("id of a person to forget, from ranking.json"),
     "ema": _switch("take the running average of the weights from a training checkpoint"),
@@ -119,7 +124,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "processes": _flag("number of processes of the run; default: 1", int),
     "process": _flag("number of this process, from 0; default: 0", int),
 }
-FILTERS = "folder camera after before kind count"
+FILTERS = "folder camera after before kind"
 PROCESSES = "distributed coordinator processes process"
 
 
@@ -128,6 +133,7 @@ class Arguments(argparse.Namespace):
 
     mode: str
     fields: dict[str, str]
+    stdout: TextIO
 
     @property
     def config_name(self) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from alignps_jax.boxes import iou
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.people import FILE, FoundScene, People
-from alignps_jax.gallery.tables import Note, parts
+from alignps_jax.gallery.tables import Note
 
 # A box that overlaps a forgotten one so much is the same person's.
 _SAME = 0.5
@@ -34,11 +34,7 @@ class Forgot:
 
 
 class Forgotten:
-    """The list of a gallery.
-
-    Attributes:
-      paths, hashes: of files in which everybody is forgotten.
-    """
+    """The list of a gallery: `paths` and `hashes` of files of which everybody is forgotten."""
 
     def __init__(self, people: People):
         self._people, self._notes, self._version = people, people.notes("forgotten"), -1
@@ -76,20 +72,11 @@ class Forgotten:
 def forget(
     people: People, photos: Sequence[str] = (), persons: Sequence[str] = (), for_good: bool = True
 ) -> Forgot:
-    """Forgets everybody in photos or videos and their copies, and single people of scenes.
+    """Forgets everybody in photos or videos (paths) and their copies, and single people (ids).
 
     Nothing of them stays in the tables, and notes about them go; after an interruption, call it
-    again. Indexing may go on meanwhile.
-
-    Args:
-      people: of the gallery.
-      photos: paths; the files need not be there any more.
-      persons: ids.
-      for_good: write everything anew and delete older states; otherwise that is left to the next
-        time, as for somebody who is no person.
-
-    Raises:
-      UserError: the gallery does not know a photo or person.
+    again. Indexing may go on meanwhile. Unless `for_good`, older states are left to the next time,
+    as for somebody who is no person. UserError if the gallery does not know a photo or person.
     """
     table, known, entries, gone = people.table, Forgotten(people).paths, [], set(persons)
     for photo in photos:
@@ -100,17 +87,15 @@ def forget(
             raise UserError(f"--photo: found no {photo} in the gallery {people.address}")
         entries += [file | {"id": None, "second": None, "box": None} for file in files]
     columns = ["id", "path", "hash", "second", "box"]
-    for some in parts(entry["hash"] for entry in entries):
-        gone |= set(table.rows(["id"], hash=some)["id"].to_pylist())
-    for some in parts(persons):
-        entries += table.rows(columns, id=some).to_pylist()
+    hashes = [entry["hash"] for entry in entries]
+    gone |= set(table.rows(["id"], hash=hashes)["id"].to_pylist())
+    entries += table.rows(columns, id=list(persons)).to_pylist()
     if missing := set(persons) - {entry["id"] for entry in entries}:
         raise UserError(f"--person: found no {missing.pop()!r} in the gallery {people.address}")
     people.notes("forgotten").put(
         [Note(f"{entry['id'] or entry['path']} {entry['hash']}", (), entry) for entry in entries]
     )
-    for notes in people.all_notes():
-        notes.remove([note.id for note in notes.all() if gone & set(note.people)])
+    people.forget_notes(gone)
     Forgotten(people).enforce()
     if people.thumbnails:
         shutil.rmtree(people.thumbnails, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from alignps_jax.errors import UserError
+from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
 from alignps_jax.gallery.people import FILE, SCENE, People
@@ -40,13 +42,15 @@ class SceneCard:
 class Gallery:
     """The people of a gallery; calls see the newest commit, in a large one that grows soon.
 
-    Attributes:
-      people: its tables.
-      detector: finds people in photos that are added or searched; None: there are none.
+    `people` are its tables, `info` describes the detector that made it, `detector` finds people in
+    photos that are added or searched; `calibration` says what similarities mean, if the detector's
+    checkpoint was evaluated.
     """
 
     def __init__(self, people: People, detector: Detector | None = None):
         self.people, self.detector = people, detector
+        self.address, self.info = people.address, people.info
+        self.calibration = load(detector.folder) if detector else None
         self._memory: PeopleInMemory | None = None
         self._loaded, self._forgotten = 0.0, 0
         self._lock = threading.Lock()
@@ -55,28 +59,13 @@ class Gallery:
 
     @classmethod
     def open(cls, address: Place, detector: Detector | None = None, create: bool = False) -> Self:
-        """Opens the gallery at a folder, or any other address that LanceDB takes.
+        """Opens a gallery: a folder such as people.lance, s3://bucket/people.lance, or memory://.
 
-        Args:
-          address: a folder such as people.lance, s3://bucket/people.lance, or memory://.
-          detector: needed to add photos, and to search for the person of a photo.
-          create: makes an empty gallery for the detector where there is none.
-
-        Raises:
-          UserError: there is no gallery, it cannot be opened, or another detector made it.
+        A detector is needed to add photos, and to search for the person of a photo; with `create`,
+        an empty gallery is made for it where there is none. UserError if another one made it.
         """
         info = info_of(detector) if create and detector is not None else None
         return cls(People(os.fspath(address), info), detector)
-
-    @property
-    def address(self) -> str:
-        """Where it lies."""
-        return self.people.address
-
-    @property
-    def info(self) -> GalleryInfo:
-        """The detector that made it."""
-        return self.people.info
 
     def check_detector(self, detector: Detector) -> None:
         """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
@@ -129,9 +118,18 @@ class Gallery:
             found = memory.search(queries, k, where)
         else:
             found = [self._nearest(memory, query, k, where) for query in queries]
+        among = self.searched(where) if self.calibration else 0
+        return [self._matches(memory, matches, among) for matches in found]
+
+    def _matches(
+        self, memory: PeopleInMemory, found: Sequence[tuple[Person, float]], among: int
+    ) -> list[Match]:
+        shares: list[float | None] = [None] * len(found)
+        if self.calibration:
+            shares = self.calibration.of(np.array([one for _, one in found]), among).tolist()
         return [
-            [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
-            for matches in found
+            Match(person, similarity, share, memory.paths_of(person.scene))
+            for (person, similarity), share in zip(found, shares, strict=True)
         ]
 
     def _nearest(
@@ -149,15 +147,14 @@ class Gallery:
     def recall(self) -> float | None:
         """None: searches are exact; else the share of the ten best that the vector index finds.
 
-        That is for more people than fit into the memory of this machine. It was measured with a
-        sample when the index was made.
+        That is for more people than fit into memory, measured by a sample when it was made.
         """
         is_exact = self.memory().embeddings is not None
         return None if is_exact else self.people.trained().get("recall")
 
     def memory(self) -> PeopleInMemory:
         """The people in memory, read anew where they have changed."""
-        known, forgotten = self._memory, self.people.notes("forgotten").version
+        known, forgotten = self._memory, len(self.people.notes("forgotten"))
         if known is not None and known.version == self.version:
             return known
         # A large one takes long, and others may read it; but nobody who was forgotten is found.
@@ -172,10 +169,9 @@ class Gallery:
             return self._memory
 
     def add(self, paths: Place | Iterable[Place], every: float = 1.0) -> dict[str, str]:
-        """Finds everybody in a photo, video or folder, or several, unless they are known already.
+        """Indexes photos, videos and folders; returns what could not be read, with reasons.
 
-        `every`: seconds between the frames of a video that are looked at. Returns the files that
-        could not be read, with reasons.
+        `every`: seconds between the frames of a video that are looked at.
         """
         from alignps_jax.gallery.index import index  # a room above this one
 
@@ -183,17 +179,9 @@ class Gallery:
         return index(self, [os.fspath(path) for path in some], every).walk.skipped
 
     def search_photo(
-        self,
-        photo: Image,
-        box: Sequence[float] | None,
-        k: int,
-        where: Filter | None = None,
+        self, photo: Image, box: Sequence[float] | None, k: int, where: Filter | None = None
     ) -> list[Match]:
-        """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest person.
-
-        Raises:
-          UserError: nobody is found there.
-        """
+        """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest one."""
         from alignps_jax.gallery.search import wanted_people  # a room above this one
 
         found = wanted_people(self.own_detector(), photo, "the photo", box)
@@ -242,33 +230,36 @@ class Gallery:
         above = {folder for one in own for folder in one.parents if folder.is_relative_to(top)}
         return sorted(map(str, own | above))
 
-    def pixels(self, scene: Scene, side: int | None = None) -> Image:
-        """The photo, or the frame of the video, RGB; with a longer side of at most `side`, quickly.
+    def file_of(self, scene: Scene) -> Path:
+        """The first file with a scene's content that is there as it was indexed.
 
-        Raises:
-          UserError, OSError: all files with this content are gone, changed, or cannot be decoded.
+        UserError or OSError if all of them are gone or changed.
         """
-        files = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
+        rows = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
         error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
-        for row in sorted(files.to_pylist(), key=lambda row: row["path"] != scene.path):
-            path, state = Path(row["path"]), (row["size"], row["mtime"])
+        for row in sorted(rows.to_pylist(), key=lambda row: row["path"] != scene.path):
             try:
-                found = os.stat(path)
-                if (found.st_size, found.st_mtime_ns) != state:
-                    raise UserError(f"{path}: has changed since it was indexed; index it again")
-                return _read(path, scene.second, self.info.max_pixels, side)
-            except (UserError, OSError) as reason:
+                found = os.stat(row["path"])
+            except OSError as reason:
                 error = reason
+                continue
+            if (found.st_size, found.st_mtime_ns) == (row["size"], row["mtime"]):
+                return Path(row["path"])
+            error = UserError(f"{row['path']}: has changed since it was indexed; index it again")
         raise error
 
+    def pixels(self, scene: Scene, side: int | None = None) -> Image:
+        """The photo, or the frame of the video, RGB; raises as `file_of`, or if it is damaged.
 
-def _read(path: Path, second: float | None, max_pixels: int, side: int | None) -> Image:
-    if second is None:
-        return read_photo(path, max_pixels, side or 0)
-    frame = frame_at(str(path), second, max_pixels)
-    factor = min(1.0, (side or max(frame.shape)) / max(frame.shape[:2]))
-    size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
-    return frame if side is None else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+        Its longer side is at most `side`, of a JPEG file quickly.
+        """
+        path, most = self.file_of(scene), self.info.max_pixels
+        if scene.second is not None:
+            frame = frame_at(str(path), scene.second, most)
+            factor = min(1.0, (side or math.inf) / max(frame.shape[:2]))
+            size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
+            return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if factor < 1 else frame
+        return read_photo(path, most, side or 0)
 
 
 def info_of(detector: Detector) -> GalleryInfo:

@@ -30,20 +30,16 @@ COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
 _TIDY_COMMITS = 200
 
 Results = Iterator[Photo[Shot]]
+Detect = Callable[["Reading", Sequence[MediaFile]], Results]
 
 
 @dataclasses.dataclass
 class Indexed:
-    """What an indexing run did so far, in numbers of files and people.
+    """What an indexing run did so far.
 
-    Attributes:
-      walk: files below the sources, those that could not be read (completely) with reasons, and
-        counts of other types.
-      known: files that were in the gallery as they are.
-      done: files that were read.
-      scenes, people: that were added.
-      removed: files that are gone, and were removed.
-      unsound: detections that were left out since they are not finite.
+    That is, `walk` has the files, those that could not be read (completely), and other types;
+    `known` files were in the gallery as they are, `done` were read, `removed` are gone; `scenes`
+    and `people` were added; `unsound` detections were left out since they are not finite.
     """
 
     walk: Walk
@@ -59,10 +55,8 @@ class Indexed:
 class Reading:
     """How files are read, in whatever process.
 
-    Attributes:
-      every: seconds between the frames of a video.
-      max_pixels: of a photo or frame.
-      seen: for each content the last second that is known: infinity where it is complete.
+    `every`: seconds between frames of a video; `seen`: for each content the last second that is
+    known, infinity where it is complete.
     """
 
     every: float
@@ -74,14 +68,9 @@ class Reading:
         tasks = (
             partial(shot_photo, task)
             for file in files
-            for task in shots(file, self.every, self.max_pixels, self._known)
+            for task in shots(file, self.every, self.max_pixels, self.seen)
         )
         return detect_all(detector.detect_batch, detector.config.data, detector.rows, tasks)
-
-    def _known(self, content: str) -> float:
-        known = self.seen.get(content, -1.0)
-        self.seen[content] = math.inf  # of copies, one is read
-        return known
 
 
 def index(
@@ -91,21 +80,20 @@ def index(
     prune: bool = False,
     excludes: Sequence[str] = DEFAULT_EXCLUDES,
     report: Callable[[Indexed], None] = lambda done: None,
+    detect: Detect | None = None,
     commit_seconds: float = COMMIT_SECONDS,
 ) -> Indexed:
     """Finds everybody in files that a gallery does not know as they are, and adds them.
 
     Args:
       gallery: with a detector.
-      sources: folders, photos or videos.
+      sources: folders, photos or videos; UserError if one does not exist.
       every: seconds between the frames of a video that are looked at.
       prune: remove what was found below the sources in files that are not there any more.
       excludes: patterns of files and folders to leave out.
       report: called with what was done so far, after each file.
+      detect: reads files and finds people elsewhere, in any order of the files.
       commit_seconds: how often what was found is committed.
-
-    Raises:
-      UserError: a source does not exist, or another process indexes the gallery.
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
@@ -116,9 +104,10 @@ def index(
         run.done.known = len(walk.files) - len(pending)
         if prune:
             run.prune(sources)
-        reading = Reading(every, gallery.info.max_pixels, run.seen())
+        reading = Reading(every, gallery.info.max_pixels, run.seen)
         under_way = writer.submit(lambda: None)
-        results = run.counted(reading.detect(detector, pending), report)
+        found = detect(reading, pending) if detect else reading.detect(detector, pending)
+        results = run.counted(found, report)
         for number, batch in enumerate(_batches(results, commit_seconds), 1):
             under_way.result()  # the network works while the last batch is committed
             under_way = writer.submit(run.commit, batch)
@@ -136,6 +125,7 @@ def index_source(
     every: float,
     prune: bool = False,
     excludes: Sequence[str] = DEFAULT_EXCLUDES,
+    detect: Detect | None = None,
 ) -> Walk:
     """The same with a progress bar and a summary; gives what to report at the end."""
     with progress(desc="index", unit="file") as bar:
@@ -145,7 +135,7 @@ def index_source(
             bar.set_postfix_str(f"{done.people:,} people", refresh=False)
             bar.update(done.done - bar.n)
 
-        done = index(gallery, sources, every, prune, excludes, report)
+        done = index(gallery, sources, every, prune, excludes, report, detect)
     whom = f"{done.people:,} people (scores >= {gallery.info.score_threshold:g})"
     known = f"{done.known:,} of {len(done.walk.files):,} files were known"
     gone = f"; removed {done.removed:,} that are gone" if prune else ""
@@ -175,10 +165,8 @@ class _Run:
         self._known = self._people.known_files()
         self._forgotten = Forgotten(self._people)
         self._replaced: set[str] = set()
+        self.seen = self._seen()
         self._moved: set[str] = set()  # contents of files that were not known
-        self._waiting: list[Photo[Shot]] = []  # copies of what is not stored yet
-        self._stored: set[str] = set()  # contents
-        self._owners: dict[str, str] = {}  # the file of a content that was looked at
 
     def is_known(self, file: MediaFile) -> bool:
         """Whether there is nothing to do for a file."""
@@ -188,18 +176,15 @@ class _Run:
         same = (known.size, known.mtime) == (file.size, file.mtime)
         return same and known.complete and known.every in (0, self._every)
 
-    def seen(self) -> dict[str, float]:
+    def _seen(self) -> dict[str, float]:
         """For each content the last second that is known; see `Reading`."""
         seen = dict.fromkeys(self._forgotten.hashes, math.inf)
-        self._stored.update(seen)
         for state in self._known.values():
             if state.complete and state.every in (0, self._every):
                 seen[state.hash] = math.inf
-                self._stored.add(state.hash)
             elif not state.complete and state.every == self._every:
                 last = self._people.last_second(state.hash)
                 seen.setdefault(state.hash, -1.0 if last is None else last)
-                self._owners[state.hash] = state.path
         return seen
 
     def counted(self, results: Results, report: Callable[[Indexed], None]) -> Results:
@@ -215,11 +200,7 @@ class _Run:
     def commit(self, results: Sequence[Photo[Shot]]) -> None:
         """Stores the scenes and states of files."""
         self._forgotten.refresh()
-        good = [result for result in results if result.error is None] + self._waiting
-        good, self._waiting = (
-            [result for result in good if self._is_stored(result) == stored]
-            for stored in (True, False)
-        )
+        good = [result for result in results if result.error is None]
         files = {one.tag.file.path: self._state(one.tag) for one in good}
         found = map(self._found, good)
         scenes = [scene for one in found if one and (scene := self._forgotten.without(one))]
@@ -230,17 +211,10 @@ class _Run:
         self._people.commit(scenes, list(files.values()))
         if self._forgotten.refresh():  # somebody was forgotten meanwhile
             self._forgotten.enforce()
+        # Copies that come later need not be looked at.
+        self.seen |= {state.hash: math.inf for state in files.values() if state.complete}
         self.done.scenes += len(scenes)
         self.done.people += sum(len(found.people.scores) for found in scenes)
-
-    def _is_stored(self, result: Photo[Shot]) -> bool:
-        """Whether this commit, or one before it, has the content of a file."""
-        shot, path = result.tag, result.tag.file.path
-        if result.found is not None:
-            self._owners[shot.hash] = path
-        if shot.final and self._owners.get(shot.hash) == path:
-            self._stored.add(shot.hash)
-        return result.found is not None or shot.hash in self._stored
 
     def _state(self, shot: Shot) -> FileState:
         file, every = shot.file, self._every if shot.file.is_video else 0.0
@@ -261,8 +235,8 @@ class _Run:
         self.done.unsound += int((~sound).sum())
         sound &= np.asarray(found.scores) >= self._people.info.score_threshold
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
-        identity, place = scene_id(shot.hash, shot.second), (shot.file.path, *shot.size)
-        scene = Scene(identity, *place, shot.taken, shot.camera, shot.second, shot.hash)
+        about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
+        scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
         return FoundScene(scene, people, self._every if shot.file.is_video else 0.0)
 
     def prune(self, sources: Sequence[str]) -> None:

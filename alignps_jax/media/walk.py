@@ -124,19 +124,19 @@ class Shot:
 
 
 def shots(
-    file: MediaFile, every: float, max_pixels: int, known: Callable[[str], float] = lambda _: -1
+    file: MediaFile, every: float, max_pixels: int, known: Mapping[str, float] = {}
 ) -> Iterator[Callable[[], Shot]]:
     """Tasks that read a photo, or the frames of a video every so many seconds, and its end.
 
-    A photo is decoded by the task, a frame before it. `known` gives for a file's hash the second of
-    the last frame that is known: -1 if nothing is, infinity if all of the file is.
+    A photo is decoded by the task, a frame before it. `known` has the second of the last frame that
+    is known for each hash of a file, infinity where all is.
     """
 
     def read() -> Iterator[Shot]:
         try:
             with open(file.path, "rb") as content:
                 shot = Shot(file, hashlib.file_digest(content, "sha256").hexdigest())
-            after = known(shot.hash)
+            after = known.get(shot.hash, -1)
             if file.is_video and after < math.inf:
                 for second, image, about in videos.frames(file.path, every, max_pixels, after):
                     size, moment = image.shape[:2], origin(file.path, about, second)

@@ -1,5 +1,6 @@
 """What is found in folders as phones, disks and computers leave them; times and cameras."""
 
+import dataclasses
 import datetime
 import hashlib
 import math
@@ -10,7 +11,7 @@ import PIL.Image
 import pytest
 
 from alignps_jax.errors import IncompleteError, UserError
-from alignps_jax.media.walk import DEFAULT_EXCLUDES, MediaFile, media_files, origin, shots
+from alignps_jax.media.walk import DEFAULT_EXCLUDES, media_files, origin, shots
 from tests.media.clips import number_of, numbered, write_clip
 
 APPLE = "com.apple.quicktime.creationdate"
@@ -118,10 +119,10 @@ def saved(path, original="", changed="", make="", model=""):
     return path
 
 
-def read(path, known=lambda _: -1):
-    state = os.stat(path)
-    file = MediaFile(str(path), state.st_size, state.st_mtime_ns, path.name)
-    return [task() for task in shots(file, 0.5, 10**6, known)]
+def read(path, after=-1, /, **changes):
+    (file,) = media_files([path]).files
+    known = {hashlib.sha256(path.read_bytes()).hexdigest(): after}
+    return [task() for task in shots(dataclasses.replace(file, **changes), 0.5, 10**6, known)]
 
 
 @pytest.mark.parametrize(
@@ -158,20 +159,17 @@ def test_what_videos_say(tmp_path, name, key, text, taken):
         later = taken and taken + datetime.timedelta(seconds=shot.second)
         assert (shot.taken, shot.final) == (later, False)
     assert (end.image, end.error, end.final) == (None, None, True)
-    assert [shot.second for shot in read(path, known=lambda _: 0.5)] == [1.0, None]
+    assert [shot.second for shot in read(path, 0.5)] == [1.0, None]
 
 
 def test_what_is_known_or_cannot_be_read(tmp_path):
     photo, clip = saved(tmp_path / "a.jpg"), write_clip(tmp_path / "b.mp4", [0, 1])
     for path in (photo, clip):
-        (shot,) = read(path, known=lambda _: math.inf)
+        (shot,) = read(path, math.inf)
         assert (shot.image, shot.error, shot.final) == (None, None, True)
         assert shot.hash == hashlib.sha256(path.read_bytes()).hexdigest()
         path.with_stem("bad").write_bytes(b"no photo")
         (shot,) = read(path.with_stem("bad"))
         assert (f"{shot.file.path}: " in str(shot.error), shot.final) == (True, True)
-        assert "changes while it is read" in str(
-            read(path, lambda _, p=path: os.utime(p) or -1)[-1].error
-        )
-    (task,) = shots(MediaFile(str(tmp_path / "gone.jpg"), 1, 1, ""), 1.0, 10**6)
-    assert "gone.jpg: No such file" in str(task().error)
+        for changes, error in (({"mtime": 1}, "changes while"), ({"path": "x"}, "x: No such file")):
+            assert error in str(read(path, **changes)[-1].error)
