@@ -49,12 +49,13 @@ def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int =
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > max_pixels:
             raise ValueError(f"found {image.width}x{image.height} pixels, most is {max_pixels:,}")
-        if side:
-            image.thumbnail((side, side))
+        side = side or max(image.size)
+        image.draft("RGB", (side, side))
         is_turned = image.format == "TIFF"  # when Pillow loads it
         turn = orientation_of(io.BytesIO(data)) if upright != is_turned else 1
         turn = {6: 8, 8: 6}.get(turn, turn) if is_turned else turn
         rgb = _rgb(image)
+        rgb.thumbnail((side, side))
         return np.array(rgb.transpose(_TURNS[turn]) if turn > 1 else rgb)
     except (ValueError, MemoryError):
         raise
@@ -88,4 +89,4 @@ def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.has_transparency_data:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -17,16 +17,15 @@ VIDEO_SUFFIXES += (".asf", ".flv", ".f4v", ".ogv", ".mxf", ".dv")
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,mxf,dv"  # playlists read files
 _EXACT = 0.0005  # seconds between time stamps that count as the same
 
+Frames = Iterator[tuple[float, Image, dict[str, str]]]  # second, RGB, metadata of the video
 
-def frames(
-    path: str, every: float, max_pixels: int, after: float = -1, before: float = 0
-) -> Iterator[tuple[float, Image, dict[str, str]]]:
-    """The first frame at or after each multiple of `every` seconds: second, pixels, metadata.
 
-    The second counts from the start of the container, whose metadata it is. Only frames behind
-    `after`, the second of a known one, are given; a key frame is looked for from `before` seconds
-    before it on, then earlier. ValueError or av.FFmpegError if it is no video, too large, or
-    damaged from here on.
+def frames(path: str, every: float, max_pixels: int, after: float = -1, back: float = 0) -> Frames:
+    """The first frames at or after each multiple of `every` seconds from the container's start.
+
+    Only those behind `after`, the second of a known one; they are decoded from a key frame on that
+    is looked for `back` seconds before it, then earlier. ValueError or av.FFmpegError if it is no
+    video, too large, or damaged from here on.
     """
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
@@ -38,17 +37,17 @@ def frames(
         stream.thread_type = "AUTO"
         start = (container.start_time or 0) / av.time_base
         # The time stamps of MPEG program streams are made up as they are decoded.
-        jumped = after > before and container.format.name != "mpeg"
+        jumped = after > back and container.format.name != "mpeg"
         if jumped:
             with contextlib.suppress(av.FFmpegError):  # then all is decoded
-                container.seek(int((after - before + start) * av.time_base))
+                container.seek(int((after - back + start) * av.time_base))
         found = itertools.chain.from_iterable(map(_decoded, container.demux(stream)))
         # Until the first key frame, parts of what is shown were jumped over.
         shown = itertools.dropwhile(lambda frame: jumped and not frame.key_frame, found)
         timed = ((round(one.time - start, 6), one) for one in shown if one.time is not None)
         first = next(timed, (math.inf, None))
         if jumped and first[0] > after + _EXACT:
-            yield from frames(path, every, max_pixels, after, 2 * before + 3)
+            yield from frames(path, every, max_pixels, after, 2 * back + 3)
             return
         if first[1] is None:
             raise ValueError(f"found no frame that can be decoded ({stream.codec.name})")

@@ -16,7 +16,7 @@ from tests.places import SHARED
 
 MOST = 10**6
 KINDS = """
-    JPEG:RGB JPEG:L JPEG:CMYK MPO:RGB:many PNG:RGB PNG:P GIF:RGB:many BMP:RGB WEBP:RGB:many
+    JPEG:RGB JPEG:L JPEG:CMYK MPO:RGB:many PNG:RGB PNG:P GIF:RGB:many BMP:RGB PNG:1 WEBP:RGB:many
     WEBP:RGB TIFF:RGB TIFF:RGB:lzw TIFF:RGB:big HEIF:RGB AVIF:RGB
 """
 OPTIONS = {
@@ -110,8 +110,10 @@ def test_orientation_as_stored_or_upright(kind, orientation):
     ],
 )
 def test_more_than_8_bits(kind, values, expected):
-    found = decode_photo(encoded("TIFF", np.array([values], kind), None), MOST)
-    np.testing.assert_array_equal(found, np.repeat(np.array([expected])[..., None], 3, axis=-1))
+    data = encoded("TIFF", np.array([values], kind).repeat(4, axis=1), None)
+    found, small = (decode_photo(data, MOST, side=side)[0, :, 0] for side in (0, len(values)))
+    np.testing.assert_array_equal(found, np.array(expected).repeat(4))
+    np.testing.assert_allclose(small, expected, atol=30)
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
