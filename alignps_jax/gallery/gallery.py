@@ -15,13 +15,13 @@ import cv2
 import numpy as np
 from jaxtyping import Float
 
-from alignps_jax.errors import UserError, blame
+from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
 from alignps_jax.gallery.people import FILE, SCENE, People
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.photos import Image, photo_bytes, read_photo, thumbnail
+from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.media.videos import frame_at
 from alignps_jax.types import AnyArray
 
@@ -263,10 +263,7 @@ class Gallery:
             factor = min(1.0, (side or math.inf) / max(frame.shape[:2]))
             size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
             return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if factor < 1 else frame
-        if side is None:
-            return read_photo(path, most)
-        with blame(path):
-            return thumbnail(photo_bytes(path, most), side, most)
+        return read_photo(path, most, side or 0)
 
 
 def info_of(detector: Detector) -> GalleryInfo:

@@ -21,7 +21,7 @@ from alignps_jax.boxes import iou
 from alignps_jax.errors import blame
 from alignps_jax.gallery.page.pictures import PREVIEW, decoded, jpeg, person_picture
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.photos import Image, decode_photo, opened
+from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.types import Detections, UserError
 from data_pipeline.transforms import is_landscape
 
@@ -164,7 +164,7 @@ class Finder:
           BusyError: too many photos wait.
         """
         with blame(name):
-            opened(data, self.max_pixels)
+            decode_photo(data, self.max_pixels, side=8)
         return self.add(name, lambda: self._decode(name, data))
 
     def _decode(self, name: str, data: bytes) -> Image:
