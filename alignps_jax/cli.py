@@ -92,12 +92,13 @@ def detect(args: Arguments) -> None:
     detect_source(args.checkpoint, _config(args), args.source, every, args.target)
 
 
-@mode("checkpoint gallery", "host port exact_up_to config")
+@mode("checkpoint gallery", "host port public_url no_token exact_up_to config")
 def serve(args: Arguments) -> None:
     """serves a page in the browser that searches a gallery"""
     from alignps_jax.gallery.page.serve import serve_checkpoint
 
-    serve_checkpoint(args.checkpoint, _config(args), _gallery(args), args.host, args.port)
+    door = args.host, args.port, args.public_url, args.no_token
+    serve_checkpoint(args.checkpoint, _config(args), _gallery(args), *door)
 
 
 @mode("config source workdir", "ema")

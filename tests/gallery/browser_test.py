@@ -14,10 +14,8 @@ pytest.importorskip("playwright", reason="playwright is missing: make setup")
 
 from playwright.sync_api import expect, sync_playwright
 
-from alignps_jax.gallery.page.app import make_app
 from alignps_jax.gallery.page.results import PAGE
-from alignps_jax.gallery.page.security import LOOPBACK, Door
-from tests.gallery.page_server import painted_site, running
+from tests.gallery.page_server import closed, painted_site, running
 from tests.gallery.painted import GREEN, RED, ColorDetector, encoded, painted
 
 CHROMIUM = shutil.which("chromium")
@@ -45,7 +43,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def address(site):
-    with running(make_app(site, Door(LOOPBACK))) as port:
+    with running(closed(site)) as port:
         yield f"http://127.0.0.1:{port}"
 
 
@@ -298,7 +296,7 @@ def test_more_results_come_while_scrolling(chromium, tmp_path):
         (folder / f"{number:02d}.png").write_bytes(encoded(painted(*people)))
     site = painted_site(tmp_path)
     count = PAGE // 2 * 5
-    with running(make_app(site, Door(LOOPBACK))) as port:
+    with running(closed(site)) as port:
         context = chromium.new_context(base_url=f"http://127.0.0.1:{port}")
         page = context.new_page()
         page.goto("/")
@@ -320,7 +318,7 @@ def test_a_long_first_query_shows_what_goes_on(chromium, tmp_path):
     detector = ColorDetector()
     site = painted_site(tmp_path, detector)
     detector.delay = 4.0
-    with running(make_app(site, Door(LOOPBACK))) as port:
+    with running(closed(site)) as port:
         context = chromium.new_context(base_url=f"http://127.0.0.1:{port}")
         page = context.new_page()
         page.goto("/")

@@ -69,9 +69,6 @@ def test_views_are_combined_by_their_mean_or_their_best(client, site):
         oracle = {p.id: s for p, s in zip(everybody, similarity, strict=True) if p.id not in views}
         assert {person: s for s, person in results(found)} == pytest.approx(oracle, abs=2e-3)
         assert f"by the {combine} of the views" in found.text
-    found = client.get("/search", params={"view": views, "combine": "worst"})
-    assert found.status_code == 400
-    assert "mean or best" in line_of(found)
 
 
 @pytest.mark.parametrize(
@@ -107,26 +104,27 @@ def test_filters_are_in_the_address(client, site, folder, fields, count):
 
 
 @pytest.mark.parametrize(
-    ("fields", "line"),
+    ("fields", "status", "line"),
     [
-        ({"folder": "/etc"}, "no photos of the gallery"),
-        ({"folder": "../../etc"}, "no photos of the gallery"),
-        ({"folder": "a\0b"}, "no photos of the gallery"),
-        ({"after": "yesterday"}, "no date and time"),
-        ({"after": "2026-05-01T00:00+01:00"}, "no date and time"),
-        ({"before": "0001-01-01"}, "no date and time"),
-        ({"score": "nan"}, "number from 0 to 1"),
-        ({"score": "1e9"}, "number from 0 to 1"),
-        ({"kind": "paintings"}, "photos or videos"),
-        ({"view": ["x"] * 2 + [str(n) for n in range(13)]}, "12 views"),
-        ({"view": "up.000000000000000000000000.0"}, "does not have this photo any more"),
-        ({"view": "nobody' OR 1=1 --"}, "not in the gallery"),
+        ({"after": "yesterday"}, 400, "after: "),
+        ({"after": "2026-05-01T00:00+01:00"}, 400, "after: "),
+        ({"before": "0001-01-01"}, 400, "before: "),
+        ({"score": "nan"}, 400, "score: "),
+        ({"score": "1e9"}, 400, "score: "),
+        ({"kind": "paintings"}, 400, "kind: "),
+        ({"combine": "worst"}, 400, "combine: "),
+        ({"view": [str(n) for n in range(13)]}, 400, "view: "),
+        ({"view": "up.000000000000000000000000.0"}, 404, "does not have this photo any more"),
+        ({"view": "nobody' OR 1=1 --"}, 404, "not in the gallery"),
     ],
 )
-def test_a_wrong_address_is_one_line(client, fields, line):
-    answer = client.get("/search", params=fields)
-    assert answer.status_code == 400
+def test_a_wrong_address_is_one_line_that_keeps_the_query(client, fields, status, line):
+    answer = client.get("/search", params={"view": "a", "camera": "yard"} | fields)
+    assert answer.status_code == status
     assert line in line_of(answer)
+    if "view" not in fields:
+        assert "/search?view=a&amp;camera=yard" in answer.text
+    assert "camera=yard" in answer.text
 
 
 def test_results_come_page_by_page(client, site, monkeypatch, tmp_path):
@@ -144,7 +142,7 @@ def test_friendly_lines_for_photos_that_are_none(client):
     good = encoded(painted((RED, (10, 10))))
     huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 20_000, 20_000) + b"\x08\x02\0\0\0"
     for photo, line in (
-        (b"", "choose a photo first"),
+        (b"", "this file is empty"),
         (b"not a photo", "this is not a photo"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "this is not a photo"),
         (huge, "20000x20000 pixels are too many"),
@@ -157,12 +155,12 @@ def test_friendly_lines_for_photos_that_are_none(client):
     assert "Choose another photo" in answer.text
     page = client.get(uploaded(client, encoded(painted())))
     assert "Nobody was found in this photo" in page.text
-    assert client.post("/upload", data={"photo": "text"}).status_code == 400
+    assert client.post("/upload", data={"photo": "text"}).status_code == 415
     assert client.post("/upload", content=b"{}").status_code == 415
     broken = {"Content-Type": "multipart/form-data"}
     assert client.post("/upload", content=b"x", headers=broken).status_code == 400
     many = [("photo", ("a.png", good))] * 2
-    assert client.post("/upload", files=many).status_code == 400
+    assert "one photo at a time" in line_of(client.post("/upload", files=many))
 
 
 def test_an_empty_gallery_says_so(tmp_path):
@@ -178,7 +176,7 @@ def test_a_box_finds_who_is_in_it(client, site):
     small[150:180, 200:215] = GREEN  # found with a score that is not shown
     place = uploaded(client, encoded(small))
     assert len(people(client.get(place))) == 1
-    answer = client.post(f"{place}/box", data={"box": "190,140,230,190"})
+    answer = client.post(f"{place}/box", data={"box": "196,146,220,185"})
     assert answer.status_code == 303
     found = client.get(answer.headers["location"])
     assert color_of(site, results(found)[0][1]) == GREEN
@@ -231,4 +229,4 @@ def test_marks_are_kept_and_downloaded(folder, client, site):
     for fields in ({"mark": "maybe"}, {"person": "x"}, {"view": ""}):
         data = {"view": query["view"], "person": right[0], "mark": "right"} | fields
         assert client.post("/mark", data=data).status_code in (400, 404)
-    assert client.get("/marks/passwd").status_code == 400
+    assert client.get("/marks/passwd").status_code == 404

@@ -13,11 +13,11 @@ pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup"
 pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 
 from alignps_jax.gallery.entries import Match, Person, Scene
+from alignps_jax.gallery.page.app import make_site
 from alignps_jax.gallery.page.results import grouped
-from alignps_jax.gallery.page.serve import make_site
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.gallery.writing import commit_scenes
-from tests.gallery.page_server import visitor
+from tests.gallery.page_server import closed, running, visitor
 from tests.gallery.painted import GREEN, RED, SIZE, ColorDetector, indexed, painted
 
 SECONDS, RATE = 8, 5
@@ -49,7 +49,7 @@ def site(tmp_path_factory):
         for second in range(SECONDS)
     ]
     commit_scenes(gallery, scenes)
-    return make_site(gallery, detector, folder / "marks.json")
+    return make_site(gallery, detector)
 
 
 def person_in(scene, color_box):
@@ -91,7 +91,7 @@ def test_a_video_that_was_replaced_is_not_served(site, tmp_path):
     write_walk(path)
     gallery = Gallery.open(tmp_path / "people.lance", create_for=detector)
     commit_scenes(gallery, [indexed(path, frame_at(0), detector, second=0.0, every=1.0)])
-    client = visitor(make_site(gallery, detector, tmp_path / "marks.json"))
+    client = visitor(make_site(gallery, detector))
     (scene,) = gallery.scenes(9)
     assert client.get(f"/scene/{scene.id}/video").status_code == 200
     secret = tmp_path / "secret.txt"
@@ -147,13 +147,10 @@ def test_a_browser_plays_from_there(site):
     pytest.importorskip("playwright", reason="playwright is missing: make setup")
     from playwright.sync_api import expect, sync_playwright
 
-    from alignps_jax.gallery.page.app import make_app
-    from alignps_jax.gallery.page.security import LOOPBACK, Door
     from tests.gallery.browser_test import CHROMIUM, FLAGS
-    from tests.gallery.page_server import running
 
     scene = next(s for s in site.gallery.scenes(99) if s.second == 5)
-    with running(make_app(site, Door(LOOPBACK))) as port, sync_playwright() as started:
+    with running(closed(site)) as port, sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(base_url=f"http://127.0.0.1:{port}")
         page.goto(f"/scene/{scene.id}")

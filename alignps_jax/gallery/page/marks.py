@@ -90,6 +90,13 @@ def corners(box: Float[np.ndarray, "4"]) -> tuple[float, float, float, float]:
     return x1, y1, x2, y2
 
 
+def marks_file(address: str) -> Path:
+    """Where the marks of a gallery are: people.marks.json beside people.lance."""
+    place = address.rstrip("/")
+    path = Path(place.rpartition("/")[2]) if "://" in place else Path(place)
+    return path.with_name(f"{path.stem}.marks.json")
+
+
 class Marks:
     """The marks of all queries, in a JSON file that is complete at any time.
 

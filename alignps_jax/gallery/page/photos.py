@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import mimetypes
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Depends
-from jaxtyping import Float
+from fastapi import APIRouter, Form, Query
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -17,26 +19,33 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from alignps_jax.boxes import iou
+from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import Scene
-from alignps_jax.gallery.page.finder import Upload
-from alignps_jax.gallery.page.pictures import PREVIEW, SMALL
-from alignps_jax.gallery.page.queries import Query, parse_box, parse_query, uploaded_view
-from alignps_jax.gallery.page.security import MAX_BODY
-from alignps_jax.gallery.page.site import (
-    NotThereError,
-    Site,
-    file_name,
-    fragment,
-    page,
-    query_of,
-    read_first,
-)
-from alignps_jax.types import UserError
+from alignps_jax.gallery.page.access import MAX_BODY
+from alignps_jax.gallery.page.pictures import PERSON, PREVIEW, SMALL
+from alignps_jax.gallery.page.queries import SearchRequest, corners, uploaded_view
+from alignps_jax.gallery.page.site import READ_FIRST, OfSite, Site, file_name, page
+from alignps_jax.gallery.page.uploads import Upload
 
 SCENES = 48  # shown at a time
-_PATIENCE = 120.0  # seconds for a form to arrive
-_RECEIVED = 8  # photos that arrive at a time, because they are in memory; others wait
 _WAIT = 2.0  # seconds: most photos are done by then, and the page is complete at once
+_NOBODY = "Nobody was found in this box; please go back and draw it around somebody."
+_PLACEHOLDER = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 240 160" font-size="11" '
+    'text-anchor="middle" font-family="system-ui, sans-serif"><rect width="240" height="160" '
+    'fill="#59636e"/><g fill="#fff"><text x="120" y="76">{}</text><text x="120" y="94">{}</text>'
+    "</g></svg>"
+)
+
+router = APIRouter()
+Asked = Annotated[SearchRequest, Query()]
+Offset = Annotated[int, Field(ge=0, lt=2**40)]
+
+
+class DrawnBox(SearchRequest):
+    """A box around somebody, and the query that the person joins."""
+
+    box: str
 
 
 class _InMemory(MultiPartParser):
@@ -45,249 +54,196 @@ class _InMemory(MultiPartParser):
     spool_max_size = MAX_BODY
 
 
-async def form_of(request: Request) -> FormData:
-    """The form of a request, in memory; HTTPException if it is none or comes too slowly."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        async with asyncio.timeout(_PATIENCE):
-            if kind == "multipart/form-data":
-                stream = request.stream()
-                return await _InMemory(
-                    request.headers, stream, max_files=1, max_fields=100, max_part_size=1 << 16
-                ).parse()
-            if kind == "application/x-www-form-urlencoded":
-                return await request.form(max_files=0, max_fields=100)
-    except MultiPartException as error:
-        raise HTTPException(400, "The form arrived damaged; please send it again.") from error
-    except TimeoutError as error:
-        raise HTTPException(408, "The form took too long to arrive.") from error
-    raise HTTPException(415, "Expected a form.")
+@router.get("/", dependencies=READ_FIRST)
+def home(request: Request, site: OfSite, query: Asked, offset: Offset = 0) -> Response:
+    return page(request, "home.html", query=query, **_scenes_from(site, query, offset))
 
 
-def pairs_of(form: FormData) -> list[tuple[str, str]]:
-    """The fields of a form that are text."""
-    return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+@router.get("/scenes")
+def more_scenes(request: Request, site: OfSite, query: Asked, offset: Offset) -> Response:
+    return page(request, "scenes.html", query=query, **_scenes_from(site, query, offset))
 
 
-def photo_routes(site: Site) -> APIRouter:
-    """The pages that show photos, and the pictures in them."""
-    router = APIRouter()
-
-    @router.get("/", dependencies=[Depends(read_first)])
-    def home(request: Request) -> Response:
-        query = query_of(request)
-        values = scenes_from(site, query, 0)
-        return page(site, "home.html", query=query, **values)
-
-    @router.get("/scenes")
-    def more_scenes(request: Request, offset: int = 0) -> Response:
-        query = query_of(request)
-        return fragment("scenes.html", query=query, **scenes_from(site, query, offset))
-
-    @router.get("/scene/{scene_id}", dependencies=[Depends(read_first)])
-    def scene(request: Request, scene_id: str, person: str = "") -> Response:
-        query, found = query_of(request), site.scene(scene_id)
-        return page(
-            site,
-            "scene.html",
-            query=query,
-            scene=found,
-            found=people_of(site, found, person),
-            is_result=bool(person),
-            can_play=found.second is not None,
-        )
-
-    @router.get("/scene/{scene_id}/{size}.jpg")
-    def scene_picture(scene_id: str, size: str) -> Response:
-        lengths = {"photo": PREVIEW, "small": SMALL}
-        if size not in lengths:
-            raise NotThereError("There is no such picture.")
-        return picture(site.pictures.scene(site.scene(scene_id), lengths[size]))
-
-    @router.get("/scene/{scene_id}/video")
-    def video(scene_id: str) -> Response:
-        found = site.scene(scene_id)
-        if found.second is None:
-            raise NotThereError("This photo belongs to no video.")
-        site.pictures.scene(found, SMALL)  # UserError unless the file is still what was indexed
-        kind = mimetypes.guess_type(found.path)[0] or "video/mp4"
-        return FileResponse(found.path, media_type=kind, content_disposition_type="inline")
-
-    @router.get("/person/{person_id}.jpg")
-    def person_picture(person_id: str) -> Response:
-        return picture(site.pictures.person(site.person(person_id)))
-
-    @router.post("/scene/{scene_id}/box")
-    async def box_in_scene(request: Request, scene_id: str) -> Response:
-        pairs = pairs_of(await form_of(request))
-        query, box = parse_query(pairs), parse_box(dict(pairs).get("box", ""))
-        return await run_in_threadpool(searched_box, site, scene_id, query, box)
-
-    add_upload_routes(router, site)
-    return router
+@router.get("/scene/{scene_id}", dependencies=READ_FIRST)
+def scene(
+    request: Request, site: OfSite, scene_id: str, query: Asked, person: str = ""
+) -> Response:
+    found = site.scene(scene_id)
+    people = [
+        {
+            "number": number,
+            "view": one.id,
+            "box": one.box,
+            "score": one.score,
+            "picture": f"/person/{one.id}.jpg",
+            "chosen": one.id == person,
+        }
+        for number, one in enumerate(site.gallery.people(scene_id), 1)
+    ]
+    values = {"scene": found, "found": people, "is_result": bool(person)}
+    return page(request, "scene.html", query=query, **values)
 
 
-def add_upload_routes(router: APIRouter, site: Site) -> None:
-    """The addresses of photos that somebody searches with."""
-    receiving = asyncio.Semaphore(_RECEIVED)
-
-    @router.post("/upload")
-    async def upload(request: Request) -> Response:
-        async with receiving:
-            return await received(request)
-
-    async def received(request: Request) -> Response:
-        form = await form_of(request)
-        photo = form.get("photo")
-        if not isinstance(photo, UploadFile) or not photo.size:
-            raise UserError("Please choose a photo first.")
-        name = file_name((photo.filename or "")[-200:]) or "photo"
-        data = await photo.read()
-        taken = await run_in_threadpool(site.finder.upload, name, data)
-        query = parse_query(pairs_of(form))
-        return RedirectResponse(query.address(f"/upload/{taken.id}"), 303)
-
-    @router.get("/upload/{upload_id}", dependencies=[Depends(read_first)])
-    async def uploaded(request: Request, upload_id: str, box: str = "") -> Response:
-        query, found = query_of(request), upload_of(site, upload_id)
-        await done(found, _WAIT)
-        if box and found.found is not None:
-            return boxed(query, found, parse_box(box))
-        values = upload_values(site, query, found, box)
-        return await run_in_threadpool(page, site, "upload.html", 200, **values)
-
-    @router.get("/upload/{upload_id}/people")
-    async def uploaded_people(request: Request, upload_id: str, box: str = "") -> Response:
-        query, found = query_of(request), upload_of(site, upload_id)
-        await done(found, _WAIT)
-        if box and found.found is not None:
-            place = boxed(query, found, parse_box(box)).headers["location"]
-            return Response(headers={"HX-Redirect": place})
-        return fragment("upload_people.html", **upload_values(site, query, found, box))
-
-    @router.get("/upload/{upload_id}/{picture_name}.jpg")
-    def upload_picture(upload_id: str, picture_name: str) -> Response:
-        found = upload_of(site, upload_id)
-        if picture_name == "photo" and found.preview:
-            return picture(found.preview)
-        if picture_name.isascii() and picture_name.isdecimal() and len(picture_name) < 6:
-            try:
-                return picture(site.finder.picture(found, int(picture_name)))
-            except KeyError:
-                pass
-        raise NotThereError("There is no such picture.")
-
-    @router.post("/upload/{upload_id}/box")
-    async def box_in_upload(request: Request, upload_id: str) -> Response:
-        pairs = pairs_of(await form_of(request))
-        query, box = parse_query(pairs), parse_box(dict(pairs).get("box", ""))
-        return boxed(query, upload_of(site, upload_id), box)
+@router.get("/scene/{scene_id}/{longest}.jpg")
+def scene_picture(site: OfSite, scene_id: str, longest: int) -> Response:
+    if longest not in (SMALL, 2 * SMALL, PREVIEW):
+        raise HTTPException(404, "There is no such picture.")
+    found = site.scene(scene_id)
+    return _picture(found.path, lambda: site.pictures.scene(found, longest))
 
 
-def picture(data: bytes) -> Response:
-    """A JPEG that the browser may keep for a while."""
-    return Response(
-        data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"}
+@router.get("/person/{person_id}.jpg")
+def person_picture(site: OfSite, person_id: str, dense: bool = False) -> Response:
+    person = site.person(person_id)
+    tallest = PERSON * (1 + dense)
+    return _picture(person.scene.path, lambda: site.pictures.person(person, tallest))
+
+
+@router.get("/scene/{scene_id}/video")
+def video(site: OfSite, scene_id: str) -> Response:
+    found = site.scene(scene_id)
+    if found.second is None:
+        raise HTTPException(404, "This photo belongs to no video.")
+    site.pictures.scene(found, SMALL)  # UserError unless the file is still what was indexed
+    kind, name = mimetypes.guess_type(found.path)[0] or "video/mp4", file_name(found.path)
+    return FileResponse(
+        found.path, media_type=kind, filename=name, content_disposition_type="inline"
     )
 
 
-def scenes_from(site: Site, query: Query, offset: int) -> dict[str, Any]:
+@router.post("/scene/{scene_id}/box")
+def box_in_scene(site: OfSite, scene_id: str, drawn: Annotated[DrawnBox, Form()]) -> Response:
+    """The search for whoever the gallery has in a box of a scene, else in the scene itself."""
+    found = site.scene(scene_id)
+    people = site.gallery.people(scene_id)
+    row = _best(np.array([one.box for one in people]), corners(drawn.box))
+    if row is not None:
+        view = people[row].id
+        return RedirectResponse(drawn.address("/search", view=drawn.with_view(view)), 303)
+    upload = site.uploads.add(found.id, file_name(found.path), lambda: site.gallery.pixels(found))
+    return RedirectResponse(drawn.address(f"/upload/{upload.id}", box=drawn.box), 303)
+
+
+@router.post("/upload")
+async def upload(request: Request, site: OfSite) -> Response:
+    with site.uploads.room(int(request.headers.get("content-length", MAX_BODY))):
+        form = await _form_of(request)
+        photos = [one for one in form.getlist("photo") if isinstance(one, UploadFile)]
+        if not photos or not photos[0].filename:
+            raise UserError("Please choose a photo first.")
+        data = await photos[0].read()
+    name = file_name((photos[0].filename or "")[-200:])
+    if not data:
+        raise UserError(f"{name}: this file is empty.")
+    taken = await run_in_threadpool(site.uploads.upload, name, data)
+    query = SearchRequest.lenient(form)
+    return RedirectResponse(query.address(f"/upload/{taken.id}"), 303)
+
+
+async def _form_of(request: Request) -> FormData:
+    """The form of a request, in memory; HTTPException if it is none."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise HTTPException(415, "Expected a form.")
+    try:
+        return await _InMemory(request.headers, request.stream(), max_files=1).parse()
+    except MultiPartException as error:
+        line = "Please send one photo at a time." if "Too many files" in error.message else (
+            "The form arrived damaged; please send it again."
+        )  # fmt: skip
+        raise HTTPException(400, line) from error
+
+
+@router.get("/upload/{upload_id}", dependencies=READ_FIRST)
+async def uploaded(
+    request: Request, site: OfSite, upload_id: str, query: Asked, box: str = ""
+) -> Response:
+    found = site.uploads.get(upload_id)
+    await _done(found)
+    if box and found.found is not None:
+        return _boxed(query, found, box)
+    return page(request, "upload.html", **_upload_values(query, found, box))
+
+
+@router.get("/upload/{upload_id}/people")
+async def uploaded_people(
+    request: Request, site: OfSite, upload_id: str, query: Asked, box: str = ""
+) -> Response:
+    found = site.uploads.get(upload_id)
+    await _done(found)
+    if box and found.found is not None:
+        return Response(headers={"HX-Redirect": _boxed(query, found, box).headers["location"]})
+    return page(request, "upload_people.html", **_upload_values(query, found, box))
+
+
+@router.get("/upload/{upload_id}/photo.jpg")
+def uploaded_photo(site: OfSite, upload_id: str) -> Response:
+    return Response(site.uploads.get(upload_id).preview, media_type="image/jpeg")
+
+
+@router.get("/upload/{upload_id}/{row}.jpg")
+def uploaded_person(site: OfSite, upload_id: str, row: Offset) -> Response:
+    return Response(site.uploads.get(upload_id).picture(row), media_type="image/jpeg")
+
+
+@router.post("/upload/{upload_id}/box")
+def box_in_upload(site: OfSite, upload_id: str, drawn: Annotated[DrawnBox, Form()]) -> Response:
+    return _boxed(drawn, site.uploads.get(upload_id), drawn.box)
+
+
+def _picture(path: str, draw: Callable[[], bytes]) -> Response:
+    """A JPEG, or a placeholder with the name of the photo and why it cannot be shown."""
+    try:
+        return Response(draw(), media_type="image/jpeg")
+    except (UserError, OSError) as error:
+        reason = str(error).replace(f"{path}: ", "")
+        lines = (html.escape(text[:40]) for text in (file_name(path), reason))
+        return Response(_PLACEHOLDER.format(*lines), 404, media_type="image/svg+xml")
+
+
+def _scenes_from(site: Site, query: SearchRequest, offset: int) -> dict[str, Any]:
     """Scenes of the gallery from a place on, and where the next ones begin."""
-    if not 0 <= offset < 2**40:
-        raise UserError("The place in the list is out of range.")
-    where = site.overview.checked(query.where)
-    found = site.gallery.scenes(SCENES + 1, offset, where)
+    found: list[Scene] = site.gallery.scenes(SCENES + 1, offset, query.where)
     following = offset + SCENES if len(found) > SCENES else None
-    return {
-        "shown": found[:SCENES],
-        "following": following,
-    }
+    return {"shown": found[:SCENES], "following": following}
 
 
-def people_of(site: Site, scene: Scene, chosen: str) -> list[dict[str, Any]]:
-    """Everybody in a scene as its page shows them; one of them is chosen."""
-    return [
-        {
-            "number": number,
-            "view": person.id,
-            "box": person.box,
-            "score": person.score,
-            "picture": f"/person/{person.id}.jpg",
-            "chosen": person.id == chosen,
-        }
-        for number, person in enumerate(site.gallery.people(scene.id), 1)
-    ]
-
-
-def upload_of(site: Site, upload_id: str) -> Upload:
-    """An uploaded photo; NotThereError."""
-    found = site.finder.get(upload_id)
-    if found is None:
-        raise NotThereError("The server does not have this photo any more; please choose it again.")
-    return found
-
-
-async def done(upload: Upload, seconds: float) -> None:
-    """Waits until a photo is done, but no longer than that."""
+async def _done(upload: Upload) -> None:
+    """Waits until a photo is done, but not for long."""
     loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
+    end = loop.time() + _WAIT
     while not upload.is_done and loop.time() < end:
         await asyncio.sleep(0.01)
 
 
-def upload_values(site: Site, query: Query, upload: Upload, box: str) -> dict[str, Any]:
+def _upload_values(query: SearchRequest, upload: Upload, box: str) -> dict[str, Any]:
     """What the page of an uploaded photo shows."""
     found = upload.found
-    people = []
-    if found is not None:
-        people = [
-            {
-                "number": row + 1,
-                "view": uploaded_view(upload.id, row),
-                "box": found.boxes[row],
-                "score": float(found.scores[row]),
-                "picture": f"/upload/{upload.id}/{row}.jpg",
-                "chosen": False,
-            }
-            for row in range(upload.shown)
-        ]
-    return {
-        "query": query,
-        "upload": upload,
-        "found": people,
-        "box": box,
-        "progress": site.finder.status(),
-    }
+    people = [] if found is None else [
+        {
+            "number": row + 1,
+            "view": uploaded_view(upload.id, row),
+            "box": found.boxes[row],
+            "score": float(found.scores[row]),
+            "picture": f"/upload/{upload.id}/{row}.jpg",
+            "chosen": False,
+        }
+        for row in range(upload.shown)
+    ]  # fmt: skip
+    return {"query": query, "upload": upload, "found": people, "box": box}
 
 
-def boxed(query: Query, upload: Upload, box: Float[np.ndarray, "4"]) -> Response:
-    """The search for whoever is in the box of an uploaded photo.
+def _best(boxes: np.ndarray, box: np.ndarray) -> int | None:
+    """The row of the box that is nearly the same; None where none is."""
+    overlap = iou(boxes.reshape(-1, 4), box)
+    return int(overlap.argmax()) if overlap.size and overlap.max() >= 0.3 else None
 
-    Raises:
-      UserError: the photo is not done, or nobody is there.
-    """
+
+def _boxed(query: SearchRequest, upload: Upload, box: str) -> Response:
+    """The search for whoever is in the box of an uploaded photo; UserError if nobody is."""
     if upload.found is None:
         raise UserError(upload.error or "The photo is not searched yet; please wait a moment.")
-    row = upload.best_in(box)
+    row = _best(np.asarray(upload.found.boxes), corners(box))
     if row is None:
-        raise UserError("Nobody was found in this box; please go back and draw it around somebody.")
+        raise UserError(_NOBODY)
     view = uploaded_view(upload.id, row)
     return RedirectResponse(query.address("/search", view=query.with_view(view)), 303)
-
-
-def searched_box(site: Site, scene_id: str, query: Query, box: Float[np.ndarray, "4"]) -> Response:
-    """The search for whoever is in the box of a scene.
-
-    That is whom the gallery has there; where it has nobody, the scene is searched once more, for
-    people with low scores, too.
-    """
-    scene = site.scene(scene_id)
-    people = site.gallery.people(scene.id)
-    if people:
-        overlap = iou(np.stack([person.box for person in people]), box)
-        if overlap.max() > 0:
-            view = people[int(overlap.argmax())].id
-            return RedirectResponse(query.address("/search", view=query.with_view(view)), 303)
-    upload = site.finder.add(file_name(scene.path), lambda: site.gallery.pixels(scene))
-    corners = ",".join(f"{corner:g}" for corner in box)
-    return RedirectResponse(query.address(f"/upload/{upload.id}", box=corners), 303)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import cv2
 import numpy as np
+from cachetools import LRUCache
 from jaxtyping import Float
 
 from alignps_jax.files import Image
@@ -20,11 +19,23 @@ from alignps_jax.gallery.entries import Person, Scene
 from alignps_jax.gallery.store import Gallery
 
 PREVIEW = 1600  # longer side of a complete scene, pixels
-SMALL = 320  # longer side of a scene in a list, pixels
-PERSON = 288  # height of an enlarged person, pixels
+SMALL = 320  # longer side of a scene in a list, pixels; twice that for dense screens
+PERSON = 288  # height of an enlarged person, pixels; twice that for dense screens
 _CACHED = 96 << 20  # bytes of finished pictures
 _DECODED = 128 << 20  # bytes of decoded scenes: the people of one scene follow one another
-_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 85]
+_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 80]
+_AROUND = 0.1  # of a person's height and width
+
+
+def _encoded(image: Image) -> bytes:
+    return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _QUALITY)[1].tobytes()
+
+
+def _resized(image: Image, factor: float) -> Image:
+    height, width = image.shape[:2]
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    return cv2.resize(image, size, interpolation=how)
 
 
 def jpeg(image: Image, longest: int) -> bytes:
@@ -33,31 +44,29 @@ def jpeg(image: Image, longest: int) -> bytes:
     It holds nothing but pixels: other data of the photo's file, such as where it was taken, are
     left out.
     """
-    height, width = image.shape[:2]
-    factor = longest / max(height, width)
-    if factor < 1:
-        size = max(1, round(width * factor)), max(1, round(height * factor))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _QUALITY)[1].tobytes()
+    factor = longest / max(image.shape[:2])
+    return _encoded(_resized(image, factor) if factor < 1 else image)
 
 
-def person_picture(image: Image, box: Float[np.ndarray, "4"]) -> bytes:
-    """A JPEG file of a person, enlarged, with a little around the box.
+def person_picture(image: Image, box: Float[np.ndarray, "4"], tallest: int = PERSON) -> bytes:
+    """A JPEG file of a person, enlarged; what lies around the box is darker.
 
     It is two thirds as wide as high, unless the box is wider or the photo narrower.
     """
     height, width = image.shape[:2]
     x1, y1, x2, y2 = (float(value) for value in box)
-    tall = max(y2 - y1, 1.0) * 1.1
-    wide = max((x2 - x1) * 1.1, tall * 2 / 3)
+    tall = max(y2 - y1, 1.0) * (1 + _AROUND)
+    wide = max((x2 - x1) * (1 + _AROUND), tall * 2 / 3)
     left, right = _within((x1 + x2) / 2, wide, width)
     top, bottom = _within((y1 + y2) / 2, tall, height)
     part = image[top:bottom, left:right]
-    factor = PERSON / max(part.shape[:2])
-    size = max(1, round(part.shape[1] * factor)), max(1, round(part.shape[0] * factor))
-    how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
-    part = cv2.resize(part, size, interpolation=how)
-    return cv2.imencode(".jpg", cv2.cvtColor(part, cv2.COLOR_RGB2BGR), _QUALITY)[1].tobytes()
+    factor = tallest / max(part.shape[:2])
+    bright = _resized(part, factor)
+    dark = bright // 2
+    inside = np.clip(np.array([x1 - left, y1 - top, x2 - left, y2 - top]) * factor, 0, None)
+    a, b, c, d = inside.round().astype(int)
+    dark[b:d, a:c] = bright[b:d, a:c]
+    return _encoded(dark)
 
 
 def _within(middle: float, length: float, limit: int) -> tuple[int, int]:
@@ -67,71 +76,49 @@ def _within(middle: float, length: float, limit: int) -> tuple[int, int]:
     return begin, begin + size
 
 
-class Kept:
-    """The things asked for last, up to so many bytes in all."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._bytes = 0
-        self._items: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Any:
-        with self._lock:
-            if key not in self._items:
-                return None
-            self._items.move_to_end(key)
-            return self._items[key][0]
-
-    def put(self, key: Hashable, item: Any, size: int) -> None:
-        with self._lock:
-            self._bytes += size - self._items.pop(key, (None, 0))[1]
-            self._items[key] = item, size
-            while self._bytes > self._limit and len(self._items) > 1:
-                self._bytes -= self._items.popitem(last=False)[1][1]
-
-
 class Pictures:
-    """The pictures of a gallery: JPEG files, each made once.
-
-    Args:
-      gallery: whose scenes are shown.
-    """
+    """The pictures of a gallery: JPEG files, each made once."""
 
     def __init__(self, gallery: Gallery):
         self._gallery = gallery
-        self._made, self._decoded = Kept(_CACHED), Kept(_DECODED)
+        self._made: LRUCache[Hashable, bytes] = LRUCache(_CACHED, getsizeof=len)
+        self._decoded: LRUCache[Hashable, Image] = LRUCache(_DECODED, getsizeof=lambda x: x.nbytes)
+        self._lock = threading.Lock()
         # Decoding takes memory and a core, and a page asks for many pictures at once.
         self._room = threading.Semaphore(max(1, min(4, os.cpu_count() or 1)))
 
-    def person(self, person: Person) -> bytes:
-        """An enlarged person; UserError if the scene is gone or changed."""
-        key = "person", person.id, person.box.tobytes(), _version(person.scene)
-        return self._make(key, person.scene, lambda image: person_picture(image, person.box))
+    def person(self, person: Person, tallest: int) -> bytes:
+        """An enlarged person; UserError or OSError if the scene is gone or changed."""
+        key = "person", person.id, tallest, _version(person.scene)
+        return self._make(
+            key, lambda: person_picture(self.pixels(person.scene), person.box, tallest)
+        )
 
     def scene(self, scene: Scene, longest: int) -> bytes:
-        """A complete scene of at most that length; UserError if it is gone or changed."""
+        """A complete scene of at most that length; errors as above."""
         key = "scene", scene.id, longest, _version(scene)
-        return self._make(key, scene, lambda image: jpeg(image, longest))
+        return self._make(key, lambda: jpeg(self.pixels(scene), longest))
 
-    def _make(self, key: Hashable, scene: Scene, draw: Callable[[Image], bytes]) -> bytes:
-        made = self._made.get(key)
-        if made is not None:
-            return made
+    def _make(self, key: Hashable, draw: Callable[[], bytes]) -> bytes:
         with self._room:
-            made = self._made.get(key)
+            with self._lock:
+                made = self._made.get(key)
             if made is None:
-                made = draw(self._pixels(scene))
-                self._made.put(key, made, len(made))
+                made = draw()
+                with self._lock:
+                    self._made[key] = made
         return made
 
-    def _pixels(self, scene: Scene) -> Image:
+    def pixels(self, scene: Scene) -> Image:
+        """A scene, decoded once for all its people."""
         key = scene.id, _version(scene)
-        image = self._decoded.get(key)
+        with self._lock:
+            image = self._decoded.get(key)
         if image is None:
             image = self._gallery.pixels(scene)
             if image.nbytes <= _DECODED // 4:
-                self._decoded.put(key, image, image.nbytes)
+                with self._lock:
+                    self._decoded[key] = image
         return image
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+from cachetools import LRUCache
 from jaxtyping import Float
 
 from alignps_jax.gallery.entries import Match, Person
-from alignps_jax.gallery.page.queries import BEST, Query, View
+from alignps_jax.gallery.page.queries import SearchRequest, View
 from alignps_jax.gallery.store import Gallery
 
 MAX_MATCHES = 1000
-PAGE = 48  # entries that are shown at a time; it divides into rows of 2, 3, 4, 6 and 8
+PAGE = 24  # entries that are shown at a time; it divides into rows of 2, 3, 4, 6 and 8
 _NEIGHBORS = 2  # seconds
 _REMEMBERED = 32  # queries whose results are kept for whoever scrolls
 
@@ -65,7 +65,7 @@ class Results:
     seconds: float
 
 
-def summary(found: Results, query: Query, views: Sequence[View], people: int) -> str:
+def summary(found: Results, query: SearchRequest, views: Sequence[View], people: int) -> str:
     """Who was searched and how long it took, in a line.
 
     Args:
@@ -89,7 +89,7 @@ class Searcher:
 
     def __init__(self, gallery: Gallery):
         self._gallery = gallery
-        self._latest: OrderedDict[Query, Results] = OrderedDict()
+        self._latest: LRUCache[SearchRequest, Results] = LRUCache(_REMEMBERED)
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
@@ -98,7 +98,7 @@ class Searcher:
             width = self._gallery.about.dim
             self._gallery.search(np.full((1, width), width**-0.5, np.float32), MAX_MATCHES)
 
-    def search(self, query: Query, views: Sequence[View]) -> Results:
+    def search(self, query: SearchRequest, views: Sequence[View]) -> Results:
         """The people that are most similar to the views, without the views themselves."""
         begin = time.perf_counter()
         matches = ranked(self._gallery, query, views)
@@ -107,28 +107,25 @@ class Searcher:
         results = Results(grouped(matches), len(matches), searched, took)
         with self._lock:
             self._latest[query] = results
-            self._latest.move_to_end(query)
-            while len(self._latest) > _REMEMBERED:
-                self._latest.popitem(last=False)
         return results
 
-    def _count(self, query: Query) -> int | None:
+    def _count(self, query: SearchRequest) -> int | None:
         memory = self._gallery.memory()
         if memory is not None:
             return int(memory.matching(query.where).sum()) if query.is_filtered else len(memory)
         return None if query.is_filtered else self._gallery.num_people
 
-    def latest(self, query: Query, views: Sequence[View]) -> Results:
+    def latest(self, query: SearchRequest, views: Sequence[View]) -> Results:
         """The remembered results, else those of another search."""
         with self._lock:
             known = self._latest.get(query)
         return known if known is not None else self.search(query, views)
 
 
-def combined(query: Query, views: Sequence[View]) -> Float[np.ndarray, "Q D"]:
+def combined(query: SearchRequest, views: Sequence[View]) -> Float[np.ndarray, "Q D"]:
     """What to search with: one embedding, or one for each view."""
     embeddings = np.stack([view.embedding for view in views]).astype(np.float32)
-    if query.combine == BEST:
+    if query.combine == "best":
         return embeddings
     mean = embeddings.mean(axis=0, keepdims=True)
     length = np.linalg.norm(mean)
@@ -136,7 +133,7 @@ def combined(query: Query, views: Sequence[View]) -> Float[np.ndarray, "Q D"]:
     return mean / length if length > 1e-6 else embeddings[:1]
 
 
-def ranked(gallery: Gallery, query: Query, views: Sequence[View]) -> list[Match]:
+def ranked(gallery: Gallery, query: SearchRequest, views: Sequence[View]) -> list[Match]:
     """The people of the gallery, best first, each once; of several similarities the best counts."""
     own = {view.id for view in views}
     best: dict[str, Match] = {}
