@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-_MODULES = {"Detector": "inference.detector", "Gallery": "gallery.store"}
+_MODULES = {"Detector": "inference.detector", "Gallery": "gallery.gallery"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignps_jax.errors import UserError, known_name
-from alignps_jax.flags import MODES, PROCESSES, Arguments, mode, parse
+from alignps_jax.flags import FILTERS, MODES, PROCESSES, Arguments, mode, parse
 from alignps_jax.streams import outlive_readers
 
 
@@ -44,61 +44,75 @@ def evaluate(args: Arguments) -> None:
     evaluate_checkpoint(config, checkpoint, evaluation_folder(config, checkpoint, folder))
 
 
-@mode("checkpoint query gallery", f"box config exact_up_to workdir {PROCESSES}")
+@mode("checkpoint query gallery", f"box every {FILTERS} config workdir")
 def search(args: Arguments) -> None:
-    """searches a person in a gallery, or in a folder of photos"""
+    """searches a person in a gallery, or in a folder of photos and videos"""
     from alignps_jax.checkpoint.places import results_folder
-    from alignps_jax.distributed import is_main_process
-    from alignps_jax.gallery.query import is_gallery, parse_box
+    from alignps_jax.files import check_outputs
+    from alignps_jax.gallery.gallery import Gallery
+    from alignps_jax.gallery.index import index_source
+    from alignps_jax.gallery.people import is_gallery
+    from alignps_jax.gallery.search import search_photo
 
     workdir = args.workdir or results_folder(args.checkpoint) / "search" / args.query.stem
-    person = args.checkpoint, _config(args), args.query, parse_box(args.box)
-    if not is_gallery(args.gallery):
-        from alignps_jax.gallery.photos import search_photos
+    check_outputs(workdir / "ranking.json", workdir / "ranking.png")
+    detector, is_folder = _detector(args), not is_gallery(args.gallery)
+    gallery = Gallery.open("memory://" if is_folder else args.gallery, detector, is_folder)
+    walk = index_source(gallery, [args.gallery], args.every) if is_folder else None
+    if walk and not gallery.num_scenes:
+        walk.report()
+    search_photo(gallery, args.query, args.box, _filter(args), args.count, workdir)
+    if walk:
+        walk.report()
 
-        search_photos(*person, Path(args.gallery), workdir)
-    elif is_main_process():  # one query in a gallery is work for one process
-        from alignps_jax.gallery.searching import search_gallery
 
-        search_gallery(*person, _gallery(args), workdir)
-
-
-@mode("checkpoint gallery source", "every prune exact_up_to config")
+@mode("checkpoint gallery source", "every prune exclude no_default_excludes config")
 def index(args: Arguments) -> None:
     """finds everybody in photos and videos, once, and adds them to a gallery"""
-    from alignps_jax.gallery.indexing import index_source
-    from alignps_jax.gallery.sources import parse_every
+    from alignps_jax.gallery.gallery import Gallery
+    from alignps_jax.gallery.index import index_source
+    from alignps_jax.media.walk import DEFAULT_EXCLUDES
 
-    places = args.checkpoint, _config(args), args.gallery, args.source
-    options = {"every": parse_every(args.every), "prune": args.prune}
-    index_source(*places, exact_up_to=args.exact_up_to, **options)
+    excludes = [*(() if args.no_default_excludes else DEFAULT_EXCLUDES), *(args.exclude or ())]
+    gallery = Gallery.open(args.gallery, _detector(args), create=True)
+    walk = index_source(gallery, [args.source], args.every, args.prune, excludes)
+    count = f"{gallery.num_people:,} people in {gallery.num_scenes:,} scenes"
+    print(f"gallery  {args.gallery}: {count}")
+    walk.report()
 
 
-@mode("gallery", "exact_up_to", one_of="photo person")
+@mode("gallery", any_of="photo person")
 def forget(args: Arguments) -> None:
     """removes people from a gallery for good, and keeps them out of the next indexing"""
-    from alignps_jax.gallery.forgetting import forget
+    from alignps_jax.errors import IncompleteError
+    from alignps_jax.gallery.forget import forget
+    from alignps_jax.gallery.people import People
 
-    forget(_gallery(args), args.photo, args.person)
+    people = People(args.gallery)
+    gone = forget(people, args.photo or (), args.person or ())
+    print(f"forgot {gone.people:,} people of", *gone.files, sep="\n  ")
+    print("not reached: pictures and rankings of searches, exports, backups, what browsers keep")
+    if gone.remains:
+        raise IncompleteError(f"--gallery: older states remain: {gone.remains}")
 
 
 @mode("checkpoint source target", "every config")
 def detect(args: Arguments) -> None:
     """finds everybody in photos and videos, and writes .json (COCO), .csv or .npz (embeddings)"""
     from alignps_jax.evaluation.detect import detect_source
-    from alignps_jax.gallery.sources import parse_every
 
-    every = parse_every(args.every)
-    detect_source(args.checkpoint, _config(args), args.source, every, args.target)
+    detect_source(args.checkpoint, _config(args), args.source, args.every, args.target)
 
 
-@mode("checkpoint gallery", "host port public_url no_token exact_up_to config")
+@mode("checkpoint gallery", "host port public_url no_token source config")
 def serve(args: Arguments) -> None:
     """serves a page in the browser that searches a gallery"""
-    from alignps_jax.gallery.page.serve import serve_checkpoint
+    from alignps_jax.gallery.gallery import Gallery
+    from alignps_jax.gallery.page.serve import serve
 
-    door = args.host, args.port, args.public_url, args.no_token
-    serve_checkpoint(args.checkpoint, _config(args), _gallery(args), *door)
+    gallery = Gallery.open(args.gallery, _detector(args))
+    sources = [args.source] if args.source else []
+    serve(gallery, args.host, args.port, args.public_url, args.no_token, sources)
 
 
 @mode("config source workdir", "ema")
@@ -109,13 +123,15 @@ def convert(args: Arguments) -> None:
     convert_released(_config(args), Path(args.source), args.workdir, args.fields, args.ema)
 
 
-@mode("target", "exact_up_to config", one_of="checkpoint gallery")
+@mode("target", "config", one_of="checkpoint gallery")
 def export(args: Arguments) -> None:
-    """writes a checkpoint as .pth, .safetensors, .stablehlo, or a gallery as .parquet, .arrow"""
+    """writes a checkpoint as .pth, .safetensors, .stablehlo, or a gallery as .parquet"""
     if args.gallery:
-        from alignps_jax.gallery.exporting import export_gallery
+        from alignps_jax.gallery.export import export_people
+        from alignps_jax.gallery.people import People
 
-        return export_gallery(_gallery(args), args.target)
+        count = export_people(People(args.gallery), args.target)
+        return print(f"{count:,} people  {args.target}")
     from alignps_jax.inference.exported import SUFFIX, export_programs
     from alignps_jax.weights.convert import export_released
 
@@ -128,12 +144,14 @@ def export(args: Arguments) -> None:
 def visualize(args: Arguments) -> None:
     """draws sampling_points, comparison, gallery_size, detections, similarity, precision_recall"""
     from alignps_jax.configuration import checkpoint_config
-    from alignps_jax.figures.kinds import FIGURES, draw_figures, figure_request
+    from alignps_jax.figures.kinds import FIGURES, draw_figures
+    from alignps_jax.figures.request import FigureRequest
 
     kind = known_name("--what", args.what, FIGURES)
-    sources, own = str(args.detections or args.checkpoint), partial(checkpoint_config, args)
-    options = args.query, args.box, args.gallery, args.workdir
-    draw_figures(kind, figure_request(sources, own, *options))
+    sources = tuple(map(Path, str(args.detections or args.checkpoint).split(",")))
+    photos = args.query, args.box, args.gallery and Path(args.gallery)
+    request = FigureRequest(sources, partial(checkpoint_config, args), *photos)
+    draw_figures(kind, request, args.workdir)
 
 
 @mode(takes="config what runs workdir")
@@ -181,9 +199,23 @@ def _config(args: Arguments) -> Any:
 
 
 def _gallery(args: Arguments) -> Any:
-    from alignps_jax.gallery.store import Gallery
+    from alignps_jax.gallery.gallery import Gallery
 
-    return Gallery.open(args.gallery, exact_up_to=args.exact_up_to)
+    return Gallery.open(args.gallery)
+
+
+def _filter(args: Arguments) -> Any:
+    from alignps_jax.gallery.entries import Filter
+
+    folder = args.folder and os.path.abspath(args.folder)
+    cameras = tuple(args.camera or ())
+    return Filter(folder, cameras, args.after, args.before, kind=args.kind)
+
+
+def _detector(args: Arguments) -> Any:
+    from alignps_jax.inference.detector import Detector
+
+    return Detector.from_checkpoint(args.checkpoint, _config(args))
 
 
 def entry() -> None:

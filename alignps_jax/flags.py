@@ -6,6 +6,9 @@ Nothing slow is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +36,39 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _box(text: str) -> tuple[float, ...]:
+    with contextlib.suppress(ValueError):
+        corners = tuple(map(float, text.split(",")))
+        if len(corners) == 4 and all(map(math.isfinite, corners)):
+            return corners
+    raise argparse.ArgumentTypeError(f"found {text!r}, expected x1,y1,x2,y2 (pixels of the photo)")
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(ms|s|min)?", text)
+    seconds = float(found[1]) * {"ms": 0.001, "min": 60.0}.get(found[2], 1.0) if found else 0.0
+    if not 0.001 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a time: 1s, 500ms or 2min")
+    return seconds
+
+
+def _begin(text: str) -> datetime.datetime:
+    try:
+        return datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        expected = "expected a day or time: 2024-05-31 or 2024-05-31T14:30"
+        raise argparse.ArgumentTypeError(f"found {text!r}, {expected}") from error
+
+
+def _end(text: str) -> datetime.datetime:
+    whole_day = datetime.timedelta(days=1, microseconds=-1)
+    return _begin(text) + (whole_day if len(text) == len("2024-05-31") else datetime.timedelta(0))
+
+
+def _several(help: str) -> dict[str, Any]:
+    return {"help": f"{help}; may be repeated; default: none", "action": "append"}
+
+
 def _flag(help: str, kind: Any = str, default: Any = None) -> dict[str, Any]:
     told = help if default is None else f"{help}; default: {default}"
     return {"help": told, "type": kind, "default": default}
@@ -48,14 +84,25 @@ FLAGS: dict[str, dict[str, Any]] = {
     "checkpoint": _flag("workdir of a run, or folder of one step; default: --workdir", _path),
     "detections": _flag("saved detections (.npz) in place of a checkpoint; default: none", _path),
     "query": _flag("photo with the person to find; default: none", _path),
-    "box": _flag("x1,y1,x2,y2 in pixels of the person in --query; default: everybody"),
+    "box": _flag("x1,y1,x2,y2 in pixels of the person in --query; default: everybody", _box),
     "gallery": _flag("what --mode=index made, or a folder of photos; default: none"),
     "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
-    "every": _flag("time between two frames of a video: 1s, 500ms, 2min", default="1s"),
+    "every": _flag("time between two frames of a video: 1s, 500ms, 2min", _seconds, "1s"),
     "prune": _switch("remove people whose photo or video is gone from --source"),
-    "exact_up_to": _flag("number of people up to which search is exact", int, 2_000_000),
-    "photo": _flag("photo or video whose people are forgotten; default: none"),
-    "person": _flag("id of one person to forget, from ranking.json; default: none"),
+    "exclude": _several("pattern of files and folders to leave out, such as '**/drafts/**'"),
+    "no_default_excludes": _switch("look into hidden folders, trash, and thumbnails as well"),
+    "folder": _flag("search only what lies below this folder; default: everything"),
+    "camera": _several("search only photos of this camera"),
+    "after": _flag(
+        "search only what was taken from then on: 2024-05-31T14:30; default: all", _begin
+    ),
+    "before": _flag(
+        "search only what was taken until then: 2024-05-31 (its end); default: all", _end
+    ),
+    "kind": {"help": "search photos or videos alone; default: both", "choices": ("photo", "video")},
+    "count": _flag("results of each person that is searched", _count, 1000),
+    "photo": _several("photo or video whose people are forgotten"),
+    "person": _several("id of a person to forget, from ranking.json"),
     "ema": _switch("take the running average of the weights from a training checkpoint"),
     "target": _flag("file to write; its suffix says what; default: below runs/scaling", _path),
     "table": _flag("table of the paper: 1 to 6, or fig4"),
@@ -76,6 +123,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "processes": _flag("number of processes of the run; default: 1", int),
     "process": _flag("number of this process, from 0; default: 0", int),
 }
+FILTERS = "folder camera after before kind count"
 PROCESSES = "distributed coordinator processes process"
 
 

@@ -6,6 +6,7 @@ batches, and a process knows the shapes of its peers'.
 
 import dataclasses
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
@@ -18,8 +19,8 @@ from jaxtyping import Bool, Int, UInt8
 from ml_collections import ConfigDict
 
 from alignps_jax.distributed import is_main_process
-from alignps_jax.errors import UserError
-from alignps_jax.image_files import decode_photo, not_decodable, read_header
+from alignps_jax.errors import UserError, blame
+from alignps_jax.media.photos import decode_photo
 from alignps_jax.types import Batch
 from data_pipeline import transforms
 from data_pipeline.buckets import choose_buckets
@@ -231,11 +232,8 @@ def make_eval_batches(
 
 def photo_of(split: PreparedSplit, index: int) -> UInt8[np.ndarray, "H W 3"]:
     """A photo of a split, RGB; UserError if it cannot be decoded."""
-    name, data = f"image {split.annotations.names[index]}", split.encoded(index)
-    header = read_header(data)
-    if header is None:
-        raise not_decodable(name, data)
-    return decode_photo(data, header, name, upright=split.upright)
+    with blame(f"image {split.annotations.names[index]}"):
+        return decode_photo(split.encoded(index), sys.maxsize, split.upright)
 
 
 def single_image_batch(image: UInt8[np.ndarray, "H W 3"], data: ConfigDict) -> Batch:

@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from alignps_jax.image_files import decode_photo, lacks_end, read_photo
 from alignps_jax.log import progress
+from alignps_jax.media.photos import decode_photo, lacks_end, photo_bytes
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import (
     About,
@@ -170,22 +170,21 @@ def _read_photo(
     annotated = source.photo_size(people.names[index])
     upright = data.orientation == "upright"
     try:
-        encoded, header = read_photo(path, data.max_pixels)
-        height, width, _ = decode_photo(encoded, header, str(path), upright=upright).shape
+        encoded = photo_bytes(path, data.max_pixels)
+        height, width, _ = decode_photo(encoded, data.max_pixels, upright).shape
         if annotated not in (None, (height, width)):
             other = "stored" if upright else "upright"
             turned = f" (EXIF turns it: data.orientation={other}?)" * (annotated == (width, height))
             expected = "x".join(map(str, annotated))
-            raise UserError(
+            raise ValueError(
                 f"has {height}x{width} pixels (height x width), annotated are {expected}{turned}"
             )
-    except UserError as error:
-        problem = (path.is_file() and stand_in(path)) or str(error).removeprefix(f"{path}: ")
+    except (ValueError, OSError) as error:
+        problem = (path.is_file() and stand_in(path)) or str(error)
         black = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
         return black, _Photo((32, 32), problem=problem)
     digest = hashlib.blake2b(encoded, digest_size=16).hexdigest()
-    unended = header.format == "JPEG" and lacks_end(encoded)
-    return encoded, _Photo((height, width), len(encoded), digest, unended)
+    return encoded, _Photo((height, width), len(encoded), digest, lacks_end(encoded))
 
 
 def _summary(

@@ -88,7 +88,7 @@ def test_flags_have_their_defaults_and_types():
         ("--query=photo.jpg", "--query: --mode=train does not read it, only --mode=search"),
         ("--mode=search", "required: --checkpoint, --query, --gallery"),
         ("--mode=evaluate", "missing: one of --checkpoint, --detections, --workdir"),
-        ("--mode=forget --gallery=g --photo=x --person=y", "not allowed with"),
+        ("--mode=export --target=t --gallery=g --checkpoint=x", "not allowed with"),
         ("--mode=visualize --checkpoint=x", "expected one of sampling_points, comparison,"),
         ("--workdir=x --processes=2", "--coordinator, --processes and --process"),
         ("--workdir=x --distributed", "the processes of the run cannot join"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,12 @@ from alignps_jax.devices import use_compilation_cache
 from alignps_jax.errors import known_name
 from alignps_jax.evaluation.detections_io import lay_out, save_detections
 from alignps_jax.files import check_outputs, complete_file, write_json
-from alignps_jax.gallery.query import above
-from alignps_jax.gallery.reading import SceneRead, file_tasks
-from alignps_jax.gallery.sources import media_files, orientation, report_skipped
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import detect_all
+from alignps_jax.inference.many import above, detect_all, shot_photo
 from alignps_jax.log import progress
-from alignps_jax.types import Detections, GalleryDetections, UserError
+from alignps_jax.media.photos import orientation_of
+from alignps_jax.media.walk import Shot, media_files, shots
+from alignps_jax.types import Detections, GalleryDetections
 
 # A photo or frame: its name, size (height, width) and people as stored; whether viewers turn it.
 Found = tuple[str, tuple[int, int], Detections, bool]
@@ -44,15 +44,15 @@ def detect_source(
     check_outputs(target)
     use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
-    skipped: dict[str, str] = {}
-    files = list(media_files(source, skipped))
+    walk = media_files([source])
     threshold, most, found = config.eval.score_threshold, config.data.max_pixels, []
-    with progress(desc="detect", unit="file", total=len(files)) as bar:
-        tasks = (task for file in files for task in file_tasks(file, every, most))
+    with progress(desc="detect", unit="file", total=len(walk.files)) as bar:
+        read = (task for file in walk.files for task in shots(file, every, most))
+        tasks = (partial(shot_photo, task) for task in read)
         for result in detect_all(detector.detect_batch, config.data, detector.rows, tasks):
-            if result.found is None:
-                skipped[result.tag.file.path] = str(result.error)
-            else:
+            if result.error is not None:
+                walk.skipped[result.tag.file.path] = str(result.error)
+            elif result.found is not None:
                 people = above(result.found, threshold)
                 if suffix != ".npz":  # embeddings are large
                     nothing = np.zeros((len(people.scores), 0), np.float32)
@@ -68,19 +68,16 @@ def detect_source(
         if any(turned):
             print(f"note: viewers turn {sum(turned):,} photos (EXIF); boxes are those as stored")
         print(f"detections  {target}")
-    report_skipped(skipped, len(files))
-    if not found:
-        raise UserError(f"--source: found no photo or video in {source}")
+    walk.report()
 
 
-def _as_stored(read: SceneRead, people: Detections) -> Found:
-    name, scene, turn = read.file.name, read.scene, 1
-    assert scene is not None
-    if scene.second is None:
-        turn = orientation(scene.path)
+def _as_stored(shot: Shot, people: Detections) -> Found:
+    name, turn = shot.file.name, 1
+    if shot.second is None:
+        turn = orientation_of(shot.file.path)
     else:
-        name += f"#t={scene.second:.3f}"
-    boxes, size = as_stored(np.asarray(people.boxes), (scene.height, scene.width), turn)
+        name += f"#t={shot.second:.3f}"
+    boxes, size = as_stored(np.asarray(people.boxes), shot.size, turn)
     return name, size, dataclasses.replace(people, boxes=boxes), turn > 1
 
 

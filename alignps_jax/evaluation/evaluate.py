@@ -19,8 +19,7 @@ from alignps_jax import devices
 from alignps_jax.checkpoint.places import agreed_step, results_folder
 from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.distributed import is_main_process, main_process_first
-from alignps_jax.drawing.canvas import draw_detections
-from alignps_jax.drawing.rankings import PictureRow, Result, picture_row, ranking_picture
+from alignps_jax.drawing.pictures import Result, draw_detections, grid_picture, picture_row
 from alignps_jax.errors import blame
 from alignps_jax.evaluation import detections_io
 from alignps_jax.evaluation.results import Measured
@@ -29,6 +28,7 @@ from alignps_jax.files import check_outputs, read_json, write_image
 from alignps_jax.inference.many import people_of
 from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
+from alignps_jax.media.photos import Image
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import prepare
@@ -99,10 +99,10 @@ class Evaluator:
             return
         detections_io.save_detections(workdir / DETECTIONS, trained.detections)
         self.scorer.write(workdir, trained, untrained)
-        write_image(workdir / RANKINGS, ranking_picture(self._example_rows(trained)))
+        write_image(workdir / RANKINGS, grid_picture(self._example_rows(trained)))
         print(f"detections  {workdir / DETECTIONS}\nrankings    {workdir / RANKINGS}")
 
-    def _example_rows(self, measured: Measured) -> Iterator[PictureRow]:
+    def _example_rows(self, measured: Measured) -> Iterator[list[Image]]:
         search = measured.searches[self.scorer.protocols[0].name]
         worst_first = search.worst_first()
         for query in worst_first[spread(len(worst_first), EXAMPLE_QUERIES)].tolist():
@@ -181,7 +181,7 @@ def people_of_images(batch: Batch, detections: Detections) -> Iterator[tuple[int
 
 def query_row(
     scorer: Scorer, split: PreparedSplit, detections: GalleryDetections, query: int, title: str
-) -> PictureRow:
+) -> list[Image]:
     """Query number `query` of the first protocol, below a title, and its first results."""
     names, protocol = split.annotations.names, scorer.protocols[0]
     ranking = scorer.rank(detections, query)

@@ -2,224 +2,196 @@
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
-from collections.abc import Iterable, Sequence
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
+import cv2
 import numpy as np
 from jaxtyping import Float
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
 
-from alignps_jax.drawing.canvas import (
-    BLUE,
-    YELLOW,
-    captioned,
-    draw_box,
-    draw_detections,
-    draw_heat,
-    draw_point_clouds,
-    fitted,
-    grid_picture,
-    heat_scale,
-)
-from alignps_jax.drawing.rankings import ranking_picture
-from alignps_jax.files import Image, read_image
-from alignps_jax.gallery.photos import GalleryReader, gallery_photos, photos_row, rank
-from alignps_jax.gallery.query import Query, above, check_box, find_queries
+from alignps_jax.drawing import pictures
+from alignps_jax.figures.plots import rendered
+from alignps_jax.figures.request import FigureRequest, Pictures
+from alignps_jax.gallery.search import wanted_people
+from alignps_jax.inference import location_maps
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.location_maps import (
-    location_xy,
-    nearest_location,
-    sampling_points,
-    similarity_map,
-)
-from alignps_jax.log import progress
-from alignps_jax.types import UserError
+from alignps_jax.inference.location_maps import LocationMaps
+from alignps_jax.inference.many import above
+from alignps_jax.media.photos import Image
+from alignps_jax.types import Detections, UserError
 
 # Lateral convolutions whose sampling points are shown (Paper, Fig. 5).
 LATERAL_LEVELS = (3, 4)
-# More would hide each other.
-MAX_LOCATIONS = 6
+# Of the locations, told apart from each other and from the green of people's centers; more
+# locations would hide each other.
+COLORS = ("magenta", "cyan", "darkorange", "yellow", "mediumpurple", "red")
 # Scenes beside the query: with it, four rows of three.
 MAX_SCENES = 11
+_PER_ROW = 3
 # Largest width and height of a photo in a picture, alone and among others.
-_LARGE = (1400, 900)
-_SMALL = (560, 420)
-_SCENES_PER_ROW = 3
-_SCALE_WIDTH = 400
+_LARGE, _SMALL = (1400, 900), (560, 420)
+_DPI = 100
 
 
-def sampling_points_picture(
-    detector: Detector, path: Path, photo: Image, box: Sequence[float] | None
-) -> Image:
+def _found(detector: Detector, photo: Image) -> Detections:
+    """The detections with the least score that counts, or more."""
+    return above(detector.detect(photo), detector.config.eval.score_threshold)
+
+
+def _query(
+    detector: Detector, name: str, photo: Image, box: Sequence[float] | None
+) -> tuple[Float[np.ndarray, "4"], Float[np.ndarray, "D"]]:
+    """Box and embedding of the person in a box, by default of the one with the best score."""
+    people = wanted_people(detector, photo, name, box)
+    own = people.boxes[0] if box is None else np.array(box, np.float32)
+    return np.asarray(own), np.asarray(people.embeddings[0])
+
+
+def sampling_points(request: FigureRequest) -> Pictures:
     """Where the neck's deformable convolutions look from some locations (Paper, Fig. 5).
 
-    The locations are the center of `box`, without one those of the detections with the best scores;
-    each has a color of its own. The centers of all detections are green.
-
-    Raises:
-      UserError: nobody is found and there is no box, the box is beyond the photo, or the network
-        lacks one of the deformable convolutions.
+    The locations are the center of the box, without one those of the detections with the best
+    scores.
     """
-    threshold = detector.config.eval.score_threshold
-    centers = _centers(np.asarray(above(detector.detect(photo), threshold).boxes))
-    chosen = centers[:MAX_LOCATIONS]
-    if box is not None:
-        check_box(box, path, photo.shape[:2])
-        height, width = photo.shape[:2]
-        visible = np.clip(np.array(box), 0, (width, height, width, height))
-        chosen = _centers(visible[None])
+    detector = request.detector()
+    name, photo = request.query_photo(detector)
+    centers = _centers(np.asarray(_found(detector, photo).boxes))
+    chosen = centers[: len(COLORS)]
+    if request.box is not None:
+        chosen = _centers(np.array([request.box]))
     if len(chosen) == 0:
-        raise UserError(
-            f"{path}: found nobody with a score of {threshold:g} or more; expected somebody, or "
-            "--box=x1,y1,x2,y2 around the place to draw"
-        )
-    maps = detector.maps(photo)
-    locations = [nearest_location(maps, xy) for xy in chosen]
-    origins = [location_xy(maps, location) for location in locations]
-    canvas, _ = fitted(photo, *_LARGE)
-    factor = np.array(canvas.shape[1::-1]) / photo.shape[1::-1]
-    panels = []
-    for letter, level in zip("ab", LATERAL_LEVELS, strict=True):
-        points = [sampling_points(maps, location, level) for location in locations]
-        drawn = draw_point_clouds(
-            canvas,
-            [cloud[np.isfinite(cloud[:, 0])] * factor for cloud in points],
-            [origin * factor for origin in origins],
-            centers * factor,
-        )
-        title = f"({letter}) lateral C{level} + output"
-        legend = "rings: locations, green: centers of people"
-        panels.append(captioned(drawn, f"{title}\n{legend}", 2))
-    portrait = photo.shape[0] > photo.shape[1]
-    return grid_picture([panels] if portrait else [[panel] for panel in panels])
+        raise UserError(f"{name}: found nobody, expected somebody, or --box around the place")
+    figure = sampling_points_figure(detector.maps(photo), photo, chosen, centers)
+    yield f"sampling_points-{Path(name).stem}", rendered(figure)
 
 
 def _centers(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
     return (boxes[:, :2] + boxes[:, 2:]) / 2
 
 
-def detections_picture(detector: Detector, path: Path, photo: Image) -> Image:
-    """A photo with everybody found in it, and how many that are."""
-    threshold = detector.config.eval.score_threshold
-    found = above(detector.detect(photo), threshold)
-    canvas, factor = fitted(photo, *_LARGE)
-    drawn = draw_detections(canvas, np.asarray(found.boxes) * factor, np.asarray(found.scores))
-    number = f"{len(found.scores)} found with a score of {threshold:g} or more"
-    return grid_picture([[captioned(drawn, f"{path.name}\n{number}", 2)]])
-
-
-@dataclasses.dataclass(frozen=True)
-class HeatScene:
-    """A photo below its heat map; `best` is the highest similarity of a person in it.
-
-    The caption has two lines. A photo without people has -1 as its best similarity.
-    """
-
-    picture: Image
-    caption: str
-    best: float
-
-
-def similarity_picture(
-    detector: Detector,
-    path: Path,
+def sampling_points_figure(
+    maps: LocationMaps,
     photo: Image,
-    box: Sequence[float] | None,
-    scenes: Sequence[Path],
-    reader: GalleryReader,
-) -> Image:
-    """How similar the embedding of every location of some photos is to the query's.
+    chosen: Float[np.ndarray, "N 2"],
+    centers: Float[np.ndarray, "K 2"],
+) -> Figure:
+    """A panel per lateral convolution with the sampling points of the locations next to `chosen`.
 
-    The query is the person in `box`, without one the detection with the best score. It has a yellow
-    box, the most similar person of each scene a blue one. Of many scenes those with the most
+    Each location has a color of its own and a ring; the centers of people are green.
+    """
+    height, width = photo.shape[:2]
+    canvas, _ = pictures.fitted(photo, *_LARGE)
+    rows, columns = (1, 2) if height > width else (2, 1)
+    size = columns * canvas.shape[1] / _DPI, rows * (canvas.shape[0] / _DPI + 0.5)
+    figure = Figure(size, dpi=_DPI, layout="constrained")
+    for axes, level in zip(figure.subplots(rows, columns), LATERAL_LEVELS, strict=True):
+        axes.imshow(canvas, extent=(0, width, height, 0))
+        for xy, color in zip(chosen, COLORS, strict=False):
+            location = location_maps.nearest_location(maps, xy)
+            points = location_maps.sampling_points(maps, location, level)
+            axes.scatter(*points.T, 45, color, edgecolors="black")
+            ring = location_maps.location_xy(maps, location)
+            axes.scatter(*ring, 400, facecolors="none", edgecolors=color, linewidths=4)
+        axes.scatter(*centers.T, 60, "limegreen", edgecolors="black")
+        title = f"lateral C{level} + output (rings: locations, green: centers of people)"
+        axes.set(xlim=(0, width), ylim=(height, 0), title=title)
+        axes.set_axis_off()
+    return figure
+
+
+def detections(request: FigureRequest) -> Pictures:
+    """Everybody found in a photo, in each photo of a folder, or in both."""
+    if not request.query and not request.gallery:
+        raise UserError("--query: missing, expected a photo (or a folder as --gallery) to draw")
+    detector = request.detector()
+    query = [request.query_photo(detector)] if request.query else []
+    for name, photo in itertools.chain(query, request.gallery_photos(detector)):
+        found = _found(detector, photo)
+        canvas, factor = pictures.fitted(photo, *_LARGE)
+        boxes, scores = np.asarray(found.boxes) * factor, np.asarray(found.scores)
+        drawn = pictures.draw_detections(canvas, boxes, scores)
+        least = detector.config.eval.score_threshold
+        caption = name, f"{len(scores)} found with a score of {least:g} or more"
+        picture = pictures.grid_picture([[pictures.captioned(drawn, *caption)]])
+        yield f"detections-{name.replace(os.sep, '-')}", picture
+
+
+def similarity(request: FigureRequest) -> Pictures:
+    """Heat maps: how similar the embedding of every location of some photos is to the query's.
+
+    The query is the person in the box, without one the detection with the best score. It has a
+    yellow box, the most similar person of each scene a blue one. Of many scenes those with the most
     similar people are shown, best first.
-
-    Raises:
-      UserError: no scene can be read, or nobody is found in the query photo or its box.
     """
-    threshold = detector.config.eval.score_threshold
-    query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
-    picture, factor = _heat(detector, photo, query, _SMALL if scenes else _LARGE)
-    draw_box(picture, query.box * factor, YELLOW, 2)
-    cells = [captioned(picture, f"query\n{path.name}", 2)]
-    for scene in most_similar_scenes(detector, query, scenes, reader):
-        cells.append(captioned(scene.picture, scene.caption, 2))
-    rows = [cells[i : i + _SCENES_PER_ROW] for i in range(0, len(cells), _SCENES_PER_ROW)]
-    scale = captioned(heat_scale(_SCALE_WIDTH), "cosine similarity", 1)
-    return grid_picture([*rows, [scale]])
+    detector = request.detector()
+    name, photo = request.query_photo(detector)
+    query_box, embedding = _query(detector, name, photo, request.box)
+
+    def cell(
+        photo: Image, boxes: Float[np.ndarray, "K 4"], color: pictures.Color, *caption: str
+    ) -> Image:
+        canvas, factor = pictures.fitted(photo, *(_SMALL if request.gallery else _LARGE))
+        canvas = tinted(canvas, location_maps.similarity_map(detector.maps(photo), embedding))
+        for box in boxes:
+            pictures.draw_box(canvas, box * factor, color, 2)
+        return pictures.captioned(canvas, *caption)
+
+    def scenes() -> Iterator[tuple[float, Image]]:
+        for name, photo in request.gallery_photos(detector):
+            people = _found(detector, photo)
+            cosine = people.embeddings @ embedding
+            best = np.argsort(-cosine)[:1]
+            match = "".join(f"best match {x:.2f}" for x in cosine[best]) or "nobody found"
+            picture = cell(photo, np.asarray(people.boxes)[best], pictures.BLUE, name, match)
+            yield float(cosine.max(initial=-1)), picture
+
+    cells = [cell(photo, query_box[None], pictures.YELLOW, "query", name)]
+    cells += [picture for _, picture in heapq.nlargest(MAX_SCENES, scenes(), itemgetter(0))]
+    rows = [cells[i : i + _PER_ROW] for i in range(0, len(cells), _PER_ROW)]
+    yield f"similarity-{Path(name).stem}", pictures.grid_picture([*rows, [_scale()]])
 
 
-def most_similar_scenes(
-    detector: Detector,
-    query: Query,
-    scenes: Sequence[Path],
-    reader: GalleryReader,
-    limit: int = MAX_SCENES,
-) -> list[HeatScene]:
-    """Of some photos the `limit` with the most similar people, best first, each with its heat map.
+def tinted(image: Image, heat: Float[np.ndarray, "h w"]) -> Image:
+    """The image in gray, tinted by values from 0 to 1; `heat` covers it at any resolution."""
+    heat = cv2.resize(np.clip(heat, 0, 1).astype(np.float32), image.shape[1::-1])
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+    # Where nothing is similar the scene itself is to be seen.
+    weight = 0.25 + 0.45 * heat[..., None]
+    colors = 255 * colormaps["turbo"](heat)[..., :3]
+    return np.round((1 - weight) * gray + weight * colors).astype(np.uint8)
 
-    Raises:
-      UserError: `reader` can read none of them.
+
+def _scale() -> Image:
+    """The colors of similarities."""
+    figure = Figure((4, 0.6), dpi=_DPI, layout="constrained")
+    colors = ScalarMappable(cmap="turbo")
+    figure.colorbar(colors, figure.subplots(), orientation="horizontal", label="cosine similarity")
+    return rendered(figure)
+
+
+def comparison(request: FigureRequest) -> Pictures:
+    """The same query in the same photos under several networks, a row for each.
+
+    Without a box the query is the detection with the best score of the first network.
     """
-    shown = progress(scenes, desc="similarity", unit="photo", disable=not scenes)
-    photos = reader.read(shown, detector.config.data.max_pixels)
-    found = (_heat_scene(detector, path, photo, query) for path, photo in photos)
-    return heapq.nlargest(limit, found, key=lambda scene: scene.best)
-
-
-def _heat(
-    detector: Detector, photo: Image, query: Query, limits: tuple[int, int]
-) -> tuple[Image, float]:
-    """The photo below its heat map, within `limits`, and the factor of its size."""
-    canvas, factor = fitted(photo, *limits)
-    return draw_heat(canvas, similarity_map(detector.maps(photo), query.embedding)), factor
-
-
-def _heat_scene(detector: Detector, path: Path, photo: Image, query: Query) -> HeatScene:
-    people = above(detector.detect(photo), detector.config.eval.score_threshold)
-    picture, factor = _heat(detector, photo, query, _SMALL)
-    if len(people.scores) == 0:
-        return HeatScene(picture, f"{path.name}\nnobody found", -1.0)
-    similarity = people.embeddings @ query.embedding
-    person = int(similarity.argmax())
-    best = float(similarity[person])
-    draw_box(picture, np.asarray(people.boxes[person]) * factor, BLUE, 2)
-    return HeatScene(picture, f"{path.name}\nbest match {best:.2f}", best)
-
-
-def comparison_picture(
-    detectors: Iterable[tuple[str, Detector]],
-    path: Path,
-    box: Sequence[float] | None,
-    gallery: Path,
-    reader: GalleryReader,
-) -> Image:
-    """The same query in the same photos under several networks, a row for each (Paper, Fig. 7).
-
-    Args:
-      detectors: label and network; only one at a time is held.
-      path: the query photo's file.
-      box: the person to search; None takes the detection with the best score of the first network.
-      gallery: folder of photos.
-      reader: reads them.
-
-    Raises:
-      UserError: the query or no photo of the gallery can be read, or nobody is found in the query
-        photo or its box.
-    """
-    scenes = gallery_photos(gallery, path)
-    rows = []
-    for label, detector in detectors:
-        threshold = detector.config.eval.score_threshold
-        max_pixels = detector.config.data.max_pixels
-        photo = read_image(path, max_pixels)
-        query = find_queries(detector.detect(photo), box, threshold, path, photo.shape[:2])[0]
-        box = tuple(float(corner) for corner in query.box)
-        found = {
-            scene: above(detector.detect(image), threshold)
-            for scene, image in reader.read(progress(scenes, desc=label, unit="photo"), max_pixels)
-        }
-        ranking = rank([query], path, found)[0]
-        rows.append(photos_row(ranking, gallery, photo, label, max_pixels))
-    return ranking_picture(rows)
+    box, rows = request.box, []
+    for label, detector in request.detectors():
+        name, photo = request.query_photo(detector)
+        query_box, embedding = _query(detector, name, photo, box)
+        people = (
+            pictures.Result(scene, scene_name, one, float(cosine))
+            for scene_name, scene in request.gallery_photos(detector)
+            for found in [_found(detector, scene)]
+            for one, cosine in zip(found.boxes, found.embeddings @ embedding, strict=True)
+        )
+        best = heapq.nlargest(pictures.RESULTS_SHOWN, people, attrgetter("similarity"))
+        rows.append(pictures.picture_row(label, photo, name, query_box, best))
+        box = tuple(query_box.tolist())
+    yield f"comparison-{Path(name).stem}", pictures.grid_picture(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,43 +12,33 @@ from matplotlib.figure import Figure
 
 from alignps_jax.evaluation.metrics import PrecisionRecall
 
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """A published mAP, in percent, and the gallery that it holds for."""
-
-    label: str
-    gallery: str
-    mAP: float  # noqa: N815 (its name everywhere)
+# The gallery size of Paper, Table 6; Paper, Fig. 8 gives no numbers.
+PAPER_GALLERY = "100"
 
 
-@dataclasses.dataclass(frozen=True)
-class GallerySizes:
-    """Search mAP of several systems, as fractions, by gallery.
+def gallery_size_plot(
+    maps: Mapping[str, Mapping[str, float]], paper: Mapping[str, float]
+) -> Figure:
+    """mAP against gallery size, a curve per system; the galleries are equally far apart.
 
-    `maps` is system -> gallery -> mAP, `galleries` are all of them, the smallest first.
+    `maps` is system -> gallery ("50", "100", ..., "all") -> search mAP, as a fraction, `paper`
+    system -> published mAP for `PAPER_GALLERY`, in percent: a dotted line to a hollow mark.
     """
-
-    maps: Mapping[str, Mapping[str, float]]
-    galleries: tuple[str, ...]
-    references: tuple[Reference, ...] = ()
-
-
-def gallery_size_plot(sizes: GallerySizes) -> Figure:
-    """mAP against gallery size, a curve per system; gaps where a system was not measured.
-
-    The galleries are equally far apart. References are dotted lines from the axis to a hollow mark.
-    """
-    maps, galleries = sizes.maps, sizes.galleries
+    galleries = sorted(
+        {gallery for values in maps.values() for gallery in values},
+        key=lambda gallery: math.inf if gallery == "all" else int(gallery),
+    )
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for number, (system, values) in enumerate(maps.items()):
-        percent = [100 * values.get(gallery, np.nan) for gallery in galleries]
-        axes.plot(percent, marker="o", color=f"C{number}", label=system)
-    for number, reference in enumerate(sizes.references, start=len(maps)):
-        place, color = galleries.index(reference.gallery), f"C{number}"
-        axes.plot([-0.5, place], [reference.mAP] * 2, ":", color=color)
-        axes.plot(place, reference.mAP, "D", mfc="white", color=color, label=reference.label)
+    for system, values in maps.items():
+        axes.plot(
+            [100 * values.get(gallery, np.nan) for gallery in galleries], marker="o", label=system
+        )
+    for number, (system, percent) in enumerate(paper.items(), start=len(maps)):
+        if PAPER_GALLERY in galleries:
+            place, color = galleries.index(PAPER_GALLERY), f"C{number}"
+            axes.plot([-0.5, place], [percent] * 2, ":", color=color)
+            axes.plot(place, percent, "D", mfc="white", color=color, label=system)
     axes.set_xticks(range(len(galleries)), galleries)
     axes.set(xlabel="gallery size", ylabel="mAP (%)", xlim=(-0.5, len(galleries) - 0.5))
     axes.grid(alpha=0.3)
@@ -56,9 +46,7 @@ def gallery_size_plot(sizes: GallerySizes) -> Figure:
     return figure
 
 
-def precision_recall_plot(
-    panels: Mapping[str, Mapping[str, PrecisionRecall]],
-) -> Figure:
+def precision_recall_plot(panels: Mapping[str, Mapping[str, PrecisionRecall]]) -> Figure:
     """Panels, title -> system -> curve, row by row; the legend says the area below a curve."""
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)

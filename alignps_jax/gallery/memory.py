@@ -1,105 +1,134 @@
-"""The people of a gallery in memory, for exact search."""
+"""A gallery in memory: scenes, people and, if there is room, embeddings for exact search."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import time
-from collections.abc import Iterable
+from collections import defaultdict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Array, Bool, Float, Int
 
-from alignps_jax.gallery.entries import Filter, Match, Person, folder_range, person_id
-from alignps_jax.gallery.nearest import CHUNK, power_of_two_from, top_k
-from alignps_jax.gallery.table import SCENE_COLUMNS, are_embeddings, scene_of
+from alignps_jax.gallery.entries import Filter, Person, Scene, person_id
+from alignps_jax.gallery.people import FILE, PERSON, SCENE, SCENE_COLUMNS, People, scene_of
+from alignps_jax.nearest import CHUNK, power_of_two_from, top_k
 from alignps_jax.types import AnyArray
 
-COLUMNS = (*SCENE_COLUMNS, "number", "box", "score", "embedding")
 # Fewer results than that are computed as if they were so many: one program for all of them.
 _LEAST_RESULTS = 64
 _ALIGNMENT = 64  # bytes, with which JAX takes an array on a CPU as it is
+_ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending")]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PeopleInMemory:
-    """N people, with room for more so that few shapes are compiled.
+    """N people in S scenes.
 
     Attributes:
       version: of the table.
       took: seconds to load.
-      embeddings: on the device; rows from N on are zero.
-      scene, number: of each person; `scene` is a row of `scenes`.
+      scenes: a table with `SCENE_COLUMNS`, newest first, those of unknown time last.
+      content: a number for each scene's content.
+      paths: all files of each content that has several.
+      scene: each person's row in `scenes`.
       boxes, scores: of each person.
-      scenes: a table with `SCENE_COLUMNS`.
+      embeddings: on the device, with room for more so that few shapes are compiled; None where
+        they do not fit into memory.
     """
 
     version: int
     took: float
-    embeddings: Float[Array, "C D"]
+    scenes: pa.Table
+    content: Int[np.ndarray, "S"]
+    paths: dict[str, list[str]]
     scene: Int[np.ndarray, "N"]
-    number: Int[np.ndarray, "N"]
     boxes: Float[np.ndarray, "N 4"]
     scores: Float[np.ndarray, "N"]
-    scenes: pa.Table
+    embeddings: Float[Array, "C D"] | None
+    _cards: dict[Filter, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def search(
-        self, queries: Float[AnyArray, "Q D"], k: int, where: Filter, offset: int
-    ) -> list[list[Match]]:
-        """For each query the results `offset` to `offset + k`, most similar first."""
-        wanted = min(len(self), k + offset)
-        if wanted <= offset or len(queries) == 0:
+        self, queries: Float[AnyArray, "Q D"], k: int, where: Filter
+    ) -> list[list[tuple[Person, float]]]:
+        """For each query the k most similar people and their similarities, best first."""
+        assert self.embeddings is not None
+        wanted = min(len(self), k)
+        if wanted == 0 or len(queries) == 0:
             return [[] for _ in queries]
         rows = power_of_two_from(len(queries))
         padded = np.pad(np.asarray(queries, np.float32), ((0, rows - len(queries)), (0, 0)))
         among = np.zeros(len(self.embeddings), bool)
         among[: len(self)] = self.matching(where)
-        found = jax.device_get(
-            top_k(
-                padded,
-                self.embeddings,
-                min(len(among), power_of_two_from(max(wanted, _LEAST_RESULTS))),
-                among=among,
-            )
-        )
+        most = min(len(among), power_of_two_from(max(wanted, _LEAST_RESULTS)))
+        found = jax.device_get(top_k(padded, self.embeddings, most, among=among))
         results = []
-        for index, similarity in zip(
-            found.index[: len(queries), offset:wanted],
-            found.similarity[: len(queries), offset:wanted],
-            strict=True,
-        ):
-            exists = np.isfinite(similarity)
-            people = self.people(index[exists])
-            results.append(list(map(Match, people, similarity[exists].tolist())))
-        return results
+        for index, similarity in zip(found.index, found.similarity, strict=True):
+            exists = np.isfinite(similarity[:wanted])
+            people = self.people(index[:wanted][exists])
+            results.append(list(zip(people, similarity[:wanted][exists].tolist(), strict=True)))
+        return results[: len(queries)]
 
     def matching(self, where: Filter) -> Bool[np.ndarray, "N"]:
         """Who passes a filter."""
-        conditions = _scene_conditions(self.scenes, where)
-        matching = np.ones(len(self), bool)
-        if conditions:
-            scenes = np.ones(len(self.scenes), bool)
-            for condition in conditions:
-                scenes &= condition.fill_null(False).to_numpy(zero_copy_only=False)
-            matching = scenes[self.scene]
+        matching = self._scenes_matching(dataclasses.replace(where, min_score=None))[self.scene]
         if where.min_score is not None:
             matching &= self.scores >= np.float32(where.min_score)
         return matching
 
+    def _scenes_matching(self, where: Filter) -> Bool[np.ndarray, "S"]:
+        """Which scenes pass a filter; by score, where somebody does."""
+        matching = np.ones(len(self.scenes), bool)
+        if conditions := where.condition(pc.field, self.copied(where)):
+            rows = self.scenes.append_column("row", pa.array(np.arange(len(matching))))
+            matching[:] = False
+            matching[rows.filter(functools.reduce(operator.and_, conditions))["row"]] = True
+        if where.min_score is not None:
+            scored = np.zeros(len(matching), bool)
+            scored[self.scene[self.scores >= np.float32(where.min_score)]] = True
+            matching &= scored
+        return matching
+
+    def copied(self, where: Filter) -> list[str]:
+        """The contents of which one of several files lies in the filter's folder."""
+        if where.folder is None:
+            return []
+        low, high = where.below
+        return [
+            content
+            for content, paths in self.paths.items()
+            if any(low <= path < high for path in paths)
+        ]
+
+    def cards(self, where: Filter) -> tuple[Int[np.ndarray, "c"], Int[np.ndarray, "c"]]:
+        """For each photo and video that passes a filter its first row and number of rows."""
+        found = self._cards.get(where)
+        if found is None:
+            rows = np.flatnonzero(self._scenes_matching(where))
+            _, first, count = np.unique(self.content[rows], return_index=True, return_counts=True)
+            order = np.argsort(first)
+            found = rows[first[order]], count[order]
+            self._cards.clear()  # whoever scrolls asks for the same again
+            self._cards[where] = found
+        return found
+
     def people(self, rows: Int[np.ndarray, "k"]) -> list[Person]:
         """The people of some rows."""
         needed, place = np.unique(self.scene[rows], return_inverse=True)
-        scenes = [scene_of(row) for row in self.scenes.take(needed).to_pylist()]
+        scenes = self.scenes_of(needed)
         return [
             Person(
-                id=person_id(scenes[at].id, int(self.number[row])),
+                id=person_id(scenes[at].id, self.boxes[row]),
                 scene=scenes[at],
                 box=self.boxes[row],
                 score=float(self.scores[row]),
@@ -107,87 +136,88 @@ class PeopleInMemory:
             for row, at in zip(rows.tolist(), place.tolist(), strict=True)
         ]
 
+    def people_of(self, scene: str) -> list[Person]:
+        """The people of a scene (its id), best score first."""
+        rows = np.flatnonzero(self.scene == pc.index(self.scenes["scene"], scene).as_py())
+        return self.people(rows[np.argsort(-self.scores[rows], kind="stable")])
 
-def _scene_conditions(scenes: pa.Table, where: Filter) -> list[Any]:
-    """For each condition of a filter on scenes, which of them fulfil it."""
-    found: list[Any] = []
-    if where.folder is not None:
-        low, high = folder_range(where.folder)
-        path = scenes["path"]
-        found.append(pc.and_(pc.greater_equal(path, low), pc.less(path, high)))
-    if where.cameras:
-        found.append(pc.is_in(scenes["camera"], pa.array(where.cameras)))
-    for bound, compare in ((where.after, pc.greater_equal), (where.before, pc.less_equal)):
-        if bound is not None:
-            limit = pa.scalar(bound.replace(tzinfo=None), pa.timestamp("us"))
-            found.append(compare(scenes["taken"], limit))
-    if where.videos is not None:
-        found.append(pc.equal(pc.is_valid(scenes["second"]), where.videos))
-    return found
+    def person(self, identity: str) -> Person | None:
+        """The person of an id."""
+        people = self.people_of(identity.partition("-")[0])
+        return next((person for person in people if person.id == identity), None)
+
+    def scenes_of(self, rows: Int[np.ndarray, "k"]) -> list[Scene]:
+        """The scenes of some rows of `scenes`."""
+        return [scene_of(row) for row in self.scenes.take(pa.array(rows)).to_pylist()]
+
+    def scenes_with(self, column: str, value: str) -> list[Scene]:
+        """The scenes with that value in a column."""
+        return self.scenes_of(np.flatnonzero(pc.equal(self.scenes[column], value)))
+
+    def paths_of(self, scene: Scene) -> tuple[str, ...]:
+        """All files of a scene, its own path first."""
+        return tuple(dict.fromkeys((scene.path, *self.paths.get(scene.hash, ()))))
 
 
-def load_people(
-    batches: Iterable[pa.RecordBatch], count: int, dim: int, version: int
-) -> PeopleInMemory:
-    """Takes `count` people from the table.
+def fits(people: int, dim: int) -> bool:
+    """Whether the embeddings of so many people take at most half of the free memory."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = psutil.virtual_memory().available
+    free = min(free, stats.get("bytes_limit", free) - stats.get("bytes_in_use", 0))
+    return _capacity(people) * dim * 4 <= free // 2
 
-    Args:
-      batches: with `COLUMNS`, as the table gives them.
-      count: how many people they hold.
-      dim: length of an embedding.
-      version: of the table.
 
-    Raises:
-      ValueError: an embedding or a box is none, as in a damaged gallery.
-    """
-    start = time.perf_counter()
-    embeddings = _aligned((capacity(count), dim))
-    boxes, parts, row = np.empty((count, 4), np.float32), [], 0
-    for batch in batches:
+def load_people(people: People) -> PeopleInMemory:
+    """A gallery as it is now."""
+    start, table, dim = time.perf_counter(), people.table.pinned(), people.info.dim
+    files = table.rows(["path", "hash"], kind=FILE)
+    scenes = table.rows([*SCENE_COLUMNS, "every"], kind=SCENE).sort_by(_ORDER).combine_chunks()
+    count = table.count(kind=PERSON)
+    boxes, scores = np.empty((count, 4), np.float32), np.empty(count, np.float32)
+    embeddings = _aligned((_capacity(count), dim)) if fits(count, dim) else None
+    columns = ["scene", "score", "box", *["embedding"] * (embeddings is not None)]
+    owners, row = [], 0
+    for batch in table.batches(columns, kind=PERSON):
         rows = slice(row, row + len(batch))
-        for name, into in (("embedding", embeddings), ("box", boxes)):
-            into[rows] = _matrix(batch.column(name))
-        if not (are_embeddings(embeddings[rows]) and np.isfinite(boxes[rows]).all()):
-            raise ValueError("embeddings or boxes are damaged")
-        parts.append(batch.select([*SCENE_COLUMNS, "number", "score"]))
+        owners.append(batch.column("scene"))
+        scores[rows] = batch.column("score")
+        boxes[rows] = batch.column("box").flatten().to_numpy().reshape(-1, 4)
+        if embeddings is not None:
+            embeddings[rows] = batch.column("embedding").flatten().to_numpy().reshape(-1, dim)
         row += len(batch)
-    people = pa.Table.from_batches(parts) if parts else _nobody()
-    ids = people["scene"].combine_chunks().dictionary_encode()
-    scene = ids.indices.to_numpy(zero_copy_only=False).astype(np.int32)
-    first = np.unique(scene, return_index=True)[1]
+    owner = pa.chunked_array(owners, pa.string())
     return PeopleInMemory(
-        version=version,
+        version=table.version,
         took=time.perf_counter() - start,
-        embeddings=jnp.asarray(embeddings),
-        scene=scene,
-        number=people["number"].to_numpy().astype(np.int32),
+        scenes=scenes,
+        content=_numbers(scenes["hash"]),
+        paths=_copies(files),
+        scene=pc.index_in(owner, value_set=scenes["scene"].combine_chunks()).to_numpy(),
         boxes=boxes,
-        scores=people["score"].to_numpy().astype(np.float32),
-        scenes=people.select(SCENE_COLUMNS).take(pa.array(first)).combine_chunks(),
+        scores=scores,
+        embeddings=None if embeddings is None else jnp.asarray(embeddings),
     )
 
 
-def capacity(count: int) -> int:
+def _numbers(texts: pa.ChunkedArray) -> Int[np.ndarray, "S"]:
+    indices: Int[np.ndarray, "S"] = texts.combine_chunks().dictionary_encode().indices.to_numpy()
+    return indices
+
+
+def _copies(files: pa.Table) -> dict[str, list[str]]:
+    """The files of each content that has several."""
+    counts = pc.value_counts(files["hash"])
+    several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    paths = defaultdict(list)
+    for row in files.filter(pc.is_in(files["hash"], several)).sort_by("path").to_pylist():
+        paths[row["hash"]].append(row["path"])
+    return dict(paths)
+
+
+def _capacity(count: int) -> int:
     """Room for so many: an eighth more at most where there are many, in few different sizes."""
     step = max(1024, power_of_two_from(count) // 8)
     return max(CHUNK if count > CHUNK else 1024, -(-count // step) * step)
-
-
-def _nobody() -> pa.Table:
-    kinds = [
-        *(pa.string(), pa.string(), pa.int32(), pa.int32(), pa.timestamp("us"), pa.string()),
-        *(pa.float64(), pa.int32(), pa.float32()),
-    ]
-    return pa.table(
-        {
-            name: pa.array([], kind)
-            for name, kind in zip((*SCENE_COLUMNS, "number", "score"), kinds, strict=True)
-        }
-    )
-
-
-def _matrix(column: pa.FixedSizeListArray) -> Float[np.ndarray, "N D"]:
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def _aligned(shape: tuple[int, int]) -> Float[np.ndarray, "C D"]:

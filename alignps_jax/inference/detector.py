@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 from alignps_jax import devices
 from alignps_jax.arrays import leaves_by_path
 from alignps_jax.checkpoint.store import load_config, load_weights
-from alignps_jax.files import read_image
 from alignps_jax.inference.location_maps import LocationMaps, location_maps
 from alignps_jax.inference.many import Photo, detect_all, join, people_of
 from alignps_jax.inference.predict import PredictStep, inference_model
+from alignps_jax.media.photos import read_photo
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Batch, Detections, UserError, Weights
 from data_pipeline.pipeline import single_image_batch
@@ -112,7 +112,7 @@ class Detector:
 
     def _pixels(self, photo: Any) -> np.ndarray:
         if isinstance(photo, str | Path):
-            return read_image(Path(photo), self.config.data.max_pixels)
+            return read_photo(Path(photo), self.config.data.max_pixels)
         # Pillow would cut numbers of more than 8 bits (modes I and F) to the first 256.
         if isinstance(photo, Image.Image) and photo.mode[0] not in "IF":
             photo = ImageOps.exif_transpose(photo).convert("RGB")

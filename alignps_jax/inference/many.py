@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from alignps_jax.media.walk import Shot
 from alignps_jax.types import Batch, Detections, UserError
 from data_pipeline.pipeline import single_image_batch
 
@@ -25,13 +26,23 @@ _PATIENCE = 4
 
 @dataclasses.dataclass
 class Photo(Generic[Tag]):
-    """A photo on its way to its detections; `tag` is what the caller knows it by."""
+    """A photo on its way to its detections; `tag` is what the caller knows it by.
+
+    One with neither image nor error passes through with its turn.
+    """
 
     tag: Tag
     image: UInt8[np.ndarray, "_H _W 3"] | None = None  # until `batch` holds it
     error: UserError | None = None  # why there are no detections
     batch: Batch | None = None  # one row, until the network has it
     found: Detections | None = None  # all valid and best first
+    done: bool = False
+
+
+def shot_photo(task: Callable[[], Shot]) -> Photo[Shot]:
+    """What a task of `media.walk.shots` reads; the tag is the shot without its pixels."""
+    shot = task()
+    return Photo(dataclasses.replace(shot, image=None), shot.image, shot.error)
 
 
 def detect_all(
@@ -60,12 +71,13 @@ def detect_all(
         while len(running) > remaining:
             started, found = running.popleft()
             for photo, people in zip(started, people_of(found), strict=False):
-                photo.found = people
-        while photos and (photos[0].found or photos[0].error):
+                photo.found, photo.done = people, True
+        while photos and photos[0].done:
             yield photos.popleft()
 
     for photo in _ahead(data, tasks):
         photos.append(photo)
+        photo.done = photo.batch is None
         if photo.batch is not None:
             bucket = photo.batch.image.shape[1:3]
             waiting.setdefault(bucket, []).append(photo)
@@ -79,6 +91,11 @@ def detect_all(
     for bucket in list(waiting):
         start(bucket)
     yield from finish(0)
+
+
+def above(found: Detections, threshold: float) -> Detections:
+    """The detections of one photo with at least that score."""
+    return jax.tree.map(lambda x: np.asarray(x)[np.asarray(found.scores) >= threshold], found)
 
 
 def join(batches: Sequence[Any], rows: int) -> Batch:

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from jaxtyping import Float
-
-from alignps_jax.experiments.benchmark import Row
-from alignps_jax.gallery.entries import FileState, Scene, scene_id
 from alignps_jax.gallery.indexing import TIDY_COMMITS
 from alignps_jax.gallery.store import Gallery
 from alignps_jax.gallery.table import IS_PERSON, IndexedScene
 from alignps_jax.gallery.writing import commit_scenes, known_files, tidy
+from jaxtyping import Float
+
+from alignps_jax.experiments.benchmark import Row
+from alignps_jax.gallery.entries import FileState, Scene, scene_id
 from alignps_jax.types import Detections
 from configs import cuhk
 from tests.benchmark.measure import Context

@@ -10,7 +10,6 @@ import pytest
 from alignps_jax.checkpoint.places import is_step, results_folder
 from alignps_jax.checkpoint.store import load_config
 from alignps_jax.cli import main
-from alignps_jax.figures.kinds import figure_request
 from configs import tiny
 
 
@@ -40,8 +39,6 @@ def test_results_of_a_step_go_beside_the_checkpoints(run, tmp_path, monkeypatch)
     assert results_folder(step.rename(tmp_path / "copy")) == tmp_path / "copy_results"
     monkeypatch.chdir(run / "checkpoints" / "9")
     assert results_folder(Path()) == run / "step_9"
-    request = figure_request(".", load_config, None, None, None, None)
-    assert request.workdir == run / "step_9" / "figures"
 
 
 @pytest.mark.parametrize("more", ["--mode=evaluate", "--mode=search --query=q.jpg --gallery=g"])

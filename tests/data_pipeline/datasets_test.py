@@ -200,7 +200,7 @@ def test_photos_that_cannot_be_used_are_all_named_and_stop_nothing(data, root, c
     with pytest.raises(UserError) as error:
         datasets.prepare(data)
     assert "3 photos cannot be used" in str(error.value)
-    for words in ("1.jpg: is a Git LFS pointer", "5.jpg: truncated JPEG", "500x400"):
+    for words in ("1.jpg: is a Git LFS pointer", "5.jpg: found a truncated JPEG", "500x400"):
         assert str(error.value).count(words) == 1
     (frames / "c1s1_000001.jpg").unlink()  # no photo is read again
     data.skip_damaged = True

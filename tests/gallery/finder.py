@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 
-from alignps_jax.gallery.indexing import Indexed, index
-from alignps_jax.gallery.store import Gallery
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.index import Indexed, index
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import Batch, Detections
 from tests.gallery.networks import network_config
@@ -16,18 +17,24 @@ MOST = 5
 
 
 class Finder(Detector):
-    """Finds up to four people, by the colors of a photo: always the same in the same pixels."""
+    """Finds up to four people, by the colors of a photo: always the same in the same pixels.
+
+    `looked` counts the photos.
+    """
 
     config = network_config()
     name = "a finder, step 1"
     rows = 2
+    folder = None
 
     def __init__(self, fingerprint: str = "f" * 64, seconds: float = 0.0):
         self.fingerprint = fingerprint
         self.seconds = seconds
+        self.looked = 0
 
     def detect_batch(self, batch: Batch) -> Detections:
         time.sleep(self.seconds)
+        self.looked += int(np.sum(batch.size.any(axis=-1) & batch.image.any(axis=(1, 2, 3))))
         found = [self.find(np.asarray(image)) for image in batch.image]
         return Detections(*(np.stack(parts)[None] for parts in zip(*found, strict=True)))
 
@@ -49,16 +56,20 @@ class Finder(Detector):
 
 def run(address: str, source: str, seconds: float = 0.0) -> Indexed:
     """Indexes a folder, committing all the time."""
-    finder = Finder(seconds=seconds)
-    gallery = Gallery.open(address, create_for=finder)
-    return index(gallery, finder, [source], every=0.4, commit_seconds=0.05)
+    gallery = Gallery.open(address, Finder(seconds=seconds), create=True)
+    return index(gallery, [source], every=0.4, commit_seconds=0.05)
 
 
 def content(address: str) -> dict[str, tuple]:
     """All of a gallery: what the rows of each id hold."""
-    table = Gallery.open(address).table
-    table.checkout_latest()
-    rows = table.search().to_arrow().to_pylist()
+    table = Gallery.open(address).people.table
+    with table.open() as opened:
+        rows = opened.search().to_arrow().to_pylist()
     found = {row["id"]: tuple(map(str, row.values())) for row in rows}
     assert len(found) == len(rows), "somebody is there twice"
     return found
+
+
+def stored_bytes(address: str) -> bytes:
+    """All that lies in a gallery's folder, hidden files included."""
+    return b"".join(path.read_bytes() for path in Path(address).rglob("*") if path.is_file())

@@ -2,8 +2,8 @@
 
 python -m tests.gallery.kills --kills=200 [--seed=1]
 
-One or two processes at a time index a few photos and a video into one gallery, until kill -9 comes
-after some commits. In the end the gallery must hold what an uninterrupted run leaves, row by row.
+A process indexes a few photos and a video into a gallery, until kill -9 comes after some commits.
+In the end the gallery must hold what an uninterrupted run leaves, row by row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,29 +43,24 @@ def kill_often(context: Any, address: str, source: str, kills: int, seed: int) -
     """Starts indexing, and kills it after some commits, so many times."""
     rng = random.Random(seed)
     for _ in range(kills):
-        together = [
-            context.Process(target=run, args=(address, source, 0.01))
-            for _ in range(rng.choice((1, 1, 2)))
-        ]
-        for one in together:
-            one.start()
-        _watch(Path(address), together, rng.randrange(12))
-        for one in together:
-            one.join(rng.uniform(0, 0.02))
-            one.kill()
-            one.join()
+        process = context.Process(target=run, args=(address, source, 0.01))
+        process.start()
+        _watch(Path(address), process, rng.randrange(12))
+        process.join(rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
         # Few kills would come after the work is done; what is gone has to be found again.
         if rng.random() < 0.2:
             for path in rng.sample(sorted(Path(source).rglob("*.jpg")), FILES // 2):
                 path.touch()
 
 
-def _watch(address: Path, together: Sequence[Any], commits: int) -> None:
-    """Returns when the gallery has so many commits more, no process is there, or it takes long."""
+def _watch(address: Path, process: Any, commits: int) -> None:
+    """Returns when the gallery has so many commits more, the process is gone, or it takes long."""
     deadline = time.monotonic() + 20
     versions = address / "people.lance" / "_versions"
     start = len(list(versions.glob("*")))
-    while len(list(versions.glob("*"))) < start + commits and any(p.is_alive() for p in together):
+    while len(list(versions.glob("*"))) < start + commits and process.is_alive():
         if time.monotonic() > deadline:
             break
         time.sleep(0.002)

@@ -15,7 +15,8 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from alignps_jax.gallery.page.access import Door, ImpatientProtocol, guarded
-from alignps_jax.gallery.page.app import make_app, make_site
+from alignps_jax.gallery.page.app import make_app
+from alignps_jax.gallery.page.site import Site
 from tests.gallery.painted import ColorDetector, gallery_of, write_photos
 from tests.places import ROOT, heed_signals
 
@@ -30,7 +31,7 @@ def painted_site(folder, detector=None):
     if not photos.exists():
         write_photos(photos)
     gallery = gallery_of(photos, folder / "people.lance", detector)
-    return make_site(gallery, detector)
+    return Site(gallery)
 
 
 def closed(site, door=None):
@@ -68,13 +69,12 @@ def running(app):
 
 SERVE = """
 import json, sys
-from alignps_jax.gallery.page.serve import serve_gallery
+from alignps_jax.gallery.page.serve import serve
 from tests.gallery.page_server import painted_site
-from tests.gallery.painted import ColorDetector
 from pathlib import Path
-detector = ColorDetector(delay=float(sys.argv[2]))
 gallery = painted_site(Path(sys.argv[1])).gallery
-serve_gallery(gallery, detector, **json.loads(sys.argv[3]))
+gallery.detector.delay = float(sys.argv[2])
+serve(gallery, **json.loads(sys.argv[3]))
 """
 
 
@@ -127,7 +127,8 @@ def color_of(site, person):
     return tuple(int(v) for v in site.gallery.pixels(found.scene)[(y1 + y2) // 2, (x1 + x2) // 2])
 
 
-def line_of(answer):
+def line_of(answer, place=""):
     """The one line that an error page shows."""
-    (line,) = re.findall(r'<p class="empty" role="alert">(.*?)</p>', answer.text, re.DOTALL)
+    own = f' id="{place}"' if place else ""
+    (line,) = re.findall(rf'<p class="empty"{own} role="alert">(.*?)</p>', answer.text, re.DOTALL)
     return html.unescape(line)

@@ -13,12 +13,20 @@ pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup"
 pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 
 from alignps_jax.gallery.entries import Match, Person, Scene
-from alignps_jax.gallery.page.app import make_site
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.results import grouped
-from alignps_jax.gallery.store import Gallery
-from alignps_jax.gallery.writing import commit_scenes
-from tests.gallery.page_server import closed, running, visitor
-from tests.gallery.painted import GREEN, RED, SIZE, ColorDetector, indexed, painted
+from alignps_jax.gallery.page.serve import make_site
+from tests.gallery.page_server import visitor
+from tests.gallery.painted import (
+    GREEN,
+    RED,
+    SIZE,
+    ColorDetector,
+    commit,
+    indexed,
+    painted,
+    scenes_of,
+)
 
 SECONDS, RATE = 8, 5
 
@@ -43,13 +51,13 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("videos")
     detector, path = ColorDetector(), folder / "walk.mp4"
     write_walk(path)
-    gallery = Gallery.open(folder / "people.lance", create_for=detector)
+    gallery = Gallery.open(folder / "people.lance", detector, create=True)
     scenes = [
         indexed(path, frame_at(second), detector, second=float(second), every=1.0)
         for second in range(SECONDS)
     ]
-    commit_scenes(gallery, scenes)
-    return make_site(gallery, detector)
+    commit(gallery, scenes)
+    return make_site(gallery, detector, folder / "marks.json")
 
 
 def person_in(scene, color_box):
@@ -58,10 +66,10 @@ def person_in(scene, color_box):
 
 def test_neighboring_seconds_are_one_entry_with_its_span(site):
     client = visitor(site)
-    scenes = site.gallery.scenes(99)
+    scenes = scenes_of(site)
     assert len(scenes) == SECONDS
     first = next(s for s in scenes if s.second == 0)
-    (red,) = site.gallery.people(first.id)
+    (red,) = site.gallery.people_of(first.id)
     page = client.get("/search", params={"view": red.id})
     assert page.text.count('class="card"') == 2
     assert "0:01–0:07 (7 frames)" in page.text  # red, but for the query itself
@@ -70,7 +78,7 @@ def test_neighboring_seconds_are_one_entry_with_its_span(site):
 
 def test_a_result_plays_from_its_second_by_ranges(site):
     client = visitor(site)
-    scene = next(s for s in site.gallery.scenes(99) if s.second == 5)
+    scene = next(s for s in scenes_of(site) if s.second == 5)
     page = client.get(f"/scene/{scene.id}").text
     assert f'src="/scene/{scene.id}/video#t=5.000"' in page
     with open(scene.path, "rb") as file:
@@ -89,10 +97,10 @@ def test_a_result_plays_from_its_second_by_ranges(site):
 def test_a_video_that_was_replaced_is_not_served(site, tmp_path):
     detector, path = ColorDetector(), tmp_path / "walk.mp4"
     write_walk(path)
-    gallery = Gallery.open(tmp_path / "people.lance", create_for=detector)
-    commit_scenes(gallery, [indexed(path, frame_at(0), detector, second=0.0, every=1.0)])
-    client = visitor(make_site(gallery, detector))
-    (scene,) = gallery.scenes(9)
+    gallery = Gallery.open(tmp_path / "people.lance", detector, create=True)
+    commit(gallery, [indexed(path, frame_at(0), detector, second=0.0, every=1.0)])
+    client = visitor(make_site(gallery, detector, tmp_path / "marks.json"))
+    scene = gallery.scenes(9)[0].scene
     assert client.get(f"/scene/{scene.id}/video").status_code == 200
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
@@ -104,7 +112,7 @@ def test_a_video_that_was_replaced_is_not_served(site, tmp_path):
 
 
 def match(second, box, similarity=0.5, path="a.mp4", number=0):
-    scene = Scene(f"{path}{second}", path, 480, 640, None, "", second)
+    scene = Scene(f"{path}{second}", path, 480, 640, None, "", second, path)
     person = Person(f"{path}{second}-{number}", scene, np.array(box, np.float32), 0.9)
     return Match(person, similarity)
 
@@ -147,10 +155,13 @@ def test_a_browser_plays_from_there(site):
     pytest.importorskip("playwright", reason="playwright is missing: make setup")
     from playwright.sync_api import expect, sync_playwright
 
+    from alignps_jax.gallery.page.app import make_app
+    from alignps_jax.gallery.page.security import LOOPBACK, Door
     from tests.gallery.browser_test import CHROMIUM, FLAGS
+    from tests.gallery.page_server import running
 
-    scene = next(s for s in site.gallery.scenes(99) if s.second == 5)
-    with running(closed(site)) as port, sync_playwright() as started:
+    scene = next(s for s in scenes_of(site) if s.second == 5)
+    with running(make_app(site, Door(LOOPBACK))) as port, sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(base_url=f"http://127.0.0.1:{port}")
         page.goto(f"/scene/{scene.id}")

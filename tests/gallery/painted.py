@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from alignps_jax.files import read_image, write_image
-from alignps_jax.gallery.entries import FileState, Scene, scene_id
-from alignps_jax.gallery.store import Gallery
-from alignps_jax.gallery.table import IndexedScene
-from alignps_jax.gallery.writing import commit_scenes
+from alignps_jax.files import write_image
+from alignps_jax.gallery.entries import Scene, content_hash, scene_id
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
+from alignps_jax.media.photos import read_photo
 from alignps_jax.types import Detections
 from configs import tiny
 
@@ -93,30 +92,45 @@ def write_photos(folder: Path) -> None:
 
 def gallery_of(folder: Path, address: Path, detector: Detector) -> Gallery:
     """A gallery of the photos below a folder; the folder's name is the camera."""
-    gallery = Gallery.open(address, create_for=detector)
+    gallery = Gallery.open(address, detector, create=True)
     scenes = []
     for hour, path in enumerate(sorted(folder.rglob("*.png"))):
-        image = read_image(path, 10**6)
+        image = read_photo(path, 10**6)
         scenes.append(indexed(path, image, detector, datetime.datetime(2026, 5, 1, hour)))
-    commit_scenes(gallery, scenes)
+    commit(gallery, scenes)
     return gallery
 
 
-def indexed(path, image, detector, taken=None, second=None, every=None, final=True):
+def commit(gallery: Gallery, scenes: list[FoundScene]) -> None:
+    """Stores scenes, and the files that they are of."""
+    files = {}
+    for found in scenes:
+        path, about = found.scene.path, Path(found.scene.path).stat()
+        files[path] = FileState(
+            path, about.st_size, about.st_mtime_ns, found.scene.hash, found.every
+        )
+    gallery.people.commit(scenes, list(files.values()))
+
+
+def indexed(path, image, detector, taken=None, second=None, every=0.0):
     """What is to be stored of a photo, or a frame."""
-    about = path.stat()
+    content = content_hash(path.read_bytes())
     scene = Scene(
-        id=scene_id(str(path), second),
+        id=scene_id(content, second),
         path=str(path),
         height=image.shape[0],
         width=image.shape[1],
         taken=taken,
         camera=path.parent.name,
         second=second,
+        hash=content,
     )
     found = detector.detect(image)
     people = Detections(*(np.asarray(x)[found.scores >= 0.2] for x in dataclasses.astuple(found)))
-    file = FileState(
-        about.st_size, about.st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest()
-    )
-    return IndexedScene(scene, file, people, every, final)
+    return FoundScene(scene, people, every)
+
+
+def scenes_of(site):
+    """All photos and frames of a gallery."""
+    cards = site.gallery.scenes(99)
+    return [scene for card in cards for scene in site.gallery.scenes_of(card.scene.hash)]

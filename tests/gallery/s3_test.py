@@ -1,15 +1,13 @@
-"""A gallery in a bucket: the same people as in a folder, forgotten for good, shared by processes.
+"""A gallery in a bucket: the same people as in a folder, forgotten for good, with marks.
 
 Needs moto's server (`pip install "moto[server]"` anywhere, its `moto_server` on the PATH).
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -19,12 +17,14 @@ pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup"
 
 from pyarrow import fs
 
-from alignps_jax.gallery.forgetting import forget_person
-from alignps_jax.gallery.store import Gallery
+from alignps_jax.gallery import memory
+from alignps_jax.gallery.forget import forget
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.tables import Note
 from alignps_jax.types import UserError
 from tests.gallery.finder import Finder, content, run
 from tests.gallery.networks import write_photos
-from tests.places import ROOT, free_port
+from tests.places import free_port
 
 MOTO = shutil.which("moto_server")
 pytestmark = pytest.mark.skipif(MOTO is None, reason="no moto_server on the PATH: see this file")
@@ -90,48 +90,37 @@ def objects(bucket):
     return [bucket.open_input_file(path).read() for path in found]
 
 
-def test_it_holds_and_finds_whom_a_folder_does(bucket, photos, tmp_path):
+def test_it_holds_and_finds_whom_a_folder_does(bucket, photos, tmp_path, monkeypatch):
     folder = str(tmp_path / "people.lance")
     for address in (folder, ADDRESS):
         assert run(address, photos).scenes == len(NAMES)
         assert run(address, photos).known == len(NAMES)
     assert content(ADDRESS) == content(folder)
     query = np.eye(16, dtype=np.float32)[0]
-    for most in (0, 10**6):  # by LanceDB, and in memory
-        here, there = (
-            Gallery.open(address, exact_up_to=most).search(query, 10)
-            for address in (folder, ADDRESS)
-        )
+    for fits in (True, False):  # in memory, and by LanceDB
+        monkeypatch.setattr(memory, "fits", lambda people, dim, fits=fits: fits)
+        here, there = (Gallery.open(address).search(query, 10) for address in (folder, ADDRESS))
         assert [match.person.id for match in there] == [match.person.id for match in here]
 
 
 def test_nothing_in_the_bucket_holds_who_was_forgotten(bucket, photos):
     run(ADDRESS, photos)
     gallery = Gallery.open(ADDRESS)
-    person = next(person for scene in gallery.scenes(20) for person in gallery.people(scene.id))
+    person = gallery.search(np.eye(16)[0], 1)[0].person
+    marks = gallery.people.notes("marks")
+    marks.put([Note("mark", (person.id,), {"path": "secret"})])
     embedding = gallery.embeddings([person.id]).tobytes()
     assert any(embedding in found for found in objects(bucket))
-    forget_person(gallery, person.id)
-    assert not any(embedding in found for found in objects(bucket))
+    forget(gallery.people, persons=[person.id])
+    assert not any(embedding in found or b"secret" in found for found in objects(bucket))
+    assert marks.all() == []
     run(ADDRESS, photos)
     assert Gallery.open(ADDRESS).person(person.id) is None
 
 
-def test_two_processes_share_the_photos(bucket, photos, tmp_path):
-    code = (
-        "import sys; from tests.gallery.finder import run\n"
-        "run(sys.argv[1], sys.argv[2], seconds=0.05)\n"
-    )
-    command = [sys.executable, "-c", code, ADDRESS, photos]
-    processes = [subprocess.Popen(command, cwd=ROOT, env=os.environ.copy()) for _ in range(2)]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    run(str(tmp_path / "people.lance"), photos)
-    assert content(ADDRESS) == content(str(tmp_path / "people.lance"))
-
-
 def test_what_the_store_answers_is_one_line(bucket, monkeypatch):
-    with pytest.raises(UserError, match=r"s3://nowhere/people\.lance cannot be read \(.*bucket"):
-        Gallery.open("s3://nowhere/people.lance", create_for=Finder())
+    with pytest.raises(UserError, match=r"s3://nowhere/people\.lance: .*bucket"):
+        Gallery.open("s3://nowhere/people.lance", Finder(), create=True)
     monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(UserError, match=r"cannot be read \(Connection refused\)$"):
+    with pytest.raises(UserError, match=r"--gallery: s3://people/people\.lance: .*onnect"):
         Gallery.open(ADDRESS)

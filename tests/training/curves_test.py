@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alignps_jax.files import read_image
+from alignps_jax.media.photos import read_photo
 from alignps_jax.training.curves import curves_figure, training_curves
 
 
@@ -20,7 +20,7 @@ def test_curves_of_one_point_none_or_some(tmp_path, text):
     log, out = tmp_path / "log.jsonl", tmp_path / "plots" / "curves.png"
     log.write_text(text)
     training_curves(log, out)
-    assert read_image(out, 2 * 10**7).shape == (900, 1600, 3)
+    assert read_photo(out, 2 * 10**7).shape == (900, 1600, 3)
 
 
 def test_every_measurement_is_in_its_panel_and_later_lines_of_a_step_win():

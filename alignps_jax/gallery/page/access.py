@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hmac
-import ipaddress
 import socket
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -68,50 +67,28 @@ class Door:
     @classmethod
     def of(cls, host: str, port: int, token: str | None, public_url: str | None) -> Self:
         """The door of a server that listens there; UserError if the public URL is none."""
-        names = {*_LOOPBACK, host, *interfaces(host)}
-        if not is_loopback(host):
-            name = socket.gethostname()
-            names |= {name, f"{name}.local", socket.getfqdn()}
+        name = socket.gethostname()
+        names = {*_LOOPBACK, *addresses(host), name, f"{name}.local", socket.getfqdn()}
         if public_url is None:
             return cls(tuple(names), token, None, port)
         parts = urlsplit(public_url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
-            raise UserError(
-                f"--public_url: found {public_url}, expected https://name or http://name"
-            )
+            raise UserError(f"--public_url: found {public_url}, expected https://name")
         origin = f"{parts.scheme}://{parts.netloc}".lower()
         return cls((*names, parts.hostname), token, origin, port)
-
-    def addresses(self, host: str) -> list[str]:
-        """What to open in a browser."""
-        names = [f"http://{name}:{self.port}" for name in interfaces(host) or [host]]
-        query = f"?token={self.token}" if self.token else ""
-        return [f"{name}/{query}" for name in ([self.origin] if self.origin else names)]
 
     @property
     def cookie(self) -> str:
         return f"alignps_token_{self.port}"
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to a server that listens on `host`."""
-    return host == "localhost" or _address(host).is_loopback
-
-
-def interfaces(host: str) -> list[str]:
-    """The addresses of this machine in its networks, if a server on `host` listens on all."""
-    if not _address(host).is_unspecified:
-        return []
-    found = [one.address for some in psutil.net_if_addrs().values() for one in some
-             if one.family == socket.AF_INET]  # fmt: skip
-    return sorted(found, key=lambda address: _address(address).is_loopback)
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    try:
-        return ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return ipaddress.IPv4Address("192.0.2.1")  # a name: some address that is nobody's
+def addresses(host: str) -> list[str]:
+    """Where a server that listens on `host` can be reached, this machine's own address last."""
+    if host not in ("0.0.0.0", "::"):
+        return [host]
+    own = [one for some in psutil.net_if_addrs().values() for one in some]
+    found = [one.address for one in own if one.family == socket.AF_INET]
+    return sorted(found, key=lambda address: address.startswith("127."))
 
 
 def guarded(app: ASGIApp, door: Door) -> ASGIApp:

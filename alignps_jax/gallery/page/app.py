@@ -7,7 +7,7 @@ from http import HTTPStatus
 from typing import Annotated
 
 import h11
-from fastapi import FastAPI, Form
+from fastapi import APIRouter, FastAPI, Form
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -15,58 +15,48 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.page import photos, searches
-from alignps_jax.gallery.page.marks import Marks, marks_file
-from alignps_jax.gallery.page.pictures import Pictures
-from alignps_jax.gallery.page.results import Searcher
-from alignps_jax.gallery.page.site import Overview, Site, after_reading, message, page
-from alignps_jax.gallery.page.uploads import Uploads
-from alignps_jax.gallery.store import Gallery
-from alignps_jax.inference.detector import Detector
+from alignps_jax.gallery.page import manage, photos, searches
+from alignps_jax.gallery.page.site import Site, after_reading, message, page
 
-_LINES = {
-    404: "There is no page with this address.",
-    405: "That is not possible here.",
-    413: "That is too large.",
-}
+_LINES = {404: "There is no page with this address.", 405: "That is not possible here."}
+_FAILED = "Something went wrong here; the server's terminal says what. Please try again."
+_ABOUT = (
+    "Every page is an API, too: with `Accept: application/json`, an address gives as data what its "
+    "page shows, errors included. Programs send the token as `Authorization: Bearer TOKEN`."
+)
 
 
-def make_site(gallery: Gallery, detector: Detector) -> Site:
-    """Everything that the page needs."""
-    return Site(
-        gallery=gallery,
-        uploads=Uploads(detector),
-        pictures=Pictures(gallery),
-        searcher=Searcher(gallery),
-        marks=Marks(marks_file(gallery.address)),
-        overview=Overview(gallery),
-    )
+router = APIRouter(include_in_schema=False)
 
 
 def make_app(site: Site) -> FastAPI:
     """The page as an ASGI program."""
-    app = FastAPI(openapi_url=None)
+    app = FastAPI(title="Find people", description=_ABOUT, docs_url=None, redoc_url=None)
     app.state.site = site
-    app.include_router(photos.router)
-    app.include_router(searches.router)
-    static = StaticFiles(packages=[("alignps_jax.gallery.page", "static")])
-    app.mount("/static", static)
-    app.add_api_route("/status", status)
-    app.add_api_route("/responsible-use", responsible_use)
-    app.add_api_route("/responsible-use", has_read, methods=["POST"])
+    for one in (photos.router, photos.pictures, searches.router, manage.router, router):
+        app.include_router(one)
+    app.mount("/static", StaticFiles(packages=[("alignps_jax.gallery.page", "static")]))
     for kind in (UserError, OSError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, failed)
     return app
 
 
+@router.get("/status")
 def status(request: Request) -> Response:
     return page(request, "status.html")
 
 
+@router.get("/docs")
+def docs(request: Request) -> Response:
+    return page(request, "docs.html", api=request.app.openapi())
+
+
+@router.get("/responsible-use")
 def responsible_use(request: Request, next: str = "/") -> Response:
     return page(request, "responsible_use.html", following=next)
 
 
+@router.post("/responsible-use")
 def has_read(next: Annotated[str, Form()] = "/") -> Response:
     return after_reading(next)
 
@@ -82,7 +72,7 @@ async def failed(request: Request, error: Exception) -> Response:
         if error.status_code < 400:
             return Response(status_code=error.status_code, headers=error.headers)
         line = str(error.detail)
-        if line in (HTTPStatus(error.status_code).phrase, "Content Too Large"):  # not our words
+        if line == HTTPStatus(error.status_code).phrase:  # not in our words
             line = _LINES.get(error.status_code, line)
         answer = message(request, error.status_code, line)
         answer.headers.update(error.headers or {})
@@ -90,5 +80,4 @@ async def failed(request: Request, error: Exception) -> Response:
     if isinstance(error, UserError | OSError):
         return message(request, 400, str(error))
     traceback.print_exception(error)
-    line = "Something went wrong here; the server's terminal says what. Please try again."
-    return message(request, 500, line)
+    return message(request, 500, _FAILED)

@@ -14,17 +14,18 @@ import numpy as np
 from cachetools import LRUCache
 from jaxtyping import Float
 
-from alignps_jax.files import Image
 from alignps_jax.gallery.entries import Person, Scene
-from alignps_jax.gallery.store import Gallery
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.media.photos import Image
 
 PREVIEW = 1600  # longer side of a complete scene, pixels
 SMALL = 320  # longer side of a scene in a list, pixels; twice that for dense screens
+FULL = 8192  # longer side of a scene at full size, pixels
 PERSON = 288  # height of an enlarged person, pixels; twice that for dense screens
 _CACHED = 96 << 20  # bytes of finished pictures
 _DECODED = 128 << 20  # bytes of decoded scenes: the people of one scene follow one another
 _QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 80]
-_AROUND = 0.1  # of a person's height and width
+_AROUND = 1.1  # of a person's height and width are shown
 
 
 def _encoded(image: Image) -> bytes:
@@ -39,11 +40,7 @@ def _resized(image: Image, factor: float) -> Image:
 
 
 def jpeg(image: Image, longest: int) -> bytes:
-    """A JPEG file of the picture, whose longer side has at most so many pixels.
-
-    It holds nothing but pixels: other data of the photo's file, such as where it was taken, are
-    left out.
-    """
+    """A JPEG file, whose longer side has at most so many pixels, with nothing but the pixels."""
     factor = longest / max(image.shape[:2])
     return _encoded(_resized(image, factor) if factor < 1 else image)
 
@@ -55,16 +52,14 @@ def person_picture(image: Image, box: Float[np.ndarray, "4"], tallest: int = PER
     """
     height, width = image.shape[:2]
     x1, y1, x2, y2 = (float(value) for value in box)
-    tall = max(y2 - y1, 1.0) * (1 + _AROUND)
-    wide = max((x2 - x1) * (1 + _AROUND), tall * 2 / 3)
-    left, right = _within((x1 + x2) / 2, wide, width)
+    tall = max(y2 - y1, 1.0) * _AROUND
+    left, right = _within((x1 + x2) / 2, max((x2 - x1) * _AROUND, tall * 2 / 3), width)
     top, bottom = _within((y1 + y2) / 2, tall, height)
-    part = image[top:bottom, left:right]
-    factor = tallest / max(part.shape[:2])
-    bright = _resized(part, factor)
+    factor = tallest / max(bottom - top, right - left)
+    bright = _resized(image[top:bottom, left:right], factor)
+    corners = np.array([x1 - left, y1 - top, x2 - left, y2 - top]) * factor
+    a, b, c, d = np.clip(corners.round().astype(int), 0, None)
     dark = bright // 2
-    inside = np.clip(np.array([x1 - left, y1 - top, x2 - left, y2 - top]) * factor, 0, None)
-    a, b, c, d = inside.round().astype(int)
     dark[b:d, a:c] = bright[b:d, a:c]
     return _encoded(dark)
 
@@ -77,27 +72,31 @@ def _within(middle: float, length: float, limit: int) -> tuple[int, int]:
 
 
 class Pictures:
-    """The pictures of a gallery: JPEG files, each made once."""
+    """The pictures of a gallery: JPEG files, each made once; errors as of `Gallery.pixels`."""
 
     def __init__(self, gallery: Gallery):
         self._gallery = gallery
-        self._made: LRUCache[Hashable, bytes] = LRUCache(_CACHED, getsizeof=len)
-        self._decoded: LRUCache[Hashable, Image] = LRUCache(_DECODED, getsizeof=lambda x: x.nbytes)
+        self._made: LRUCache[Hashable, bytes] = LRUCache(_CACHED, len)
+        self._decoded: LRUCache[str, Image] = LRUCache(_DECODED, lambda image: image.nbytes)
         self._lock = threading.Lock()
         # Decoding takes memory and a core, and a page asks for many pictures at once.
         self._room = threading.Semaphore(max(1, min(4, os.cpu_count() or 1)))
 
     def person(self, person: Person, tallest: int) -> bytes:
-        """An enlarged person; UserError or OSError if the scene is gone or changed."""
-        key = "person", person.id, tallest, _version(person.scene)
+        """An enlarged person."""
+        key = person.id, tallest
         return self._make(
-            key, lambda: person_picture(self.pixels(person.scene), person.box, tallest)
+            key, lambda: person_picture(self._pixels(person.scene), person.box, tallest)
         )
 
     def scene(self, scene: Scene, longest: int) -> bytes:
-        """A complete scene of at most that length; errors as above."""
-        key = "scene", scene.id, longest, _version(scene)
-        return self._make(key, lambda: jpeg(self.pixels(scene), longest))
+        """A complete scene of at most that length."""
+        return self._make((scene.id, longest), lambda: self._scene(scene, longest))
+
+    def _scene(self, scene: Scene, longest: int) -> bytes:
+        is_small = longest < PREVIEW
+        image = self._gallery.pixels(scene, longest) if is_small else self._pixels(scene)
+        return jpeg(image, longest)
 
     def _make(self, key: Hashable, draw: Callable[[], bytes]) -> bytes:
         with self._room:
@@ -109,30 +108,12 @@ class Pictures:
                     self._made[key] = made
         return made
 
-    def pixels(self, scene: Scene) -> Image:
-        """A scene, decoded once for all its people."""
-        key = scene.id, _version(scene)
+    def _pixels(self, scene: Scene) -> Image:
         with self._lock:
-            image = self._decoded.get(key)
+            image = self._decoded.get(scene.id)
         if image is None:
             image = self._gallery.pixels(scene)
             if image.nbytes <= _DECODED // 4:
                 with self._lock:
-                    self._decoded[key] = image
+                    self._decoded[scene.id] = image
         return image
-
-
-def decoded(data: bytes) -> Image:
-    """The pixels of a JPEG file that `jpeg` made."""
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    assert image is not None
-    return image
-
-
-def _version(scene: Scene) -> tuple[int, int]:
-    """Changes when the file does; what is shown belongs to the file that is there."""
-    try:
-        about = os.stat(scene.path)
-    except OSError:
-        return 0, 0
-    return about.st_mtime_ns, about.st_size

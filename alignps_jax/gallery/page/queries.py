@@ -8,68 +8,63 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlencode
 
 import numpy as np
-from fastapi import HTTPException
 from jaxtyping import Float
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NaiveDatetime,
-    ValidationError,
-)
-from starlette.datastructures import FormData, QueryParams
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NaiveDatetime, ValidationError
+from starlette.datastructures import ImmutableMultiDict
+from starlette.exceptions import HTTPException
 
-from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import Filter, Person
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.uploads import Uploads
-from alignps_jax.gallery.store import Gallery
 
-MAX_VIEWS = 12
-_UPLOADED = re.compile(r"up\.([0-9a-f]{24})\.(\d{1,4})")
-_EVERYBODY = Filter()
+MAX_VIEWS = 24
 _FIRST, _LAST = datetime.datetime(1800, 1, 1), datetime.datetime(3000, 1, 1)
+_UPLOADED = "up."
 
 # An empty field of a form says nothing.
 _optional = BeforeValidator(lambda value: value or None)
 _Time = Annotated[Annotated[NaiveDatetime, Field(ge=_FIRST, le=_LAST)] | None, _optional]
-_Share = Annotated[Annotated[float, Field(ge=0, le=1)] | None, _optional]
-_several = BeforeValidator(lambda values: tuple(dict.fromkeys(filter(None, values))))
+_Share = Annotated[Annotated[float, Field(ge=-1, le=1)] | None, _optional]
+_Several = Annotated[
+    tuple[str, ...], BeforeValidator(lambda values: tuple(dict.fromkeys(filter(None, values))))
+]
 
 
 class SearchRequest(BaseModel):
-    """What an address asks for.
+    """Whom to search, where, and how to show the results.
 
     Attributes:
       view: ids of people, in the order in which they were added.
       combine: "mean" searches with the mean of their embeddings; "best" with each, and of each
         result the best similarity counts.
-      folder, camera, after, before, score, kind: who is searched; `score` is the detector's.
+      folder, camera, after, before, score, kind: the filter; `score` is the detector's.
+      similarity: results end below it; by default where they are no longer likely to be right.
+      sort: order of the results.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    view: Annotated[tuple[str, ...], _several, Field(max_length=MAX_VIEWS)] = ()
+    view: Annotated[_Several, Field(max_length=MAX_VIEWS)] = ()
     combine: Literal["mean", "best"] = "mean"
     folder: str = ""
-    camera: Annotated[tuple[str, ...], _several] = ()
+    camera: _Several = ()
     after: _Time = None
     before: _Time = None
     score: _Share = None
-    kind: Literal["", "photos", "videos"] = ""
+    kind: Literal["", "photo", "video"] = ""
+    similarity: _Share = None
+    sort: Literal["similarity", "time", "camera"] = "similarity"
 
     @classmethod
-    def lenient(cls, params: QueryParams | FormData) -> Self:
-        """The query of an address, without the fields that are wrong."""
-        found: dict[str, Any] = {
-            name: params.getlist(name) if name in ("view", "camera") else value
-            for name, value in params.items()
-        }
+    def lenient(cls, params: ImmutableMultiDict[str, Any]) -> Self:
+        """The query of an address or a form, without the fields that are wrong."""
+        several = {name: params.getlist(name) for name in ("view", "camera")}
+        found = {**params, **several}
         try:
             return cls.model_validate(found)
         except ValidationError as error:
@@ -78,23 +73,18 @@ class SearchRequest(BaseModel):
 
     @property
     def where(self) -> Filter:
-        return Filter(
-            folder=self.folder or None,
-            cameras=self.camera,
-            after=self.after,
-            before=self.before,
-            min_score=self.score,
-            videos={"": None, "photos": False, "videos": True}[self.kind],
-        )
+        """The filter."""
+        times = self.after, self.before
+        return Filter(self.folder or None, self.camera, *times, self.score, self.kind or None)
 
     @property
     def is_filtered(self) -> bool:
-        return self.where != _EVERYBODY
+        return self.where != Filter()
 
     def pairs(self, **changes: Any) -> list[tuple[str, str]]:
         """Names and values as they stand in the address; `changes` replaces or adds fields."""
-        values = self.model_dump(mode="json", include=set(SearchRequest.model_fields))
         default = SearchRequest().model_dump(mode="json")
+        values = self.model_dump(mode="json", include=set(default))
         values = {k: v for k, v in values.items() if v != default[k]} | changes
         return [
             (name, str(value))
@@ -108,32 +98,14 @@ class SearchRequest(BaseModel):
         pairs = self.pairs(**changes)
         return f"{page}?{urlencode(pairs)}" if pairs else page
 
-    def with_view(self, view: str) -> list[str]:
-        """The views and this one."""
-        return [*self.without_view(view), view]
-
-    def without_view(self, view: str) -> list[str]:
-        """The views but this one."""
-        return [known for known in self.view if known != view]
-
-    def anew(self) -> SearchRequest:
-        """A query without views that searches the same people."""
-        return self.model_copy(update={"view": ()})
+    def joined(self, views: Iterable[str], without: str = "") -> list[str]:
+        """The views and some more, the newest ones if they are too many."""
+        known = dict.fromkeys([*self.view, *views])
+        return [view for view in known if view != without][-MAX_VIEWS:]
 
     def unfiltered(self) -> SearchRequest:
         """The same views, searched among everybody."""
-        return SearchRequest(view=self.view, combine=self.combine)
-
-
-def corners(text: str) -> Float[np.ndarray, "4"]:
-    """The corners of "x1,y1,x2,y2", in pixels; UserError if it is no box."""
-    try:
-        box = np.array([float(number) for number in text.split(",")], np.float32)
-    except ValueError:
-        box = np.zeros(0, np.float32)
-    if box.shape != (4,) or not (np.abs(box) < 1e6).all() or not (box[:2] < box[2:]).all():
-        raise UserError(f"box: found {text[:40]!r}, expected x1,y1,x2,y2 in pixels")
-    return box
+        return SearchRequest(view=self.view, combine=self.combine, sort=self.sort)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +115,9 @@ class View:
     Attributes:
       id: as the address has it.
       name: of the photo.
-      page: address of the complete photo.
-      picture: address of the enlarged person.
-      box: x1, y1, x2, y2 in pixels of the photo.
+      page, picture: addresses of the complete photo and of the enlarged person.
       embedding: of length one.
+      photo: the beginning of the id of the scene, or of the content of an uploaded photo.
       person: None if the photo was uploaded.
     """
 
@@ -154,40 +125,37 @@ class View:
     name: str
     page: str
     picture: str
-    box: Float[np.ndarray, "4"]
     embedding: Float[np.ndarray, "D"]
-    person: Person | None
+    photo: str
+    person: Person | None = None
 
 
 def uploaded_view(upload_id: str, row: int) -> str:
     """The id of a person of an uploaded photo."""
-    return f"up.{upload_id}.{row}"
+    return f"{_UPLOADED}{upload_id}.{row}"
 
 
 def resolve(query: SearchRequest, gallery: Gallery, uploads: Uploads) -> list[View]:
     """The views of a query; HTTPException (404) where one is not known, or not any more."""
     return [
-        _of_upload(view, uploaded, uploads)
-        if (uploaded := _UPLOADED.fullmatch(view))
-        else _of_gallery(view, gallery)
+        _of_upload(view, uploads) if view.startswith(_UPLOADED) else _of_gallery(view, gallery)
         for view in query.view
     ]
 
 
-def _of_upload(view: str, uploaded: re.Match[str], uploads: Uploads) -> View:
-    upload, row = uploads.get(uploaded[1]), int(uploaded[2])
-    if upload.found is None or row >= len(upload.found.scores):
+def _of_upload(view: str, uploads: Uploads) -> View:
+    identity, _, row = view.removeprefix(_UPLOADED).partition(".")
+    upload = uploads.get(identity)
+    if upload.found is None or not row.isdecimal() or int(row) >= len(upload.found.scores):
         raise HTTPException(404, "Nobody was found at this place of the photo.")
-    page = f"/upload/{upload.id}"
-    picture = f"{page}/{row}.jpg"
-    box, embedding = (np.asarray(x[row]) for x in (upload.found.boxes, upload.found.embeddings))
-    return View(view, upload.name, page, picture, box, embedding, None)
+    page, embedding = f"/upload/{identity}", np.asarray(upload.found.embeddings[int(row)])
+    return View(view, upload.name, page, f"{page}/{int(row)}.jpg", embedding, identity)
 
 
 def _of_gallery(view: str, gallery: Gallery) -> View:
     person = gallery.person(view)
     if person is None:
         raise HTTPException(404, "This person is not in the gallery, or not any more.")
-    page, picture = f"/scene/{person.scene.id}?person={view}", f"/person/{view}.jpg"
-    (embedding,) = gallery.embeddings([view])
-    return View(view, person.scene.path, page, picture, person.box, embedding, person)
+    scene, picture = person.scene, f"/person/{view}.jpg"
+    page = f"/scene/{scene.id}?person={view}"
+    return View(view, scene.name, page, picture, gallery.embeddings([view])[0], scene.id, person)

@@ -1,51 +1,29 @@
-"""The results of a query: ranked, with what a video shows in neighboring seconds as one entry."""
+"""The results of a query: ranked, as far as they are likely; and where and when they were seen."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from cachetools import LRUCache
 from jaxtyping import Float
 
-from alignps_jax.gallery.entries import Match, Person
+from alignps_jax.evaluation.calibration import LIMIT
+from alignps_jax.gallery.entries import Entry, Match
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.queries import SearchRequest, View
-from alignps_jax.gallery.store import Gallery
+from alignps_jax.gallery.search import join_seconds
 
 MAX_MATCHES = 1000
 PAGE = 24  # entries that are shown at a time; it divides into rows of 2, 3, 4, 6 and 8
-_NEIGHBORS = 2  # seconds
 _REMEMBERED = 32  # queries whose results are kept for whoever scrolls
-
-
-@dataclasses.dataclass
-class Entry:
-    """A result: a person in a photo, or in a stretch of a video.
-
-    Attributes:
-      match: the most similar one.
-      people: all that were put together here.
-    """
-
-    match: Match
-    people: list[Person]
-
-    @property
-    def seconds(self) -> tuple[float, float] | None:
-        """First and last second in the video; None for a photo."""
-        seconds = [one.scene.second for one in self.people if one.scene.second is not None]
-        return (min(seconds), max(seconds)) if seconds else None
-
-
-def _can_walk(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"], seconds: float) -> bool:
-    """Whether a person can get from box to box: as tall, and its own height away in a second."""
-    tall_a, tall_b = a[3] - a[1], b[3] - b[1]
-    distance = np.hypot(*((a[:2] + a[2:]) - (b[:2] + b[2:])) / 2)
-    tall, small = max(tall_a, tall_b), min(tall_a, tall_b)
-    return bool(tall <= 1.5 * small and distance <= tall * max(seconds, 0.5))
+_MOST_COLUMNS = 30  # of a timeline
+_STEPS = [datetime.timedelta(hours=hours) for hours in (1, 3, 6, 24, 72, 168, 720, 2160, 8760)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,35 +31,30 @@ class Results:
     """What a query found.
 
     Attributes:
-      entries: best first.
-      matches: how many people they are; never more than MAX_MATCHES.
-      searched: how many people passed the filter; None where that is not known.
+      entries: in the order of the query; those that are likely enough.
+      hidden: the number of people that are less likely.
+      least: the similarity below which people are hidden.
+      searched: the number of people who passed the filter.
+      recall: None: the search was exact; else the share of the best ones that it finds.
       seconds: how long it took.
+      version: of the gallery.
     """
 
     entries: Sequence[Entry]
-    matches: int
-    searched: int | None
+    hidden: int
+    least: float
+    searched: int
+    recall: float | None
     seconds: float
+    version: int
 
-
-def summary(found: Results, query: SearchRequest, views: Sequence[View], people: int) -> str:
-    """Who was searched and how long it took, in a line.
-
-    Args:
-      people: how many the gallery has.
-    """
-    if found.searched is None:
-        whom = f"those of {people:,} people who pass the filter"
-    else:
-        one = "person" if found.searched == 1 else "people"
-        passing = " who passed the filter" if query.is_filtered else ""
-        whom = f"{found.searched:,} {one}{passing}"
-    shown = f"; these are the {MAX_MATCHES:,} most similar" if found.matches >= MAX_MATCHES else ""
-    how = f", by the {query.combine} of the views" if len(views) > 1 else ""
-    seconds = found.seconds
-    took = f"{seconds:.2f} s" if seconds >= 0.1 else f"{max(1, round(1000 * seconds))} ms"
-    return f"Searched {whom} in {took}{how}{shown}."
+    def neighbors(self, person: str) -> tuple[Entry | None, Entry | None]:
+        """The entries before and after the one of a person."""
+        places = [n for n, one in enumerate(self.entries) if one.match.person.id == person]
+        if not places:
+            return None, None
+        around = [None, *self.entries, None]
+        return around[places[0]], around[places[0] + 2]
 
 
 class Searcher:
@@ -94,32 +67,41 @@ class Searcher:
 
     def warm_up(self) -> None:
         """Has the gallery read, and the search compiled."""
-        if self._gallery.num_people:
-            width = self._gallery.about.dim
-            self._gallery.search(np.full((1, width), width**-0.5, np.float32), MAX_MATCHES)
+        width = self._gallery.info.dim
+        self._gallery.search(np.full(width, width**-0.5, np.float32), MAX_MATCHES)
 
     def search(self, query: SearchRequest, views: Sequence[View]) -> Results:
-        """The people that are most similar to the views, without the views themselves."""
+        """The people that are most similar to the views, in other photos than these."""
+        with self._lock:
+            known = self._latest.get(query)
+        version = self._gallery.version
+        if known is not None and known.version == version:
+            return known
         begin = time.perf_counter()
         matches = ranked(self._gallery, query, views)
         took = time.perf_counter() - begin
-        searched = self._count(query)
-        results = Results(grouped(matches), len(matches), searched, took)
+        least = limit(query, matches)
+        shown = [match for match in matches if match.similarity >= least]
+        results = Results(
+            entries=_sorted(join_seconds(shown), query.sort),
+            hidden=len(matches) - len(shown),
+            least=least,
+            searched=self._gallery.searched(query.where),
+            recall=self._gallery.recall,
+            seconds=took,
+            version=version,
+        )
         with self._lock:
             self._latest[query] = results
         return results
 
-    def _count(self, query: SearchRequest) -> int | None:
-        memory = self._gallery.memory()
-        if memory is not None:
-            return int(memory.matching(query.where).sum()) if query.is_filtered else len(memory)
-        return None if query.is_filtered else self._gallery.num_people
 
-    def latest(self, query: SearchRequest, views: Sequence[View]) -> Results:
-        """The remembered results, else those of another search."""
-        with self._lock:
-            known = self._latest.get(query)
-        return known if known is not None else self.search(query, views)
+def limit(query: SearchRequest, matches: Sequence[Match]) -> float:
+    """The similarity at which results end: as asked for, else while they are likely enough."""
+    if query.similarity is not None:
+        return query.similarity
+    known = [(one.similarity, one.probability) for one in matches if one.probability is not None]
+    return max((similar + 1e-6 for similar, likely in known if likely < LIMIT), default=-1.0)
 
 
 def combined(query: SearchRequest, views: Sequence[View]) -> Float[np.ndarray, "Q D"]:
@@ -134,45 +116,60 @@ def combined(query: SearchRequest, views: Sequence[View]) -> Float[np.ndarray, "
 
 
 def ranked(gallery: Gallery, query: SearchRequest, views: Sequence[View]) -> list[Match]:
-    """The people of the gallery, best first, each once; of several similarities the best counts."""
-    own = {view.id for view in views}
+    """The people of other photos, best first; of several similarities to one the best counts."""
+    own = {view.photo for view in views}
     best: dict[str, Match] = {}
-    for matches in gallery.search(combined(query, views), MAX_MATCHES + len(own), query.where):
+    some = MAX_MATCHES + 10 * len(own)
+    for matches in gallery.search_many(combined(query, views), some, query.where):
         for match in matches:
-            known = best.get(match.person.id)
-            if known is None or match.similarity > known.similarity:
+            scene = match.person.scene
+            known = best.setdefault(match.person.id, match)
+            if match.similarity > known.similarity:
                 best[match.person.id] = match
-    found = [match for match in best.values() if match.person.id not in own]
-    return sorted(found, key=lambda match: -match.similarity)[:MAX_MATCHES]
+            if scene.id in own or scene.hash[:24] in own:
+                del best[match.person.id]
+    return sorted(best.values(), key=lambda match: -match.similarity)[:MAX_MATCHES]
 
 
-def grouped(matches: Sequence[Match]) -> list[Entry]:
-    """The matches, those of neighboring seconds of a video as one entry, at the best one's place.
-
-    A person joins an entry that shows somebody as tall, at most two seconds away, near enough to
-    walk there; whoever stands in the same frame is somebody else. An entry takes what comes later
-    in the ranking, so the order of entries never depends on it.
-    """
-    entries: list[Entry] = []
-    # Who was seen in each second of each video: the number of the entry, the person, and when.
-    around: dict[tuple[str, int], list[tuple[int, Person, float]]] = {}
-    for match in matches:
-        person = match.person
-        second = person.scene.second
-        if second is None:
-            entries.append(Entry(match, [person]))
-            continue
-        near = {
-            number
-            for turn in range(-_NEIGHBORS, _NEIGHBORS + 1)
-            for number, known, when in around.get((person.scene.path, int(second) + turn), ())
-            if 0 < abs(when - second) <= _NEIGHBORS
-            and _can_walk(known.box, person.box, abs(when - second))
-            and all(one.scene.second != second for one in entries[number].people)
-        }
-        number = min(near, default=len(entries))
-        if number == len(entries):
-            entries.append(Entry(match, []))
-        entries[number].people.append(person)
-        around.setdefault((person.scene.path, int(second)), []).append((number, person, second))
+def _sorted(entries: list[Entry], by: str) -> list[Entry]:
+    """By similarity, or by time, newest first, or so for each camera."""
+    if by == "similarity":
+        return entries
+    never = datetime.datetime.min
+    entries.sort(key=lambda one: one.match.person.scene.taken or never, reverse=True)
+    if by == "camera":
+        entries.sort(key=lambda one: one.match.person.scene.camera)
     return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """How many results each camera has in each stretch of time; unknown times are left out.
+
+    Attributes:
+      starts: of the columns.
+      step: length of a column.
+      rows: for each camera the counts.
+    """
+
+    starts: Sequence[datetime.datetime]
+    step: datetime.timedelta
+    rows: Mapping[str, Sequence[int]]
+
+
+def timeline(entries: Sequence[Entry]) -> Timeline | None:
+    """Where and when the results were seen; None where there is nothing to tell apart."""
+    scenes = [entry.match.person.scene for entry in entries]
+    seen = [(scene.camera, scene.taken) for scene in scenes if scene.taken is not None]
+    if len(set(seen)) < 2:
+        return None
+    day = min(taken for _, taken in seen).replace(hour=0, minute=0, second=0, microsecond=0)
+    last = max(taken for _, taken in seen)
+    step = next((step for step in _STEPS if (last - day) / step < _MOST_COLUMNS), _STEPS[-1])
+    counts = Counter((camera, (taken - day) // step) for camera, taken in seen)
+    columns = range(min(column for _, column in counts), max(column for _, column in counts) + 1)
+    rows = {
+        camera: [counts[camera, column] for column in columns]
+        for camera in sorted({camera for camera, _ in seen})
+    }
+    return Timeline([day + column * step for column in columns], step, rows)

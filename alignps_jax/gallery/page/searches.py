@@ -2,135 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Literal
 
+from cachetools import LRUCache
 from fastapi import APIRouter, Form
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.page.exports import as_coco, as_csv, as_query
-from alignps_jax.gallery.page.marks import Marked, Sight, corners, sight_of
-from alignps_jax.gallery.page.photos import Asked, Offset
-from alignps_jax.gallery.page.queries import SearchRequest, View, resolve
-from alignps_jax.gallery.page.results import MAX_MATCHES, PAGE, Results, combined, summary
-from alignps_jax.gallery.page.site import READ_FIRST, OfSite, Site, file_name, page
+from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED
+from alignps_jax.gallery.page.exports import Marked, photos_as_zip
+from alignps_jax.gallery.page.marks import identities
+from alignps_jax.gallery.page.photos import Asked, Place
+from alignps_jax.gallery.page.queries import MAX_VIEWS, SearchRequest, resolve
+from alignps_jax.gallery.page.results import MAX_MATCHES, PAGE, combined, timeline
+from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
+from alignps_jax.gallery.tables import Note
 
-DOWNLOADS: dict[str, tuple[str, Callable[[Sequence[Marked]], bytes]]] = {
-    "marks.csv": ("text/csv", as_csv),
-    "test.json": ("application/json", as_coco),
-    "query.json": ("application/json", as_query),
+DOWNLOADS: dict[str, tuple[str, Callable[[Marked], bytes]]] = {
+    "marks.csv": ("text/csv", Marked.as_csv),
+    "test.json": ("application/json", Marked.as_coco),
+    "query.json": ("application/json", Marked.as_query),
 }
 
 router = APIRouter()
+_removed: LRUCache[str, list[Note]] = LRUCache(100)  # marks that can come back
 
 
 class MarkForm(SearchRequest):
-    """What somebody says of a result of a query."""
+    """What somebody says of results of a query, or what else to do with them."""
 
-    person: str
-    mark: Literal["right", "wrong", "none"]
+    person: Annotated[list[str], Form()]
+    mark: Literal["right", "wrong", "none", "search"]
 
 
 @router.get("/search", dependencies=READ_FIRST)
-def search(request: Request, site: OfSite, query: Asked) -> Response:
+def search(
+    request: Request, site: OfSite, query: Asked, offset: Place = 0, shown: Place = PAGE
+) -> Response:
+    """The people who are most similar to the views of a query, from `offset` to `shown`."""
     if not query.view:
         return RedirectResponse(query.address("/"), 303)
     views = resolve(query, site.gallery, site.uploads)
     found = site.searcher.search(query, views)
-    values = _entries_from(site, query, found, 0)
-    line = summary(found, query, views, site.overview.values()["people"])
-    return page(request, "search.html", views=views, found=found, summary=line, **values)
-
-
-@router.get("/results")
-def more_results(request: Request, site: OfSite, query: Asked, offset: Offset) -> Response:
-    views = resolve(query, site.gallery, site.uploads)
-    if not views or offset > MAX_MATCHES:
-        raise UserError("There are no such results.")
-    found = site.searcher.latest(query, views)
-    return page(request, "results.html", **_entries_from(site, query, found, offset))
+    marked = site.marks.of(query.view)
+    right = [person for person, is_right in marked.items() if is_right]
+    return page(
+        request,
+        "search.html",
+        query=query,
+        views=views,
+        found=found,
+        entries=found.entries[offset : max(shown, offset + PAGE)],
+        following=shown if shown < len(found.entries) else None,
+        marked=marked,
+        refined=query.joined(right) if set(right) - {*query.view} else [],
+        timeline=timeline(found.entries),
+        lines={"nobody": NOBODY, "uncalibrated": NOT_CALIBRATED},
+        is_calibrated=site.gallery.calibration is not None,
+        MAX_MATCHES=MAX_MATCHES,
+        PAGE=PAGE,
+    )
 
 
 @router.post("/mark")
 def mark(request: Request, site: OfSite, form: Annotated[MarkForm, Form()]) -> Response:
+    """Says of results that they are right or wrong, or searches with them, too."""
+    people = list(dict.fromkeys(site.person(one).id for one in form.person))
+    if form.mark == "search":
+        return RedirectResponse(form.address("/search", view=form.joined(people)), 303)
     views = resolve(form, site.gallery, site.uploads)
     if not views:
         raise UserError("There is no query to which this result belongs.")
-    person = site.person(form.person)
-    embedding = site.gallery.embeddings([person.id])[0].astype("float32")
-    similarity = float((combined(form, views) @ embedding).max())
-    sights = [_sight_of_view(view) for view in views]
-    site.marks.set(sights, sight_of(person), similarity, form.mark)
+    similarity = combined(form, views) @ site.gallery.embeddings(people).T
+    best = [round(float(value), 4) for value in similarity.max(axis=0)]
+    right = {"right": True, "wrong": False}.get(form.mark)
+    site.marks.set(views, list(zip(people, best, strict=True)), right)
     if request.headers.get("hx-request") != "true":
-        return RedirectResponse(form.address("/search") + f"#result-{person.id}", 303)
-    values = {"query": form, "person_id": person.id, "marked": site.marks.of(form.view)}
-    return page(request, "mark.html", **values)
+        return RedirectResponse(form.address("/search") + f"#result-{people[0]}", 303)
+    return page(
+        request, "mark.html", query=form, person_id=people[0], marked=site.marks.of(form.view)
+    )
 
 
 @router.get("/marks", dependencies=READ_FIRST)
-def marks(request: Request, site: OfSite) -> Response:
-    return page(request, "marks.html", queries=_marked_queries(site))
+def marks(request: Request, site: OfSite, undo: str = "") -> Response:
+    """Every person with marks."""
+    everything = site.marks.all()
+    people = []
+    for same in identities(everything):
+        own = [one for one in everything if one.view in same]
+        views = list(dict.fromkeys(one.view for one in own))[-MAX_VIEWS:]
+        here = [one for one in views if site.gallery.person(one)]
+        name = next((one.name for one in own if one.name), "")
+        right = len({one.person for one in own if one.right})
+        wrong = len({one.person for one in own if not one.right})
+        people.append({"query": SearchRequest(view=tuple(here)), "all": SearchRequest(view=tuple(views)),
+                       "name": name, "right": right, "wrong": wrong})  # fmt: skip
+    left_out = Marked(site.gallery, everything).left_out
+    values = {"marked": people, "left_out": left_out, "undo": undo if undo in _removed else ""}
+    return page(request, "marks.html", **values)
 
 
 @router.post("/marks/forget")
 def forget(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Response:
-    site.marks.forget(query.view)
+    """Removes the marks of a person."""
+    identity = secrets.token_urlsafe(9)
+    _removed[identity] = site.marks.remove(query.view)
+    return RedirectResponse(f"/marks?undo={identity}", 303)
+
+
+@router.post("/marks/undo")
+def undo(site: OfSite, undo: Annotated[str, Form()]) -> Response:
+    """Brings marks back that were just removed."""
+    site.marks.restore(_removed.pop(undo, []))
     return RedirectResponse("/marks", 303)
 
 
 @router.get("/marks/{name}")
 def download(site: OfSite, name: str, query: Asked) -> Response:
+    """The marks of a person, or all, as marks.csv, test.json (COCO) or query.json."""
     if name not in DOWNLOADS:
         raise HTTPException(404, f"There is no such download; there are {', '.join(DOWNLOADS)}.")
+    everything = site.marks.all()
+    same = next((one for one in identities(everything) if one & {*query.view}), set())
+    chosen = [one for one in everything if not query.view or one.view in same]
+    if not chosen:
+        raise UserError("Nothing is marked yet; say of a result that it is right or wrong first.")
     kind, write = DOWNLOADS[name]
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(write(_chosen_marks(site, query)), media_type=kind, headers=headers)
+    return Response(write(Marked(site.gallery, chosen)), media_type=kind, headers=headers)
 
 
-def _entries_from(site: Site, query: SearchRequest, found: Results, offset: int) -> dict[str, Any]:
-    """Results from a place on, and where the next ones begin."""
-    end = offset + PAGE
-    return {
-        "query": query,
-        "entries": found.entries[offset:end],
-        "following": end if end < len(found.entries) else None,
-        "marked": site.marks.of(query.view),
-    }
-
-
-def _sight_of_view(view: View) -> Sight:
-    """A view of the query as marks keep it."""
-    if view.person is not None:
-        return sight_of(view.person)
-    return Sight(view.id, view.name, None, (0, 0), corners(view.box), 0.0, uploaded=True)
-
-
-def _chosen_marks(site: Site, query: SearchRequest) -> list[Marked]:
-    """The marks of a query, or all of them if it has no views; UserError if there are none."""
-    marked = site.marks.of(query.view) if query.view else None
-    queries = [marked] if marked else [] if query.view else site.marks.all()
-    if not queries:
-        raise UserError("Nothing is marked yet; say of a result that it is right or wrong first.")
-    return queries
-
-
-def _marked_queries(site: Site) -> list[dict[str, Any]]:
-    """Every query with marks, as the page of marks shows it."""
-    queries = []
-    for marked in site.marks.all():
-        first = marked.views[0]
-        is_here = not first.uploaded and site.gallery.person(first.id) is not None
-        queries.append(
-            {
-                "query": SearchRequest(view=tuple(view.id for view in marked.views)),
-                "name": file_name(first.photo),
-                "where": first.photo,
-                "picture": f"/person/{first.id}.jpg" if is_here else None,
-                "right": marked.count(True),
-                "wrong": marked.count(False),
-            }
-        )
-    return queries
+@router.get("/results.zip")
+def results_as_zip(site: OfSite, query: Asked) -> Response:
+    """The photos of the results, with their boxes as JSON."""
+    views = resolve(query, site.gallery, site.uploads)
+    entries = site.searcher.search(query, views).entries if views else []
+    headers = {"Content-Disposition": 'attachment; filename="results.zip"'}
+    parts = photos_as_zip(site.gallery, entries)
+    return StreamingResponse(parts, media_type="application/zip", headers=headers)

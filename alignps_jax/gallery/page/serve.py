@@ -7,72 +7,57 @@ import secrets
 import signal
 import socket
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NoReturn
 
 import uvicorn
-from ml_collections import ConfigDict
 
-from alignps_jax.devices import use_compilation_cache
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.page.access import Door, ImpatientProtocol, guarded, is_loopback
-from alignps_jax.gallery.page.app import make_app, make_site
-from alignps_jax.gallery.store import Gallery
-from alignps_jax.inference.detector import Detector
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.page.access import Door, ImpatientProtocol, addresses, guarded
+from alignps_jax.gallery.page.app import make_app
+from alignps_jax.gallery.page.site import Site
 
 _CONNECTIONS = 500  # at a time; more are told to come back
 _GRACE = 5  # seconds that requests under way have when the server stops
 
 
-def serve_checkpoint(
-    checkpoint: Path,
-    config: ConfigDict,
+def serve(
     gallery: Gallery,
     host: str,
     port: int,
     public_url: str | None = None,
     no_token: bool = False,
+    sources: Sequence[str] = (),
 ) -> None:
-    """Serves the page of a gallery, with the checkpoint that made it, until a signal comes.
+    """Serves the page of a gallery until a signal comes.
 
     Args:
-      host: where to listen.
-      port: 0 takes a free one.
+      gallery: with the detector that made it.
+      host, port: where to listen; port 0 is a free one.
       public_url: what visitors call the server where a proxy, or a name, stands before it.
       no_token: lets everybody in who can connect.
+      sources: folders that can be indexed from the page.
 
     Raises:
-      UserError: the checkpoint did not make the gallery, or an address is none.
+      UserError, OSError: it cannot listen there, or an address is none.
     """
-    use_compilation_cache()
-    detector = Detector.from_checkpoint(checkpoint, config)
-    gallery.check_detector(detector)
-    serve_gallery(gallery, detector, host, port, public_url, no_token)
-
-
-def serve_gallery(
-    gallery: Gallery,
-    detector: Detector,
-    host: str,
-    port: int,
-    public_url: str | None = None,
-    no_token: bool = False,
-) -> None:
-    """`serve_checkpoint` with a detector that is there already."""
     if not 0 <= port < 65536:
         raise UserError(f"--port: found {port}, expected 0 to 65535")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
-        token = None if no_token else secrets.token_urlsafe(32)
-        door = Door.of(host, listener.getsockname()[1], token, public_url)
-        site = make_site(gallery, detector)
+        port, token = listener.getsockname()[1], None if no_token else secrets.token_urlsafe(32)
+        door, site = Door.of(host, port, token, public_url), Site(gallery, sources)
         print(f"gallery  {gallery.num_people:,} people in {gallery.num_scenes:,} photos and frames")
-        for address in door.addresses(host):
-            print(f"page     {address}")
-        if not is_loopback(host):
-            print("         whoever can connect and has this address sees the photos")
-        sys.stdout.flush()
+        named = [
+            f"http://{f'[{name}]' if ':' in name else name}:{port}" for name in addresses(host)
+        ]
+        for address in [door.origin] if door.origin else named:
+            print(f"page     {address}/{f'?token={token}' if token else ''}", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _leave)  # uvicorn hands both on when it has stopped
+        site.uploads.warm_up(site.searcher.warm_up)
         config = uvicorn.Config(
             guarded(make_app(site), door),
             http=ImpatientProtocol,
@@ -85,9 +70,6 @@ def serve_gallery(
             server_header=False,
             timeout_graceful_shutdown=_GRACE,
         )
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _leave)  # uvicorn hands both on when it has stopped
-        site.warm_up()
         uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -2,85 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-import threading
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
 import jinja2
+import numpy as np
 from fastapi import Depends
+from fastapi.encoders import jsonable_encoder
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
-from alignps_jax.boxes import area
+from alignps_jax.errors import UserError
+from alignps_jax.evaluation.calibration import words
 from alignps_jax.gallery.entries import Person, Scene
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.access import MAX_BODY, YEAR
+from alignps_jax.gallery.page.library import Library
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.queries import SearchRequest
 from alignps_jax.gallery.page.results import Searcher
 from alignps_jax.gallery.page.uploads import Uploads
-from alignps_jax.gallery.store import Gallery
 
 _READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
 _RARELY, _LEAST = 20.0, 2.0
+_MAX_FOLDERS = 300  # that a filter offers; others can be typed
 
 
-class Overview:
-    """How much a gallery has, and its cameras and folders, read anew from time to time.
-
-    Among millions of photos that takes seconds, so pages show what was read last.
-    """
-
-    def __init__(self, gallery: Gallery):
-        self._gallery = gallery
-        self._known: dict[str, Any] = {}
-        self._next = 0.0
-        self._lock = threading.Lock()
-        self._read()
-
-    def values(self) -> dict[str, Any]:
-        """Numbers of people and scenes, the choices of a filter, and what is wrong if it is."""
-        with self._lock:
-            if time.monotonic() >= self._next:
-                self._next = float("inf")  # until it is read
-                threading.Thread(target=self._read, name="overview", daemon=True).start()
-            return self._known
-
-    def _read(self) -> None:
-        begin = time.monotonic()
-        try:
-            known = {
-                "people": self._gallery.num_people,
-                "scenes": self._gallery.num_scenes,
-                "cameras": self._gallery.cameras(),
-                "folders": self._gallery.folders(),
-                "trouble": "",
-            }
-        except Exception as error:  # a disk that is not mounted comes back
-            known = {"people": 0, "scenes": 0, "cameras": [], "folders": []} | self._known
-            known["trouble"] = str(error)
-        end = time.monotonic()
-        with self._lock:
-            self._known = known
-            self._next = end + max(_LEAST, _RARELY * (end - begin))
-
-
-@dataclasses.dataclass(frozen=True)
 class Site:
-    """A gallery with what searches it."""
+    """A gallery with what searches it, and what every page shows of it."""
 
-    gallery: Gallery
-    uploads: Uploads
-    pictures: Pictures
-    searcher: Searcher
-    marks: Marks
-    overview: Overview
+    def __init__(self, gallery: Gallery, sources: Sequence[str] = ()):
+        self.gallery = gallery
+        self.uploads, self.pictures = Uploads(gallery.own_detector()), Pictures(gallery)
+        self.searcher, self.marks = Searcher(gallery), Marks(gallery)
+        self.library = Library(gallery, sources)
+        self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
+        self._next = 0.0
 
     def scene(self, scene_id: str) -> Scene:
         """A scene of the gallery; HTTPException (404)."""
@@ -96,9 +59,24 @@ class Site:
             raise HTTPException(404, "This person is not in the gallery, or not any more.")
         return person
 
-    def warm_up(self) -> None:
-        """Compiles what the first visitor would else wait for; returns at once."""
-        self.uploads.warm_up(self.searcher.warm_up)
+    def overview(self) -> dict[str, Any]:
+        """Numbers of people and scenes, the choices of a filter, and what is wrong if it is."""
+        begin, gallery = time.monotonic(), self.gallery
+        if begin >= self._next:
+            self._next = float("inf")  # others show what was read last
+            try:
+                self._overview = {
+                    "people": gallery.num_people,
+                    "scenes": gallery.num_scenes,
+                    "cameras": gallery.cameras(),
+                    "folders": sorted(gallery.folders(), key=len)[:_MAX_FOLDERS],
+                    "trouble": "",
+                }
+            except (UserError, OSError) as error:  # a disk that is not mounted comes back
+                self._overview = self._overview | {"trouble": str(error)}
+            end = time.monotonic()
+            self._next = end + max(_LEAST, _RARELY * (end - begin))
+        return self._overview
 
 
 def _site(request: Request) -> Site:
@@ -108,7 +86,7 @@ def _site(request: Request) -> Site:
 
 def _read_first(request: Request) -> None:
     """Leads to the text about responsible use unless this browser has seen it."""
-    if request.cookies.get(_READ_COOKIE) != "read":
+    if not _wants_json(request) and request.cookies.get(_READ_COOKIE) != "read":
         query = f"?{request.url.query}" if request.url.query else ""
         following = quote(f"{request.url.path}{query}", safe="")
         raise HTTPException(303, headers={"Location": f"/responsible-use?next={following}"})
@@ -120,10 +98,8 @@ READ_FIRST = [Depends(_read_first)]
 
 def after_reading(following: str) -> Response:
     """On to the page that was asked for, and not again through the text."""
-    parts = urlsplit(following)
-    is_ours = following.startswith("/") and not following.startswith(("//", "/\\"))
-    safe = is_ours and not parts.scheme and not parts.netloc and following.isprintable()
-    response = RedirectResponse(following if safe else "/", 303)
+    is_ours = following.startswith("/") and following[1:2] not in ("/", "\\")
+    response = RedirectResponse(following if is_ours and following.isprintable() else "/", 303)
     response.set_cookie(_READ_COOKIE, "read", YEAR, httponly=True)
     return response
 
@@ -135,16 +111,6 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def file_name(path: str) -> str:
-    """The last part of a path."""
-    return path.rstrip("/").rpartition("/")[2]
-
-
-def largest_first(people: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """People by the area of their boxes, for the small ones to be drawn last and stay in reach."""
-    return sorted(people, key=lambda one: -float(area(one["box"])))
-
-
 _TEMPLATES = Jinja2Templates(
     env=jinja2.Environment(
         loader=jinja2.PackageLoader("alignps_jax.gallery.page"),
@@ -154,22 +120,22 @@ _TEMPLATES = Jinja2Templates(
         lstrip_blocks=True,
     ),
     context_processors=[
-        lambda request: {
-            **_site(request).overview.values(),
-            "progress": _site(request).uploads.status(),
-        }
+        lambda request: _site(request).overview() | {"progress": _site(request).uploads.status()}
     ],
 )
-_TEMPLATES.env.filters |= {
-    "clock": clock,
-    "file_name": file_name,
-    "largest_first": largest_first,
-}
-_TEMPLATES.env.globals |= {"MAX_BODY": MAX_BODY}
+_TEMPLATES.env.filters |= {"clock": clock, "words": words}
+_TEMPLATES.env.globals["MAX_BODY"] = MAX_BODY
 
 
-def page(request: Request, template: str, **values: Any) -> HTMLResponse:
-    """A page, or a part of one for HTMX to put in its place."""
+def _wants_json(request: Request) -> bool:
+    return request.headers.get("accept", "").startswith("application/json")
+
+
+def page(request: Request, template: str, **values: Any) -> Response:
+    """A page, or the values that it shows as JSON for a program that accepts that."""
+    if _wants_json(request):
+        plain = {np.ndarray: lambda x: x.tolist(), bytes: lambda _: None}
+        return JSONResponse(jsonable_encoder(values, custom_encoder=plain))
     return _TEMPLATES.TemplateResponse(request, template, values)
 
 
@@ -177,6 +143,8 @@ def message(request: Request, status: int, line: str) -> Response:
     """One friendly line: a page of its own that leads back, or what HTMX shows as a notice."""
     if request.headers.get("hx-request") == "true":
         return PlainTextResponse(line, status)
+    if _wants_json(request):
+        return JSONResponse({"error": line}, status)
     query = SearchRequest.lenient(request.query_params)
     back = urlsplit(request.headers.get("referer", ""))
     place = "/" + f"{back.path}?{back.query}".lstrip("/\\").rstrip("?") if back.path else ""

@@ -20,13 +20,20 @@ function send(form) {
     return;
   }
   say("");
-  form.querySelector("button").textContent = "Sending …";
   form.requestSubmit();
+  Object.assign(form.querySelector("button"), { textContent: "Sending …", disabled: true });
 }
 
 function take(files) {
   const form = document.querySelector("form[data-upload]");
-  if (!form || !files.length) return false;
+  if (!form || !files.length) {
+    if (files.length) say("Photos can be dropped on the first page, and on results to add a view.");
+    return false;
+  }
+  if (files.length > 1) {
+    say("Please choose one photo at a time.");
+    return true;
+  }
   form.querySelector("input[type=file]").files = files;
   send(form);
   return true;
@@ -56,13 +63,9 @@ document.addEventListener("paste", (event) => {
 window.addEventListener("pageshow", (event) => {
   if (!event.persisted) return;
   for (const button of document.querySelectorAll("form[data-upload] button")) {
-    button.textContent = "Find the people in it";
+    Object.assign(button, { textContent: "Find people in it", disabled: false });
   }
 });
-
-for (const select of document.querySelectorAll("select[data-submit]")) {
-  select.addEventListener("change", () => select.form.requestSubmit());
-}
 
 // A box around somebody: by mouse at once, by touch after the switch, because touch also scrolls.
 
@@ -136,6 +139,59 @@ function drawOn(photo) {
     }
   }
 }
+
+// Full size in place; without a script the link opens the picture.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("[data-zoom]");
+  if (!link) return;
+  event.preventDefault();
+  const photo = link.closest("form").previousElementSibling;
+  const svg = photo.querySelector("svg");
+  const zoomed = photo.classList.toggle("zoomed");
+  const { width, height } = svg.viewBox.baseVal;
+  for (const [name, value] of Object.entries({ width, height })) {
+    if (zoomed) svg.setAttribute(name, value); else svg.removeAttribute(name);
+  }
+  if (zoomed) svg.querySelector("image").setAttribute("href", link.href);
+  link.textContent = zoomed ? "Fit to the window" : "Full size";
+});
+
+// Keys: among results, and in the viewer by the links and buttons that are there.
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.target.closest("input:not([type=checkbox]), select, textarea, video")) return;
+  const { key } = event;
+  if (key === "?") return document.getElementById("keys").showModal();
+  const link = document.querySelector(`[data-key="${key}"]`);
+  if (link) return link.click();
+  const cards = [...document.querySelectorAll("#list > .card")];
+  const card = document.activeElement.closest(".card");
+  if ((key === "j" || key === "k") && cards.length) {
+    const next = cards[cards.indexOf(card) + (key === "j" ? 1 : card ? -1 : 1)];
+    next?.querySelector("a")?.focus();
+  }
+  const place = card || document.querySelector(".compare");
+  if (key === "r" || key === "w") place?.querySelector(key === "r" ? ".right" : ".wrong")?.click();
+  if (key === "x") card?.querySelector("input[type=checkbox]")?.click();
+  if (key === "Escape") document.getElementById("several")?.querySelector("form")?.reset();
+});
+
+// The address says how many results are shown and at which one, so that Back returns there.
+document.addEventListener("htmx:afterRequest", (event) => {
+  const shown = new URL(event.detail.pathInfo.finalRequestPath, location).searchParams.get("shown");
+  if (!shown || !event.detail.successful) return;
+  const here = new URL(location);
+  here.searchParams.set("shown", shown);
+  history.replaceState(null, "", here);
+});
+document.addEventListener("click", (event) => {
+  const card = event.target.closest("#list > .card");
+  if (card?.id && event.target.closest("a")) history.replaceState(null, "", `#${card.id}`);
+});
+document.addEventListener("input", (event) => {
+  const output = event.target.closest("label")?.querySelector("output");
+  if (output) output.value = Number(event.target.value).toFixed(2);
+});
 
 function prepare(root) {
   for (const photo of root.querySelectorAll("[data-draw]:not([data-ready])")) {

@@ -1,17 +1,14 @@
 """The search among embeddings against sorting everything."""
 
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignps_jax.gallery import nearest as gallery
-from alignps_jax.gallery.photos import rank
-from alignps_jax.gallery.query import Query
-from alignps_jax.types import Detections, UserError
+from alignps_jax import nearest as gallery
+from alignps_jax.types import UserError
 
 
 def sorted_all(queries, embeddings, k):
@@ -118,31 +115,3 @@ def test_needs_little_more_than_the_gallery():
 def test_wrong_input(queries, embeddings, k, message):
     with pytest.raises(UserError, match=message):
         gallery.top_k(np.zeros(queries), np.zeros(embeddings), k)
-
-
-def test_people_found_in_photos_are_ranked_for_every_query():
-    people = whole_numbers(0, 7, 3)
-    found = {}
-    for name, rows in (("a.jpg", slice(0, 3)), ("b.jpg", slice(3, 3)), ("c.jpg", slice(3, 7))):
-        boxes = np.arange(7, dtype=np.float32)[rows, None] + np.zeros(4, np.float32)
-        scores = np.linspace(0.9, 0.3, 7)[rows]
-        valid = np.ones(len(scores), bool)
-        found[Path("folder") / name] = Detections(boxes, scores, people[rows], valid)
-    queries = [Query(np.full(4, 9.0), row) for row in whole_numbers(1, 2, 3)]
-    rankings = rank(queries, Path("photos/query.jpg"), found, max_results=4)
-    index, similarity = sorted_all(np.stack([query.embedding for query in queries]), people, 4)
-    for ranking, rows, values in zip(rankings, index, similarity, strict=True):
-        assert ranking.image == "query.jpg"
-        assert [int(one.box[0]) for one in ranking.results] == rows.tolist()
-        assert [one.similarity for one in ranking.results] == values.tolist()
-        assert [one.image for one in ranking.results] == [
-            "a.jpg" if row < 3 else "c.jpg" for row in rows
-        ]
-        assert [one.score for one in ranking.results] == list(np.linspace(0.9, 0.3, 7)[rows])
-
-    none = {
-        Path("empty.jpg"): Detections(
-            np.zeros((0, 4)), np.zeros(0), np.zeros((0, 3)), np.zeros(0, bool)
-        )
-    }
-    assert [one.results for one in rank(queries, Path("query.jpg"), none)] == [(), ()]

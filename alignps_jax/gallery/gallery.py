@@ -1,0 +1,288 @@
+"""A gallery: everybody who was found in photos and videos, to be searched and looked up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
+from typing import Self
+
+import cv2
+import numpy as np
+from jaxtyping import Float
+
+from alignps_jax.errors import UserError
+from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
+from alignps_jax.gallery.memory import PeopleInMemory, load_people
+from alignps_jax.gallery.people import FILE, PERSON, SCENE, People
+from alignps_jax.inference.detector import Detector
+from alignps_jax.media.photos import Image, photo_bytes, read_photo, thumbnail
+from alignps_jax.media.videos import frame_at
+from alignps_jax.types import AnyArray
+
+# A gallery of more people that grows is read anew after so many times what reading it took.
+_QUICKLY_READ, _PATIENCE = 50_000, 20.0
+
+Place = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneCard:
+    """A photo, or a video by its latest frame, and the number of its frames."""
+
+    scene: Scene
+    frames: int
+
+
+class Gallery:
+    """The people of a gallery; calls see the newest commit, in a large one that grows soon.
+
+    Attributes:
+      people: its tables.
+      detector: finds people in photos that are added or searched; None: there are none.
+    """
+
+    def __init__(self, people: People, detector: Detector | None = None):
+        self.people, self.detector = people, detector
+        self._memory: PeopleInMemory | None = None
+        self._loaded, self._forgotten = 0.0, 0
+        self._lock = threading.Lock()
+        if detector is not None:
+            self.check_detector(detector)
+
+    @classmethod
+    def open(cls, address: Place, detector: Detector | None = None, create: bool = False) -> Self:
+        """Opens the gallery at a folder, or any other address that LanceDB takes.
+
+        Args:
+          address: a folder such as people.lance, s3://bucket/people.lance, or memory://.
+          detector: needed to add photos, and to search for the person of a photo.
+          create: makes an empty gallery for the detector where there is none.
+
+        Raises:
+          UserError: there is no gallery, it cannot be opened, or another detector made it.
+        """
+        info = info_of(detector) if create and detector is not None else None
+        return cls(People(os.fspath(address), info), detector)
+
+    @property
+    def address(self) -> str:
+        """Where it lies."""
+        return self.people.address
+
+    @property
+    def info(self) -> GalleryInfo:
+        """The detector that made it."""
+        return self.people.info
+
+    def check_detector(self, detector: Detector) -> None:
+        """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
+        found = info_of(detector)
+        if found.compatibility != self.info.compatibility:
+            raise UserError(
+                f"--gallery: {self.address} was made by {self.info}; found {found}; expected the "
+                "same, or another gallery"
+            )
+
+    def own_detector(self) -> Detector:
+        """The detector; UserError without one."""
+        if self.detector is None:
+            raise UserError(f"{self.address}: expected Gallery.open(..., detector=detector)")
+        return self.detector
+
+    @property
+    def version(self) -> int:
+        """Changes with every commit."""
+        return self.people.table.version
+
+    @property
+    def num_people(self) -> int:
+        """The number of people."""
+        return self.people.table.count(kind=PERSON)
+
+    @property
+    def num_scenes(self) -> int:
+        """The number of photos and frames, those of nobody included."""
+        return self.people.table.count(kind=SCENE)
+
+    def search(
+        self, embedding: Float[AnyArray, "D"], k: int, where: Filter | None = None
+    ) -> list[Match]:
+        """The k people that are most similar to an embedding of length one, best first."""
+        return self.search_many(np.asarray(embedding)[None], k, where)[0]
+
+    def search_many(
+        self, embeddings: Float[AnyArray, "Q D"], k: int, where: Filter | None = None
+    ) -> list[list[Match]]:
+        """The same for each of several embeddings; UserError if they are of another detector."""
+        queries, where = np.asarray(embeddings, np.float32), where or Filter()
+        if queries.ndim != 2 or queries.shape[1] != self.info.dim or k < 1:
+            raise UserError(
+                f"gallery search: found embeddings of shape {queries.shape}, k = {k}, "
+                f"expected (queries, {self.info.dim}), k from 1"
+            )
+        memory = self.memory()
+        if memory.embeddings is not None:
+            found = memory.search(queries, k, where)
+        else:
+            found = [self._nearest(memory, query, k, where) for query in queries]
+        return [
+            [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
+            for matches in found
+        ]
+
+    def _nearest(
+        self, memory: PeopleInMemory, query: Float[np.ndarray, "D"], k: int, where: Filter
+    ) -> list[tuple[Person, float]]:
+        found = self.people.nearest(query, k, where, memory.copied(where))
+        people = [(memory.person(identity), similarity) for identity, similarity in found]
+        return [(person, similarity) for person, similarity in people if person is not None]
+
+    def searched(self, where: Filter | None = None) -> int:
+        """The number of people who pass a filter."""
+        return int(self.memory().matching(where or Filter()).sum())
+
+    @property
+    def recall(self) -> float | None:
+        """None: searches are exact; else the share of the ten best that the vector index finds.
+
+        That is for more people than fit into the memory of this machine. It was measured with a
+        sample when the index was made.
+        """
+        is_exact = self.memory().embeddings is not None
+        return None if is_exact else self.people.trained().get("recall")
+
+    def memory(self) -> PeopleInMemory:
+        """The people in memory, read anew where they have changed."""
+        known, forgotten = self._memory, self.people.notes("forgotten").version
+        if known is not None and known.version == self.version:
+            return known
+        # A large one takes long, and others may read it; but nobody who was forgotten is found.
+        if known is not None and len(known) > _QUICKLY_READ and forgotten == self._forgotten:
+            is_new = time.monotonic() - self._loaded < _PATIENCE * known.took
+            if is_new or self._lock.locked():
+                return known
+        with self._lock:
+            if self._memory is None or self._memory.version != self.version:
+                self._memory, self._forgotten = load_people(self.people), forgotten
+                self._loaded = time.monotonic()
+            return self._memory
+
+    def add(self, paths: Place | Iterable[Place], every: float = 1.0) -> dict[str, str]:
+        """Finds everybody in a photo, video or folder, or several, unless they are known already.
+
+        `every`: seconds between the frames of a video that are looked at. Returns the files that
+        could not be read, with reasons.
+        """
+        from alignps_jax.gallery.index import index  # a room above this one
+
+        some = [paths] if isinstance(paths, str | os.PathLike) else paths
+        return index(self, [os.fspath(path) for path in some], every).walk.skipped
+
+    def search_photo(
+        self,
+        photo: Image,
+        box: Sequence[float] | None,
+        k: int,
+        where: Filter | None = None,
+    ) -> list[Match]:
+        """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest person.
+
+        Raises:
+          UserError: nobody is found there.
+        """
+        from alignps_jax.gallery.search import wanted_people  # a room above this one
+
+        found = wanted_people(self.own_detector(), photo, "the photo", box)
+        return self.search(found.embeddings[0], k, where)
+
+    def scene(self, identity: str) -> Scene | None:
+        """The scene of an id."""
+        return next(iter(self.memory().scenes_with("scene", identity)), None)
+
+    def scenes_of(self, content: str) -> list[Scene]:
+        """The photo, or the frames of the video in their order, with that hash of its file."""
+        found = self.memory().scenes_with("hash", content)
+        return sorted(found, key=lambda scene: scene.second or 0.0)
+
+    def person(self, identity: str) -> Person | None:
+        """The person of an id."""
+        return self.memory().person(identity)
+
+    def people_of(self, scene: str) -> list[Person]:
+        """The people of a scene (its id), best score first."""
+        return self.memory().people_of(scene)
+
+    def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        """The embeddings of people (their ids), in that order; UserError if one is not there."""
+        rows = self.people.table.rows(["id", "embedding"], kind=PERSON, id=list(people))
+        found = dict(zip(*(column.to_pylist() for column in rows.columns), strict=True))
+        if missing := [identity for identity in people if identity not in found]:
+            raise UserError(f"{self.address}: found nobody with the id {missing[0]!r}")
+        vectors = [found[identity] for identity in people]
+        return np.array(vectors, np.float32).reshape(-1, self.info.dim)
+
+    def scenes(self, limit: int, offset: int = 0, where: Filter | None = None) -> list[SceneCard]:
+        """Some of the photos and videos, newest first, those of unknown time last, by path."""
+        memory, some = self.memory(), slice(offset, offset + limit)
+        rows, frames = memory.cards(where or Filter())
+        return list(map(SceneCard, memory.scenes_of(rows[some]), frames[some].tolist()))
+
+    def cameras(self) -> list[str]:
+        """The names of all known cameras, sorted."""
+        return sorted(filter(None, self.memory().scenes["camera"].unique().to_pylist()))
+
+    def folders(self) -> list[str]:
+        """The folders that scenes lie in, and those above them up to a common one, sorted."""
+        own = {PurePath(path).parent for path in self.memory().scenes["path"].unique().to_pylist()}
+        top = os.path.commonpath(own) if own else ""
+        above = {folder for one in own for folder in one.parents if folder.is_relative_to(top)}
+        return sorted(map(str, own | above))
+
+    def pixels(self, scene: Scene, side: int | None = None) -> Image:
+        """The photo, or the frame of the video, RGB; with a longer side of at most `side`, quickly.
+
+        Raises:
+          UserError, OSError: all files with this content are gone, changed, or cannot be decoded.
+        """
+        files = self.people.table.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
+        error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
+        for row in sorted(files.to_pylist(), key=lambda row: row["path"] != scene.path):
+            path, state = Path(row["path"]), (row["size"], row["mtime"])
+            try:
+                found = os.stat(path)
+                if (found.st_size, found.st_mtime_ns) != state:
+                    raise UserError(f"{path}: has changed since it was indexed; index it again")
+                return _read(path, scene.second, self.info.max_pixels, side)
+            except (UserError, OSError) as reason:
+                error = reason
+        raise error
+
+
+def _read(path: Path, second: float | None, max_pixels: int, side: int | None) -> Image:
+    if second is None:
+        if side is None:
+            return read_photo(path, max_pixels)
+        return thumbnail(photo_bytes(path, max_pixels), side, max_pixels)
+    frame = frame_at(str(path), second, max_pixels)
+    factor = min(1.0, (side or max(frame.shape)) / max(frame.shape[:2]))
+    size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
+    return frame if side is None else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
+
+
+def info_of(detector: Detector) -> GalleryInfo:
+    """A detector as a gallery knows it."""
+    config = detector.config
+    long, short = config.data.test_scale
+    branches = 1 + (config.model.roi and config.eval.branch == "both")
+    return GalleryInfo(
+        checkpoint=detector.fingerprint,
+        name=detector.name,
+        test_scale=(int(long), int(short)),
+        score_threshold=float(config.eval.score_threshold),
+        dim=branches * int(config.model.channels),
+        max_pixels=int(config.data.max_pixels),
+    )

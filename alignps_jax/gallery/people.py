@@ -1,0 +1,321 @@
+"""The people of a gallery in LanceDB, and the files and scenes that they were found in.
+
+The table has three kinds of rows. A file row says that a path with a content (hash) is indexed; a
+scene row is a photo or a frame; a person row is somebody in a scene and repeats what is known of
+it. So the people of a photo appear in one commit, and no kill leaves half of them. Scenes and
+people belong to a content, not to a path: copies are further file rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import operator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import lancedb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float
+from lancedb.expr import col, lit
+from lancedb.index import Bitmap, BTree, IvfPq
+
+from alignps_jax.errors import UserError
+from alignps_jax.gallery.entries import Filter, GalleryInfo, Scene, content_hash, person_id
+from alignps_jax.gallery.tables import KEY, NOTES, Note, Notes, Table, having, parts, table_names
+from alignps_jax.types import Detections
+
+FILE, SCENE, PERSON = "file", "scene", "person"
+SCENE_COLUMNS = ("scene", "path", "height", "width", "taken", "camera", "second", "hash")
+
+_INFO = b"alignps_jax"
+_KEEP_OLD = datetime.timedelta(hours=1)  # older states, for those who read them
+_INDICES = {"id": BTree, "path": BTree, "hash": BTree, "taken": BTree, "kind": Bitmap}
+_SAMPLE = 20  # people by whom the recall is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundScene:
+    """A scene, its people (best first), and seconds between frames (0 for photos)."""
+
+    scene: Scene
+    people: Detections
+    every: float = 0.0
+
+
+class FileState(NamedTuple):
+    """A file as it was indexed; `complete` is False for a video until its last frame is in."""
+
+    path: str
+    size: int
+    mtime: int
+    hash: str
+    every: float = 0.0
+    complete: bool = True
+
+
+class People:
+    """The people of a gallery.
+
+    Attributes:
+      address: a folder such as people.lance, or s3://bucket/people.lance.
+      info: the detector that made it.
+      table: of people, scenes and files.
+    """
+
+    def __init__(self, address: str, info: GalleryInfo | None = None):
+        """Opens a gallery, or makes an empty one for `info`; UserError if there is none."""
+        _check_place(address, making=info is not None)
+        self.address = address
+        always = datetime.timedelta(0)
+        self._database = lancedb.connect(address, read_consistency_interval=always)
+        self.table = Table(self._database, "people", schema(info) if info else None)
+        with self.table.open() as table:
+            self.info = _info(address, table.schema)
+        self._schema = schema(self.info)
+
+    def notes(self, name: str) -> Notes:
+        """The notes of a kind, such as "marks"."""
+        return Notes(self._database, name)
+
+    def all_notes(self) -> list[Notes]:
+        """The notes of all kinds."""
+        names = [name for name in table_names(self._database) if name.startswith(NOTES)]
+        return [self.notes(name.removeprefix(NOTES)) for name in names]
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a gallery on a disk."""
+        return None if "://" in self.address else Path(self.address)
+
+    @property
+    def thumbnails(self) -> Path | None:
+        """Where pictures of its people may be kept, which `forget` removes."""
+        return self.folder and self.folder / ".thumbnails"
+
+    def known_files(self) -> dict[str, FileState]:
+        """All files that are indexed, by path."""
+        columns = self.table.rows(FileState._fields, kind=FILE).columns
+        states = map(FileState, *(column.to_pylist() for column in columns))
+        return {state.path: state for state in states}
+
+    def last_second(self, content: str) -> float | None:
+        """The last frame of a video that is in; None if there is none."""
+        seconds = self.table.rows(["second"], kind=SCENE, hash=content)["second"]
+        found: float | None = pc.max(seconds).as_py()
+        return found
+
+    def commit(self, scenes: Sequence[FoundScene], files: Sequence[FileState]) -> None:
+        """Adds scenes and files, in place of what the gallery has of them, in one commit."""
+        if scenes or files:
+            rest = {"kind": FILE, "scene": "", "height": 0, "width": 0, "camera": ""}
+            rows = [
+                file._asdict() | rest | {"id": content_hash(file.path.encode())} for file in files
+            ]
+            found = pa.concat_tables(
+                [_scene_rows(scenes, self._schema), pa.Table.from_pylist(rows, self._schema)]
+            )
+            # Boxes of one scene that are the same to a pixel are one person.
+            first = np.unique(found["id"].to_numpy(), return_index=True)[1]
+            self.table.put(found.take(np.sort(first)))
+
+    def remove_files(self, paths: Collection[str]) -> None:
+        """Removes files, and the scenes and people of contents that no other file has."""
+        for some in parts(paths):
+            gone = self.table.rows(["hash"], kind=FILE, path=some)["hash"].unique().to_pylist()
+            same = self.table.rows(["path", "hash"], kind=FILE, hash=gone).to_pylist()
+            others = {row["hash"]: row["path"] for row in same if row["path"] not in paths}
+            self._move(others, some)
+            self.table.delete(hash=[content for content in gone if content not in others])
+            self.table.delete(kind=FILE, path=some)
+
+    def _move(self, paths: Mapping[str, str], gone: Sequence[str]) -> None:
+        """Gives contents another path where theirs is gone."""
+        kinds, names = [SCENE, PERSON], self._schema.names
+        rows = self.table.rows(names, kind=kinds, hash=list(paths), path=gone)
+        if len(rows):
+            moved = pa.array([paths[content] for content in rows["hash"].to_pylist()])
+            self.table.put(rows.set_column(names.index("path"), self._schema.field("path"), moved))
+
+    def nearest(
+        self,
+        query: Float[np.ndarray, "D"],
+        k: int,
+        where: Filter,
+        copied: Sequence[str] = (),
+        exact: bool = False,
+    ) -> list[tuple[str, float]]:
+        """Ids and similarities of people, by the vector index if there is one."""
+        wanted = [*where.condition(col, copied), having(kind=PERSON)]
+        if where.min_score is not None:
+            wanted.append(col("score") >= lit(where.min_score).cast("float32"))
+        with self.table.open() as table:
+            search = table.search(query, vector_column_name="embedding").distance_type("cosine")
+            search = search.bypass_vector_index() if exact else search
+            # A few lists of every thousand; candidates are compared again exactly.
+            search = search.nprobes(max(64, table.count_rows() // 40_000))
+            search = search.refine_factor(max(4, min(40, 8000 // k))).limit(k)
+            search = search.where(functools.reduce(operator.and_, wanted), prefilter=True)
+            rows = search.select(["id", "_distance"]).to_arrow().to_pylist()
+        return [(row["id"], 1.0 - row["_distance"]) for row in rows]
+
+    def train(self) -> None:
+        """Makes the vector index anew, and notes how many people it was made of and its recall."""
+        count, dim = self.table.count(kind=PERSON), self.info.dim
+        with self.table.open() as table:
+            # Codes of a byte for eight values, where their length allows.
+            lists = IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 8)))
+            table.create_index("embedding", config=lists, replace=True)
+            sample = table.search().where(having(kind=PERSON)).offset(count // 2).limit(_SAMPLE)
+            queries = sample.select(["embedding"]).to_arrow()["embedding"].to_pylist()
+        shares = []
+        for query in np.array(queries, np.float32):
+            found, best = (
+                {one for one, _ in self.nearest(query, 11, Filter(), exact=exact)}
+                for exact in (False, True)
+            )
+            shares.append(len(found & best) / len(best))
+        content = {"people": count, "recall": float(np.mean(shares))}
+        self.notes("vector_index").put([Note("embedding", (), content)])
+
+    def trained(self) -> Mapping[str, Any]:
+        """What `train` noted; {} without a vector index."""
+        return next((note.content for note in self.notes("vector_index").all()), {})
+
+    def optimize(self) -> None:
+        """Puts small files together, brings indices up to date, and drops older states.
+
+        What stands in its way, such as another process that does the same, is left for next time.
+        """
+        try:
+            with self.table.open() as table:
+                indexed = {index.columns[0] for index in table.list_indices()}
+                for column in _INDICES.keys() - indexed:
+                    table.create_index(column, config=_INDICES[column]())
+                table.optimize(cleanup_older_than=_KEEP_OLD)
+        except UserError as error:
+            print(f"note: {error}")
+
+    def purge(self, alone: bool = False) -> str | None:
+        """See `Table.purge`; returns why older states remain, where they do."""
+        if self.address.startswith("db://"):
+            return "this service keeps older states as long as it is set up to"
+        for name in table_names(self._database):
+            Table(self._database, name).purge(alone and name == "people")
+        self.optimize()
+        return None
+
+    @contextlib.contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Keeps a second indexing process of a gallery on a disk out; UserError if there is one."""
+        if self.folder is None:
+            yield
+            return
+        try:
+            lock = filelock.FileLock(self.folder / ".indexing").acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise UserError(f"--gallery: {self.address}: another process indexes it") from error
+        with lock:
+            yield
+
+
+def is_gallery(address: str) -> bool:
+    """Whether something that --mode=index made may lie there, rather than a folder of photos."""
+    return "://" in address or (Path(address) / "people.lance").is_dir()
+
+
+def _check_place(address: str, making: bool) -> None:
+    """Raises UserError if a folder holds other things than a gallery, or there is none to open."""
+    if "://" in address:
+        return
+    place = Path(address)
+    names = [path.name for path in place.iterdir()] if place.is_dir() else []
+    others = [name for name in names if not name.endswith(".lance") and name[0] != "."]
+    if place.is_file() or (making and others):
+        found = sorted(others)[0] if others else "a file"
+        raise UserError(f"--gallery: found {found} in {place}, expected a gallery or nothing there")
+    if not (making or is_gallery(address)):
+        raise UserError(f"--gallery: found no gallery in {place}, expected what --mode=index made")
+
+
+def schema(info: GalleryInfo) -> pa.Schema:
+    """The columns of the table of people, with the detector that made it."""
+    text, number = pa.string(), pa.int64()
+    needed = {
+        **{"kind": text, "scene": text, "path": text, "hash": text, "camera": text},
+        **{"height": pa.int32(), "width": pa.int32(), "every": pa.float64()},
+    }
+    other = {
+        **{"size": number, "mtime": number, "complete": pa.bool_()},
+        **{"taken": pa.timestamp("us"), "second": pa.float64(), "score": pa.float32()},
+        **{"box": pa.list_(pa.float32(), 4), "embedding": pa.list_(pa.float32(), info.dim)},
+    }
+    fields = [pa.field("id", text, nullable=False, metadata=KEY)]
+    fields += [pa.field(name, kind, nullable=False) for name, kind in needed.items()]
+    fields += [pa.field(name, kind) for name, kind in other.items()]
+    return pa.schema(fields, metadata={_INFO: json.dumps(dataclasses.asdict(info)).encode()})
+
+
+def _info(address: str, found: pa.Schema) -> GalleryInfo:
+    """The detector that made a table; UserError if it is no gallery, or one of another version."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        stored = json.loads((found.metadata or {})[_INFO])
+        info = GalleryInfo(**stored | {"test_scale": tuple(stored["test_scale"])})
+        if found.equals(schema(info)):
+            return info
+    raise UserError(f"--gallery: {address} is no gallery of this version; index anew elsewhere")
+
+
+def _scene_rows(scenes: Sequence[FoundScene], columns: pa.Schema) -> pa.Table:
+    """The rows of scenes and their people, scenes first."""
+    people = [found.people for found in scenes]
+    owner = np.repeat(np.arange(len(scenes)), [len(one.scores) for one in people])
+    source = np.concatenate([np.arange(len(scenes)), owner])
+    is_scene = np.arange(len(source)) < len(scenes)
+
+    def values(name: str, width: int) -> Float[np.ndarray, "R _width"]:
+        parts = [np.asarray(getattr(one, name), np.float32).reshape(-1, width) for one in people]
+        return np.concatenate([np.zeros((len(scenes), width), np.float32), *parts])
+
+    def vectors(name: str, width: int) -> pa.Array:
+        flat = pa.array(values(name, width).ravel())
+        return pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(is_scene))
+
+    per_scene = {
+        name: [getattr(one.scene, "id" if name == "scene" else name) for one in scenes]
+        for name in SCENE_COLUMNS
+    } | {"every": [one.every for one in scenes]}
+    arrays = {
+        name: pa.array(found, columns.field(name).type).take(pa.array(source))
+        for name, found in per_scene.items()
+    }
+    boxes = values("boxes", 4)
+    ids = [scenes[of].scene.id for of in source]
+    arrays["id"] = pa.array(
+        [
+            own if scene else person_id(own, box)
+            for own, scene, box in zip(ids, is_scene, boxes, strict=True)
+        ],
+        pa.string(),
+    )
+    arrays["kind"] = pa.array(np.where(is_scene, SCENE, PERSON))
+    arrays["score"] = pa.array(values("scores", 1)[:, 0], mask=is_scene)
+    arrays["box"] = vectors("boxes", 4)
+    arrays["embedding"] = vectors("embeddings", columns.field("embedding").type.list_size)
+    for name in columns.names:
+        if name not in arrays:
+            arrays[name] = pa.nulls(len(source), columns.field(name).type)
+    return pa.table([arrays[name] for name in columns.names], schema=columns)
+
+
+def scene_of(row: Mapping[str, Any]) -> Scene:
+    """The scene of a row (a dictionary with `SCENE_COLUMNS`)."""
+    return Scene(row["scene"], *(row[name] for name in SCENE_COLUMNS[1:]))

@@ -1,0 +1,1 @@
+"""Files into pixels: photos, videos, and the folders that hold them."""
