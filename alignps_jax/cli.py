@@ -142,7 +142,7 @@ def export(args: Arguments) -> None:
 
 @mode(takes="what query box gallery workdir config", one_of="checkpoint detections")
 def visualize(args: Arguments) -> None:
-    """draws sampling_points, comparison, gallery_size, detections, similarity, precision_recall"""
+    """draws figures of the paper, of people in photos, and of results (without --what: a list)"""
     from alignps_jax.configuration import checkpoint_config
     from alignps_jax.figures.kinds import FIGURES, draw_figures
     from alignps_jax.figures.request import FigureRequest

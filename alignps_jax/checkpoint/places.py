@@ -16,6 +16,7 @@ from alignps_jax.types import UserError
 
 CHECKPOINTS = "checkpoints"
 SCORE = Path("metrics", "metrics")  # where Orbax has it in a step's folder
+CALIBRATION = "calibration.json"  # there, too: how likely similarities mean the same person
 
 
 def steps_in(root: Path) -> list[int]:

@@ -6,6 +6,7 @@ it once complete, so a killed run leaves nothing half written behind. A step's f
     arrays/     step, params, frozen, opt_state and memory
     metrics/    the score, where there is one
     manifest/   config, package versions, state of the data iterator; type and checksum of arrays
+    calibration.json   once it was evaluated (`evaluation.calibration`)
 
 Arrays are host arrays: nothing ties a checkpoint to the devices that wrote it. Those without
 elements, which Orbax refuses, are in the manifest only. The checksums are ours because the format

@@ -21,9 +21,9 @@ from alignps_jax.checkpoint.store import load_weights
 from alignps_jax.distributed import is_main_process, main_process_first
 from alignps_jax.drawing.pictures import Result, draw_detections, grid_picture, picture_row
 from alignps_jax.errors import blame
-from alignps_jax.evaluation import detections_io
+from alignps_jax.evaluation import detections_io, scoring
 from alignps_jax.evaluation.results import Measured
-from alignps_jax.evaluation.scoring import METRICS, QUERIES, Scorer, make_scorer
+from alignps_jax.evaluation.scoring import METRICS, Scorer, make_scorer
 from alignps_jax.files import check_outputs, read_json, write_image
 from alignps_jax.inference.many import people_of
 from alignps_jax.inference.predict import inference_model, make_predict_step
@@ -37,7 +37,7 @@ from data_pipeline.prepared import PreparedSplit
 
 # The files that `Evaluator.write` writes.
 DETECTIONS, RANKINGS = "detections.npz", "rankings.png"
-OUTPUTS = (METRICS, QUERIES, DETECTIONS, RANKINGS)
+OUTPUTS = (*scoring.OUTPUTS, DETECTIONS, RANKINGS)
 
 EXAMPLE_IMAGES, EXAMPLE_QUERIES = 4, 6
 
@@ -152,7 +152,8 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
         scorer, photos = make_scorer(config), prepare(config.data).split("test")
     evaluator = make_evaluator(config, photos, scorer)
     measured = evaluator.measure(weights.params, weights.frozen, int(weights.step))
-    evaluator.write(dataclasses.replace(measured, chosen_by=by), untrained, workdir)
+    measured = dataclasses.replace(measured, chosen_by=by, folder=step)
+    evaluator.write(measured, untrained, workdir)
 
 
 def check_batch_size(config: ConfigDict, section: str, parts: int = 1) -> None:

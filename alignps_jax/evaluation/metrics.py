@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from alignps_jax.boxes import iou
+from alignps_jax.evaluation.calibration import BINS, count
 from alignps_jax.evaluation.ranking import GallerySearch
 from alignps_jax.types import Annotations, GalleryDetections
 
@@ -76,13 +77,18 @@ class QueryOutcome:
 
 @dataclasses.dataclass(frozen=True)
 class SearchMetrics:
-    """Search metrics from 0 to 1, and what became of each of the Q queries."""
+    """Search metrics from 0 to 1, and what became of each of the Q queries.
+
+    `right` and `wrong` are the numbers of results by similarity, as `calibration.count` has them.
+    """
 
     mAP: float  # noqa: N815 (its name everywhere)
     top1: float
     top5: float
     top10: float
     outcomes: tuple[QueryOutcome, ...]
+    right: Int[np.ndarray, "bins"]
+    wrong: Int[np.ndarray, "bins"]
 
     @property
     def per_query_ap(self) -> Float[np.ndarray, "Q"]:
@@ -146,8 +152,11 @@ def search_metrics(search: GallerySearch) -> SearchMetrics:
     """
     # A query whose photo has no detections has nothing to search with: it stays a failure.
     outcomes = [QueryOutcome(len(images)) for images in search.protocol.target_images]
+    results, right = np.zeros((2, BINS), int)
     for query, ranking in search.rankings(range(len(outcomes))):
         hits, wrong = np.flatnonzero(ranking.is_match), np.flatnonzero(~ranking.is_match)[:1]
+        results += count(ranking.similarity)
+        right += count(ranking.similarity[hits])
         outcomes[query] = QueryOutcome(
             num_targets=outcomes[query].num_targets,
             detected=True,
@@ -160,6 +169,8 @@ def search_metrics(search: GallerySearch) -> SearchMetrics:
         mAP=float(np.mean([one.ap for one in outcomes])),
         **{f"top{k}": float(np.mean([one.first_hit < k for one in outcomes])) for k in (1, 5, 10)},
         outcomes=tuple(outcomes),
+        right=right,
+        wrong=results - right,
     )
 
 

@@ -37,6 +37,7 @@ class Measured:
     labeled_detection: DetectionMetrics  # of people with an identity
     searches: Mapping[str, SearchMetrics]  # by the names of the protocols
     chosen_by: str | None = None  # what chose the step among those of its run
+    folder: Path | None = None  # of the checkpoint
 
     @property
     def score(self) -> float:

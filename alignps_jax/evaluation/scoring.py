@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from alignps_jax.checkpoint.places import CALIBRATION
 from alignps_jax.evaluation import metrics
+from alignps_jax.evaluation.calibration import Calibration, fit
 from alignps_jax.evaluation.detections_io import load_detections, rows_of_images
 from alignps_jax.evaluation.ranking import GallerySearch, Ranking
 from alignps_jax.evaluation.results import Measured, print_results, write_queries_csv
@@ -21,6 +23,7 @@ from data_pipeline.datasets import load_test
 
 # The files that `Scorer.write` writes.
 METRICS, QUERIES = "metrics.json", "queries.csv"
+OUTPUTS = (METRICS, QUERIES, CALIBRATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,15 @@ class Scorer:
         rules = self.config.eval
         return GallerySearch(protocol, detections, rules.score_threshold, rules.context_matching)
 
+    def calibration(self, measured: Measured) -> Calibration | None:
+        """What similarities mean by the first protocol; None where a search has others."""
+        rules, name = self.config.eval, self.protocols[0].name
+        if rules.context_matching or rules.boxes != "detected":
+            return None
+        search = measured.searches[name]
+        searches = sum(one.detected for one in search.outcomes)
+        return fit(f"{self.config.data.name}, {name}", search.right, search.wrong, searches)
+
     def conditions(self, measured: Measured) -> str:
         """One line on how this was measured."""
         parts, settings = [self.config.data.name], self.config.eval
@@ -78,7 +90,10 @@ class Scorer:
     def write(
         self, workdir: Path, measured: Measured, untrained: Mapping[str, Any] | None = None
     ) -> None:
-        """Prints the table; writes `metrics.json` and, query by query, `queries.csv`."""
+        """Prints the table; writes `metrics.json`, `queries.csv`, and `calibration.json`.
+
+        The last one goes to the checkpoint, too.
+        """
         threshold, scores = self.config.eval.score_threshold, measured.detections.scores
         others = {"untrained": untrained} if untrained else {}
         system = "saved" if measured.step is None else "trained"
@@ -102,6 +117,15 @@ class Scorer:
         write_json(workdir / METRICS, content)
         write_queries_csv(workdir / QUERIES, self.protocols, measured)
         print(f"metrics     {workdir / METRICS}\nqueries     {workdir / QUERIES}")
+        if calibration := self.calibration(measured):
+            calibration.save(workdir)
+            people = round(calibration.people)
+            likely = f"likely the same person from {calibration.least(0.6, people):.2f}"
+            print(f"similarity  {workdir / CALIBRATION} ({likely} among {people:,})")
+            try:
+                calibration.save(measured.folder or workdir)
+            except (UserError, OSError) as error:  # such as a checkpoint that others own
+                print(f"note: searches will show no probabilities: {error}")
 
 
 def make_scorer(config: ConfigDict) -> Scorer:
@@ -118,7 +142,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = N
       UserError: the file, its images or the data are wrong, or the results cannot be written.
     """
     workdir = workdir or file.with_name(f"{file.stem}_rescored")
-    check_outputs(workdir / METRICS, workdir / QUERIES)
+    check_outputs(*(workdir / name for name in OUTPUTS))
     if config.eval.boxes != "detected":
         raise UserError(
             "config.eval.boxes: found 'ground_truth', expected 'detected' with --detections"

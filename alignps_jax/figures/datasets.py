@@ -12,8 +12,14 @@ from jaxtyping import Int
 from alignps_jax.drawing.pictures import grid_picture
 from alignps_jax.evaluation.evaluate import query_row
 from alignps_jax.evaluation.metrics import SearchMetrics
-from alignps_jax.evaluation.scoring import detections_of, make_scorer
-from alignps_jax.figures.plots import gallery_size_plot, precision_recall_plot, rendered
+from alignps_jax.evaluation.results import Measured
+from alignps_jax.evaluation.scoring import Scorer, detections_of, make_scorer
+from alignps_jax.figures.plots import (
+    calibration_plot,
+    gallery_size_plot,
+    precision_recall_plot,
+    rendered,
+)
 from alignps_jax.figures.request import FigureRequest, Pictures
 from alignps_jax.files import read_json
 from alignps_jax.types import UserError
@@ -58,16 +64,27 @@ def precision_recall(request: FigureRequest) -> Pictures:
 
     A curve per `detections.npz`; only annotations are needed besides, no photo.
     """
-    scorer = make_scorer(request.config)
-    files = request.files("detections.npz").items()
-    names = scorer.annotations.names
-    measured = {label: scorer.score(detections_of(names, path), None) for label, path in files}
+    scorer, measured = _measured(request)
     curves = {label: one.detection.curve for label, one in measured.items()}
     panels = {"detection (area: AP)": curves}
     for name in (protocol.name for protocol in scorer.protocols):
         curves = {label: one.searches[name].curve for label, one in measured.items()}
         panels[f"search, {name} (area: mAP)"] = curves
     yield "precision_recall", rendered(precision_recall_plot(panels))
+
+
+def calibration(request: FigureRequest) -> Pictures:
+    """How likely a similarity means the same person, a curve per `detections.npz`."""
+    scorer, measured = _measured(request)
+    curves = {label: scorer.calibration(one) for label, one in measured.items()}
+    found = {label: curve for label, curve in curves.items() if curve}
+    yield "calibration", rendered(calibration_plot(found))
+
+
+def _measured(request: FigureRequest) -> tuple[Scorer, dict[str, Measured]]:
+    scorer, files = make_scorer(request.config), request.files("detections.npz").items()
+    names = scorer.annotations.names
+    return scorer, {label: scorer.score(detections_of(names, path), None) for label, path in files}
 
 
 def comparison(request: FigureRequest) -> Pictures:

@@ -26,6 +26,7 @@ FIGURES: dict[str, Callable[[FigureRequest], Pictures]] = {
     "detections": photos.detections,
     "similarity": photos.similarity,
     "precision_recall": datasets.precision_recall,
+    "calibration": datasets.calibration,
 }
 
 

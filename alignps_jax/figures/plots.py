@@ -1,4 +1,4 @@
-"""Plots: gallery sizes (Paper, Fig. 8), precision and recall."""
+"""Plots: gallery sizes (Paper, Fig. 8), precision and recall, calibration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from alignps_jax.evaluation.calibration import Calibration
 from alignps_jax.evaluation.metrics import PrecisionRecall
 
 # The gallery size of Paper, Table 6; Paper, Fig. 8 gives no numbers.
@@ -59,6 +60,21 @@ def precision_recall_plot(panels: Mapping[str, Mapping[str, PrecisionRecall]]) -
         axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left")
+    return figure
+
+
+def calibration_plot(curves: Mapping[str, Calibration]) -> Figure:
+    """Probability against similarity, a curve per system through the measured shares (dots)."""
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for number, (system, curve) in enumerate(curves.items()):
+        right, wrong = np.array(curve.right), np.array(curve.wrong)
+        label = f"{system}: {curve.dataset}, among {curve.people:,.0f} people"
+        axes.plot(curve.similarity, curve.probability, color=f"C{number}", label=label)
+        axes.plot(curve.similarity, right / (right + wrong), ".", color=f"C{number}", alpha=0.4)
+    axes.set(xlabel="similarity", ylabel="share of results that are right", ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
     return figure
 
 

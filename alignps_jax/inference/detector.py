@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from alignps_jax import devices
 from alignps_jax.arrays import leaves_by_path
+from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.checkpoint.store import load_config, load_weights
 from alignps_jax.inference.location_maps import LocationMaps, location_maps
 from alignps_jax.inference.many import Photo, detect_all, join, people_of
@@ -33,11 +34,18 @@ class Detector:
 
     A photo is a file or a PIL image, both turned as their EXIF orientation says, or an RGB uint8
     array [H, W, 3]. Batches of `detect_many` have `rows` photos; `step` is the training step of the
-    weights, `name` says where they come from.
+    weights, `name` says where they come from, `folder` is the checkpoint of that step, if any.
     """
 
-    def __init__(self, config: ConfigDict, weights: Weights, source: str = "weights in memory"):
+    def __init__(
+        self,
+        config: ConfigDict,
+        weights: Weights,
+        source: str = "weights in memory",
+        folder: Path | None = None,
+    ):
         self.config = config
+        self.folder = folder
         self.step = int(weights.step)
         self.name = f"{source}, step {self.step}"
         count = jax.local_device_count()
@@ -59,7 +67,8 @@ class Detector:
             devices.use_compilation_cache()
         config = config or load_config(Path(path))
         template = weights_template(inference_model(config))
-        return cls(config, load_weights(Path(path), template, config=config), str(path))
+        folder, _ = chosen_step(Path(path), config)
+        return cls(config, load_weights(folder, template), str(path), folder)
 
     @cached_property
     def fingerprint(self) -> str:

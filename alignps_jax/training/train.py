@@ -136,9 +136,9 @@ def reported(last: Measured, run: Run, config: ConfigDict, workdir: Path) -> Mea
     folder, by = agreed_step(workdir, config)
     step = int(folder.name)
     if step == last.step and run.selector is run.evaluator:
-        return dataclasses.replace(last, chosen_by=by)
+        return dataclasses.replace(last, chosen_by=by, folder=folder)
     if is_main_process():
         print(f"step {step} is reported, chosen by {by}; the last one is {last.step}")
     weights = load_weights(folder, weights_template(run.step.model))
     measured = run.evaluator.measure(weights.params, weights.frozen, step)
-    return dataclasses.replace(measured, chosen_by=by)
+    return dataclasses.replace(measured, chosen_by=by, folder=folder)

@@ -114,6 +114,10 @@ def test_search_equals_cuhk_protocol_with_repeated_gallery_images(threshold, blo
         ours = search_metrics(search)
         compare_search(ours, expected)
         rankings = dict(search.rankings(range(len(queries))))
+        assert ours.right.sum() == sum(truth.sum() for truth in expected[3])
+        assert (ours.right + ours.wrong).sum() == sum(map(len, expected[3]))
+        high = np.concatenate([one.similarity[one.is_match] for one in rankings.values()]) >= 0.5
+        assert ours.right[150:].sum() == high.sum()
         for query, truth in enumerate(expected[3]):
             assert query in rankings or not truth.size
             if query in rankings:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from alignps_jax.evaluation.calibration import load
 from alignps_jax.evaluation.scoring import evaluate_detections, make_scorer
 from alignps_jax.types import UserError
 from configs.cuhk import get_config
@@ -117,6 +118,13 @@ def test_every_protocol_of_a_folder_in_one_run(
     with (results / "queries.csv").open() as csv_file:
         every_line = list(csv.DictReader(csv_file))
 
+    calibration = load(results)
+    assert (calibration is None) == bool(context or threshold == 1)  # no result
+    if calibration:
+        truths = oracle.search(queries[order[0]], found, threshold)[3]
+        assert calibration.dataset == f"cuhk_sysu, {order[0]}"
+        assert sum(calibration.right) == sum(truth.sum() for truth in truths)
+        assert sum(calibration.right + calibration.wrong) == sum(map(len, truths))
     for name in order:
         mean, top, aps, ranked = oracle.search(queries[name], found, threshold, context or None)
         expected = {"mAP": mean, **{f"top{k}": value for k, value in top.items()}}
@@ -150,6 +158,19 @@ def test_every_protocol_of_a_folder_in_one_run(
     boxes = {name: np.array(list(held.values())).reshape(-1, 4) for name, held in people.items()}
     recall, ap = oracle.detection(boxes, found, threshold)
     assert metrics["detection"] == pytest.approx({"recall": recall, "AP": ap}, abs=1e-9)
+
+
+def test_a_checkpoint_gets_its_calibration_and_one_that_is_read_only_a_note(cuhk, tmp_path, capsys):
+    root, _, found, _ = cuhk
+    scorer = make_scorer(config_for(root))
+    measured = scorer.score(lay_out(found, scorer.annotations.names), 7)
+    for folder, notes in ((tmp_path / "own", 0), (Path("/proc/no"), 1)):
+        scorer.write(tmp_path, dataclasses.replace(measured, folder=folder))
+        assert capsys.readouterr().out.count("note: searches") == notes
+    assert (own := load(tmp_path / "own"))
+    assert own == load(tmp_path) == scorer.calibration(measured)
+    for changed in ({"boxes": "ground_truth"}, {"context_matching": (3, 2)}):
+        assert make_scorer(config_for(root, **changed)).calibration(measured) is None
 
 
 @pytest.mark.usefixtures("unchecked")

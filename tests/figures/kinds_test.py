@@ -257,6 +257,18 @@ def test_precision_recall_of_saved_detections(evaluated, plotted):
     assert areas[2][1] < 0.9
 
 
+def test_calibration_of_saved_detections(evaluated, plotted):
+    folder, config = evaluated
+    assert draw("calibration", folder, "good,bad", config)["calibration.png"].shape == (
+        720,
+        1080,
+        3,
+    )
+    for line in plotted[0].axes[0].lines[::2]:
+        assert (np.diff(line.get_ydata()) >= 0).all()
+        assert 0 < line.get_ydata()[0] <= line.get_ydata()[-1] < 1
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_queries_that_differ_come_first():
     def metrics(right, ap):

@@ -17,10 +17,10 @@ pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup"
 pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 
 import httpx
+
 from alignps_jax.evaluation.calibration import Calibration
 from alignps_jax.gallery.tables import Note
 from alignps_jax.media.photos import decode_photo
-
 from tests.gallery.page_server import (
     color_of,
     line_of,
@@ -178,7 +178,7 @@ def test_results_end_where_they_are_not_likely_any_more(tmp_path):
     assert "very likely the same person" in found.text
     everybody = re.search(r'href="(/search[^"]+)">Show all', found.text)[1]
     assert len(results(client.get(html.unescape(everybody)))) == 9
-    nobody = client.get(uploaded(client, encoded(painted(((20, 120, 120), (10, 10))))))
+    nobody = client.get(uploaded(client, encoded(painted(((210, 210, 120), (10, 10))))))
     assert "nobody in this gallery is likely" in client.get(people(nobody)[0]).text.lower()
 
 
@@ -265,7 +265,7 @@ def test_marks_belong_to_the_person(folder, client, site):
     assert set(pressed(client, view, right[1])) == {f"right-{right[0]}", f"wrong-{wrong}"}
     assert f"wrong-{wrong}" in pressed(client, right[0])
     again = visitor(painted_site(folder))
-    uploaded(again, encoded(painted((RED, (10, 10)))))
+    again.get(uploaded(again, encoded(painted((RED, (10, 10))))))
     assert set(pressed(again, view)) == both
     refined = re.search(r'href="([^"]+)">Search with all right results', again.get(
         "/search", params={"view": view}).text)[1]  # fmt: skip

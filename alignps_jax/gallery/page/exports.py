@@ -154,11 +154,9 @@ def photos_as_zip(gallery: Gallery, entries: Sequence[Entry]) -> Iterator[bytes]
             try:
                 if scene.id not in names:
                     suffix = Path(scene.path).suffix if scene.second is None else ".jpg"
-                    data = (
-                        Path(scene.path).read_bytes()
-                        if scene.second is None
-                        else jpeg(gallery.pixels(scene), _HUGE)
-                    )
+                    path = gallery.file_of(scene)
+                    is_photo = scene.second is None
+                    data = path.read_bytes() if is_photo else jpeg(gallery.pixels(scene), _HUGE)
                     names[scene.id] = f"{number:04d}-{Path(scene.path).stem}{suffix}"
                     archive.writestr(names[scene.id], data)
                 name = names[scene.id]
@@ -170,6 +168,6 @@ def photos_as_zip(gallery: Gallery, entries: Sequence[Entry]) -> Iterator[bytes]
                 sink.parts.clear()
             box, similarity = [round(x, 1) for x in person.box.tolist()], entry.match.similarity
             found = {"file": name, "photo": scene.path, "second": scene.second, "box": box}
-            results.append(found | {"similarity": round(similarity, 4), "person": person.id})
+            results.append({**found, "similarity": round(similarity, 4), "person": person.id})
         archive.writestr("results.json", json.dumps(results, indent=1))
     yield from sink.parts

@@ -95,13 +95,13 @@ def marks(request: Request, site: OfSite, undo: str = "") -> Response:
     people = []
     for same in identities(everything):
         own = [one for one in everything if one.view in same]
-        views = list(dict.fromkeys(one.view for one in own))[-MAX_VIEWS:]
-        here = [one for one in views if site.gallery.person(one)]
+        views = tuple(dict.fromkeys(one.view for one in own))[-MAX_VIEWS:]
+        here = tuple(one for one in views if site.gallery.person(one))
         name = next((one.name for one in own if one.name), "")
         right = len({one.person for one in own if one.right})
         wrong = len({one.person for one in own if not one.right})
-        people.append({"query": SearchRequest(view=tuple(here)), "all": SearchRequest(view=tuple(views)),
-                       "name": name, "right": right, "wrong": wrong})  # fmt: skip
+        queries = {"query": SearchRequest(view=here), "all": SearchRequest(view=views)}
+        people.append({**queries, "name": name, "right": right, "wrong": wrong})
     left_out = Marked(site.gallery, everything).left_out
     values = {"marked": people, "left_out": left_out, "undo": undo if undo in _removed else ""}
     return page(request, "marks.html", **values)
