@@ -1,5 +1,7 @@
 """The command line: the modes, which import what they use, and what errors look like."""
 
+import contextlib
+import json
 import os
 import signal
 import sys
@@ -44,7 +46,7 @@ def evaluate(args: Arguments) -> None:
     evaluate_checkpoint(config, checkpoint, evaluation_folder(config, checkpoint, folder))
 
 
-@mode("checkpoint query gallery", f"box every {FILTERS} config workdir")
+@mode("checkpoint query gallery", f"box every {FILTERS} count show_all json config workdir")
 def search(args: Arguments) -> None:
     """searches a person in a gallery, or in a folder of photos and videos"""
     from alignps_jax.checkpoint.places import results_folder
@@ -61,9 +63,24 @@ def search(args: Arguments) -> None:
     walk = index_source(gallery, [args.gallery], args.every) if is_folder else None
     if walk and not gallery.num_scenes:
         walk.report()
-    search_photo(gallery, args.query, args.box, _filter(args), args.count, workdir)
+    wanted = args.query, args.box, _filter(args), args.count
+    _answer(args, search_photo(gallery, *wanted, workdir, args.show_all))
     if walk:
         walk.report()
+
+
+@mode("checkpoint gallery", f"across_days {FILTERS} json config workdir")
+def group(args: Arguments) -> None:
+    """groups the people of a gallery who are likely the same person, day by day"""
+    from alignps_jax.checkpoint.places import results_folder
+    from alignps_jax.files import check_outputs
+    from alignps_jax.gallery.gallery import Gallery
+    from alignps_jax.gallery.groups import write_groups
+
+    target = (args.workdir or results_folder(args.checkpoint)) / "groups.json"
+    check_outputs(target)
+    gallery = Gallery.open(args.gallery, _detector(args))
+    _answer(args, write_groups(gallery, _filter(args), args.across_days, target))
 
 
 @mode("checkpoint gallery source", "every prune exclude no_default_excludes config")
@@ -212,6 +229,11 @@ def _filter(args: Arguments) -> Any:
     return Filter(folder, cameras, args.after, args.before, kind=args.kind)
 
 
+def _answer(args: Arguments, content: object) -> None:
+    if args.json:
+        print(json.dumps(content, indent=2), file=args.stdout)
+
+
 def _detector(args: Arguments) -> Any:
     from alignps_jax.inference.detector import Detector
 
@@ -241,7 +263,9 @@ def main(argv: Sequence[str]) -> int:
         if args.distributed or {args.coordinator, args.processes, args.process} != {None}:
             join(args.coordinator, args.processes, args.process)
         _check_platforms()
-        MODES[args.mode].run(args)
+        args.stdout = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            MODES[args.mode].run(args)
         barrier("end")
         return 0
     except SystemExit as leaving:

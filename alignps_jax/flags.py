@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from alignps_jax import __version__
 from alignps_jax.errors import known_name, nearest
@@ -94,13 +94,19 @@ FLAGS: dict[str, dict[str, Any]] = {
     "folder": _flag("search only what lies below this folder; default: everything"),
     "camera": _several("search only photos of this camera"),
     "after": _flag(
-        "search only what was taken from then on: 2024-05-31T14:30; default: all", _begin
+        "search only what was taken from then on, such as 2024-05-31; default: any time", _begin
     ),
     "before": _flag(
-        "search only what was taken until then: 2024-05-31 (its end); default: all", _end
+        "search only what was taken until then, 2024-05-31 or ...T14:30; default: any time", _end
     ),
-    "kind": {"help": "search photos or videos alone; default: both", "choices": ("photo", "video")},
-    "count": _flag("results of each person that is searched", _count, 1000),
+    "kind": {
+        "help": "search only photos or only videos; default: both",
+        "choices": ("photo", "video"),
+    },
+    "count": _flag("most results of each person that is searched", _count, 1000),
+    "show_all": _switch("show also results that are not likely the person"),
+    "across_days": _switch("group people of different days, who have to wear the same clothes"),
+    "json": _switch("print the results as JSON, and all other lines to the standard error"),
     "photo": _several("photo or video whose people are forgotten"),
     "person": _several("id of a person to forget, from ranking.json"),
     "ema": _switch("take the running average of the weights from a training checkpoint"),
@@ -123,7 +129,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "processes": _flag("number of processes of the run; default: 1", int),
     "process": _flag("number of this process, from 0; default: 0", int),
 }
-FILTERS = "folder camera after before kind count"
+FILTERS = "folder camera after before kind"
 PROCESSES = "distributed coordinator processes process"
 
 
@@ -132,6 +138,7 @@ class Arguments(argparse.Namespace):
 
     mode: str
     fields: dict[str, str]
+    stdout: TextIO
 
     @property
     def config_name(self) -> str:

@@ -6,15 +6,16 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import Self
+from typing import Self, TypeVar
 
 import cv2
 import numpy as np
 from jaxtyping import Float
 
 from alignps_jax.errors import UserError
+from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
 from alignps_jax.gallery.people import FILE, PERSON, SCENE, People
@@ -27,6 +28,7 @@ from alignps_jax.types import AnyArray
 _QUICKLY_READ, _PATIENCE = 50_000, 20.0
 
 Place = str | os.PathLike[str]
+Read = TypeVar("Read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +45,12 @@ class Gallery:
     Attributes:
       people: its tables.
       detector: finds people in photos that are added or searched; None: there are none.
+      calibration: what similarities mean, if the detector's checkpoint was evaluated.
     """
 
     def __init__(self, people: People, detector: Detector | None = None):
         self.people, self.detector = people, detector
+        self.calibration = load(detector.folder) if detector else None
         self._memory: PeopleInMemory | None = None
         self._loaded, self._forgotten = 0.0, 0
         self._lock = threading.Lock()
@@ -129,9 +133,18 @@ class Gallery:
             found = memory.search(queries, k, where)
         else:
             found = [self._nearest(memory, query, k, where) for query in queries]
+        among = self.searched(where) if self.calibration else 0
+        return [self._matches(memory, matches, among) for matches in found]
+
+    def _matches(
+        self, memory: PeopleInMemory, found: Sequence[tuple[Person, float]], among: int
+    ) -> list[Match]:
+        shares: list[float | None] = [None] * len(found)
+        if self.calibration:
+            shares = self.calibration.of(np.array([one for _, one in found]), among).tolist()
         return [
-            [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
-            for matches in found
+            Match(person, similarity, share, memory.paths_of(person.scene))
+            for (person, similarity), share in zip(found, shares, strict=True)
         ]
 
     def _nearest(
@@ -242,12 +255,20 @@ class Gallery:
         above = {folder for one in own for folder in one.parents if folder.is_relative_to(top)}
         return sorted(map(str, own | above))
 
+    def file_of(self, scene: Scene) -> Path:
+        """A file with the content of a scene; errors as of `pixels`."""
+        return self._first(scene, lambda path: path)
+
     def pixels(self, scene: Scene, side: int | None = None) -> Image:
         """The photo, or the frame of the video, RGB; with a longer side of at most `side`, quickly.
 
         Raises:
           UserError, OSError: all files with this content are gone, changed, or cannot be decoded.
         """
+        most = self.info.max_pixels
+        return self._first(scene, lambda path: _read(path, scene.second, most, side))
+
+    def _first(self, scene: Scene, read: Callable[[Path], Read]) -> Read:
         files = self.people.table.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
         error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
         for row in sorted(files.to_pylist(), key=lambda row: row["path"] != scene.path):
@@ -256,7 +277,7 @@ class Gallery:
                 found = os.stat(path)
                 if (found.st_size, found.st_mtime_ns) != state:
                     raise UserError(f"{path}: has changed since it was indexed; index it again")
-                return _read(path, scene.second, self.info.max_pixels, side)
+                return read(path)
             except (UserError, OSError) as reason:
                 error = reason
         raise error

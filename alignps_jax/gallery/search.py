@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from alignps_jax.boxes import iou
 from alignps_jax.drawing.pictures import Result, grid_picture, picture_row
 from alignps_jax.errors import UserError, blame
+from alignps_jax.evaluation.calibration import LIMIT, NOBODY, NOT_CALIBRATED, words
 from alignps_jax.files import write_image, write_json
 from alignps_jax.gallery.entries import Entry, Filter, Match, content_hash
 from alignps_jax.gallery.gallery import Gallery
@@ -123,13 +125,27 @@ def _can_walk(one: Match, other: Match) -> bool:
     )
 
 
+def likely(matches: Sequence[Match], show_all: bool = False) -> list[Match]:
+    """The matches that may show the person; all of them without a calibration."""
+    return [
+        one for one in matches if show_all or one.probability is None or one.probability >= LIMIT
+    ]
+
+
 def search_photo(
-    gallery: Gallery, query: Path, box: Corners | None, where: Filter, most: int, workdir: Path
-) -> None:
+    gallery: Gallery,
+    query: Path,
+    box: Corners | None,
+    where: Filter,
+    most: int,
+    workdir: Path,
+    show_all: bool = False,
+) -> list[dict[str, Any]]:
     """Searches the person in `box` of a photo, or everybody in it, for `most` results each.
 
     Writes `ranking.json` and `ranking.png` to `workdir`, and prints a summary and the best results.
-    People of the query photo itself and of its copies are left out.
+    People of the query photo itself and of its copies are left out, and so are those who are not
+    likely the person, unless `show_all`. Returns what the JSON file holds.
 
     Raises:
       UserError: the query photo cannot be read, or nobody is found in it or its box.
@@ -142,7 +158,7 @@ def search_photo(
     own, start = content_hash(data), time.perf_counter()
     same = sum(len(gallery.people_of(scene.id)) for scene in gallery.scenes_of(own))
     rankings = [
-        [match for match in matches if match.person.scene.hash != own][:most]
+        likely([match for match in matches if match.person.scene.hash != own][:most], show_all)
         for matches in gallery.search_many(people.embeddings, most + same, where)
     ]
     seconds = time.perf_counter() - start
@@ -151,13 +167,11 @@ def search_photo(
     rows = (
         picture_row("query", photo, query.name, one, _drawn(gallery, found)) for one, found in drawn
     )
-    write_json(
-        workdir / "ranking.json",
-        [
-            {"query": {"image": query.name, "box": _box(one)}, "results": list(map(_result, found))}
-            for one, found in zip(boxes, rankings, strict=True)
-        ],
-    )
+    content: list[dict[str, Any]] = [
+        {"query": {"image": query.name, "box": _box(one)}, "results": list(map(_result, found))}
+        for one, found in zip(boxes, rankings, strict=True)
+    ]
+    write_json(workdir / "ranking.json", content)
     write_image(workdir / "ranking.png", grid_picture(rows))
     print(
         f"searched {len(rankings)} of {query.name} among {gallery.searched(where):,} people in "
@@ -166,16 +180,23 @@ def search_photo(
     if (recall := gallery.recall) is not None:
         print(f"approximate: of the ten most similar people it finds {recall:.0%}")
     for one, found in zip(boxes, rankings, strict=True):
-        if found:
-            corners, best = ", ".join(f"{x:.0f}" for x in one), found[0]
-            name = best.person.scene.name
-            print(f"  ({corners}): best match {name}, similarity {best.similarity:.3f}")
+        said = f"{len(found):,} results, first {_said(found[0])}" if found else NOBODY
+        print(f"  ({', '.join(f'{x:.0f}' for x in one)}): {said}")
+    if gallery.calibration is None:
+        print(f"note: {NOT_CALIBRATED}")
     print(f"ranking  {workdir / 'ranking.json'}\npicture  {workdir / 'ranking.png'}")
+    return content
+
+
+def _said(match: Match) -> str:
+    meaning = f": {words(match.probability)}" if match.probability is not None else ""
+    return f"{match.person.scene.name}, similarity {match.similarity:.3f}{meaning}"
 
 
 def _result(match: Match) -> dict[str, object]:
     person, others = match.person, list(match.paths[1:])
     known = {"second": person.scene.second, "copies": others or None}
+    known |= {"probability": match.probability and round(match.probability, 6)}
     return {
         "image": person.scene.path,
         "box": _box(person.box),
@@ -199,4 +220,5 @@ def _drawn(gallery: Gallery, matches: Sequence[Match]) -> Iterator[Result]:
         except (UserError, OSError) as error:
             print(f"note: {error}; not in the picture")
             continue
-        yield Result(image, scene.name, match.person.box, match.similarity)
+        share = "" if match.probability is None else f", {match.probability:.0%} likely"
+        yield Result(image, scene.name + share, match.person.box, match.similarity)

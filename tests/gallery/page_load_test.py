@@ -7,7 +7,6 @@ import random
 import re
 import socket
 import threading
-import time
 import zlib
 
 import pytest
@@ -20,7 +19,7 @@ from fastapi import HTTPException
 
 from alignps_jax.gallery.page.uploads import MAX_WAITING, Uploads
 from tests.gallery.page_server import READ, closed, painted_site, running
-from tests.gallery.painted import RED, ColorDetector, encoded, painted
+from tests.gallery.painted import RED, ColorDetector, encoded, painted, scenes_of
 
 
 class Counting(ColorDetector):
@@ -47,7 +46,7 @@ def test_fifty_at_once(tmp_path):
     site = painted_site(tmp_path, detector)
     detector.delay = 0.1
     photo = encoded(painted((RED, (10, 10))))
-    person = next(p for s in site.gallery.scenes(9) for p in site.gallery.people(s.id))
+    person = next(p for s in scenes_of(site) for p in site.gallery.people_of(s.id))
     detector.most = 0
 
     def send(number):
@@ -75,14 +74,15 @@ def test_more_photos_than_may_wait_are_sent_away():
     uploads = Uploads(ColorDetector())
     uploads.warm_up(gate.wait)  # nothing else goes on before the gate opens
     photos = [encoded(painted((RED, (10 + number, 10)))) for number in range(MAX_WAITING)]
-    taken = [uploads.upload("a.png", photo) for photo in photos[: MAX_WAITING - 3]]
-    with pytest.raises(HTTPException, match="503"):
-        [uploads.upload("b.png", photo) for photo in photos]
-    assert uploads.upload("again.png", encoded(painted((RED, (10, 10))))) is taken[0]
-    gate.set()
-    end = time.monotonic() + 20
-    while not all(one.is_done for one in taken) and time.monotonic() < end:
-        time.sleep(0.01)
+    try:
+        taken = [uploads.upload("a.png", photo) for photo in photos[: MAX_WAITING - 3]]
+        assert uploads.upload("again.png", photos[0]) is taken[0]
+        with pytest.raises(HTTPException, match="503"):
+            [uploads.upload("b.png", photo) for photo in photos]
+        assert uploads.status()["first"] == "the search"
+    finally:
+        gate.set()
+    concurrent.futures.wait([one.done for one in taken], 20)
     assert all(one.shown == 1 for one in taken)
     assert uploads.get(taken[-1].id) is taken[-1]
 
@@ -182,18 +182,3 @@ def test_a_thousand_malformed_requests(site, caplog):
         assert httpx.get(f"http://127.0.0.1:{port}/", cookies=READ).status_code == 200
     assert {400, 403, 404, 413} <= set(codes)
     assert "Exception in ASGI application" not in caplog.text
-
-
-def test_the_status_says_what_goes_on():
-    uploads = Uploads(ColorDetector())
-    gate, entered = threading.Event(), threading.Event()
-    uploads.warm_up(lambda: (entered.set(), gate.wait()))
-    assert entered.wait(20)
-    status = uploads.status()
-    assert status.first == "the search"
-    assert status.seconds >= 0
-    gate.set()
-    end = time.monotonic() + 20
-    while (uploads.status().first or uploads.status().waiting) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert (uploads.status().first, uploads.status().waiting) == (None, 0)

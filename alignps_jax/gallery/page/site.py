@@ -20,6 +20,7 @@ from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import words
 from alignps_jax.gallery.entries import Person, Scene
 from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.groups import Groups
 from alignps_jax.gallery.page.access import MAX_BODY, YEAR
 from alignps_jax.gallery.page.library import Library
 from alignps_jax.gallery.page.marks import Marks
@@ -41,6 +42,7 @@ class Site:
         self.gallery = gallery
         self.uploads, self.pictures = Uploads(gallery.own_detector()), Pictures(gallery)
         self.searcher, self.marks = Searcher(gallery), Marks(gallery)
+        self.groups = Groups(gallery.people)
         self.library = Library(gallery, sources)
         self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
         self._next = 0.0

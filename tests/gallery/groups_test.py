@@ -1,0 +1,174 @@
+"""Groups: clusters against average linkage, one pair at a time; what users do to them stays."""
+
+import datetime
+import itertools
+
+import numpy as np
+import pytest
+
+from alignps_jax.errors import UserError
+from alignps_jax.evaluation.calibration import Calibration
+from alignps_jax.gallery.entries import Filter, Scene, scene_id
+from alignps_jax.gallery.forget import forget
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.groups import Groups, clusters, make_groups
+from alignps_jax.gallery.people import FileState, FoundScene
+from alignps_jax.types import Detections
+from tests.gallery.finder import Finder
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def people(rng, count, persons=4, noise=0.5):
+    """Embeddings of some persons, unlike in number, and who each is."""
+    who = np.minimum(rng.geometric(0.4, count) - 1, persons - 1)
+    centers = rng.normal(size=(persons, 24))
+    return unit(centers[who] + noise * rng.normal(size=(count, 24))), who
+
+
+def average_linkage(embeddings, scene, limit, fixed):
+    """All pairs of clusters are compared before the most similar two that may join do."""
+    names = {name: np.flatnonzero(fixed == name).tolist() for name in set(fixed.tolist())}
+    found = [[i] for i in names.pop(0, [])] + list(names.values())
+
+    def mean(pair):
+        one, other = pair
+        apart = {scene[i] for i in one}.isdisjoint(scene[i] for i in other)
+        free = not any(fixed[i] for i in one) or not any(fixed[i] for i in other)
+        similarity = (embeddings[one].astype(float) @ embeddings[other].astype(float).T).mean()
+        return similarity if apart and free else -np.inf
+
+    while len(found) > 1:
+        one, other = max(itertools.combinations(found, 2), key=mean)
+        if mean((one, other)) < limit:
+            break
+        found = [each for each in found if each not in (one, other)] + [one + other]
+    return {frozenset(each) for each in found if len(each) > 1}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_they_are_those_of_average_linkage(seed):
+    rng = np.random.default_rng(seed)
+    count = [14, 1, 2, 16][seed % 4]  # all are neighbors
+    embeddings, _ = people(rng, count)
+    scene = rng.integers(0, 9, count)
+    fixed = rng.choice([0, 0, 0, 1, 2], count) * (seed > 5)
+    limit = float(rng.uniform(0, 0.8))
+    found = list(clusters(embeddings, scene, limit, fixed))
+    expected = average_linkage(embeddings, scene.tolist(), limit, fixed)
+    assert {frozenset(rows.tolist()) for rows in found} == expected
+    assert sum(map(len, found)) == sum(map(len, expected))
+
+
+def test_many_people_most_typical_first():
+    rng = np.random.default_rng(1)
+    embeddings, who = people(rng, 1500, persons=6, noise=0.15)
+    found = list(clusters(embeddings, np.arange(1500), 0.5, np.zeros(1500, int)))
+    assert sorted(map(len, found)) == sorted(np.bincount(who)[np.bincount(who) > 1].tolist())
+    for rows in found:
+        assert len(set(who[rows])) == 1
+        center = embeddings[rows].mean(axis=0)
+        assert (np.diff(embeddings[rows] @ center) <= 1e-5).all()
+
+
+def test_where_too_many_are_connected_the_limit_rises():
+    rng = np.random.default_rng(2)
+    embeddings, who = people(rng, 300, persons=5, noise=0.15)
+    found = list(clusters(embeddings, np.arange(300), -0.9, np.zeros(300, int), most=250))
+    assert sorted(map(len, found)) == sorted(np.bincount(who).tolist())
+    same = np.repeat(unit(np.ones((1, 8))), 20, axis=0)  # nothing tells these apart
+    (everybody,) = clusters(same, np.arange(20), 0.5, np.zeros(20, int), most=9)
+    assert len(everybody) == 20
+
+
+def test_people_of_one_photo_stay_apart():
+    same, nobody = unit(np.ones((4, 8))), np.zeros(4, int)
+    found = clusters(same, np.array([1, 1, 2, 2]), 0.9, nobody)
+    assert sorted(len(rows) for rows in found) == [2, 2]
+    assert list(clusters(same, nobody, -1.0, nobody)) == []
+    assert [set(rows) for rows in clusters(same, nobody, 0.9, np.array([0, 3, 0, 3]))] == [{1, 3}]
+
+
+# Who is in which photo, in photo order; photos 1 to 3 are of one day, 4 and 5 of the next, later
+# ones of no known day.
+PHOTOS = ("AB", "AB", "AC", "A", "A", "B", "A", "A")
+
+
+def add(gallery, number, persons):
+    """Stores a photo of some persons, the first one the surest."""
+    path = f"/{'odd' if number % 2 else 'even'}/{number}.jpg"
+    day = datetime.datetime(2024, 5, 1 + (number > 3), 9, number) if number < 6 else None
+    embeddings = np.eye(16)[[ord(who) - ord("A") for who in persons]] + 0.01 * np.eye(16)[number]
+    boxes = [[50 * place, 10, 50 * place + 30, 90] for place in range(len(persons))]
+    scores = np.linspace(0.9, 0.5, len(persons), dtype=np.float32)
+    valid = np.ones(len(persons), bool)
+    found = Detections(np.array(boxes, np.float32), scores, unit(embeddings), valid)
+    scene = Scene(scene_id(path, None), path, 120, 160, day, "", None, path)
+    gallery.people.commit([FoundScene(scene, found, 0.0)], [FileState(path, 1, 1, path)])
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    made = Gallery.open(tmp_path / "people.lance", Finder(), create=True)
+    made.calibration = Calibration("", 99.0, [0.4, 0.6], [0.1, 0.9], [1, 9], [9, 1])
+    for number, persons in enumerate(PHOTOS, 1):
+        add(made, number, persons)
+    return made
+
+
+def shown(groups):
+    """Photos, day, name of each group."""
+    return sorted(
+        ("".join(sorted(photo_of[one] for one in group.people)), group.day, group.name)
+        for group in groups
+    )
+
+
+photo_of: dict[str, str] = {}
+
+
+def everybody(gallery):
+    found = gallery.search(np.ones(16) / 4, 99)
+    photo_of.update({one.person.id: one.person.scene.path[-5] for one in found})
+    return {(photo_of[one.person.id], int(one.person.box[0])): one.person.id for one in found}
+
+
+def test_groups_hold_for_a_day_or_across_days(gallery):
+    everybody(gallery)
+    first, second = "2024-05-01", "2024-05-02"
+    by_day = [("12", first, ""), ("123", first, ""), ("45", second, ""), ("78", "", "")]
+    assert shown(make_groups(gallery, Filter())) == by_day
+    across = make_groups(gallery, Filter(), across_days=True)
+    assert shown(across) == [("1234578", "", ""), ("126", "", "")]
+    assert [len(group.people) for group in across] == [7, 3]
+    even = make_groups(gallery, Filter(folder="/even"), across_days=True)
+    assert shown(even) == [("1", "", ""), ("1357", "", ""), ("248", "", ""), ("26", "", "")]
+    gallery.calibration = None
+    with pytest.raises(UserError, match="not calibrated"):
+        make_groups(gallery, Filter())
+
+
+def test_what_users_do_stays(gallery):
+    ids = everybody(gallery)
+    make_groups(gallery, Filter())
+    groups, elsewhere = Groups(gallery.people), Groups(gallery.people)
+    anna, other = (groups.of(ids[photo, 0]) for photo in "14")
+    groups.rename(anna.id, "Anna")
+    merged = elsewhere.merge([other.id, anna.id])
+    assert (merged.id, merged.name, merged.day) == (other.id, "Anna", "")
+    split = groups.split(merged.id, [ids["2", 0]])
+    assert (split.people, split.name) == ((ids["2", 0],), "")
+    add(gallery, 9, "AB")
+    add(gallery, 3, "A")  # nothing new
+    everybody(gallery)
+    kept = [("12", "2024-05-01", ""), ("1345", "", "Anna"), ("2", "", "")]
+    assert shown(make_groups(gallery, Filter())) == [*kept, ("69", "", ""), ("789", "", "")]
+    assert elsewhere.all()[0].name == "Anna"
+    forget(gallery.people, photos=["/odd/1.jpg"])
+    assert ("345", "", "Anna") in shown(groups.all())
+    assert groups.of(ids["1", 0]) is None
+    for wrong in (lambda: groups.rename(anna.id, "x"), lambda: groups.merge([split.id, "x"])):
+        with pytest.raises(UserError, match="no group"):
+            wrong()
