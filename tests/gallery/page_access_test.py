@@ -194,8 +194,6 @@ def test_every_answer_is_closed(client, site):
         "/marks/..%2fx",
         "/scene/x' OR '1'='1/320.jpg",
         "/etc/passwd",
-        "/docs",
-        "/openapi.json",
         "/redoc",
     ],
 )
@@ -217,7 +215,8 @@ def test_names_are_shown_as_text(client, site):
 def test_a_photo_that_changed_or_went_is_a_placeholder_that_says_so(tmp_path):
     site = painted_site(tmp_path)
     client = visitor(site)
-    a, b = (s for s in scenes_of(site) if s.path.endswith(("yard/a.png", "yard/b.png")))
+    found = {scene.name: scene for scene in scenes_of(site)}
+    a, b = found["a.png"], found["b.png"]
     os.unlink(a.path)
     with open(b.path, "ab") as file:
         file.write(b"more")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from http import HTTPStatus
 from typing import Annotated
 
 import h11
@@ -16,9 +15,14 @@ from starlette.staticfiles import StaticFiles
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.page import manage, photos, searches
+from alignps_jax.gallery.page.access import MAX_BODY
 from alignps_jax.gallery.page.site import Site, after_reading, message, page
 
-_LINES = {404: "There is no page with this address.", 405: "That is not possible here."}
+_LINES = {  # in place of Starlette's
+    "Not Found": "There is no page with this address.",
+    "Method Not Allowed": "That is not possible here.",
+    "Content Too Large": f"That is too large: at most {MAX_BODY >> 20} MiB can be sent at once.",
+}
 _FAILED = "Something went wrong here; the server's terminal says what. Please try again."
 _ABOUT = (
     "Every page is an API, too: with `Accept: application/json`, an address gives as data what its "
@@ -72,9 +76,7 @@ async def failed(request: Request, error: Exception) -> Response:
         if error.status_code < 400:
             return Response(status_code=error.status_code, headers=error.headers)
         line = str(error.detail)
-        if line == HTTPStatus(error.status_code).phrase:  # not in our words
-            line = _LINES.get(error.status_code, line)
-        answer = message(request, error.status_code, line)
+        answer = message(request, error.status_code, _LINES.get(line, line))
         answer.headers.update(error.headers or {})
         return answer
     if isinstance(error, UserError | OSError):

@@ -41,8 +41,8 @@ class Marked:
         self._people = {identity: person for identity, person in known.items() if person}
         photos = {one.id: one for one in self._people.values() if one.scene.second is None}
         self._photos = {k: one for k, one in photos.items() if os.path.isfile(one.scene.path)}
-        uploads = sum(not identity.startswith("up.") for identity in ids)
-        self.left_out = uploads - len(self._people) + len(photos) - len(self._photos)
+        results = {mark.person for mark in marks}
+        self.left_out = len(results - self._people.keys()) + len(photos) - len(self._photos)
         self._identities = identities(marks)
 
     def as_csv(self) -> bytes:

@@ -75,7 +75,7 @@ def change_group(
 
 
 def _group(site: Site, person_id: str) -> Group:
-    found = site.groups.of(site.person(person_id).id)
+    found = site.groups.of(site.photos.person(person_id).id)
     if found is None:
         raise UserError("This person is in no group.")
     return found

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
-from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.queries import View
+from alignps_jax.gallery.entries import Person
+from alignps_jax.gallery.people import People
 from alignps_jax.gallery.tables import Note
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """Whether `person` is the person of `view` (ids); `name` is the photo's of an uploaded view."""
+    """Whether `person` is the person of `view` (ids); `name` is the photo's of the view."""
 
     view: str
     person: str
@@ -24,65 +24,44 @@ class Mark:
 class Marks:
     """The marks of a gallery. They belong to a person, whatever views a query has of it."""
 
-    def __init__(self, gallery: Gallery):
-        self._gallery = gallery
+    def __init__(self, people: People):
+        self._notes = people.notes("marks")
         self._known: tuple[int, list[Mark]] = -1, []
 
     def all(self) -> list[Mark]:
         """Every mark, the oldest first."""
-        notes = self._gallery.people.notes("marks")
-        version = notes.version
+        version = self._notes.version
         if self._known[0] != version:
-            self._known = version, [_mark(note) for note in notes.all()]
+            said = [(note.people, note.content) for note in self._notes.all()]
+            self._known = version, [Mark(of[0], of[1], **content) for of, content in said]
         return self._known[1]
 
-    def of(self, views: Collection[str]) -> dict[str, bool]:
-        """What was said of results of the person of these views, by the results' ids."""
-        same = next((one for one in identities(self.all(), [views]) if one & {*views}), set())
-        return {mark.person: mark.right for mark in self.all() if mark.view in same}
+    def about(self, views: Collection[str]) -> list[Mark]:
+        """The marks of the person who is seen in some views (ids)."""
+        groups = identities(self.all(), [views])
+        same = next((group for group in groups if not group.isdisjoint(views)), set())
+        return [mark for mark in self.all() if mark.view in same]
 
-    def set(
-        self, views: Sequence[View], people: Sequence[tuple[str, float]], right: bool | None
-    ) -> list[Note]:
-        """Says of results (ids and similarities) that they are right, wrong, or nothing any more.
-
-        Returns the notes that went.
-        """
-        notes = self._gallery.people.notes("marks")
-        marks = [
-            Mark(view.id, person, bool(right), similarity, "" if view.person else view.name)
-            for view in views
-            for person, similarity in people
-        ]
-        if right is not None:
-            notes.put([_note(mark) for mark in marks])
-            return []
-        return self.remove([view.id for view in views], [person for person, _ in people])
+    def set(self, views: Sequence[Person], people: dict[str, float], right: bool | None) -> None:
+        """Says of results (similarity by id) that they are right, wrong, or nothing any more."""
+        if right is None:
+            self.remove([view.id for view in views], people)
+            return
+        notes = []
+        for view in views:
+            for person, similarity in people.items():
+                content = {"right": right, "similarity": similarity, "name": view.scene.name}
+                notes.append(Note(f"{view.id}>{person}", (view.id, person), content))
+        self._notes.put(notes)
 
     def remove(self, views: Collection[str], people: Collection[str] = ()) -> list[Note]:
-        """Removes the marks of a person, or those about some people; returns them for `restore`."""
-        same = next((one for one in identities(self.all(), [views]) if one & {*views}), set())
-        gone = {
-            f"{mark.view}>{mark.person}"
-            for mark in self.all()
-            if mark.view in same and (not people or mark.person in people)
-        }
-        return self._gallery.people.notes("marks").remove(gone)
+        """Removes the marks of a person, all or those of some results; returns the notes."""
+        gone = [one for one in self.about(views) if not people or one.person in people]
+        return self._notes.remove([f"{mark.view}>{mark.person}" for mark in gone])
 
     def restore(self, notes: Sequence[Note]) -> None:
         """Undoes `remove`."""
-        self._gallery.people.notes("marks").put(notes)
-
-
-def _mark(note: Note) -> Mark:
-    view, person = note.people
-    return Mark(view, person, **note.content)
-
-
-def _note(mark: Mark) -> Note:
-    content = dataclasses.asdict(mark)
-    people = content.pop("view"), content.pop("person")
-    return Note(f"{mark.view}>{mark.person}", people, content)
+        self._notes.put(notes)
 
 
 def identities(marks: Iterable[Mark], views: Iterable[Collection[str]] = ()) -> list[set[str]]:

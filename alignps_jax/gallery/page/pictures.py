@@ -15,7 +15,7 @@ from cachetools import LRUCache
 from jaxtyping import Float
 
 from alignps_jax.gallery.entries import Person, Scene
-from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.page.uploads import Photos
 from alignps_jax.media.photos import Image
 
 PREVIEW = 1600  # longer side of a complete scene, pixels
@@ -72,10 +72,10 @@ def _within(middle: float, length: float, limit: int) -> tuple[int, int]:
 
 
 class Pictures:
-    """The pictures of a gallery: JPEG files, each made once; errors as of `Gallery.pixels`."""
+    """JPEG files of photos and people, each made once; errors as of `Gallery.pixels`."""
 
-    def __init__(self, gallery: Gallery):
-        self._gallery = gallery
+    def __init__(self, photos: Photos):
+        self._photos = photos
         self._made: LRUCache[Hashable, bytes] = LRUCache(_CACHED, len)
         self._decoded: LRUCache[str, Image] = LRUCache(_DECODED, lambda image: image.nbytes)
         self._lock = threading.Lock()
@@ -95,7 +95,7 @@ class Pictures:
 
     def _scene(self, scene: Scene, longest: int) -> bytes:
         is_small = longest < PREVIEW
-        image = self._gallery.pixels(scene, longest) if is_small else self._pixels(scene)
+        image = self._photos.pixels(scene, longest) if is_small else self._pixels(scene)
         return jpeg(image, longest)
 
     def _make(self, key: Hashable, draw: Callable[[], bytes]) -> bytes:
@@ -112,7 +112,7 @@ class Pictures:
         with self._lock:
             image = self._decoded.get(scene.id)
         if image is None:
-            image = self._gallery.pixels(scene)
+            image = self._photos.pixels(scene)
             if image.nbytes <= _DECODED // 4:
                 with self._lock:
                     self._decoded[scene.id] = image

@@ -6,25 +6,18 @@ gallery has them; views of an uploaded photo as long as the server keeps the pho
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlencode
 
-import numpy as np
-from jaxtyping import Float
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NaiveDatetime, ValidationError
 from starlette.datastructures import ImmutableMultiDict
-from starlette.exceptions import HTTPException
 
-from alignps_jax.gallery.entries import Filter, Person
-from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.uploads import Uploads
+from alignps_jax.gallery.entries import Filter
 
 MAX_VIEWS = 24
 _FIRST, _LAST = datetime.datetime(1800, 1, 1), datetime.datetime(3000, 1, 1)
-_UPLOADED = "up."
 
 # An empty field of a form says nothing.
 _optional = BeforeValidator(lambda value: value or None)
@@ -106,56 +99,3 @@ class SearchRequest(BaseModel):
     def unfiltered(self) -> SearchRequest:
         """The same views, searched among everybody."""
         return SearchRequest(view=self.view, combine=self.combine, sort=self.sort)
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A person of the query.
-
-    Attributes:
-      id: as the address has it.
-      name: of the photo.
-      page, picture: addresses of the complete photo and of the enlarged person.
-      embedding: of length one.
-      photo: the beginning of the id of the scene, or of the content of an uploaded photo.
-      person: None if the photo was uploaded.
-    """
-
-    id: str
-    name: str
-    page: str
-    picture: str
-    embedding: Float[np.ndarray, "D"]
-    photo: str
-    person: Person | None = None
-
-
-def uploaded_view(upload_id: str, row: int) -> str:
-    """The id of a person of an uploaded photo."""
-    return f"{_UPLOADED}{upload_id}.{row}"
-
-
-def resolve(query: SearchRequest, gallery: Gallery, uploads: Uploads) -> list[View]:
-    """The views of a query; HTTPException (404) where one is not known, or not any more."""
-    return [
-        _of_upload(view, uploads) if view.startswith(_UPLOADED) else _of_gallery(view, gallery)
-        for view in query.view
-    ]
-
-
-def _of_upload(view: str, uploads: Uploads) -> View:
-    identity, _, row = view.removeprefix(_UPLOADED).partition(".")
-    upload = uploads.get(identity)
-    if upload.found is None or not row.isdecimal() or int(row) >= len(upload.found.scores):
-        raise HTTPException(404, "Nobody was found at this place of the photo.")
-    page, embedding = f"/upload/{identity}", np.asarray(upload.found.embeddings[int(row)])
-    return View(view, upload.name, page, f"{page}/{int(row)}.jpg", embedding, identity)
-
-
-def _of_gallery(view: str, gallery: Gallery) -> View:
-    person = gallery.person(view)
-    if person is None:
-        raise HTTPException(404, "This person is not in the gallery, or not any more.")
-    scene, picture = person.scene, f"/person/{view}.jpg"
-    page = f"/scene/{scene.id}?person={view}"
-    return View(view, scene.name, page, picture, gallery.embeddings([view])[0], scene.id, person)

@@ -7,7 +7,8 @@ import datetime
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from cachetools import LRUCache
@@ -15,8 +16,8 @@ from jaxtyping import Float
 
 from alignps_jax.evaluation.calibration import LIMIT
 from alignps_jax.gallery.entries import Entry, Match
-from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.queries import SearchRequest, View
+from alignps_jax.gallery.page.queries import SearchRequest
+from alignps_jax.gallery.page.uploads import Photos
 from alignps_jax.gallery.search import join_seconds
 
 MAX_MATCHES = 1000
@@ -60,8 +61,8 @@ class Results:
 class Searcher:
     """Searches, and remembers the latest results for whoever scrolls on."""
 
-    def __init__(self, gallery: Gallery):
-        self._gallery = gallery
+    def __init__(self, photos: Photos):
+        self._photos, self._gallery = photos, photos.gallery
         self._latest: LRUCache[SearchRequest, Results] = LRUCache(_REMEMBERED)
         self._lock = threading.Lock()
 
@@ -70,7 +71,7 @@ class Searcher:
         width = self._gallery.info.dim
         self._gallery.search(np.full(width, width**-0.5, np.float32), MAX_MATCHES)
 
-    def search(self, query: SearchRequest, views: Sequence[View]) -> Results:
+    def search(self, query: SearchRequest) -> Results:
         """The people that are most similar to the views, in other photos than these."""
         with self._lock:
             known = self._latest.get(query)
@@ -78,9 +79,14 @@ class Searcher:
         if known is not None and known.version == version:
             return known
         begin = time.perf_counter()
-        matches = ranked(self._gallery, query, views)
-        took = time.perf_counter() - begin
-        least = limit(query, matches)
+        matches = self._ranked(query)
+        seconds = time.perf_counter() - begin
+        unlikely = [
+            one.similarity + 1e-6
+            for one in matches
+            if one.probability is not None and one.probability < LIMIT
+        ]
+        least = max(unlikely, default=-1.0) if query.similarity is None else query.similarity
         shown = [match for match in matches if match.similarity >= least]
         results = Results(
             entries=_sorted(join_seconds(shown), query.sort),
@@ -88,47 +94,35 @@ class Searcher:
             least=least,
             searched=self._gallery.searched(query.where),
             recall=self._gallery.recall,
-            seconds=took,
+            seconds=seconds,
             version=version,
         )
         with self._lock:
             self._latest[query] = results
         return results
 
+    def embeddings(self, query: SearchRequest) -> Float[np.ndarray, "Q D"]:
+        """What to search with: one embedding, or one for each view."""
+        embeddings = self._photos.embeddings(query.view)
+        if query.combine == "best":
+            return embeddings
+        mean = embeddings.mean(axis=0, keepdims=True)
+        length = np.linalg.norm(mean)
+        # Opposite ones have no mean direction.
+        return mean / length if length > 1e-6 else embeddings[:1]
 
-def limit(query: SearchRequest, matches: Sequence[Match]) -> float:
-    """The similarity at which results end: as asked for, else while they are likely enough."""
-    if query.similarity is not None:
-        return query.similarity
-    known = [(one.similarity, one.probability) for one in matches if one.probability is not None]
-    return max((similar + 1e-6 for similar, likely in known if likely < LIMIT), default=-1.0)
-
-
-def combined(query: SearchRequest, views: Sequence[View]) -> Float[np.ndarray, "Q D"]:
-    """What to search with: one embedding, or one for each view."""
-    embeddings = np.stack([view.embedding for view in views]).astype(np.float32)
-    if query.combine == "best":
-        return embeddings
-    mean = embeddings.mean(axis=0, keepdims=True)
-    length = np.linalg.norm(mean)
-    # Opposite ones have no mean direction.
-    return mean / length if length > 1e-6 else embeddings[:1]
-
-
-def ranked(gallery: Gallery, query: SearchRequest, views: Sequence[View]) -> list[Match]:
-    """The people of other photos, best first; of several similarities to one the best counts."""
-    own = {view.photo for view in views}
-    best: dict[str, Match] = {}
-    some = MAX_MATCHES + 10 * len(own)
-    for matches in gallery.search_many(combined(query, views), some, query.where):
-        for match in matches:
-            scene = match.person.scene
-            known = best.setdefault(match.person.id, match)
-            if match.similarity > known.similarity:
-                best[match.person.id] = match
-            if scene.id in own or scene.hash[:24] in own:
-                del best[match.person.id]
-    return sorted(best.values(), key=lambda match: -match.similarity)[:MAX_MATCHES]
+    def _ranked(self, query: SearchRequest) -> list[Match]:
+        """Of several similarities to a person the best counts."""
+        own = {self._photos.person(view).scene.id for view in query.view}
+        best: dict[str, Match] = {}
+        some = MAX_MATCHES + 10 * len(own)
+        for matches in self._gallery.search_many(self.embeddings(query), some, query.where):
+            for match in matches:
+                known = best.setdefault(match.person.id, match)
+                if match.similarity > known.similarity:
+                    best[match.person.id] = match
+        found = [match for match in best.values() if match.person.scene.id not in own]
+        return sorted(found, key=lambda match: -match.similarity)[:MAX_MATCHES]
 
 
 def _sorted(entries: list[Entry], by: str) -> list[Entry]:
@@ -142,27 +136,15 @@ def _sorted(entries: list[Entry], by: str) -> list[Entry]:
     return entries
 
 
-@dataclasses.dataclass(frozen=True)
-class Timeline:
-    """How many results each camera has in each stretch of time; unknown times are left out.
+def timeline(entries: Sequence[Entry]) -> dict[str, Any]:
+    """How many results each camera has (`rows`) in stretches of time: their `starts` and `step`.
 
-    Attributes:
-      starts: of the columns.
-      step: length of a column.
-      rows: for each camera the counts.
+    Unknown times are left out; {} where there is nothing to tell apart.
     """
-
-    starts: Sequence[datetime.datetime]
-    step: datetime.timedelta
-    rows: Mapping[str, Sequence[int]]
-
-
-def timeline(entries: Sequence[Entry]) -> Timeline | None:
-    """Where and when the results were seen; None where there is nothing to tell apart."""
     scenes = [entry.match.person.scene for entry in entries]
     seen = [(scene.camera, scene.taken) for scene in scenes if scene.taken is not None]
     if len(set(seen)) < 2:
-        return None
+        return {}
     day = min(taken for _, taken in seen).replace(hour=0, minute=0, second=0, microsecond=0)
     last = max(taken for _, taken in seen)
     step = next((step for step in _STEPS if (last - day) / step < _MOST_COLUMNS), _STEPS[-1])
@@ -172,4 +154,4 @@ def timeline(entries: Sequence[Entry]) -> Timeline | None:
         camera: [counts[camera, column] for column in columns]
         for camera in sorted({camera for camera, _ in seen})
     }
-    return Timeline([day + column * step for column in columns], step, rows)
+    return {"starts": [day + column * step for column in columns], "step": step, "rows": rows}

@@ -17,8 +17,8 @@ from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED
 from alignps_jax.gallery.page.exports import Marked, photos_as_zip
 from alignps_jax.gallery.page.marks import identities
 from alignps_jax.gallery.page.photos import Asked, Place
-from alignps_jax.gallery.page.queries import MAX_VIEWS, SearchRequest, resolve
-from alignps_jax.gallery.page.results import MAX_MATCHES, PAGE, combined, timeline
+from alignps_jax.gallery.page.queries import MAX_VIEWS, SearchRequest
+from alignps_jax.gallery.page.results import PAGE, timeline
 from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
 from alignps_jax.gallery.tables import Note
 
@@ -46,24 +46,22 @@ def search(
     """The people who are most similar to the views of a query, from `offset` to `shown`."""
     if not query.view:
         return RedirectResponse(query.address("/"), 303)
-    views = resolve(query, site.gallery, site.uploads)
-    found = site.searcher.search(query, views)
-    marked = site.marks.of(query.view)
-    right = [person for person, is_right in marked.items() if is_right]
+    found = site.searcher.search(query)
+    marks = site.marks.about(query.view)
+    right = [mark.person for mark in marks if mark.right]
     return page(
         request,
         "search.html",
         query=query,
-        views=views,
+        views=[site.photos.person(view) for view in query.view],
         found=found,
         entries=found.entries[offset : max(shown, offset + PAGE)],
         following=shown if shown < len(found.entries) else None,
-        marked=marked,
+        marked={mark.person: mark.right for mark in marks},
         refined=query.joined(right) if set(right) - {*query.view} else [],
         timeline=timeline(found.entries),
         lines={"nobody": NOBODY, "uncalibrated": NOT_CALIBRATED},
         is_calibrated=site.gallery.calibration is not None,
-        MAX_MATCHES=MAX_MATCHES,
         PAGE=PAGE,
     )
 
@@ -71,21 +69,20 @@ def search(
 @router.post("/mark")
 def mark(request: Request, site: OfSite, form: Annotated[MarkForm, Form()]) -> Response:
     """Says of results that they are right or wrong, or searches with them, too."""
-    people = list(dict.fromkeys(site.person(one).id for one in form.person))
+    people = [site.photos.person(one).id for one in form.person]
     if form.mark == "search":
         return RedirectResponse(form.address("/search", view=form.joined(people)), 303)
-    views = resolve(form, site.gallery, site.uploads)
-    if not views:
+    if not form.view:
         raise UserError("There is no query to which this result belongs.")
-    similarity = combined(form, views) @ site.gallery.embeddings(people).T
+    views = [site.photos.person(view) for view in form.view]
+    similarity = site.searcher.embeddings(form) @ site.photos.embeddings(people).T
     best = [round(float(value), 4) for value in similarity.max(axis=0)]
     right = {"right": True, "wrong": False}.get(form.mark)
-    site.marks.set(views, list(zip(people, best, strict=True)), right)
+    site.marks.set(views, dict(zip(people, best, strict=True)), right)
     if request.headers.get("hx-request") != "true":
         return RedirectResponse(form.address("/search") + f"#result-{people[0]}", 303)
-    return page(
-        request, "mark.html", query=form, person_id=people[0], marked=site.marks.of(form.view)
-    )
+    marked = {one.person: one.right for one in site.marks.about(form.view)}
+    return page(request, "mark.html", query=form, person_id=people[0], marked=marked)
 
 
 @router.get("/marks", dependencies=READ_FIRST)
@@ -127,9 +124,7 @@ def download(site: OfSite, name: str, query: Asked) -> Response:
     """The marks of a person, or all, as marks.csv, test.json (COCO) or query.json."""
     if name not in DOWNLOADS:
         raise HTTPException(404, f"There is no such download; there are {', '.join(DOWNLOADS)}.")
-    everything = site.marks.all()
-    same = next((one for one in identities(everything) if one & {*query.view}), set())
-    chosen = [one for one in everything if not query.view or one.view in same]
+    chosen = site.marks.about(query.view) if query.view else site.marks.all()
     if not chosen:
         raise UserError("Nothing is marked yet; say of a result that it is right or wrong first.")
     kind, write = DOWNLOADS[name]
@@ -140,8 +135,7 @@ def download(site: OfSite, name: str, query: Asked) -> Response:
 @router.get("/results.zip")
 def results_as_zip(site: OfSite, query: Asked) -> Response:
     """The photos of the results, with their boxes as JSON."""
-    views = resolve(query, site.gallery, site.uploads)
-    entries = site.searcher.search(query, views).entries if views else []
+    entries = site.searcher.search(query).entries if query.view else []
     headers = {"Content-Disposition": 'attachment; filename="results.zip"'}
     parts = photos_as_zip(site.gallery, entries)
     return StreamingResponse(parts, media_type="application/zip", headers=headers)

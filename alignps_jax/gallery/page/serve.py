@@ -57,7 +57,7 @@ def serve(
             print(f"page     {address}/{f'?token={token}' if token else ''}", flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # uvicorn hands both on when it has stopped
-        site.uploads.warm_up(site.searcher.warm_up)
+        site.photos.warm_up(site.searcher.warm_up)
         config = uvicorn.Config(
             guarded(make_app(site), door),
             http=ImpatientProtocol,

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
+from alignps_jax.boxes import area
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import words
 from alignps_jax.gallery.entries import Person, Scene
@@ -27,7 +28,7 @@ from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.queries import SearchRequest
 from alignps_jax.gallery.page.results import Searcher
-from alignps_jax.gallery.page.uploads import Uploads
+from alignps_jax.gallery.page.uploads import Photos
 
 _READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
@@ -40,8 +41,9 @@ class Site:
 
     def __init__(self, gallery: Gallery, sources: Sequence[str] = ()):
         self.gallery = gallery
-        self.uploads, self.pictures = Uploads(gallery.own_detector()), Pictures(gallery)
-        self.searcher, self.marks = Searcher(gallery), Marks(gallery)
+        self.photos = Photos(gallery)
+        self.pictures, self.searcher = Pictures(self.photos), Searcher(self.photos)
+        self.marks = Marks(gallery.people)
         self.groups = Groups(gallery.people)
         self.library = Library(gallery, sources)
         self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
@@ -53,13 +55,6 @@ class Site:
         if scene is None:
             raise HTTPException(404, "This photo is not in the gallery, or not any more.")
         return scene
-
-    def person(self, person_id: str) -> Person:
-        """A person of the gallery; HTTPException (404)."""
-        person = self.gallery.person(person_id)
-        if person is None:
-            raise HTTPException(404, "This person is not in the gallery, or not any more.")
-        return person
 
     def overview(self) -> dict[str, Any]:
         """Numbers of people and scenes, the choices of a filter, and what is wrong if it is."""
@@ -113,6 +108,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def drawn(people: Sequence[Person]) -> list[tuple[int, Person]]:
+    """People with their numbers, the largest first, for the small ones to stay in reach."""
+    return sorted(enumerate(people, 1), key=lambda one: -float(area(one[1].box)))
+
+
 _TEMPLATES = Jinja2Templates(
     env=jinja2.Environment(
         loader=jinja2.PackageLoader("alignps_jax.gallery.page"),
@@ -122,10 +122,10 @@ _TEMPLATES = Jinja2Templates(
         lstrip_blocks=True,
     ),
     context_processors=[
-        lambda request: _site(request).overview() | {"progress": _site(request).uploads.status()}
+        lambda request: _site(request).overview() | {"progress": _site(request).photos.status()}
     ],
 )
-_TEMPLATES.env.filters |= {"clock": clock, "words": words}
+_TEMPLATES.env.filters |= {"clock": clock, "drawn": drawn, "words": words}
 _TEMPLATES.env.globals["MAX_BODY"] = MAX_BODY
 
 

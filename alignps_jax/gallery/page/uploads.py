@@ -1,4 +1,8 @@
-"""Photos that somebody searches with: detected one at a time, kept in memory for a while."""
+"""Photos that somebody searches with, beside those of the gallery: both are asked for alike.
+
+Uploaded photos are detected one at a time and kept in memory for a while. Their ids, and those of
+their people, come from the content, so that a photo that is uploaded again has the same.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,20 @@ import dataclasses
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any
 
-import jax
 import numpy as np
 from cachetools import LRUCache
+from jaxtyping import Float
 from starlette.exceptions import HTTPException
 
 from alignps_jax.errors import UserError, blame
-from alignps_jax.gallery.entries import content_hash
-from alignps_jax.gallery.page.pictures import PREVIEW, jpeg, person_picture
-from alignps_jax.gallery.search import person_at, person_in_box
-from alignps_jax.inference.detector import Detector
+from alignps_jax.gallery.entries import Person, Scene, content_hash, person_id, scene_id
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.search import person_at
 from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.media.videos import VIDEO_SUFFIXES
 from alignps_jax.types import Detections
@@ -28,163 +31,167 @@ from data_pipeline.transforms import is_landscape
 
 MAX_WAITING = 16  # photos
 _KEPT = 256 << 20  # bytes of photos, the latest ones
-_SMALLEST = 4 << 20  # bytes that a photo counts at least, with its pictures
-_BUSY = "Too many photos wait for the network at the moment; please try again in a minute."
+_SMALLEST = 1 << 20  # bytes that a photo counts at least
+_MOST_PEOPLE = 10_000  # of uploaded photos, the latest ones
 
 
 @dataclasses.dataclass
 class Upload:
-    """A photo that somebody searches with.
+    """An uploaded photo; `people` is None until they are found, `error` says what is wrong."""
 
-    Attributes:
-      hash: of its content; the id is its beginning, so the same photo is found after a restart.
-      name: what its owner calls it.
-      read: gives its pixels.
-      length: of its file in bytes.
-      size: height and width in pixels as a viewer shows it; None until it is decoded.
-      preview: JPEG for the browser; empty until the photo is decoded.
-      found: everybody that was detected, best first, and whom boxes found; None until then.
-      shown: how many of them have the score to be shown.
-      pictures: JPEGs of people, by their row.
-      error: what is wrong with the photo, in one line.
-      done: ends when the people are found.
-    """
-
-    hash: str
-    name: str
-    read: Callable[[], Image]
-    length: int
-    size: tuple[int, int] | None = None
-    preview: bytes = b""
-    found: Detections | None = None
-    shown: int = 0
-    pictures: dict[int, bytes] = dataclasses.field(default_factory=dict)
-    error: str | None = None
+    scene: Scene
+    data: bytes
+    people: list[Person] | None = None
+    error: str = ""
     done: Future[None] | None = None
 
-    @property
-    def id(self) -> str:
-        return self.hash[:24]
 
-    @property
-    def is_done(self) -> bool:
-        return self.found is not None or self.error is not None
+class Photos:
+    """The photos and people of a gallery, and those that were uploaded."""
 
-
-class Uploads:
-    """Detects people in photos, in a thread of its own, one photo at a time.
-
-    A detector compiles a program for the first landscape and one for the first portrait photo,
-    which can take a minute each; `warm_up` does so beforehand.
-    """
-
-    def __init__(self, detector: Detector):
-        self.detector = detector
+    def __init__(self, gallery: Gallery):
+        self.gallery, self.detector = gallery, gallery.own_detector()
         self._pool = ThreadPoolExecutor(1, "uploads")
-        self._kept: LRUCache[str, Upload] = LRUCache(_KEPT, lambda one: max(one.length, _SMALLEST))
+        self._uploads: LRUCache[str, Upload] = LRUCache(
+            _KEPT, lambda x: max(len(x.data), _SMALLEST)
+        )
+        # Of uploaded photos, and those whom a drawn box found, with their embeddings.
+        self._people: LRUCache[str, tuple[Person, Float[np.ndarray, "D"]]] = LRUCache(_MOST_PEOPLE)
         self._lock = threading.Lock()
         self._waiting = 0
         self._ready: set[bool] = set()
         self._first: tuple[str, float] | None = None
 
+    def upload(self, name: str, data: bytes) -> Scene:
+        """Takes the file of a photo, whose people are detected later.
+
+        Raises UserError if it is empty or a video, HTTPException (503) if too many wait.
+        """
+        if not data:
+            raise UserError(f"{name}: this file is empty.")
+        if PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
+            raise UserError(f"{name}: this is a video. Save a frame with the person as a photo.")
+        content = content_hash(data)
+        identity = scene_id(content, None)
+        known = self.gallery.scene(identity)
+        if known is not None:
+            return known
+        with self._lock:
+            upload = self._uploads.get(identity)
+            if upload is None or upload.error:
+                if self._waiting >= MAX_WAITING:
+                    line = "Too many photos wait for the network; please try again in a minute."
+                    raise HTTPException(503, line, {"Retry-After": "60"})
+                scene = Scene(identity, name, 0, 0, None, "", None, content)
+                upload = self._uploads[identity] = Upload(scene, data)
+                upload.done = self._submit(self._find, upload)
+        return upload.scene
+
+    def uploaded(self, identity: str) -> Upload | None:
+        """An uploaded photo that is still kept, and then longer."""
+        with self._lock:
+            return self._uploads.get(identity)
+
+    def scene(self, identity: str) -> Scene:
+        """A photo or frame; HTTPException (404) if it is not known, or not any more."""
+        upload = self.uploaded(identity)
+        scene = upload.scene if upload else self.gallery.scene(identity)
+        if scene is None:
+            raise HTTPException(404, "This photo is not here any more; please choose it again.")
+        return scene
+
+    def people_of(self, scene: Scene) -> list[Person]:
+        """The people of a photo, best first."""
+        upload = self.uploaded(scene.id)
+        return upload.people or [] if upload else self.gallery.people_of(scene.id)
+
+    def person(self, identity: str) -> Person:
+        """A person; HTTPException (404) if it is not known, or not any more."""
+        person = self.gallery.person(identity)
+        if person is None:
+            with self._lock:
+                person, _ = self._people.get(identity, (None, None))
+        if person is None:
+            raise HTTPException(404, "This person is not here any more, or never was.")
+        return person
+
+    def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
+        """The embeddings of people (ids)."""
+        with self._lock:
+            own = {one: self._people[one][1] for one in people if one in self._people}
+        others = [one for one in people if one not in own]
+        found = own | dict(zip(others, self.gallery.embeddings(others), strict=True))
+        return np.array([found[one] for one in people], np.float32)
+
+    def pixels(self, scene: Scene, side: int | None = None) -> Image:
+        """A photo or frame, RGB; errors as of `Gallery.pixels`."""
+        upload = self.uploaded(scene.id)
+        if upload is None:
+            return self.gallery.pixels(scene, side)
+        return decode_photo(upload.data, self.gallery.info.max_pixels)
+
+    def person_at(self, scene: Scene, box: tuple[float, ...]) -> tuple[Person, Detections]:
+        """The person in a drawn box, looked for there; UserError if nobody is."""
+        work = self._submit(lambda: person_at(self.detector, self.pixels(scene), scene.name, box))
+        found: Detections = work.result()
+        (person,) = self._keep(scene, found)
+        return person, found
+
+    def _keep(self, scene: Scene, found: Detections) -> list[Person]:
+        boxes, embeddings = np.asarray(found.boxes), np.asarray(found.embeddings)
+        people = [
+            Person(person_id(scene.id, box), scene, box, float(score))
+            for box, score in zip(boxes, np.asarray(found.scores), strict=True)
+        ]
+        with self._lock:
+            for person, embedding in zip(people, embeddings, strict=True):
+                self._people[person.id] = person, embedding
+        return people
+
     def warm_up(self, prepare: Callable[[], object]) -> None:
         """Compiles the programs for photos of both orientations; `prepare` comes between them."""
         long, short = self.detector.config.data.test_scale
-        self._submit(self._detect, np.zeros((short, long, 3), np.uint8))
-        self._submit(self._prepared, "the search", prepare)
-        self._submit(self._detect, np.zeros((long, short, 3), np.uint8))
+        with self._lock:
+            self._submit(self._detect, np.zeros((short, long, 3), np.uint8))
+            self._submit(self._timed, "the search", prepare)
+            self._submit(self._detect, np.zeros((long, short, 3), np.uint8))
 
     def status(self) -> dict[str, Any]:
         """How many photos wait, and what is prepared for the first time since how many seconds."""
         name, since = self._first or ("", time.monotonic())
         return {"waiting": self._waiting, "first": name, "seconds": time.monotonic() - since}
 
-    def upload(self, name: str, data: bytes) -> Upload:
-        """Takes the file of a photo; UserError if it is none, HTTPException (503) if busy."""
-        if not data:
-            raise UserError(f"{name}: this file is empty.")
-        if PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
-            raise UserError(f"{name}: this is a video. Save a frame with the person as a photo.")
-        most = self.detector.config.data.max_pixels
-        return self.add(content_hash(data), name, lambda: decode_photo(data, most), len(data))
-
-    def add(self, content: str, name: str, read: Callable[[], Image], length: int = 0) -> Upload:
-        """Takes a photo that `read` gives when its turn comes; HTTPException (503) if busy."""
-        with self._lock:
-            known = self._kept.get(content[:24])
-            if known is not None and known.error is None:
-                return known
-            if self._waiting >= MAX_WAITING:
-                raise HTTPException(503, _BUSY, {"Retry-After": "60"})
-            upload = self._kept[content[:24]] = Upload(content, name, read, length)
-        upload.done = self._submit(self._find, upload)
-        return upload
-
-    def get(self, upload_id: str) -> Upload:
-        """A photo that is still kept, and then longer; HTTPException (404) if it is not."""
-        with self._lock:
-            upload = self._kept.get(upload_id)
-        if upload is None:
-            line = "The server does not have this photo any more; please choose it again."
-            raise HTTPException(404, line)
-        return upload
-
-    def row_at(self, upload: Upload, box: tuple[float, ...]) -> int:
-        """The row of the person under a box, who is looked for there if need be.
-
-        UserError if nobody is there.
-        """
-        row: int = self._submit(self._row_at, upload, box).result()
-        return row
-
-    def _row_at(self, upload: Upload, box: tuple[float, ...]) -> int:
-        if upload.found is None:
-            raise UserError(upload.error or "The photo is not searched yet; please wait a moment.")
-        row = person_in_box(upload.found.boxes, box)
-        if row is None or row not in upload.pictures:
-            image = upload.read()
-            if row is None:
-                one, row = (
-                    person_at(self.detector, image, upload.name, box),
-                    len(upload.found.scores),
-                )
-                upload.found = jax.tree.map(lambda *x: np.concatenate(x), upload.found, one)
-            upload.pictures[row] = person_picture(image, np.asarray(upload.found.boxes[row]))
-        return row
-
     def _submit(self, work: Callable[..., Any], *values: object) -> Future[Any]:
         def step() -> Any:
             try:
                 return work(*values)
             finally:
-                with self._lock:
-                    self._waiting -= 1
+                self._waiting -= 1
 
-        with self._lock:
-            self._waiting += 1
+        self._waiting += 1
         return self._pool.submit(step)
 
-    def _prepared(self, name: str, prepare: Callable[[], Any]) -> Any:
+    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         self._first = name, time.monotonic()
         try:
-            return prepare()
+            return work()
         finally:
             self._first = None
 
     def _find(self, upload: Upload) -> None:
+        name = upload.scene.path
         try:
-            with blame(upload.name):
-                image = upload.read()
-            upload.preview, upload.size = jpeg(image, PREVIEW), image.shape[:2]
-            found = self._detect(image)
-            upload.shown = int((found.scores >= self.detector.config.eval.score_threshold).sum())
-            shown = enumerate(np.asarray(found.boxes)[: upload.shown])
-            upload.pictures = {row: person_picture(image, box) for row, box in shown}
-            upload.found = found
+            with blame(name):
+                image = decode_photo(upload.data, self.gallery.info.max_pixels)
+            height, width = image.shape[:2]
+            upload.scene = dataclasses.replace(upload.scene, height=height, width=width)
+            found = self._keep(upload.scene, self._detect(image))
+            threshold = self.gallery.info.score_threshold
+            upload.people = [person for person in found if person.score >= threshold]
         except (UserError, OSError) as error:
             upload.error = str(error)
         except Exception as error:  # the next photo may be better
-            upload.error = f"{upload.name}: the network failed on this photo; the server's log says"
+            upload.error = f"{name}: the network failed on this photo; the server's log says"
             traceback.print_exception(error)
 
     def _detect(self, image: Image) -> Detections:
@@ -192,6 +199,6 @@ class Uploads:
         if landscape in self._ready:
             return self.detector.detect(image)
         name = f"the network for {'landscape' if landscape else 'portrait'} photos"
-        found: Detections = self._prepared(name, lambda: self.detector.detect(image))
+        found: Detections = self._timed(name, lambda: self.detector.detect(image))
         self._ready.add(landscape)
         return found

@@ -189,7 +189,7 @@ document.addEventListener("click", (event) => {
   if (card?.id && event.target.closest("a")) history.replaceState(null, "", `#${card.id}`);
 });
 document.addEventListener("input", (event) => {
-  const output = event.target.closest("label")?.querySelector("output");
+  const output = event.target.type === "range" && event.target.form.querySelector("output");
   if (output) output.value = Number(event.target.value).toFixed(2);
 });
 
