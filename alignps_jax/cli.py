@@ -83,7 +83,7 @@ def group(args: Arguments) -> None:
     _answer(args, write_groups(gallery, _filter(args), args.across_days, target))
 
 
-@mode("checkpoint gallery source", "every prune exclude no_default_excludes config")
+@mode("checkpoint gallery source", "every prune exclude no_default_excludes watch cluster config")
 def index(args: Arguments) -> None:
     """finds everybody in photos and videos, once, and adds them to a gallery"""
     from alignps_jax.gallery.gallery import Gallery
@@ -91,11 +91,26 @@ def index(args: Arguments) -> None:
     from alignps_jax.media.walk import DEFAULT_EXCLUDES
 
     excludes = [*(() if args.no_default_excludes else DEFAULT_EXCLUDES), *(args.exclude or ())]
+    detect = None
+    if args.cluster:
+        from alignps_jax.gallery.cluster import detect_on_cluster, leave_accelerators
+
+        leave_accelerators()
+        detect = partial(detect_on_cluster, args.cluster, partial(_detector, args))
     gallery = Gallery.open(args.gallery, _detector(args), create=True)
-    walk = index_source(gallery, [args.source], args.every, args.prune, excludes)
-    count = f"{gallery.num_people:,} people in {gallery.num_scenes:,} scenes"
-    print(f"gallery  {args.gallery}: {count}")
-    walk.report()
+
+    def run() -> None:
+        walk = index_source(gallery, [args.source], args.every, args.prune, excludes, detect)
+        count = f"{gallery.num_people:,} people in {gallery.num_scenes:,} scenes"
+        print(f"gallery  {args.gallery}: {count}", flush=True)
+        walk.report()
+
+    if args.watch:
+        from alignps_jax.gallery.watch import watch
+
+        watch(run, [args.source])
+    else:
+        run()
 
 
 @mode("gallery", any_of="photo person")
@@ -121,15 +136,16 @@ def detect(args: Arguments) -> None:
     detect_source(args.checkpoint, _config(args), args.source, args.every, args.target)
 
 
-@mode("checkpoint gallery", "host port public_url no_token source config")
+@mode("checkpoint gallery", "host port public_url no_token source watch config")
 def serve(args: Arguments) -> None:
     """serves a page in the browser that searches a gallery"""
     from alignps_jax.gallery.gallery import Gallery
     from alignps_jax.gallery.page.serve import serve
 
     gallery = Gallery.open(args.gallery, _detector(args))
-    sources = [args.source] if args.source else []
-    serve(gallery, args.host, args.port, args.public_url, args.no_token, sources)
+    folders = [args.source] if args.source else []
+    door = args.host, args.port, args.public_url, args.no_token
+    serve(gallery, *door, folders, args.watch)
 
 
 @mode("config source workdir", "ema")

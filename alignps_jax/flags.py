@@ -89,23 +89,22 @@ FLAGS: dict[str, dict[str, Any]] = {
     "source": _flag("photo, video, or folder with everything below it; convert: the weights"),
     "every": _flag("time between two frames of a video: 1s, 500ms, 2min", _seconds, "1s"),
     "prune": _switch("remove people whose photo or video is gone from --source"),
+    "watch": _switch("go on, and index what is added to --source"),
+    "cluster": _flag("Ray cluster to index on: auto, local, or an address; default: this process"),
     "exclude": _several("pattern of files and folders to leave out, such as '**/drafts/**'"),
     "no_default_excludes": _switch("look into hidden folders, trash, and thumbnails as well"),
     "folder": _flag("search only what lies below this folder; default: everything"),
     "camera": _several("search only photos of this camera"),
     "after": _flag(
-        "search only what was taken from then on, such as 2024-05-31; default: any time", _begin
+        "search only what was taken from then on: 2024-05-31T14:30; default: all", _begin
     ),
     "before": _flag(
-        "search only what was taken until then, 2024-05-31 or ...T14:30; default: any time", _end
+        "search only what was taken until then: 2024-05-31 (its end); default: all", _end
     ),
-    "kind": {
-        "help": "search only photos or only videos; default: both",
-        "choices": ("photo", "video"),
-    },
-    "count": _flag("most results of each person that is searched", _count, 1000),
+    "kind": {"help": "search photos or videos alone; default: both", "choices": ("photo", "video")},
+    "count": _flag("results of each person that is searched", _count, 1000),
     "show_all": _switch("show also results that are not likely the person"),
-    "across_days": _switch("group people of different days, who have to wear the same clothes"),
+    "across_days": _switch("group people of different days, too"),
     "json": _switch("print the results as JSON, and all other lines to the standard error"),
     "photo": _several("photo or video whose people are forgotten"),
     "person": _several("id of a person to forget, from ranking.json"),

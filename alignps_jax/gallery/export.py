@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from alignps_jax.errors import UserError
 from alignps_jax.files import complete_file
-from alignps_jax.gallery.people import PERSON, SCENE_COLUMNS, People, schema
+from alignps_jax.gallery.people import SCENE_COLUMNS, People, schema
 
 COLUMNS = ("id", *SCENE_COLUMNS, "box", "score", "embedding")
 
@@ -27,7 +27,7 @@ def export_people(people: People, target: Path) -> int:
     known = schema(people.info)
     columns, count = pa.schema([known.field(name).remove_metadata() for name in COLUMNS]), 0
     with complete_file(target) as temporary, pq.ParquetWriter(temporary, columns) as writer:
-        for batch in table.batches(COLUMNS, kind=PERSON):
+        for batch in table.batches(COLUMNS):
             writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=columns))
             count += len(batch)
     return count

@@ -17,7 +17,7 @@ import numpy as np
 
 from alignps_jax.boxes import iou
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.people import FILE, PERSON, SCENE, FoundScene, People
+from alignps_jax.gallery.people import FILE, FoundScene, People
 from alignps_jax.gallery.tables import Note, parts
 
 # A box that overlaps a forgotten one so much is the same person's.
@@ -41,7 +41,7 @@ class Forgotten:
     """
 
     def __init__(self, people: People):
-        self._table, self._notes, self._version = people.table, people.notes("forgotten"), -1
+        self._people, self._notes, self._version = people, people.notes("forgotten"), -1
         self.refresh()
 
     def refresh(self) -> bool:
@@ -69,11 +69,8 @@ class Forgotten:
         return dataclasses.replace(found, people=people)
 
     def enforce(self) -> None:
-        """Removes whoever is on the list. Files stay known, so that they are not read again."""
-        for some in parts(self.hashes):
-            self._table.delete(hash=some, kind=[SCENE, PERSON])
-        for some in parts(one["id"] for one in self._persons):
-            self._table.delete(id=some)
+        """Removes whoever is on the list."""
+        self._people.remove(self.hashes, [one["id"] for one in self._persons])
 
 
 def forget(
@@ -98,15 +95,15 @@ def forget(
     for photo in photos:
         path = os.path.abspath(photo)
         spelled = [unicodedata.normalize(form, path) for form in ("NFC", "NFD")]
-        files = table.rows(["path", "hash"], kind=FILE, path=[path, *spelled]).to_pylist()
+        files = people.scenes.rows(["path", "hash"], kind=FILE, path=[path, *spelled]).to_pylist()
         if not files and path not in known:
             raise UserError(f"--photo: found no {photo} in the gallery {people.address}")
         entries += [file | {"id": None, "second": None, "box": None} for file in files]
     columns = ["id", "path", "hash", "second", "box"]
     for some in parts(entry["hash"] for entry in entries):
-        gone |= set(table.rows(["id"], kind=PERSON, hash=some)["id"].to_pylist())
+        gone |= set(table.rows(["id"], hash=some)["id"].to_pylist())
     for some in parts(persons):
-        entries += table.rows(columns, kind=PERSON, id=some).to_pylist()
+        entries += table.rows(columns, id=some).to_pylist()
     if missing := set(persons) - {entry["id"] for entry in entries}:
         raise UserError(f"--person: found no {missing.pop()!r} in the gallery {people.address}")
     people.notes("forgotten").put(

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import Self, TypeVar
+from typing import Self
 
 import cv2
 import numpy as np
 from jaxtyping import Float
 
-from alignps_jax.errors import UserError
+from alignps_jax.errors import UserError, blame
 from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory, load_people
-from alignps_jax.gallery.people import FILE, PERSON, SCENE, People
+from alignps_jax.gallery.people import FILE, SCENE, People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.media.photos import Image, photo_bytes, read_photo, thumbnail
 from alignps_jax.media.videos import frame_at
@@ -28,7 +29,6 @@ from alignps_jax.types import AnyArray
 _QUICKLY_READ, _PATIENCE = 50_000, 20.0
 
 Place = str | os.PathLike[str]
-Read = TypeVar("Read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,19 +98,19 @@ class Gallery:
         return self.detector
 
     @property
-    def version(self) -> int:
+    def version(self) -> tuple[int, int]:
         """Changes with every commit."""
-        return self.people.table.version
+        return self.people.version
 
     @property
     def num_people(self) -> int:
         """The number of people."""
-        return self.people.table.count(kind=PERSON)
+        return self.people.table.count()
 
     @property
     def num_scenes(self) -> int:
         """The number of photos and frames, those of nobody included."""
-        return self.people.table.count(kind=SCENE)
+        return self.people.scenes.count(kind=SCENE)
 
     def search(
         self, embedding: Float[AnyArray, "D"], k: int, where: Filter | None = None
@@ -231,7 +231,7 @@ class Gallery:
 
     def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """The embeddings of people (their ids), in that order; UserError if one is not there."""
-        rows = self.people.table.rows(["id", "embedding"], kind=PERSON, id=list(people))
+        rows = self.people.table.rows(["id", "embedding"], id=list(people))
         found = dict(zip(*(column.to_pylist() for column in rows.columns), strict=True))
         if missing := [identity for identity in people if identity not in found]:
             raise UserError(f"{self.address}: found nobody with the id {missing[0]!r}")
@@ -256,42 +256,43 @@ class Gallery:
         return sorted(map(str, own | above))
 
     def file_of(self, scene: Scene) -> Path:
-        """A file with the content of a scene; errors as of `pixels`."""
-        return self._first(scene, lambda path: path)
+        """The first file with a scene's content that is there as it was indexed.
+
+        Raises:
+          UserError, OSError: all of them are gone or changed.
+        """
+        rows = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
+        error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
+        for row in sorted(rows.to_pylist(), key=lambda row: row["path"] != scene.path):
+            try:
+                found = os.stat(row["path"])
+            except OSError as reason:
+                error = reason
+                continue
+            if (found.st_size, found.st_mtime_ns) == (row["size"], row["mtime"]):
+                return Path(row["path"])
+            error = UserError(f"{row['path']}: has changed since it was indexed; index it again")
+        raise error
 
     def pixels(self, scene: Scene, side: int | None = None) -> Image:
         """The photo, or the frame of the video, RGB; with a longer side of at most `side`, quickly.
 
         Raises:
-          UserError, OSError: all files with this content are gone, changed, or cannot be decoded.
+          UserError, OSError: as `file_of`, or it cannot be decoded.
         """
-        most = self.info.max_pixels
-        return self._first(scene, lambda path: _read(path, scene.second, most, side))
-
-    def _first(self, scene: Scene, read: Callable[[Path], Read]) -> Read:
-        files = self.people.table.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
-        error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
-        for row in sorted(files.to_pylist(), key=lambda row: row["path"] != scene.path):
-            path, state = Path(row["path"]), (row["size"], row["mtime"])
-            try:
-                found = os.stat(path)
-                if (found.st_size, found.st_mtime_ns) != state:
-                    raise UserError(f"{path}: has changed since it was indexed; index it again")
-                return read(path)
-            except (UserError, OSError) as reason:
-                error = reason
-        raise error
+        path, most = self.file_of(scene), self.info.max_pixels
+        if scene.second is not None:
+            frame = frame_at(str(path), scene.second, most)
+            factor = min(1.0, (side or math.inf) / max(frame.shape[:2]))
+            size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
+            return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if factor < 1 else frame
+        return read_photo(path, most) if side is None else read_thumbnail(path, side, most)
 
 
-def _read(path: Path, second: float | None, max_pixels: int, side: int | None) -> Image:
-    if second is None:
-        if side is None:
-            return read_photo(path, max_pixels)
+def read_thumbnail(path: Path, side: int, max_pixels: int) -> Image:
+    """A photo with a longer side of at most `side`; of a JPEG file quickly."""
+    with blame(path):
         return thumbnail(photo_bytes(path, max_pixels), side, max_pixels)
-    frame = frame_at(str(path), second, max_pixels)
-    factor = min(1.0, (side or max(frame.shape)) / max(frame.shape[:2]))
-    size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
-    return frame if side is None else cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
 
 
 def info_of(detector: Detector) -> GalleryInfo:

@@ -40,7 +40,7 @@ class Group:
     Attributes:
       name: empty until a user gives one.
       day: such as 2024-05-01; empty where unknown, or across days.
-      by_hand: named, merged or split by a user: its people stay together for good.
+      by_hand: named, merged or split by a user: its people stay together, and others join them.
     """
 
     id: str
@@ -83,7 +83,7 @@ class Groups:
 
     def merge(self, groups: Sequence[str]) -> Group:
         """Makes one of several groups: the first, by the first name that there is."""
-        found = [self._find(group) for group in groups]
+        found = [self._find(group) for group in dict.fromkeys(groups)]
         name = next((group.name for group in found if group.name), "")
         day = found[0].day if len({group.day for group in found}) == 1 else ""
         people = tuple(person for group in found for person in group.people)
@@ -142,9 +142,8 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
             group = next((known[one] for one in ids if one in known), None)
             group = group or Group(uuid.uuid4().hex, "", day, False, ())
             new = tuple(one for one in ids if one not in known)
-            made += notes_of(dataclasses.replace(group, by_hand=False, people=new))
-    stale = {one.id for one in people} - known.keys() - {note.id for note in made}
-    groups.notes.remove(stale)
+            made += notes_of(dataclasses.replace(group, people=new))
+    groups.notes.remove({one.id for one in people} - known.keys() - {note.id for note in made})
     groups.notes.put(made)
     return groups.all()
 
@@ -187,10 +186,8 @@ def clusters(
     for rows in connected(embeddings, limit, fixed):
         own, place, name = embeddings[rows], scene[rows], fixed[rows]
         if len(rows) > most:
-            stricter = (
-                clusters(own, place, limit + 0.05, name, most) if limit < 0.9 else [slice(None)]
-            )
-            yield from (rows[one] for one in stricter)
+            many = limit < 0.9 and clusters(own, place, limit + 0.05, name, most)
+            yield from (rows[one] for one in many or [slice(None)])
             continue
         # Average linkage: by single pairs, chains of people would soon connect everybody.
         distance, known = 1 - own @ own.T, np.minimum.outer(name, name) > 0

@@ -18,7 +18,7 @@ from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.forget import Forgotten
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.memory import fits
-from alignps_jax.gallery.people import PERSON, FileState, FoundScene
+from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
 from alignps_jax.log import progress
@@ -30,6 +30,7 @@ COMMIT_SECONDS, _COMMIT_SCENES = 5.0, 1024
 _TIDY_COMMITS = 200
 
 Results = Iterator[Photo[Shot]]
+Detect = Callable[["Reading", Sequence[MediaFile]], Results]
 
 
 @dataclasses.dataclass
@@ -91,6 +92,7 @@ def index(
     prune: bool = False,
     excludes: Sequence[str] = DEFAULT_EXCLUDES,
     report: Callable[[Indexed], None] = lambda done: None,
+    detect: Detect | None = None,
     commit_seconds: float = COMMIT_SECONDS,
 ) -> Indexed:
     """Finds everybody in files that a gallery does not know as they are, and adds them.
@@ -102,6 +104,7 @@ def index(
       prune: remove what was found below the sources in files that are not there any more.
       excludes: patterns of files and folders to leave out.
       report: called with what was done so far, after each file.
+      detect: reads files and finds people elsewhere, in any order of the files.
       commit_seconds: how often what was found is committed.
 
     Raises:
@@ -110,6 +113,7 @@ def index(
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
         walk = media_files(sources, excludes)
+        people.remove_strays()
         run = _Run(gallery, every, Indexed(walk))
         pending = [file for file in walk.files if not run.is_known(file)]
         run.done.known = len(walk.files) - len(pending)
@@ -117,7 +121,8 @@ def index(
             run.prune(sources)
         reading = Reading(every, gallery.info.max_pixels, run.seen())
         under_way = writer.submit(lambda: None)
-        results = run.counted(reading.detect(detector, pending), report)
+        found = detect(reading, pending) if detect else reading.detect(detector, pending)
+        results = run.counted(found, report)
         for number, batch in enumerate(_batches(results, commit_seconds), 1):
             under_way.result()  # the network works while the last batch is committed
             under_way = writer.submit(run.commit, batch)
@@ -135,6 +140,7 @@ def index_source(
     every: float,
     prune: bool = False,
     excludes: Sequence[str] = DEFAULT_EXCLUDES,
+    detect: Detect | None = None,
 ) -> Walk:
     """The same with a progress bar and a summary; gives what to report at the end."""
     with progress(desc="index", unit="file") as bar:
@@ -144,7 +150,7 @@ def index_source(
             bar.set_postfix_str(f"{done.people:,} people", refresh=False)
             bar.update(done.done - bar.n)
 
-        done = index(gallery, sources, every, prune, excludes, report)
+        done = index(gallery, sources, every, prune, excludes, report, detect)
     whom = f"{done.people:,} people (scores >= {gallery.info.score_threshold:g})"
     known = f"{done.known:,} of {len(done.walk.files):,} files were known"
     gone = f"; removed {done.removed:,} that are gone" if prune else ""
@@ -291,6 +297,6 @@ class _Run:
         gone = (path for path, state in self._known.items() if state.hash in self._moved)
         self._people.remove_files({path for path in gone if not os.path.lexists(path)})
         self._people.optimize()
-        count, trained = self._people.table.count(kind=PERSON), self._people.trained()
+        count, trained = self._people.table.count(), self._people.trained()
         if not fits(count, self._people.info.dim) and count >= 2 * trained.get("people", 0):
             self._people.train()

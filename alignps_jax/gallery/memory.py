@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.gallery.entries import Filter, Person, Scene, person_id
-from alignps_jax.gallery.people import FILE, PERSON, SCENE, SCENE_COLUMNS, People, scene_of
+from alignps_jax.gallery.people import FILE, SCENE, SCENE_COLUMNS, People, scene_of
 from alignps_jax.nearest import CHUNK, power_of_two_from, top_k
 from alignps_jax.types import AnyArray
 
@@ -33,18 +33,18 @@ class PeopleInMemory:
     """N people in S scenes.
 
     Attributes:
-      version: of the table.
+      version: of the tables.
       took: seconds to load.
       scenes: a table with `SCENE_COLUMNS`, newest first, those of unknown time last.
       content: a number for each scene's content.
       paths: all files of each content that has several.
-      scene: each person's row in `scenes`.
+      scene: each person's row in `scenes`; -1: there is none.
       boxes, scores: of each person.
       embeddings: on the device, with room for more so that few shapes are compiled; None where
         they do not fit into memory.
     """
 
-    version: int
+    version: tuple[int, int]
     took: float
     scenes: pa.Table
     content: Int[np.ndarray, "S"]
@@ -81,7 +81,9 @@ class PeopleInMemory:
 
     def matching(self, where: Filter) -> Bool[np.ndarray, "N"]:
         """Who passes a filter."""
-        matching = self._scenes_matching(dataclasses.replace(where, min_score=None))[self.scene]
+        scenes = self._scenes_matching(dataclasses.replace(where, min_score=None))
+        # Whoever has no scene (-1) is about to get one, or to go.
+        matching = np.append(scenes, False)[self.scene]
         if where.min_score is not None:
             matching &= self.scores >= np.float32(where.min_score)
         return matching
@@ -94,9 +96,9 @@ class PeopleInMemory:
             matching[:] = False
             matching[rows.filter(functools.reduce(operator.and_, conditions))["row"]] = True
         if where.min_score is not None:
-            scored = np.zeros(len(matching), bool)
+            scored = np.zeros(len(matching) + 1, bool)
             scored[self.scene[self.scores >= np.float32(where.min_score)]] = True
-            matching &= scored
+            matching &= scored[:-1]
         return matching
 
     def copied(self, where: Filter) -> list[str]:
@@ -138,7 +140,8 @@ class PeopleInMemory:
 
     def people_of(self, scene: str) -> list[Person]:
         """The people of a scene (its id), best score first."""
-        rows = np.flatnonzero(self.scene == pc.index(self.scenes["scene"], scene).as_py())
+        place = pc.index(self.scenes["scene"], scene).as_py()
+        rows = np.flatnonzero((self.scene == place) & (place >= 0))
         return self.people(rows[np.argsort(-self.scores[rows], kind="stable")])
 
     def person(self, identity: str) -> Person | None:
@@ -169,15 +172,17 @@ def fits(people: int, dim: int) -> bool:
 
 def load_people(people: People) -> PeopleInMemory:
     """A gallery as it is now."""
-    start, table, dim = time.perf_counter(), people.table.pinned(), people.info.dim
-    files = table.rows(["path", "hash"], kind=FILE)
-    scenes = table.rows([*SCENE_COLUMNS, "every"], kind=SCENE).sort_by(_ORDER).combine_chunks()
-    count = table.count(kind=PERSON)
+    start, dim = time.perf_counter(), people.info.dim
+    # In this order, since a scene is committed after its people.
+    tables = people.scenes.pinned(), people.table.pinned()
+    files = tables[0].rows(["path", "hash"], kind=FILE)
+    scenes = tables[0].rows([*SCENE_COLUMNS, "every"], kind=SCENE).sort_by(_ORDER)
+    ids, count = scenes["scene"].combine_chunks(), tables[1].count()
     boxes, scores = np.empty((count, 4), np.float32), np.empty(count, np.float32)
     embeddings = _aligned((_capacity(count), dim)) if fits(count, dim) else None
     columns = ["scene", "score", "box", *["embedding"] * (embeddings is not None)]
     owners, row = [], 0
-    for batch in table.batches(columns, kind=PERSON):
+    for batch in tables[1].batches(columns):
         rows = slice(row, row + len(batch))
         owners.append(batch.column("scene"))
         scores[rows] = batch.column("score")
@@ -185,14 +190,14 @@ def load_people(people: People) -> PeopleInMemory:
         if embeddings is not None:
             embeddings[rows] = batch.column("embedding").flatten().to_numpy().reshape(-1, dim)
         row += len(batch)
-    owner = pa.chunked_array(owners, pa.string())
+    owner = pc.index_in(pa.chunked_array(owners, pa.string()), value_set=ids)
     return PeopleInMemory(
-        version=table.version,
+        version=(tables[0].version, tables[1].version),
         took=time.perf_counter() - start,
         scenes=scenes,
         content=_numbers(scenes["hash"]),
         paths=_copies(files),
-        scene=pc.index_in(owner, value_set=scenes["scene"].combine_chunks()).to_numpy(),
+        scene=owner.fill_null(-1).to_numpy(),
         boxes=boxes,
         scores=scores,
         embeddings=None if embeddings is None else jnp.asarray(embeddings),

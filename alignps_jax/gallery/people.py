@@ -1,9 +1,9 @@
-"""The people of a gallery in LanceDB, and the files and scenes that they were found in.
+"""The people of a gallery in LanceDB, and the scenes and files that they were found in.
 
-The table has three kinds of rows. A file row says that a path with a content (hash) is indexed; a
-scene row is a photo or a frame; a person row is somebody in a scene and repeats what is known of
-it. So the people of a photo appear in one commit, and no kill leaves half of them. Scenes and
-people belong to a content, not to a path: copies are further file rows.
+A file row says that a path with a content (hash) is indexed; a scene row is a photo or a frame; a
+person row is somebody in a scene and repeats what is known of it. Scenes and people belong to a
+content, not to a path: copies are further file rows. People are committed before their scenes, and
+whoever has no scene does not count: no kill leaves half of the people of a photo.
 """
 
 from __future__ import annotations
@@ -26,19 +26,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float
 from lancedb.expr import col, lit
-from lancedb.index import Bitmap, BTree, IvfPq
+from lancedb.index import IvfPq
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Scene, content_hash, person_id
-from alignps_jax.gallery.tables import KEY, NOTES, Note, Notes, Table, having, parts, table_names
+from alignps_jax.gallery.tables import (
+    KEY,
+    NOTES,
+    Note,
+    Notes,
+    Table,
+    in_one_line,
+    parts,
+    table_names,
+)
 from alignps_jax.types import Detections
 
-FILE, SCENE, PERSON = "file", "scene", "person"
+FILE, SCENE = "file", "scene"
 SCENE_COLUMNS = ("scene", "path", "height", "width", "taken", "camera", "second", "hash")
 
 _INFO = b"alignps_jax"
 _KEEP_OLD = datetime.timedelta(hours=1)  # older states, for those who read them
-_INDICES = {"id": BTree, "path": BTree, "hash": BTree, "taken": BTree, "kind": Bitmap}
 _SAMPLE = 20  # people by whom the recall is measured
 
 
@@ -68,19 +76,21 @@ class People:
     Attributes:
       address: a folder such as people.lance, or s3://bucket/people.lance.
       info: the detector that made it.
-      table: of people, scenes and files.
+      table: of people.
+      scenes: table of scenes and files, by `kind`.
     """
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
         """Opens a gallery, or makes an empty one for `info`; UserError if there is none."""
         _check_place(address, making=info is not None)
         self.address = address
-        always = datetime.timedelta(0)
-        self._database = lancedb.connect(address, read_consistency_interval=always)
+        with in_one_line(address):
+            always = datetime.timedelta(0)
+            self._database = lancedb.connect(address, read_consistency_interval=always)
+        self.scenes = Table(self._database, "scenes", _SCENES if info else None)
         self.table = Table(self._database, "people", schema(info) if info else None)
-        with self.table.open() as table:
+        with self.scenes.open(), self.table.open() as table:
             self.info = _info(address, table.schema)
-        self._schema = schema(self.info)
 
     def notes(self, name: str) -> Notes:
         """The notes of a kind, such as "marks"."""
@@ -103,47 +113,62 @@ class People:
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
-        columns = self.table.rows(FileState._fields, kind=FILE).columns
+        columns = self.scenes.rows(FileState._fields, kind=FILE).columns
         states = map(FileState, *(column.to_pylist() for column in columns))
         return {state.path: state for state in states}
 
     def last_second(self, content: str) -> float | None:
         """The last frame of a video that is in; None if there is none."""
-        seconds = self.table.rows(["second"], kind=SCENE, hash=content)["second"]
+        seconds = self.scenes.rows(["second"], kind=SCENE, hash=content)["second"]
         found: float | None = pc.max(seconds).as_py()
         return found
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes with every commit."""
+        return self.scenes.version, self.table.version
+
     def commit(self, scenes: Sequence[FoundScene], files: Sequence[FileState]) -> None:
-        """Adds scenes and files, in place of what the gallery has of them, in one commit."""
-        if scenes or files:
-            rest = {"kind": FILE, "scene": "", "height": 0, "width": 0, "camera": ""}
-            rows = [
-                file._asdict() | rest | {"id": content_hash(file.path.encode())} for file in files
-            ]
-            found = pa.concat_tables(
-                [_scene_rows(scenes, self._schema), pa.Table.from_pylist(rows, self._schema)]
-            )
-            # Boxes of one scene that are the same to a pixel are one person.
-            first = np.unique(found["id"].to_numpy(), return_index=True)[1]
-            self.table.put(found.take(np.sort(first)))
+        """Adds scenes and files, in place of what the gallery has of them."""
+        if any(len(found.people.scores) for found in scenes):
+            self.table.put(_people_rows(scenes, schema(self.info)))
+        rows = [
+            vars(found.scene) | {"kind": SCENE, "every": found.every, "scene": found.scene.id}
+            for found in scenes
+        ]
+        for file in files:
+            identity = content_hash(file.path.encode())
+            rows.append(file._asdict() | {"kind": FILE, "id": identity, "scene": ""})
+        if rows:
+            self.scenes.put(pa.Table.from_pylist(rows, _SCENES))
 
     def remove_files(self, paths: Collection[str]) -> None:
         """Removes files, and the scenes and people of contents that no other file has."""
         for some in parts(paths):
-            gone = self.table.rows(["hash"], kind=FILE, path=some)["hash"].unique().to_pylist()
-            same = self.table.rows(["path", "hash"], kind=FILE, hash=gone).to_pylist()
+            gone = self.scenes.rows(["hash"], kind=FILE, path=some)["hash"].unique().to_pylist()
+            same = self.scenes.rows(["path", "hash"], kind=FILE, hash=gone).to_pylist()
             others = {row["hash"]: row["path"] for row in same if row["path"] not in paths}
-            self._move(others, some)
-            self.table.delete(hash=[content for content in gone if content not in others])
-            self.table.delete(kind=FILE, path=some)
+            last = [content for content in gone if content not in others]
+            _move(self.scenes, _SCENES, others, kind=SCENE, path=some)
+            _move(self.table, schema(self.info), others, path=some)
+            self.remove(last)
+            self.scenes.delete(kind=FILE, path=some)
 
-    def _move(self, paths: Mapping[str, str], gone: Sequence[str]) -> None:
-        """Gives contents another path where theirs is gone."""
-        kinds, names = [SCENE, PERSON], self._schema.names
-        rows = self.table.rows(names, kind=kinds, hash=list(paths), path=gone)
-        if len(rows):
-            moved = pa.array([paths[content] for content in rows["hash"].to_pylist()])
-            self.table.put(rows.set_column(names.index("path"), self._schema.field("path"), moved))
+    def remove_strays(self) -> None:
+        """Removes people without a scene, which only an interrupted commit of indexing leaves."""
+        people = (batch.column("scene").unique() for batch in self.table.batches(["scene"]))
+        strays = {scene for some in people for scene in some.to_pylist()}
+        strays -= set(self.scenes.rows(["scene"], kind=SCENE)["scene"].to_pylist())
+        for some in parts(strays):
+            self.table.delete(scene=some)
+
+    def remove(self, contents: Collection[str], people: Collection[str] = ()) -> None:
+        """Removes the scenes and people of contents, and single people (ids); files stay known."""
+        for some in parts(contents):
+            self.scenes.delete(kind=SCENE, hash=some)
+            self.table.delete(hash=some)
+        for some in parts(people):
+            self.table.delete(id=some)
 
     def nearest(
         self,
@@ -154,7 +179,7 @@ class People:
         exact: bool = False,
     ) -> list[tuple[str, float]]:
         """Ids and similarities of people, by the vector index if there is one."""
-        wanted = [*where.condition(col, copied), having(kind=PERSON)]
+        wanted = where.condition(col, copied)
         if where.min_score is not None:
             wanted.append(col("score") >= lit(where.min_score).cast("float32"))
         with self.table.open() as table:
@@ -163,18 +188,19 @@ class People:
             # A few lists of every thousand; candidates are compared again exactly.
             search = search.nprobes(max(64, table.count_rows() // 40_000))
             search = search.refine_factor(max(4, min(40, 8000 // k))).limit(k)
-            search = search.where(functools.reduce(operator.and_, wanted), prefilter=True)
+            if wanted:
+                search = search.where(functools.reduce(operator.and_, wanted), prefilter=True)
             rows = search.select(["id", "_distance"]).to_arrow().to_pylist()
         return [(row["id"], 1.0 - row["_distance"]) for row in rows]
 
     def train(self) -> None:
         """Makes the vector index anew, and notes how many people it was made of and its recall."""
-        count, dim = self.table.count(kind=PERSON), self.info.dim
+        count, dim = self.table.count(), self.info.dim
         with self.table.open() as table:
             # Codes of a byte for eight values, where their length allows.
             lists = IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 8)))
             table.create_index("embedding", config=lists, replace=True)
-            sample = table.search().where(having(kind=PERSON)).offset(count // 2).limit(_SAMPLE)
+            sample = table.search().offset(count // 2).limit(_SAMPLE)
             queries = sample.select(["embedding"]).to_arrow()["embedding"].to_pylist()
         shares = []
         for query in np.array(queries, np.float32):
@@ -196,11 +222,8 @@ class People:
         What stands in its way, such as another process that does the same, is left for next time.
         """
         try:
-            with self.table.open() as table:
-                indexed = {index.columns[0] for index in table.list_indices()}
-                for column in _INDICES.keys() - indexed:
-                    table.create_index(column, config=_INDICES[column]())
-                table.optimize(cleanup_older_than=_KEEP_OLD)
+            self.scenes.optimize(["id", "path", "hash"])
+            self.table.optimize(["id", "path", "hash", "taken"])
         except UserError as error:
             print(f"note: {error}")
 
@@ -209,7 +232,7 @@ class People:
         if self.address.startswith("db://"):
             return "this service keeps older states as long as it is set up to"
         for name in table_names(self._database):
-            Table(self._database, name).purge(alone and name == "people")
+            Table(self._database, name).purge(alone and name in ("people", "scenes"))
         self.optimize()
         return None
 
@@ -246,22 +269,24 @@ def _check_place(address: str, making: bool) -> None:
         raise UserError(f"--gallery: found no gallery in {place}, expected what --mode=index made")
 
 
+_PLACE = {
+    **{"scene": pa.string(), "path": pa.string(), "hash": pa.string(), "height": pa.int32()},
+    **{"width": pa.int32(), "taken": pa.timestamp("us"), "camera": pa.string()},
+    **{"second": pa.float64(), "every": pa.float64()},
+}
+_FILE = {"kind": pa.string(), "size": pa.int64(), "mtime": pa.int64(), "complete": pa.bool_()}
+_ID = pa.field("id", pa.string(), nullable=False, metadata=KEY)
+_SCENES = pa.schema([_ID, *(_PLACE | _FILE).items()])
+
+
 def schema(info: GalleryInfo) -> pa.Schema:
     """The columns of the table of people, with the detector that made it."""
-    text, number = pa.string(), pa.int64()
-    needed = {
-        **{"kind": text, "scene": text, "path": text, "hash": text, "camera": text},
-        **{"height": pa.int32(), "width": pa.int32(), "every": pa.float64()},
+    own = {
+        **{"box": pa.list_(pa.float32(), 4), "score": pa.float32()},
+        "embedding": pa.list_(pa.float32(), info.dim),
     }
-    other = {
-        **{"size": number, "mtime": number, "complete": pa.bool_()},
-        **{"taken": pa.timestamp("us"), "second": pa.float64(), "score": pa.float32()},
-        **{"box": pa.list_(pa.float32(), 4), "embedding": pa.list_(pa.float32(), info.dim)},
-    }
-    fields = [pa.field("id", text, nullable=False, metadata=KEY)]
-    fields += [pa.field(name, kind, nullable=False) for name, kind in needed.items()]
-    fields += [pa.field(name, kind) for name, kind in other.items()]
-    return pa.schema(fields, metadata={_INFO: json.dumps(dataclasses.asdict(info)).encode()})
+    metadata = {_INFO: json.dumps(dataclasses.asdict(info)).encode()}
+    return pa.schema([_ID, *(_PLACE | own).items()], metadata=metadata)
 
 
 def _info(address: str, found: pa.Schema) -> GalleryInfo:
@@ -274,45 +299,33 @@ def _info(address: str, found: pa.Schema) -> GalleryInfo:
     raise UserError(f"--gallery: {address} is no gallery of this version; index anew elsewhere")
 
 
-def _scene_rows(scenes: Sequence[FoundScene], columns: pa.Schema) -> pa.Table:
-    """The rows of scenes and their people, scenes first."""
-    people = [found.people for found in scenes]
-    owner = np.repeat(np.arange(len(scenes)), [len(one.scores) for one in people])
-    source = np.concatenate([np.arange(len(scenes)), owner])
-    is_scene = np.arange(len(source)) < len(scenes)
+def _move(table: Table, columns: pa.Schema, paths: Mapping[str, str], **values: Any) -> None:
+    """Gives contents another path in the rows with these values."""
+    rows = table.rows(columns.names, hash=list(paths), **values)
+    if len(rows):
+        moved = pa.array([paths[content] for content in rows["hash"].to_pylist()])
+        table.put(rows.set_column(columns.get_field_index("path"), "path", moved))
 
-    def values(name: str, width: int) -> Float[np.ndarray, "R _width"]:
-        parts = [np.asarray(getattr(one, name), np.float32).reshape(-1, width) for one in people]
-        return np.concatenate([np.zeros((len(scenes), width), np.float32), *parts])
 
-    def vectors(name: str, width: int) -> pa.Array:
-        flat = pa.array(values(name, width).ravel())
-        return pa.FixedSizeListArray.from_arrays(flat, width, mask=pa.array(is_scene))
+def _people_rows(scenes: Sequence[FoundScene], columns: pa.Schema) -> pa.Table:
+    """A row per person."""
+    owner = pa.array(np.repeat(np.arange(len(scenes)), [len(one.people.scores) for one in scenes]))
 
-    per_scene = {
-        name: [getattr(one.scene, "id" if name == "scene" else name) for one in scenes]
-        for name in SCENE_COLUMNS
-    } | {"every": [one.every for one in scenes]}
+    def values(name: str, width: int) -> pa.Array:
+        parts = [np.asarray(getattr(one.people, name), np.float32) for one in scenes]
+        flat = np.concatenate([part.ravel() for part in parts])
+        return pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else pa.array(flat)
+
     arrays = {
-        name: pa.array(found, columns.field(name).type).take(pa.array(source))
-        for name, found in per_scene.items()
+        name: pa.array([getattr(one.scene, name) for one in scenes], kind).take(owner)
+        for name, kind in _PLACE.items()
+        if name not in ("scene", "every")
     }
-    boxes = values("boxes", 4)
-    ids = [scenes[of].scene.id for of in source]
-    arrays["id"] = pa.array(
-        [
-            own if scene else person_id(own, box)
-            for own, scene, box in zip(ids, is_scene, boxes, strict=True)
-        ],
-        pa.string(),
-    )
-    arrays["kind"] = pa.array(np.where(is_scene, SCENE, PERSON))
-    arrays["score"] = pa.array(values("scores", 1)[:, 0], mask=is_scene)
-    arrays["box"] = vectors("boxes", 4)
-    arrays["embedding"] = vectors("embeddings", columns.field("embedding").type.list_size)
-    for name in columns.names:
-        if name not in arrays:
-            arrays[name] = pa.nulls(len(source), columns.field(name).type)
+    arrays["every"] = pa.array([one.every for one in scenes]).take(owner)
+    arrays["scene"] = pa.array([one.scene.id for one in scenes]).take(owner)
+    ids = [person_id(one.scene.id, box) for one in scenes for box in np.asarray(one.people.boxes)]
+    arrays |= {"id": pa.array(ids), "score": values("scores", 1), "box": values("boxes", 4)}
+    arrays["embedding"] = values("embeddings", columns.field("embedding").type.list_size)
     return pa.table([arrays[name] for name in columns.names], schema=columns)
 
 

@@ -180,7 +180,9 @@ def search_photo(
     if (recall := gallery.recall) is not None:
         print(f"approximate: of the ten most similar people it finds {recall:.0%}")
     for one, found in zip(boxes, rankings, strict=True):
-        said = f"{len(found):,} results, first {_said(found[0])}" if found else NOBODY
+        said = (
+            f"{len(found):,} found, first {_said(found[0])}" if found else f"{NOBODY} (--show_all)"
+        )
         print(f"  ({', '.join(f'{x:.0f}' for x in one)}): {said}")
     if gallery.calibration is None:
         print(f"note: {NOT_CALIBRATED}")

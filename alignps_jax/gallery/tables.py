@@ -12,15 +12,18 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 from lancedb.expr import Expr, col
+from lancedb.index import BTree
 
 from alignps_jax.errors import UserError
 
 KEY = {"lance-schema:unenforced-primary-key": "true"}
 NOTES = "notes_"
 _IN_ONE = 500  # values in one condition
-_ALL_OLD = datetime.timedelta(0)
+# Older states stay a while for those who read them, unless all have to go.
+_KEEP_OLD, _ALL_OLD = datetime.timedelta(hours=1), datetime.timedelta(0)
 
 
 class Table:
@@ -37,17 +40,14 @@ class Table:
     @contextlib.contextmanager
     def open(self) -> Iterator[Any]:
         """LanceDB's table in its newest state; UserError (one line) for its errors in the block."""
-        try:
-            table = self._open() if self._opened is None else self._opened
-            self._opened = table
-            yield table
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:  # of many kinds
-            self._opened = None
-            reason = " ".join(str(error).split()).partition(", /")[0][:300]
-            where = f"--gallery: {self._database.uri}"
-            raise UserError(f"{where}: {reason or type(error).__name__}") from error
+        with in_one_line(self._database.uri):
+            try:
+                table = self._open() if self._opened is None else self._opened
+                self._opened = table
+                yield table
+            except Exception:
+                self._opened = None
+                raise
 
     def _open(self) -> Any:
         for wait in (0.05, 0.2, 0.8, 0.0):
@@ -82,7 +82,7 @@ class Table:
     def count(self, **values: Any) -> int:
         """The number of rows with these values."""
         with self.open() as table:
-            return int(table.count_rows(having(**values).to_sql()))
+            return int(table.count_rows(having(**values).to_sql() if values else None))
 
     def rows(self, columns: Sequence[str], **values: Any) -> pa.Table:
         """Columns of the rows with these values."""
@@ -99,16 +99,28 @@ class Table:
         return query.select(list(columns))
 
     def put(self, rows: pa.Table) -> None:
-        """Adds rows, in place of those with the same ids, in one commit."""
+        """Adds rows, of each id the first one, in place of those with the same ids, in one commit.
+
+        So of copies that were looked at one counts, and boxes that are the same to a pixel are one
+        person.
+        """
+        first = np.unique(rows["id"].to_numpy(), return_index=True)[1]
         with self.open() as table:
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-            # LanceDB takes a missing vector, as of a photo of nobody, for a bad one.
-            merge.execute(rows, on_bad_vectors="null")
+            merge.execute(rows.take(np.sort(first)))
 
     def delete(self, **values: Any) -> None:
         """Removes the rows with these values."""
         with self.open() as table:
             table.delete(having(**values))
+
+    def optimize(self, indexed: Sequence[str]) -> None:
+        """Puts small files together, brings the indices of columns up to date, drops old states."""
+        with self.open() as table:
+            known = {index.columns[0] for index in table.list_indices()}
+            for column in [name for name in indexed if name not in known]:
+                table.create_index(column, config=BTree())
+            table.optimize(cleanup_older_than=_KEEP_OLD)
 
     def purge(self, alone: bool) -> None:
         """Writes everything anew without the removed rows, and deletes all older states.
@@ -121,6 +133,18 @@ class Table:
                 table.drop_index(index.name)
             table.update(values_sql={"id": "id"})
             table.optimize(cleanup_older_than=_ALL_OLD, delete_unverified=alone)
+
+
+@contextlib.contextmanager
+def in_one_line(address: str) -> Iterator[None]:
+    """Turns any error of LanceDB into a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split()).partition(", /")[0][:800]
+        raise UserError(f"--gallery: {address}: {reason or type(error).__name__}") from error
 
 
 def having(**values: Any) -> Expr:

@@ -99,7 +99,7 @@ class Detector:
         def read(photo: PhotoLike) -> Photo[None]:
             try:
                 return Photo(None, self._pixels(photo))
-            except UserError as error:
+            except (UserError, OSError) as error:
                 return Photo(None, error=error)
 
         tasks = (partial(read, photo) for photo in photos)

@@ -33,7 +33,7 @@ class Photo(Generic[Tag]):
 
     tag: Tag
     image: UInt8[np.ndarray, "_H _W 3"] | None = None  # until `batch` holds it
-    error: UserError | None = None  # why there are no detections
+    error: UserError | OSError | None = None  # why there are no detections
     batch: Batch | None = None  # one row, until the network has it
     found: Detections | None = None  # all valid and best first
     done: bool = False

@@ -64,7 +64,7 @@ def decode_photo(data: bytes, max_pixels: int, upright: bool = True) -> Image:
     """
     image = opened(data, max_pixels)
     stored = orientation(image)
-    pixels = _jpeg(data) if image.format in ("JPEG", "MPO") else np.asarray(_rgb(image))
+    pixels = _jpeg(data) if image.format in ("JPEG", "MPO") else np.array(_rgb(image))
     left = orientation(image)  # 1 for TIFF, which Pillow turns when it decodes it
     undone = {6: 8, 8: 6}.get(stored, stored) if left != stored else 1
     return _turned(pixels, left if upright else undone)
@@ -76,7 +76,7 @@ def thumbnail(data: bytes, side: int, max_pixels: int) -> Image:
     image.draft("RGB", (side, side))
     small = _rgb(image)
     small.thumbnail((side, side))
-    return _turned(np.asarray(small), orientation(image))
+    return _turned(np.array(small), orientation(image))
 
 
 def opened(data: bytes, max_pixels: int) -> PIL.Image.Image:
@@ -92,7 +92,9 @@ def opened(data: bytes, max_pixels: int) -> PIL.Image.Image:
 def check_size(width: int, height: int, most: int) -> None:
     """ValueError if a photo or frame has more than `most` pixels."""
     if width * height > most:
-        raise ValueError(f"found {width}x{height} pixels, expected {most:,} (data.max_pixels)")
+        raise ValueError(
+            f"found {width}x{height} pixels, expected {most:,} at most (data.max_pixels)"
+        )
 
 
 def orientation(image: PIL.Image.Image) -> int:

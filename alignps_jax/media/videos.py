@@ -11,20 +11,9 @@ from av.stream import Disposition
 from alignps_jax.errors import blame
 from alignps_jax.media.photos import Image, check_size, regular
 
-VIDEO_SUFFIXES: tuple[str, ...] = (
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".qt",
-    ".3gp",
-    ".3g2",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".divx",
-)
-VIDEO_SUFFIXES += (".mts", ".m2ts", ".m2t", ".ts", ".mpg", ".mpeg", ".vob", ".mod", ".wmv", ".asf")
-VIDEO_SUFFIXES += (".flv", ".f4v", ".ogv", ".mxf", ".dv")
+VIDEO_SUFFIXES: tuple[str, ...] = (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm")
+VIDEO_SUFFIXES += (".avi", ".mts", ".m2ts", ".m2t", ".ts", ".mpg", ".mpeg", ".vob", ".mod", ".wmv")
+VIDEO_SUFFIXES += (".asf", ".flv", ".f4v", ".ogv", ".mxf", ".dv")
 # No playlists, which read other files.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,mxf,dv"
 _PICTURES = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -71,6 +60,8 @@ def opened(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
                 raise ValueError("found no video stream of a known codec")
             yield container, streams[0]
     except av.FFmpegError as error:
+        if isinstance(error, OSError):  # of a disk
+            raise
         raise ValueError(f"cannot be decoded ({error.strerror}), expected a video") from error
 
 

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import PurePath
 from typing import Any
 
 from PIL.ExifTags import IFD, Base
@@ -23,12 +22,11 @@ SUFFIXES = (*photos.PHOTO_SUFFIXES, *videos.VIDEO_SUFFIXES)
 DEFAULT_EXCLUDES: tuple[str, ...] = (".*", "@eaDir", "@Recycle", "#recycle", "#snapshot")
 DEFAULT_EXCLUDES += ("$RECYCLE.BIN", "Thumbs.db", "__MACOSX", "*.photoslibrary/resources")
 
-# PRW's c1s1_000151.jpg, and folders such as cam1 or Camera 2.
-_PRW, _CAMERA_FOLDER = re.compile(r"(c\d+)s\d+_\d+"), re.compile(r"(?i:c|cam|camera)[ _-]?\d+")
+# Folders such as cam1 or Camera 2, and PRW's c1s1_000151.jpg.
+_CAMERA = re.compile(r"/((?i:c|cam|camera)[ _-]?\d+)/[^/]*$|/(c\d+)s\d+_\d+[^/]*$")
 # IMG_20240131_142530.jpg, 2024-01-31 14.25.30.jpg, and folders such as 2024-01-31.
 _DAY = r"(?<!\d)((?:19|20)\d\d)([-_.]?)(\d\d)\2(\d\d)"
-_TIME = re.compile(_DAY + r"(?:[-_ T.]|at)+(\d\d)[-_.:hH]?(\d\d)[-_.:mM]?(\d\d)")
-_DATE = re.compile(_DAY + r"(?!\d)()()()")
+_TIME = re.compile(_DAY + r"(?:(?:[-_ T.]|at)+(\d\d)[-_.:hH]?(\d\d)[-_.:mM]?(\d\d)|(?!\d))")
 
 Origin = tuple[datetime.datetime | None, str]  # local time, camera
 
@@ -65,7 +63,8 @@ class Walk:
             counts = (f"{count:,} {suffix}" for suffix, count in self.others.most_common())
             print("not looked at:", ", ".join(counts))
         if self.skipped:
-            print("skipped:", *map(UserError, self.skipped.values()), sep="\n  ")
+            reasons = (str(UserError(why)).replace("\n", "\\n") for why in self.skipped.values())
+            print("skipped:", *reasons, sep="\n  ")
         if not self.files:
             raise UserError("--source: found no photo or video")
         if self.skipped:
@@ -80,62 +79,57 @@ def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUD
     does not exist or is a file of another type.
     """
     walk, seen = Walk(), set[tuple[int, int]]()
+
+    def is_new(state: os.stat_result) -> bool:
+        place, count = (state.st_dev, state.st_ino), len(seen)
+        seen.add(place)
+        return len(seen) > count or not state.st_ino  # which some file systems lack
+
     for source in map(os.path.abspath, sources):
-        if os.path.isdir(source):
-            for path in _below(source, excludes, seen, walk.skipped):
-                _add(walk, path, os.path.relpath(path, source), seen)
-        elif os.path.exists(source) and source.lower().endswith(SUFFIXES):
-            _add(walk, source, os.path.basename(source), seen)
-        else:
+        root = source if os.path.isdir(source) else os.path.dirname(source)
+        if root != source and not (os.path.exists(source) and source.lower().endswith(SUFFIXES)):
             raise UserError(f"--source: found {source}, expected a folder, photo or video")
+        for path in _below(root, excludes, is_new, walk) if root == source else [source]:
+            if not path.lower().endswith(SUFFIXES):
+                walk.others[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
+                continue
+            try:
+                with blame(path):
+                    if os.fsencode(path) != path.encode(errors="replace"):
+                        raise ValueError("found a name that is no text, expected UTF-8")
+                    state = photos.regular(path)
+            except (UserError, OSError) as error:
+                walk.skipped[path] = str(error)
+                continue
+            if is_new(state):
+                name = os.path.relpath(path, root)
+                walk.files.append(MediaFile(path, state.st_size, state.st_mtime_ns, name))
     return walk
 
 
 def _below(
-    source: str, excludes: Sequence[str], seen: set[tuple[int, int]], skipped: dict[str, str]
+    root: str, excludes: Sequence[str], is_new: Callable[[os.stat_result], bool], walk: Walk
 ) -> Iterator[str]:
     """The paths of all files: in each folder links last, and folders behind links at the end."""
 
     def kept(path: str) -> bool:
-        inside = path[len(source) :]
+        inside = path[len(root) :]
         forms = os.path.basename(path), inside, inside[1:], f"{inside}/"
         return not any(fnmatch.fnmatch(form, glob) for glob in excludes for form in forms)
 
-    def cannot_list(error: OSError) -> None:
-        skipped[error.filename] = str(error)
+    def skip(error: OSError) -> None:
+        walk.skipped[error.filename] = str(error)
 
-    folders = [source]
+    folders = [root]
     for folder in folders:
-        for here, below, names in os.walk(folder, onerror=cannot_list):
-            if not _is_new(os.stat(here), seen):
+        for here, below, names in os.walk(folder, onerror=skip):
+            join = partial(os.path.join, here)
+            below[:] = sorted(filter(lambda name: kept(join(name)), below))
+            if not is_new(os.stat(here)):
                 below.clear()
                 continue
-            join = partial(os.path.join, here)
-            below[:] = sorted(name for name in below if kept(join(name)))
             folders += filter(os.path.islink, map(join, below))
             yield from sorted(filter(kept, map(join, sorted(names))), key=os.path.islink)
-
-
-def _add(walk: Walk, path: str, name: str, seen: set[tuple[int, int]]) -> None:
-    if not path.lower().endswith(SUFFIXES):
-        walk.others[os.path.splitext(path)[1].lower() or "without a suffix"] += 1
-        return
-    try:
-        with blame(path):
-            if os.fsencode(name) != name.encode(errors="replace"):
-                raise ValueError("found a name that is no text, expected UTF-8")
-            state = photos.regular(path)
-    except (UserError, OSError) as error:
-        walk.skipped[path] = str(error)
-    else:
-        if _is_new(state, seen):
-            walk.files.append(MediaFile(path, state.st_size, state.st_mtime_ns, name))
-
-
-def _is_new(state: os.stat_result, seen: set[tuple[int, int]]) -> bool:
-    place, count = (state.st_dev, state.st_ino), len(seen)
-    seen.add(place)
-    return len(seen) > count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +175,9 @@ def _read(
     shot = Shot(file)
     try:
         with blame(file.path):
-            shot = Shot(file := _as_it_is(file), _hash(file.path))
+            file = _as_it_is(file)
+            with open(file.path, "rb") as content:
+                shot = Shot(file, hashlib.file_digest(content, "sha256").hexdigest())
             after = known(shot.hash)
             if file.is_video and after != math.inf:
                 began, camera = _origin_of_video(file.path)
@@ -192,18 +188,13 @@ def _read(
             elif after is None:
                 data = photos.photo_bytes(file.path, max_pixels)
                 image = photos.decode_photo(data, max_pixels)
-                origin = _origin_of_photo(file.path, data, max_pixels)
-                shot = Shot(file, shot.hash, image, image.shape[:2], *origin)
+                taken, camera = _origin_of_photo(file.path, data, max_pixels)
+                shot = Shot(file, shot.hash, image, image.shape[:2], taken, camera)
             if _as_it_is(file) != file:
                 raise ValueError("changes while it is read")
         yield shot
     except (UserError, OSError) as error:
         yield Shot(file, shot.hash, error=UserError(str(error)))
-
-
-def _hash(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as_it_is(file: MediaFile) -> MediaFile:
@@ -214,8 +205,11 @@ def _as_it_is(file: MediaFile) -> MediaFile:
 def _origin_of_photo(path: str, data: bytes, max_pixels: int) -> Origin:
     try:
         exif = photos.opened(data, max_pixels).getexif()
-        times = exif.get_ifd(IFD.Exif).get(Base.DateTimeOriginal), exif.get(Base.DateTime)
-        return origin(path, *times, exif.get(Base.Make), exif.get(Base.Model))
+        original, changed = (
+            exif.get_ifd(IFD.Exif).get(Base.DateTimeOriginal),
+            exif.get(Base.DateTime),
+        )
+        return origin(path, original, changed, exif.get(Base.Make), exif.get(Base.Model))
     except Exception:  # EXIF data may be damaged in any way where the photo is not
         return origin(path)
 
@@ -223,53 +217,36 @@ def _origin_of_photo(path: str, data: bytes, max_pixels: int) -> Origin:
 def _origin_of_video(path: str) -> Origin:
     with videos.opened(path) as (container, _):
         about = {key.rsplit(".", 1)[-1]: text for key, text in container.metadata.items()}
-    began = str(about.get("creationdate"))[:19]  # Apple's, local; its zone follows
-    return origin(path, began, about.get("creation_time"), about.get("make"), about.get("model"))
+    original = str(about.get("creationdate"))[:19]  # Apple's, in local time; its zone follows
+    return origin(path, original, about.get("creation_time"), about.get("make"), about.get("model"))
 
 
 def origin(
-    path: str, original: Any = "", changed: Any = "", make: Any = "", model: Any = ""
+    path: str, original: Any = None, changed: Any = None, make: Any = None, model: Any = None
 ) -> Origin:
     """When and by which camera a photo was taken or a video begun; None and "" if unknown.
 
-    The original time of its metadata comes first, then that in its name, then that of a change.
+    The original time of the metadata comes first, then that of the name or the day of the folder
+    (PXL_... of Pixel phones is UTC), then the time of a change.
     """
-    make, model = (
-        "".join(filter(str.isprintable, str(text or ""))).strip() for text in (make, model)
-    )
+    folder, name = path.split("/")[-2:]
+    named, zone = _TIME.search(name) or _TIME.search(folder), "Z" * name.startswith("PXL_")
+    parts = [part or "00" for part in named.group(1, 3, 4, 5, 6, 7)] if named else [""] * 6
+    taken = _time(original) or _time("{}-{}-{} {}:{}:{}".format(*parts) + zone) or _time(changed)
+    make, model = ("".join(filter(str.isprintable, str(t or ""))).strip() for t in (make, model))
     # "NIKON CORPORATION", "NIKON D90": models of most makers begin with their name.
     known = make and model.lower().startswith(make.split()[0].lower())
-    camera = (model if known else f"{make} {model}".strip())[:100]
-    return _time(original) or _named_time(path) or _time(changed), camera or _named_camera(path)
+    camera, place = (model if known else f"{make} {model}".strip())[:100], _CAMERA.search(path)
+    return taken, camera or (place[1] or place[2] if place else "")
 
 
 def _time(text: object) -> datetime.datetime | None:
-    """Of "2024:01:31 14:25:30", as EXIF has it, or "2024-01-31T14:25:30Z"."""
+    """The local time of "2024:01:31 14:25:30", as EXIF has it, or "2024-01-31T19:25:30Z"."""
     text = str(text).strip(" \0")
     try:
         time = datetime.datetime.fromisoformat(text[:10].replace(":", "-") + text[10:])
     except ValueError:
         return None
-    return (
-        _local(time) if (time.month, time.day) != (1, 1) or time.year not in (1904, 1970) else None
-    )
-
-
-def _local(time: datetime.datetime) -> datetime.datetime:
-    return time.astimezone().replace(tzinfo=None) if time.tzinfo else time
-
-
-def _named_time(path: str) -> datetime.datetime | None:
-    """The time or day in a name, or the day of the folder; PXL_... (Pixel phones) is UTC."""
-    folder, name = PurePath(path).parts[-2:]
-    found = _TIME.search(name) or _DATE.search(name) or _DATE.search(folder)
-    if not found:
+    if text.startswith(("1904-01-01", "1970-01-01")):  # with which clocks begin
         return None
-    parts = (part or "00" for part in found.group(1, 3, 4, 5, 6, 7))
-    return _time("{}-{}-{} {}:{}:{}".format(*parts) + "Z" * name.startswith("PXL_"))
-
-
-def _named_camera(path: str) -> str:
-    folder, name = PurePath(path).parts[-2:]
-    prw = _PRW.match(name)
-    return folder if _CAMERA_FOLDER.fullmatch(folder) else prw[1] if prw else ""
+    return time.astimezone().replace(tzinfo=None) if time.tzinfo else time

@@ -15,20 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from alignps_jax.gallery.indexing import TIDY_COMMITS
-from alignps_jax.gallery.store import Gallery
-from alignps_jax.gallery.table import IS_PERSON, IndexedScene
-from alignps_jax.gallery.writing import commit_scenes, known_files, tidy
 from jaxtyping import Float
 
 from alignps_jax.experiments.benchmark import Row
-from alignps_jax.gallery.entries import FileState, Scene, scene_id
+from alignps_jax.gallery.entries import Filter, Scene, scene_id
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.types import Detections
 from configs import cuhk
 from tests.benchmark.measure import Context
 
 DIM, PER_SCENE, PER_IDENTITY = 256, 5, 10
-COMMIT = 1024  # scenes, as indexing commits them at most
+COMMIT, TIDY_COMMITS = 1024, 200  # scenes, as indexing commits them at most; then it tidies
 SIMILARITY = 0.6  # of two embeddings of one identity
 K, QUERIES = 10, 20
 
@@ -53,7 +51,7 @@ def embeddings(first: int, count: int, turn: int) -> Float[np.ndarray, "N D"]:
     return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
 
 
-def block(number: int) -> list[IndexedScene]:
+def block(number: int) -> list[FoundScene]:
     """The scenes of one commit: identities of its own, each in ten scenes."""
     identities = COMMIT * PER_SCENE // PER_IDENTITY
     turns = [embeddings(number, identities, turn) for turn in range(PER_IDENTITY)]
@@ -61,53 +59,52 @@ def block(number: int) -> list[IndexedScene]:
     scenes = []
     for row in range(COMMIT):
         path = f"/photos/{number:05}/{row:04}.jpg"
-        scene = Scene(scene_id(path, None), path, 1080, 1920, None, f"c{row % 6}", None)
-        boxes = np.full((PER_SCENE, 4), row, np.float32)
+        content = f"{number:032}{row:032}"
+        scene = Scene(scene_id(content, None), path, 1080, 1920, None, f"c{row % 6}", None, content)
+        boxes = np.full((PER_SCENE, 4), row, np.float32) + np.arange(PER_SCENE)[:, None]
         scores = np.linspace(0.9, 0.3, PER_SCENE, dtype=np.float32)
         found = Detections(boxes, scores, people[row], np.ones(PER_SCENE, bool))
-        scenes.append(IndexedScene(scene, FileState(1, 1, "0" * 64), found))
+        scenes.append(FoundScene(scene, found))
     return scenes
+
+
+def commit(gallery: Gallery, scenes: list[FoundScene]) -> None:
+    """Stores photos, as indexing does."""
+    files = [FileState(one.scene.path, 1, 1, one.scene.hash) for one in scenes]
+    gallery.people.commit(scenes, files)
 
 
 def rows(context: Context) -> Iterator[Row]:
     """A row per size; the gallery grows from one to the next."""
     with tempfile.TemporaryDirectory() as folder:
         address, blocks = Path(folder) / "people.lance", 0
-        # Without an index, before search by it is measured.
-        gallery = Gallery.open(address, create_for=Simulated(), exact_up_to=2**62)
+        gallery = Gallery.open(address, Simulated(), create=True)
         for size in context.people:
             added, spent = blocks, 0.0
             while blocks * COMMIT * PER_SCENE < size:
-                spent += seconds(partial(commit_scenes, gallery, block(blocks)))
+                spent += seconds(partial(commit, gallery, block(blocks)))
                 blocks += 1
                 if blocks % TIDY_COMMITS == 0:  # as indexing does
-                    spent += seconds(partial(tidy, gallery, make_indices=False))
-            tidy(gallery)
+                    spent += seconds(gallery.people.optimize)
+            gallery.people.optimize()
             rate = (blocks - added) * COMMIT * PER_SCENE / spent
             yield {"what": f"{gallery.num_people:,} people", "added per s": rate, **search(gallery)}
 
 
 def search(gallery: Gallery) -> Row:
     """Exact search, in memory or by a scan of the disk beyond that, and search by the index."""
-    known = seconds(partial(known_files, gallery))
+    known = seconds(gallery.people.known_files)
     before, opened = psutil.Process().memory_info().rss, Gallery.open(gallery.address)
     load = seconds(opened.memory)
-
-    def exactly(query: Float[np.ndarray, "D"]) -> set[str]:
-        if opened.memory() is not None:
-            return {match.person.id for match in opened.search(query, K)}
-        found = opened.table.search(query, vector_column_name="embedding").distance_type("cosine")
-        found = found.bypass_vector_index().where(IS_PERSON).select(["id"]).limit(K).to_arrow()
-        return set(found["id"].to_pylist())
-
-    exact, exact_time = timed(exactly)
+    exact, exact_time = timed(lambda query: {m.person.id for m in opened.search(query, K)})
     memory = psutil.Process().memory_info().rss - before
     disk = sum(path.stat().st_size for path in Path(gallery.address).rglob("*") if path.is_file())
-    indexed = Gallery.open(gallery.address, exact_up_to=0)
-    making = seconds(partial(tidy, indexed))
-    found, indexed_time = timed(lambda query: {m.person.id for m in indexed.search(query, K)})
-    indexed.table.checkout_latest()
-    indexed.table.drop_index("embedding_idx")
+    making = seconds(gallery.people.train)
+    found, indexed_time = timed(
+        lambda query: {identity for identity, _ in gallery.people.nearest(query, K, Filter())}
+    )
+    with gallery.people.table.open() as table:
+        table.drop_index("embedding_idx")
     return {
         "known files read, s": known,
         "disk, MB": disk / 1e6,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 import unicodedata
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import index
 from alignps_jax.gallery.people import People
 from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.watch import watch
 from tests.gallery.finder import Finder, stored_bytes
 from tests.gallery.networks import photo, write_photos, write_video
 
@@ -198,6 +200,26 @@ def test_a_video_is_a_frame_every_so_often(gallery, tmp_path, suffix):
     touch_later(path)
     with pytest.raises(UserError, match="has changed since it was indexed"):
         gallery.pixels(gallery.scenes(1)[0].scene)
+
+
+def test_what_is_added_to_a_folder_is_indexed(gallery, photos):
+    (photos / "bad.jpg").touch()
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=watch, args=(lambda: fill(gallery, photos).walk.report(), [str(photos)], stop)
+    )
+    thread.start()
+    try:
+        for number, name in ((4, None), (5, "new.jpg"), (6, "deep/er/x.png")):
+            if name:
+                write_photos(photos, [name], first=20 + number)
+            end = time.monotonic() + 60
+            while gallery.num_scenes < number and time.monotonic() < end:
+                time.sleep(0.05)
+            assert gallery.num_scenes == number
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_links_lead_nobody_in_circles_or_twice(gallery, photos):

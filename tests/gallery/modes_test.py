@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 
 import launch
+from alignps_jax.checkpoint.places import chosen_step
+from alignps_jax.evaluation.calibration import LIMIT, NOBODY, Calibration
 from alignps_jax.evaluation.detections_io import load_detections
 from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.groups import Groups
 from tests.gallery.networks import (
     network_config,
     photo,
@@ -46,14 +50,14 @@ def gallery(run, photos, tmp_path_factory):
     return address
 
 
-def launched(**flags):
+def launched(*switches, **flags):
     (mode, _), *others = flags.items()
     words = [
         f"--{name}={value}"
         for name, values in others
         for value in (values if isinstance(values, list) else [values])
     ]
-    return launch.main(["launch.py", f"--mode={mode}", *words])
+    return launch.main(["launch.py", f"--mode={mode}", *words, *switches])
 
 
 def test_index_again_passes_over_what_is_known(run, photos, gallery, capsys):
@@ -111,6 +115,57 @@ def test_search_with_filters(run, photos, gallery, tmp_path, monkeypatch, filter
     found = {result["person"] for result in first["results"]}
     assert found <= expected
     assert len(found) == min(len(expected), filters.get("count", 1000)) > 0
+
+
+def calibrated(run, folder, *probability):
+    """A copy of a checkpoint with a curve for similarities from -1 to 1."""
+    run = Path(shutil.copytree(run, folder))
+    similarity, counts = np.linspace(-1, 1, 41), [1] * 41
+    known = np.interp(similarity, np.linspace(-1, 1, len(probability)), probability)
+    curve = Calibration("some", 999.0, similarity.tolist(), known.tolist(), counts, counts)
+    curve.save(chosen_step(run)[0])
+    return run, curve
+
+
+def test_results_end_where_they_are_not_likely(run, photos, gallery, tmp_path, capsys):
+    flags = {"query": photos / "a.jpg", "gallery": gallery, "workdir": tmp_path}
+    assert launched(search=None, checkpoint=run, **flags) == 0
+    assert "not calibrated" in capsys.readouterr().out
+    own, curve = calibrated(run, tmp_path / "own", 0.0, 0.0, 0.9)
+    found = {}
+    for switch in ("--json", "--show_all"):
+        assert launched("--json", switch, search=None, checkpoint=own, **flags) == 0
+        printed = capsys.readouterr()
+        content = json.loads(printed.out)
+        assert content == json.loads((tmp_path / "ranking.json").read_text())
+        assert printed.err.count(" found, first ") == sum(bool(one["results"]) for one in content)
+        results = [result for one in content for result in one["results"]]
+        found[switch] = np.array([result["probability"] for result in results])
+        similarity = np.array([result["similarity"] for result in results])
+        np.testing.assert_allclose(found[switch], curve.of(similarity, 9), atol=1e-5)
+    expected = found["--show_all"][found["--show_all"] >= LIMIT]
+    assert 0 < len(expected) < len(found["--show_all"])
+    np.testing.assert_array_equal(found["--json"], expected)
+    nobody, _ = calibrated(run, tmp_path / "nobody", 0.0, 0.001)
+    assert launched(search=None, checkpoint=nobody, **flags) == 0
+    assert NOBODY in capsys.readouterr().out
+    assert not any(one["results"] for one in json.loads((tmp_path / "ranking.json").read_text()))
+
+
+def test_group(run, photos, gallery, tmp_path, capsys):
+    flags = {"gallery": gallery, "workdir": tmp_path}
+    assert launched(group=None, checkpoint=run, **flags) == 2
+    assert "not calibrated" in capsys.readouterr().err
+    own, _ = calibrated(run, tmp_path / "own", 0.1, 0.2, 0.9)
+    assert launched("--json", "--across_days", group=None, checkpoint=own, **flags) == 0
+    groups = json.loads(capsys.readouterr().out)
+    assert groups == json.loads((tmp_path / "groups.json").read_text())
+    opened = Gallery.open(gallery)
+    for group in groups:
+        people = [opened.person(one["person"]) for one in group["people"]]
+        assert len({person.scene.id for person in people}) == len(people) > 1
+        assert [one["image"] for one in group["people"]] == [one.scene.path for one in people]
+    assert [one.id for one in Groups(opened.people).all()] == [one["id"] for one in groups] != []
 
 
 def test_search_in_a_box(run, photos, gallery, tmp_path):

@@ -119,7 +119,7 @@ def test_nothing_in_the_bucket_holds_who_was_forgotten(bucket, photos):
 
 
 def test_what_the_store_answers_is_one_line(bucket, monkeypatch):
-    with pytest.raises(UserError, match=r"s3://nowhere/people\.lance: .*bucket"):
+    with pytest.raises(UserError, match=r"s3://nowhere/people\.lance: .*ucket"):
         Gallery.open("s3://nowhere/people.lance", Finder(), create=True)
     monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match=r"--gallery: s3://people/people\.lance: .*onnect"):

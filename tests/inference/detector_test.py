@@ -75,7 +75,7 @@ def test_many_photos_are_found_as_each_alone(detector, tmp_path):
     assert list(detector.detect_many([])) == []
     found = detector.detect_many([photos[0], "nothing.jpg", photos[1]])  # it comes in its turn
     assert_same(next(found), many[0], atol=2e-3)
-    with pytest.raises(UserError, match=r"nothing\.jpg: cannot be read"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jpg"):
         next(found)
 
 

@@ -39,7 +39,7 @@ def change_groups(
 ) -> Response:
     """Makes the groups anew, or one of the groups of several people."""
     if change == "make":
-        site.library.run(lambda: make_groups(site.gallery, Filter()))
+        site.library.start(lambda: make_groups(site.gallery, Filter()))
         return RedirectResponse("/library", 303)
     if len(person) < 2:
         raise UserError("Choose two groups or more that show the same person.")
@@ -104,5 +104,6 @@ def library(request: Request, site: OfSite) -> Response:
 @router.post("/library")
 def start(site: OfSite) -> Response:
     """Indexes what is new in the folders that the server was given."""
-    site.library.start()
+    if site.library.sources:
+        site.library.start(site.library.index)
     return RedirectResponse("/library", 303)

@@ -47,7 +47,7 @@ class Results:
     searched: int
     recall: float | None
     seconds: float
-    version: int
+    version: object
 
     def neighbors(self, person: str) -> tuple[Entry | None, Entry | None]:
         """The entries before and after the one of a person."""

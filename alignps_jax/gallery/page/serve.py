@@ -29,6 +29,7 @@ def serve(
     public_url: str | None = None,
     no_token: bool = False,
     sources: Sequence[str] = (),
+    watch: bool = False,
 ) -> None:
     """Serves the page of a gallery until a signal comes.
 
@@ -38,6 +39,7 @@ def serve(
       public_url: what visitors call the server where a proxy, or a name, stands before it.
       no_token: lets everybody in who can connect.
       sources: folders that can be indexed from the page.
+      watch: indexes what is in them, and whatever is added.
 
     Raises:
       UserError, OSError: it cannot listen there, or an address is none.
@@ -58,6 +60,8 @@ def serve(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # uvicorn hands both on when it has stopped
         site.photos.warm_up(site.searcher.warm_up)
+        if watch:
+            site.library.watch()
         config = uvicorn.Config(
             guarded(make_app(site), door),
             http=ImpatientProtocol,

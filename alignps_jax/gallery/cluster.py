@@ -1,0 +1,92 @@
+"""Indexing on many machines: Ray's workers read and detect, this process alone writes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray: nothing is reported anywhere
+
+import ray
+import ray.data
+
+from alignps_jax.errors import UserError
+from alignps_jax.gallery.index import Reading
+from alignps_jax.inference.detector import Detector
+from alignps_jax.inference.many import Photo
+from alignps_jax.media.walk import MediaFile, Shot
+
+_FILES = 64  # in one task; a kill costs a worker as much
+_CPUS = 4  # of a worker without an accelerator
+
+
+class Worker:
+    """Finds people in files, with a detector of its own."""
+
+    def __init__(self, load: Callable[[], Detector], reading: Reading):
+        self._detector, self._reading = load(), reading
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        found = list(self._reading.detect(self._detector, batch["file"]))
+        column = np.empty(len(found), object)
+        column[:] = found
+        return {"result": column}
+
+
+def leave_accelerators() -> None:
+    """Keeps this process, which only writes, from taking an accelerator that a worker needs."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+def detect_on_cluster(
+    address: str, load: Callable[[], Detector], reading: Reading, files: Sequence[MediaFile]
+) -> Iterator[Photo[Shot]]:
+    """What `Reading.detect` gives, from all machines of a Ray cluster, in any order of the files.
+
+    There is a worker for each accelerator, also for those that join later; without accelerators one
+    for a few processors. A worker or machine that dies is replaced, and its files are read again.
+
+    Args:
+      address: of a cluster; "auto": the one that this machine is in; "local": this machine alone.
+      load: makes the detector of a worker.
+      reading: how files are read.
+      files: which every machine must find at the same paths.
+
+    Raises:
+      UserError: there is no such cluster.
+    """
+    place: dict[str, Any] = {"address": address}
+    if address == "local":
+        place |= {"include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--cluster={address}: found no Ray cluster ({reason})") from error
+    settings = ray.data.DataContext.get_current()
+    settings.enable_progress_bars = settings.verbose_stats_logs = False
+    known = ray.cluster_resources()
+    needs: dict[str, Any] = {"num_cpus": min(_CPUS, max(1, int(known.get("CPU", 2)) // 2))}
+    if "GPU" in known:
+        needs = {"num_gpus": 1}
+    elif "TPU" in known:
+        hosts = sum("TPU" in node["Resources"] for node in ray.nodes())
+        needs = {"resources": {"TPU": known["TPU"] // hosts}}  # a process takes a whole host
+    try:
+        data = ray.data.from_items([{"file": file} for file in files])
+        results = data.map_batches(
+            Worker,
+            fn_constructor_args=(load, reading),
+            batch_size=max(1, min(_FILES, len(files) // 8)),
+            compute=ray.data.ActorPoolStrategy(min_size=1),
+            **needs,
+        )
+        for row in results.iter_rows():
+            yield row["result"]
+    finally:
+        ray.shutdown()
