@@ -145,7 +145,7 @@ def _is_own(request: Request, door: Door) -> bool:
     if site is not None:
         return site == "same-origin"
     if origin is None:  # no browser of these years
-        return request.url.path.startswith("/api/")
+        return request.headers.get("accept", "").startswith("application/json")
     return origin.lower() in (door.origin, f"{request.url.scheme}://{request.headers['host']}")
 
 

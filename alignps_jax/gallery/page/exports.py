@@ -8,7 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -20,10 +20,19 @@ from alignps_jax.gallery.page.marks import Mark, identities
 from alignps_jax.gallery.page.pictures import jpeg
 from alignps_jax.media.photos import orientation_of
 
-CSV_HEADER = (
-    *("query", "view", "view_photo", "view_second", "person", "photo", "second"),
-    *("x1", "y1", "x2", "y2", "score", "similarity", "mark"),
-)
+CSV_HEADER = [
+    "identity",
+    "view",
+    "photo",
+    "second",
+    "x1",
+    "y1",
+    "x2",
+    "y2",
+    "score",
+    "similarity",
+    "mark",
+]
 _HUGE = 1 << 16  # pixels
 
 
@@ -54,9 +63,8 @@ class Marked:
             person, view = self._people.get(mark.person), self._people.get(mark.view)
             if person is None:
                 continue
-            row = [self._number(mark.view), mark.view, view.scene.path if view else mark.name]
-            row += [view.scene.second if view else None, person.id, person.scene.path]
-            row += [person.scene.second, *person.box.tolist(), round(person.score, 6)]
+            row = [self._number(mark.view), view.scene.path if view else mark.name]
+            row += [person.scene.path, person.scene.second, *person.box.tolist(), person.score]
             row += [mark.similarity, "right" if mark.right else "wrong"]
             writer.writerow(map(_harmless, row))
         return out.getvalue().encode()
@@ -126,18 +134,15 @@ def _harmless(value: object) -> object:
     return f"'{value}" if is_formula else value
 
 
-class _Sink(io.RawIOBase):
+class _Sink(list[bytes]):
     """Takes what is written, for somebody to fetch."""
 
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes) -> int:  # type: ignore[override]
-        self.parts.append(bytes(data))
+    def write(self, data: bytes) -> int:
+        self.append(bytes(data))
         return len(data)
+
+    def flush(self) -> None:
+        pass
 
 
 def photos_as_zip(gallery: Gallery, entries: Sequence[Entry]) -> Iterator[bytes]:
@@ -147,27 +152,24 @@ def photos_as_zip(gallery: Gallery, entries: Sequence[Entry]) -> Iterator[bytes]
     """
     sink, names = _Sink(), dict[str, str]()
     results: list[dict[str, object]] = []
-    with zipfile.ZipFile(sink, "w") as archive:
+    with zipfile.ZipFile(cast(BinaryIO, sink), "w") as archive:
         for number, entry in enumerate(entries, 1):
-            person, name = entry.match.person, None
-            scene = person.scene
+            person, scene = entry.match.person, entry.match.person.scene
+            about = {"photo": scene.path, "second": scene.second}
             try:
+                path, is_photo = gallery.file_of(scene), scene.second is None
                 if scene.id not in names:
-                    suffix = Path(scene.path).suffix if scene.second is None else ".jpg"
-                    path = gallery.file_of(scene)
-                    is_photo = scene.second is None
+                    name = f"{number:04d}-{path.stem}{path.suffix if is_photo else '.jpg'}"
                     data = path.read_bytes() if is_photo else jpeg(gallery.pixels(scene), _HUGE)
-                    names[scene.id] = f"{number:04d}-{Path(scene.path).stem}{suffix}"
-                    archive.writestr(names[scene.id], data)
-                name = names[scene.id]
+                    archive.writestr(name, data)
+                    names[scene.id] = name
             except (UserError, OSError) as error:
-                results.append({"photo": scene.path, "left_out": str(error)})
+                results.append({**about, "left_out": str(error)})
                 continue
-            finally:
-                yield from sink.parts
-                sink.parts.clear()
-            box, similarity = [round(x, 1) for x in person.box.tolist()], entry.match.similarity
-            found = {"file": name, "photo": scene.path, "second": scene.second, "box": box}
-            results.append({**found, "similarity": round(similarity, 4), "person": person.id})
+            yield from sink
+            sink.clear()
+            box = [round(corner, 1) for corner in person.box.tolist()]
+            found = {"file": names[scene.id], "box": box, "person": person.id}
+            results.append({**about, **found, "similarity": round(entry.match.similarity, 4)})
         archive.writestr("results.json", json.dumps(results, indent=1))
-    yield from sink.parts
+    yield from sink

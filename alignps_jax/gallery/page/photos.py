@@ -116,7 +116,9 @@ def box(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
 @router.post("/scene/{scene_id}/person")
 def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
     """Adds whoever is in a box that was drawn to the people of a photo of the gallery."""
-    found = site.scene(scene_id)
+    found = site.gallery.scene(scene_id)
+    if found is None:
+        raise HTTPException(404, "This photo is not in the gallery.")
     person, detected = site.photos.person_at(found, drawn.corners())
     every = 0.0 if found.second is None else 1.0
     site.gallery.people.commit([FoundScene(found, detected, every)], [])
@@ -140,7 +142,7 @@ def person_picture(site: OfSite, person_id: str, dense: bool = False) -> Respons
 
 @pictures.get("/scene/{scene_id}/video")
 def video(site: OfSite, scene_id: str) -> Response:
-    found = site.scene(scene_id)
+    found = site.photos.scene(scene_id)
     if found.second is None:
         raise HTTPException(404, "This photo belongs to no video.")
     path = site.gallery.file_of(found)  # an error unless it is still what was indexed

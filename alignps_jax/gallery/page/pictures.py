@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
+from operator import attrgetter
 
 import cv2
 import numpy as np
-from cachetools import LRUCache
+from cachetools import LRUCache, cachedmethod
 from jaxtyping import Float
 
 from alignps_jax.gallery.entries import Person, Scene
@@ -77,43 +78,25 @@ class Pictures:
     def __init__(self, photos: Photos):
         self._photos = photos
         self._made: LRUCache[Hashable, bytes] = LRUCache(_CACHED, len)
-        self._decoded: LRUCache[str, Image] = LRUCache(_DECODED, lambda image: image.nbytes)
+        self._decoded: LRUCache[Hashable, Image] = LRUCache(_DECODED, lambda image: image.nbytes)
         self._lock = threading.Lock()
         # Decoding takes memory and a core, and a page asks for many pictures at once.
         self._room = threading.Semaphore(max(1, min(4, os.cpu_count() or 1)))
 
+    @cachedmethod(attrgetter("_made"), lambda _, one, tall: (one.id, tall), attrgetter("_lock"))
     def person(self, person: Person, tallest: int) -> bytes:
         """An enlarged person."""
-        key = person.id, tallest
-        return self._make(
-            key, lambda: person_picture(self._pixels(person.scene), person.box, tallest)
-        )
+        return person_picture(self._pixels(person.scene), person.box, tallest)
 
+    @cachedmethod(attrgetter("_made"), lambda _, one, long: (one.id, long), attrgetter("_lock"))
     def scene(self, scene: Scene, longest: int) -> bytes:
         """A complete scene of at most that length."""
-        return self._make((scene.id, longest), lambda: self._scene(scene, longest))
-
-    def _scene(self, scene: Scene, longest: int) -> bytes:
-        is_small = longest < PREVIEW
-        image = self._photos.pixels(scene, longest) if is_small else self._pixels(scene)
-        return jpeg(image, longest)
-
-    def _make(self, key: Hashable, draw: Callable[[], bytes]) -> bytes:
+        if longest >= PREVIEW:
+            return jpeg(self._pixels(scene), longest)
         with self._room:
-            with self._lock:
-                made = self._made.get(key)
-            if made is None:
-                made = draw()
-                with self._lock:
-                    self._made[key] = made
-        return made
+            return jpeg(self._photos.pixels(scene, longest), longest)
 
+    @cachedmethod(attrgetter("_decoded"), lambda _, scene: scene.id, attrgetter("_lock"))
     def _pixels(self, scene: Scene) -> Image:
-        with self._lock:
-            image = self._decoded.get(scene.id)
-        if image is None:
-            image = self._photos.pixels(scene)
-            if image.nbytes <= _DECODED // 4:
-                with self._lock:
-                    self._decoded[scene.id] = image
-        return image
+        with self._room:
+            return self._photos.pixels(scene)

@@ -7,11 +7,12 @@ import datetime
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from cachetools import LRUCache
+from cachetools import LRUCache, cachedmethod
 from jaxtyping import Float
 
 from alignps_jax.evaluation.calibration import LIMIT
@@ -38,7 +39,6 @@ class Results:
       searched: the number of people who passed the filter.
       recall: None: the search was exact; else the share of the best ones that it finds.
       seconds: how long it took.
-      version: of the gallery.
     """
 
     entries: Sequence[Entry]
@@ -47,15 +47,14 @@ class Results:
     searched: int
     recall: float | None
     seconds: float
-    version: object
 
     def neighbors(self, person: str) -> tuple[Entry | None, Entry | None]:
         """The entries before and after the one of a person."""
-        places = [n for n, one in enumerate(self.entries) if one.match.person.id == person]
-        if not places:
-            return None, None
         around = [None, *self.entries, None]
-        return around[places[0]], around[places[0] + 2]
+        for before, entry, after in zip(around, self.entries, around[2:], strict=False):
+            if entry.match.person.id == person:
+                return before, after
+        return None, None
 
 
 class Searcher:
@@ -63,7 +62,7 @@ class Searcher:
 
     def __init__(self, photos: Photos):
         self._photos, self._gallery = photos, photos.gallery
-        self._latest: LRUCache[SearchRequest, Results] = LRUCache(_REMEMBERED)
+        self._latest: LRUCache[Hashable, Results] = LRUCache(_REMEMBERED)
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
@@ -71,13 +70,13 @@ class Searcher:
         width = self._gallery.info.dim
         self._gallery.search(np.full(width, width**-0.5, np.float32), MAX_MATCHES)
 
+    @cachedmethod(
+        attrgetter("_latest"),
+        lambda self, query: (query, self._gallery.version),
+        attrgetter("_lock"),
+    )
     def search(self, query: SearchRequest) -> Results:
         """The people that are most similar to the views, in other photos than these."""
-        with self._lock:
-            known = self._latest.get(query)
-        version = self._gallery.version
-        if known is not None and known.version == version:
-            return known
         begin = time.perf_counter()
         matches = self._ranked(query)
         seconds = time.perf_counter() - begin
@@ -88,18 +87,14 @@ class Searcher:
         ]
         least = max(unlikely, default=-1.0) if query.similarity is None else query.similarity
         shown = [match for match in matches if match.similarity >= least]
-        results = Results(
+        return Results(
             entries=_sorted(join_seconds(shown), query.sort),
             hidden=len(matches) - len(shown),
             least=least,
             searched=self._gallery.searched(query.where),
             recall=self._gallery.recall,
             seconds=seconds,
-            version=version,
         )
-        with self._lock:
-            self._latest[query] = results
-        return results
 
     def embeddings(self, query: SearchRequest) -> Float[np.ndarray, "Q D"]:
         """What to search with: one embedding, or one for each view."""

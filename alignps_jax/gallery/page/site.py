@@ -19,7 +19,7 @@ from starlette.templating import Jinja2Templates
 from alignps_jax.boxes import area
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import words
-from alignps_jax.gallery.entries import Person, Scene
+from alignps_jax.gallery.entries import Person
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
 from alignps_jax.gallery.page.access import MAX_BODY, YEAR
@@ -48,13 +48,6 @@ class Site:
         self.library = Library(gallery, sources)
         self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
         self._next = 0.0
-
-    def scene(self, scene_id: str) -> Scene:
-        """A scene of the gallery; HTTPException (404)."""
-        scene = self.gallery.scene(scene_id)
-        if scene is None:
-            raise HTTPException(404, "This photo is not in the gallery, or not any more.")
-        return scene
 
     def overview(self) -> dict[str, Any]:
         """Numbers of people and scenes, the choices of a filter, and what is wrong if it is."""

@@ -58,7 +58,7 @@ class Photos:
         # Of uploaded photos, and those whom a drawn box found, with their embeddings.
         self._people: LRUCache[str, tuple[Person, Float[np.ndarray, "D"]]] = LRUCache(_MOST_PEOPLE)
         self._lock = threading.Lock()
-        self._waiting = 0
+        self._pending: set[Future[Any]] = set()
         self._ready: set[bool] = set()
         self._first: tuple[str, float] | None = None
 
@@ -79,7 +79,7 @@ class Photos:
         with self._lock:
             upload = self._uploads.get(identity)
             if upload is None or upload.error:
-                if self._waiting >= MAX_WAITING:
+                if len(self._pending) >= MAX_WAITING:
                     line = "Too many photos wait for the network; please try again in a minute."
                     raise HTTPException(503, line, {"Retry-After": "60"})
                 scene = Scene(identity, name, 0, 0, None, "", None, content)
@@ -151,25 +151,20 @@ class Photos:
     def warm_up(self, prepare: Callable[[], object]) -> None:
         """Compiles the programs for photos of both orientations; `prepare` comes between them."""
         long, short = self.detector.config.data.test_scale
-        with self._lock:
-            self._submit(self._detect, np.zeros((short, long, 3), np.uint8))
-            self._submit(self._timed, "the search", prepare)
-            self._submit(self._detect, np.zeros((long, short, 3), np.uint8))
+        self._submit(self._detect, np.zeros((short, long, 3), np.uint8))
+        self._submit(self._timed, "the search", prepare)
+        self._submit(self._detect, np.zeros((long, short, 3), np.uint8))
 
     def status(self) -> dict[str, Any]:
         """How many photos wait, and what is prepared for the first time since how many seconds."""
         name, since = self._first or ("", time.monotonic())
-        return {"waiting": self._waiting, "first": name, "seconds": time.monotonic() - since}
+        return {"waiting": len(self._pending), "first": name, "seconds": time.monotonic() - since}
 
     def _submit(self, work: Callable[..., Any], *values: object) -> Future[Any]:
-        def step() -> Any:
-            try:
-                return work(*values)
-            finally:
-                self._waiting -= 1
-
-        self._waiting += 1
-        return self._pool.submit(step)
+        future = self._pool.submit(work, *values)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         self._first = name, time.monotonic()
