@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import struct
+import time
 import zipfile
 
 import numpy as np
@@ -18,7 +19,9 @@ pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup"
 
 import httpx
 
+from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import Calibration
+from alignps_jax.gallery.page.site import Site
 from alignps_jax.gallery.tables import Note
 from alignps_jax.media.photos import decode_photo
 from tests.gallery.page_server import (
@@ -315,6 +318,68 @@ def test_a_person_is_forgotten_with_its_marks(tmp_path):
     answer = client.post(place, data={"box": box})
     assert answer.status_code == 303
     assert site.gallery.num_people == 8
+
+
+def done(client, site):
+    """What the page says of work on the gallery when it is done."""
+    for _ in range(200):
+        if not site.library.is_running:
+            break
+        time.sleep(0.05)
+    return client.get("/library", headers={"Accept": "application/json"}).json()
+
+
+def test_groups_are_made_named_split_and_merged(tmp_path):
+    site = painted_site(tmp_path)
+    client = visitor(site)
+    assert "Grouping needs to know" in client.get("/people").text
+    curve = np.linspace(-1, 1, 50)
+    site.gallery.calibration = Calibration(
+        "a set", 9, curve, np.clip(curve, 0, 1) ** 4, curve, curve
+    )
+    client.post("/people", data={"change": "make"})
+    assert done(client, site)["error"] == ""
+    ask = {"Accept": "application/json"}
+    groups = client.get("/people", headers=ask).json()["groups"]
+    red = max((one["people"] for one in groups), key=len)
+    assert {color_of(site, one) for one in red} == {RED}
+    place = f"/people/{red[0]}"
+    client.post(place, data={"change": "name", "name": "<Ada>"})
+    page = client.get(place).text
+    assert "All photos of &lt;Ada&gt;" in page
+    assert all(f"/person/{one}.jpg" in page for one in red)
+    answer = client.post(place, data={"change": "split", "person": red[0]})
+    rest = client.get(answer.headers["location"], headers=ask).json()["group"]
+    assert (rest["name"], set(rest["people"])) == ("<Ada>", set(red[1:]))
+    answer = client.post("/people", data={"change": "merge", "person": [red[1], red[0]]})
+    merged = client.get(answer.headers["location"], headers=ask).json()["group"]
+    assert (merged["name"], set(merged["people"])) == ("<Ada>", set(red))
+    assert client.post("/people", data={"change": "merge", "person": red[0]}).status_code == 400
+
+
+def test_folders_of_the_server_are_indexed_from_the_page(tmp_path, monkeypatch):
+    gallery = painted_site(tmp_path).gallery
+    site = Site(gallery, [str(tmp_path / "photos")])
+    client = visitor(site)
+
+    def batch(self, images):
+        raise UserError("the network is busy")
+
+    monkeypatch.setattr(ColorDetector, "detect_batch", batch)
+    monkeypatch.setattr(ColorDetector, "rows", 1, raising=False)
+    (tmp_path / "photos" / "late.png").write_bytes(encoded(painted((BLUE, (9, 9)))))
+    assert client.post("/library").status_code == 303
+    assert "busy" in done(client, site)["error"]
+    (tmp_path / "photos" / "late.png").unlink()
+    (tmp_path / "photos" / "notes.xmp").write_text("x")
+    (tmp_path / "photos" / "half.png").write_bytes(b"half")
+    client.post("/library")
+    found = done(client, site)
+    assert found["done"]["others"] == {".xmp": 1}
+    page = client.get("/library").text
+    assert "half.png" in page
+    assert "8 of 9 files" in page or "9 of 9 files" in page
+    assert "without folders" in visitor(Site(gallery)).get("/library").text
 
 
 def test_photos_of_results_are_downloaded_with_their_boxes(client, site):

@@ -96,9 +96,13 @@ def forget_people(
 @router.get("/library", dependencies=READ_FIRST)
 def library(request: Request, site: OfSite) -> Response:
     """The folders that are indexed, what was indexed, and what was left out and why."""
-    shown = site.library
-    values = {"sources": shown.sources, "done": shown.done, "error": shown.error}
-    return page(request, "library.html", is_running=shown.is_running, **values)
+    shown, done = site.library, None
+    if shown.done:
+        walk = shown.done.walk
+        files = {"found": len(walk.files), "skipped": walk.skipped, "others": dict(walk.others)}
+        done = {**vars(shown.done), "walk": None, **files}
+    values = {"sources": shown.sources, "is_running": shown.is_running, "error": shown.error}
+    return page(request, "library.html", done=done, **values)
 
 
 @router.post("/library")

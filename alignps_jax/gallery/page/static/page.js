@@ -43,13 +43,7 @@ for (const form of document.querySelectorAll("form[data-upload]")) {
   form.querySelector("input[type=file]").addEventListener("change", () => send(form));
 }
 document.addEventListener("dragover", (event) => {
-  if (!event.dataTransfer.types.includes("Files")) return;
-  event.preventDefault();
-  for (const form of document.querySelectorAll(".drop")) form.classList.add("over");
-});
-document.addEventListener("dragleave", (event) => {
-  if (event.relatedTarget) return;
-  for (const form of document.querySelectorAll(".drop")) form.classList.remove("over");
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault();
 });
 document.addEventListener("drop", (event) => {
   if (!event.dataTransfer.files.length) return;
@@ -83,14 +77,11 @@ function drawOn(photo) {
     const { width, height } = svg.viewBox.baseVal;
     return [Math.min(Math.max(at.x, 0), width), Math.min(Math.max(at.y, 0), height)];
   };
-  const corners = (end) => [
-    Math.min(start[0], end[0]), Math.min(start[1], end[1]),
-    Math.max(start[0], end[0]), Math.max(start[1], end[1])];
+  const corners = ([x, y]) => [
+    Math.min(start[0], x), Math.min(start[1], y), Math.max(start[0], x), Math.max(start[1], y)];
   const show = ([left, top, right, bottom]) => {
-    drawn.setAttribute("x", left);
-    drawn.setAttribute("y", top);
-    drawn.setAttribute("width", right - left);
-    drawn.setAttribute("height", bottom - top);
+    const values = { x: left, y: top, width: right - left, height: bottom - top };
+    for (const [name, value] of Object.entries(values)) drawn.setAttribute(name, value);
   };
 
   toggle.hidden = false;
@@ -118,26 +109,23 @@ function drawOn(photo) {
     start = null;
     if (box[2] - box[0] < 1 || box[3] - box[1] < 1) { show([0, 0, 0, 0]); return; }
     form.querySelector("input[name=box]").value = box.map((corner) => corner.toFixed(1)).join(",");
-    form.requestSubmit();
+    form.requestSubmit(event.shiftKey ? form.querySelector("[formaction]") : null);
   });
   svg.addEventListener("pointercancel", () => { start = null; show([0, 0, 0, 0]); });
   svg.addEventListener("dragstart", (event) => event.preventDefault());
   svg.addEventListener("click", (event) => {
     if (moved) event.preventDefault();
   }, true);
+}
 
-  // Whoever is pointed at in the list is shown in the photo.
-  const list = form.nextElementSibling;
-  if (!list || !list.matches(".people")) return;
-  for (const link of list.querySelectorAll("a[data-person]")) {
-    const same = svg.querySelector(`a[data-person="${link.dataset.person}"]`);
-    for (const name of ["mouseenter", "focus"]) {
-      link.addEventListener(name, () => same.classList.add("hover"));
+// Whoever is pointed at in the list is shown in the photo.
+for (const name of ["pointerover", "focusin"]) {
+  document.addEventListener(name, (event) => {
+    const link = event.target.closest(".people a");
+    for (const one of document.querySelectorAll(".photo a")) {
+      one.classList.toggle("hover", one.dataset.person === link?.dataset.person);
     }
-    for (const name of ["mouseleave", "blur"]) {
-      link.addEventListener(name, () => same.classList.remove("hover"));
-    }
-  }
+  });
 }
 
 // Full size in place; without a script the link opens the picture.
@@ -173,7 +161,7 @@ document.addEventListener("keydown", (event) => {
   const place = card || document.querySelector(".compare");
   if (key === "r" || key === "w") place?.querySelector(key === "r" ? ".right" : ".wrong")?.click();
   if (key === "x") card?.querySelector("input[type=checkbox]")?.click();
-  if (key === "Escape") document.getElementById("several")?.querySelector("form")?.reset();
+  if (key === "Escape") document.getElementById("several")?.reset();
 });
 
 // The address says how many results are shown and at which one, so that Back returns there.
