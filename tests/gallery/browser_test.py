@@ -202,8 +202,10 @@ def test_the_viewer_goes_from_result_to_result(visit):
     second = page.url
     page.keyboard.press("j")
     expect(page).not_to_have_url(second)
+    page.wait_for_load_state()
     page.keyboard.press("k")
     expect(page).to_have_url(second)
+    page.wait_for_load_state()
     page.keyboard.press("w")
     expect(page.get_by_role("button", name="Wrong")).to_have_attribute("aria-pressed", "true")
     page.keyboard.press("w")

@@ -7,7 +7,6 @@ import random
 import re
 import socket
 import threading
-import zlib
 
 import pytest
 
@@ -75,11 +74,11 @@ def test_more_photos_than_may_wait_are_sent_away(tmp_path):
     uploads.warm_up(gate.wait)  # nothing else goes on before the gate opens
     photos = [encoded(painted((RED, (10 + number, 10)))) for number in range(MAX_WAITING)]
     try:
-        taken = [uploads.upload("a.png", photo) for photo in photos[: MAX_WAITING - 3]]
+        taken = [uploads.upload("a.png", photo) for photo in photos[: MAX_WAITING - 2]]
         assert uploads.upload("again.png", photos[0]) == taken[0]
         with pytest.raises(HTTPException, match="503"):
             [uploads.upload("b.png", photo) for photo in photos]
-        assert uploads.status()["first"] == "the search"
+        assert uploads.status()["seconds"] > 0
     finally:
         gate.set()
     kept = [uploads.uploaded(one.id) for one in taken]
@@ -87,77 +86,43 @@ def test_more_photos_than_may_wait_are_sent_away(tmp_path):
     assert all(len(one.people) == 1 for one in kept)
 
 
-def malformed(rng):
-    """A request that no browser sends: wrong in one or several places."""
-    words = [
-        b"/",
-        b"/upload",
-        b"/search?view=",
-        b"/scene/",
-        b"/person/x.jpg",
-        b"/mark",
-        b"/static/",
-        b"\0",
-        b"%00",
-        b"%ff%fe",
-        b"../",
-        b"?offset=-1",
-        b"&offset=1e400",
-        b"?view=up.",
-        b"'",
-        b"\xc3\x28",
-        b"*",
-        b"http://evil.example/",
-        b"?score=NaN",
-        b"&folder=%2fetc",
-        b"&after=0000",
-        b"?camera=" + b"x" * 3000,
-    ]
-    heads = [
-        b"Host: localhost",
-        b"Host: localhost",
-        b"Host: localhost",
-        b"Host: evil.example",
-        b"Host: \0",
-        b"Content-Length: -1",
-        b"Content-Length: 99999999999999",
-        b"Content-Length: x",
-        b"Content-Length: 4",
-        b"Transfer-Encoding: chunked",
-        b"Transfer-Encoding: nonsense",
-        b"Content-Type: multipart/form-data",
-        b"Content-Type: multipart/form-data; boundary=" + b"b" * 200,
-        b"Cookie: \xff=\xfe; ;;=",
-        b"Content-Type: application/x-www-form-urlencoded",
-        b"Origin: http://localhost",
-        b"Origin: \xff",
-        b"Range: bytes=9-1,-,x",
-        b"Expect: 100-continue",
-        b"Sec-Fetch-Site: same-origin",
-        b": empty",
-        b"X" * 9000,
+PATHS = (
+    *(b"/", b"/upload", b"/search?view=", b"/scene/", b"/person/x.jpg", b"/mark", b"/static/"),
+    *(b"\0", b"%00", b"%ff%fe", b"../", b"?offset=-1", b"?shown=1e400", b"'", b"\xc3\x28", b"*"),
+    *(b"http://evil.example/", b"?score=NaN", b"&folder=%2fetc", b"?camera=" + b"x" * 3000),
+)
+HEADS = (
+    *(b"Host: localhost", b"Host: localhost", b"Host: evil.example", b"Host: \0", b": empty"),
+    *(b"Content-Length: -1", b"Content-Length: 99999999999999", b"Content-Length: x"),
+    *(b"Content-Length: 4", b"Transfer-Encoding: chunked", b"Transfer-Encoding: nonsense"),
+    *(b"Content-Type: multipart/form-data; boundary=b", b"Cookie: \xff=\xfe; ;;=", b"X" * 9000),
+    *(b"Content-Type: application/x-www-form-urlencoded", b"Origin: http://localhost"),
+    *(b"Range: bytes=9-1,-,x", b"Expect: 100-continue", b"Sec-Fetch-Site: same-origin"),
+    *(
         b"HX-Request: true",
         b"Upgrade: websocket",
         b"Connection: Upgrade",
-        b'If-None-Match: "',
-    ]
-    bodies = [
-        b"",
-        b"abcd",
-        b"--b\r\n\r\n--b--",
-        rng.randbytes(50),
-        b"view=%00&mark=right&person='",
-        b"4\r\nabcd\r\n0\r\n\r\n",
-        b"zz\r\n",
-        zlib.compress(b"x"),
-    ]
-    method = rng.choice(
-        [b"GET", b"GET", b"POST", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"\xff", b"get", b""]
-    )
-    path = b"".join(rng.choices(words, k=rng.randint(1, 3)))
+        b"Accept: application/json",
+    ),
+)
+BODIES = (
+    b"",
+    b"abcd",
+    b"--b\r\n\r\n--b--",
+    b"view=%00&mark=right&person='",
+    b"zz\r\n",
+    b"4\r\nabcd\r\n",
+)
+METHODS = (b"GET", b"GET", b"POST", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"\xff", b"get", b"")
+
+
+def malformed(rng):
+    """A request that no browser sends: wrong in one or several places."""
+    path = b"".join(rng.choices(PATHS, k=rng.randint(1, 3)))
     version = rng.choice([b"HTTP/1.1", b"HTTP/1.1", b"HTTP/1.0", b"HTTP/9.9", b""])
-    lines = [b" ".join([method, path, version]), *rng.sample(heads, rng.randint(0, 5))]
-    return rng.choice([b"\r\n", b"\r\n", b"\n"]).join([*lines, b"", rng.choice(bodies)])
+    lines = [b" ".join([rng.choice(METHODS), path, version])]
+    lines += rng.sample(HEADS, rng.randint(0, 5))
+    return rng.choice([b"\r\n", b"\r\n", b"\n"]).join([*lines, b"", rng.choice(BODIES)])
 
 
 def test_a_thousand_malformed_requests(site, caplog):

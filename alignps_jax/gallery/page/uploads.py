@@ -27,7 +27,6 @@ from alignps_jax.gallery.search import person_at
 from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.media.videos import VIDEO_SUFFIXES
 from alignps_jax.types import Detections
-from data_pipeline.transforms import is_landscape
 
 MAX_WAITING = 16  # photos
 _KEPT = 256 << 20  # bytes of photos, the latest ones
@@ -59,8 +58,7 @@ class Photos:
         self._people: LRUCache[str, tuple[Person, Float[np.ndarray, "D"]]] = LRUCache(_MOST_PEOPLE)
         self._lock = threading.Lock()
         self._pending: set[Future[Any]] = set()
-        self._ready: set[bool] = set()
-        self._first: tuple[str, float] | None = None
+        self._warm, self._since = self._submit(lambda: None), 0.0
 
     def upload(self, name: str, data: bytes) -> Scene:
         """Takes the file of a photo, whose people are detected later.
@@ -149,29 +147,26 @@ class Photos:
         return people
 
     def warm_up(self, prepare: Callable[[], object]) -> None:
-        """Compiles the programs for photos of both orientations; `prepare` comes between them."""
+        """Compiles the programs for photos of both orientations, and does `prepare`."""
         long, short = self.detector.config.data.test_scale
-        self._submit(self._detect, np.zeros((short, long, 3), np.uint8))
-        self._submit(self._timed, "the search", prepare)
-        self._submit(self._detect, np.zeros((long, short, 3), np.uint8))
+
+        def work() -> None:
+            self.detector.detect(np.zeros((short, long, 3), np.uint8))
+            prepare()
+            self.detector.detect(np.zeros((long, short, 3), np.uint8))
+
+        self._warm, self._since = self._submit(work), time.monotonic()
 
     def status(self) -> dict[str, Any]:
-        """How many photos wait, and what is prepared for the first time since how many seconds."""
-        name, since = self._first or ("", time.monotonic())
-        return {"waiting": len(self._pending), "first": name, "seconds": time.monotonic() - since}
+        """How many photos wait, and for how long the network has been compiled (0: it is)."""
+        seconds = 0 if self._warm.done() else time.monotonic() - self._since
+        return {"waiting": len(self._pending), "seconds": seconds}
 
     def _submit(self, work: Callable[..., Any], *values: object) -> Future[Any]:
         future = self._pool.submit(work, *values)
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         return future
-
-    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
-        self._first = name, time.monotonic()
-        try:
-            return work()
-        finally:
-            self._first = None
 
     def _find(self, upload: Upload) -> None:
         name = upload.scene.path
@@ -180,7 +175,7 @@ class Photos:
                 image = decode_photo(upload.data, self.gallery.info.max_pixels)
             height, width = image.shape[:2]
             upload.scene = dataclasses.replace(upload.scene, height=height, width=width)
-            found = self._keep(upload.scene, self._detect(image))
+            found = self._keep(upload.scene, self.detector.detect(image))
             threshold = self.gallery.info.score_threshold
             upload.people = [person for person in found if person.score >= threshold]
         except (UserError, OSError) as error:
@@ -188,12 +183,3 @@ class Photos:
         except Exception as error:  # the next photo may be better
             upload.error = f"{name}: the network failed on this photo; the server's log says"
             traceback.print_exception(error)
-
-    def _detect(self, image: Image) -> Detections:
-        landscape = is_landscape(image.shape[:2])
-        if landscape in self._ready:
-            return self.detector.detect(image)
-        name = f"the network for {'landscape' if landscape else 'portrait'} photos"
-        found: Detections = self._timed(name, lambda: self.detector.detect(image))
-        self._ready.add(landscape)
-        return found
