@@ -18,14 +18,9 @@ from jaxtyping import Float
 class Scene:
     """A photo, or one frame of a video.
 
-    Attributes:
-      id: depends on content and second alone, so that renamed and copied files keep it.
-      path: absolute; of several files with this content the one that was indexed first.
-      height, width: in pixels, as a viewer shows it (EXIF orientation applied).
-      taken: local time without a zone; None where unknown.
-      camera: empty where unknown.
-      second: time stamp in the video; None for photos.
-      hash: SHA-256 of the file.
+    `id` depends on `hash` (SHA-256 of the file) and `second` (None for photos) alone, so that
+    renamed and copied files keep it; `path` is that of the first one. Height and width are those
+    that a viewer shows, `taken` is local time; None and "" where unknown.
     """
 
     id: str
@@ -56,13 +51,10 @@ class Person:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One result of a search.
+    """One result of a search; `similarity` is a cosine.
 
-    Attributes:
-      person: who was found.
-      similarity: a cosine.
-      probability: that it is the person searched; None without a calibration.
-      paths: all files with this content, the scene's own first.
+    `probability`: that it is the person searched; None without a calibration. `paths`: all files
+    with this content, the scene's own first.
     """
 
     person: Person
@@ -90,13 +82,8 @@ class Entry:
 class Filter:
     """Whom to search; by default everybody.
 
-    Attributes:
-      folder: scenes below this absolute path.
-      cameras: scenes of these cameras, if there are any.
-      after, before: scenes taken in this time, both ends included, local time; those of unknown
-        time are left out where one is given.
-      min_score: people with at least this score, or scenes with one.
-      kind: photos or frames of videos alone.
+    That is, scenes below an absolute path, of some cameras, taken in a time (both ends included;
+    without those of unknown time), people with at least a score, photos or videos alone.
     """
 
     folder: str | None = None
@@ -115,11 +102,9 @@ class Filter:
             object.__setattr__(self, "min_score", float(self.min_score))
 
     def condition(self, field: Callable[[str], Any], copied: Sequence[str] = ()) -> list[Any]:
-        """What a row must fulfil, the score aside, as expressions of LanceDB or PyArrow.
+        """What a row must fulfil, the score aside, as expressions of LanceDB or PyArrow (`field`).
 
-        Args:
-          field: `lancedb.expr.col` or `pyarrow.compute.field`.
-          copied: contents of which one of several files lies in the folder.
+        `copied`: contents of which one of several files lies in the folder.
         """
         found = []
         if self.folder is not None:
@@ -137,7 +122,7 @@ class Filter:
 
     @property
     def below(self) -> tuple[str, str]:
-        """The first possible path below the folder, and the first one after all of them."""
+        """The first possible path below the folder, and the first one behind them."""
         prefix = os.path.normpath(self.folder or "/").rstrip("/")
         return f"{prefix}/", f"{prefix}{chr(ord('/') + 1)}"
 

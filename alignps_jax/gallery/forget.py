@@ -18,7 +18,7 @@ import numpy as np
 from alignps_jax.boxes import iou
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.people import FILE, FoundScene, People
-from alignps_jax.gallery.tables import Note, parts
+from alignps_jax.gallery.tables import Note
 
 # A box that overlaps a forgotten one so much is the same person's.
 _SAME = 0.5
@@ -100,17 +100,15 @@ def forget(
             raise UserError(f"--photo: found no {photo} in the gallery {people.address}")
         entries += [file | {"id": None, "second": None, "box": None} for file in files]
     columns = ["id", "path", "hash", "second", "box"]
-    for some in parts(entry["hash"] for entry in entries):
-        gone |= set(table.rows(["id"], hash=some)["id"].to_pylist())
-    for some in parts(persons):
-        entries += table.rows(columns, id=some).to_pylist()
+    hashes = [entry["hash"] for entry in entries]
+    gone |= set(table.rows(["id"], hash=hashes)["id"].to_pylist())
+    entries += table.rows(columns, id=list(persons)).to_pylist()
     if missing := set(persons) - {entry["id"] for entry in entries}:
         raise UserError(f"--person: found no {missing.pop()!r} in the gallery {people.address}")
     people.notes("forgotten").put(
         [Note(f"{entry['id'] or entry['path']} {entry['hash']}", (), entry) for entry in entries]
     )
-    for notes in people.all_notes():
-        notes.remove([note.id for note in notes.all() if gone & set(note.people)])
+    people.forget_notes(gone)
     Forgotten(people).enforce()
     if people.thumbnails:
         shutil.rmtree(people.thumbnails, ignore_errors=True)

@@ -170,7 +170,7 @@ class Gallery:
 
     def memory(self) -> PeopleInMemory:
         """The people in memory, read anew where they have changed."""
-        known, forgotten = self._memory, self.people.notes("forgotten").version
+        known, forgotten = self._memory, len(self.people.notes("forgotten"))
         if known is not None and known.version == self.version:
             return known
         # A large one takes long, and others may read it; but nobody who was forgotten is found.

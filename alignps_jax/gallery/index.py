@@ -75,14 +75,9 @@ class Reading:
         tasks = (
             partial(shot_photo, task)
             for file in files
-            for task in shots(file, self.every, self.max_pixels, self._known)
+            for task in shots(file, self.every, self.max_pixels, self.seen.get)
         )
         return detect_all(detector.detect_batch, detector.config.data, detector.rows, tasks)
-
-    def _known(self, content: str) -> float | None:
-        known = self.seen.get(content)
-        self.seen[content] = math.inf  # of copies, one is read
-        return known
 
 
 def index(
@@ -119,7 +114,7 @@ def index(
         run.done.known = len(walk.files) - len(pending)
         if prune:
             run.prune(sources)
-        reading = Reading(every, gallery.info.max_pixels, run.seen())
+        reading = Reading(every, gallery.info.max_pixels, run.seen)
         under_way = writer.submit(lambda: None)
         found = detect(reading, pending) if detect else reading.detect(detector, pending)
         results = run.counted(found, report)
@@ -180,10 +175,8 @@ class _Run:
         self._known = self._people.known_files()
         self._forgotten = Forgotten(self._people)
         self._replaced: set[str] = set()
+        self.seen = self._seen()
         self._moved: set[str] = set()  # contents of files that were not known
-        self._waiting: list[Photo[Shot]] = []  # copies of what is not stored yet
-        self._stored: set[str] = set()  # contents
-        self._owners: dict[str, str] = {}  # the file of a content that was looked at
 
     def is_known(self, file: MediaFile) -> bool:
         """Whether there is nothing to do for a file."""
@@ -193,18 +186,15 @@ class _Run:
         same = (known.size, known.mtime) == (file.size, file.mtime)
         return same and known.complete and known.every in (0, self._every)
 
-    def seen(self) -> dict[str, float]:
+    def _seen(self) -> dict[str, float]:
         """For each content the last second that is known; see `Reading`."""
         seen = dict.fromkeys(self._forgotten.hashes, math.inf)
-        self._stored.update(seen)
         for state in self._known.values():
             if state.complete and state.every in (0, self._every):
                 seen[state.hash] = math.inf
-                self._stored.add(state.hash)
             elif not state.complete and state.every == self._every:
                 last = self._people.last_second(state.hash)
                 seen.setdefault(state.hash, -1.0 if last is None else last)
-                self._owners[state.hash] = state.path
         return seen
 
     def counted(self, results: Results, report: Callable[[Indexed], None]) -> Results:
@@ -220,11 +210,7 @@ class _Run:
     def commit(self, results: Sequence[Photo[Shot]]) -> None:
         """Stores the scenes and states of files."""
         self._forgotten.refresh()
-        good = [result for result in results if result.error is None] + self._waiting
-        good, self._waiting = (
-            [result for result in good if self._is_stored(result) == stored]
-            for stored in (True, False)
-        )
+        good = [result for result in results if result.error is None]
         files = {one.tag.file.path: self._state(one.tag) for one in good}
         found = map(self._found, good)
         scenes = [scene for one in found if one and (scene := self._forgotten.without(one))]
@@ -235,17 +221,10 @@ class _Run:
         self._people.commit(scenes, list(files.values()))
         if self._forgotten.refresh():  # somebody was forgotten meanwhile
             self._forgotten.enforce()
+        # Copies that come later need not be looked at.
+        self.seen |= {state.hash: math.inf for state in files.values() if state.complete}
         self.done.scenes += len(scenes)
         self.done.people += sum(len(found.people.scores) for found in scenes)
-
-    def _is_stored(self, result: Photo[Shot]) -> bool:
-        """Whether this commit, or one before it, has the content of a file."""
-        shot, path = result.tag, result.tag.file.path
-        if result.found is not None:
-            self._owners[shot.hash] = path
-        if shot.final and self._owners.get(shot.hash) == path:
-            self._stored.add(shot.hash)
-        return result.found is not None or shot.hash in self._stored
 
     def _state(self, shot: Shot) -> FileState:
         file, every = shot.file, self._every if shot.file.is_video else 0.0

@@ -30,24 +30,29 @@ from lancedb.index import IvfPq
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Scene, content_hash, person_id
-from alignps_jax.gallery.tables import (
-    KEY,
-    NOTES,
-    Note,
-    Notes,
-    Table,
-    in_one_line,
-    parts,
-    table_names,
-)
+from alignps_jax.gallery.tables import ID, Note, Notes, Table, in_one_line
 from alignps_jax.types import Detections
 
 FILE, SCENE = "file", "scene"
 SCENE_COLUMNS = ("scene", "path", "height", "width", "taken", "camera", "second", "hash")
 
 _INFO = b"alignps_jax"
-_KEEP_OLD = datetime.timedelta(hours=1)  # older states, for those who read them
+_INDICES = ["id", "path", "hash"]
 _SAMPLE = 20  # people by whom the recall is measured
+_PLACE = {
+    **{"scene": pa.string(), "path": pa.string(), "hash": pa.string(), "height": pa.int32()},
+    **{"width": pa.int32(), "taken": pa.timestamp("us"), "camera": pa.string()},
+    **{"second": pa.float64(), "every": pa.float64()},
+}
+_FILE = {"kind": pa.string(), "size": pa.int64(), "mtime": pa.int64(), "complete": pa.bool_()}
+_SCENES = pa.schema([ID, *(_PLACE | _FILE).items()])
+
+
+def schema(info: GalleryInfo) -> pa.Schema:
+    """The columns of the table of people, with the detector that made it."""
+    vectors = {"box": pa.list_(pa.float32(), 4), "embedding": pa.list_(pa.float32(), info.dim)}
+    about = {_INFO: json.dumps(dataclasses.asdict(info)).encode()}
+    return pa.schema([ID, *(_PLACE | vectors).items(), ("score", pa.float32())], metadata=about)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,35 +76,33 @@ class FileState(NamedTuple):
 
 
 class People:
-    """The people of a gallery.
+    """The people of a gallery; an empty one is made for `info`.
 
-    Attributes:
-      address: a folder such as people.lance, or s3://bucket/people.lance.
-      info: the detector that made it.
-      table: of people.
-      scenes: table of scenes and files, by `kind`.
+    `address` is a folder such as people.lance, or s3://bucket/people.lance, `info` the detector
+    that made it, `table` has the people, `scenes` the scenes and files. UserError if it is none.
     """
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
-        """Opens a gallery, or makes an empty one for `info`; UserError if there is none."""
         _check_place(address, making=info is not None)
-        self.address = address
+        self.address, always = address, datetime.timedelta(0)
         with in_one_line(address):
-            always = datetime.timedelta(0)
-            self._database = lancedb.connect(address, read_consistency_interval=always)
-        self.scenes = Table(self._database, "scenes", _SCENES if info else None)
-        self.table = Table(self._database, "people", schema(info) if info else None)
-        with self.scenes.open(), self.table.open() as table:
-            self.info = _info(address, table.schema)
+            database = lancedb.connect(address, read_consistency_interval=always)
+        schemas = {"notes": Notes.SCHEMA, "scenes": _SCENES, "people": info and schema(info)}
+        tables = [Table(database, name, one if info else None) for name, one in schemas.items()]
+        self._notes, self.scenes, self.table = tables
+        for one in tables:
+            with one.open() as table:
+                columns = table.schema
+        self.info = _info(address, columns)
 
-    def notes(self, name: str) -> Notes:
+    def notes(self, kind: str) -> Notes:
         """The notes of a kind, such as "marks"."""
-        return Notes(self._database, name)
+        return Notes(self._notes, kind)
 
-    def all_notes(self) -> list[Notes]:
-        """The notes of all kinds."""
-        names = [name for name in table_names(self._database) if name.startswith(NOTES)]
-        return [self.notes(name.removeprefix(NOTES)) for name in names]
+    def forget_notes(self, people: set[str]) -> None:
+        """Removes all notes about people (ids)."""
+        rows = self._notes.rows(["id", "people"]).to_pylist()
+        self._notes.delete(id=[row["id"] for row in rows if not people.isdisjoint(row["people"])])
 
     @property
     def folder(self) -> Path | None:
@@ -144,14 +147,14 @@ class People:
 
     def remove_files(self, paths: Collection[str]) -> None:
         """Removes files, and the scenes and people of contents that no other file has."""
-        for some in parts(paths):
+        everything = sorted(paths)
+        for some in (everything[at : at + 500] for at in range(0, len(everything), 500)):
             gone = self.scenes.rows(["hash"], kind=FILE, path=some)["hash"].unique().to_pylist()
             same = self.scenes.rows(["path", "hash"], kind=FILE, hash=gone).to_pylist()
             others = {row["hash"]: row["path"] for row in same if row["path"] not in paths}
-            last = [content for content in gone if content not in others]
-            _move(self.scenes, _SCENES, others, kind=SCENE, path=some)
-            _move(self.table, schema(self.info), others, path=some)
-            self.remove(last)
+            for table, kind in ((self.scenes, {"kind": SCENE}), (self.table, {})):
+                _move(table, others, some, **kind)
+            self.remove([content for content in gone if content not in others])
             self.scenes.delete(kind=FILE, path=some)
 
     def remove_strays(self) -> None:
@@ -159,16 +162,13 @@ class People:
         people = (batch.column("scene").unique() for batch in self.table.batches(["scene"]))
         strays = {scene for some in people for scene in some.to_pylist()}
         strays -= set(self.scenes.rows(["scene"], kind=SCENE)["scene"].to_pylist())
-        for some in parts(strays):
-            self.table.delete(scene=some)
+        self.table.delete(scene=list(strays))
 
     def remove(self, contents: Collection[str], people: Collection[str] = ()) -> None:
         """Removes the scenes and people of contents, and single people (ids); files stay known."""
-        for some in parts(contents):
-            self.scenes.delete(kind=SCENE, hash=some)
-            self.table.delete(hash=some)
-        for some in parts(people):
-            self.table.delete(id=some)
+        self.scenes.delete(kind=SCENE, hash=list(contents))
+        self.table.delete(hash=list(contents))
+        self.table.delete(id=list(people))
 
     def nearest(
         self,
@@ -222,17 +222,25 @@ class People:
         What stands in its way, such as another process that does the same, is left for next time.
         """
         try:
-            self.scenes.optimize(["id", "path", "hash"])
-            self.table.optimize(["id", "path", "hash", "taken"])
+            self.scenes.optimize(_INDICES)
+            self.table.optimize(_INDICES)
+            self._notes.optimize([])
         except UserError as error:
             print(f"note: {error}")
 
-    def purge(self, alone: bool = False) -> str | None:
+    def purge(self) -> str | None:
         """See `Table.purge`; returns why older states remain, where they do."""
         if self.address.startswith("db://"):
             return "this service keeps older states as long as it is set up to"
-        for name in table_names(self._database):
-            Table(self._database, name).purge(alone and name in ("people", "scenes"))
+        with contextlib.ExitStack() as stack:
+            alone = self.folder is not None
+            try:
+                stack.enter_context(self.only_writer())
+            except UserError:
+                alone = False
+            self.scenes.purge(alone)
+            self.table.purge(alone)
+            self._notes.purge(alone=False)  # servers may write
         self.optimize()
         return None
 
@@ -269,26 +277,6 @@ def _check_place(address: str, making: bool) -> None:
         raise UserError(f"--gallery: found no gallery in {place}, expected what --mode=index made")
 
 
-_PLACE = {
-    **{"scene": pa.string(), "path": pa.string(), "hash": pa.string(), "height": pa.int32()},
-    **{"width": pa.int32(), "taken": pa.timestamp("us"), "camera": pa.string()},
-    **{"second": pa.float64(), "every": pa.float64()},
-}
-_FILE = {"kind": pa.string(), "size": pa.int64(), "mtime": pa.int64(), "complete": pa.bool_()}
-_ID = pa.field("id", pa.string(), nullable=False, metadata=KEY)
-_SCENES = pa.schema([_ID, *(_PLACE | _FILE).items()])
-
-
-def schema(info: GalleryInfo) -> pa.Schema:
-    """The columns of the table of people, with the detector that made it."""
-    own = {
-        **{"box": pa.list_(pa.float32(), 4), "score": pa.float32()},
-        "embedding": pa.list_(pa.float32(), info.dim),
-    }
-    metadata = {_INFO: json.dumps(dataclasses.asdict(info)).encode()}
-    return pa.schema([_ID, *(_PLACE | own).items()], metadata=metadata)
-
-
 def _info(address: str, found: pa.Schema) -> GalleryInfo:
     """The detector that made a table; UserError if it is no gallery, or one of another version."""
     with contextlib.suppress(KeyError, TypeError, ValueError):
@@ -299,12 +287,13 @@ def _info(address: str, found: pa.Schema) -> GalleryInfo:
     raise UserError(f"--gallery: {address} is no gallery of this version; index anew elsewhere")
 
 
-def _move(table: Table, columns: pa.Schema, paths: Mapping[str, str], **values: Any) -> None:
-    """Gives contents another path in the rows with these values."""
-    rows = table.rows(columns.names, hash=list(paths), **values)
+def _move(table: Table, paths: Mapping[str, str], gone: Sequence[str], **values: Any) -> None:
+    """Gives contents another path in the rows with these values, if theirs is gone."""
+    rows = table.rows(table.columns, hash=list(paths), **values)
+    rows = rows.filter(pc.is_in(rows["path"], pa.array(gone, pa.string())))
     if len(rows):
         moved = pa.array([paths[content] for content in rows["hash"].to_pylist()])
-        table.put(rows.set_column(columns.get_field_index("path"), "path", moved))
+        table.put(rows.set_column(table.columns.index("path"), "path", moved))
 
 
 def _people_rows(scenes: Sequence[FoundScene], columns: pa.Schema) -> pa.Table:

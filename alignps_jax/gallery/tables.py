@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import operator
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -19,31 +20,44 @@ from lancedb.index import BTree
 
 from alignps_jax.errors import UserError
 
-KEY = {"lance-schema:unenforced-primary-key": "true"}
-NOTES = "notes_"
+ID = pa.field("id", pa.string(), nullable=False).with_metadata(
+    {"lance-schema:unenforced-primary-key": "true"}
+)
+_PEOPLE = ("people", pa.list_(pa.string()))
 _IN_ONE = 500  # values in one condition
 # Older states stay a while for those who read them, unless all have to go.
 _KEEP_OLD, _ALL_OLD = datetime.timedelta(hours=1), datetime.timedelta(0)
 
 
+@contextlib.contextmanager
+def in_one_line(address: str) -> Iterator[None]:
+    """Turns any error of LanceDB into a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split()).partition(", /")[0][:800]
+        raise UserError(f"--gallery: {address}: {reason or type(error).__name__}") from error
+
+
 class Table:
     """A table of a LanceDB database, opened when it is needed, and anew after an error.
 
-    Conditions are values of columns, or lists of them, that rows must have.
+    It is made where a schema is given and there is none. Rows are chosen by values of columns, or
+    lists of values.
     """
 
     def __init__(self, database: Any, name: str, schema: pa.Schema | None = None):
-        """Has a missing table made where a schema is given."""
         self._database, self._name, self._schema = database, name, schema
         self._opened: Any = None
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Any]:
-        """LanceDB's table in its newest state; UserError (one line) for its errors in the block."""
+        """LanceDB's table in its newest state; its errors in the block are one line."""
         with in_one_line(self._database.uri):
             try:
-                table = self._open() if self._opened is None else self._opened
-                self._opened = table
+                self._opened = table = self._open() if self._opened is None else self._opened
                 yield table
             except Exception:
                 self._opened = None
@@ -52,7 +66,8 @@ class Table:
     def _open(self) -> Any:
         for wait in (0.05, 0.2, 0.8, 0.0):
             try:
-                if self._schema is None or self.exists:
+                names = self._database.list_tables(limit=1000).tables
+                if self._schema is None or self._name in names:
                     return self._database.open_table(self._name)
                 return self._database.create_table(self._name, schema=self._schema)
             except (ValueError, RuntimeError):
@@ -69,34 +84,35 @@ class Table:
         return other
 
     @property
-    def exists(self) -> bool:
-        """Whether the table was made."""
-        return self._opened is not None or self._name in table_names(self._database)
-
-    @property
     def version(self) -> int:
         """Changes with every commit."""
         with self.open() as table:
             return int(table.version)
 
-    def count(self, **values: Any) -> int:
-        """The number of rows with these values."""
+    @property
+    def columns(self) -> list[str]:
+        """Their names."""
         with self.open() as table:
-            return int(table.count_rows(having(**values).to_sql() if values else None))
+            return list(table.schema.names)
 
-    def rows(self, columns: Sequence[str], **values: Any) -> pa.Table:
-        """Columns of the rows with these values."""
+    def count(self, **values: Any) -> int:
+        """The number of rows."""
         with self.open() as table:
-            return self._query(table, columns, values).to_arrow()
+            return sum(table.count_rows(one and one.to_sql()) for one in _conditions(values))
 
     def batches(self, columns: Sequence[str], **values: Any) -> Iterator[pa.RecordBatch]:
-        """The same, some rows at a time."""
+        """Columns of rows, some rows at a time."""
         with self.open() as table:
-            yield from self._query(table, columns, values).to_batches()
+            for one in _conditions(values):
+                query = table.search() if one is None else table.search().where(one)
+                yield from query.select(list(columns)).to_batches()
 
-    def _query(self, table: Any, columns: Sequence[str], values: Mapping[str, Any]) -> Any:
-        query = table.search().where(having(**values)) if values else table.search()
-        return query.select(list(columns))
+    def rows(self, columns: Sequence[str], **values: Any) -> pa.Table:
+        """Columns of rows."""
+        with self.open() as table:
+            none = pa.schema([table.schema.field(name) for name in columns])
+        found = list(self.batches(columns, **values))
+        return pa.Table.from_batches(found, found[0].schema if found else none)
 
     def put(self, rows: pa.Table) -> None:
         """Adds rows, of each id the first one, in place of those with the same ids, in one commit.
@@ -110,9 +126,10 @@ class Table:
             merge.execute(rows.take(np.sort(first)))
 
     def delete(self, **values: Any) -> None:
-        """Removes the rows with these values."""
+        """Removes rows."""
         with self.open() as table:
-            table.delete(having(**values))
+            for one in _conditions(values):
+                table.delete(one)
 
     def optimize(self, indexed: Sequence[str]) -> None:
         """Puts small files together, brings the indices of columns up to date, drops old states."""
@@ -126,7 +143,7 @@ class Table:
         """Writes everything anew without the removed rows, and deletes all older states.
 
         A removed row is only marked as such in its file; older states and indices hold it, too.
-        Where this is the only writer (`alone`), what interrupted writers left goes as well.
+        Where nobody else writes (`alone`), what interrupted writers left goes as well.
         """
         with self.open() as table:
             for index in table.list_indices():
@@ -135,30 +152,17 @@ class Table:
             table.optimize(cleanup_older_than=_ALL_OLD, delete_unverified=alone)
 
 
-@contextlib.contextmanager
-def in_one_line(address: str) -> Iterator[None]:
-    """Turns any error of LanceDB into a UserError."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # of many kinds
-        reason = " ".join(str(error).split()).partition(", /")[0][:800]
-        raise UserError(f"--gallery: {address}: {reason or type(error).__name__}") from error
-
-
-def having(**values: Any) -> Expr:
-    """The condition that columns have these values, or one of them where it is a list."""
-    conditions = (
-        col(name).isin(value) if isinstance(value, list) else col(name) == value
+def _conditions(values: Mapping[str, Any]) -> list[Expr | None]:
+    """What rows must fulfil to have these values: one of the conditions, all of it."""
+    if not values:
+        return [None]
+    choices = [
+        [col(name).isin(value[at : at + _IN_ONE]) for at in range(0, len(value), _IN_ONE)]
+        if isinstance(value, list)
+        else [col(name) == value]
         for name, value in values.items()
-    )
-    return functools.reduce(operator.and_, conditions)
-
-
-def table_names(database: Any) -> list[str]:
-    """The names of all tables."""
-    return list(database.list_tables(limit=1000).tables)
+    ]
+    return [functools.reduce(operator.and_, some) for some in itertools.product(*choices)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,46 +178,42 @@ class Note:
 class Notes:
     """Notes of one kind; servers that write at the same time lose nothing."""
 
-    _SCHEMA = pa.schema(
-        [
-            pa.field("id", pa.string(), nullable=False, metadata=KEY),
-            pa.field("people", pa.list_(pa.string())),
-            pa.field("content", pa.string()),
-            pa.field("at", pa.float64()),
-        ]
+    SCHEMA = pa.schema(
+        [ID, ("kind", pa.string()), ("content", pa.string()), ("at", pa.float64()), _PEOPLE]
     )
 
-    def __init__(self, database: Any, name: str):
-        self.table = Table(database, f"{NOTES}{name}", self._SCHEMA)
+    def __init__(self, table: Table, kind: str):
+        self._table, self._kind = table, kind
 
     def put(self, notes: Sequence[Note]) -> None:
         """Adds notes, in place of those with the same ids."""
-        rows = [vars(note) | {"content": json.dumps(note.content)} for note in notes]
-        self.table.put(pa.Table.from_pylist(rows, self._SCHEMA))
+        if notes:
+            rows = [vars(one) | {"content": json.dumps(one.content)} for one in notes]
+            own = [row | {"kind": self._kind, "id": self._key(row["id"])} for row in rows]
+            self._table.put(pa.Table.from_pylist(own, self.SCHEMA))
 
     def all(self) -> list[Note]:
         """All notes, the oldest first."""
-        if not self.table.exists:
-            return []
+        rows = self._table.rows(self.SCHEMA.names, kind=self._kind).sort_by("at").to_pylist()
         return [
-            Note(row["id"], tuple(row["people"]), json.loads(row["content"]), row["at"])
-            for row in self.table.rows(self._SCHEMA.names).sort_by("at").to_pylist()
+            Note(one["id"][len(self._key("")) :], tuple(one["people"]), content, one["at"])
+            for one in rows
+            for content in [json.loads(one["content"])]
         ]
 
     def remove(self, ids: Collection[str]) -> list[Note]:
         """Removes notes; gives those that there were."""
         removed = [note for note in self.all() if note.id in ids]
-        for some in parts(note.id for note in removed):
-            self.table.delete(id=some)
+        self._table.delete(id=[self._key(note.id) for note in removed])
         return removed
+
+    def _key(self, identity: str) -> str:
+        return f"{self._kind} {identity}"
 
     @property
     def version(self) -> int:
-        """Changes with every commit."""
-        return self.table.version if self.table.exists else 0
+        """Changes with every commit, also of notes of other kinds."""
+        return self._table.version
 
-
-def parts(values: Iterable[str]) -> Iterator[list[str]]:
-    """The values, not too many for one condition."""
-    some = sorted(values)
-    return (some[start : start + _IN_ONE] for start in range(0, len(some), _IN_ONE))
+    def __len__(self) -> int:
+        return self._table.count(kind=self._kind)

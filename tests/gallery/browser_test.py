@@ -69,6 +69,7 @@ def visit(chromium, request):
             page.goto("/")
             page.get_by_role("button", name="I have read this").click()
             expect(page.get_by_role("heading", name="Who are you looking for?")).to_be_visible()
+            page.wait_for_load_state()
             return page
 
         yield open_page
