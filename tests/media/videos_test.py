@@ -2,7 +2,6 @@
 
 import time
 
-import av
 import numpy as np
 import PIL.Image
 import pytest
@@ -61,25 +60,6 @@ def test_frames_of_every_container(tmp_path, name):
         assert [s for s, _ in seen(path, after=second)] == [s for s, _ in found[position + 1 :]]
     with pytest.raises(UserError, match=r"found no frame at 0\.010 s"):
         frame_at(str(path), 0.01, MOST)
-
-
-def test_a_clip_that_was_trimmed_without_encoding(tmp_path):
-    """Its first packets come before its begin, and are hidden."""
-    whole, path = write_clip(tmp_path / "whole.mp4", STEADY), tmp_path / "trimmed.mp4"
-    with av.open(str(whole)) as old, av.open(str(path), "w") as new:
-        stream = new.add_stream_from_template(old.streams.video[0])
-        old.seek(1_320_000)
-        for packet in old.demux(video=0):
-            if packet.dts is not None:
-                shift = round(1.32 / packet.time_base)
-                packet.pts, packet.dts, packet.stream = (
-                    packet.pts - shift,
-                    packet.dts - shift,
-                    stream,
-                )
-                new.mux(packet)
-    assert [number_of(image) for _, image in seen(path)] == [33, 46, 58, 71, 83, 96]
-    assert_found_again(path, seen(path))
 
 
 @pytest.mark.parametrize(("turn", "quarters"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2)])
