@@ -64,17 +64,9 @@ class Table:
                 raise
 
     def _open(self) -> Any:
-        for wait in (0.05, 0.2, 0.8, 0.0):
-            try:
-                names = self._database.list_tables(limit=1000).tables
-                if self._schema is None or self._name in names:
-                    return self._database.open_table(self._name)
-                return self._database.create_table(self._name, schema=self._schema)
-            except (ValueError, RuntimeError):
-                # While another process makes it, it is neither there nor missing.
-                if self._schema is None or not wait:
-                    raise
-                time.sleep(wait)
+        if self._schema is None or self._name in self._database.list_tables(limit=1000).tables:
+            return self._database.open_table(self._name)
+        return self._database.create_table(self._name, schema=self._schema)
 
     def pinned(self) -> Self:
         """The same table as it is now, whatever is committed."""
