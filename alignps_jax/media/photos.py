@@ -14,7 +14,6 @@ from PIL.ExifTags import IFD, TAGS
 from alignps_jax.errors import blame
 
 Image = UInt8[np.ndarray, "_H _W 3"]  # the sizes of several in one signature need not agree
-
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "HEIF", "AVIF")  # EPS runs programs
 _TURNS = [PIL.Image.Transpose(max(0, n)) for n in (-1, -1, 0, 3, 1, 5, 4, 6, 2)]  # by orientation
 pillow_heif.register_heif_opener()
@@ -31,11 +30,10 @@ def read_photo(path: str | Path, max_pixels: int, side: int = 0) -> Image:
 
 
 def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int = 0) -> Image:
-    """The pixels of a photo's file, RGB, `upright` by its EXIF orientation or as stored.
+    """The pixels of a photo, RGB on white, `upright` by its EXIF orientation or as stored.
 
-    Of an animation it is the first frame; what is transparent is on white. `side` makes it smaller,
-    a JPEG in a tenth of the time. ValueError if it is no photo, damaged, or larger than
-    `max_pixels` (`data.max_pixels`).
+    Of an animation it is the first frame. With a `side`, none is longer, and a JPEG takes a tenth
+    of the time. ValueError if it is no photo, damaged, or has more than `max_pixels`.
     """
     if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[max(0, data.rfind(b"\xff\xda")) :]:
         # A JPEG without end is complete if other bytes in place of the end change no pixel.

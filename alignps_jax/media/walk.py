@@ -22,7 +22,6 @@ SUFFIXES = (*photos.PHOTO_SUFFIXES, *videos.VIDEO_SUFFIXES)
 # What systems and programs keep beside a user's own photos; ".*" is all that is hidden.
 DEFAULT_EXCLUDES: tuple[str, ...] = (".*", "@eaDir", "@Recycle", "#recycle", "#snapshot")
 DEFAULT_EXCLUDES += ("$RECYCLE.BIN", "Thumbs.db", "__MACOSX", "*.photoslibrary/resources")
-
 Origin = tuple[datetime.datetime | None, str]  # local time, camera
 # Folders such as cam1 or Camera 2, and PRW's c1s1_000151.jpg.
 _CAMERA = re.compile(r"/((?i:c|cam|camera)[ _-]?\d+)(?:/|s\d+_\d+)[^/]*$")
@@ -159,10 +158,10 @@ def shots(
 
 
 def origin(path: str, about: Mapping[str, object], second: float = 0.0) -> Origin:
-    """When, in local time, and by which camera a photo or the frame at a second was taken.
+    """When and by which camera a photo, or a video's frame at a second, was taken.
 
-    `about` holds EXIF tags, or the metadata of a video. Their original time comes first, then that
-    of the name or the day of the folder, then the time of a change.
+    `about` holds EXIF tags or metadata: their original time, else that of the name, else a day that
+    is the folder's name, else the time of a change.
     """
     said = {key.rsplit(".", 1)[-1].lower(): str(value) for key, value in about.items()}
     *_, said["folder"], said["name"] = path.split("/")
