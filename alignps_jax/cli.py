@@ -60,7 +60,7 @@ def search(args: Arguments) -> None:
     check_outputs(workdir / "ranking.json", workdir / "ranking.png")
     detector, is_folder = _detector(args), not is_gallery(args.gallery)
     gallery = Gallery.open("memory://" if is_folder else args.gallery, detector, is_folder)
-    walk = index_source(gallery, [args.gallery], args.every) if is_folder else None
+    walk = index_source(gallery, [args.gallery], every=args.every) if is_folder else None
     if walk and not gallery.num_scenes:
         walk.report()
     wanted = args.query, args.box, _filter(args), args.count
@@ -100,7 +100,8 @@ def index(args: Arguments) -> None:
     gallery = Gallery.open(args.gallery, _detector(args), create=True)
 
     def run() -> None:
-        walk = index_source(gallery, [args.source], args.every, args.prune, excludes, detect)
+        options = {"prune": args.prune, "excludes": excludes, "detect": detect}
+        walk = index_source(gallery, [args.source], every=args.every, **options)
         count = f"{gallery.num_people:,} people in {gallery.num_scenes:,} scenes"
         print(f"gallery  {args.gallery}: {count}", flush=True)
         walk.report()

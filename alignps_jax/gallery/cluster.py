@@ -61,6 +61,7 @@ def detect_on_cluster(
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--cluster={address}: found no Ray cluster ({reason})") from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = settings.verbose_stats_logs = False
     known = ray.cluster_resources()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.forget import Forgotten
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.memory import fits
-from alignps_jax.gallery.people import FileState, FoundScene
+from alignps_jax.gallery.people import SCENE, FileState, FoundScene
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
 from alignps_jax.log import progress
@@ -117,14 +118,7 @@ def index(
     return run.done
 
 
-def index_source(
-    gallery: Gallery,
-    sources: Sequence[str],
-    every: float,
-    prune: bool = False,
-    excludes: Sequence[str] = DEFAULT_EXCLUDES,
-    detect: Detect | None = None,
-) -> Walk:
+def index_source(gallery: Gallery, sources: Sequence[str], **options: Any) -> Walk:
     """The same with a progress bar and a summary; gives what to report at the end."""
     with progress(desc="index", unit="file") as bar:
 
@@ -133,10 +127,10 @@ def index_source(
             bar.set_postfix_str(f"{done.people:,} people", refresh=False)
             bar.update(done.done - bar.n)
 
-        done = index(gallery, sources, every, prune, excludes, report, detect)
+        done = index(gallery, sources, report=report, **options)
     whom = f"{done.people:,} people (scores >= {gallery.info.score_threshold:g})"
     known = f"{done.known:,} of {len(done.walk.files):,} files were known"
-    gone = f"; removed {done.removed:,} that are gone" if prune else ""
+    gone = f"; removed {done.removed:,} that are gone" if options.get("prune") else ""
     print(f"found {whom} in {done.scenes:,} photos and frames; {known}{gone}")
     if done.unsound:
         print(f"note: left out {done.unsound:,} detections with numbers that are not finite")
@@ -181,8 +175,8 @@ class _Run:
             if state.complete and state.every in (0, self._every):
                 seen[state.hash] = math.inf
             elif not state.complete and state.every == self._every:
-                last = self._people.last_second(state.hash)
-                seen.setdefault(state.hash, -1.0 if last is None else last)
+                frames = self._people.scenes.rows(["second"], kind=SCENE, hash=state.hash)
+                seen.setdefault(state.hash, max(frames["second"].to_pylist(), default=-1.0))
         return seen
 
     def counted(self, results: Results, report: Callable[[Indexed], None]) -> Results:

@@ -24,7 +24,6 @@ import filelock
 import lancedb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Float
 from lancedb.expr import col, lit
 from lancedb.index import IvfPq
@@ -113,12 +112,6 @@ class People:
         columns = self.scenes.rows(FileState._fields, kind=FILE).columns
         states = map(FileState, *(column.to_pylist() for column in columns))
         return {state.path: state for state in states}
-
-    def last_second(self, content: str) -> float | None:
-        """The last frame of a video that is in; None if there is none."""
-        seconds = self.scenes.rows(["second"], kind=SCENE, hash=content)["second"]
-        found: float | None = pc.max(seconds).as_py()
-        return found
 
     @property
     def version(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import itertools
 import json
 import operator
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -23,6 +24,8 @@ from alignps_jax.errors import UserError
 ID = pa.field("id", pa.string(), nullable=False).with_metadata(
     {"lance-schema:unenforced-primary-key": "true"}
 )
+# That others cannot read older states any more is what `purge` is for.
+warnings.filterwarnings("ignore", r"optimize\(cleanup_older_than=0\)")
 _PEOPLE = ("people", pa.list_(pa.string()))
 _IN_ONE = 500  # values in one condition
 # Older states stay a while for those who read them, unless all have to go.
