@@ -18,6 +18,8 @@ pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup"
 pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 
 import httpx
+import pillow_heif
+from PIL import Image
 
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import Calibration
@@ -206,6 +208,14 @@ def test_friendly_lines_for_photos_that_are_none(client):
     assert client.post("/upload", content=b"x", headers=broken).status_code == 400
     many = [("photo", ("a.png", good))] * 2
     assert "one photo at a time" in line_of(client.post("/upload", files=many))
+
+
+def test_a_photo_of_an_iphone_is_searched_with(client):
+    out = io.BytesIO()
+    pillow_heif.from_pillow(Image.fromarray(painted((RED, (10, 10))))).save(out, quality=95)
+    page = client.get(upload(client, out.getvalue(), "IMG_1.HEIC").headers["location"])
+    assert "Found 1 person" in page.text
+    assert results(client.get(people(page)[0]))[0][0] > 0.99
 
 
 def test_an_empty_gallery_says_so(tmp_path):
