@@ -48,17 +48,10 @@ def detect_on_cluster(
 ) -> Iterator[Photo[Shot]]:
     """What `Reading.detect` gives, from all machines of a Ray cluster, in any order of the files.
 
-    There is a worker for each accelerator, also for those that join later; without accelerators one
-    for a few processors. A worker or machine that dies is replaced, and its files are read again.
-
-    Args:
-      address: of a cluster; "auto": the one that this machine is in; "local": this machine alone.
-      load: makes the detector of a worker.
-      reading: how files are read.
-      files: which every machine must find at the same paths.
-
-    Raises:
-      UserError: there is no such cluster.
+    There is a worker (`load` makes its detector) for each accelerator, also for those that join
+    later; without accelerators one for a few processors. One that dies is replaced, and its files
+    are read again. The address is that of a cluster, "auto" (the one that this machine is in) or
+    "local" (this machine alone); UserError if there is none.
     """
     place: dict[str, Any] = {"address": address}
     if address == "local":
@@ -68,6 +61,7 @@ def detect_on_cluster(
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--cluster={address}: found no Ray cluster ({reason})") from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = settings.verbose_stats_logs = False
     known = ray.cluster_resources()

@@ -167,4 +167,4 @@ def scene_id(content: str, second: float | None) -> str:
 
 def person_id(scene: str, box: Float[np.ndarray, "4"]) -> str:
     """The scene's id and the box in whole pixels."""
-    return f"{scene}-{'x'.join(str(int(corner)) for corner in np.rint(box))}"
+    return f"{scene}-{'x'.join(map(str, np.rint(box).astype(int).tolist()))}"

@@ -34,11 +34,7 @@ class Forgot:
 
 
 class Forgotten:
-    """The list of a gallery.
-
-    Attributes:
-      paths, hashes: of files in which everybody is forgotten.
-    """
+    """The list of a gallery: `paths` and `hashes` of files of which everybody is forgotten."""
 
     def __init__(self, people: People):
         self._people, self._notes, self._version = people, people.notes("forgotten"), -1
@@ -76,20 +72,11 @@ class Forgotten:
 def forget(
     people: People, photos: Sequence[str] = (), persons: Sequence[str] = (), for_good: bool = True
 ) -> Forgot:
-    """Forgets everybody in photos or videos and their copies, and single people of scenes.
+    """Forgets everybody in photos or videos (paths) and their copies, and single people (ids).
 
     Nothing of them stays in the tables, and notes about them go; after an interruption, call it
-    again. Indexing may go on meanwhile.
-
-    Args:
-      people: of the gallery.
-      photos: paths; the files need not be there any more.
-      persons: ids.
-      for_good: write everything anew and delete older states; otherwise that is left to the next
-        time, as for somebody who is no person.
-
-    Raises:
-      UserError: the gallery does not know a photo or person.
+    again. Indexing may go on meanwhile. Unless `for_good`, older states are left to the next time,
+    as for somebody who is no person. UserError if the gallery does not know a photo or person.
     """
     table, known, entries, gone = people.table, Forgotten(people).paths, [], set(persons)
     for photo in photos:

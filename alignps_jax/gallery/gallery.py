@@ -42,14 +42,14 @@ class SceneCard:
 class Gallery:
     """The people of a gallery; calls see the newest commit, in a large one that grows soon.
 
-    Attributes:
-      people: its tables.
-      detector: finds people in photos that are added or searched; None: there are none.
-      calibration: what similarities mean, if the detector's checkpoint was evaluated.
+    `people` are its tables, `info` describes the detector that made it, `detector` finds people in
+    photos that are added or searched; `calibration` says what similarities mean, if the detector's
+    checkpoint was evaluated.
     """
 
     def __init__(self, people: People, detector: Detector | None = None):
         self.people, self.detector = people, detector
+        self.address, self.info = people.address, people.info
         self.calibration = load(detector.folder) if detector else None
         self._memory: PeopleInMemory | None = None
         self._loaded, self._forgotten = 0.0, 0
@@ -59,28 +59,13 @@ class Gallery:
 
     @classmethod
     def open(cls, address: Place, detector: Detector | None = None, create: bool = False) -> Self:
-        """Opens the gallery at a folder, or any other address that LanceDB takes.
+        """Opens a gallery: a folder such as people.lance, s3://bucket/people.lance, or memory://.
 
-        Args:
-          address: a folder such as people.lance, s3://bucket/people.lance, or memory://.
-          detector: needed to add photos, and to search for the person of a photo.
-          create: makes an empty gallery for the detector where there is none.
-
-        Raises:
-          UserError: there is no gallery, it cannot be opened, or another detector made it.
+        A detector is needed to add photos, and to search for the person of a photo; with `create`,
+        an empty gallery is made for it where there is none. UserError if another one made it.
         """
         info = info_of(detector) if create and detector is not None else None
         return cls(People(os.fspath(address), info), detector)
-
-    @property
-    def address(self) -> str:
-        """Where it lies."""
-        return self.people.address
-
-    @property
-    def info(self) -> GalleryInfo:
-        """The detector that made it."""
-        return self.people.info
 
     def check_detector(self, detector: Detector) -> None:
         """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
@@ -162,8 +147,7 @@ class Gallery:
     def recall(self) -> float | None:
         """None: searches are exact; else the share of the ten best that the vector index finds.
 
-        That is for more people than fit into the memory of this machine. It was measured with a
-        sample when the index was made.
+        That is for more people than fit into memory, measured by a sample when it was made.
         """
         is_exact = self.memory().embeddings is not None
         return None if is_exact else self.people.trained().get("recall")
@@ -185,10 +169,9 @@ class Gallery:
             return self._memory
 
     def add(self, paths: Place | Iterable[Place], every: float = 1.0) -> dict[str, str]:
-        """Finds everybody in a photo, video or folder, or several, unless they are known already.
+        """Indexes photos, videos and folders; returns what could not be read, with reasons.
 
-        `every`: seconds between the frames of a video that are looked at. Returns the files that
-        could not be read, with reasons.
+        `every`: seconds between the frames of a video that are looked at.
         """
         from alignps_jax.gallery.index import index  # a room above this one
 
@@ -196,17 +179,9 @@ class Gallery:
         return index(self, [os.fspath(path) for path in some], every).walk.skipped
 
     def search_photo(
-        self,
-        photo: Image,
-        box: Sequence[float] | None,
-        k: int,
-        where: Filter | None = None,
+        self, photo: Image, box: Sequence[float] | None, k: int, where: Filter | None = None
     ) -> list[Match]:
-        """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest person.
-
-        Raises:
-          UserError: nobody is found there.
-        """
+        """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest one."""
         from alignps_jax.gallery.search import wanted_people  # a room above this one
 
         found = wanted_people(self.own_detector(), photo, "the photo", box)
@@ -258,8 +233,7 @@ class Gallery:
     def file_of(self, scene: Scene) -> Path:
         """The first file with a scene's content that is there as it was indexed.
 
-        Raises:
-          UserError, OSError: all of them are gone or changed.
+        UserError or OSError if all of them are gone or changed.
         """
         rows = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
         error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
@@ -275,10 +249,9 @@ class Gallery:
         raise error
 
     def pixels(self, scene: Scene, side: int | None = None) -> Image:
-        """The photo, or the frame of the video, RGB; with a longer side of at most `side`, quickly.
+        """The photo, or the frame of the video, RGB; raises as `file_of`, or if it is damaged.
 
-        Raises:
-          UserError, OSError: as `file_of`, or it cannot be decoded.
+        Its longer side is at most `side`, of a JPEG file quickly.
         """
         path, most = self.file_of(scene), self.info.max_pixels
         if scene.second is not None:
@@ -286,13 +259,10 @@ class Gallery:
             factor = min(1.0, (side or math.inf) / max(frame.shape[:2]))
             size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
             return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if factor < 1 else frame
-        return read_photo(path, most) if side is None else read_thumbnail(path, side, most)
-
-
-def read_thumbnail(path: Path, side: int, max_pixels: int) -> Image:
-    """A photo with a longer side of at most `side`; of a JPEG file quickly."""
-    with blame(path):
-        return thumbnail(photo_bytes(path, max_pixels), side, max_pixels)
+        if side is None:
+            return read_photo(path, most)
+        with blame(path):
+            return thumbnail(photo_bytes(path, most), side, most)
 
 
 def info_of(detector: Detector) -> GalleryInfo:

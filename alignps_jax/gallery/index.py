@@ -35,16 +35,11 @@ Detect = Callable[["Reading", Sequence[MediaFile]], Results]
 
 @dataclasses.dataclass
 class Indexed:
-    """What an indexing run did so far, in numbers of files and people.
+    """What an indexing run did so far.
 
-    Attributes:
-      walk: files below the sources, those that could not be read (completely) with reasons, and
-        counts of other types.
-      known: files that were in the gallery as they are.
-      done: files that were read.
-      scenes, people: that were added.
-      removed: files that are gone, and were removed.
-      unsound: detections that were left out since they are not finite.
+    That is, `walk` has the files, those that could not be read (completely), and other types;
+    `known` files were in the gallery as they are, `done` were read, `removed` are gone; `scenes`
+    and `people` were added; `unsound` detections were left out since they are not finite.
     """
 
     walk: Walk
@@ -60,10 +55,8 @@ class Indexed:
 class Reading:
     """How files are read, in whatever process.
 
-    Attributes:
-      every: seconds between the frames of a video.
-      max_pixels: of a photo or frame.
-      seen: for each content the last second that is known: infinity where it is complete.
+    `every`: seconds between frames of a video; `seen`: for each content the last second that is
+    known, infinity where it is complete.
     """
 
     every: float
@@ -94,16 +87,13 @@ def index(
 
     Args:
       gallery: with a detector.
-      sources: folders, photos or videos.
+      sources: folders, photos or videos; UserError if one does not exist.
       every: seconds between the frames of a video that are looked at.
       prune: remove what was found below the sources in files that are not there any more.
       excludes: patterns of files and folders to leave out.
       report: called with what was done so far, after each file.
       detect: reads files and finds people elsewhere, in any order of the files.
       commit_seconds: how often what was found is committed.
-
-    Raises:
-      UserError: a source does not exist, or another process indexes the gallery.
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
@@ -118,11 +108,9 @@ def index(
         under_way = writer.submit(lambda: None)
         found = detect(reading, pending) if detect else reading.detect(detector, pending)
         results = run.counted(found, report)
-        for number, batch in enumerate(_batches(results, commit_seconds), 1):
+        for batch in _batches(results, commit_seconds):
             under_way.result()  # the network works while the last batch is committed
             under_way = writer.submit(run.commit, batch)
-            if number % _TIDY_COMMITS == 0:
-                under_way = writer.submit(people.optimize)
         under_way.result()
         if pending or run.done.removed:
             run.finish()
@@ -174,9 +162,9 @@ class _Run:
         self._people, self._every, self.done = gallery.people, every, done
         self._known = self._people.known_files()
         self._forgotten = Forgotten(self._people)
-        self._replaced: set[str] = set()
         self.seen = self._seen()
-        self._moved: set[str] = set()  # contents of files that were not known
+        self._added: set[str] = set()  # contents of the files that were read
+        self._commits = 0
 
     def is_known(self, file: MediaFile) -> bool:
         """Whether there is nothing to do for a file."""
@@ -214,26 +202,26 @@ class _Run:
         files = {one.tag.file.path: self._state(one.tag) for one in good}
         found = map(self._found, good)
         scenes = [scene for one in found if one and (scene := self._forgotten.without(one))]
-        stale = {path for path, state in files.items() if self._is_stale(state)} - self._replaced
-        self._people.remove_files(stale)
-        self._replaced |= stale
-        self._moved |= {state.hash for path, state in files.items() if path not in self._known}
+        stale = [(known, files[path]) for path in files if (known := self._known.pop(path, None))]
+        # Videos that were looked at at another interval.
+        other = {new.hash for old, new in stale if old.hash == new.hash and old.every != new.every}
+        self._people.remove(other)
         self._people.commit(scenes, list(files.values()))
+        self._people.settle({old.hash for old, new in stale if old.hash != new.hash})
         if self._forgotten.refresh():  # somebody was forgotten meanwhile
             self._forgotten.enforce()
         # Copies that come later need not be looked at.
+        self._added |= {state.hash for state in files.values()}
         self.seen |= {state.hash: math.inf for state in files.values() if state.complete}
         self.done.scenes += len(scenes)
         self.done.people += sum(len(found.people.scores) for found in scenes)
+        self._commits += 1
+        if self._commits % _TIDY_COMMITS == 0:
+            self._people.optimize()
 
     def _state(self, shot: Shot) -> FileState:
         file, every = shot.file, self._every if shot.file.is_video else 0.0
         return FileState(file.path, file.size, file.mtime, shot.hash, every, shot.final)
-
-    def _is_stale(self, state: FileState) -> bool:
-        """Whether the gallery holds an older content of a file, or other frames of it."""
-        known = self._known.get(state.path)
-        return known is not None and known[3:5] != state[3:5]
 
     def _found(self, result: Photo[Shot]) -> FoundScene | None:
         """A scene without people of a low score or with numbers that are not finite."""
@@ -245,8 +233,8 @@ class _Run:
         self.done.unsound += int((~sound).sum())
         sound &= np.asarray(found.scores) >= self._people.info.score_threshold
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
-        identity, place = scene_id(shot.hash, shot.second), (shot.file.path, *shot.size)
-        scene = Scene(identity, *place, shot.taken, shot.camera, shot.second, shot.hash)
+        about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
+        scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
         return FoundScene(scene, people, self._every if shot.file.is_video else 0.0)
 
     def prune(self, sources: Sequence[str]) -> None:
@@ -273,7 +261,7 @@ class _Run:
 
         That is for more people than fit into memory, and anew when they have doubled.
         """
-        gone = (path for path, state in self._known.items() if state.hash in self._moved)
+        gone = (path for path, state in self._known.items() if state.hash in self._added)
         self._people.remove_files({path for path in gone if not os.path.lexists(path)})
         self._people.optimize()
         count, trained = self._people.table.count(), self._people.trained()

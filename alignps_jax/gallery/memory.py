@@ -30,18 +30,12 @@ _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PeopleInMemory:
-    """N people in S scenes.
+    """N people in S scenes, as loaded in `took` seconds.
 
-    Attributes:
-      version: of the tables.
-      took: seconds to load.
-      scenes: a table with `SCENE_COLUMNS`, newest first, those of unknown time last.
-      content: a number for each scene's content.
-      paths: all files of each content that has several.
-      scene: each person's row in `scenes`; -1: there is none.
-      boxes, scores: of each person.
-      embeddings: on the device, with room for more so that few shapes are compiled; None where
-        they do not fit into memory.
+    `scenes` has `SCENE_COLUMNS`, newest first, those of unknown time last, `content` a number for
+    the content of each, `paths` the files of contents that have several. `scene` is each person's
+    row in `scenes` (-1: none), `embeddings` are on the device, with room for more so that few
+    shapes are compiled; None where they do not fit into memory.
     """
 
     version: tuple[int, int]

@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,12 +80,15 @@ class People:
     """The people of a gallery; an empty one is made for `info`.
 
     `address` is a folder such as people.lance, or s3://bucket/people.lance, `info` the detector
-    that made it, `table` has the people, `scenes` the scenes and files. UserError if it is none.
+    that made it, `table` has the people, `scenes` the scenes and files. On a disk, pictures of the
+    people may be kept in the folder `thumbnails`, which `forget` removes. UserError if it is none.
     """
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
         _check_place(address, making=info is not None)
         self.address, always = address, datetime.timedelta(0)
+        self.folder = None if "://" in address else Path(address)
+        self.thumbnails = self.folder and self.folder / ".thumbnails"
         with in_one_line(address):
             database = lancedb.connect(address, read_consistency_interval=always)
         schemas = {"notes": Notes.SCHEMA, "scenes": _SCENES, "people": info and schema(info)}
@@ -103,16 +107,6 @@ class People:
         """Removes all notes about people (ids)."""
         rows = self._notes.rows(["id", "people"]).to_pylist()
         self._notes.delete(id=[row["id"] for row in rows if not people.isdisjoint(row["people"])])
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of a gallery on a disk."""
-        return None if "://" in self.address else Path(self.address)
-
-    @property
-    def thumbnails(self) -> Path | None:
-        """Where pictures of its people may be kept, which `forget` removes."""
-        return self.folder and self.folder / ".thumbnails"
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
@@ -150,19 +144,35 @@ class People:
         everything = sorted(paths)
         for some in (everything[at : at + 500] for at in range(0, len(everything), 500)):
             gone = self.scenes.rows(["hash"], kind=FILE, path=some)["hash"].unique().to_pylist()
-            same = self.scenes.rows(["path", "hash"], kind=FILE, hash=gone).to_pylist()
-            others = {row["hash"]: row["path"] for row in same if row["path"] not in paths}
-            for table, kind in ((self.scenes, {"kind": SCENE}), (self.table, {})):
-                _move(table, others, some, **kind)
-            self.remove([content for content in gone if content not in others])
             self.scenes.delete(kind=FILE, path=some)
+            self.settle(gone)
+
+    def settle(self, contents: Collection[str]) -> None:
+        """Removes contents that no file has, and gives others the path of a file that has them."""
+        files = self.scenes.rows(["hash", "path"], kind=FILE, hash=list(contents)).to_pylist()
+        paths = defaultdict(list)
+        for file in files:
+            paths[file["hash"]].append(file["path"])
+        self.remove(set(contents) - paths.keys())
+        for table, kind in ((self.scenes, {"kind": SCENE}), (self.table, {})):
+            rows = table.rows(table.columns, hash=list(paths), **kind)
+            found = list(zip(rows["hash"].to_pylist(), rows["path"].to_pylist(), strict=True))
+            lost = [path not in paths[content] for content, path in found]
+            if any(lost):
+                moved = pa.array([paths[content][0] for content, _ in found])
+                rows = rows.set_column(table.columns.index("path"), "path", moved)
+                table.put(rows.filter(pa.array(lost)))
 
     def remove_strays(self) -> None:
-        """Removes people without a scene, which only an interrupted commit of indexing leaves."""
+        """Removes what an interrupted run leaves: people without a scene, scenes without a file."""
+        files, scenes = (
+            self.scenes.rows(["hash", "scene"], kind=kind).combine_chunks()
+            for kind in (FILE, SCENE)
+        )
+        self.remove(set(scenes["hash"].to_pylist()) - set(files["hash"].to_pylist()))
         people = (batch.column("scene").unique() for batch in self.table.batches(["scene"]))
         strays = {scene for some in people for scene in some.to_pylist()}
-        strays -= set(self.scenes.rows(["scene"], kind=SCENE)["scene"].to_pylist())
-        self.table.delete(scene=list(strays))
+        self.table.delete(scene=list(strays - set(scenes["scene"].to_pylist())))
 
     def remove(self, contents: Collection[str], people: Collection[str] = ()) -> None:
         """Removes the scenes and people of contents, and single people (ids); files stay known."""
@@ -285,15 +295,6 @@ def _info(address: str, found: pa.Schema) -> GalleryInfo:
         if found.equals(schema(info)):
             return info
     raise UserError(f"--gallery: {address} is no gallery of this version; index anew elsewhere")
-
-
-def _move(table: Table, paths: Mapping[str, str], gone: Sequence[str], **values: Any) -> None:
-    """Gives contents another path in the rows with these values, if theirs is gone."""
-    rows = table.rows(table.columns, hash=list(paths), **values)
-    rows = rows.filter(pc.is_in(rows["path"], pa.array(gone, pa.string())))
-    if len(rows):
-        moved = pa.array([paths[content] for content in rows["hash"].to_pylist()])
-        table.put(rows.set_column(table.columns.index("path"), "path", moved))
 
 
 def _people_rows(scenes: Sequence[FoundScene], columns: pa.Schema) -> pa.Table:

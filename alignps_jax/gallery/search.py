@@ -42,13 +42,10 @@ def person_in_box(boxes: Float[AnyArray, "N 4"], box: Corners) -> int | None:
 def person_at(
     detector: Detector, photo: Image, name: object, box: Corners, found: Detections | None = None
 ) -> Detections:
-    """The person in a box (x1, y1, x2, y2 in pixels) of an RGB photo.
+    """The person in a box (x1, y1, x2, y2 in pixels) of an RGB photo; UserError if nobody is there.
 
     Looks again around the box where the whole photo (`found`) shows nobody there: a small person is
     larger then.
-
-    Raises:
-      UserError: the box does not lie on the photo `name`, or nobody is there.
     """
     height, width = photo.shape[:2]
     x1, y1, x2, y2 = (float(corner) for corner in box)
@@ -146,9 +143,6 @@ def search_photo(
     Writes `ranking.json` and `ranking.png` to `workdir`, and prints a summary and the best results.
     People of the query photo itself and of its copies are left out, and so are those who are not
     likely the person, unless `show_all`. Returns what the JSON file holds.
-
-    Raises:
-      UserError: the query photo cannot be read, or nobody is found in it or its box.
     """
     detector, max_pixels = gallery.own_detector(), gallery.info.max_pixels
     data = photo_bytes(query, max_pixels)

@@ -10,6 +10,7 @@ import itertools
 import json
 import operator
 import time
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -23,6 +24,8 @@ from alignps_jax.errors import UserError
 ID = pa.field("id", pa.string(), nullable=False).with_metadata(
     {"lance-schema:unenforced-primary-key": "true"}
 )
+# That others cannot read older states any more is what `purge` is for.
+warnings.filterwarnings("ignore", r"optimize\(cleanup_older_than=0\)")
 _PEOPLE = ("people", pa.list_(pa.string()))
 _IN_ONE = 500  # values in one condition
 # Older states stay a while for those who read them, unless all have to go.
@@ -64,17 +67,9 @@ class Table:
                 raise
 
     def _open(self) -> Any:
-        for wait in (0.05, 0.2, 0.8, 0.0):
-            try:
-                names = self._database.list_tables(limit=1000).tables
-                if self._schema is None or self._name in names:
-                    return self._database.open_table(self._name)
-                return self._database.create_table(self._name, schema=self._schema)
-            except (ValueError, RuntimeError):
-                # While another process makes it, it is neither there nor missing.
-                if self._schema is None or not wait:
-                    raise
-                time.sleep(wait)
+        if self._schema is None or self._name in self._database.list_tables(limit=1000).tables:
+            return self._database.open_table(self._name)
+        return self._database.create_table(self._name, schema=self._schema)
 
     def pinned(self) -> Self:
         """The same table as it is now, whatever is committed."""

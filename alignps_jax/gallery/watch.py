@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import watchfiles
 
@@ -16,22 +17,13 @@ _QUIET, _LONGEST = 2000, 60_000  # ms
 def watch(
     run: Callable[[], object], sources: Sequence[str], stop: threading.Event | None = None
 ) -> None:
-    """Runs `run` now, and again whenever something below the sources changes.
+    """Runs `run` now, and again whenever something below the sources changes, until `stop`.
 
-    Args:
-      run: indexes them; if it raises IncompleteError, that is printed.
-      sources: folders, photos or videos.
-      stop: ends it; None: for ever.
+    If `run` raises IncompleteError, that is printed.
     """
     # The first turn comes without a change: it is watched before it is looked at.
-    turns = watchfiles.watch(
-        *sources,
-        step=_QUIET,
-        debounce=_LONGEST,
-        rust_timeout=_QUIET // 2,
-        yield_on_timeout=True,
-        stop_event=stop,
-    )
+    wait: Any = {"step": _QUIET, "debounce": _LONGEST, "rust_timeout": _QUIET // 2}
+    turns = watchfiles.watch(*sources, **wait, yield_on_timeout=True, stop_event=stop)
     for number, changes in enumerate(turns):
         if changes or number == 0:
             try:

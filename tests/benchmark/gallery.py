@@ -37,6 +37,7 @@ class Simulated:
     config = cuhk.get_config()
     fingerprint = "0" * 64
     name = "simulated, step 0"
+    folder = None
 
 
 def embeddings(first: int, count: int, turn: int) -> Float[np.ndarray, "N D"]:

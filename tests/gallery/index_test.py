@@ -122,6 +122,23 @@ def test_ids_and_people_follow_renamed_copied_and_touched_files(gallery, photos)
     assert scene_at(gallery, photos / "z.jpg").path == str(photos / "z.jpg")
 
 
+def test_two_files_that_change_places_keep_their_people(gallery, photos):
+    fill(gallery, photos)
+    before = everybody(gallery)
+    one, other = photos / "a.jpg", photos / "deep" / "er" / "c.jpg"
+    one.rename(photos / "x")
+    other.rename(one)
+    (photos / "x").rename(other)
+    touch_later(one)
+    touch_later(other)
+    assert fill(gallery, photos).scenes == 0
+    places = {str(one): str(other), str(other): str(one)}
+    expected = {
+        name: tuple(places.get(path, path) for path in paths) for name, paths in before.items()
+    }
+    assert everybody(gallery) == expected
+
+
 def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_path):
     other = write_photos(tmp_path / "other", ["x.jpg"], first=9)[0]
     fill(gallery, photos)
