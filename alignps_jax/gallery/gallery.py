@@ -118,19 +118,23 @@ class Gallery:
             found = memory.search(queries, k, where)
         else:
             found = [self._nearest(memory, query, k, where) for query in queries]
-        among = self.searched(where) if self.calibration else 0
-        return [self._matches(memory, matches, among) for matches in found]
-
-    def _matches(
-        self, memory: PeopleInMemory, found: Sequence[tuple[Person, float]], among: int
-    ) -> list[Match]:
-        shares: list[float | None] = [None] * len(found)
-        if self.calibration:
-            shares = self.calibration.of(np.array([one for _, one in found]), among).tolist()
-        return [
-            Match(person, similarity, share, memory.paths_of(person.scene))
-            for (person, similarity), share in zip(found, shares, strict=True)
+        results = [
+            [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
+            for matches in found
         ]
+        return [self.judged(matches, where) for matches in results]
+
+    def judged(self, matches: Sequence[Match], where: Filter | None = None) -> list[Match]:
+        """The results of one search, best first, with the probability that each is right.
+
+        Who leaves out some of what a search gave asks again: it depends on the best one.
+        """
+        if not self.calibration:
+            return list(matches)
+        similarity = np.array([one.similarity for one in matches])
+        shares = self.calibration.results(similarity, self.searched(where)).tolist()
+        pairs = zip(matches, shares, strict=True)
+        return [dataclasses.replace(one, probability=share) for one, share in pairs]
 
     def _nearest(
         self, memory: PeopleInMemory, query: Float[np.ndarray, "D"], k: int, where: Filter

@@ -152,9 +152,10 @@ def search_photo(
     own, start = content_hash(data), time.perf_counter()
     same = sum(len(gallery.people_of(scene.id)) for scene in gallery.scenes_of(own))
     rankings = [
-        likely([match for match in matches if match.person.scene.hash != own][:most], show_all)
+        [match for match in matches if match.person.scene.hash != own][:most]
         for matches in gallery.search_many(people.embeddings, most + same, where)
     ]
+    rankings = [likely(gallery.judged(matches, where), show_all) for matches in rankings]
     seconds = time.perf_counter() - start
     boxes = people.boxes if box is None else [np.array(box, np.float32)]
     drawn = list(zip(boxes, rankings, strict=True))[:_MAX_PICTURE_QUERIES]

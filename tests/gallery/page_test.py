@@ -169,12 +169,15 @@ def test_results_come_page_by_page(client, site):
     assert view.scene.id not in {person.partition("-")[0] for _, person in whole}
 
 
+def calibration(power):
+    """The probability is a power of the similarity."""
+    curve = np.linspace(0, 0.99, 50)
+    return Calibration("a set", 9, curve, curve**power, curve, curve, curve)
+
+
 def test_results_end_where_they_are_not_likely_any_more(tmp_path):
     site = painted_site(tmp_path)
-    curve = np.linspace(-1, 1, 50)
-    site.gallery.calibration = Calibration(
-        "a set", 9, curve, np.clip(curve, 0, 1) ** 2, curve, curve
-    )
+    site.gallery.calibration = calibration(2)
     client = visitor(site)
     page = client.get(uploaded(client, encoded(painted((RED, (10, 10))))))
     found = client.get(people(page)[0])
@@ -349,10 +352,7 @@ def test_groups_are_made_named_split_and_merged(tmp_path):
     site = painted_site(tmp_path)
     client = visitor(site)
     assert "Grouping needs to know" in client.get("/people").text
-    curve = np.linspace(-1, 1, 50)
-    site.gallery.calibration = Calibration(
-        "a set", 9, curve, np.clip(curve, 0, 1) ** 4, curve, curve
-    )
+    site.gallery.calibration = calibration(4)
     client.post("/people", data={"change": "make"})
     assert done(client, site)["error"] == ""
     ask = {"Accept": "application/json"}
