@@ -252,8 +252,10 @@ def _answer(args: Arguments, content: object) -> None:
 
 
 def _detector(args: Arguments) -> Any:
+    from alignps_jax.devices import use_compilation_cache
     from alignps_jax.inference.detector import Detector
 
+    use_compilation_cache()
     return Detector.from_checkpoint(args.checkpoint, _config(args))
 
 

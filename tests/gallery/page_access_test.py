@@ -292,6 +292,8 @@ def test_raw_requests(site):
         assert b"content-encoding: gzip" in heads(ask(port, "GET / HTTP/1.1", *get))
         script = heads(ask(port, "GET /static/page.js HTTP/1.1", *get))
         etag = re.search(rb'etag: ("[^"]+")', script)[1].decode()
+        assert b"cache-control: no-cache" in script
+        assert b"cache-control: no-store" in heads(ask(port, "GET / HTTP/1.1", *get))
         known = ask(port, "GET /static/page.js HTTP/1.1", *get, f"If-None-Match: {etag}")
         assert known.startswith(b"HTTP/1.1 304")
         twice = ask(port, "GET / HTTP/1.1", "Host: localhost", "Host: evil.example")

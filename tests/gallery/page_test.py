@@ -18,6 +18,8 @@ pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup"
 pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 
 import httpx
+import pillow_heif
+from PIL import Image
 
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import Calibration
@@ -167,12 +169,15 @@ def test_results_come_page_by_page(client, site):
     assert view.scene.id not in {person.partition("-")[0] for _, person in whole}
 
 
+def calibration(power):
+    """The probability is a power of the similarity."""
+    curve = np.linspace(0, 0.99, 50)
+    return Calibration("a set", 9, curve, curve**power, curve, curve, curve)
+
+
 def test_results_end_where_they_are_not_likely_any_more(tmp_path):
     site = painted_site(tmp_path)
-    curve = np.linspace(-1, 1, 50)
-    site.gallery.calibration = Calibration(
-        "a set", 9, curve, np.clip(curve, 0, 1) ** 2, curve, curve
-    )
+    site.gallery.calibration = calibration(2)
     client = visitor(site)
     page = client.get(uploaded(client, encoded(painted((RED, (10, 10))))))
     found = client.get(people(page)[0])
@@ -206,6 +211,14 @@ def test_friendly_lines_for_photos_that_are_none(client):
     assert client.post("/upload", content=b"x", headers=broken).status_code == 400
     many = [("photo", ("a.png", good))] * 2
     assert "one photo at a time" in line_of(client.post("/upload", files=many))
+
+
+def test_a_photo_of_an_iphone_is_searched_with(client):
+    out = io.BytesIO()
+    pillow_heif.from_pillow(Image.fromarray(painted((RED, (10, 10))))).save(out, quality=95)
+    page = client.get(upload(client, out.getvalue(), "IMG_1.HEIC").headers["location"])
+    assert "Found 1 person" in page.text
+    assert results(client.get(people(page)[0]))[0][0] > 0.99
 
 
 def test_an_empty_gallery_says_so(tmp_path):
@@ -302,7 +315,13 @@ def test_a_person_is_forgotten_with_its_marks(tmp_path):
     first, second, *rest = [p for s in scenes_of(site) for p in site.gallery.people_of(s.id)]
     for one in (second, *rest):
         client.post("/mark", data={"view": first.id, "person": one.id, "mark": "right"})
+    undone = client.post("/marks/forget", data={"view": first.id}).headers["location"]
+    client.post("/marks/undo", data={"undo": httpx.URL(undone).params["undo"]})
+    undone = client.post("/marks/forget", data={"view": first.id}).headers["location"]
+    for one in (second, *rest):
+        client.post("/mark", data={"view": first.id, "person": one.id, "mark": "right"})
     answer = client.post("/forget", data={"person": second.id})
+    client.post("/marks/undo", data={"undo": httpx.URL(undone).params["undo"]})
     assert second.scene.path in answer.text
     found = client.get("/search", params={"view": first.id})
     assert second.id not in found.text
@@ -333,10 +352,7 @@ def test_groups_are_made_named_split_and_merged(tmp_path):
     site = painted_site(tmp_path)
     client = visitor(site)
     assert "Grouping needs to know" in client.get("/people").text
-    curve = np.linspace(-1, 1, 50)
-    site.gallery.calibration = Calibration(
-        "a set", 9, curve, np.clip(curve, 0, 1) ** 4, curve, curve
-    )
+    site.gallery.calibration = calibration(4)
     client.post("/people", data={"change": "make"})
     assert done(client, site)["error"] == ""
     ask = {"Accept": "application/json"}

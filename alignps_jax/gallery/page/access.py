@@ -106,7 +106,9 @@ def guarded(app: ASGIApp, door: Door) -> ASGIApp:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(_HEADERS)
-                headers.setdefault("Cache-Control", "no-store")
+                # Whatever shows people does not stay in a browser's folder.
+                is_static = scope["path"].startswith("/static/")
+                headers["Cache-Control"] = "no-cache" if is_static else "no-store"
             await send(message)
 
         if scope.get("method") == "HEAD":  # the server leaves out the body

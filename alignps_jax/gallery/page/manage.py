@@ -89,6 +89,7 @@ def forget_people(
     what: Annotated[Literal["forget", "nobody"], Form()] = "forget",
 ) -> Response:
     """Forgets people for good, or removes what is no person; both stay away when indexed again."""
+    site.removed.clear()
     done = forget(site.gallery.people, persons=person, for_good=what == "forget")
     return page(request, "forgot.html", done=done, what=what)
 

@@ -117,8 +117,8 @@ class Searcher:
                 if match.similarity > known.similarity:
                     best[match.person.id] = match
         found = [match for match in best.values() if match.person.scene.id not in own]
-        found = sorted(found, key=lambda match: -match.similarity)[:MAX_MATCHES]
-        return self._gallery.judged(found, query.where)
+        found.sort(key=lambda match: -match.similarity)
+        return self._gallery.judged(found[:MAX_MATCHES], query.where)
 
 
 def _sorted(entries: list[Entry], by: str) -> list[Entry]:

@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-from cachetools import LRUCache
 from fastapi import APIRouter, Form
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -20,7 +19,6 @@ from alignps_jax.gallery.page.photos import Asked, Place
 from alignps_jax.gallery.page.queries import MAX_VIEWS, SearchRequest
 from alignps_jax.gallery.page.results import PAGE, timeline
 from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
-from alignps_jax.gallery.tables import Note
 
 DOWNLOADS: dict[str, tuple[str, Callable[[Marked], bytes]]] = {
     "marks.csv": ("text/csv", Marked.as_csv),
@@ -29,7 +27,6 @@ DOWNLOADS: dict[str, tuple[str, Callable[[Marked], bytes]]] = {
 }
 
 router = APIRouter()
-_removed: LRUCache[str, list[Note]] = LRUCache(100)  # marks that can come back
 
 
 class MarkForm(SearchRequest):
@@ -100,7 +97,7 @@ def marks(request: Request, site: OfSite, undo: str = "") -> Response:
         queries = {"query": SearchRequest(view=here), "all": SearchRequest(view=views)}
         people.append({**queries, "name": name, "right": right, "wrong": wrong})
     left_out = Marked(site.gallery, everything).left_out
-    values = {"marked": people, "left_out": left_out, "undo": undo if undo in _removed else ""}
+    values = {"marked": people, "left_out": left_out, "undo": undo if undo in site.removed else ""}
     return page(request, "marks.html", **values)
 
 
@@ -108,14 +105,14 @@ def marks(request: Request, site: OfSite, undo: str = "") -> Response:
 def forget(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Response:
     """Removes the marks of a person."""
     identity = secrets.token_urlsafe(9)
-    _removed[identity] = site.marks.remove(query.view)
+    site.removed[identity] = site.marks.remove(query.view)
     return RedirectResponse(f"/marks?undo={identity}", 303)
 
 
 @router.post("/marks/undo")
 def undo(site: OfSite, undo: Annotated[str, Form()]) -> Response:
     """Brings marks back that were just removed."""
-    site.marks.restore(_removed.pop(undo, []))
+    site.marks.restore(site.removed.pop(undo, []))
     return RedirectResponse("/marks", 303)
 
 

@@ -9,6 +9,7 @@ from urllib.parse import quote, urlsplit
 
 import jinja2
 import numpy as np
+from cachetools import LRUCache
 from fastapi import Depends
 from fastapi.encoders import jsonable_encoder
 from starlette.exceptions import HTTPException
@@ -29,6 +30,7 @@ from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.queries import SearchRequest
 from alignps_jax.gallery.page.results import Searcher
 from alignps_jax.gallery.page.uploads import Photos
+from alignps_jax.gallery.tables import Note
 
 _READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
@@ -44,6 +46,7 @@ class Site:
         self.photos = Photos(gallery)
         self.pictures, self.searcher = Pictures(self.photos), Searcher(self.photos)
         self.marks = Marks(gallery.people)
+        self.removed: LRUCache[str, list[Note]] = LRUCache(100)  # marks that can come back
         self.groups = Groups(gallery.people)
         self.library = Library(gallery, sources)
         self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
