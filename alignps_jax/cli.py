@@ -52,7 +52,7 @@ def search(args: Arguments) -> None:
     from alignps_jax.checkpoint.places import results_folder
     from alignps_jax.files import check_outputs
     from alignps_jax.gallery.gallery import Gallery
-    from alignps_jax.gallery.index import index_source
+    from alignps_jax.gallery.index import index
     from alignps_jax.gallery.people import is_gallery
     from alignps_jax.gallery.search import search_photo
 
@@ -60,7 +60,7 @@ def search(args: Arguments) -> None:
     check_outputs(workdir / "ranking.json", workdir / "ranking.png")
     detector, is_folder = _detector(args), not is_gallery(args.gallery)
     gallery = Gallery.open("memory://" if is_folder else args.gallery, detector, is_folder)
-    walk = index_source(gallery, [args.gallery], every=args.every) if is_folder else None
+    walk = index(gallery, [args.gallery], args.every).walk if is_folder else None
     if walk and not gallery.num_scenes:
         walk.report()
     wanted = args.query, args.box, _filter(args), args.count
@@ -87,7 +87,7 @@ def group(args: Arguments) -> None:
 def index(args: Arguments) -> None:
     """finds everybody in photos and videos, once, and adds them to a gallery"""
     from alignps_jax.gallery.gallery import Gallery
-    from alignps_jax.gallery.index import index_source
+    from alignps_jax.gallery.index import index
     from alignps_jax.media.walk import DEFAULT_EXCLUDES
 
     excludes = [*(() if args.no_default_excludes else DEFAULT_EXCLUDES), *(args.exclude or ())]
@@ -100,11 +100,10 @@ def index(args: Arguments) -> None:
     gallery = Gallery.open(args.gallery, _detector(args), create=True)
 
     def run() -> None:
-        options = {"prune": args.prune, "excludes": excludes, "detect": detect}
-        walk = index_source(gallery, [args.source], every=args.every, **options)
+        done = index(gallery, [args.source], args.every, args.prune, excludes, detect=detect)
         count = f"{gallery.num_people:,} people in {gallery.num_scenes:,} scenes"
-        print(f"gallery  {args.gallery}: {count}", flush=True)
-        walk.report()
+        print(f"{done}\ngallery  {args.gallery}: {count}", flush=True)
+        done.walk.report()
 
     if args.watch:
         from alignps_jax.gallery.watch import watch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,9 @@ import ray
 import ray.data
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.index import Reading
+from alignps_jax.gallery.index import Find, Results
 from alignps_jax.inference.detector import Detector
-from alignps_jax.inference.many import Photo
-from alignps_jax.media.walk import MediaFile, Shot
+from alignps_jax.media.walk import MediaFile
 
 _FILES = 64  # in one task; a kill costs a worker as much
 _CPUS = 4  # of a worker without an accelerator
@@ -28,11 +27,11 @@ _CPUS = 4  # of a worker without an accelerator
 class Worker:
     """Finds people in files, with a detector of its own."""
 
-    def __init__(self, load: Callable[[], Detector], reading: Reading):
-        self._detector, self._reading = load(), reading
+    def __init__(self, load: Callable[[], Detector], find: Find):
+        self._detector, self._find = load(), find
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        found = list(self._reading.detect(self._detector, batch["file"]))
+        found = list(self._find(self._detector, batch["file"]))
         column = np.empty(len(found), object)
         column[:] = found
         return {"result": column}
@@ -44,9 +43,9 @@ def leave_accelerators() -> None:
 
 
 def detect_on_cluster(
-    address: str, load: Callable[[], Detector], reading: Reading, files: Sequence[MediaFile]
-) -> Iterator[Photo[Shot]]:
-    """What `Reading.detect` gives, from all machines of a Ray cluster, in any order of the files.
+    address: str, load: Callable[[], Detector], find: Find, files: Sequence[MediaFile]
+) -> Results:
+    """What `find` gives, from all machines of a Ray cluster, in any order of the files.
 
     There is a worker (`load` makes its detector) for each accelerator, also for those that join
     later; without accelerators one for a few processors. One that dies is replaced, and its files
@@ -75,7 +74,7 @@ def detect_on_cluster(
         data = ray.data.from_items([{"file": file} for file in files])
         results = data.map_batches(
             Worker,
-            fn_constructor_args=(load, reading),
+            fn_constructor_args=(load, find),
             batch_size=max(1, min(_FILES, len(files) // 8)),
             compute=ray.data.ActorPoolStrategy(min_size=1),
             **needs,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 import os
 import threading
 import time
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Self
 
-import cv2
 import numpy as np
 from jaxtyping import Float
 from lancedb.expr import col
@@ -43,9 +42,8 @@ class SceneCard:
 class Gallery:
     """The people of a gallery; calls see the newest commit, in a large one that grows soon.
 
-    `people` are its tables, `info` describes the detector that made it, `detector` finds people in
-    photos that are added or searched; `calibration` says what similarities mean, if the detector's
-    checkpoint was evaluated.
+    `people` are its tables, `info` describes the detector that made it; `calibration` says what
+    similarities mean, if the checkpoint of `detector` was evaluated.
     """
 
     def __init__(self, people: People, detector: Detector | None = None):
@@ -53,29 +51,23 @@ class Gallery:
         self.address, self.info = people.address, people.info
         self.calibration = load(detector.folder) if detector else None
         self._memory: PeopleInMemory | None = None
-        self._loaded, self._forgotten = 0.0, 0
+        self._next, self._forgotten = 0.0, 0
         self._lock = threading.Lock()
-        if detector is not None:
-            self.check_detector(detector)
+        if detector is not None and (found := info_of(detector)) != self.info:
+            raise UserError(
+                f"--gallery: {self.address} was made by {self.info}; found {found}; expected the "
+                "same, or another gallery"
+            )
 
     @classmethod
     def open(cls, address: Place, detector: Detector | None = None, create: bool = False) -> Self:
         """Opens a gallery: a folder such as people.lance, s3://bucket/people.lance, or memory://.
 
-        A detector is needed to add photos, and to search for the person of a photo; with `create`,
-        an empty gallery is made for it where there is none. UserError if another one made it.
+        A detector is needed to add or search photos; with `create`, an empty gallery is made for it
+        where there is none. UserError if another one made it.
         """
         info = info_of(detector) if create and detector is not None else None
         return cls(People(os.fspath(address), info), detector)
-
-    def check_detector(self, detector: Detector) -> None:
-        """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
-        found = info_of(detector)
-        if found != self.info:
-            raise UserError(
-                f"--gallery: {self.address} was made by {self.info}; found {found}; expected the "
-                "same, or another gallery"
-            )
 
     def own_detector(self) -> Detector:
         """The detector; UserError without one."""
@@ -118,7 +110,15 @@ class Gallery:
         if memory.embeddings is not None:
             found = memory.search(queries, k, where)
         else:
-            found = [self._nearest(memory, query, k, where) for query in queries]
+            wanted = where.condition(col, memory.paths)
+            found = [
+                [
+                    (person, similarity)
+                    for identity, similarity in self.people.nearest(query, k, wanted)
+                    if (person := self.person(identity))
+                ]
+                for query in queries
+            ]
         results = [
             [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
             for matches in found
@@ -137,23 +137,13 @@ class Gallery:
         pairs = zip(matches, shares, strict=True)
         return [dataclasses.replace(one, probability=share) for one, share in pairs]
 
-    def _nearest(
-        self, memory: PeopleInMemory, query: Float[np.ndarray, "D"], k: int, where: Filter
-    ) -> list[tuple[Person, float]]:
-        found = self.people.nearest(query, k, where.condition(col, memory.paths))
-        people = [(self.person(identity), similarity) for identity, similarity in found]
-        return [(person, similarity) for person, similarity in people if person is not None]
-
     def searched(self, where: Filter | None = None) -> int:
         """The number of people who pass a filter."""
         return int(self.memory().matching(where or Filter()).sum())
 
     @property
     def recall(self) -> float | None:
-        """None: searches are exact; else the share of the ten best that the vector index finds.
-
-        That is for more people than fit into memory, measured by a sample when it was made.
-        """
+        """None: searches are exact; else the share of the ten best found by the vector index."""
         is_exact = self.memory().embeddings is not None
         return None if is_exact else self.people.trained().get("recall")
 
@@ -164,14 +154,13 @@ class Gallery:
             return known
         forgotten = len(self.people.notes("forgotten").all())
         # A large one takes long, and others may read it; but nobody who was forgotten is found.
-        if known is not None and len(known) > _QUICKLY_READ and forgotten == self._forgotten:
-            is_new = time.monotonic() - self._loaded < _PATIENCE * known.took
-            if is_new or self._lock.locked():
-                return known
+        may_wait = time.monotonic() < self._next or self._lock.locked()
+        if may_wait and known and len(known) > _QUICKLY_READ and forgotten == self._forgotten:
+            return known
         with self._lock:
             if self._memory is None or self._memory.version != self.version:
                 self._memory, self._forgotten = PeopleInMemory(self.people), forgotten
-                self._loaded = time.monotonic()
+                self._next = time.monotonic() + _PATIENCE * self._memory.took
             return self._memory
 
     def add(self, paths: Place | Iterable[Place], every: float = 1.0) -> dict[str, str]:
@@ -213,10 +202,10 @@ class Gallery:
 
     def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """The embeddings of people (their ids), in that order; UserError if one is not there."""
-        rows = self.people.table.rows(["id", "embedding"], id=list(people))
-        found = dict(zip(*(column.to_pylist() for column in rows.columns), strict=True))
-        if missing := [identity for identity in people if identity not in found]:
-            raise UserError(f"{self.address}: found nobody with the id {missing[0]!r}")
+        rows = self.people.table.rows(["id", "embedding"], id=people).to_pylist()
+        found = {row["id"]: row["embedding"] for row in rows}
+        if missing := set(people) - found.keys():
+            raise UserError(f"{self.address}: found nobody with the id {missing.pop()!r}")
         vectors = [found[identity] for identity in people]
         return np.array(vectors, np.float32).reshape(-1, self.info.dim)
 
@@ -238,35 +227,24 @@ class Gallery:
         return sorted(map(str, own | above))
 
     def file_of(self, scene: Scene) -> Path:
-        """The first file with a scene's content that is there as it was indexed.
-
-        UserError or OSError if all of them are gone or changed.
-        """
+        """The first file with a scene's content that is as it was indexed; UserError if none is."""
         rows = self.people.files.rows(["path", "size", "mtime"], hash=[scene.hash])
-        error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
         for row in sorted(rows.to_pylist(), key=lambda row: row["path"] != scene.path):
-            try:
+            with contextlib.suppress(OSError):
                 found = os.stat(row["path"])
-            except OSError as reason:
-                error = reason
-                continue
-            if (found.st_size, found.st_mtime_ns) == (row["size"], row["mtime"]):
-                return Path(row["path"])
-            error = UserError(f"{row['path']}: has changed since it was indexed; index it again")
-        raise error
+                if (found.st_size, found.st_mtime_ns) == (row["size"], row["mtime"]):
+                    return Path(row["path"])
+        raise UserError(f"{scene.path}: has changed since it was indexed, or cannot be found")
 
-    def pixels(self, scene: Scene, side: int | None = None) -> Image:
-        """The photo, or the frame of the video, RGB; raises as `file_of`, or if it is damaged.
+    def pixels(self, scene: Scene, side: int = 0) -> Image:
+        """The photo, of at most `side` pixels if given, or the frame of the video, RGB.
 
-        Its longer side is at most `side`, of a JPEG file quickly.
+        UserError as from `file_of`, or if it is damaged.
         """
         path, most = self.file_of(scene), self.info.max_pixels
         if scene.second is not None:
-            frame = frame_at(str(path), scene.second, most)
-            factor = min(1.0, (side or math.inf) / max(frame.shape[:2]))
-            size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
-            return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if factor < 1 else frame
-        return read_photo(path, most, side or 0)
+            return frame_at(str(path), scene.second, most)
+        return read_photo(path, most, side)
 
 
 def info_of(detector: Detector) -> GalleryInfo:

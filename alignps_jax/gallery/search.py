@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,10 @@ def person_in_box(boxes: Float[AnyArray, "N 4"], box: Corners) -> int | None:
     return int(overlap.argmax()) if len(overlap) and overlap.max() >= _UNDER else None
 
 
-def person_at(
-    detector: Detector, photo: Image, name: object, box: Corners, found: Detections | None = None
-) -> Detections:
+def person_at(detector: Detector, photo: Image, name: object, box: Corners) -> Detections:
     """The person in a box (x1, y1, x2, y2 in pixels) of an RGB photo; UserError if nobody is there.
 
-    Looks again around the box where the whole photo (`found`) shows nobody there: a small person is
-    larger then.
+    Looks again around the box if the whole photo shows nobody there: a small person is larger then.
     """
     height, width = photo.shape[:2]
     x1, y1, x2, y2 = (float(corner) for corner in box)
@@ -54,7 +51,7 @@ def person_at(
             f"--box: found {x1:g},{y1:g},{x2:g},{y2:g}, expected x1,y1,x2,y2 with x1 < x2 and "
             f"y1 < y2 on the photo {name} of {width}x{height} pixels"
         )
-    found = detector.detect(photo) if found is None else found
+    found = detector.detect(photo)
     if (row := person_in_box(found.boxes, box)) is None:
         left, top = max(0, int(1.5 * x1 - 0.5 * x2)), max(0, int(1.5 * y1 - 0.5 * y2))
         part = photo[top : int(1.5 * y2 - 0.5 * y1) + 1, left : int(1.5 * x2 - 0.5 * x1) + 1]
@@ -91,23 +88,23 @@ def join_seconds(matches: Sequence[Match]) -> list[Entry]:
     same frame is somebody else.
     """
     entries: list[Entry] = []
-    seen: dict[tuple[str, int], list[tuple[int, Match]]] = {}  # by content and second
+    seen = defaultdict[tuple[str, int], list[tuple[int, Match]]](list)  # by content and second
     for match in matches:
         scene = match.person.scene
+        second = int(scene.second or 0)
         near = [
             number
-            for turn in range(-_NEIGHBORS, _NEIGHBORS + 1)
-            for number, other in seen.get((scene.hash, int(scene.second or 0) + turn), ())
+            for turn in range(second - _NEIGHBORS, second + _NEIGHBORS + 1)
+            for number, other in seen[scene.hash, turn]
             if match.similarity >= _AS_SIMILAR * entries[number].match.similarity
             and _can_walk(match, other)
             and all(one.person.scene.second != scene.second for one in entries[number].members)
         ]
         number = min(near, default=len(entries))
-        if number == len(entries):
+        if not near:
             entries.append(Entry(match, []))
         entries[number].members.append(match)
-        if scene.second is not None:
-            seen.setdefault((scene.hash, int(scene.second)), []).append((number, match))
+        seen[scene.hash, second].append((number, match))
     return entries
 
 
@@ -115,18 +112,9 @@ def _can_walk(one: Match, other: Match) -> bool:
     """Whether a person can get from box to box: as tall, and its own height away in a second."""
     a, b = one.person.box, other.person.box
     seconds = abs((one.person.scene.second or 0) - (other.person.scene.second or 0))
-    tall, small = max(a[3] - a[1], b[3] - b[1]), min(a[3] - a[1], b[3] - b[1])
-    distance = np.hypot(*((a[:2] + a[2:]) - (b[:2] + b[2:])) / 2)
-    return bool(
-        0 < seconds <= _NEIGHBORS and tall <= 1.5 * small and distance <= tall * max(seconds, 0.5)
-    )
-
-
-def likely(matches: Sequence[Match], show_all: bool = False) -> list[Match]:
-    """The matches that may show the person; all of them without a calibration."""
-    return [
-        one for one in matches if show_all or one.probability is None or one.probability >= LIMIT
-    ]
+    small, tall = sorted([a[3] - a[1], b[3] - b[1]])
+    near = np.hypot(*(a[:2] + a[2:] - b[:2] - b[2:])) / 2 <= tall * max(seconds, 0.5)
+    return bool(0 < seconds <= _NEIGHBORS and tall <= 1.5 * small and near)
 
 
 def search_photo(
@@ -140,47 +128,38 @@ def search_photo(
 ) -> list[dict[str, Any]]:
     """Searches the person in `box` of a photo, or everybody in it, for `most` results each.
 
-    Writes `ranking.json` and `ranking.png` to `workdir`, and prints a summary and the best results.
-    People of the query photo itself and of its copies are left out, and so are those who are not
-    likely the person, unless `show_all`. Returns what the JSON file holds.
+    Writes `ranking.json` and `ranking.png` to `workdir`, and prints a summary. People of the query
+    photo and its copies are left out, and so are those who are not likely the person, unless
+    `show_all`. Returns what the JSON file holds.
     """
-    detector, max_pixels = gallery.own_detector(), gallery.info.max_pixels
     data = query.read_bytes()
     with blame(query):
-        photo = decode_photo(data, max_pixels)
-    people = wanted_people(detector, photo, query, box)
-    own, start = content_hash(data), time.perf_counter()
+        photo = decode_photo(data, gallery.info.max_pixels)
+    people = wanted_people(gallery.own_detector(), photo, query, box)
+    own = content_hash(data)
     same = sum(len(gallery.people_of(scene.id)) for scene in gallery.scenes_of(own))
-    rankings = [
-        [match for match in matches if match.person.scene.hash != own][:most]
-        for matches in gallery.search_many(people.embeddings, most + same, where)
-    ]
-    rankings = [likely(gallery.judged(matches, where), show_all) for matches in rankings]
-    seconds = time.perf_counter() - start
+    show_all |= gallery.calibration is None
     boxes = people.boxes if box is None else [np.array(box, np.float32)]
-    drawn = list(zip(boxes, rankings, strict=True))[:_MAX_PICTURE_QUERIES]
-    rows = (
-        picture_row("query", photo, query.name, one, _drawn(gallery, found)) for one, found in drawn
-    )
-    content: list[dict[str, Any]] = [
-        {"query": {"image": query.name, "box": _box(one)}, "results": list(map(_result, found))}
-        for one, found in zip(boxes, rankings, strict=True)
-    ]
-    write_json(workdir / "ranking.json", content)
-    write_image(workdir / "ranking.png", grid_picture(rows))
-    print(
-        f"searched {len(rankings)} of {query.name} among {gallery.searched(where):,} people in "
-        f"{gallery.num_scenes:,} scenes in {seconds:.2f} s"
-    )
+    content, rows = list[dict[str, Any]](), list[list[Image]]()
+    among = f"{gallery.searched(where):,} people in {gallery.num_scenes:,} scenes"
+    print(f"searched {len(boxes)} of {query.name} among {among}")
+    results = gallery.search_many(people.embeddings, most + same, where)
+    for one, matches in zip(boxes, results, strict=True):
+        others = [match for match in matches if match.person.scene.hash != own][:most]
+        found = gallery.judged(others, where)
+        found = [match for match in found if show_all or (match.probability or 0) >= LIMIT]
+        asked = {"image": query.name, "box": _box(one)}
+        content.append({"query": asked, "results": [_result(match) for match in found]})
+        if len(rows) < _MAX_PICTURE_QUERIES:
+            rows.append(picture_row("query", photo, query.name, one, _drawn(gallery, found)))
+        first = f", first {_said(found[0])}" if found else f": {NOBODY} (--show_all)"
+        print(f"  {_box(one)}: {len(found):,} found{first}")
     if (recall := gallery.recall) is not None:
         print(f"approximate: of the ten most similar people it finds {recall:.0%}")
-    for one, found in zip(boxes, rankings, strict=True):
-        said = (
-            f"{len(found):,} found, first {_said(found[0])}" if found else f"{NOBODY} (--show_all)"
-        )
-        print(f"  ({', '.join(f'{x:.0f}' for x in one)}): {said}")
     if gallery.calibration is None:
         print(f"note: {NOT_CALIBRATED}")
+    write_json(workdir / "ranking.json", content)
+    write_image(workdir / "ranking.png", grid_picture(rows))
     print(f"ranking  {workdir / 'ranking.json'}\npicture  {workdir / 'ranking.png'}")
     return content
 
@@ -191,21 +170,22 @@ def _said(match: Match) -> str:
 
 
 def _result(match: Match) -> dict[str, object]:
-    person, others = match.person, list(match.paths[1:])
-    known = {"second": person.scene.second, "copies": others or None}
-    known |= {"probability": match.probability and round(match.probability, 6)}
+    person = match.person
     return {
         "image": person.scene.path,
-        "box": _box(person.box),
-        "similarity": round(match.similarity, 6),
-        "score": round(person.score, 6),
+        "copies": match.paths[1:],
+        "second": person.scene.second,
         "person": person.id,
-        **{name: value for name, value in known.items() if value is not None},
+        "box": _box(person.box),
+        "score": round(person.score, 6),
+        "similarity": round(match.similarity, 6),
+        "probability": match.probability and round(match.probability, 6),
     }
 
 
 def _box(values: Corners) -> list[float]:
-    return [round(float(value), 2) for value in values]
+    rounded: list[float] = np.asarray(values, float).round(2).tolist()
+    return rounded
 
 
 def _drawn(gallery: Gallery, matches: Sequence[Match]) -> Iterator[Result]:

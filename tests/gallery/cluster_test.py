@@ -24,7 +24,7 @@ from tests.gallery.kills_test import FILES, write_files
 def run_on_cluster(address: str, source: str, seconds: float = 0.0) -> Indexed:
     gallery = Gallery.open(address, Finder(), create=True)
     detect = partial(detect_on_cluster, "local", partial(Finder, seconds=seconds))
-    return index(gallery, [source], every=0.4, detect=detect, commit_seconds=0.05)
+    return index(gallery, [source], every=0.4, detect=detect)
 
 
 def workers() -> list[psutil.Process]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alignps_jax.gallery import index as indexing
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import Indexed, index
 from alignps_jax.inference.detector import Detector
@@ -14,6 +15,7 @@ from alignps_jax.types import Batch, Detections
 from tests.gallery.networks import network_config
 
 MOST = 5
+indexing.COMMIT_SECONDS = 0.05
 
 
 class Finder(Detector):
@@ -58,7 +60,7 @@ class Finder(Detector):
 def run(address: str, source: str, seconds: float = 0.0) -> Indexed:
     """Indexes a folder, committing all the time."""
     gallery = Gallery.open(address, Finder(seconds=seconds), create=True)
-    return index(gallery, [source], every=0.4, commit_seconds=0.05)
+    return index(gallery, [source], every=0.4)
 
 
 def content(address: str) -> dict[str, tuple]:

@@ -150,9 +150,13 @@ def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_pa
     assert fill(gallery, photos, prune=True).removed == 1
     names = [os.path.basename(card.scene.path) for card in gallery.scenes(10)]
     assert sorted(names) == ["b.png", "c.jpg", "d\u00fc e.jpg", "x.jpg"]
+    before = everybody(gallery).keys()
+    (photos / "b.png").rename(photos / "z.png")  # nobody goes who is in it
+    assert fill(gallery, photos, prune=True).removed == 1
+    assert everybody(gallery).keys() == before
     for path in photos.rglob("*.*g"):
         path.unlink()
-    with pytest.raises(UserError, match=r"--prune: found no photo or video below .* 3 known files"):
+    with pytest.raises(UserError, match=r"--prune: found no photo or video, 3 known files"):
         fill(gallery, photos, prune=True)
 
 

@@ -121,7 +121,7 @@ class Photos:
         found = own | dict(zip(others, self.gallery.embeddings(others), strict=True))
         return np.array([found[one] for one in people], np.float32)
 
-    def pixels(self, scene: Scene, side: int | None = None) -> Image:
+    def pixels(self, scene: Scene, side: int = 0) -> Image:
         """A photo or frame, RGB; errors as of `Gallery.pixels`."""
         upload = self.uploaded(scene.id)
         if upload is None:
