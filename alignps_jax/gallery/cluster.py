@@ -47,16 +47,14 @@ def detect_on_cluster(
 ) -> Results:
     """What `find` gives, from all machines of a Ray cluster, in any order of the files.
 
-    There is a worker (`load` makes its detector) for each accelerator, also for those that join
-    later; without accelerators one for a few processors. One that dies is replaced, and its files
-    are read again. The address is that of a cluster, "auto" (the one that this machine is in) or
-    "local" (this machine alone); UserError if there is none.
+    There is a worker (`load` makes its detector) for each accelerator, or for a few processors; for
+    one that dies, another one reads its files again. The address is that of a cluster, "auto" (the
+    one that this machine is in) or "local" (this machine alone); UserError if there is none.
     """
-    place: dict[str, Any] = {"address": address}
-    if address == "local":
-        place |= {"include_dashboard": False}
+    dashboard = False if address == "local" else None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **place)
+        ray.init(address, include_dashboard=dashboard, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--cluster={address}: found no Ray cluster ({reason})") from error

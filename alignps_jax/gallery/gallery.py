@@ -42,21 +42,20 @@ class SceneCard:
 class Gallery:
     """The people of a gallery; calls see the newest commit, in a large one that grows soon.
 
-    `people` are its tables, `info` describes the detector that made it; `calibration` says what
-    similarities mean, if the checkpoint of `detector` was evaluated.
+    `calibration` says what similarities mean, if the detector's checkpoint was evaluated.
     """
 
     def __init__(self, people: People, detector: Detector | None = None):
         self.people, self.detector = people, detector
-        self.address, self.info = people.address, people.info
+        self.address, self.info = people.address, info_of(detector) if detector else people.info
         self.calibration = load(detector.folder) if detector else None
         self._memory: PeopleInMemory | None = None
         self._next, self._forgotten = 0.0, 0
         self._lock = threading.Lock()
-        if detector is not None and (found := info_of(detector)) != self.info:
+        if self.info != people.info:
             raise UserError(
-                f"--gallery: {self.address} was made by {self.info}; found {found}; expected the "
-                "same, or another gallery"
+                f"--gallery: {self.address} was made by {people.info}; found {self.info}; expected "
+                "the same, or another gallery"
             )
 
     @classmethod
@@ -66,7 +65,7 @@ class Gallery:
         A detector is needed to add or search photos; with `create`, an empty gallery is made for it
         where there is none. UserError if another one made it.
         """
-        info = info_of(detector) if create and detector is not None else None
+        info = info_of(detector) if create and detector else None
         return cls(People(os.fspath(address), info), detector)
 
     def own_detector(self) -> Detector:
@@ -164,10 +163,7 @@ class Gallery:
             return self._memory
 
     def add(self, paths: Place | Iterable[Place], every: float = 1.0) -> dict[str, str]:
-        """Indexes photos, videos and folders; returns what could not be read, with reasons.
-
-        `every`: seconds between the frames of a video that are looked at.
-        """
+        """`index` of photos, videos and folders; returns what could not be read, with reasons."""
         from alignps_jax.gallery.index import index  # a room above this one
 
         some = [paths] if isinstance(paths, str | os.PathLike) else paths
@@ -237,10 +233,7 @@ class Gallery:
         raise UserError(f"{scene.path}: has changed since it was indexed, or cannot be found")
 
     def pixels(self, scene: Scene, side: int = 0) -> Image:
-        """The photo, of at most `side` pixels if given, or the frame of the video, RGB.
-
-        UserError as from `file_of`, or if it is damaged.
-        """
+        """The photo, at most `side` pixels long if given, or the video's frame, RGB; UserError."""
         path, most = self.file_of(scene), self.info.max_pixels
         if scene.second is not None:
             return frame_at(str(path), scene.second, most)

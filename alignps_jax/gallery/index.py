@@ -59,21 +59,17 @@ class Indexed:
 
 
 def find_people(
-    detector: Detector,
-    files: Iterable[MediaFile],
-    every: float,
-    max_pixels: int,
-    seen: Mapping[str, float],
+    detector: Detector, files: Iterable[MediaFile], every: float, seen: Mapping[str, float]
 ) -> Results:
     """The people of files in their order, in whatever process.
 
     `every`: seconds between frames of a video; `seen`: for each content the last second that is
     known and need not be looked at, infinity where all is.
     """
-    tasks = (
-        partial(shot_photo, task) for file in files for task in shots(file, every, max_pixels, seen)
-    )
-    return detect_all(detector.detect_batch, detector.config.data, detector.rows, tasks)
+    data = detector.config.data
+    tasks = (shots(file, every, data.max_pixels, seen) for file in files)
+    photos = (partial(shot_photo, task) for some in tasks for task in some)
+    return detect_all(detector.detect_batch, data, detector.rows, photos)
 
 
 def index(
@@ -87,14 +83,10 @@ def index(
 ) -> Indexed:
     """Finds everybody in files that a gallery does not know as they are, and adds them.
 
-    Args:
-      gallery: with a detector.
-      sources: folders, photos or videos; UserError if one does not exist.
-      every: seconds between the frames of a video that are looked at.
-      prune: remove what was found below the sources in files that are not there any more.
-      excludes: patterns of files and folders to leave out.
-      report: called with what was done so far, after each commit and in the end.
-      detect: finds people elsewhere, in any order of the files.
+    Of videos, a frame is looked at `every` so many seconds. `prune` removes who was found below the
+    sources in files that are gone; `excludes` are patterns of files and folders to leave out.
+    `report` is called now and then and in the end; `detect` finds people elsewhere, in any order of
+    the files. UserError if a source does not exist.
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
@@ -102,8 +94,7 @@ def index(
         run = _Run(people, every, Indexed(media_files(sources, excludes)))
         pending = [file for file in run.done.walk.files if not run.is_known(file)]
         run.done.known = len(run.done.walk.files) - len(pending)
-        options = {"every": every, "max_pixels": gallery.info.max_pixels, "seen": run.seen}
-        find: Find = partial(find_people, **options)
+        find: Find = partial(find_people, every=every, seen=run.seen)
         results = detect(find, pending) if detect else find(detector, pending)
         under_way = writer.submit(lambda: None)
         with progress(desc="index", unit="file", total=len(pending)) as bar:

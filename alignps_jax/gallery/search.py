@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,23 +45,18 @@ def person_at(detector: Detector, photo: Image, name: object, box: Corners) -> D
 
     Looks again around the box if the whole photo shows nobody there: a small person is larger then.
     """
-    height, width = photo.shape[:2]
     x1, y1, x2, y2 = (float(corner) for corner in box)
-    if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0 and x1 < width and y1 < height):
-        raise UserError(
-            f"--box: found {x1:g},{y1:g},{x2:g},{y2:g}, expected x1,y1,x2,y2 with x1 < x2 and "
-            f"y1 < y2 on the photo {name} of {width}x{height} pixels"
-        )
     found = detector.detect(photo)
     if (row := person_in_box(found.boxes, box)) is None:
         left, top = max(0, int(1.5 * x1 - 0.5 * x2)), max(0, int(1.5 * y1 - 0.5 * y2))
         part = photo[top : int(1.5 * y2 - 0.5 * y1) + 1, left : int(1.5 * x2 - 0.5 * x1) + 1]
-        found = detector.detect(np.ascontiguousarray(part))
-        moved = np.asarray(found.boxes) + np.array([left, top, left, top], np.float32)
-        found = found.replace(boxes=moved)  # type: ignore[attr-defined]
-        row = person_in_box(found.boxes, box)
+        if part.size:
+            found = detector.detect(np.ascontiguousarray(part))
+            moved = np.asarray(found.boxes) + np.array([left, top, left, top], np.float32)
+            found = dataclasses.replace(found, boxes=moved)
+            row = person_in_box(found.boxes, box)
     if row is None:
-        raise UserError(f"--box: nobody was found at {x1:g},{y1:g},{x2:g},{y2:g} of {name}")
+        raise UserError(f"--box: found nobody at {x1:g},{y1:g},{x2:g},{y2:g} of {name}")
     return jax.tree.map(lambda x: np.asarray(x)[row : row + 1], found)
 
 
@@ -83,9 +79,8 @@ def wanted_people(
 def join_seconds(matches: Sequence[Match]) -> list[Entry]:
     """The matches, those of one person in neighboring seconds of a video as one entry.
 
-    A match joins an entry above it that shows somebody as tall, at most two seconds away and near
-    enough to walk there, if it is nearly as similar as the entry's best one; whoever stands in the
-    same frame is somebody else.
+    A match joins an entry that is not much more similar and shows somebody as tall at most two
+    seconds away, near enough to walk there, and nobody in the same frame.
     """
     entries: list[Entry] = []
     seen = defaultdict[tuple[str, int], list[tuple[int, Match]]](list)  # by content and second

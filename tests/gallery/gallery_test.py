@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import random
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -279,22 +279,19 @@ def test_what_a_killed_commit_leaves_is_nobody_and_can_be_forgotten(tmp_path, mo
 def test_searches_during_commits_see_one_state(tmp_path):
     """Each commit adds three people of one direction: a search finds all of them or none."""
     gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
-    done = threading.Event()
 
     def write():
         for number in range(40):
             three = people(3, number)
             three.embeddings[:] = np.eye(DIM)[number % DIM]
             commit(gallery, [indexed(f"/{number}.jpg", three)])
-        done.set()
 
-    thread = threading.Thread(target=write)
-    thread.start()
-    while not done.is_set():
-        found = gallery.search(np.eye(DIM)[0], 10**4)
-        assert len(found) % 3 == 0
-        assert len({match.person.id for match in found}) == len(found)
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(write)
+        while not done.done():
+            found = gallery.search(np.eye(DIM)[0], 10**4)
+            assert len(found) % 3 == 0
+            assert len({match.person.id for match in found}) == len(found)
     assert len(gallery.search(np.eye(DIM)[0], 10**4)) == 120
 
 
@@ -323,18 +320,10 @@ def test_two_servers_lose_no_note(tmp_path):
     servers = [People(str(tmp_path / "g")).notes("marks") for _ in range(2)]
     assert servers[0].all() == []
 
-    def write(number):
-        for turn in range(10):
-            servers[number].put([Note(f"{number} {turn}", ("a", f"p{turn}"), {"right": True})])
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert {note.id for note in servers[1].all()} == {
-        f"{n} {t}" for n in range(2) for t in range(10)
-    }
+    names = [f"{number} {turn}" for turn in range(10) for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda x: servers[int(x[0])].put([Note(x, ("a",), {"right": True})]), names))
+    assert {note.id for note in servers[1].all()} == {*names}
     version = servers[1].version
     removed = servers[0].remove(["0 1", "1 2", "nothing"])
     assert {note.id for note in removed} == {"0 1", "1 2"}
