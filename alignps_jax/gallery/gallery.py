@@ -62,8 +62,8 @@ class Gallery:
     def open(cls, address: Place, detector: Detector | None = None, create: bool = False) -> Self:
         """Opens a gallery: a folder such as people.lance, s3://bucket/people.lance, or memory://.
 
-        A detector is needed to add or search photos; with `create`, an empty gallery is made for it
-        where there is none. UserError if another one made it.
+        A detector, which has to be the one that made it, adds and searches photos; `create`: there
+        need not be a gallery yet.
         """
         info = info_of(detector) if create and detector else None
         return cls(People(os.fspath(address), info), detector)
@@ -216,11 +216,9 @@ class Gallery:
         return sorted(filter(None, self.memory().scenes["camera"].unique().to_pylist()))
 
     def folders(self) -> list[str]:
-        """The folders that scenes lie in, and those above them up to a common one, sorted."""
-        own = {PurePath(path).parent for path in self.memory().scenes["path"].unique().to_pylist()}
-        top = os.path.commonpath(own) if own else ""
-        above = {folder for one in own for folder in one.parents if folder.is_relative_to(top)}
-        return sorted(map(str, own | above))
+        """The folders that scenes lie in, and those above them, sorted."""
+        paths = self.memory().scenes["path"].unique().to_pylist()
+        return sorted({str(folder) for path in paths for folder in PurePath(path).parents})
 
     def file_of(self, scene: Scene) -> Path:
         """The first file with a scene's content that is as it was indexed; UserError if none is."""

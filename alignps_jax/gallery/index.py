@@ -131,11 +131,10 @@ class _Run:
 
     def is_known(self, file: MediaFile) -> bool:
         """Whether there is nothing to do for a file."""
-        known = self._known.get(file.path)
-        if known is None or file.path in self._forgotten.paths:
-            return known is not None
+        if not (known := self._known.get(file.path)):
+            return False
         same = (known.size, known.mtime) == (file.size, file.mtime)
-        return same and self._is_complete(known)
+        return file.path in self._forgotten.paths or (same and self._is_complete(known))
 
     def batches(self, results: Results) -> Iterator[list[Photo[Shot]]]:
         """The results of some seconds at a time; lists files that could not be read."""

@@ -96,8 +96,7 @@ def join_seconds(matches: Sequence[Match]) -> list[Entry]:
             and all(one.person.scene.second != scene.second for one in entries[number].members)
         ]
         number = min(near, default=len(entries))
-        if not near:
-            entries.append(Entry(match, []))
+        entries += [] if near else [Entry(match, [])]
         entries[number].members.append(match)
         seen[scene.hash, second].append((number, match))
     return entries
@@ -112,6 +111,11 @@ def _can_walk(one: Match, other: Match) -> bool:
     return bool(0 < seconds <= _NEIGHBORS and tall <= 1.5 * small and near)
 
 
+def likely(matches: Sequence[Match]) -> list[Match]:
+    """The matches that may show the person; all of them without a calibration."""
+    return [one for one in matches if one.probability is None or one.probability >= LIMIT]
+
+
 def search_photo(
     gallery: Gallery,
     query: Path,
@@ -119,7 +123,7 @@ def search_photo(
     where: Filter,
     most: int,
     workdir: Path,
-    show_all: bool = False,
+    show_all: bool,
 ) -> list[dict[str, Any]]:
     """Searches the person in `box` of a photo, or everybody in it, for `most` results each.
 
@@ -133,7 +137,6 @@ def search_photo(
     people = wanted_people(gallery.own_detector(), photo, query, box)
     own = content_hash(data)
     same = sum(len(gallery.people_of(scene.id)) for scene in gallery.scenes_of(own))
-    show_all |= gallery.calibration is None
     boxes = people.boxes if box is None else [np.array(box, np.float32)]
     content, rows = list[dict[str, Any]](), list[list[Image]]()
     among = f"{gallery.searched(where):,} people in {gallery.num_scenes:,} scenes"
@@ -142,7 +145,7 @@ def search_photo(
     for one, matches in zip(boxes, results, strict=True):
         others = [match for match in matches if match.person.scene.hash != own][:most]
         found = gallery.judged(others, where)
-        found = [match for match in found if show_all or (match.probability or 0) >= LIMIT]
+        found = found if show_all else likely(found)
         asked = {"image": query.name, "box": _box(one)}
         content.append({"query": asked, "results": [_result(match) for match in found]})
         if len(rows) < _MAX_PICTURE_QUERIES:
@@ -187,10 +190,9 @@ def _drawn(gallery: Gallery, matches: Sequence[Match]) -> Iterator[Result]:
     """The results whose photos are still there."""
     for match in matches:
         scene = match.person.scene
+        share = "" if match.probability is None else f", {match.probability:.0%} likely"
         try:
             image = gallery.pixels(scene)
+            yield Result(image, scene.name + share, match.person.box, match.similarity)
         except (UserError, OSError) as error:
             print(f"note: {error}; not in the picture")
-            continue
-        share = "" if match.probability is None else f", {match.probability:.0%} likely"
-        yield Result(image, scene.name + share, match.person.box, match.similarity)

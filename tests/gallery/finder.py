@@ -28,7 +28,6 @@ class Finder(Detector):
     name = "a finder, step 1"
     folder = None
     rows = 2
-    folder = None
 
     def __init__(self, fingerprint: str = "f" * 64, seconds: float = 0.0):
         self.fingerprint = fingerprint
