@@ -202,8 +202,7 @@ class Gallery:
         found = {row["id"]: row["embedding"] for row in rows}
         if missing := set(people) - found.keys():
             raise UserError(f"{self.address}: found nobody with the id {missing.pop()!r}")
-        vectors = [found[identity] for identity in people]
-        return np.array(vectors, np.float32).reshape(-1, self.info.dim)
+        return np.array([found[one] for one in people], np.float32).reshape(-1, self.info.dim)
 
     def scenes(self, limit: int, offset: int = 0, where: Filter | None = None) -> list[SceneCard]:
         """Some of the photos and videos, newest first, those of unknown time last, by path."""

@@ -50,12 +50,10 @@ class Indexed:
 
     def __str__(self) -> str:
         known = (
-            f"{self.known:,} of {len(self.walk.files):,} files were known, {self.removed:,} removed"
+            f"{self.known:,} of {len(self.walk.files):,} files were known, {self.removed:,} gone"
         )
-        unsound = f"; {self.unsound:,} detections were not finite" * (self.unsound > 0)
-        return (
-            f"found {self.people:,} people in {self.scenes:,} photos and frames; {known}{unsound}"
-        )
+        found = f"found {self.people:,} people in {self.scenes:,} photos and frames; {known}"
+        return found + f"; {self.unsound:,} detections were not finite" * (self.unsound > 0)
 
 
 def find_people(

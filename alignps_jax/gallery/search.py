@@ -56,7 +56,7 @@ def person_at(detector: Detector, photo: Image, name: object, box: Corners) -> D
             found = dataclasses.replace(found, boxes=moved)
             row = person_in_box(found.boxes, box)
     if row is None:
-        raise UserError(f"--box: found nobody at {x1:g},{y1:g},{x2:g},{y2:g} of {name}")
+        raise UserError(f"--box: nobody was found at {x1:g},{y1:g},{x2:g},{y2:g} of {name}")
     return jax.tree.map(lambda x: np.asarray(x)[row : row + 1], found)
 
 

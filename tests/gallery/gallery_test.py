@@ -319,7 +319,6 @@ def test_two_servers_lose_no_note(tmp_path):
     Gallery.open(tmp_path / "g", Finder(), create=True)
     servers = [People(str(tmp_path / "g")).notes("marks") for _ in range(2)]
     assert servers[0].all() == []
-
     names = [f"{number} {turn}" for turn in range(10) for number in range(2)]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda x: servers[int(x[0])].put([Note(x, ("a",), {"right": True})]), names))

@@ -317,7 +317,7 @@ def test_the_gallery_in_python(tmp_path, photos):
     scene = person.scene
     (match,) = gallery.search_photo(gallery.pixels(scene), person.box, 1)
     assert match.person.id == person.id
-    with pytest.raises(UserError, match="found nobody at"):
+    with pytest.raises(UserError, match="nobody was found at"):
         gallery.search_photo(gallery.pixels(scene), (100, 90, 120, 95), 1)
     with pytest.raises(UserError, match=r"expected Gallery\.open\(\.\.\., detector="):
         Gallery.open(tmp_path / "g").add([photos])
