@@ -161,10 +161,9 @@ def convert(args: Arguments) -> None:
 def export(args: Arguments) -> None:
     """writes a checkpoint as .pth, .safetensors, .stablehlo, or a gallery as .parquet"""
     if args.gallery:
-        from alignps_jax.gallery.export import export_people
         from alignps_jax.gallery.people import People
 
-        count = export_people(People(args.gallery), args.target)
+        count = People(args.gallery).export(args.target)
         return print(f"{count:,} people  {args.target}")
     from alignps_jax.inference.exported import SUFFIX, export_programs
     from alignps_jax.weights.convert import export_released
@@ -296,7 +295,8 @@ def main(argv: Sequence[str]) -> int:
         reason, code = str(error) or "out of memory", getattr(error, "exit_code", 2)
     except ModuleNotFoundError as error:
         extras = "galleries need pip install '.[gallery]', .pth files pip install '.[torch]'"
-        reason, code = f"found no package {error.name}: run make setup in the project ({extras})", 2
+        package = str(error.name).partition(".")[0]
+        reason, code = f"found no package {package}: run make setup in the project ({extras})", 2
     except Exception:
         traceback.print_exc()
         return 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
+import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -16,11 +18,10 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A photo, or one frame of a video.
+    """A photo, or one frame of a video; its size is that of the upright picture.
 
-    `id` depends on `hash` (SHA-256 of the file) and `second` (None for photos) alone, so that
-    renamed and copied files keep it; `path` is that of the first one. Height and width are those
-    that a viewer shows, `taken` is local time; None and "" where unknown.
+    `id` is of `hash` (SHA-256 of the file) and `second` (None for photos) alone: renamed and copied
+    files keep it. `path` is that of the first of them, `taken` local time. Unknown: None, or "".
     """
 
     id: str
@@ -51,10 +52,10 @@ class Person:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One result of a search; `similarity` is a cosine.
+    """One result of a search.
 
-    `probability`: that it is the person searched; None without a calibration. `paths`: all files
-    with this content, the scene's own first.
+    `similarity` is a cosine, `probability` that it is the person searched (None: not calibrated),
+    `paths` are all files with this content, the scene's own first.
     """
 
     person: Person
@@ -73,17 +74,17 @@ class Entry:
     @property
     def seconds(self) -> tuple[float, float] | None:
         """First and last second in the video; None for a photo."""
-        found = [one.person.scene.second for one in self.members]
-        seconds = [second for second in found if second is not None]
-        return (min(seconds), max(seconds)) if seconds else None
+        found = [x for one in self.members if (x := one.person.scene.second) is not None]
+        return (min(found), max(found)) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
     """Whom to search; by default everybody.
 
-    That is, scenes below an absolute path, of some cameras, taken in a time (both ends included;
-    without those of unknown time), people with at least a score, photos or videos alone.
+    Scenes below the absolute path `folder`, of one of the `cameras`, taken from `after` to `before`
+    (both included, local time without a zone; unknown times are left out), of a `kind`; people with
+    at least `min_score`, or scenes with one.
     """
 
     folder: str | None = None
@@ -93,66 +94,47 @@ class Filter:
     min_score: float | None = None
     kind: Literal["photo", "video"] | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("after", "before"):
-            time = getattr(self, name)
-            if time is not None and time.tzinfo is not None:
-                object.__setattr__(self, name, time.astimezone().replace(tzinfo=None))
-        if self.min_score is not None:
-            object.__setattr__(self, "min_score", float(self.min_score))
+    def condition(self, field: Callable[[str], Any], paths: Mapping[str, Sequence[str]]) -> Any:
+        """What a row must fulfil, as an expression of LanceDB or PyArrow; None: nothing.
 
-    def condition(self, field: Callable[[str], Any], copied: Sequence[str] = ()) -> list[Any]:
-        """What a row must fulfil, the score aside, as expressions of LanceDB or PyArrow (`field`).
-
-        `copied`: contents of which one of several files lies in the folder.
+        `field` is LanceDB's `col` or PyArrow's; `paths` the files of each content of several.
         """
-        found = []
+        found: list[Any] = []
         if self.folder is not None:
-            inside = (field("path") >= self.below[0]) & (field("path") < self.below[1])
-            found.append(inside | field("hash").isin(list(copied)) if copied else inside)
+            first = os.path.join(os.path.normpath(self.folder), "")
+            inside = (field("path") >= first) & (field("path") < first[:-1] + chr(ord("/") + 1))
+            copied = [one for one, some in paths.items() if any(p.startswith(first) for p in some)]
+            found.append(inside | field("hash").isin([*copied, ""]))
         if self.cameras:
-            found.append(field("camera").isin(list(self.cameras)))
-        if self.after is not None:
-            found.append(field("taken") >= self.after)
-        if self.before is not None:
-            found.append(field("taken") <= self.before)
+            found.append(field("camera").isin(self.cameras))
+        for time, is_within in ((self.after, operator.ge), (self.before, operator.le)):
+            if time is not None:
+                found.append(is_within(field("taken"), time.astimezone().replace(tzinfo=None)))
+        if self.min_score is not None:
+            found.append(field("score") >= float(np.float32(self.min_score)))
         if self.kind is not None:
             found.append(field("every") > 0 if self.kind == "video" else field("every") == 0)
-        return found
-
-    @property
-    def below(self) -> tuple[str, str]:
-        """The first possible path below the folder, and the first one behind them."""
-        prefix = os.path.normpath(self.folder or "/").rstrip("/")
-        return f"{prefix}/", f"{prefix}{chr(ord('/') + 1)}"
+        return functools.reduce(operator.and_, found) if found else None
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryInfo:
-    """The detector that made a gallery.
+    """The detector that made a gallery; equal ones give embeddings that can be compared.
 
-    `checkpoint` is a hash of the weights, `name` where they lay; photos of at most `max_pixels` are
-    resized to `test_scale` (long and short side); embeddings have `dim` numbers.
+    `checkpoint` is a hash of the weights, `name` where they lay, `dim` the numbers of an embedding.
     """
 
     checkpoint: str
-    name: str
+    name: str = dataclasses.field(compare=False)
     test_scale: tuple[int, int]
     score_threshold: float
     dim: int
-    max_pixels: int
+    max_pixels: int = dataclasses.field(compare=False)
 
     def __str__(self) -> str:
-        long, short = self.test_scale
-        return (
-            f"checkpoint {self.checkpoint[:12]} ({self.name}), test scale {long}x{short}, "
-            f"score threshold {self.score_threshold:g}"
-        )
-
-    @property
-    def compatibility(self) -> tuple[object, ...]:
-        """The fields in which two detectors must agree for their embeddings to be compared."""
-        return self.checkpoint, self.test_scale, self.score_threshold
+        scale = "{}x{}".format(*self.test_scale)
+        found = f"test scale {scale}, score threshold {self.score_threshold:g}, {self.dim} numbers"
+        return f"checkpoint {self.checkpoint[:12]} ({self.name}), {found}"
 
 
 def content_hash(data: bytes) -> str:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from alignps_jax.boxes import iou
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.people import FILE, FoundScene, People
+from alignps_jax.gallery.people import FoundScene, People
 from alignps_jax.gallery.tables import Note
 
 # A box that overlaps a forgotten one so much is the same person's.
@@ -34,31 +34,28 @@ class Forgot:
 
 
 class Forgotten:
-    """The list of a gallery: `paths` and `hashes` of files of which everybody is forgotten."""
+    """Who was forgotten in a gallery; `paths` and `hashes` are of files in which everybody was."""
 
     def __init__(self, people: People):
-        self._people, self._notes, self._version = people, people.notes("forgotten"), -1
+        self._people, self._all = people, list[Any]()
         self.refresh()
 
     def refresh(self) -> bool:
         """Reads what others have entered; says whether they have."""
-        known, self._version = self._version, self._notes.version
-        if known == self._version:
-            return False
-        found = [note.content for note in self._notes.all()]
-        self._persons = [one for one in found if one["box"]]
-        self.paths = {one["path"] for one in found if not one["box"]}
-        self.hashes = {one["hash"] for one in found if not one["box"]}
-        return True
+        known, notes = self._all, self._people.notes("forgotten").all()
+        self._all = [note.content for note in notes]
+        files = [one for one in self._all if "box" not in one]
+        self.paths, self.hashes = ({one[key] for one in files} for key in ("path", "hash"))
+        return known != self._all
 
     def without(self, found: FoundScene) -> FoundScene | None:
         """The scene without those who are to be forgotten; None: everybody in its file is."""
         scene, people = found.scene, found.people
         if scene.path in self.paths or scene.hash in self.hashes:
             return None
-        for one in self._persons:
-            is_there = one["second"] == scene.second
-            if is_there and (one["path"] == scene.path or one["hash"] == scene.hash):
+        for one in self._all:
+            is_same = one["path"] == scene.path or one["hash"] == scene.hash
+            if is_same and one["second"] == scene.second:
                 box = np.array(one["box"], np.float32)
                 others = np.asarray(iou(np.asarray(people.boxes), box)) < _SAME
                 people = jax.tree.map(lambda x, others=others: x[others], people)
@@ -66,7 +63,7 @@ class Forgotten:
 
     def enforce(self) -> None:
         """Removes whoever is on the list."""
-        self._people.remove(self.hashes, [one["id"] for one in self._persons])
+        self._people.remove(self.hashes, [one["id"] for one in self._all if "box" in one])
 
 
 def forget(
@@ -75,29 +72,32 @@ def forget(
     """Forgets everybody in photos or videos (paths) and their copies, and single people (ids).
 
     Nothing of them stays in the tables, and notes about them go; after an interruption, call it
-    again. Indexing may go on meanwhile. Unless `for_good`, older states are left to the next time,
-    as for somebody who is no person. UserError if the gallery does not know a photo or person.
+    again. Indexing may go on meanwhile. `for_good`: everything is written anew and older states are
+    deleted; otherwise that is left to the next time, as for somebody who is no person.
+
+    Raises:
+      UserError: the gallery does not know a photo or person.
     """
-    table, known, entries, gone = people.table, Forgotten(people).paths, [], set(persons)
+    forgotten, entries = Forgotten(people), list[dict[str, Any]]()
     for photo in photos:
         path = os.path.abspath(photo)
-        spelled = [unicodedata.normalize(form, path) for form in ("NFC", "NFD")]
-        files = people.scenes.rows(["path", "hash"], kind=FILE, path=[path, *spelled]).to_pylist()
-        if not files and path not in known:
+        spelled = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
+        files = people.files.rows(["path", "hash"], path=spelled).to_pylist()
+        if not files and path not in forgotten.paths:
             raise UserError(f"--photo: found no {photo} in the gallery {people.address}")
-        entries += [file | {"id": None, "second": None, "box": None} for file in files]
-    columns = ["id", "path", "hash", "second", "box"]
-    hashes = [entry["hash"] for entry in entries]
-    gone |= set(table.rows(["id"], hash=hashes)["id"].to_pylist())
-    entries += table.rows(columns, id=list(persons)).to_pylist()
-    if missing := set(persons) - {entry["id"] for entry in entries}:
+        entries += files
+    of_files = people.table.rows(["id"], hash=[one["hash"] for one in entries])
+    gone = {*persons, *of_files["id"].to_pylist()}
+    entries += people.table.rows(["id", "path", "hash", "second", "box"], id=persons).to_pylist()
+    if missing := set(persons) - {one.get("id") for one in entries}:
         raise UserError(f"--person: found no {missing.pop()!r} in the gallery {people.address}")
     people.notes("forgotten").put(
-        [Note(f"{entry['id'] or entry['path']} {entry['hash']}", (), entry) for entry in entries]
+        [Note(f"{one.get('id', one['path'])} {one['hash']}", (), one) for one in entries]
     )
-    people.forget_notes(gone)
-    Forgotten(people).enforce()
-    if people.thumbnails:
-        shutil.rmtree(people.thumbnails, ignore_errors=True)
-    files = tuple(sorted({entry["path"] for entry in entries}))
+    about = people.all_notes.rows(["id", "people"]).to_pylist()
+    notes = [row["id"] for row in about if not gone.isdisjoint(row["people"])]
+    people.all_notes.delete("id", notes)
+    forgotten.refresh()
+    forgotten.enforce()
+    files = tuple(sorted({one["path"] for one in entries}))
     return Forgot(len(gone), files, people.purge() if for_good else None)

@@ -14,12 +14,13 @@ from typing import Self
 import cv2
 import numpy as np
 from jaxtyping import Float
+from lancedb.expr import col
 
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
-from alignps_jax.gallery.memory import PeopleInMemory, load_people
-from alignps_jax.gallery.people import FILE, SCENE, People
+from alignps_jax.gallery.memory import PeopleInMemory
+from alignps_jax.gallery.people import People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.media.videos import frame_at
@@ -70,7 +71,7 @@ class Gallery:
     def check_detector(self, detector: Detector) -> None:
         """Raises UserError unless this detector's embeddings can be compared with the gallery's."""
         found = info_of(detector)
-        if found.compatibility != self.info.compatibility:
+        if found != self.info:
             raise UserError(
                 f"--gallery: {self.address} was made by {self.info}; found {found}; expected the "
                 "same, or another gallery"
@@ -83,7 +84,7 @@ class Gallery:
         return self.detector
 
     @property
-    def version(self) -> tuple[int, int]:
+    def version(self) -> tuple[int, ...]:
         """Changes with every commit."""
         return self.people.version
 
@@ -95,7 +96,7 @@ class Gallery:
     @property
     def num_scenes(self) -> int:
         """The number of photos and frames, those of nobody included."""
-        return self.people.scenes.count(kind=SCENE)
+        return self.people.scenes.count()
 
     def search(
         self, embedding: Float[AnyArray, "D"], k: int, where: Filter | None = None
@@ -139,8 +140,8 @@ class Gallery:
     def _nearest(
         self, memory: PeopleInMemory, query: Float[np.ndarray, "D"], k: int, where: Filter
     ) -> list[tuple[Person, float]]:
-        found = self.people.nearest(query, k, where, memory.copied(where))
-        people = [(memory.person(identity), similarity) for identity, similarity in found]
+        found = self.people.nearest(query, k, where.condition(col, memory.paths))
+        people = [(self.person(identity), similarity) for identity, similarity in found]
         return [(person, similarity) for person, similarity in people if person is not None]
 
     def searched(self, where: Filter | None = None) -> int:
@@ -158,9 +159,10 @@ class Gallery:
 
     def memory(self) -> PeopleInMemory:
         """The people in memory, read anew where they have changed."""
-        known, forgotten = self._memory, len(self.people.notes("forgotten"))
+        known = self._memory
         if known is not None and known.version == self.version:
             return known
+        forgotten = len(self.people.notes("forgotten").all())
         # A large one takes long, and others may read it; but nobody who was forgotten is found.
         if known is not None and len(known) > _QUICKLY_READ and forgotten == self._forgotten:
             is_new = time.monotonic() - self._loaded < _PATIENCE * known.took
@@ -168,7 +170,7 @@ class Gallery:
                 return known
         with self._lock:
             if self._memory is None or self._memory.version != self.version:
-                self._memory, self._forgotten = load_people(self.people), forgotten
+                self._memory, self._forgotten = PeopleInMemory(self.people), forgotten
                 self._loaded = time.monotonic()
             return self._memory
 
@@ -193,7 +195,7 @@ class Gallery:
 
     def scene(self, identity: str) -> Scene | None:
         """The scene of an id."""
-        return next(iter(self.memory().scenes_with("scene", identity)), None)
+        return next(iter(self.memory().scenes_with("id", identity)), None)
 
     def scenes_of(self, content: str) -> list[Scene]:
         """The photo, or the frames of the video in their order, with that hash of its file."""
@@ -202,7 +204,8 @@ class Gallery:
 
     def person(self, identity: str) -> Person | None:
         """The person of an id."""
-        return self.memory().person(identity)
+        people = self.people_of(identity.partition("-")[0])
+        return next((person for person in people if person.id == identity), None)
 
     def people_of(self, scene: str) -> list[Person]:
         """The people of a scene (its id), best score first."""
@@ -239,7 +242,7 @@ class Gallery:
 
         UserError or OSError if all of them are gone or changed.
         """
-        rows = self.people.scenes.rows(["path", "size", "mtime"], kind=FILE, hash=scene.hash)
+        rows = self.people.files.rows(["path", "size", "mtime"], hash=[scene.hash])
         error: Exception = UserError(f"{scene.path}: is not in {self.address} any more")
         for row in sorted(rows.to_pylist(), key=lambda row: row["path"] != scene.path):
             try:

@@ -19,7 +19,7 @@ from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.forget import Forgotten
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.memory import fits
-from alignps_jax.gallery.people import SCENE, FileState, FoundScene
+from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
 from alignps_jax.log import progress
@@ -175,7 +175,7 @@ class _Run:
             if state.complete and state.every in (0, self._every):
                 seen[state.hash] = math.inf
             elif not state.complete and state.every == self._every:
-                frames = self._people.scenes.rows(["second"], kind=SCENE, hash=state.hash)
+                frames = self._people.scenes.rows(["second"], hash=[state.hash])
                 seen.setdefault(state.hash, max(frames["second"].to_pylist(), default=-1.0))
         return seen
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 import time
-from collections import defaultdict
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,36 +14,44 @@ import pyarrow.compute as pc
 from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.gallery.entries import Filter, Person, Scene, person_id
-from alignps_jax.gallery.people import FILE, SCENE, SCENE_COLUMNS, People, scene_of
+from alignps_jax.gallery.people import People
 from alignps_jax.nearest import CHUNK, power_of_two_from, top_k
 from alignps_jax.types import AnyArray
 
-# Fewer results than that are computed as if they were so many: one program for all of them.
-_LEAST_RESULTS = 64
-_ALIGNMENT = 64  # bytes, with which JAX takes an array on a CPU as it is
+_SCENE = [field.name for field in dataclasses.fields(Scene)]
 _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending")]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class PeopleInMemory:
-    """N people in S scenes, as loaded in `took` seconds.
+    """N people and their scenes, as they are when this is made, in `took` seconds.
 
-    `scenes` has `SCENE_COLUMNS`, newest first, those of unknown time last, `content` a number for
-    the content of each, `paths` the files of contents that have several. `scene` is each person's
-    row in `scenes` (-1: none), `embeddings` are on the device, with room for more so that few
-    shapes are compiled; None where they do not fit into memory.
+    `scenes` is a table with the best score of each, newest first, those of unknown time last;
+    `paths` are all files of each content that has several; `scene` (Int[N]) is each person's row in
+    `scenes`, `boxes` (Float[N 4]) and `scores` are the people's; `embeddings` (Float[C D]) are on
+    the device, with room for more; None where they do not fit.
     """
 
-    version: tuple[int, int]
-    took: float
-    scenes: pa.Table
-    content: Int[np.ndarray, "S"]
-    paths: dict[str, list[str]]
-    scene: Int[np.ndarray, "N"]
-    boxes: Float[np.ndarray, "N 4"]
-    scores: Float[np.ndarray, "N"]
-    embeddings: Float[Array, "C D"] | None
-    _cards: dict[Filter, Any] = dataclasses.field(default_factory=dict)
+    def __init__(self, people: People):
+        start, self.version = time.perf_counter(), people.version
+        # In this order, since a scene is committed after its people. What comes meanwhile makes
+        # another version, and is read next time.
+        files = people.files.rows(["path", "hash"]).sort_by("path")
+        groups = files.group_by("hash", use_threads=False).aggregate([("path", "list")])
+        several = groups.filter(pc.list_value_length(pc.field("path_list")) > 1)
+        self.paths = {row["hash"]: row["path_list"] for row in several.to_pylist()}
+        scenes = people.scenes.rows([*_SCENE, "every"]).sort_by(_ORDER)
+        has_room = fits(people.table.count(), people.info.dim)
+        found = people.table.rows(["scene", "score", "box", *["embedding"] * has_room])
+        owner = pc.index_in(found["scene"], value_set=scenes["id"].combine_chunks())
+        if owner.null_count:  # whoever has no scene is about to get one, or to go
+            found, owner = found.filter(owner.is_valid()), owner.drop_null()
+        self.scene, self.scores = owner.to_numpy(), found["score"].to_numpy()
+        self.boxes = pc.list_flatten(found["box"]).to_numpy().reshape(-1, 4)
+        best, rows = np.full(len(scenes), -1, np.float32), pa.array(np.arange(len(scenes)))
+        np.maximum.at(best, self.scene, self.scores)
+        self.scenes = scenes.append_column("score", pa.array(best)).append_column("row", rows)
+        self.embeddings = _on_device(found["embedding"], people.info.dim) if has_room else None
+        self.took = time.perf_counter() - start
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -57,95 +61,53 @@ class PeopleInMemory:
     ) -> list[list[tuple[Person, float]]]:
         """For each query the k most similar people and their similarities, best first."""
         assert self.embeddings is not None
-        wanted = min(len(self), k)
-        if wanted == 0 or len(queries) == 0:
-            return [[] for _ in queries]
-        rows = power_of_two_from(len(queries))
-        padded = np.pad(np.asarray(queries, np.float32), ((0, rows - len(queries)), (0, 0)))
+        padded = np.zeros((power_of_two_from(len(queries)), queries.shape[1]), np.float32)
+        padded[: len(queries)] = queries
         among = np.zeros(len(self.embeddings), bool)
         among[: len(self)] = self.matching(where)
-        most = min(len(among), power_of_two_from(max(wanted, _LEAST_RESULTS)))
+        most = min(len(among), power_of_two_from(max(k, 64)))  # few programs are compiled
         found = jax.device_get(top_k(padded, self.embeddings, most, among=among))
         results = []
-        for index, similarity in zip(found.index, found.similarity, strict=True):
-            exists = np.isfinite(similarity[:wanted])
-            people = self.people(index[:wanted][exists])
-            results.append(list(zip(people, similarity[:wanted][exists].tolist(), strict=True)))
+        for index, similarity in zip(found.index, found.similarity[:, :k], strict=True):
+            exists = np.isfinite(similarity)
+            people = self.people(index[:k][exists])
+            results.append(list(zip(people, similarity[exists].tolist(), strict=True)))
         return results[: len(queries)]
 
     def matching(self, where: Filter) -> Bool[np.ndarray, "N"]:
         """Who passes a filter."""
-        scenes = self._scenes_matching(dataclasses.replace(where, min_score=None))
-        # Whoever has no scene (-1) is about to get one, or to go.
-        matching = np.append(scenes, False)[self.scene]
-        if where.min_score is not None:
-            matching &= self.scores >= np.float32(where.min_score)
-        return matching
+        passes = np.zeros(len(self.scenes), bool)
+        passes[self._passing(where)["row"]] = True
+        return passes[self.scene] & (self.scores >= np.float32(where.min_score or -1))
 
-    def _scenes_matching(self, where: Filter) -> Bool[np.ndarray, "S"]:
-        """Which scenes pass a filter; by score, where somebody does."""
-        matching = np.ones(len(self.scenes), bool)
-        if conditions := where.condition(pc.field, self.copied(where)):
-            rows = self.scenes.append_column("row", pa.array(np.arange(len(matching))))
-            matching[:] = False
-            matching[rows.filter(functools.reduce(operator.and_, conditions))["row"]] = True
-        if where.min_score is not None:
-            scored = np.zeros(len(matching) + 1, bool)
-            scored[self.scene[self.scores >= np.float32(where.min_score)]] = True
-            matching &= scored[:-1]
-        return matching
-
-    def copied(self, where: Filter) -> list[str]:
-        """The contents of which one of several files lies in the filter's folder."""
-        if where.folder is None:
-            return []
-        low, high = where.below
-        return [
-            content
-            for content, paths in self.paths.items()
-            if any(low <= path < high for path in paths)
-        ]
+    def _passing(self, where: Filter) -> pa.Table:
+        """The scenes that do, by score where somebody does, in any order."""
+        condition = where.condition(pc.field, self.paths)
+        return self.scenes if condition is None else self.scenes.filter(condition)
 
     def cards(self, where: Filter) -> tuple[Int[np.ndarray, "c"], Int[np.ndarray, "c"]]:
         """For each photo and video that passes a filter its first row and number of rows."""
-        found = self._cards.get(where)
-        if found is None:
-            rows = np.flatnonzero(self._scenes_matching(where))
-            _, first, count = np.unique(self.content[rows], return_index=True, return_counts=True)
-            order = np.argsort(first)
-            found = rows[first[order]], count[order]
-            self._cards.clear()  # whoever scrolls asks for the same again
-            self._cards[where] = found
-        return found
+        found = self._passing(where).group_by("hash").aggregate([("row", "min"), ("row", "count")])
+        found = found.sort_by("row_min")
+        return found["row_min"].to_numpy(), found["row_count"].to_numpy()
 
     def people(self, rows: Int[np.ndarray, "k"]) -> list[Person]:
         """The people of some rows."""
         needed, place = np.unique(self.scene[rows], return_inverse=True)
-        scenes = self.scenes_of(needed)
+        scenes, scores = self.scenes_of(needed), self.scores[rows].tolist()
         return [
-            Person(
-                id=person_id(scenes[at].id, self.boxes[row]),
-                scene=scenes[at],
-                box=self.boxes[row],
-                score=float(self.scores[row]),
-            )
-            for row, at in zip(rows.tolist(), place.tolist(), strict=True)
+            Person(person_id(scenes[at].id, box), scenes[at], box, score)
+            for at, box, score in zip(place, self.boxes[rows], scores, strict=True)
         ]
 
     def people_of(self, scene: str) -> list[Person]:
         """The people of a scene (its id), best score first."""
-        place = pc.index(self.scenes["scene"], scene).as_py()
-        rows = np.flatnonzero((self.scene == place) & (place >= 0))
+        rows = np.flatnonzero(self.scene == pc.index(self.scenes["id"], scene).as_py())
         return self.people(rows[np.argsort(-self.scores[rows], kind="stable")])
-
-    def person(self, identity: str) -> Person | None:
-        """The person of an id."""
-        people = self.people_of(identity.partition("-")[0])
-        return next((person for person in people if person.id == identity), None)
 
     def scenes_of(self, rows: Int[np.ndarray, "k"]) -> list[Scene]:
         """The scenes of some rows of `scenes`."""
-        return [scene_of(row) for row in self.scenes.take(pa.array(rows)).to_pylist()]
+        return [Scene(**row) for row in self.scenes.select(_SCENE).take(rows).to_pylist()]
 
     def scenes_with(self, column: str, value: str) -> list[Scene]:
         """The scenes with that value in a column."""
@@ -156,72 +118,19 @@ class PeopleInMemory:
         return tuple(dict.fromkeys((scene.path, *self.paths.get(scene.hash, ()))))
 
 
+def _on_device(embeddings: pa.ChunkedArray, dim: int) -> Float[Array, "C D"]:
+    """Embeddings with room for more: a program is compiled for each number of chunks."""
+    room = -(-max(1, len(embeddings)) // CHUNK) * CHUNK
+    parts = [chunk.flatten().to_numpy() for chunk in embeddings.chunks]
+    # JAX takes what Arrow has aligned without a copy.
+    found = np.frombuffer(pa.allocate_buffer(room * dim * 4), np.float32)
+    np.concatenate([*parts, np.zeros((room - len(embeddings)) * dim, np.float32)], out=found)
+    return jnp.asarray(found.reshape(room, dim))
+
+
 def fits(people: int, dim: int) -> bool:
     """Whether the embeddings of so many people take at most half of the free memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     free = psutil.virtual_memory().available
     free = min(free, stats.get("bytes_limit", free) - stats.get("bytes_in_use", 0))
-    return _capacity(people) * dim * 4 <= free // 2
-
-
-def load_people(people: People) -> PeopleInMemory:
-    """A gallery as it is now."""
-    start, dim = time.perf_counter(), people.info.dim
-    # In this order, since a scene is committed after its people.
-    tables = people.scenes.pinned(), people.table.pinned()
-    files = tables[0].rows(["path", "hash"], kind=FILE)
-    scenes = tables[0].rows([*SCENE_COLUMNS, "every"], kind=SCENE).sort_by(_ORDER)
-    ids, count = scenes["scene"].combine_chunks(), tables[1].count()
-    boxes, scores = np.empty((count, 4), np.float32), np.empty(count, np.float32)
-    embeddings = _aligned((_capacity(count), dim)) if fits(count, dim) else None
-    columns = ["scene", "score", "box", *["embedding"] * (embeddings is not None)]
-    owners, row = [], 0
-    for batch in tables[1].batches(columns):
-        rows = slice(row, row + len(batch))
-        owners.append(batch.column("scene"))
-        scores[rows] = batch.column("score")
-        boxes[rows] = batch.column("box").flatten().to_numpy().reshape(-1, 4)
-        if embeddings is not None:
-            embeddings[rows] = batch.column("embedding").flatten().to_numpy().reshape(-1, dim)
-        row += len(batch)
-    owner = pc.index_in(pa.chunked_array(owners, pa.string()), value_set=ids)
-    return PeopleInMemory(
-        version=(tables[0].version, tables[1].version),
-        took=time.perf_counter() - start,
-        scenes=scenes,
-        content=_numbers(scenes["hash"]),
-        paths=_copies(files),
-        scene=owner.fill_null(-1).to_numpy(),
-        boxes=boxes,
-        scores=scores,
-        embeddings=None if embeddings is None else jnp.asarray(embeddings),
-    )
-
-
-def _numbers(texts: pa.ChunkedArray) -> Int[np.ndarray, "S"]:
-    indices: Int[np.ndarray, "S"] = texts.combine_chunks().dictionary_encode().indices.to_numpy()
-    return indices
-
-
-def _copies(files: pa.Table) -> dict[str, list[str]]:
-    """The files of each content that has several."""
-    counts = pc.value_counts(files["hash"])
-    several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    paths = defaultdict(list)
-    for row in files.filter(pc.is_in(files["hash"], several)).sort_by("path").to_pylist():
-        paths[row["hash"]].append(row["path"])
-    return dict(paths)
-
-
-def _capacity(count: int) -> int:
-    """Room for so many: an eighth more at most where there are many, in few different sizes."""
-    step = max(1024, power_of_two_from(count) // 8)
-    return max(CHUNK if count > CHUNK else 1024, -(-count // step) * step)
-
-
-def _aligned(shape: tuple[int, int]) -> Float[np.ndarray, "C D"]:
-    """Zeros that JAX takes without a copy."""
-    size = shape[0] * shape[1] * 4
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(np.float32).reshape(shape)
+    return people * dim * 4 <= free // 2

@@ -18,7 +18,7 @@ from alignps_jax.gallery.cluster import detect_on_cluster
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import Indexed, index
 from tests.gallery.finder import Finder, content, run
-from tests.gallery.kills import FILES, write_files
+from tests.gallery.kills_test import FILES, write_files
 
 
 def run_on_cluster(address: str, source: str, seconds: float = 0.0) -> Indexed:
@@ -35,7 +35,7 @@ def workers() -> list[psutil.Process]:
 
 @pytest.fixture
 def photos(tmp_path):
-    folder = write_files(tmp_path / "photos")
+    write_files(folder := tmp_path / "photos")
     (folder / "bad.jpg").write_bytes(b"no photo")
     return str(folder)
 

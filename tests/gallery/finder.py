@@ -64,10 +64,10 @@ def run(address: str, source: str, seconds: float = 0.0) -> Indexed:
 def content(address: str) -> dict[str, tuple]:
     """All of a gallery: what the rows of each id hold."""
     people, rows = Gallery.open(address).people, []
-    for table in (people.table, people.scenes):
+    for table in (people.table, people.scenes, people.files):
         with table.open() as opened:
             rows += opened.search().to_arrow().to_pylist()
-    found = {row["id"]: tuple(map(str, row.values())) for row in rows}
+    found = {row.get("id", row["path"]): tuple(map(str, row.values())) for row in rows}
     assert len(found) == len(rows), "somebody is there twice"
     return found
 

@@ -1,7 +1,4 @@
-"""A gallery in a bucket: the same people as in a folder, forgotten for good, with marks.
-
-Needs moto's server (`pip install "moto[server]"` anywhere, its `moto_server` on the PATH).
-"""
+"""A gallery in a bucket of moto's server (`pip install "moto[server]"` anywhere, on the PATH)."""
 
 from __future__ import annotations
 
@@ -38,38 +35,30 @@ def port():
     process = subprocess.Popen(
         [MOTO, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    try:
+    with process:
         for _ in range(300):
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
         yield port
-    finally:
         process.terminate()
-        process.wait()
 
 
 @pytest.fixture
 def bucket(port, monkeypatch):
     """Its files; LanceDB finds it by the environment."""
-    names = {
-        "AWS_ENDPOINT": f"http://127.0.0.1:{port}",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in names.items():
+    endpoint = f"http://127.0.0.1:{port}"
+    for name, value in (
+        ("AWS_ENDPOINT", endpoint),
+        ("AWS_ALLOW_HTTP", "true"),
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
         monkeypatch.setenv(name, value)
-    files = fs.S3FileSystem(
-        endpoint_override=names["AWS_ENDPOINT"],
-        access_key="testing",
-        secret_key="testing",
-        region="us-east-1",
-        allow_bucket_creation=True,
-        allow_bucket_deletion=True,
-    )
+    allowed = {"allow_bucket_creation": True, "allow_bucket_deletion": True}
+    files = fs.S3FileSystem(endpoint_override=endpoint, **allowed)
     files.create_dir("people")
     yield files
     files.delete_dir("people")
