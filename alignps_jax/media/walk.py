@@ -65,7 +65,7 @@ class Walk:
         if not self.files:
             raise UserError("--source: found no photo or video")
         if self.skipped:
-            raise IncompleteError(f"--source: skipped {len(self.skipped):,} files (listed above)")
+            raise IncompleteError(f"files skipped: {len(self.skipped):,} (listed above)")
 
 
 def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUDES) -> Walk:

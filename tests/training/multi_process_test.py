@@ -91,27 +91,3 @@ def test_two_processes_evaluate_to_the_last_bit(from_nothing):
         np.testing.assert_array_equal(found[name], expected[name])
     scores = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     assert scores[0] == scores[1]
-
-
-def test_two_processes_search_as_one_does(from_nothing):
-    """Each takes its share of the photos; a damaged one is told by both, and listed once."""
-    shared = from_nothing.parent
-    drawn = sorted((shared / "tiny").rglob("*.jpg"))[:6]
-    photos = shared / "photos"
-    photos.mkdir()
-    for path in drawn:
-        shutil.copy(path, photos)
-    (photos / "damaged.jpg").write_bytes(b"")
-    where = ["--mode=search", f"--checkpoint={from_nothing}", f"--query={drawn[0]}"]
-    where += [f"--gallery={photos}", "--config.eval.min_cls_score=0.0"]
-    where += ["--config.eval.score_threshold=0.0"]
-    together, alone = shared / "searched", shared / "searched_alone"
-    outputs = finish(start(shared, together, *where, devices=1), code=3)
-    assert launch(shared, alone, *where).returncode == 3
-    assert [output.count("damaged.jpg: ") for output in outputs] == [1, 0]
-    assert [output.count("searched ") for output in outputs] == [1, 0]
-    assert all("error: --gallery: skipped 1 of 7 photos" in output for output in outputs)
-    found, expected = (json.loads((x / "ranking.json").read_text()) for x in (together, alone))
-    assert found == expected
-    assert len({one["image"] for one in found[0]["results"]}) == 6
-    assert (together / "ranking.png").read_bytes() == (alone / "ranking.png").read_bytes()
