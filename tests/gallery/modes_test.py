@@ -231,7 +231,7 @@ def test_what_cannot_be_is_one_line(run, photos, gallery, tmp_path, capsys):
     both = rf"\({run}, step 7\).*\({other}, step 7\)"
     for mode, flags, change, code, message in (
         ("search", search, {"gallery": empty}, 2, "found no photo or video"),
-        ("search", search, {"gallery": bad}, 3, "skipped 1 files"),
+        ("search", search, {"gallery": bad}, 3, "files skipped: 1"),
         ("search", search, {"gallery": tmp_path / "nothing"}, 2, "--source: found "),
         ("search", search, {"gallery": gallery, "query": query}, 2, "query.png: "),
         ("search", search, {"gallery": gallery, "checkpoint": other}, 2, both),
