@@ -37,7 +37,7 @@ $(READY): requirements.lock pyproject.toml
 demo: setup
 	$(BIN)/python launch.py --config configs/synthetic.py --workdir=runs/demo
 
-# The test photos of the demo as a gallery, and the page that searches it: http://127.0.0.1:8000
+# The test photos of the demo as a gallery, and the page that searches it, at the address it prints,
 # until Ctrl-C (make serve PORT=8001). Photos that the gallery knows are not looked at again.
 PORT ?= 8000
 DEMO := runs/demo

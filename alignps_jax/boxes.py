@@ -5,8 +5,6 @@ Distances are left, top, right, bottom: from a location to the sides of a box. F
 elementwise over leading axes unless they say otherwise.
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -14,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.types import AnyArray
 
-# Boxes that `nms` compares with each other at once.
-NMS_BLOCK = 512
+NMS_BLOCK = 512  # boxes that `nms` compares with each other at once
 
 
 def area(boxes: Float[AnyArray, "*N 4"]) -> Float[AnyArray, "*N"]:
@@ -79,7 +76,7 @@ def boxes_from_deltas(boxes: Float[Array, "*N 4"], deltas: Float[Array, "*N 4"])
     """
     side = boxes[..., 2:] - boxes[..., :2]
     center = (boxes[..., :2] + boxes[..., 2:]) / 2 + side * deltas[..., :2]
-    bound = math.log(1000 / 16)
+    bound = float(np.log(1000 / 16))
     half = side * jnp.exp(jnp.clip(deltas[..., 2:], -bound, bound)) / 2
     return jnp.concatenate([center - half, center + half], axis=-1)
 
@@ -111,40 +108,37 @@ def nms(
     are compared in blocks: in one, the rule is applied to all boxes at once until nothing changes,
     as after t rounds the first t answers are final. Returns indices, and which of these are used.
     """
-    size = len(boxes)
-    fill, chunk = -size % NMS_BLOCK, min(NMS_BLOCK, limit)
+    fill, chunk = -len(boxes) % NMS_BLOCK, min(NMS_BLOCK, limit)
     boxes, valid = jnp.pad(boxes, ((0, fill), (0, 0))), jnp.pad(valid, (0, fill))
 
     def add_block(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         start, kept, count = state
         rows = start + jnp.arange(NMS_BLOCK)
 
+        def overlaps(others: Int[Array, "M"]) -> Bool[AnyArray, "N M"]:
+            # Without a box yet, an entry of `kept` is out of range: empty, it suppresses nothing.
+            found = boxes.at[others].get(mode="fill", fill_value=0)
+            return iou(boxes[rows][:, None], found) > iou_threshold
+
         def drop_overlapped(number: Int[Array, ""], free: Bool[Array, "N"]) -> Bool[Array, "N"]:
             some = lax.dynamic_slice_in_dim(kept, number * chunk, chunk)
-            # Without a box yet, an entry of `kept` is out of range: empty, it suppresses nothing.
-            before = boxes.at[some].get(mode="fill", fill_value=0)
-            return free & ~(iou(boxes[rows][:, None], before[None]) > iou_threshold).any(axis=1)
+            return free & ~overlaps(some).any(axis=1)
 
         free = lax.fori_loop(0, -(-count // chunk), drop_overlapped, valid[rows])
-        overlap = iou(boxes[rows][:, None], boxes[rows][None]) > iou_threshold
-        suppresses = overlap & (rows[:, None] < rows[None])
+        suppresses = overlaps(rows) & (rows[:, None] < rows)
 
         def apply_rule(keep: Bool[Array, "N"]) -> Bool[Array, "N"]:
             return free & ~jnp.any(suppresses & keep[:, None], axis=0)
 
-        keep = lax.while_loop(
-            lambda rounds: jnp.any(rounds[0] != rounds[1]),
-            lambda rounds: (rounds[1], apply_rule(rounds[1])),
-            (free, apply_rule(free)),
-        )[1]
+        keep = lax.while_loop(lambda keep: jnp.any(keep != apply_rule(keep)), apply_rule, free)
         total = count + jnp.cumsum(keep, dtype=jnp.int32)
         place = jnp.where(keep, total - 1, limit)
         return start + NMS_BLOCK, kept.at[place].set(rows, mode="drop"), total[-1]
 
     _, kept, count = lax.while_loop(
-        lambda state: (state[0] < size) & (state[2] < limit),
+        lambda state: (state[0] < len(boxes)) & (state[2] < limit),
         add_block,
-        (jnp.int32(0), jnp.full(limit, size + fill), jnp.int32(0)),
+        (jnp.int32(0), jnp.full(limit, len(boxes)), jnp.int32(0)),
     )
     used = jnp.arange(limit) < count
     return jnp.where(used, kept, 0), used

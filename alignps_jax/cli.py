@@ -137,12 +137,16 @@ def detect(args: Arguments) -> None:
     detect_source(args.checkpoint, _config(args), args.source, args.every, args.target)
 
 
-@mode("checkpoint gallery", "host port config")
+@mode("checkpoint gallery", "host port public_url no_token source watch config")
 def serve(args: Arguments) -> None:
     """serves a page in the browser that searches a gallery"""
-    from alignps_jax.gallery.page.serve import serve_checkpoint
+    from alignps_jax.gallery.gallery import Gallery
+    from alignps_jax.gallery.page.serve import serve
 
-    serve_checkpoint(args.checkpoint, _config(args), _gallery(args), args.host, args.port)
+    gallery = Gallery.open(args.gallery, _detector(args))
+    folders = [args.source] if args.source else []
+    door = args.host, args.port, args.public_url, args.no_token
+    serve(gallery, *door, folders, args.watch)
 
 
 @mode("config source workdir", "ema")
@@ -247,8 +251,10 @@ def _answer(args: Arguments, content: object) -> None:
 
 
 def _detector(args: Arguments) -> Any:
+    from alignps_jax.devices import use_compilation_cache
     from alignps_jax.inference.detector import Detector
 
+    use_compilation_cache()
     return Detector.from_checkpoint(args.checkpoint, _config(args))
 
 

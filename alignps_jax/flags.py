@@ -116,8 +116,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "runs": _flag("timed runs of each row", _count, 5),
     "topology": _flag("chips to compile for: v5e:2x4,h100:8,v100:1,cpu:8; default: measures"),
     "batch": _flag("images per device; default: config.train.batch_size", _count),
-    "host": _flag("address to listen on; all but this machine need a token", default="127.0.0.1"),
+    "host": _flag("address to listen on, 0.0.0.0 for all of this machine", default="127.0.0.1"),
     "port": _flag("port to listen on, 0 for a free one", int, 8000),
+    "public_url": _flag(
+        "what visitors call the server, https://photos.example.org; default: its address"
+    ),
+    "no_token": _switch("let everybody in who can connect, without the token of the address"),
     "accept_changes": _switch("resume although fields changed that decide what training does"),
     "distributed": _switch("join the processes that SLURM, Open MPI, Kubernetes or a TPU starts"),
     "coordinator": _flag("without such a manager: host:port of process 0; default: one process"),

@@ -86,10 +86,9 @@ class Positives(People):
 
 @struct.dataclass
 class Rois:
-    """Sampled regions of each image, in pixels of the input, with what to predict of them.
+    """Sampled regions of each image, in pixels of the input: positive, then negative ones.
 
-    Positive ones come first, then negative ones; both are `valid`. Only positive ones have `deltas`
-    (divided by their usual sizes) and a person.
+    Both are `valid`; positive ones have a person and `deltas`, divided by their usual sizes.
     """
 
     boxes: Float[Array, "*B R 4"]

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from alignps_jax.log import progress
-from alignps_jax.media.photos import decode_photo, lacks_end, photo_bytes
+from alignps_jax.media.photos import decode_photo
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import (
     About,
@@ -44,7 +44,6 @@ class _Photo:
     size: tuple[int, int]
     bytes: int = -1
     digest: str = ""
-    lacks_end: bool = False
     problem: str = ""
 
 
@@ -170,7 +169,7 @@ def _read_photo(
     annotated = source.photo_size(people.names[index])
     upright = data.orientation == "upright"
     try:
-        encoded = photo_bytes(path, data.max_pixels)
+        encoded = path.read_bytes()
         height, width, _ = decode_photo(encoded, data.max_pixels, upright).shape
         if annotated not in (None, (height, width)):
             other = "stored" if upright else "upright"
@@ -184,7 +183,7 @@ def _read_photo(
         black = cv2.imencode(".png", np.zeros((32, 32, 3), np.uint8))[1].tobytes()
         return black, _Photo((32, 32), problem=problem)
     digest = hashlib.blake2b(encoded, digest_size=16).hexdigest()
-    return encoded, _Photo((height, width), len(encoded), digest, lacks_end(encoded))
+    return encoded, _Photo((height, width), len(encoded), digest)
 
 
 def _summary(
@@ -197,8 +196,6 @@ def _summary(
     found = len(train), len(shown), len(test), len(protocol.query_image)
     for count, name, known in zip(found, names, source.published or found, strict=True):
         yield f"{count:>8,} {name}" + f" (published: {known:,})" * (known != count)
-    if unended := sum(photo.lacks_end for photo in (*train, *test)):
-        yield f"{unended:,} JPEG files lack their end marker, but no pixel"
     digests = {photo.digest for photo in train} - {""}
     if copies := sum(photo.digest in digests for photo in test):
         yield f"{copies:,} test photos are training photos"

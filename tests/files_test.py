@@ -9,14 +9,17 @@ import cv2
 import numpy as np
 import pytest
 
+from alignps_jax.evaluation.detect import detect_source
 from alignps_jax.evaluation.evaluate import evaluate_checkpoint
 from alignps_jax.evaluation.scoring import evaluate_detections
 from alignps_jax.experiments.benchmark import run_benchmark
 from alignps_jax.experiments.reproduce import reproduce_table
+from alignps_jax.figures.kinds import draw_figures
+from alignps_jax.figures.request import FigureRequest
 from alignps_jax.files import check_outputs, complete_file, write_image
 from alignps_jax.training.train import train_and_evaluate
 from alignps_jax.types import UserError
-from alignps_jax.weights.convert import convert_released
+from alignps_jax.weights.convert import convert_released, export_released
 from configs import cuhk, tiny
 
 # Whatever is read from here is an error of its own, which must not be the first one.
@@ -26,9 +29,14 @@ MODES = {
     "train": partial(train_and_evaluate, tiny.get_config()),
     "evaluate": partial(evaluate_checkpoint, tiny.get_config(), NOWHERE),
     "evaluate detections": partial(evaluate_detections, tiny.get_config(), NOWHERE),
+    "detect": partial(detect_source, NOWHERE, tiny.get_config(), "nowhere", 1.0),
+    "visualize": partial(draw_figures, "similarity", FigureRequest((NOWHERE,), tiny.get_config)),
+    "export": partial(export_released, NOWHERE),
     "convert": partial(convert_released, cuhk.get_config(), NOWHERE),
     "benchmark": partial(run_benchmark, tiny.get_config(), None, runs=1),
-    "reproduce": partial(reproduce_table, tiny.get_config(), "tiny", "2", 1, train=None),
+    "reproduce": partial(
+        reproduce_table, tiny.get_config(), "tiny", "2", 1, train=train_and_evaluate
+    ),
 }
 
 
@@ -36,7 +44,7 @@ MODES = {
 def test_a_file_where_the_results_should_go_ends_a_mode_before_its_work(mode, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match=r"/file: found a file, expected a folder for \S+$"):
-        MODES[mode](tmp_path / "file" / "out")
+        MODES[mode](tmp_path / "file" / "out.json")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 

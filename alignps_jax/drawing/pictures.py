@@ -25,14 +25,12 @@ BLUE: Color = (40, 120, 255)
 WHITE: Color = (255, 255, 255)
 BLACK: Color = (0, 0, 0)
 
-# Results of a query in a row: more would make each too small to see who it is.
-RESULTS_SHOWN = 5
+RESULTS_SHOWN = 5  # in a row: more would make each too small to see who it is
 # Pixels: between cells, of a line of a caption, and the smallest width that a caption gets.
 GAP, LINE_HEIGHT, MIN_WIDTH = 12, 22, 200
 # Heights of the person and of the photo in a ranking; a panorama is scaled down to the width.
 _PERSON_HEIGHT, SCENE_HEIGHT, _SCENE_WIDTH = 280, 170, 340
 _FONT, _CAPTION_SCALE = cv2.FONT_HERSHEY_SIMPLEX, 0.55
-_CONTEXT = 0.1  # share of the box's sides that is shown around a person
 
 
 def draw_detections(
@@ -154,14 +152,11 @@ class Result:
 def picture_row(
     title: str, image: Image, name: str, box: Float[np.ndarray, "4"], results: Iterable[Result]
 ) -> list[Image]:
-    """The cells of a query, below a title and the name of its photo, and of its first results.
+    """The cells of a query, in a photo of that name, and of its `RESULTS_SHOWN` first results.
 
     A cell shows the person enlarged, and the photo with the person's box: yellow for the query,
-    green or red for a right or wrong result, blue where that is not known.
-
-    Args:
-      title, image, name, box: the query, its photo and its box there.
-      results: most similar first; of a generator only the `RESULTS_SHOWN` that are shown are made.
+    green or red for a right or wrong result, blue where that is not known. Of a generator of
+    results only those that are shown are made.
     """
     cells = [_cell(image, box, YELLOW, "", title, name)]
     for rank, one in enumerate(islice(results, RESULTS_SHOWN), start=1):
@@ -180,12 +175,12 @@ def _cell(
     draw_box(scene, np.asarray(box) * factor, color, 2)
     width = max(MIN_WIDTH, scene.shape[1])
     start, end = np.split(np.asarray(box), 2)
-    context = _CONTEXT * (end - start)
+    context = 0.1 * (end - start)  # is shown around the person
     left, top, right, bottom = _clipped(image, np.concatenate([start - context, end + context]))
     person, _ = fitted(image[top : bottom + 1, left : right + 1], width, _PERSON_HEIGHT)
     cv2.rectangle(person, (1, 1), (person.shape[1] - 2, person.shape[0] - 2), color, 3)
     if word:
-        corner = np.array([0, person.shape[0]] * 2)
+        corner = np.array([0.0, person.shape[0]] * 2)
         draw_label(person, corner, word, color, _CAPTION_SCALE)
     person = _on_white(person, _PERSON_HEIGHT + GAP // 2, width)
     return captioned(np.concatenate([person, _on_white(scene, SCENE_HEIGHT, width)]), *caption)

@@ -1,11 +1,12 @@
 """How likely a result of a search shows the same person: similarities as probabilities.
 
-The estimate answers: of all results of this similarity, over searches of people who are in the
-gallery as often as the queries of the evaluation, which share shows the person? It is the isotonic
-regression of "right" on the similarity, over all pairs of a query and a detection of its gallery,
-as the evaluation judges them. A gallery of more people has more that look alike by chance and not
-more that are right: the odds fall with the number of people. In one of fewer people they stay: it
-holds a person less often, too.
+Two isotonic regressions on what the evaluation's searches found. Of all results of a similarity,
+which share is right? And of all searches whose best result has a similarity, in how many is the
+person in the gallery at all? Each search counts once as it is, and once without the person, so half
+of those who are searched are taken to be there, as often as the evaluation's queries.
+
+A gallery of more people has more that look alike by chance and not more that are right: the odds
+fall with the number of people. In one of fewer people they stay: it holds a person less often, too.
 """
 
 from __future__ import annotations
@@ -37,31 +38,40 @@ _CENTERS = np.linspace(-1, 1, 2 * BINS + 1)[1::2]
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """A curve from similarity to probability, over C bins with pairs, and what it comes from.
+    """Curves over similarity, and what they come from.
 
     Attributes:
       dataset: that it was measured on, and the protocol.
       people: mean number of detections among which a query was searched.
-      similarity: centers of the bins, ascending.
-      probability: of the same person; it never falls.
-      right, wrong: number of pairs.
+      similarity: centers of the bins with results, ascending.
+      probability: that a result of a person who is there is right; it never falls.
+      there: that the person is there, by the best result; it never falls.
+      right, wrong: numbers of results.
     """
 
     dataset: str
     people: float
     similarity: list[float]
     probability: list[float]
+    there: list[float]
     right: list[int]
     wrong: list[int]
 
-    def of(self, similarity: Float[AnyArray, "*S"], people: int) -> Float[np.ndarray, "*S"]:
-        """The probability that results show the person who is searched among so many `people`."""
+    def of(self, similarity: Float[AnyArray, "*S"], people: int = 0) -> Float[np.ndarray, "*S"]:
+        """The probability that two are the same person, one of them searched among `people`."""
         measured = np.interp(similarity, self.similarity, self.probability)
         right, wrong = measured * self.people, (1 - measured) * max(people, self.people)
         return np.asarray(right / (right + wrong))
 
-    def least(self, probability: float, people: int) -> float:
-        """The similarity from which results are at least so likely; infinite where none is."""
+    def results(self, similarity: Float[np.ndarray, "K"], people: int) -> Float[np.ndarray, "K"]:
+        """The probabilities that the results of a search among `people` are right, best first."""
+        there = np.interp(similarity[:1], self.similarity, self.there)
+        # Beyond even odds, they come from right results: chance alone makes odds of one or less.
+        more = np.maximum(0, there / (1 - there) - 1) * self.people / max(people, self.people)
+        return self.of(similarity, people) * np.where(more > 0, 1 - 1 / (2 + more), there)
+
+    def least(self, probability: float, people: int = 0) -> float:
+        """The similarity from which `of` is at least so high; infinite where it never is."""
         reached = self.of(np.array(self.similarity), people) >= probability
         return min(np.array(self.similarity)[reached].tolist(), default=math.inf)
 
@@ -77,8 +87,8 @@ def load(folder: Path | None) -> Calibration | None:
         return None
     with blame(path):
         found = msgspec.json.decode(path.read_bytes(), type=Calibration)
-        if len(found.similarity) != len(found.probability) or not found.similarity:
-            raise ValueError(f"found {len(found.probability)} probabilities, expected one per bin")
+        if not len(found.similarity) == len(found.probability) == len(found.there) > 0:
+            raise ValueError("found curves of different lengths")
         return found
 
 
@@ -94,18 +104,30 @@ def count(similarity: Float[np.ndarray, "R"]) -> Int[np.ndarray, "bins"]:
     return np.diff(first, prepend=0, append=len(similarity))
 
 
-def fit(
-    dataset: str, right: Int[np.ndarray, "bins"], wrong: Int[np.ndarray, "bins"], searches: int
-) -> Calibration | None:
-    """The curve of some searches with these numbers of results; None where they had none."""
-    used = np.flatnonzero(right + wrong)
+def fit(dataset: str, counts: Int[np.ndarray, "4 bins"], searches: int) -> Calibration | None:
+    """The curves of some searches with these numbers of results; None where they had none.
+
+    `counts` are those of all results, the right ones, and the first and first wrong of each search.
+    """
+    results, right, first, alone = counts
+    used = np.flatnonzero(results)
     if not used.size:
         return None
-    right, wrong = right[used], wrong[used]
-    # A wrong result more in the best bin and a right one in the worst: nothing is ever certain.
+    wrong, people = results - right, float(results.sum()) / searches
+    likely, there = (
+        np.interp(_CENTERS[used], *_rising(*both)).tolist()
+        for both in ((right, wrong), (first, alone))
+    )
+    found = right[used].tolist(), wrong[used].tolist()
+    return Calibration(dataset, people, _CENTERS[used].round(3).tolist(), likely, there, *found)
+
+
+def _rising(
+    right: Int[np.ndarray, "bins"], wrong: Int[np.ndarray, "bins"]
+) -> tuple[Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
+    """Centers of the bins that are used, and the share that is right there, which never falls."""
+    used = np.flatnonzero(right + wrong)
+    # A wrong one more in the best bin and a right one in the worst: nothing is ever certain.
     more = np.eye(1, used.size, dtype=int)[0]
-    total = right + more + wrong + more[::-1]
-    fitted = isotonic_regression((right + more) / total, weights=total).x
-    people = float(right.sum() + wrong.sum()) / searches
-    curve = _CENTERS[used].round(3).tolist(), fitted.tolist()
-    return Calibration(dataset, people, *curve, right.tolist(), wrong.tolist())
+    total = right[used] + more + wrong[used] + more[::-1]
+    return _CENTERS[used], isotonic_regression((right[used] + more) / total, weights=total).x

@@ -37,7 +37,7 @@ def detect_source(
     them. The target is a .json (COCO), a .csv, or an .npz file as `save_detections` writes it.
 
     Raises:
-      UserError: the checkpoint or source is wrong, or the target cannot be written.
+      UserError: the checkpoint, source or target is wrong.
       IncompleteError: all is done, but some files could not be read.
     """
     suffix = known_name(f"--target: suffix of {target}", target.suffix.lower(), WRITERS)

@@ -34,7 +34,7 @@ def lay_out(names: Sequence[str], found: Sequence[Detections]) -> GalleryDetecti
 
 
 def save_detections(path: Path, detections: GalleryDetections) -> None:
-    """Writes the arrays that `load_detections` reads; UserError if the file cannot be written."""
+    """Writes the arrays that `load_detections` reads, as a complete file."""
     arrays = dict(vars(detections))
     arrays["image_names"] = arrays.pop("names")
     with complete_file(path) as temporary, temporary.open("wb") as file:

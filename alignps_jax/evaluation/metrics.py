@@ -79,7 +79,7 @@ class QueryOutcome:
 class SearchMetrics:
     """Search metrics from 0 to 1, and what became of each of the Q queries.
 
-    `right` and `wrong` are the numbers of results by similarity, as `calibration.count` has them.
+    `counts` are those of `calibration.fit`.
     """
 
     mAP: float  # noqa: N815 (its name everywhere)
@@ -87,8 +87,7 @@ class SearchMetrics:
     top5: float
     top10: float
     outcomes: tuple[QueryOutcome, ...]
-    right: Int[np.ndarray, "bins"]
-    wrong: Int[np.ndarray, "bins"]
+    counts: Int[np.ndarray, "4 bins"]
 
     @property
     def per_query_ap(self) -> Float[np.ndarray, "Q"]:
@@ -152,11 +151,11 @@ def search_metrics(search: GallerySearch) -> SearchMetrics:
     """
     # A query whose photo has no detections has nothing to search with: it stays a failure.
     outcomes = [QueryOutcome(len(images)) for images in search.protocol.target_images]
-    results, right = np.zeros((2, BINS), int)
+    counts = np.zeros((4, BINS), int)
     for query, ranking in search.rankings(range(len(outcomes))):
         hits, wrong = np.flatnonzero(ranking.is_match), np.flatnonzero(~ranking.is_match)[:1]
-        results += count(ranking.similarity)
-        right += count(ranking.similarity[hits])
+        found = ranking.similarity
+        counts += np.stack([count(some) for some in (found, found[hits], found[:1], found[wrong])])
         outcomes[query] = QueryOutcome(
             num_targets=outcomes[query].num_targets,
             detected=True,
@@ -169,8 +168,7 @@ def search_metrics(search: GallerySearch) -> SearchMetrics:
         mAP=float(np.mean([one.ap for one in outcomes])),
         **{f"top{k}": float(np.mean([one.first_hit < k for one in outcomes])) for k in (1, 5, 10)},
         outcomes=tuple(outcomes),
-        right=right,
-        wrong=results - right,
+        counts=counts,
     )
 
 

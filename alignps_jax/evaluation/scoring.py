@@ -73,7 +73,7 @@ class Scorer:
             return None
         search = measured.searches[name]
         searches = sum(one.detected for one in search.outcomes)
-        return fit(f"{self.config.data.name}, {name}", search.right, search.wrong, searches)
+        return fit(f"{self.config.data.name}, {name}", search.counts, searches)
 
     def conditions(self, measured: Measured) -> str:
         """One line on how this was measured."""
@@ -119,9 +119,7 @@ class Scorer:
         print(f"metrics     {workdir / METRICS}\nqueries     {workdir / QUERIES}")
         if calibration := self.calibration(measured):
             calibration.save(workdir)
-            people = round(calibration.people)
-            likely = f"likely the same person from {calibration.least(0.6, people):.2f}"
-            print(f"similarity  {workdir / CALIBRATION} ({likely} among {people:,})")
+            print(f"similarity  {workdir / CALIBRATION}")
             try:
                 calibration.save(measured.folder or workdir)
             except (UserError, OSError) as error:  # such as a checkpoint that others own
@@ -139,7 +137,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = N
     Results go to `workdir` or, without it, to `<name of the file>_rescored` beside the file.
 
     Raises:
-      UserError: the file, its images or the data are wrong, or the results cannot be written.
+      UserError: the file, its images or the data are wrong, or `workdir` is a file.
     """
     workdir = workdir or file.with_name(f"{file.stem}_rescored")
     check_outputs(*(workdir / name for name in OUTPUTS))

@@ -209,7 +209,7 @@ def run_benchmark(config: ConfigDict, what: str | None, workdir: Path, runs: int
     Writes `<workdir>/benchmark.json` and `benchmark.md` after every row.
 
     Raises:
-      UserError: there is no such step, or the files cannot be written.
+      UserError: there is no such step, or `workdir` is a file.
     """
     table, devices = Table(workdir / "benchmark.json"), jax.devices()
     for case in cases(config, what, 0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +13,7 @@ from alignps_jax.evaluation.evaluate import query_row
 from alignps_jax.evaluation.metrics import SearchMetrics
 from alignps_jax.evaluation.results import Measured
 from alignps_jax.evaluation.scoring import Scorer, detections_of, make_scorer
-from alignps_jax.figures.plots import (
-    calibration_plot,
-    gallery_size_plot,
-    precision_recall_plot,
-    rendered,
-)
+from alignps_jax.figures.plots import calibration_plot, gallery_size_plot, precision_recall_plot
 from alignps_jax.figures.request import FigureRequest, Pictures
 from alignps_jax.files import read_json
 from alignps_jax.types import UserError
@@ -27,8 +21,6 @@ from configs.variants import rows_of
 from data_pipeline.datasets import prepare
 
 MAX_COMPARED_ROWS = 9
-# Protocols whose galleries differ in size only.
-_GALLERY = re.compile(r"TestG(\d+)|all")
 
 
 def gallery_size(request: FigureRequest) -> Pictures:
@@ -41,7 +33,7 @@ def gallery_size(request: FigureRequest) -> Pictures:
     rows = rows_of("6", "cuhk_sysu") if on_cuhk else ()
     paper = {f"{row.label}, paper": row.mAP for _, row in rows if row.mAP is not None}
     maps = {label: maps for label, (_, maps) in saved.items()}
-    yield "gallery_size", rendered(gallery_size_plot(maps, paper))
+    yield "gallery_size", gallery_size_plot(maps, paper)
 
 
 def _maps(path: Path) -> tuple[str, dict[str, float]]:
@@ -50,9 +42,9 @@ def _maps(path: Path) -> tuple[str, dict[str, float]]:
     content = read_json(path, expected)
     try:
         maps = {
-            match[1] or match[0]: float(search["mAP"])
+            size: float(search["mAP"])
             for name, search in content["search"].items()
-            if (match := _GALLERY.fullmatch(name))
+            if (size := name.removeprefix("TestG")) == "all" or size.isdecimal()
         }
         return str(content["dataset"]), maps
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -65,12 +57,11 @@ def precision_recall(request: FigureRequest) -> Pictures:
     A curve per `detections.npz`; only annotations are needed besides, no photo.
     """
     scorer, measured = _measured(request)
-    curves = {label: one.detection.curve for label, one in measured.items()}
-    panels = {"detection (area: AP)": curves}
+    panels = {"detection (area: AP)": {key: x.detection.curve for key, x in measured.items()}}
     for name in (protocol.name for protocol in scorer.protocols):
         curves = {label: one.searches[name].curve for label, one in measured.items()}
         panels[f"search, {name} (area: mAP)"] = curves
-    yield "precision_recall", rendered(precision_recall_plot(panels))
+    yield "precision_recall", precision_recall_plot(panels)
 
 
 def calibration(request: FigureRequest) -> Pictures:
@@ -78,7 +69,7 @@ def calibration(request: FigureRequest) -> Pictures:
     scorer, measured = _measured(request)
     curves = {label: scorer.calibration(one) for label, one in measured.items()}
     found = {label: curve for label, curve in curves.items() if curve}
-    yield "calibration", rendered(calibration_plot(found))
+    yield "calibration", calibration_plot(found)
 
 
 def _measured(request: FigureRequest) -> tuple[Scorer, dict[str, Measured]]:

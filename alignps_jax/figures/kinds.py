@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.figures import datasets, photos
+from alignps_jax.figures.plots import rendered
 from alignps_jax.figures.request import FigureRequest, Pictures
 from alignps_jax.files import check_outputs, write_image
 from alignps_jax.types import UserError
@@ -43,6 +46,6 @@ def draw_figures(kind: str, request: FigureRequest, workdir: Path | None) -> Non
     check_outputs(workdir / f"{kind}.png")
     for name, picture in FIGURES[kind](request):
         path = workdir / f"{name}.png"
-        write_image(path, picture)
+        write_image(path, rendered(picture) if isinstance(picture, Figure) else picture)
         print(path)
     request.report()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from operator import attrgetter, itemgetter
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from alignps_jax.drawing import pictures
 from alignps_jax.figures.plots import rendered
@@ -32,9 +33,7 @@ LATERAL_LEVELS = (3, 4)
 # Of the locations, told apart from each other and from the green of people's centers; more
 # locations would hide each other.
 COLORS = ("magenta", "cyan", "darkorange", "yellow", "mediumpurple", "red")
-# Scenes beside the query: with it, four rows of three.
-MAX_SCENES = 11
-_PER_ROW = 3
+MAX_SCENES, _PER_ROW = 11, 3  # with the query, four rows
 # Largest width and height of a photo in a picture, alone and among others.
 _LARGE, _SMALL = (1400, 900), (560, 420)
 _DPI = 100
@@ -45,31 +44,19 @@ def _found(detector: Detector, photo: Image) -> Detections:
     return above(detector.detect(photo), detector.config.eval.score_threshold)
 
 
-def _query(
-    detector: Detector, name: str, photo: Image, box: Sequence[float] | None
-) -> tuple[Float[np.ndarray, "4"], Float[np.ndarray, "D"]]:
-    """Box and embedding of the person in a box, by default of the one with the best score."""
-    people = wanted_people(detector, photo, name, box)
-    own = people.boxes[0] if box is None else np.array(box, np.float32)
-    return np.asarray(own), np.asarray(people.embeddings[0])
-
-
 def sampling_points(request: FigureRequest) -> Pictures:
-    """Where the neck's deformable convolutions look from some locations (Paper, Fig. 5).
+    """Where the neck's deformable convolutions look (Paper, Fig. 5).
 
-    The locations are the center of the box, without one those of the detections with the best
-    scores.
+    They look from the center of the box, without one from those of the best detections.
     """
     detector = request.detector()
     name, photo = request.query_photo(detector)
     centers = _centers(np.asarray(_found(detector, photo).boxes))
-    chosen = centers[: len(COLORS)]
-    if request.box is not None:
-        chosen = _centers(np.array([request.box]))
+    chosen = centers[: len(COLORS)] if request.box is None else _centers(np.array([request.box]))
     if len(chosen) == 0:
         raise UserError(f"{name}: found nobody, expected somebody, or --box around the place")
     figure = sampling_points_figure(detector.maps(photo), photo, chosen, centers)
-    yield f"sampling_points-{Path(name).stem}", rendered(figure)
+    yield f"sampling_points-{Path(name).stem}", figure
 
 
 def _centers(boxes: Float[np.ndarray, "K 4"]) -> Float[np.ndarray, "K 2"]:
@@ -97,8 +84,9 @@ def sampling_points_figure(
             location = location_maps.nearest_location(maps, xy)
             points = location_maps.sampling_points(maps, location, level)
             axes.scatter(*points.T, 45, color, edgecolors="black")
-            ring = location_maps.location_xy(maps, location)
-            axes.scatter(*ring, 400, facecolors="none", edgecolors=color, linewidths=4)
+            ring = {"linewidths": 4, "path_effects": [withStroke(linewidth=7, foreground="black")]}
+            place = location_maps.location_xy(maps, location)
+            axes.scatter(*place, 400, "none", edgecolors=color, **ring)
         axes.scatter(*centers.T, 60, "limegreen", edgecolors="black")
         title = f"lateral C{level} + output (rings: locations, green: centers of people)"
         axes.set(xlim=(0, width), ylim=(height, 0), title=title)
@@ -108,10 +96,8 @@ def sampling_points_figure(
 
 def detections(request: FigureRequest) -> Pictures:
     """Everybody found in a photo, in each photo of a folder, or in both."""
-    if not request.query and not request.gallery:
-        raise UserError("--query: missing, expected a photo (or a folder as --gallery) to draw")
     detector = request.detector()
-    query = [request.query_photo(detector)] if request.query else []
+    query = [request.query_photo(detector)] if request.query or not request.gallery else []
     for name, photo in itertools.chain(query, request.gallery_photos(detector)):
         found = _found(detector, photo)
         canvas, factor = pictures.fitted(photo, *_LARGE)
@@ -126,13 +112,13 @@ def detections(request: FigureRequest) -> Pictures:
 def similarity(request: FigureRequest) -> Pictures:
     """Heat maps: how similar the embedding of every location of some photos is to the query's.
 
-    The query is the person in the box, without one the detection with the best score. It has a
-    yellow box, the most similar person of each scene a blue one. Of many scenes those with the most
-    similar people are shown, best first.
+    The query, by default the best detection, has a yellow box, the most similar person of each
+    scene a blue one. Of many scenes those with the most similar people are shown, best first.
     """
     detector = request.detector()
     name, photo = request.query_photo(detector)
-    query_box, embedding = _query(detector, name, photo, request.box)
+    query = wanted_people(detector, photo, name, request.box)
+    embedding = np.asarray(query.embeddings)[0]
 
     def cell(
         photo: Image, boxes: Float[np.ndarray, "K 4"], color: pictures.Color, *caption: str
@@ -152,7 +138,7 @@ def similarity(request: FigureRequest) -> Pictures:
             picture = cell(photo, np.asarray(people.boxes)[best], pictures.BLUE, name, match)
             yield float(cosine.max(initial=-1)), picture
 
-    cells = [cell(photo, query_box[None], pictures.YELLOW, "query", name)]
+    cells = [cell(photo, np.asarray(query.boxes)[:1], pictures.YELLOW, "query", name)]
     cells += [picture for _, picture in heapq.nlargest(MAX_SCENES, scenes(), itemgetter(0))]
     rows = [cells[i : i + _PER_ROW] for i in range(0, len(cells), _PER_ROW)]
     yield f"similarity-{Path(name).stem}", pictures.grid_picture([*rows, [_scale()]])
@@ -184,14 +170,14 @@ def comparison(request: FigureRequest) -> Pictures:
     box, rows = request.box, []
     for label, detector in request.detectors():
         name, photo = request.query_photo(detector)
-        query_box, embedding = _query(detector, name, photo, box)
+        query = wanted_people(detector, photo, name, box)
+        box = box or tuple(query.boxes[0].tolist())
         people = (
             pictures.Result(scene, scene_name, one, float(cosine))
             for scene_name, scene in request.gallery_photos(detector)
             for found in [_found(detector, scene)]
-            for one, cosine in zip(found.boxes, found.embeddings @ embedding, strict=True)
+            for one, cosine in zip(found.boxes, found.embeddings @ query.embeddings[0], strict=True)
         )
         best = heapq.nlargest(pictures.RESULTS_SHOWN, people, attrgetter("similarity"))
-        rows.append(pictures.picture_row(label, photo, name, query_box, best))
-        box = tuple(query_box.tolist())
+        rows.append(pictures.picture_row(label, photo, name, np.asarray(query.boxes[0]), best))
     yield f"comparison-{Path(name).stem}", pictures.grid_picture(rows)

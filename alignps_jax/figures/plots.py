@@ -32,9 +32,8 @@ def gallery_size_plot(
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
     for system, values in maps.items():
-        axes.plot(
-            [100 * values.get(gallery, np.nan) for gallery in galleries], marker="o", label=system
-        )
+        percents = [100 * values.get(gallery, np.nan) for gallery in galleries]
+        axes.plot(percents, marker="o", label=system)
     for number, (system, percent) in enumerate(paper.items(), start=len(maps)):
         if PAPER_GALLERY in galleries:
             place, color = galleries.index(PAPER_GALLERY), f"C{number}"
@@ -64,7 +63,10 @@ def precision_recall_plot(panels: Mapping[str, Mapping[str, PrecisionRecall]]) -
 
 
 def calibration_plot(curves: Mapping[str, Calibration]) -> Figure:
-    """Probability against similarity, a curve per system through the measured shares (dots)."""
+    """Probability against similarity, a curve per system through the measured shares (dots).
+
+    Dashed: that the person is there at all, by the similarity of the best result.
+    """
     figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
     axes = figure.subplots()
     for number, (system, curve) in enumerate(curves.items()):
@@ -72,6 +74,7 @@ def calibration_plot(curves: Mapping[str, Calibration]) -> Figure:
         label = f"{system}: {curve.dataset}, among {curve.people:,.0f} people"
         axes.plot(curve.similarity, curve.probability, color=f"C{number}", label=label)
         axes.plot(curve.similarity, right / (right + wrong), ".", color=f"C{number}", alpha=0.4)
+        axes.plot(curve.similarity, curve.there, "--", color=f"C{number}", alpha=0.7)
     axes.set(xlabel="similarity", ylabel="share of results that are right", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.places import results_folder
@@ -17,7 +18,7 @@ from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.media.walk import Walk, media_files
 from alignps_jax.types import UserError
 
-Pictures = Iterator[tuple[str, Image]]  # each with the name of its file, without .png
+Pictures = Iterator[tuple[str, Image | Figure]]  # each with the name of its file, without .png
 
 
 @dataclasses.dataclass
@@ -67,8 +68,7 @@ class FigureRequest:
     def detector(self) -> Detector:
         """The detector of the only checkpoint."""
         if len(self.checkpoints) != 1:
-            found = len(self.checkpoints)
-            raise UserError(f"--checkpoint: found {found} of them, expected one for this --what")
+            raise UserError(f"--checkpoint: found {len(self.checkpoints)}, expected one to draw")
         return next(self.detectors())[1]
 
     def query_photo(self, detector: Detector) -> tuple[str, Image]:
@@ -85,10 +85,10 @@ class FigureRequest:
         """The photos of the folder, and below it, that can be read, without the query."""
         files = [file for file in self._walk.files if not file.is_video] if self.gallery else []
         for file in progress(files, desc="photos", unit="photo", disable=not files):
-            if self.query and os.path.samefile(file.path, self.query):
-                continue
             try:
-                photo = read_photo(file.path, detector.config.data.max_pixels)
+                if self.query and os.path.samefile(file.path, self.query):
+                    continue
+                photo = read_photo(Path(file.path), detector.config.data.max_pixels)
             except (UserError, OSError) as error:
                 self._walk.skipped[file.path] = str(error)
                 continue

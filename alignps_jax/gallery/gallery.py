@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Float
 from lancedb.expr import col
 
-from alignps_jax.errors import UserError, blame
+from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
 from alignps_jax.gallery.memory import PeopleInMemory
 from alignps_jax.gallery.people import People
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.photos import Image, photo_bytes, read_photo, thumbnail
+from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.media.videos import frame_at
 from alignps_jax.types import AnyArray
 
@@ -119,19 +119,23 @@ class Gallery:
             found = memory.search(queries, k, where)
         else:
             found = [self._nearest(memory, query, k, where) for query in queries]
-        among = self.searched(where) if self.calibration else 0
-        return [self._matches(memory, matches, among) for matches in found]
-
-    def _matches(
-        self, memory: PeopleInMemory, found: Sequence[tuple[Person, float]], among: int
-    ) -> list[Match]:
-        shares: list[float | None] = [None] * len(found)
-        if self.calibration:
-            shares = self.calibration.of(np.array([one for _, one in found]), among).tolist()
-        return [
-            Match(person, similarity, share, memory.paths_of(person.scene))
-            for (person, similarity), share in zip(found, shares, strict=True)
+        results = [
+            [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
+            for matches in found
         ]
+        return [self.judged(matches, where) for matches in results]
+
+    def judged(self, matches: Sequence[Match], where: Filter | None = None) -> list[Match]:
+        """The results of one search, best first, with the probability that each is right.
+
+        Who leaves out some of what a search gave asks again: it depends on the best one.
+        """
+        if not self.calibration:
+            return list(matches)
+        similarity = np.array([one.similarity for one in matches])
+        shares = self.calibration.results(similarity, self.searched(where)).tolist()
+        pairs = zip(matches, shares, strict=True)
+        return [dataclasses.replace(one, probability=share) for one, share in pairs]
 
     def _nearest(
         self, memory: PeopleInMemory, query: Float[np.ndarray, "D"], k: int, where: Filter
@@ -262,10 +266,7 @@ class Gallery:
             factor = min(1.0, (side or math.inf) / max(frame.shape[:2]))
             size = [max(1, round(length * factor)) for length in frame.shape[1::-1]]
             return cv2.resize(frame, size, interpolation=cv2.INTER_AREA) if factor < 1 else frame
-        if side is None:
-            return read_photo(path, most)
-        with blame(path):
-            return thumbnail(photo_bytes(path, most), side, most)
+        return read_photo(path, most, side or 0)
 
 
 def info_of(detector: Detector) -> GalleryInfo:

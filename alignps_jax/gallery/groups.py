@@ -124,26 +124,27 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
     if calibration is None or memory.embeddings is None:
         reason = "more people than fit into memory" if calibration else NOT_CALIBRATED
         raise UserError(f"--gallery: {gallery.address}: {reason}")
-    rows = np.flatnonzero(memory.matching(where))
-    people, embeddings = memory.people(rows), np.asarray(memory.embeddings)
-    known = {person: one for one in groups.all() if one.by_hand for person in one.people}
+    everybody = memory.people(np.arange(len(memory)))
+    inside, embeddings = memory.matching(where), np.asarray(memory.embeddings)
     days = defaultdict[str, list[int]](list)
-    for place, person in enumerate(people):
-        taken = None if across_days else person.scene.taken
-        days[f"{taken:%Y-%m-%d}" if taken else ""].append(place)
+    for row in np.flatnonzero(inside).tolist():
+        taken = None if across_days else everybody[row].scene.taken
+        days[f"{taken:%Y-%m-%d}" if taken else ""].append(row)
+    known = {person: one for one in groups.all() if one.by_hand for person in one.people}
     number = {one.id: place for place, one in enumerate(known.values(), 1)}
     made: list[Note] = []
-    for day, places in days.items():
-        today, scene = [people[place].id for place in places], memory.scene[rows[places]]
+    for day, rows in days.items():
+        today = [everybody[row].id for row in rows]
         fixed = np.array([number[known[one].id] if one in known else 0 for one in today])
-        limit = calibration.least(_PROBABILITY, len(places))
-        for cluster in clusters(embeddings[rows[places]], scene, limit, fixed):
-            ids = [today[row] for row in cluster]
+        limit = calibration.least(_PROBABILITY, len(rows))
+        for cluster in clusters(embeddings[rows], memory.scene[rows], limit, fixed):
+            ids = [today[place] for place in cluster]
             group = next((known[one] for one in ids if one in known), None)
             group = group or Group(uuid.uuid4().hex, "", day, False, ())
             new = tuple(one for one in ids if one not in known)
             made += notes_of(dataclasses.replace(group, people=new))
-    groups.notes.remove({one.id for one in people} - known.keys() - {note.id for note in made})
+    kept = {note.id for note in made} | {everybody[row].id for row in np.flatnonzero(~inside)}
+    groups.notes.remove({note.id for note in groups.notes.all()} - known.keys() - kept)
     groups.notes.put(made)
     return groups.all()
 

@@ -69,7 +69,7 @@ class Reading:
         tasks = (
             partial(shot_photo, task)
             for file in files
-            for task in shots(file, self.every, self.max_pixels, self.seen.get)
+            for task in shots(file, self.every, self.max_pixels, self.seen)
         )
         return detect_all(detector.detect_batch, detector.config.data, detector.rows, tasks)
 

@@ -20,7 +20,7 @@ from alignps_jax.gallery.entries import Entry, Filter, Match, content_hash
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above
-from alignps_jax.media.photos import Image, decode_photo, photo_bytes
+from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.types import AnyArray, Detections
 
 # Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
@@ -145,16 +145,17 @@ def search_photo(
     likely the person, unless `show_all`. Returns what the JSON file holds.
     """
     detector, max_pixels = gallery.own_detector(), gallery.info.max_pixels
-    data = photo_bytes(query, max_pixels)
+    data = query.read_bytes()
     with blame(query):
         photo = decode_photo(data, max_pixels)
     people = wanted_people(detector, photo, query, box)
     own, start = content_hash(data), time.perf_counter()
     same = sum(len(gallery.people_of(scene.id)) for scene in gallery.scenes_of(own))
     rankings = [
-        likely([match for match in matches if match.person.scene.hash != own][:most], show_all)
+        [match for match in matches if match.person.scene.hash != own][:most]
         for matches in gallery.search_many(people.embeddings, most + same, where)
     ]
+    rankings = [likely(gallery.judged(matches, where), show_all) for matches in rankings]
     seconds = time.perf_counter() - start
     boxes = people.boxes if box is None else [np.array(box, np.float32)]
     drawn = list(zip(boxes, rankings, strict=True))[:_MAX_PICTURE_QUERIES]

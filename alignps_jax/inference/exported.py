@@ -32,7 +32,7 @@ def export_programs(checkpoint: Path, target: Path, config: ConfigDict) -> None:
     there, int32 [B, 2]; and the factors (x, y) by which they were resized, float32 [B, 2]. It
     returns a dictionary: boxes [B, K, 4] (x1, y1, x2, y2 in the photos' own pixels), scores [B, K],
     embeddings [B, K, D], best first, and which of them are valid [B, K]. UserError if there is no
-    such checkpoint, or `target` cannot be written.
+    such checkpoint, or `target` is a folder.
     """
     shapes = sorted(transforms.buckets([config.data.test_scale]))
     targets = (target, target.with_name(f"{target.stem}.portrait{SUFFIX}"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -38,20 +37,18 @@ class PredictStep:
 
     def __call__(self, params: Any, frozen: Any, batch: Batch) -> Detections:
         """Boxes in the photos' own pixels, best first."""
-        variables = {"params": params, "frozen": frozen}
+        model: Any = self.model.bind({"params": params, "frozen": frozen})
         with jax.default_matmul_precision(self.config.precision):
-            apply: Any = partial(self.model.apply, variables)
-            outputs, c4 = apply(batch.image, batch.size, method="with_c4")
+            outputs, c4 = model.with_c4(batch.image, batch.size)
             found = self._dense(outputs, batch)
             if c4 is None or self.config.branch == "dense":
                 return found
             # To the input's pixels again, with the rounding of both ways (Released code).
             boxes = found.boxes * jnp.tile(batch.scale, 2)[:, None]
-            regions = apply(*c4, boxes, found.valid, method="roi").embeddings
+            regions = model.roi(*c4, boxes, found.valid).embeddings
             # With those of both, one after another, similarity is the mean of both branches'.
             parts = [regions] if self.config.branch == "roi" else [found.embeddings, regions]
-            embeddings = l2_normalize(jnp.concatenate(parts, axis=-1))
-            embeddings = jnp.where(found.valid[..., None], embeddings, 0.0)
+            embeddings = l2_normalize(jnp.concatenate(parts, axis=-1)) * found.valid[..., None]
             return dataclasses.replace(found, embeddings=embeddings)
 
     def _dense(self, outputs: tuple[Outputs, ...], batch: Batch) -> Detections:

@@ -92,9 +92,8 @@ def propose(
     every = anchors(outputs.logits.shape[1] // ANCHORS // width, width)
 
     def of_image(own: RegionOutputs, size: AnyArray, valid_size: AnyArray) -> tuple[Array, Array]:
-        valid = (every[:, :2] + every[:, 2:] < 32 * valid_size[::-1]).all(
-            axis=1
-        )  # twice the center
+        centers = (every[:, :2] + every[:, 2:]) / 2
+        valid = (centers < 16 * valid_size[::-1]).all(axis=1)
         scores = jnp.where(valid, jax.nn.sigmoid(own.logits), -1.0)
         scores, best = lax.top_k(scores, min(12000, len(scores)))
         boxes = clip_boxes(boxes_from_deltas(every[best], own.deltas[best]), size)

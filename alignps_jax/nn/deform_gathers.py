@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# Taps at a time: fewer launches than one, for as much more memory; all nine are too wide for XLA's
-# Triton code on an A100.
+# Taps at a time on GPUs: fewer launches than one, for as much more memory; all nine are too wide
+# for XLA's Triton code on an A100.
 GROUP = 3
 # Options of gathers and scatters of `Samples.corners`.
 IN_BOUNDS: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
@@ -57,21 +57,24 @@ def neighbors(
 
 
 def convolve(
-    maps: Float[Array, "B H W C"], kernel: Float[Array, "9 C F"], samples: Samples
+    maps: Float[Array, "B H W C"],
+    kernel: Float[Array, "9 C F"],
+    samples: Samples,
+    group: int = GROUP,
 ) -> Float[Array, "B h w F"]:
-    """Sum over the taps of sample(map) @ kernel, in float32."""
+    """Sum over the taps of sample(map) @ kernel, in float32; `group` of them at a time."""
     (_, channels, features), table = kernel.shape, maps.reshape(-1, maps.shape[-1])
 
     @jax.checkpoint  # the backward pass samples again instead of keeping the samples
     def sample(kernel: Array, rows: Array, weights: Array) -> Array:
-        # Of the group's taps, one map after another: a table [B*H*W * GROUP, F].
+        # Of the group's taps, one map after another: a table [B*H*W * group, F].
         projected = (table @ kernel).astype(jnp.float32).reshape(-1, features)
-        rows = rows * GROUP + jnp.arange(GROUP).reshape(-1, 1, 1, 1, 1)
+        rows = rows * group + jnp.arange(group).reshape(-1, 1, 1, 1, 1)
         return (projected.at[rows].get(**IN_BOUNDS) * weights[..., None]).sum((0, 1))
 
-    kernels = kernel.reshape(-1, GROUP, channels, features).swapaxes(1, 2)
+    kernels = kernel.reshape(-1, group, channels, features).swapaxes(1, 2)
     taps = (jnp.moveaxis(x, -1, 0) for x in samples.corners(maps))
-    corners = (x.reshape(-1, GROUP, *x.shape[1:]) for x in taps)
-    groups = kernels.reshape(-1, channels, GROUP * features), *corners
+    corners = (x.reshape(-1, group, *x.shape[1:]) for x in taps)
+    groups = kernels.reshape(-1, channels, group * features), *corners
     out = jnp.zeros((*samples.y.shape[1:-1], features))
-    return lax.scan(lambda out, group: (out + sample(*group), None), out, groups)[0]
+    return lax.scan(lambda out, taps: (out + sample(*taps), None), out, groups)[0]

@@ -52,7 +52,7 @@ def convolve(
         found = matmul(found, kernel.reshape(-1, features))
         return zeros.reshape(-1, features).at[at].add(found, mode="drop").reshape(zeros.shape)
 
-    many = partial(deform_gathers.convolve, maps, kernel, rest)
+    many = partial(deform_gathers.convolve, maps, kernel, rest, group=1)
     found = lax.switch(jnp.int32(far[-1] > 0) + (far[-1] > most), (lambda: zeros, few, many))
     weights = samples.corners(maps)[1]
     places = jnp.where(inside, (y // 8 * 4 + x // 8) * 64 + y % 8 * 8 + x % 8, -1)
@@ -103,7 +103,7 @@ def _windows(
 
         out = jnp.zeros((band * wide, features, 128))
         taps = kernel, *corners
-        return lax.scan(lambda out, tap: (out + sample(*tap), None), out, taps, unroll=3)[0]
+        return lax.scan(lambda out, tap: (out + sample(*tap), None), out, taps)[0]
 
     out = lax.map(lambda x: sample_band(*x), (squares, *map(blocks, corners)))
     out = out.swapaxes(-1, -2).reshape(batch, high, wide, 8, 16, features).swapaxes(2, 3)

@@ -66,10 +66,8 @@ class AlignPS(nn.Module):
             self.head(level_map, level_size(valid_size, level), level)
             for level_map, level in zip(maps, levels, strict=True)
         )
-        if self.roi is None:
-            return outputs, None
-        c4 = features[1], level_size(valid_size, 4)
-        if self.is_initializing():  # with a box in each image
+        c4 = (features[1], level_size(valid_size, 4)) if self.roi else None
+        if c4 and self.is_initializing():  # with a box in each image
             boxes, valid = jnp.full((len(image), 1, 4), 8.0), jnp.ones((len(image), 1), bool)
             embeddings = self.roi(*c4, boxes, valid).embeddings[:, 0]
             self.rpn(*c4)

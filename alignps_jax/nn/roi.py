@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from alignps_jax.arrays import l2_normalize
 from alignps_jax.nn.convolution import Map
 from alignps_jax.nn.layers import EPSILON, ValidSize, conv, mask_padding
-from alignps_jax.nn.roi_align import roi_align
 from alignps_jax.types import RegionOutputs
 
 Initializer = nn.initializers.Initializer
 normal, zeros, ones = nn.initializers.normal, nn.initializers.zeros, nn.initializers.ones
 Vectors = Float[Array, "N D"]
 AddUp = Callable[[Array], Array] | None  # the sum over the devices, in training only
+
+SIZE = 14  # rows of cells, and columns
+CHUNK = 32  # regions at a time: mixed rows of 1024 channels of a map of 100 columns take 180 MB
 
 
 class RPNHead(nn.Module):
@@ -73,8 +75,7 @@ class BatchNorm(nn.Module):
 class RoIHead(nn.Module):
     """Logits, box deltas and embeddings of boxes, in float32.
 
-    `stage` is the last one of a backbone; half of the `features` of an embedding come from before
-    it, half from after it.
+    `stage` is the last one of a backbone: half of an embedding's `features` come from before it.
     """
 
     stage: Callable[[Map, ValidSize], tuple[Map, ValidSize]]
@@ -113,6 +114,58 @@ class RoIHead(nn.Module):
         self.variable("frozen", "fc_cls", lambda: dead)
         outputs = logits[:, 0], deltas, embeddings
         return RegionOutputs(*(x.reshape(*valid.shape, *x.shape[1:]) for x in outputs))
+
+
+def roi_align(
+    c4: Float[Array, "H W C"], boxes: Float[Array, "R 4"], valid_size: Int[Array, "2"]
+) -> Float[Array, "R 14 14 C"]:
+    """RoIAlign: the mean of bilinear samples in each cell of a grid over every box.
+
+    Equals `torchvision.ops.roi_align` with `aligned` and its own choice of sample numbers. Boxes
+    (in pixels, anywhere) get no gradient; those without area give zeros. `valid_size` is the size
+    of the image's map without its padding.
+    """
+    boxes = lax.stop_gradient(boxes.astype(jnp.float32)) / 16 - 0.5
+    left, top, right, bottom = jnp.moveaxis(boxes, 1, 0)
+    # Samples lie on a grid, too: one matrix mixes rows of the map, then another one columns.
+    rows = _shares(top, bottom - top, valid_size[0], c4.shape[0])
+    columns = _shares(left, right - left, valid_size[1], c4.shape[1])
+
+    def means(shares: tuple[Array, Array]) -> Float[Array, "14 14 C"]:
+        rows, columns = (x.astype(c4.dtype) for x in shares)
+        # Of two matrices: the gradient of `tensordot` takes twice as long on CPUs.
+        mixed = (rows @ c4.reshape(len(c4), -1)).reshape(SIZE, *c4.shape[1:])
+        return jnp.broadcast_to(columns, (SIZE, *columns.shape)) @ mixed
+
+    # Equal parts: XLA's Triton code finds no tiles for a small rest (H100, float32).
+    parts = -(-len(boxes) // CHUNK)
+    return lax.map(means, (rows, columns), batch_size=-(-len(boxes) // parts))
+
+
+def _shares(
+    start: Float[Array, "R"], length: Float[Array, "R"], valid: Int[Array, ""], side: int
+) -> Float[Array, "R 14 {side}"]:
+    """Shares of the map's rows (or columns) in those of cells, of boxes in locations of the map."""
+    # Divided by `SIZE` where that matters. XLA would multiply by the inverse of a scalar instead,
+    # and that rounds differently.
+    cell = length / jnp.maximum(SIZE, -length)
+    count = jnp.ceil(cell)
+    # Accelerators divide with an error in the last place; these products are exact.
+    count = count - (SIZE * (count - 1) >= length) + (SIZE * count < length)
+    start, cell, count = (x[:, None] for x in (start, cell, count))
+    # Not negative; `abs` keeps product and sum apart, which one instruction would round only once.
+    starts = start + jnp.abs(jnp.arange(SIZE) * cell)
+
+    def add_sample(index: Int[Array, ""], total: Array) -> Array:
+        at = starts + (index + 0.5) * cell / count
+        inside = (index < count) & (at >= -1) & (at <= valid)
+        at = jnp.clip(at, 0, valid - 1)
+        near = jnp.maximum(1 - jnp.abs(at[..., None] - jnp.arange(side)), 0)
+        return total + jnp.where(inside[..., None], near, 0)
+
+    most = count.max(initial=0).astype(jnp.int32)
+    total = lax.fori_loop(0, most, add_sample, jnp.zeros((*starts.shape, side)))
+    return total / jnp.maximum(count, 1)[..., None]
 
 
 def max_pool(x: Map) -> Float[Array, "B C"]:

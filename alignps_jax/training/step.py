@@ -26,8 +26,7 @@ from alignps_jax.losses.total import assign, flatten_levels, select_positives, t
 from alignps_jax.nn.model import AlignPS
 from alignps_jax.types import Batch, Outputs, People, RoiDraws, TrainState
 
-# From all devices, in their order.
-_gather = partial(jax.tree.map, partial(lax.all_gather, axis_name=AXIS, tiled=True))
+_gather = partial(lax.all_gather, axis_name=AXIS, tiled=True)  # from all devices, in their order
 
 
 @struct.dataclass
@@ -81,12 +80,12 @@ class TrainStep:
                 more, regions, frozen = self._regions(apply, state, c4, batch, draws, gathered)
                 terms |= more
             losses = {name: _local_loss(term) for name, term in terms.items()}
-            return sum(losses.values()), (losses, dropped, (gathered, regions, frozen))
+            return sum(losses.values()), (losses, dropped, gathered, regions, frozen)
 
         trained = state.params if state.raw is None else state.raw
         with jax.default_matmul_precision(self.precision):
-            gradient, (terms, dropped, same) = jax.grad(loss_fn, has_aux=True)(trained)
-        gathered, regions, frozen = same  # on all devices
+            gradient, found = jax.grad(loss_fn, has_aux=True)(trained)
+        terms, dropped, gathered, regions, frozen = found  # the last three: of all devices
         terms, gradient, dropped = lax.psum((terms, gradient, dropped), AXIS)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
@@ -114,10 +113,7 @@ class TrainStep:
     def _regions(
         self, apply: Any, state: TrainState, c4: Any, batch: Batch, draws: Any, dense: People
     ) -> tuple[dict[str, Term], People, Any]:
-        """The RoI branch's terms, the people in the regions of all devices, and its statistics.
-
-        `dense` are the positive locations of all devices.
-        """
+        """The RoI branch's terms, people and statistics; `dense`: the positives of all devices."""
         size, shape = c4[1], c4[0].shape[1:3]
         if draws is None:
             key = jax.random.fold_in(jax.random.key(self.seed), state.step)
@@ -133,8 +129,8 @@ class TrainStep:
         regions = _gather(people_of(rois, outputs.embeddings))
         terms = rpn_terms(anchors, batch, shape[1], draws.rpn)
         terms |= roi_terms(outputs, rois, state.roi_memory, self.loss)
-        estimate = partial(apply, method="mutual_information")
-        terms["mutual_information"] = mutual_information(regions, dense, estimate, draws)
+        estimate, rows = partial(apply, method="mutual_information"), len(state.memory.lut)
+        terms["mutual_information"] = mutual_information(regions, dense, estimate, draws, rows)
         return terms, regions, changed["frozen"]
 
     def _predict(self, variables: Any, batch: Batch) -> tuple[tuple[Outputs, ...], Any]:

@@ -81,7 +81,7 @@ def export_released(checkpoint: Path, target: Path, config: ConfigDict | None = 
 
     `config` goes into the file as its metadata (None: the checkpoint's own).
 
-    Raises UserError if it holds a backbone only, or `target` cannot be written.
+    Raises UserError if it holds a backbone only, or `target` is a folder.
     """
     check_outputs(target)
     config = config or load_config(checkpoint)

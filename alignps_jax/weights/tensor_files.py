@@ -58,7 +58,7 @@ def read_tensors(path: Path, averaged: bool = False) -> Tensors:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], meta: Mapping[str, str]) -> None:
     """Writes .pth (a dictionary of `meta` and `state_dict`, as mmcv's) or .safetensors, complete.
 
-    Raises UserError if the file cannot be written, or .pth needs a PyTorch that is not installed.
+    Raises UserError if .pth needs a PyTorch that is not installed.
     """
     if path.suffix == ".pth":
         with blame(path):

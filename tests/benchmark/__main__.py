@@ -11,11 +11,12 @@ from pathlib import Path
 
 from alignps_jax.errors import known_name
 from alignps_jax.experiments.benchmark import Row, Table
-from tests.benchmark import deform_conv, gallery, network, starts
+from tests.benchmark import deform_conv, gallery, network, roi_align, starts
 from tests.benchmark.measure import Context, find_torch
 
 PARTS: dict[str, Callable[[Context], Iterable[Row]]] = {
     "deform_conv": deform_conv.rows,
+    "roi_align": roi_align.rows,
     "inference": network.inference_rows,
     "train": network.train_rows,
     "gallery": gallery.rows,

@@ -232,7 +232,6 @@ def test_what_is_odd_about_photos_is_counted(data, root, capsys):
     shutil.copy(frames / "c1s1_000003.jpg", frames / "c3s1_000005.jpg")
     split = datasets.prepare(data).split("train")
     printed = capsys.readouterr().out
-    assert "2 JPEG files lack their end marker, but no pixel" in printed
     assert "1 test photos are training photos" in printed
     datasets.load_test(data, ())
     assert capsys.readouterr().out == f"{root}: 1 boxes without area are left out\n"

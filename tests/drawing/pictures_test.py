@@ -94,7 +94,9 @@ def test_the_most_confident_detection_is_on_top():
 
 
 def test_colors_tell_query_right_wrong_and_unknown():
-    cells, colors = row(result(True), result(False), result(None)), (YELLOW, GREEN, RED, BLUE)
+    far = np.array([500.0, 500, 600, 600])  # as good as any
+    cells = row(result(True, box=far), result(False), result(None), box=-far)
+    colors = (YELLOW, GREEN, RED, BLUE)
     counts = np.array([[has(cell, color).sum() for color in colors] for cell in cells])
     assert ((counts > 0) == np.eye(4, dtype=bool)).all()
     assert min(counts[1, 1], counts[2, 2]) > counts[3, 3] + 300  # also in words, on a label
@@ -137,11 +139,6 @@ def test_a_cell_has_the_person_enlarged_and_the_box_in_the_scene(height, width):
     assert (right - left) / (bottom - top) == pytest.approx(shape, rel=0.15)  # not distorted
 
 
-@pytest.mark.parametrize("box", [(-30, -30, 5, 5), (310, 230, 400, 300), (500, 500, 600, 600)])
-def test_boxes_at_and_beyond_the_border(box):
-    assert has(row(result(True, box=np.array(box, float)))[1], GREEN).any()
-
-
 def test_captions():
     name = "folder/" * 30 + "image-0001.jpg"
     assert row(result(name="x"))[1].shape == row(result(name=name))[1].shape
@@ -155,5 +152,4 @@ def test_captions():
     strip = captioned(gray(10, 30), "a\udcff\ud800b.jpg", "second")
     np.testing.assert_array_equal(strip, captioned(gray(10, 30), "a??b.jpg", "second"))
     assert strip.shape[1] == 200  # a caption has room
-    # Chinese letters, not twice the sign for a missing one.
-    assert (captioned(gray(10, 30), "人") != captioned(gray(10, 30), "大")).any()
+    assert (captioned(gray(10, 30), "人") != captioned(gray(10, 30), "大")).any()  # letters, no "?"

@@ -10,7 +10,7 @@ from alignps_jax.checkpoint.places import CALIBRATION
 from alignps_jax.evaluation.calibration import LIMIT, count, fit, load, words
 from alignps_jax.types import UserError
 
-CENTERS = (np.arange(200) - 99.5) / 100
+CENTERS, BORDERS = (np.arange(200) - 99.5) / 100, np.linspace(-1, 1, 201)[1:-1]
 
 
 def pairs(rng, searches, others, times=3):
@@ -25,7 +25,13 @@ def counted(similarity):
 
 
 def fitted(right, wrong):
-    return fit("some, all", counted(right), counted(wrong), len(right))
+    """The calibration of searches, a row of each, with these results."""
+    everything = np.concatenate([right, wrong], axis=1)
+    first, alone = (
+        counted([max(each) for each in rows if len(each)]) for rows in (everything, wrong)
+    )
+    counts = np.stack([counted(everything), counted(right), first, alone])
+    return fit("some, all", counts, len(right))
 
 
 def test_counts_against_a_loop():
@@ -44,7 +50,7 @@ def test_the_curve_is_scikit_learns_of_all_pairs_and_of_two_that_nobody_saw(sear
     curve = fitted(right, wrong)
     assert curve.people == others + 3
     both = np.concatenate([right.ravel(), wrong.ravel()]).astype(np.float32)
-    place = np.digitize(both, np.linspace(-1, 1, 201)[1:-1])
+    place = np.digitize(both, BORDERS)
     x = np.concatenate([CENTERS[place], [CENTERS[place.min()], CENTERS[place.max()]]])
     y = np.concatenate([np.ones(right.size), np.zeros(wrong.size), [1, 0]])
     expected = IsotonicRegression(out_of_bounds="clip").fit(x, y)
@@ -52,6 +58,11 @@ def test_the_curve_is_scikit_learns_of_all_pairs_and_of_two_that_nobody_saw(sear
     found = curve.of(asked, others + 3)
     np.testing.assert_allclose(found, expected.predict(asked.ravel()).reshape(30, 4), atol=1e-9)
     assert 0 < found.min() <= found.max() < 1
+    best = [np.concatenate([right, wrong], axis=1).max(axis=1), wrong.max(axis=1)]
+    x = CENTERS[np.digitize(np.concatenate(best).astype(np.float32), BORDERS)]
+    x, y = np.append(x, [x.min(), x.max()]), np.append(np.repeat([1, 0], searches), [1, 0])
+    expected = IsotonicRegression(out_of_bounds="clip").fit(x, y)
+    np.testing.assert_allclose(curve.there, expected.predict(curve.similarity), atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -69,25 +80,41 @@ def test_degenerate_results(right, wrong, expected):
     asked = np.array([-1, 0, 0.5, 1.0])
     np.testing.assert_allclose(curve.of(asked, round(curve.people)), expected)
     for people in (0, 1, 10**9):
-        assert np.isfinite(curve.of(asked, people)).all()
-    assert fit("some, all", counted([]), counted([]), 0) is None
+        for found in (curve.of(asked, people), curve.results(asked[::-1], people)):
+            assert ((found > 0) & (found < 1)).all()
+    assert curve.results(asked[:0], 5).size == 0
+    assert fit("some, all", np.zeros((4, 200), int), 0) is None
 
 
 @pytest.mark.parametrize("others", [200, 900, 4000])
 def test_it_holds_in_galleries_of_other_sizes(others):
-    """Of all results that are called so likely, that share is right."""
+    """Of all results that are called so likely, that share is right; half of the people are there.
+
+    If all of them are, `of` says it.
+    """
     curve = fitted(*pairs(np.random.default_rng(3), 1500, 200))
     right, wrong = pairs(np.random.default_rng(4), 600, others)
-    likely = [curve.of(values.ravel(), others + 3) for values in (right, wrong)]
-    for low, high in ((0.05, LIMIT), (LIMIT, 0.6), (0.6, 0.9), (0.9, 1)):
-        true, false = (part[(part >= low) & (part < high)] for part in likely)
-        said = np.concatenate([true, false]).mean()
-        error = 4 * np.sqrt(said * (1 - said) / (true.size + false.size))
-        assert abs(true.size / (true.size + false.size) - said) < 0.03 + error
+    found = {"of": ([], []), "results": ([], [])}
+    for yes, no in zip(right, wrong, strict=True):
+        everything = np.concatenate([yes, no])
+        order = np.argsort(-everything)
+        is_right = order < len(yes)
+        for name, similarity, truth in (
+            ("of", everything[order], is_right),
+            ("results", everything[order], is_right),
+            ("results", np.sort(no)[::-1], np.zeros(others, bool)),  # of somebody who is not there
+        ):
+            found[name][0].append(getattr(curve, name)(similarity, others + 3))
+            found[name][1].append(truth)
+    for likely, true in (map(np.concatenate, both) for both in found.values()):
+        for low, high in ((0.05, LIMIT), (LIMIT, 0.6), (0.6, 0.9), (0.9, 1)):
+            part = (likely >= low) & (likely < high)
+            error = 4 * np.sqrt((likely * (1 - likely))[part].sum())
+            assert abs(true[part].sum() - likely[part].sum()) <= 0.05 * part.sum() + error
     limit = curve.least(LIMIT, others + 3)
     assert curve.of(np.array(limit), others + 3) >= LIMIT > curve.of(np.array(limit - 0.02), others)
     assert curve.least(0.5, 10**9) == np.inf
-    np.testing.assert_array_equal(curve.of(likely[0], 5), curve.of(likely[0], 203))
+    np.testing.assert_array_equal(curve.of(right, 5), curve.of(right, 203))
 
 
 def test_words():

@@ -9,8 +9,8 @@ import pytest
 from alignps_jax.drawing.pictures import BLUE, GAP, GREEN, LINE_HEIGHT, RED, YELLOW
 from alignps_jax.evaluation.detections_io import save_detections
 from alignps_jax.figures import datasets
-from alignps_jax.figures.kinds import draw_figures
-from alignps_jax.figures.photos import sampling_points_figure, tinted
+from alignps_jax.figures.kinds import FIGURES, draw_figures
+from alignps_jax.figures.photos import comparison, sampling_points, similarity, tinted
 from alignps_jax.figures.plots import rendered
 from alignps_jax.figures.request import FigureRequest
 from alignps_jax.files import write_image, write_json
@@ -67,106 +67,98 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.fixture
-def plotted(monkeypatch):
-    """The plots of data sets, in matplotlib's figures."""
-    figures = []
-    monkeypatch.setattr(datasets, "rendered", lambda plot: figures.append(plot) or rendered(plot))
-    return figures
+def ask(folder, networks, config=None, **options):
+    """A request about checkpoints in a folder, by name; their networks, where they are needed."""
+
+    class Request(FigureRequest):
+        def detectors(self):
+            yield from networks.items()
+
+    return Request(tuple(folder / name for name in networks), lambda path: config, **options)
 
 
-@pytest.fixture
-def networks(monkeypatch):
-    """What each checkpoint's folder name stands for."""
-    found = {}
-    monkeypatch.setattr(Detector, "from_checkpoint", lambda path, config: found[path.name])
-    return found
-
-
-def draw(kind, folder, checkpoints="a", config=None, **options):
+def draw(kind, folder, *args, **options):
     """Draws and reads the pictures, by file name."""
-    paths = tuple(folder / name for name in checkpoints.split(","))
-    out = folder / "out"
-    draw_figures(kind, FigureRequest(paths, lambda path: config, **options), out)
-    assert not list(out.rglob("*.tmp"))
-    return {path.name: read_photo(path, MAX_PIXELS) for path in out.iterdir()}
+    draw_figures(kind, ask(folder, *args, **options), folder / "out")
+    return {path.name: read_photo(path, MAX_PIXELS) for path in (folder / "out").iterdir()}
 
 
-def test_sampling_points_are_where_the_convolutions_look():
-    chosen, centers = np.array([[100.0, 70], [-50, 100]]), np.array([[30.0, 20]])
-    maps, photo = FakeDetector().maps(gray(160, 240)), gray(160, 240)
-    figure = sampling_points_figure(maps, photo, chosen, centers)
+def test_sampling_points_are_where_the_convolutions_look(photos):
+    networks = {"a": FakeDetector({(160, 240): [[[20, 10, 40, 30]], [0.9], [(1, 0)]]})}
+    options = {"query": photos / "query.png", "box": (60.0, 40.0, 140.0, 100.0)}
+    [(name, figure)] = sampling_points(ask(photos, networks, **options))
+    assert name == "sampling_points-query"
     for axes, step, count in zip(figure.axes, (8, 16), (5, 4), strict=True):
-        points, ring, _, other_ring, green = (dots.get_offsets() for dots in axes.collections)
+        points, ring, green = (dots.get_offsets() for dots in axes.collections)
         # C3: five by five points, 8 pixels apart; C4: four by four, 16 pixels apart.
         np.testing.assert_allclose(np.ptp(points, axis=0), step * (count - 1))
         np.testing.assert_allclose(np.mean(points, axis=0), (100, 68), atol=step)
         np.testing.assert_allclose(ring, [(100, 68)])  # the middle of the nearest location
-        np.testing.assert_allclose(other_ring, [(4, 100)])  # of a place beyond the photo
-        np.testing.assert_allclose(green, centers)
+        np.testing.assert_allclose(green, [(30, 20)])
         assert (axes.get_xlim(), axes.get_ylim()) == ((0, 240), (160, 0))
 
 
-def test_sampling_points_of_people_and_of_boxes(tmp_path, photos, networks, capsys):
-    networks["a"] = FakeDetector({(160, 240): [[[9, 9, 20, 40]] * 9, [0.9] * 9, [(1, 0)] * 9]})
-    name = "sampling_points-query.png"
-    picture = draw("sampling_points", tmp_path, query=photos / "query.png")[name]
+def test_sampling_points_of_many_nobody_and_plain_networks(tmp_path, photos, capsys):
+    crowd = {(160, 240): [[[9, 9, 20, 40]] * 9, [0.9] * 9, [(1, 0)] * 9]}
+    name, options = "sampling_points-query.png", {"query": photos / "query.png"}
+    picture = draw("sampling_points", tmp_path, {"a": FakeDetector(crowd)}, **options)[name]
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / name)
     assert picture.shape[0] > 1800  # both panels below each other; beside each other of a portrait
+    options = {"query": photos / "portrait.png"}
     with pytest.raises(UserError, match="nobody"):
-        draw("sampling_points", tmp_path, query=photos / "portrait.png")
-    options = {"query": photos / "portrait.png", "box": (40.0, 80.0, 56.0, 120.0)}
-    picture = draw("sampling_points", tmp_path, **options)["sampling_points-portrait.png"]
-    assert picture.shape[0] < 1000
-    networks["a"] = FakeDetector(offsets=("output3", "lateral3"))
+        draw("sampling_points", tmp_path, {"a": FakeDetector(crowd)}, **options)
+    options["box"] = (-90.0, 80.0, 16.0, 120.0)
+    drawn = draw("sampling_points", tmp_path, {"a": FakeDetector(crowd)}, **options)
+    assert drawn["sampling_points-portrait.png"].shape[0] < 1000
+    plain = {"a": FakeDetector(offsets=("output3", "lateral3"))}
     with pytest.raises(UserError, match=r"lateral4.*not a deformable"):
-        draw("sampling_points", tmp_path, **options)
+        draw("sampling_points", tmp_path, plain, **options)
 
 
-def test_detections_of_all_photos(tmp_path, photos, networks):
-    networks["a"] = FakeDetector(PEOPLE)
-    pictures = draw("detections", tmp_path, query=photos / "query.png", gallery=photos)
+def test_detections_of_all_photos(tmp_path, photos):
+    detector, query = FakeDetector(PEOPLE), {"query": photos / "query.png"}
+    pictures = draw("detections", tmp_path, {"a": detector}, **query, gallery=photos)
     names = ("other", "portrait", "query", "tiny")
     assert sorted(pictures) == [f"detections-{name}.png.png" for name in names]
     photo = pictures["detections-query.png.png"][HEAD:-GAP, GAP:-GAP]
     x1, _, x2, y2 = extent(has(photo, GREEN)) / np.float64(900 / 160)
     np.testing.assert_allclose([x1, x2, y2], [80, 200, 140], atol=1)
     assert not has(pictures["detections-portrait.png.png"], GREEN).any()
-    networks["a"].config = tiny.get_config()
-    networks["a"].config.data.max_pixels = 99
+    detector.config = tiny.get_config()
+    detector.config.data.max_pixels = 99
     with pytest.raises(UserError, match="99"):
-        draw("detections", tmp_path, query=photos / "query.png")
+        draw("detections", tmp_path, {"a": detector}, **query)
 
 
 @pytest.mark.parametrize(
-    ("kind", "checkpoints"), [("detections", "a"), ("similarity", "a"), ("comparison", "a,b")]
+    ("kind", "names"), [("detections", "a"), ("similarity", "a"), ("comparison", "ab")]
 )
-def test_a_damaged_photo_costs_only_itself(kind, checkpoints, tmp_path, photos, networks, capsys):
-    networks |= {name: FakeDetector(PEOPLE) for name in "ab"}
+def test_a_damaged_photo_costs_only_itself(kind, names, tmp_path, photos, capsys):
+    networks = {name: FakeDetector(PEOPLE) for name in names}
     options = {"query": photos / "query.png", "gallery": photos}
-    good = draw(kind, tmp_path, checkpoints, **options)
+    good = draw(kind, tmp_path, networks, **options)
     (photos / "damaged.jpg").write_bytes(b"\xff\xd8 no photo")
     with pytest.raises(IncompleteError):
-        draw(kind, tmp_path, checkpoints, **options)
+        draw(kind, tmp_path, networks, **options)
     assert capsys.readouterr().out.count("damaged.jpg") == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(good)
 
 
-def test_heat_is_where_the_embedding_is(tmp_path, photos, networks):
-    networks["a"] = FakeDetector(PEOPLE, spot=(8, 12))
-    picture = draw("similarity", tmp_path, query=photos / "query.png")["similarity-query.png"]
+def test_heat_is_where_the_embedding_is(photos):
+    networks, query = {"a": FakeDetector(PEOPLE, spot=(8, 12))}, {"query": photos / "query.png"}
+    [(_, picture)] = similarity(ask(photos, networks, **query))
     photo, factor = picture[HEAD : HEAD + 900, GAP:-GAP].astype(int), np.float64(900 / 160)
     # The query is the better detection, whose embedding is (1, 0): at location (8, 12) only.
     red = (photo[..., 0] - photo[..., 2] > 60) & ~has(photo, YELLOW)
     np.testing.assert_allclose(extent(red) / factor, [96, 64, 104, 72], atol=4)
     np.testing.assert_allclose(extent(has(photo, YELLOW)) / factor, [80, 40, 120, 100], atol=1)
-    tints = [tinted(gray(2, 2), np.full((1, 1), value)) for value in (-3.0, 0, 1, 3)]
+    tints = [tinted(gray(2, 2), np.full((1, 1), value)) for value in (-3.0, 0.0, 1.0, 3.0)]
     assert (tints[0] == tints[1]).all()
     assert (tints[2] == tints[3]).all()
     # One scene is similar by 1, one by 0.6, in one is nobody; blue boxes say who was meant.
     networks["a"] = FakeDetector(PEOPLE | {(240, 96): ([[10, 10, 50, 90]], [0.9], [(0.6, 0.8)])})
-    drawn = draw("similarity", tmp_path, query=photos / "query.png", gallery=photos)
-    picture, step = drawn["similarity-query.png"], 560 + GAP
+    [(_, picture)] = similarity(ask(photos, networks, **query, gallery=photos))
+    step = 560 + GAP
     assert picture.shape[1] == 3 * step + GAP
     query, best, second = (picture[HEAD:, GAP + i * step :][:420, :560] for i in range(3))
     assert has(query, YELLOW).any()
@@ -176,30 +168,29 @@ def test_heat_is_where_the_embedding_is(tmp_path, photos, networks):
     assert not has(picture[HEAD + 420 :], BLUE).any()
 
 
-def test_comparison_in_photos_has_a_row_per_checkpoint(tmp_path, photos, networks):
-    networks |= {name: FakeDetector(PEOPLE) for name in "abc"}
+def test_comparison_in_photos_has_a_row_per_checkpoint(photos):
     options = {"query": photos / "query.png", "gallery": photos}
-    two, three = (
-        draw("comparison", tmp_path, names, **options)["comparison-query.png"]
-        for names in ("a,b", "a,b,c")
-    )
+    pictures = []
+    for names in ("ab", "abc"):
+        networks = {name: FakeDetector(PEOPLE) for name in names}
+        pictures += comparison(ask(photos, networks, **options))
+    (_, two), (_, three) = pictures
     assert three.shape[0] - two.shape[0] > 400
     assert three.shape[1] == two.shape[1] < 4 * 352  # the query and both people
     networks["b"] = FakeDetector()  # finds nobody, so it cannot search
     with pytest.raises(UserError, match="nobody"):
-        draw("comparison", tmp_path, "a,b", **options)
+        list(comparison(ask(photos, networks, **options)))
 
 
-def test_what_is_missing_is_named(tmp_path, photos, networks):
-    networks["a"] = networks["b"] = FakeDetector(PEOPLE)
-    query = {"query": photos / "query.png"}
+def test_what_is_missing_is_named(photos):
+    two, query = {"a": FakeDetector(PEOPLE), "b": FakeDetector()}, {"query": photos / "query.png"}
     for kind in ("sampling_points", "detections", "similarity"):
         with pytest.raises(UserError, match="--query: missing"):
-            draw(kind, tmp_path)
-        with pytest.raises(UserError, match="found 2 of them"):
-            draw(kind, tmp_path, "a,b", **query)
+            list(FIGURES[kind](ask(photos, {"a": two["a"]})))
+        with pytest.raises(UserError, match="found 2, expected one"):
+            list(FIGURES[kind](ask(photos, two, **query)))
     with pytest.raises(UserError, match="--query, --gallery: found one"):
-        draw("comparison", tmp_path, "a,b", **query)
+        list(FIGURES["comparison"](ask(photos, two, **query)))
 
 
 @pytest.fixture(scope="module")
@@ -216,13 +207,9 @@ def evaluated(tmp_path_factory):
         rng = np.random.default_rng(1)
         embeddings = faces[identity] + noise * rng.normal(size=(len(identity), 16))
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-        found = GalleryDetections(
-            names=people.names,
-            offsets=np.cumsum([0, *map(len, people.boxes)]),
-            boxes=np.concatenate(people.boxes).astype(np.float32),
-            scores=np.full(len(identity), 0.9, np.float32),
-            embeddings=embeddings.astype(np.float32),
-        )
+        boxes, scores = np.concatenate(people.boxes), np.full(len(identity), 0.9)
+        offsets, arrays = np.cumsum([0, *map(len, people.boxes)]), (boxes, scores, embeddings)
+        found = GalleryDetections(people.names, offsets, *(x.astype(np.float32) for x in arrays))
         (folder / name).mkdir()
         save_detections(folder / name / "detections.npz", found)
     return folder, config
@@ -230,22 +217,22 @@ def evaluated(tmp_path_factory):
 
 def test_comparison_on_a_protocol(evaluated):
     folder, config = evaluated
-    picture = draw("comparison", folder, "good,bad", config)["comparison-TestG50.png"]
+    picture = draw("comparison", folder, ["good", "bad"], config)["comparison-TestG50.png"]
     rows = np.split(picture[: len(picture) // 8 * 8], 8)  # of the good and the bad one in turn
     assert all(has(row, YELLOW).any() for row in rows)
-    right, wrong = ([has(row, color).sum() for row in rows] for color in (GREEN, RED))
-    assert min(right[::2]) > 0
-    assert min(wrong[1::2]) > 0
+    assert all(has(row, GREEN).any() for row in rows[::2])
+    assert all(has(row, RED).any() for row in rows[1::2])
     assert not has(picture, BLUE).any()
     with pytest.raises(FileNotFoundError, match=r"detections\.npz"):
-        draw("comparison", folder, "good,nowhere", config)
+        draw("comparison", folder, ["good", "nowhere"], config)
 
 
-def test_precision_recall_of_saved_detections(evaluated, plotted):
+def test_precision_recall_of_saved_detections(evaluated):
     folder, config = evaluated
-    picture = draw("precision_recall", folder, "good/detections.npz,bad", config)
-    assert picture["precision_recall.png"].shape == (600, 1950, 3)
-    panels = {axes.get_title().split(" (")[0]: axes for axes in plotted[0].axes}
+    request = ask(folder, ["good/detections.npz", "bad"], config)
+    [(_, figure)] = datasets.precision_recall(request)
+    assert rendered(figure).shape == (600, 1950, 3)
+    panels = {axes.get_title().split(" (")[0]: axes for axes in figure.axes}
     assert [*panels] == ["detection", "search, TestG50", "search, all"]
     areas = []
     for axes in panels.values():
@@ -257,14 +244,10 @@ def test_precision_recall_of_saved_detections(evaluated, plotted):
     assert areas[2][1] < 0.9
 
 
-def test_calibration_of_saved_detections(evaluated, plotted):
+def test_calibration_of_saved_detections(evaluated):
     folder, config = evaluated
-    assert draw("calibration", folder, "good,bad", config)["calibration.png"].shape == (
-        720,
-        1080,
-        3,
-    )
-    for line in plotted[0].axes[0].lines[::2]:
+    [(_, figure)] = datasets.calibration(ask(folder, ["good", "bad"], config))
+    for line in figure.axes[0].lines[::3]:
         assert (np.diff(line.get_ydata()) >= 0).all()
         assert 0 < line.get_ydata()[0] <= line.get_ydata()[-1] < 1
 
@@ -274,7 +257,6 @@ def test_queries_that_differ_come_first():
     def metrics(right, ap):
         return SimpleNamespace(hits=lambda k: np.array(right) < k, per_query_ap=np.array(ap))
 
-    # Ranks of the first right results, by query.
     a = metrics([0, 0, 1, 0, 5], [0.9, 0.5, 0.1, 0.8, 0.4])
     b = metrics([0, 1, 2, 3, 9], [0.1, 0.4, 0.2, 0.3, 0.4])
     assert datasets.most_different([a, b]).tolist() == [3, 1, 0, 2, 4]
@@ -285,12 +267,12 @@ def write_metrics(folder, dataset="cuhk_sysu", **maps):
     write_json(folder / "metrics.json", {"dataset": dataset, "search": search})
 
 
-def test_gallery_sizes_beside_the_papers(tmp_path, plotted):
+def test_gallery_sizes_beside_the_papers(tmp_path):
     write_metrics(tmp_path / "a", TestG4000=0.75, all=0.5, TestG100=0.875, occlusion=0.2)
     write_metrics(tmp_path / "b", TestG50=0.25)
     write_metrics(tmp_path / "c", "synthetic", TestG50=0.75, TestG100=0.5)
-    draw("gallery_size", tmp_path, "a,b/metrics.json")
-    axes = plotted[0].axes[0]
+    [(_, figure)] = datasets.gallery_size(ask(tmp_path, ["a", "b/metrics.json"]))
+    axes = figure.axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["50", "100", "4000", "all"]
     ours, other, *papers = [line for line in axes.lines if line.get_linestyle() != ":"]
     assert (ours.get_label(), other.get_label()) == ("a", "b")
@@ -298,26 +280,24 @@ def test_gallery_sizes_beside_the_papers(tmp_path, plotted):
     np.testing.assert_array_equal(other.get_ydata(), [25, *[np.nan] * 3])
     assert [line.get_xydata().tolist() for line in papers] == [[[1, 93.1]], [[1, 94.0]]]
     for name in ("b", "c/metrics.json"):  # pictures go beside the checkpoint
-        draw_figures("gallery_size", FigureRequest((tmp_path / name,), tiny.get_config), None)
+        draw_figures("gallery_size", ask(tmp_path, [name]), None)
         assert (tmp_path / name[0] / "figures" / "gallery_size.png").is_file()
-        assert len(plotted[-1].axes[0].lines) == 1  # the paper has another gallery or data set
+        [(_, figure)] = datasets.gallery_size(ask(tmp_path, [name]))
+        assert len(figure.axes[0].lines) == 1  # the paper has another gallery or data set
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"search": {"TestG50": 3}, "dataset": "prw"}'])
 def test_gallery_sizes_of_other_files(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
     with pytest.raises(UserError, match=r"metrics\.json: .*expected a metrics\.json"):
-        draw("gallery_size", tmp_path, "metrics.json")
+        draw("gallery_size", tmp_path, ["metrics.json"])
 
 
-@pytest.mark.parametrize(
-    ("checkpoints", "labels"),
-    [
+def test_labels_are_short():
+    for checkpoints, labels in (
         (["runs/a", "runs/b/"], ["a", "b"]),
         (["x/a", "y/a", "b"], ["x/a", "y/a", "b"]),
         (["runs/a/detections.npz", "runs/b/metrics.json", "c.npz"], ["a", "b", "c"]),
         (["runs/a/checkpoints/20"], ["a, step 20"]),
-    ],
-)
-def test_labels_are_short(checkpoints, labels):
-    assert [*FigureRequest(tuple(map(Path, checkpoints)), tiny.get_config).labels] == labels
+    ):
+        assert [*ask(Path(), checkpoints).labels] == labels

@@ -24,6 +24,7 @@ class Finder(Detector):
 
     config = network_config()
     name = "a finder, step 1"
+    folder = None
     rows = 2
     folder = None
 

@@ -106,7 +106,7 @@ def add(gallery, number, persons):
 @pytest.fixture
 def gallery(tmp_path):
     made = Gallery.open(tmp_path / "people.lance", Finder(), create=True)
-    made.calibration = Calibration("", 99.0, [0.4, 0.6], [0.1, 0.9], [1, 9], [9, 1])
+    made.calibration = Calibration("", 99.0, [0.4, 0.6], *[[0.1, 0.9]] * 2, *[[1, 9]] * 2)
     for number, persons in enumerate(PHOTOS, 1):
         add(made, number, persons)
     return made
@@ -159,6 +159,8 @@ def test_what_users_do_stays(gallery):
         ("789", "", ""),
     ]
     assert elsewhere.all()[0].name == "Anna"
+    gallery.people.remove(["/odd/7.jpg"])
+    assert ("89", "", "") in shown(gallery, make_groups(gallery, Filter()))
     forget(gallery.people, photos=["/odd/1.jpg"])
     assert ("345", "", "Anna") in shown(gallery, groups.all())
     assert groups.of(ids["1"]) is None

@@ -122,7 +122,8 @@ def calibrated(run, folder, *probability):
     run = Path(shutil.copytree(run, folder))
     similarity, counts = np.linspace(-1, 1, 41), [1] * 41
     known = np.interp(similarity, np.linspace(-1, 1, len(probability)), probability)
-    curve = Calibration("some", 999.0, similarity.tolist(), known.tolist(), counts, counts)
+    curves = [known.tolist()] * 2
+    curve = Calibration("some", 999.0, similarity.tolist(), *curves, counts, counts)
     curve.save(chosen_step(run)[0])
     return run, curve
 
@@ -141,8 +142,12 @@ def test_results_end_where_they_are_not_likely(run, photos, gallery, tmp_path, c
         assert printed.err.count(" found, first ") == sum(bool(one["results"]) for one in content)
         results = [result for one in content for result in one["results"]]
         found[switch] = np.array([result["probability"] for result in results])
-        similarity = np.array([result["similarity"] for result in results])
-        np.testing.assert_allclose(found[switch], curve.of(similarity, 9), atol=1e-5)
+        for one in content:
+            similarity, probability = (
+                np.array([result[name] for result in one["results"]])
+                for name in ("similarity", "probability")
+            )
+            np.testing.assert_allclose(probability, curve.results(similarity, 9), atol=1e-5)
     expected = found["--show_all"][found["--show_all"] >= LIMIT]
     assert 0 < len(expected) < len(found["--show_all"])
     np.testing.assert_array_equal(found["--json"], expected)

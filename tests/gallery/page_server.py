@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import html
+import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 
 import uvicorn
 from starlette.testclient import TestClient
 
+from alignps_jax.gallery.page.access import Door, ImpatientProtocol, guarded
 from alignps_jax.gallery.page.app import make_app
-from alignps_jax.gallery.page.security import LOOPBACK, Door
-from alignps_jax.gallery.page.serve import make_site
+from alignps_jax.gallery.page.site import Site
 from tests.gallery.painted import ColorDetector, gallery_of, write_photos
+from tests.places import ROOT, heed_signals
 
 READ = {"alignps_responsible_use": "read"}
 OWN = {"Origin": "http://localhost"}
@@ -27,14 +31,18 @@ def painted_site(folder, detector=None):
     if not photos.exists():
         write_photos(photos)
     gallery = gallery_of(photos, folder / "people.lance", detector)
-    return make_site(gallery, detector, folder / "people.marks.json")
+    return Site(gallery)
 
 
-def visitor(site, **door):
+def closed(site, door=None):
+    """The page behind its door."""
+    return guarded(make_app(site), door or Door())
+
+
+def visitor(site, door=None):
     """A browser that has read the text and whose forms come from the page."""
-    app = make_app(site, Door(LOOPBACK, **door))
     return TestClient(
-        app,
+        closed(site, door),
         "http://localhost",
         raise_server_exceptions=False,
         cookies=READ,
@@ -44,10 +52,10 @@ def visitor(site, **door):
 
 
 @contextlib.contextmanager
-def running(app, **settings):
+def running(app):
     """Serves in a thread; gives the port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_level="error", access_log=False, **settings)
+        config = uvicorn.Config(app, log_level="critical", http=ImpatientProtocol, ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -57,6 +65,36 @@ def running(app, **settings):
             server.should_exit = True
             thread.join(timeout=20)
             assert not thread.is_alive()
+
+
+SERVE = """
+import json, sys
+from alignps_jax.gallery.page.serve import serve
+from tests.gallery.page_server import painted_site
+from pathlib import Path
+gallery = painted_site(Path(sys.argv[1])).gallery
+gallery.detector.delay = float(sys.argv[2])
+serve(gallery, **json.loads(sys.argv[3]))
+"""
+
+
+@contextlib.contextmanager
+def server_process(folder, delay=0.0, host="127.0.0.1", **options):
+    """A server of its own; gives the process and the addresses that it prints."""
+    options = json.dumps({"host": host, "port": 0} | options)
+    command = [sys.executable, "-W", "ignore", "-c", SERVE, str(folder), str(delay), options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=heed_signals, **pipes)
+    try:
+        addresses = []
+        for line in process.stdout:
+            addresses += re.findall(r"^page +(.*)", line)
+            if addresses and ("//127." in addresses[-1] or "https:" in addresses[-1]):
+                break
+        yield process, addresses
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def upload(client, photo, name="query.png", **fields):
@@ -72,7 +110,7 @@ def uploaded(client, photo):
 
 def people(page):
     """The searches that a page of a photo offers."""
-    found = re.findall(r'<a href="(/search\?[^"]*)" aria-label', page.text)
+    found = re.findall(r'<a href="(/search\?[^"]*)" tabindex', page.text)
     return [html.unescape(address) for address in found]
 
 

@@ -6,17 +6,14 @@ import os
 import shutil
 
 import cv2
-import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
 pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 
-from alignps_jax.gallery.entries import Match, Person, Scene
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.results import grouped
-from alignps_jax.gallery.page.serve import make_site
-from tests.gallery.page_server import visitor
+from alignps_jax.gallery.page.site import Site
+from tests.gallery.page_server import closed, running, visitor
 from tests.gallery.painted import (
     GREEN,
     RED,
@@ -57,7 +54,7 @@ def site(tmp_path_factory):
         for second in range(SECONDS)
     ]
     commit(gallery, scenes)
-    return make_site(gallery, detector, folder / "marks.json")
+    return Site(gallery)
 
 
 def person_in(scene, color_box):
@@ -71,9 +68,8 @@ def test_neighboring_seconds_are_one_entry_with_its_span(site):
     first = next(s for s in scenes if s.second == 0)
     (red,) = site.gallery.people_of(first.id)
     page = client.get("/search", params={"view": red.id})
-    assert page.text.count('class="card"') == 2
-    assert "0:01–0:07 (7 frames)" in page.text  # red, but for the query itself
-    assert "0:04–0:07 (4 frames)" in page.text  # green
+    assert "0:01–0:07 (7 frames)" in page.text  # but for the query itself
+    assert client.get("/").text.count('class="card"') == 1  # one card per video
 
 
 def test_a_result_plays_from_its_second_by_ranges(site):
@@ -99,7 +95,7 @@ def test_a_video_that_was_replaced_is_not_served(site, tmp_path):
     write_walk(path)
     gallery = Gallery.open(tmp_path / "people.lance", detector, create=True)
     commit(gallery, [indexed(path, frame_at(0), detector, second=0.0, every=1.0)])
-    client = visitor(make_site(gallery, detector, tmp_path / "marks.json"))
+    client = visitor(Site(gallery))
     scene = gallery.scenes(9)[0].scene
     assert client.get(f"/scene/{scene.id}/video").status_code == 200
     secret = tmp_path / "secret.txt"
@@ -111,43 +107,6 @@ def test_a_video_that_was_replaced_is_not_served(site, tmp_path):
     assert "secret" not in answer.text
 
 
-def match(second, box, similarity=0.5, path="a.mp4", number=0):
-    scene = Scene(f"{path}{second}", path, 480, 640, None, "", second, path)
-    person = Person(f"{path}{second}-{number}", scene, np.array(box, np.float32), 0.9)
-    return Match(person, similarity)
-
-
-STANDING = (100, 100, 140, 200)
-
-
-@pytest.mark.parametrize(
-    ("matches", "sizes"),
-    [
-        ([], []),
-        ([match(None, STANDING)], [1]),
-        ([match(None, STANDING)] * 2, [1, 1]),  # photos are never put together
-        ([match(1, STANDING), match(2, STANDING), match(3, STANDING)], [3]),
-        ([match(1, STANDING), match(3, STANDING)], [2]),
-        ([match(1, STANDING), match(4, STANDING)], [1, 1]),  # too long
-        ([match(1, STANDING), match(2, STANDING, path="b.mp4")], [1, 1]),
-        ([match(1, STANDING), match(1, (150, 100, 190, 200), number=1)], [1, 1]),  # two people
-        ([match(1, STANDING), match(2, (400, 100, 440, 200))], [1, 1]),  # too far
-        ([match(1, STANDING), match(2, (100, 100, 120, 140))], [1, 1]),  # too small
-        ([match(5, STANDING), match(1, STANDING), match(3, STANDING)], [2, 1]),
-        ([match(0.5, STANDING), match(1.0, STANDING), match(-0.0, STANDING)], [3]),
-    ],
-)
-def test_what_is_put_together(matches, sizes):
-    entries = grouped(matches)
-    assert [len(entry.people) for entry in entries] == sizes
-    everybody = [person.id for entry in entries for person in entry.people]
-    assert sorted(everybody) == sorted(one.person.id for one in matches)
-    # The best one stands for its entry, and what comes later changes no earlier entry's place.
-    for count in range(len(matches)):
-        earlier = [entry.match for entry in grouped(matches[:count])]
-        assert [entry.match for entry in entries][: len(earlier)] == earlier
-
-
 @pytest.mark.skipif(
     shutil.which("chromium") is None, reason="no chromium: apt-get install chromium"
 )
@@ -155,13 +114,10 @@ def test_a_browser_plays_from_there(site):
     pytest.importorskip("playwright", reason="playwright is missing: make setup")
     from playwright.sync_api import expect, sync_playwright
 
-    from alignps_jax.gallery.page.app import make_app
-    from alignps_jax.gallery.page.security import LOOPBACK, Door
     from tests.gallery.browser_test import CHROMIUM, FLAGS
-    from tests.gallery.page_server import running
 
     scene = next(s for s in scenes_of(site) if s.second == 5)
-    with running(make_app(site, Door(LOOPBACK))) as port, sync_playwright() as started:
+    with running(closed(site)) as port, sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(base_url=f"http://127.0.0.1:{port}")
         page.goto(f"/scene/{scene.id}")

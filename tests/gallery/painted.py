@@ -43,6 +43,7 @@ class ColorDetector(Detector):
     """
 
     name = "colors, step 7"
+    folder = None
     step = 7
     fingerprint = "c0105" * 8
 

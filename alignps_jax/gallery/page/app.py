@@ -2,100 +2,84 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+import traceback
+from typing import Annotated
+
+import h11
+from fastapi import APIRouter, FastAPI, Form
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.staticfiles import StaticFiles
 
-from alignps_jax.gallery.page.finder import BusyError
-from alignps_jax.gallery.page.photos import form_of, pairs_of, photo_routes
-from alignps_jax.gallery.page.searches import search_routes
-from alignps_jax.gallery.page.security import Door, Guard
-from alignps_jax.gallery.page.site import (
-    NotReadError,
-    NotThereError,
-    Site,
-    after_reading,
-    common,
-    fragment,
-    message,
-    page,
-    static_files,
-    to_the_text,
-)
-from alignps_jax.types import UserError
+from alignps_jax.errors import UserError
+from alignps_jax.gallery.page import manage, photos, searches
+from alignps_jax.gallery.page.access import MAX_BODY
+from alignps_jax.gallery.page.site import Site, after_reading, message, page
 
-_BUSY = "Too many photos wait for the network at the moment; please try again in a minute."
+_LINES = {  # in place of Starlette's
+    "Not Found": "There is no page with this address.",
+    "Method Not Allowed": "That is not possible here.",
+    "Content Too Large": f"That is too large: at most {MAX_BODY >> 20} MiB can be sent at once.",
+}
 _FAILED = "Something went wrong here; the server's terminal says what. Please try again."
+_ABOUT = (
+    "Every page is an API, too: with `Accept: application/json`, an address gives as data what its "
+    "page shows, errors included. Programs send the token as `Authorization: Bearer TOKEN`."
+)
 
 
-def make_app(site: Site, door: Door) -> ASGIApp:
-    """The page as an ASGI program, behind its guard."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    app.include_router(photo_routes(site))
-    app.include_router(search_routes(site))
-    _add_common_routes(app, site)
-    _add_errors(app, site)
-    return Guard(app, door)
+router = APIRouter(include_in_schema=False)
 
 
-def _add_common_routes(app: FastAPI, site: Site) -> None:
-    files = static_files()
-
-    @app.get("/static/{name}")
-    def static(name: str) -> Response:
-        if name not in files:
-            raise NotThereError("There is no such file.")
-        data, kind = files[name]
-        return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=600"})
-
-    @app.get("/status")
-    def status() -> Response:
-        return fragment("status.html", **common(site))
-
-    @app.get("/responsible-use")
-    def responsible_use(request: Request) -> Response:
-        following = request.query_params.get("next", "")
-        return page(site, "responsible_use.html", following=following)
-
-    @app.post("/responsible-use")
-    async def has_read(request: Request) -> Response:
-        return after_reading(dict(pairs_of(await form_of(request))).get("next", "/"))
+def make_app(site: Site) -> FastAPI:
+    """The page as an ASGI program."""
+    app = FastAPI(title="Find people", description=_ABOUT, docs_url=None, redoc_url=None)
+    app.state.site = site
+    for one in (photos.router, photos.pictures, searches.router, manage.router, router):
+        app.include_router(one)
+    app.mount("/static", StaticFiles(packages=[("alignps_jax.gallery.page", "static")]))
+    for kind in (UserError, OSError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, failed)
+    return app
 
 
-def _add_errors(app: FastAPI, site: Site) -> None:
+@router.get("/status")
+def status(request: Request) -> Response:
+    return page(request, "status.html")
+
+
+@router.get("/docs")
+def docs(request: Request) -> Response:
+    return page(request, "docs.html", api=request.app.openapi())
+
+
+@router.get("/responsible-use")
+def responsible_use(request: Request, next: str = "/") -> Response:
+    return page(request, "responsible_use.html", following=next)
+
+
+@router.post("/responsible-use")
+def has_read(next: Annotated[str, Form()] = "/") -> Response:
+    return after_reading(next)
+
+
+async def failed(request: Request, error: Exception) -> Response:
     """Every error becomes a line; what nobody expected is printed for whoever runs the server."""
-
-    @app.exception_handler(UserError)
-    def bad_input(request: Request, error: UserError) -> Response:
-        return message(request, site, 400, str(error))
-
-    @app.exception_handler(NotReadError)
-    def not_read(request: Request, error: NotReadError) -> Response:
-        return to_the_text(request)
-
-    @app.exception_handler(NotThereError)
-    def not_there(request: Request, error: NotThereError) -> Response:
-        return message(request, site, 404, str(error))
-
-    @app.exception_handler(BusyError)
-    def busy(request: Request, error: BusyError) -> Response:
-        answer = message(request, site, 503, _BUSY)
-        answer.headers["Retry-After"] = "60"
+    if isinstance(error, ClientDisconnect | h11.ProtocolError):
+        return Response(status_code=400)  # nobody reads it
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return message(request, 400, f"{first['loc'][-1]}: {first['msg']}")
+    if isinstance(error, HTTPException):
+        if error.status_code < 400:
+            return Response(status_code=error.status_code, headers=error.headers)
+        line = str(error.detail)
+        answer = message(request, error.status_code, _LINES.get(line, line))
+        answer.headers.update(error.headers or {})
         return answer
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(request: Request, error: RequestValidationError) -> Response:
-        return message(request, site, 400, "This address says something that it cannot.")
-
-    @app.exception_handler(HTTPException)
-    def other(request: Request, error: HTTPException) -> Response:
-        lines = {404: "There is no page with this address.", 405: "That is not possible here."}
-        line = lines.get(error.status_code, str(error.detail))
-        return message(request, site, error.status_code, line)
-
-    @app.exception_handler(Exception)
-    def unexpected(request: Request, error: Exception) -> Response:
-        return message(request, site, 500, _FAILED)  # the server prints the error
+    if isinstance(error, UserError | OSError):
+        return message(request, 400, str(error))
+    traceback.print_exception(error)
+    return message(request, 500, _FAILED)

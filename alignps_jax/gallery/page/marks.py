@@ -1,208 +1,79 @@
-"""Which results somebody found right or wrong, kept in a file."""
+"""Which results somebody found right or wrong: notes of the gallery, one per view and result."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import threading
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
-import numpy as np
-from jaxtyping import Float
-
-from alignps_jax.files import write_json
 from alignps_jax.gallery.entries import Person
-from alignps_jax.types import UserError
-
-RIGHT, WRONG, NONE = "right", "wrong", "none"
-_MAX_BYTES = 256 << 20  # of a file of marks
-# What reading something else than marks raises.
-_DAMAGED = (
-    *(ArithmeticError, AttributeError, LookupError),
-    *(RecursionError, TypeError, ValueError),
-)
-_LARGEST = 1e9  # pixels or seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Sight:
-    """A person in a photo or a frame, as a file of marks has it.
-
-    Attributes:
-      id: in the gallery, or of an uploaded photo.
-      photo: path of the photo or video; of an uploaded photo its name alone.
-      second: place in the video, None for photos.
-      size: height and width of the photo in pixels as a viewer shows it; zeros if it was uploaded.
-      box: x1, y1, x2, y2 in those pixels.
-      score: of the detection.
-      uploaded: whether the photo is not one of the gallery.
-    """
-
-    id: str
-    photo: str
-    second: float | None
-    size: tuple[int, int]
-    box: tuple[float, float, float, float]
-    score: float
-    uploaded: bool = False
+from alignps_jax.gallery.people import People
+from alignps_jax.gallery.tables import Note
 
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """What somebody said of a result."""
+    """Whether `person` is the person of `view` (ids); `name` is the photo's of the view."""
 
-    person: Sight
-    similarity: float
+    view: str
+    person: str
     right: bool
-
-
-@dataclasses.dataclass
-class Marked:
-    """The marks of a query: its views, and what was said of its results, by person."""
-
-    views: tuple[Sight, ...]
-    marks: dict[str, Mark] = dataclasses.field(default_factory=dict)
-
-    def count(self, right: bool) -> int:
-        """How many results are right, or wrong."""
-        return sum(mark.right == right for mark in self.marks.values())
-
-
-def sight_of(person: Person) -> Sight:
-    """A person of the gallery."""
-    scene = person.scene
-    return Sight(
-        id=person.id,
-        photo=scene.path,
-        second=scene.second,
-        size=(scene.height, scene.width),
-        box=corners(person.box),
-        score=round(float(person.score), 6),
-    )
-
-
-def corners(box: Float[np.ndarray, "4"]) -> tuple[float, float, float, float]:
-    """The box as JSON has it, to a hundredth of a pixel."""
-    x1, y1, x2, y2 = (round(float(value), 2) for value in box)
-    return x1, y1, x2, y2
+    similarity: float
+    name: str
 
 
 class Marks:
-    """The marks of all queries, in a JSON file that is complete at any time.
+    """The marks of a gallery. They belong to a person, whatever views a query has of it."""
 
-    Args:
-      file: made with the first mark.
+    def __init__(self, people: People):
+        self._notes = people.notes("marks")
+        self._known: tuple[int, list[Mark]] = -1, []
 
-    Raises:
-      UserError: the file is there and is none of ours.
+    def all(self) -> list[Mark]:
+        """Every mark, the oldest first."""
+        version = self._notes.version
+        if self._known[0] != version:
+            said = [(note.people, note.content) for note in self._notes.all()]
+            self._known = version, [Mark(of[0], of[1], **content) for of, content in said]
+        return self._known[1]
+
+    def about(self, views: Collection[str]) -> list[Mark]:
+        """The marks of the person who is seen in some views (ids)."""
+        groups = identities(self.all(), [views])
+        same = next((group for group in groups if not group.isdisjoint(views)), set())
+        return [mark for mark in self.all() if mark.view in same]
+
+    def set(self, views: Sequence[Person], people: dict[str, float], right: bool | None) -> None:
+        """Says of results (similarity by id) that they are right, wrong, or nothing any more."""
+        if right is None:
+            self.remove([view.id for view in views], people)
+            return
+        notes = []
+        for view in views:
+            for person, similarity in people.items():
+                content = {"right": right, "similarity": similarity, "name": view.scene.name}
+                notes.append(Note(f"{view.id}>{person}", (view.id, person), content))
+        self._notes.put(notes)
+
+    def remove(self, views: Collection[str], people: Collection[str] = ()) -> list[Note]:
+        """Removes the marks of a person, all or those of some results; returns the notes."""
+        gone = [one for one in self.about(views) if not people or one.person in people]
+        return self._notes.remove([f"{mark.view}>{mark.person}" for mark in gone])
+
+    def restore(self, notes: Sequence[Note]) -> None:
+        """Undoes `remove`."""
+        self._notes.put(notes)
+
+
+def identities(marks: Iterable[Mark], views: Iterable[Collection[str]] = ()) -> list[set[str]]:
+    """The people who were told apart, each as the ids of its views and right results.
+
+    `views`: ids that are the same person besides.
     """
-
-    def __init__(self, file: Path):
-        self.file = file
-        self._lock = threading.Lock()
-        self._queries = _read(file)
-
-    def of(self, views: Sequence[str]) -> Marked | None:
-        """The marks of the query with these views; None if there are none."""
-        return self._queries.get(_key(views))
-
-    def all(self) -> list[Marked]:
-        """Every query with marks."""
-        with self._lock:
-            return list(self._queries.values())
-
-    def set(self, views: Sequence[Sight], person: Sight, similarity: float, mark: str) -> None:
-        """Says of a result that it is RIGHT, WRONG, or NONE: nothing is said any more.
-
-        Raises:
-          UserError: the file cannot be written; then nothing changes.
-        """
-        key = _key([view.id for view in views])
-        with self._lock:
-            known = self._queries.get(key, Marked(tuple(views)))
-            marks = {name: one for name, one in known.marks.items() if name != person.id}
-            if mark != NONE:
-                marks[person.id] = Mark(person, round(similarity, 6), mark == RIGHT)
-            self._write({**self._queries, key: Marked(known.views, marks)})
-
-    def forget(self, views: Sequence[str]) -> None:
-        """Removes the marks of a query; raises as `set`."""
-        with self._lock:
-            key = _key(views)
-            self._write({name: one for name, one in self._queries.items() if name != key})
-
-    def _write(self, queries: dict[str, Marked]) -> None:
-        queries = {key: marked for key, marked in queries.items() if marked.marks}
-        content = [
-            {
-                "views": [dataclasses.asdict(view) for view in marked.views],
-                "marks": [dataclasses.asdict(mark) for mark in marked.marks.values()],
-            }
-            for marked in queries.values()
-        ]
-        write_json(self.file, {"queries": content})
-        self._queries = queries
-
-
-def _key(views: Iterable[str]) -> str:
-    return " ".join(sorted(views))
-
-
-def _read(file: Path) -> dict[str, Marked]:
-    expected = "expected the marks of the page (--mode=serve), or nothing there"
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise UserError(f"{file}: found more than {_MAX_BYTES:,} bytes; {expected}")
-        content = json.loads(file.read_bytes())
-        queries = {}
-        for entry in content["queries"]:
-            views = tuple(_sight(view) for view in entry["views"])
-            marks = [
-                Mark(_sight(one["person"]), _finite(one["similarity"]), bool(one["right"]))
-                for one in entry["marks"]
-            ]
-            if not views:
-                raise ValueError("marks of no query")
-            key = _key([view.id for view in views])
-            queries[key] = Marked(views, {mark.person.id: mark for mark in marks})
-        return queries
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); {expected}") from error
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise UserError(f"{file}: found no marks in it; {expected}") from error
-
-
-def _sight(record: Mapping[str, Any]) -> Sight:
-    x1, y1, x2, y2 = map(_finite, record["box"])
-    height, width = (int(_finite(side)) for side in record["size"])
-    photo, uploaded = str(record["photo"]), bool(record["uploaded"])
-    if not (uploaded or os.path.isabs(photo)):
-        raise ValueError("a photo without its folder")
-    return Sight(
-        id=str(record["id"]),
-        photo=photo,
-        second=None if record["second"] is None else _finite(record["second"]),
-        size=(height, width),
-        box=(x1, y1, x2, y2),
-        score=_finite(record["score"]),
-        uploaded=uploaded,
-    )
-
-
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not abs(number) < _LARGEST:  # NaN is less than nothing
-        raise ValueError("a number out of range")
-    return number
+    found: list[set[str]] = []
+    groups = [{mark.view, mark.person} if mark.right else {mark.view} for mark in marks]
+    for group in [*groups, *map(set, views)]:
+        for known in [known for known in found if known & group]:
+            found.remove(known)
+            group |= known
+        found.append(group)
+    return found

@@ -1,293 +1,162 @@
-"""The addresses of photos: uploaded ones, those of the gallery, and what is drawn on them."""
+"""The addresses of photos, in a gallery or uploaded, and of what is drawn on them."""
 
 from __future__ import annotations
 
-import asyncio
+import concurrent.futures
+import contextlib
+import html
 import mimetypes
-from typing import Any
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Depends
-from jaxtyping import Float
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData, UploadFile
+from fastapi import APIRouter, File, Form, Query, UploadFile
+from pydantic import Field
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
-from alignps_jax.boxes import iou
-from alignps_jax.gallery.entries import Scene
-from alignps_jax.gallery.page.finder import Upload
-from alignps_jax.gallery.page.pictures import PREVIEW, SMALL
-from alignps_jax.gallery.page.queries import Query, parse_box, parse_query, uploaded_view
-from alignps_jax.gallery.page.security import MAX_BODY
-from alignps_jax.gallery.page.site import (
-    NotThereError,
-    Site,
-    file_name,
-    fragment,
-    page,
-    query_of,
-    read_first,
-)
-from alignps_jax.types import UserError
+from alignps_jax.errors import UserError
+from alignps_jax.gallery.page.pictures import FULL, PERSON, PREVIEW, SMALL
+from alignps_jax.gallery.page.queries import SearchRequest
+from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
+from alignps_jax.gallery.people import FoundScene
+from alignps_jax.gallery.search import person_in_box
 
 SCENES = 48  # shown at a time
-_PATIENCE = 120.0  # seconds for a form to arrive
-_RECEIVED = 8  # photos that arrive at a time, because they are in memory; others wait
 _WAIT = 2.0  # seconds: most photos are done by then, and the page is complete at once
+_PLACEHOLDER = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 240 160" font-size="11" '
+    'text-anchor="middle" font-family="system-ui, sans-serif"><rect width="240" height="160" '
+    'fill="#59636e"/><g fill="#fff"><text x="120" y="76">{}</text><text x="120" y="94">{}</text>'
+    "</g></svg>"
+)
+
+router = APIRouter()
+pictures = APIRouter(include_in_schema=False)
+Asked = Annotated[SearchRequest, Query()]
+Place = Annotated[int, Field(ge=0, lt=2**40)]
 
 
-class _InMemory(MultiPartParser):
-    """Keeps what is uploaded in memory, where other parsers write large files to the disk."""
+class DrawnBox(SearchRequest):
+    """A box around somebody, and the query that the person joins."""
 
-    spool_max_size = MAX_BODY
+    box: str
 
-
-async def form_of(request: Request) -> FormData:
-    """The form of a request, in memory; HTTPException if it is none or comes too slowly."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    try:
-        async with asyncio.timeout(_PATIENCE):
-            if kind == "multipart/form-data":
-                stream = request.stream()
-                return await _InMemory(
-                    request.headers, stream, max_files=1, max_fields=100, max_part_size=1 << 16
-                ).parse()
-            if kind == "application/x-www-form-urlencoded":
-                return await request.form(max_files=0, max_fields=100)
-    except MultiPartException as error:
-        raise HTTPException(400, "The form arrived damaged; please send it again.") from error
-    except TimeoutError as error:
-        raise HTTPException(408, "The form took too long to arrive.") from error
-    raise HTTPException(415, "Expected a form.")
+    def corners(self) -> tuple[float, float, float, float]:
+        """In pixels of the photo; UserError."""
+        with contextlib.suppress(ValueError):
+            x1, y1, x2, y2 = (float(corner) for corner in self.box.split(","))
+            if -1e6 < x1 < x2 < 1e6 and -1e6 < y1 < y2 < 1e6:  # nor NaN
+                return x1, y1, x2, y2
+        raise UserError(f"box: found {self.box[:40]}, expected x1,y1,x2,y2 in pixels of the photo")
 
 
-def pairs_of(form: FormData) -> list[tuple[str, str]]:
-    """The fields of a form that are text."""
-    return [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+Drawn = Annotated[DrawnBox, Form()]
 
 
-def photo_routes(site: Site) -> APIRouter:
-    """The pages that show photos, and the pictures in them."""
-    router = APIRouter()
-
-    @router.get("/", dependencies=[Depends(read_first)])
-    def home(request: Request) -> Response:
-        query = query_of(request)
-        values = scenes_from(site, query, 0)
-        return page(site, "home.html", query=query, **values)
-
-    @router.get("/scenes")
-    def more_scenes(request: Request, offset: int = 0) -> Response:
-        query = query_of(request)
-        return fragment("scenes.html", query=query, **scenes_from(site, query, offset))
-
-    @router.get("/scene/{scene_id}", dependencies=[Depends(read_first)])
-    def scene(request: Request, scene_id: str, person: str = "") -> Response:
-        query, found = query_of(request), site.scene(scene_id)
-        return page(
-            site,
-            "scene.html",
-            query=query,
-            scene=found,
-            found=people_of(site, found, person),
-            is_result=bool(person),
-            can_play=found.second is not None,
-        )
-
-    @router.get("/scene/{scene_id}/{size}.jpg")
-    def scene_picture(scene_id: str, size: str) -> Response:
-        lengths = {"photo": PREVIEW, "small": SMALL}
-        if size not in lengths:
-            raise NotThereError("There is no such picture.")
-        return picture(site.pictures.scene(site.scene(scene_id), lengths[size]))
-
-    @router.get("/scene/{scene_id}/video")
-    def video(scene_id: str) -> Response:
-        found = site.scene(scene_id)
-        if found.second is None:
-            raise NotThereError("This photo belongs to no video.")
-        site.pictures.scene(found, SMALL)  # UserError unless the file is still what was indexed
-        kind = mimetypes.guess_type(found.path)[0] or "video/mp4"
-        return FileResponse(found.path, media_type=kind, content_disposition_type="inline")
-
-    @router.get("/person/{person_id}.jpg")
-    def person_picture(person_id: str) -> Response:
-        return picture(site.pictures.person(site.person(person_id)))
-
-    @router.post("/scene/{scene_id}/box")
-    async def box_in_scene(request: Request, scene_id: str) -> Response:
-        pairs = pairs_of(await form_of(request))
-        query, box = parse_query(pairs), parse_box(dict(pairs).get("box", ""))
-        return await run_in_threadpool(searched_box, site, scene_id, query, box)
-
-    add_upload_routes(router, site)
-    return router
+@router.get("/", dependencies=READ_FIRST)
+def home(request: Request, site: OfSite, query: Asked, offset: Place = 0) -> Response:
+    """The photos and videos of the gallery, newest first."""
+    cards = site.gallery.scenes(SCENES + 1, offset, query.where)
+    following = offset + SCENES if len(cards) > SCENES else None
+    return page(request, "home.html", query=query, cards=cards[:SCENES], following=following)
 
 
-def add_upload_routes(router: APIRouter, site: Site) -> None:
-    """The addresses of photos that somebody searches with."""
-    receiving = asyncio.Semaphore(_RECEIVED)
-
-    @router.post("/upload")
-    async def upload(request: Request) -> Response:
-        async with receiving:
-            return await received(request)
-
-    async def received(request: Request) -> Response:
-        form = await form_of(request)
-        photo = form.get("photo")
-        if not isinstance(photo, UploadFile) or not photo.size:
-            raise UserError("Please choose a photo first.")
-        name = file_name((photo.filename or "")[-200:]) or "photo"
-        data = await photo.read()
-        taken = await run_in_threadpool(site.finder.upload, name, data)
-        query = parse_query(pairs_of(form))
-        return RedirectResponse(query.address(f"/upload/{taken.id}"), 303)
-
-    @router.get("/upload/{upload_id}", dependencies=[Depends(read_first)])
-    async def uploaded(request: Request, upload_id: str, box: str = "") -> Response:
-        query, found = query_of(request), upload_of(site, upload_id)
-        await done(found, _WAIT)
-        if box and found.found is not None:
-            return boxed(query, found, parse_box(box))
-        values = upload_values(site, query, found, box)
-        return await run_in_threadpool(page, site, "upload.html", 200, **values)
-
-    @router.get("/upload/{upload_id}/people")
-    async def uploaded_people(request: Request, upload_id: str, box: str = "") -> Response:
-        query, found = query_of(request), upload_of(site, upload_id)
-        await done(found, _WAIT)
-        if box and found.found is not None:
-            place = boxed(query, found, parse_box(box)).headers["location"]
-            return Response(headers={"HX-Redirect": place})
-        return fragment("upload_people.html", **upload_values(site, query, found, box))
-
-    @router.get("/upload/{upload_id}/{picture_name}.jpg")
-    def upload_picture(upload_id: str, picture_name: str) -> Response:
-        found = upload_of(site, upload_id)
-        if picture_name == "photo" and found.preview:
-            return picture(found.preview)
-        if picture_name.isascii() and picture_name.isdecimal() and len(picture_name) < 6:
-            try:
-                return picture(site.finder.picture(found, int(picture_name)))
-            except KeyError:
-                pass
-        raise NotThereError("There is no such picture.")
-
-    @router.post("/upload/{upload_id}/box")
-    async def box_in_upload(request: Request, upload_id: str) -> Response:
-        pairs = pairs_of(await form_of(request))
-        query, box = parse_query(pairs), parse_box(dict(pairs).get("box", ""))
-        return boxed(query, upload_of(site, upload_id), box)
+@router.post("/upload")
+def upload(
+    site: OfSite, photo: Annotated[list[UploadFile], File()], query: Annotated[str, Form()] = ""
+) -> Response:
+    """Takes a photo to search with and leads to its people, who may join a `query` (an address)."""
+    if len(photo) > 1:
+        raise UserError("Please send one photo at a time.")
+    if not photo[0].filename:
+        raise UserError("Please choose a photo first.")
+    name = PurePath(photo[0].filename).name[-200:]
+    taken = site.photos.upload(name, photo[0].file.read())
+    return RedirectResponse(f"/scene/{taken.id}?{query}".rstrip("?"), 303)
 
 
-def picture(data: bytes) -> Response:
-    """A JPEG that the browser may keep for a while."""
-    return Response(
-        data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"}
+@router.get("/scene/{scene_id}", dependencies=READ_FIRST)
+def scene(
+    request: Request, site: OfSite, scene_id: str, query: Asked, person: str = ""
+) -> Response:
+    """Everybody in a photo or frame; with a query and one of its results, its neighbors, too."""
+    uploaded = site.photos.uploaded(scene_id)
+    if uploaded and uploaded.done:
+        concurrent.futures.wait([uploaded.done], _WAIT)
+    found = site.photos.scene(scene_id)
+    is_result = bool(person and query.view)
+    around = site.searcher.search(query).neighbors(person) if is_result else (None, None)
+    return page(
+        request,
+        "scene.html",
+        query=query,
+        scene=found,
+        uploaded=uploaded and {"error": uploaded.error, "done": uploaded.people is not None},
+        found=site.photos.people_of(found),
+        person=person,
+        is_result=is_result,
+        around=around,
+        marked={mark.person: mark.right for mark in site.marks.about(query.view)},
     )
 
 
-def scenes_from(site: Site, query: Query, offset: int) -> dict[str, Any]:
-    """Scenes of the gallery from a place on, and where the next ones begin."""
-    if not 0 <= offset < 2**40:
-        raise UserError("The place in the list is out of range.")
-    where = site.overview.checked(query.where)
-    found = [card.scene for card in site.gallery.scenes(SCENES + 1, offset, where)]
-    following = offset + SCENES if len(found) > SCENES else None
-    return {
-        "shown": found[:SCENES],
-        "following": following,
-    }
+@router.post("/scene/{scene_id}/box")
+def box(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
+    """Leads to the search for whoever is in a box of a photo, looked for there if need be."""
+    found = site.photos.scene(scene_id)
+    people = site.photos.people_of(found)
+    row = person_in_box(np.array([one.box for one in people]).reshape(-1, 4), drawn.corners())
+    person = site.photos.person_at(found, drawn.corners())[0] if row is None else people[row]
+    return RedirectResponse(drawn.address("/search", view=drawn.joined([person.id])), 303)
 
 
-def people_of(site: Site, scene: Scene, chosen: str) -> list[dict[str, Any]]:
-    """Everybody in a scene as its page shows them; one of them is chosen."""
-    return [
-        {
-            "number": number,
-            "view": person.id,
-            "box": person.box,
-            "score": person.score,
-            "picture": f"/person/{person.id}.jpg",
-            "chosen": person.id == chosen,
-        }
-        for number, person in enumerate(site.gallery.people_of(scene.id), 1)
-    ]
-
-
-def upload_of(site: Site, upload_id: str) -> Upload:
-    """An uploaded photo; NotThereError."""
-    found = site.finder.get(upload_id)
+@router.post("/scene/{scene_id}/person")
+def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
+    """Adds whoever is in a box that was drawn to the people of a photo of the gallery."""
+    found = site.gallery.scene(scene_id)
     if found is None:
-        raise NotThereError("The server does not have this photo any more; please choose it again.")
-    return found
+        raise HTTPException(404, "This photo is not in the gallery.")
+    person, detected = site.photos.person_at(found, drawn.corners())
+    every = 0.0 if found.second is None else 1.0
+    site.gallery.people.commit([FoundScene(found, detected, every)], [])
+    return RedirectResponse(f"/scene/{scene_id}?person={person.id}", 303)
 
 
-async def done(upload: Upload, seconds: float) -> None:
-    """Waits until a photo is done, but no longer than that."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    while not upload.is_done and loop.time() < end:
-        await asyncio.sleep(0.01)
+@pictures.get("/scene/{scene_id}/{longest}.jpg")
+def scene_picture(site: OfSite, scene_id: str, longest: int) -> Response:
+    if longest not in (SMALL, 2 * SMALL, PREVIEW, FULL):
+        raise HTTPException(404, "There is no such picture.")
+    found = site.photos.scene(scene_id)
+    return _picture(found.path, lambda: site.pictures.scene(found, longest))
 
 
-def upload_values(site: Site, query: Query, upload: Upload, box: str) -> dict[str, Any]:
-    """What the page of an uploaded photo shows."""
-    found = upload.found
-    people = []
-    if found is not None:
-        people = [
-            {
-                "number": row + 1,
-                "view": uploaded_view(upload.id, row),
-                "box": found.boxes[row],
-                "score": float(found.scores[row]),
-                "picture": f"/upload/{upload.id}/{row}.jpg",
-                "chosen": False,
-            }
-            for row in range(upload.shown)
-        ]
-    return {
-        "query": query,
-        "upload": upload,
-        "found": people,
-        "box": box,
-        "progress": site.finder.status(),
-    }
+@pictures.get("/person/{person_id}.jpg")
+def person_picture(site: OfSite, person_id: str, dense: bool = False) -> Response:
+    person = site.photos.person(person_id)
+    tallest = PERSON * (1 + dense)
+    return _picture(person.scene.path, lambda: site.pictures.person(person, tallest))
 
 
-def boxed(query: Query, upload: Upload, box: Float[np.ndarray, "4"]) -> Response:
-    """The search for whoever is in the box of an uploaded photo.
-
-    Raises:
-      UserError: the photo is not done, or nobody is there.
-    """
-    if upload.found is None:
-        raise UserError(upload.error or "The photo is not searched yet; please wait a moment.")
-    row = upload.best_in(box)
-    if row is None:
-        raise UserError("Nobody was found in this box; please go back and draw it around somebody.")
-    view = uploaded_view(upload.id, row)
-    return RedirectResponse(query.address("/search", view=query.with_view(view)), 303)
+@pictures.get("/scene/{scene_id}/video")
+def video(site: OfSite, scene_id: str) -> Response:
+    found = site.photos.scene(scene_id)
+    if found.second is None:
+        raise HTTPException(404, "This photo belongs to no video.")
+    path = site.gallery.file_of(found)  # an error unless it is still what was indexed
+    kind = mimetypes.guess_type(path)[0] or "video/mp4"
+    return FileResponse(
+        path, media_type=kind, filename=path.name, content_disposition_type="inline"
+    )
 
 
-def searched_box(site: Site, scene_id: str, query: Query, box: Float[np.ndarray, "4"]) -> Response:
-    """The search for whoever is in the box of a scene.
-
-    That is whom the gallery has there; where it has nobody, the scene is searched once more, for
-    people with low scores, too.
-    """
-    scene = site.scene(scene_id)
-    people = site.gallery.people_of(scene.id)
-    if people:
-        overlap = iou(np.stack([person.box for person in people]), box)
-        if overlap.max() > 0:
-            view = people[int(overlap.argmax())].id
-            return RedirectResponse(query.address("/search", view=query.with_view(view)), 303)
-    upload = site.finder.add(file_name(scene.path), lambda: site.gallery.pixels(scene))
-    corners = ",".join(f"{corner:g}" for corner in box)
-    return RedirectResponse(query.address(f"/upload/{upload.id}", box=corners), 303)
+def _picture(path: str, draw: Callable[[], bytes]) -> Response:
+    """A JPEG, or a placeholder with the name of the photo and why it cannot be shown."""
+    try:
+        return Response(draw(), media_type="image/jpeg")
+    except (UserError, OSError) as error:
+        reason = str(error).replace(f"{path}: ", "")
+        lines = (html.escape(text[:40]) for text in (PurePath(path).name, reason))
+        return Response(_PLACEHOLDER.format(*lines), 404, media_type="image/svg+xml")

@@ -1,51 +1,31 @@
-"""The results of a query: ranked, with what a video shows in neighboring seconds as one entry."""
+"""The results of a query: ranked, as far as they are likely; and where and when they were seen."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
+from cachetools import LRUCache, cachedmethod
 from jaxtyping import Float
 
-from alignps_jax.gallery.entries import Match, Person
-from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.queries import BEST, Query, View
+from alignps_jax.evaluation.calibration import LIMIT
+from alignps_jax.gallery.entries import Entry, Match
+from alignps_jax.gallery.page.queries import SearchRequest
+from alignps_jax.gallery.page.uploads import Photos
+from alignps_jax.gallery.search import join_seconds
 
 MAX_MATCHES = 1000
-PAGE = 48  # entries that are shown at a time; it divides into rows of 2, 3, 4, 6 and 8
-_NEIGHBORS = 2  # seconds
+PAGE = 24  # entries that are shown at a time; it divides into rows of 2, 3, 4, 6 and 8
 _REMEMBERED = 32  # queries whose results are kept for whoever scrolls
-
-
-@dataclasses.dataclass
-class Entry:
-    """A result: a person in a photo, or in a stretch of a video.
-
-    Attributes:
-      match: the most similar one.
-      people: all that were put together here.
-    """
-
-    match: Match
-    people: list[Person]
-
-    @property
-    def seconds(self) -> tuple[float, float] | None:
-        """First and last second in the video; None for a photo."""
-        seconds = [one.scene.second for one in self.people if one.scene.second is not None]
-        return (min(seconds), max(seconds)) if seconds else None
-
-
-def _can_walk(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"], seconds: float) -> bool:
-    """Whether a person can get from box to box: as tall, and its own height away in a second."""
-    tall_a, tall_b = a[3] - a[1], b[3] - b[1]
-    distance = np.hypot(*((a[:2] + a[2:]) - (b[:2] + b[2:])) / 2)
-    tall, small = max(tall_a, tall_b), min(tall_a, tall_b)
-    return bool(tall <= 1.5 * small and distance <= tall * max(seconds, 0.5))
+_MOST_COLUMNS = 30  # of a timeline
+_STEPS = [datetime.timedelta(hours=hours) for hours in (1, 3, 6, 24, 72, 168, 720, 2160, 8760)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,126 +33,121 @@ class Results:
     """What a query found.
 
     Attributes:
-      entries: best first.
-      matches: how many people they are; never more than MAX_MATCHES.
-      searched: how many people passed the filter; None where that is not known.
+      entries: in the order of the query; those that are likely enough.
+      hidden: the number of people that are less likely.
+      least: the similarity below which people are hidden.
+      searched: the number of people who passed the filter.
+      recall: None: the search was exact; else the share of the best ones that it finds.
       seconds: how long it took.
     """
 
     entries: Sequence[Entry]
-    matches: int
-    searched: int | None
+    hidden: int
+    least: float
+    searched: int
+    recall: float | None
     seconds: float
 
-
-def summary(found: Results, query: Query, views: Sequence[View], people: int) -> str:
-    """Who was searched and how long it took, in a line.
-
-    Args:
-      people: how many the gallery has.
-    """
-    if found.searched is None:
-        whom = f"those of {people:,} people who pass the filter"
-    else:
-        one = "person" if found.searched == 1 else "people"
-        passing = " who passed the filter" if query.is_filtered else ""
-        whom = f"{found.searched:,} {one}{passing}"
-    shown = f"; these are the {MAX_MATCHES:,} most similar" if found.matches >= MAX_MATCHES else ""
-    how = f", by the {query.combine} of the views" if len(views) > 1 else ""
-    seconds = found.seconds
-    took = f"{seconds:.2f} s" if seconds >= 0.1 else f"{max(1, round(1000 * seconds))} ms"
-    return f"Searched {whom} in {took}{how}{shown}."
+    def neighbors(self, person: str) -> tuple[Entry | None, Entry | None]:
+        """The entries before and after the one of a person."""
+        around = [None, *self.entries, None]
+        for before, entry, after in zip(around, self.entries, around[2:], strict=False):
+            if entry.match.person.id == person:
+                return before, after
+        return None, None
 
 
 class Searcher:
     """Searches, and remembers the latest results for whoever scrolls on."""
 
-    def __init__(self, gallery: Gallery):
-        self._gallery = gallery
-        self._latest: OrderedDict[Query, Results] = OrderedDict()
+    def __init__(self, photos: Photos):
+        self._photos, self._gallery = photos, photos.gallery
+        self._latest: LRUCache[Hashable, Results] = LRUCache(_REMEMBERED)
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
         """Has the gallery read, and the search compiled."""
-        if self._gallery.num_people:
-            width = self._gallery.info.dim
-            self._gallery.search_many(np.full((1, width), width**-0.5, np.float32), MAX_MATCHES)
+        width = self._gallery.info.dim
+        self._gallery.search(np.full(width, width**-0.5, np.float32), MAX_MATCHES)
 
-    def search(self, query: Query, views: Sequence[View]) -> Results:
-        """The people that are most similar to the views, without the views themselves."""
+    @cachedmethod(
+        attrgetter("_latest"),
+        lambda self, query: (query, self._gallery.version),
+        attrgetter("_lock"),
+    )
+    def search(self, query: SearchRequest) -> Results:
+        """The people that are most similar to the views, in other photos than these."""
         begin = time.perf_counter()
-        matches = ranked(self._gallery, query, views)
-        took = time.perf_counter() - begin
-        searched = self._count(query)
-        results = Results(grouped(matches), len(matches), searched, took)
-        with self._lock:
-            self._latest[query] = results
-            self._latest.move_to_end(query)
-            while len(self._latest) > _REMEMBERED:
-                self._latest.popitem(last=False)
-        return results
+        matches = self._ranked(query)
+        seconds = time.perf_counter() - begin
+        unlikely = [
+            one.similarity + 1e-6
+            for one in matches
+            if one.probability is not None and one.probability < LIMIT
+        ]
+        least = max(unlikely, default=-1.0) if query.similarity is None else query.similarity
+        shown = [match for match in matches if match.similarity >= least]
+        return Results(
+            entries=_sorted(join_seconds(shown), query.sort),
+            hidden=len(matches) - len(shown),
+            least=least,
+            searched=self._gallery.searched(query.where),
+            recall=self._gallery.recall,
+            seconds=seconds,
+        )
 
-    def _count(self, query: Query) -> int | None:
-        return self._gallery.searched(query.where)
+    def embeddings(self, query: SearchRequest) -> Float[np.ndarray, "Q D"]:
+        """What to search with: one embedding, or one for each view."""
+        embeddings = self._photos.embeddings(query.view)
+        if query.combine == "best":
+            return embeddings
+        mean = embeddings.mean(axis=0, keepdims=True)
+        length = np.linalg.norm(mean)
+        # Opposite ones have no mean direction.
+        return mean / length if length > 1e-6 else embeddings[:1]
 
-    def latest(self, query: Query, views: Sequence[View]) -> Results:
-        """The remembered results, else those of another search."""
-        with self._lock:
-            known = self._latest.get(query)
-        return known if known is not None else self.search(query, views)
-
-
-def combined(query: Query, views: Sequence[View]) -> Float[np.ndarray, "Q D"]:
-    """What to search with: one embedding, or one for each view."""
-    embeddings = np.stack([view.embedding for view in views]).astype(np.float32)
-    if query.combine == BEST:
-        return embeddings
-    mean = embeddings.mean(axis=0, keepdims=True)
-    length = np.linalg.norm(mean)
-    # Opposite ones have no mean direction.
-    return mean / length if length > 1e-6 else embeddings[:1]
-
-
-def ranked(gallery: Gallery, query: Query, views: Sequence[View]) -> list[Match]:
-    """The people of the gallery, best first, each once; of several similarities the best counts."""
-    own = {view.id for view in views}
-    best: dict[str, Match] = {}
-    for matches in gallery.search_many(combined(query, views), MAX_MATCHES + len(own), query.where):
-        for match in matches:
-            known = best.get(match.person.id)
-            if known is None or match.similarity > known.similarity:
-                best[match.person.id] = match
-    found = [match for match in best.values() if match.person.id not in own]
-    return sorted(found, key=lambda match: -match.similarity)[:MAX_MATCHES]
+    def _ranked(self, query: SearchRequest) -> list[Match]:
+        """Of several similarities to a person the best counts."""
+        own = {self._photos.person(view).scene.id for view in query.view}
+        best: dict[str, Match] = {}
+        some = MAX_MATCHES + 10 * len(own)
+        for matches in self._gallery.search_many(self.embeddings(query), some, query.where):
+            for match in matches:
+                known = best.setdefault(match.person.id, match)
+                if match.similarity > known.similarity:
+                    best[match.person.id] = match
+        found = [match for match in best.values() if match.person.scene.id not in own]
+        found.sort(key=lambda match: -match.similarity)
+        return self._gallery.judged(found[:MAX_MATCHES], query.where)
 
 
-def grouped(matches: Sequence[Match]) -> list[Entry]:
-    """The matches, those of neighboring seconds of a video as one entry, at the best one's place.
-
-    A person joins an entry that shows somebody as tall, at most two seconds away, near enough to
-    walk there; whoever stands in the same frame is somebody else. An entry takes what comes later
-    in the ranking, so the order of entries never depends on it.
-    """
-    entries: list[Entry] = []
-    # Who was seen in each second of each video: the number of the entry, the person, and when.
-    around: dict[tuple[str, int], list[tuple[int, Person, float]]] = {}
-    for match in matches:
-        person = match.person
-        second = person.scene.second
-        if second is None:
-            entries.append(Entry(match, [person]))
-            continue
-        near = {
-            number
-            for turn in range(-_NEIGHBORS, _NEIGHBORS + 1)
-            for number, known, when in around.get((person.scene.path, int(second) + turn), ())
-            if 0 < abs(when - second) <= _NEIGHBORS
-            and _can_walk(known.box, person.box, abs(when - second))
-            and all(one.scene.second != second for one in entries[number].people)
-        }
-        number = min(near, default=len(entries))
-        if number == len(entries):
-            entries.append(Entry(match, []))
-        entries[number].people.append(person)
-        around.setdefault((person.scene.path, int(second)), []).append((number, person, second))
+def _sorted(entries: list[Entry], by: str) -> list[Entry]:
+    """By similarity, or by time, newest first, or so for each camera."""
+    if by == "similarity":
+        return entries
+    never = datetime.datetime.min
+    entries.sort(key=lambda one: one.match.person.scene.taken or never, reverse=True)
+    if by == "camera":
+        entries.sort(key=lambda one: one.match.person.scene.camera)
     return entries
+
+
+def timeline(entries: Sequence[Entry]) -> dict[str, Any]:
+    """How many results each camera has (`rows`) in stretches of time: their `starts` and `step`.
+
+    Unknown times are left out; {} where there is nothing to tell apart.
+    """
+    scenes = [entry.match.person.scene for entry in entries]
+    seen = [(scene.camera, scene.taken) for scene in scenes if scene.taken is not None]
+    if len(set(seen)) < 2:
+        return {}
+    day = min(taken for _, taken in seen).replace(hour=0, minute=0, second=0, microsecond=0)
+    last = max(taken for _, taken in seen)
+    step = next((step for step in _STEPS if (last - day) / step < _MOST_COLUMNS), _STEPS[-1])
+    counts = Counter((camera, (taken - day) // step) for camera, taken in seen)
+    columns = range(min(column for _, column in counts), max(column for _, column in counts) + 1)
+    rows = {
+        camera: [counts[camera, column] for column in columns]
+        for camera in sorted({camera for camera, _ in seen})
+    }
+    return {"starts": [day + column * step for column in columns], "step": step, "rows": rows}

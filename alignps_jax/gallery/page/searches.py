@@ -2,164 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends
-from starlette.concurrency import run_in_threadpool
+from fastapi import APIRouter, Form
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from alignps_jax.gallery.page.exports import as_coco, as_csv, as_query
-from alignps_jax.gallery.page.marks import (
-    NONE,
-    RIGHT,
-    WRONG,
-    Marked,
-    Sight,
-    corners,
-    sight_of,
-)
-from alignps_jax.gallery.page.photos import form_of, pairs_of
-from alignps_jax.gallery.page.queries import Query, View, parse_query, resolve
-from alignps_jax.gallery.page.results import MAX_MATCHES, PAGE, Results, combined
-from alignps_jax.gallery.page.site import (
-    Site,
-    file_name,
-    fragment,
-    page,
-    query_of,
-    read_first,
-    text_of,
-)
-from alignps_jax.types import UserError
+from alignps_jax.errors import UserError
+from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED
+from alignps_jax.gallery.page.exports import Marked, photos_as_zip
+from alignps_jax.gallery.page.marks import identities
+from alignps_jax.gallery.page.photos import Asked, Place
+from alignps_jax.gallery.page.queries import MAX_VIEWS, SearchRequest
+from alignps_jax.gallery.page.results import PAGE, timeline
+from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
 
-DOWNLOADS: dict[str, tuple[str, Callable[[Sequence[Marked]], bytes]]] = {
-    "marks.csv": ("text/csv", as_csv),
-    "test.json": ("application/json", as_coco),
-    "query.json": ("application/json", as_query),
+DOWNLOADS: dict[str, tuple[str, Callable[[Marked], bytes]]] = {
+    "marks.csv": ("text/csv", Marked.as_csv),
+    "test.json": ("application/json", Marked.as_coco),
+    "query.json": ("application/json", Marked.as_query),
 }
 
-
-def search_routes(site: Site) -> APIRouter:
-    """The pages of results and of marks."""
-    router = APIRouter()
-
-    @router.get("/search", dependencies=[Depends(read_first)])
-    def search(request: Request) -> Response:
-        query = query_of(request)
-        site.overview.checked(query.where)
-        if not query.views:
-            return RedirectResponse(query.address("/"), 303)
-        views = resolve(query, site.gallery, site.finder)
-        found = site.searcher.search(query, views)
-        return page(
-            site,
-            "search.html",
-            views=views,
-            found=found,
-            MAX_MATCHES=MAX_MATCHES,
-            **entries_from(site, query, found, 0),
-        )
-
-    @router.get("/results")
-    def more_results(request: Request, offset: int = 0) -> Response:
-        query = query_of(request)
-        site.overview.checked(query.where)
-        views = resolve(query, site.gallery, site.finder)
-        if not views or not 0 <= offset <= MAX_MATCHES:
-            raise UserError("There are no such results.")
-        found = site.searcher.latest(query, views)
-        return fragment("results.html", **entries_from(site, query, found, offset))
-
-    @router.post("/mark")
-    async def mark(request: Request) -> Response:
-        pairs = pairs_of(await form_of(request))
-        query, fields = parse_query(pairs), dict(pairs)
-        person, said = fields.get("person", ""), fields.get("mark", "")
-        await run_in_threadpool(set_mark, site, query, person, said)
-        if request.headers.get("hx-request") != "true":
-            return RedirectResponse(query.address("/search"), 303)
-        marked = site.marks.of(query.views)
-        return fragment("mark.html", query=query, person_id=person, marked=marked)
-
-    @router.get("/marks", dependencies=[Depends(read_first)])
-    def marks(request: Request) -> Response:
-        return page(site, "marks.html", queries=marked_queries(site))
-
-    @router.post("/marks/forget")
-    async def forget(request: Request) -> Response:
-        query = parse_query(pairs_of(await form_of(request)))
-        await run_in_threadpool(site.marks.forget, query.views)
-        return RedirectResponse("/marks", 303)
-
-    @router.get("/marks/{name}")
-    def download(request: Request, name: str) -> Response:
-        kind, write = DOWNLOADS.get(name, ("", None))
-        if write is None:
-            raise UserError(f"There is no such download; there are {', '.join(DOWNLOADS)}.")
-        data = write(chosen_marks(site, query_of(request)))
-        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return Response(data, media_type=kind, headers=headers)
-
-    return router
+router = APIRouter()
 
 
-def entries_from(site: Site, query: Query, found: Results, offset: int) -> dict[str, Any]:
-    """Results from a place on, and where the next ones begin."""
-    end = offset + PAGE
-    return {
-        "query": query,
-        "entries": found.entries[offset:end],
-        "following": end if end < len(found.entries) else None,
-        "marked": site.marks.of(query.views),
-    }
+class MarkForm(SearchRequest):
+    """What somebody says of results of a query, or what else to do with them."""
+
+    person: Annotated[list[str], Form()]
+    mark: Literal["right", "wrong", "none", "search"]
 
 
-def set_mark(site: Site, query: Query, person_id: str, said: str) -> None:
-    """Marks a result; UserError for what is none, or where it cannot be written."""
-    if said not in (RIGHT, WRONG, NONE):
-        raise UserError(f"A result is {RIGHT} or {WRONG}, not {said[:20]!r}.")
-    views = resolve(query, site.gallery, site.finder)
-    if not views:
+@router.get("/search", dependencies=READ_FIRST)
+def search(
+    request: Request, site: OfSite, query: Asked, offset: Place = 0, shown: Place = PAGE
+) -> Response:
+    """The people who are most similar to the views of a query, from `offset` to `shown`."""
+    if not query.view:
+        return RedirectResponse(query.address("/"), 303)
+    found = site.searcher.search(query)
+    marks = site.marks.about(query.view)
+    right = [mark.person for mark in marks if mark.right]
+    return page(
+        request,
+        "search.html",
+        query=query,
+        views=[site.photos.person(view) for view in query.view],
+        found=found,
+        entries=found.entries[offset : max(shown, offset + PAGE)],
+        following=shown if shown < len(found.entries) else None,
+        marked={mark.person: mark.right for mark in marks},
+        refined=query.joined(right) if set(right) - {*query.view} else [],
+        timeline=timeline(found.entries),
+        lines={"nobody": NOBODY, "uncalibrated": NOT_CALIBRATED},
+        is_calibrated=site.gallery.calibration is not None,
+        PAGE=PAGE,
+    )
+
+
+@router.post("/mark")
+def mark(request: Request, site: OfSite, form: Annotated[MarkForm, Form()]) -> Response:
+    """Says of results that they are right or wrong, or searches with them, too."""
+    people = [site.photos.person(one).id for one in form.person]
+    if form.mark == "search":
+        return RedirectResponse(form.address("/search", view=form.joined(people)), 303)
+    if not form.view:
         raise UserError("There is no query to which this result belongs.")
-    person = site.person(person_id)
-    embedding = site.gallery.embeddings([person.id])[0].astype("float32")
-    similarity = float((combined(query, views) @ embedding).max())
-    site.marks.set([sight_of_view(view) for view in views], sight_of(person), similarity, said)
+    views = [site.photos.person(view) for view in form.view]
+    similarity = site.searcher.embeddings(form) @ site.photos.embeddings(people).T
+    best = [round(float(value), 4) for value in similarity.max(axis=0)]
+    right = {"right": True, "wrong": False}.get(form.mark)
+    site.marks.set(views, dict(zip(people, best, strict=True)), right)
+    if request.headers.get("hx-request") != "true":
+        return RedirectResponse(form.address("/search") + f"#result-{people[0]}", 303)
+    marked = {one.person: one.right for one in site.marks.about(form.view)}
+    return page(request, "mark.html", query=form, person_id=people[0], marked=marked)
 
 
-def sight_of_view(view: View) -> Sight:
-    """A view of the query as marks keep it."""
-    if view.person is not None:
-        return sight_of(view.person)
-    return Sight(view.id, view.name, None, (0, 0), corners(view.box), 0.0, uploaded=True)
+@router.get("/marks", dependencies=READ_FIRST)
+def marks(request: Request, site: OfSite, undo: str = "") -> Response:
+    """Every person with marks."""
+    everything = site.marks.all()
+    people = []
+    for same in identities(everything):
+        own = [one for one in everything if one.view in same]
+        views = tuple(dict.fromkeys(one.view for one in own))[-MAX_VIEWS:]
+        here = tuple(one for one in views if site.gallery.person(one))
+        name = next((one.name for one in own if one.name), "")
+        right = len({one.person for one in own if one.right})
+        wrong = len({one.person for one in own if not one.right})
+        queries = {"query": SearchRequest(view=here), "all": SearchRequest(view=views)}
+        people.append({**queries, "name": name, "right": right, "wrong": wrong})
+    left_out = Marked(site.gallery, everything).left_out
+    values = {"marked": people, "left_out": left_out, "undo": undo if undo in site.removed else ""}
+    return page(request, "marks.html", **values)
 
 
-def chosen_marks(site: Site, query: Query) -> list[Marked]:
-    """The marks of a query, or all of them if it has no views; UserError if there are none."""
-    marked = site.marks.of(query.views) if query.views else None
-    queries = [marked] if marked else [] if query.views else site.marks.all()
-    if not queries:
+@router.post("/marks/forget")
+def forget(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Response:
+    """Removes the marks of a person."""
+    identity = secrets.token_urlsafe(9)
+    site.removed[identity] = site.marks.remove(query.view)
+    return RedirectResponse(f"/marks?undo={identity}", 303)
+
+
+@router.post("/marks/undo")
+def undo(site: OfSite, undo: Annotated[str, Form()]) -> Response:
+    """Brings marks back that were just removed."""
+    site.marks.restore(site.removed.pop(undo, []))
+    return RedirectResponse("/marks", 303)
+
+
+@router.get("/marks/{name}")
+def download(site: OfSite, name: str, query: Asked) -> Response:
+    """The marks of a person, or all, as marks.csv, test.json (COCO) or query.json."""
+    if name not in DOWNLOADS:
+        raise HTTPException(404, f"There is no such download; there are {', '.join(DOWNLOADS)}.")
+    chosen = site.marks.about(query.view) if query.view else site.marks.all()
+    if not chosen:
         raise UserError("Nothing is marked yet; say of a result that it is right or wrong first.")
-    return queries
+    kind, write = DOWNLOADS[name]
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(write(Marked(site.gallery, chosen)), media_type=kind, headers=headers)
 
 
-def marked_queries(site: Site) -> list[dict[str, Any]]:
-    """Every query with marks, as the page of marks shows it."""
-    queries = []
-    for marked in site.marks.all():
-        first = marked.views[0]
-        place = Query(tuple(view.id for view in marked.views))
-        is_here = not first.uploaded and site.gallery.person(first.id) is not None
-        queries.append(
-            {
-                "query": place,
-                "name": file_name(first.photo),
-                "where": text_of(first.photo),
-                "picture": f"/person/{first.id}.jpg" if is_here else None,
-                "right": marked.count(True),
-                "wrong": marked.count(False),
-            }
-        )
-    return queries
+@router.get("/results.zip")
+def results_as_zip(site: OfSite, query: Asked) -> Response:
+    """The photos of the results, with their boxes as JSON."""
+    entries = site.searcher.search(query).entries if query.view else []
+    headers = {"Content-Disposition": 'attachment; filename="results.zip"'}
+    parts = photos_as_zip(site.gallery, entries)
+    return StreamingResponse(parts, media_type="application/zip", headers=headers)

@@ -2,227 +2,150 @@
 
 from __future__ import annotations
 
-import dataclasses
-import mimetypes
-import re
-import threading
 import time
 from collections.abc import Sequence
-from importlib import resources
-from typing import Any
-from urllib.parse import urlencode, urlsplit
+from typing import Annotated, Any
+from urllib.parse import quote, urlsplit
 
 import jinja2
+import numpy as np
+from cachetools import LRUCache
+from fastapi import Depends
+from fastapi.encoders import jsonable_encoder
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.templating import Jinja2Templates
 
 from alignps_jax.boxes import area
-from alignps_jax.gallery.entries import Filter, Person, Scene
+from alignps_jax.errors import UserError
+from alignps_jax.evaluation.calibration import words
+from alignps_jax.gallery.entries import Person
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.finder import Finder
+from alignps_jax.gallery.groups import Groups
+from alignps_jax.gallery.page.access import MAX_BODY, YEAR
+from alignps_jax.gallery.page.library import Library
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
-from alignps_jax.gallery.page.queries import Query, parse_query
-from alignps_jax.gallery.page.results import Searcher, summary
-from alignps_jax.gallery.page.security import MAX_BODY
-from alignps_jax.types import UserError
+from alignps_jax.gallery.page.queries import SearchRequest
+from alignps_jax.gallery.page.results import Searcher
+from alignps_jax.gallery.page.uploads import Photos
+from alignps_jax.gallery.tables import Note
 
 _READ_COOKIE = "alignps_responsible_use"
-_YEAR = 365 * 24 * 3600  # seconds
-# Read anew after so many times what it took, and so many seconds at least.
+# The overview is read anew after so many times what reading took, and so many seconds at least.
 _RARELY, _LEAST = 20.0, 2.0
-_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
-_HERE = resources.files("alignps_jax.gallery.page")
+_MAX_FOLDERS = 300  # that a filter offers; others can be typed
 
 
-class NotReadError(Exception):
-    """The text about responsible use comes first."""
-
-
-class NotThereError(Exception):
-    """Nothing has that address (any more); the text says what is missing, in a line."""
-
-
-class Overview:
-    """How much a gallery has, and its cameras and folders, read anew from time to time.
-
-    Among millions of photos that takes seconds, so pages show what was read last.
-    """
-
-    def __init__(self, gallery: Gallery):
-        self._gallery = gallery
-        self._known: dict[str, Any] = {}
-        self._next = 0.0
-        self._lock = threading.Lock()
-        self._read()
-
-    def values(self) -> dict[str, Any]:
-        """Numbers of people and scenes, and the choices of a filter."""
-        with self._lock:
-            if time.monotonic() >= self._next:
-                self._next = float("inf")  # until it is read
-                threading.Thread(target=self._read, name="overview", daemon=True).start()
-            return self._known
-
-    def _read(self) -> None:
-        begin = end = time.monotonic()
-        try:
-            known = {
-                "people": self._gallery.num_people,
-                "scenes": self._gallery.num_scenes,
-                "cameras": self._gallery.cameras(),
-                "folders": self._gallery.folders(),
-            }
-            end = time.monotonic()
-            with self._lock:
-                self._known = known
-        finally:
-            with self._lock:
-                self._next = end + max(_LEAST, _RARELY * (end - begin))
-
-    def checked(self, where: Filter) -> Filter:
-        """The filter itself, if its folder holds photos of the gallery.
-
-        No other name may come near the disk. Raises UserError.
-        """
-        folder = where.folder
-        if folder is not None:
-            below = folder.rstrip("/") + "/"
-            folders = self.values()["folders"]
-            if not any(known == folder or known.startswith(below) for known in folders):
-                raise UserError("This folder holds no photos of the gallery.")
-        return where
-
-
-@dataclasses.dataclass(frozen=True)
 class Site:
-    """A gallery with what searches it."""
+    """A gallery with what searches it, and what every page shows of it."""
 
-    gallery: Gallery
-    finder: Finder
-    pictures: Pictures
-    searcher: Searcher
-    marks: Marks
-    overview: Overview
+    def __init__(self, gallery: Gallery, sources: Sequence[str] = ()):
+        self.gallery = gallery
+        self.photos = Photos(gallery)
+        self.pictures, self.searcher = Pictures(self.photos), Searcher(self.photos)
+        self.marks = Marks(gallery.people)
+        self.removed: LRUCache[str, list[Note]] = LRUCache(100)  # marks that can come back
+        self.groups = Groups(gallery.people)
+        self.library = Library(gallery, sources)
+        self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
+        self._next = 0.0
 
-    def scene(self, scene_id: str) -> Scene:
-        """A scene of the gallery, whatever the address says; NotThereError."""
-        scene = self.gallery.scene(scene_id) if _ID.fullmatch(scene_id) else None
-        if scene is None:
-            raise NotThereError("This photo is not in the gallery, or not any more.")
-        return scene
-
-    def person(self, person_id: str) -> Person:
-        """A person of the gallery, whatever the address says; NotThereError."""
-        person = self.gallery.person(person_id) if _ID.fullmatch(person_id) else None
-        if person is None:
-            raise NotThereError("This person is not in the gallery, or not any more.")
-        return person
-
-
-def query_of(request: Request) -> Query:
-    """The query of the address; UserError if a value is not one."""
-    return parse_query(request.query_params.multi_items())
-
-
-def text_of(value: object) -> str:
-    """A name as a page can have it: names of files need not be text."""
-    return str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def clock(seconds: float) -> str:
-    """Such as 1:02:05, or 0:07."""
-    whole = round(seconds)
-    minutes = f"{whole // 60 % 60:02d}" if whole >= 3600 else f"{whole // 60}"
-    hours = f"{whole // 3600}:" if whole >= 3600 else ""
-    return f"{hours}{minutes}:{whole % 60:02d}"
+    def overview(self) -> dict[str, Any]:
+        """Numbers of people and scenes, the choices of a filter, and what is wrong if it is."""
+        begin, gallery = time.monotonic(), self.gallery
+        if begin >= self._next:
+            self._next = float("inf")  # others show what was read last
+            try:
+                self._overview = {
+                    "people": gallery.num_people,
+                    "scenes": gallery.num_scenes,
+                    "cameras": gallery.cameras(),
+                    "folders": sorted(gallery.folders(), key=len)[:_MAX_FOLDERS],
+                    "trouble": "",
+                }
+            except (UserError, OSError) as error:  # a disk that is not mounted comes back
+                self._overview = self._overview | {"trouble": str(error)}
+            end = time.monotonic()
+            self._next = end + max(_LEAST, _RARELY * (end - begin))
+        return self._overview
 
 
-def span(first: float, last: float) -> str:
-    """Such as 0:07, or 0:07–0:12."""
-    begin, end = clock(first), clock(last)
-    return begin if begin == end else f"{begin}–{end}"
+def _site(request: Request) -> Site:
+    site: Site = request.app.state.site
+    return site
 
 
-def file_name(path: str) -> str:
-    """The last part of a path."""
-    return text_of(path.replace("\\", "/").rstrip("/").rpartition("/")[2])
+def _read_first(request: Request) -> None:
+    """Leads to the text about responsible use unless this browser has seen it."""
+    if not _wants_json(request) and request.cookies.get(_READ_COOKIE) != "read":
+        query = f"?{request.url.query}" if request.url.query else ""
+        following = quote(f"{request.url.path}{query}", safe="")
+        raise HTTPException(303, headers={"Location": f"/responsible-use?next={following}"})
 
 
-def largest_first(people: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """People by the area of their boxes, for the small ones to be drawn last and stay in reach."""
-    return sorted(people, key=lambda one: -float(area(one["box"])))
-
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FunctionLoader(lambda name: (_HERE / "templates" / name).read_text("utf-8")),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_TEMPLATES.filters |= {
-    "text": text_of,
-    "clock": clock,
-    "summary": summary,
-    "largest_first": largest_first,
-    "file_name": file_name,
-}
-_TEMPLATES.globals |= {"span": span, "MAX_BODY": MAX_BODY}
-
-
-def fragment(template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    """A part of a page, for HTMX to put in its place."""
-    return HTMLResponse(_TEMPLATES.get_template(template).render(**values), status)
-
-
-def page(site: Site, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    """A complete page."""
-    return fragment(template, status, **(common(site) | values))
-
-
-def common(site: Site) -> dict[str, Any]:
-    """What every page shows."""
-    return {**site.overview.values(), "progress": site.finder.status()}
-
-
-def read_first(request: Request) -> None:
-    """Raises NotReadError unless this browser has seen the text about responsible use."""
-    if request.cookies.get(_READ_COOKIE) != "read":
-        raise NotReadError
-
-
-def to_the_text(request: Request) -> Response:
-    """To the text about responsible use, and from there to the page that was asked for."""
-    query = f"?{request.url.query}" if request.url.query else ""
-    following = urlencode({"next": f"{request.url.path}{query}"})
-    return RedirectResponse(f"/responsible-use?{following}", 303)
+OfSite = Annotated[Site, Depends(_site)]
+READ_FIRST = [Depends(_read_first)]
 
 
 def after_reading(following: str) -> Response:
     """On to the page that was asked for, and not again through the text."""
-    parts = urlsplit(following)
-    is_ours = following.startswith("/") and not following.startswith(("//", "/\\"))
-    safe = is_ours and not parts.scheme and not parts.netloc and following.isprintable()
-    response = RedirectResponse(following if safe else "/", 303)
-    response.set_cookie(_READ_COOKIE, "read", max_age=_YEAR, httponly=True, samesite="lax")
+    is_ours = following.startswith("/") and following[1:2] not in ("/", "\\")
+    response = RedirectResponse(following if is_ours and following.isprintable() else "/", 303)
+    response.set_cookie(_READ_COOKIE, "read", YEAR, httponly=True)
     return response
 
 
-def message(request: Request, site: Site, status: int, line: str) -> Response:
-    """One friendly line: a page of its own, or what HTMX shows beside what it replaced."""
+def clock(seconds: float) -> str:
+    """Such as 1:02:05, or 0:07."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def drawn(people: Sequence[Person]) -> list[tuple[int, Person]]:
+    """People with their numbers, the largest first, for the small ones to stay in reach."""
+    return sorted(enumerate(people, 1), key=lambda one: -float(area(one[1].box)))
+
+
+_TEMPLATES = Jinja2Templates(
+    env=jinja2.Environment(
+        loader=jinja2.PackageLoader("alignps_jax.gallery.page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ),
+    context_processors=[
+        lambda request: _site(request).overview() | {"progress": _site(request).photos.status()}
+    ],
+)
+_TEMPLATES.env.filters |= {"clock": clock, "drawn": drawn, "words": words}
+_TEMPLATES.env.globals["MAX_BODY"] = MAX_BODY
+
+
+def _wants_json(request: Request) -> bool:
+    return request.headers.get("accept", "").startswith("application/json")
+
+
+def page(request: Request, template: str, **values: Any) -> Response:
+    """A page, or the values that it shows as JSON for a program that accepts that."""
+    if _wants_json(request):
+        plain = {np.ndarray: lambda x: x.tolist(), bytes: lambda _: None}
+        return JSONResponse(jsonable_encoder(values, custom_encoder=plain))
+    return _TEMPLATES.TemplateResponse(request, template, values)
+
+
+def message(request: Request, status: int, line: str) -> Response:
+    """One friendly line: a page of its own that leads back, or what HTMX shows as a notice."""
     if request.headers.get("hx-request") == "true":
-        return HTMLResponse(_TEMPLATES.from_string("{{ line|text }}").render(line=line), status)
-    return page(site, "message.html", status, line=line)
-
-
-def static_files() -> dict[str, tuple[bytes, str]]:
-    """The content and the type of every file that pages load, by name."""
-    return {
-        entry.name: (
-            entry.read_bytes(),
-            mimetypes.guess_type(entry.name)[0] or "application/octet-stream",
-        )
-        for entry in (_HERE / "static").iterdir()
-        if entry.is_file()
-    }
+        return PlainTextResponse(line, status)
+    if _wants_json(request):
+        return JSONResponse({"error": line}, status)
+    query = SearchRequest.lenient(request.query_params)
+    back = urlsplit(request.headers.get("referer", ""))
+    place = "/" + f"{back.path}?{back.query}".lstrip("/\\").rstrip("?") if back.path else ""
+    answer = page(request, "message.html", line=line, query=query, back=place)
+    answer.status_code = status
+    return answer

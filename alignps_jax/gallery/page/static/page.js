@@ -20,13 +20,20 @@ function send(form) {
     return;
   }
   say("");
-  form.querySelector("button").textContent = "Sending …";
   form.requestSubmit();
+  Object.assign(form.querySelector("button"), { textContent: "Sending …", disabled: true });
 }
 
 function take(files) {
   const form = document.querySelector("form[data-upload]");
-  if (!form || !files.length) return false;
+  if (!form || !files.length) {
+    if (files.length) say("Photos can be dropped on the first page, and on results to add a view.");
+    return false;
+  }
+  if (files.length > 1) {
+    say("Please choose one photo at a time.");
+    return true;
+  }
   form.querySelector("input[type=file]").files = files;
   send(form);
   return true;
@@ -36,13 +43,7 @@ for (const form of document.querySelectorAll("form[data-upload]")) {
   form.querySelector("input[type=file]").addEventListener("change", () => send(form));
 }
 document.addEventListener("dragover", (event) => {
-  if (!event.dataTransfer.types.includes("Files")) return;
-  event.preventDefault();
-  for (const form of document.querySelectorAll(".drop")) form.classList.add("over");
-});
-document.addEventListener("dragleave", (event) => {
-  if (event.relatedTarget) return;
-  for (const form of document.querySelectorAll(".drop")) form.classList.remove("over");
+  if (event.dataTransfer.types.includes("Files")) event.preventDefault();
 });
 document.addEventListener("drop", (event) => {
   if (!event.dataTransfer.files.length) return;
@@ -56,13 +57,9 @@ document.addEventListener("paste", (event) => {
 window.addEventListener("pageshow", (event) => {
   if (!event.persisted) return;
   for (const button of document.querySelectorAll("form[data-upload] button")) {
-    button.textContent = "Find the people in it";
+    Object.assign(button, { textContent: "Find people in it", disabled: false });
   }
 });
-
-for (const select of document.querySelectorAll("select[data-submit]")) {
-  select.addEventListener("change", () => select.form.requestSubmit());
-}
 
 // A box around somebody: by mouse at once, by touch after the switch, because touch also scrolls.
 
@@ -80,14 +77,11 @@ function drawOn(photo) {
     const { width, height } = svg.viewBox.baseVal;
     return [Math.min(Math.max(at.x, 0), width), Math.min(Math.max(at.y, 0), height)];
   };
-  const corners = (end) => [
-    Math.min(start[0], end[0]), Math.min(start[1], end[1]),
-    Math.max(start[0], end[0]), Math.max(start[1], end[1])];
+  const corners = ([x, y]) => [
+    Math.min(start[0], x), Math.min(start[1], y), Math.max(start[0], x), Math.max(start[1], y)];
   const show = ([left, top, right, bottom]) => {
-    drawn.setAttribute("x", left);
-    drawn.setAttribute("y", top);
-    drawn.setAttribute("width", right - left);
-    drawn.setAttribute("height", bottom - top);
+    const values = { x: left, y: top, width: right - left, height: bottom - top };
+    for (const [name, value] of Object.entries(values)) drawn.setAttribute(name, value);
   };
 
   toggle.hidden = false;
@@ -115,27 +109,77 @@ function drawOn(photo) {
     start = null;
     if (box[2] - box[0] < 1 || box[3] - box[1] < 1) { show([0, 0, 0, 0]); return; }
     form.querySelector("input[name=box]").value = box.map((corner) => corner.toFixed(1)).join(",");
-    form.requestSubmit();
+    form.requestSubmit(event.shiftKey ? form.querySelector("[formaction]") : null);
   });
   svg.addEventListener("pointercancel", () => { start = null; show([0, 0, 0, 0]); });
   svg.addEventListener("dragstart", (event) => event.preventDefault());
   svg.addEventListener("click", (event) => {
     if (moved) event.preventDefault();
   }, true);
-
-  // Whoever is pointed at in the list is shown in the photo.
-  const list = form.nextElementSibling;
-  if (!list || !list.matches(".people")) return;
-  for (const link of list.querySelectorAll("a[data-person]")) {
-    const same = svg.querySelector(`a[data-person="${link.dataset.person}"]`);
-    for (const name of ["mouseenter", "focus"]) {
-      link.addEventListener(name, () => same.classList.add("hover"));
-    }
-    for (const name of ["mouseleave", "blur"]) {
-      link.addEventListener(name, () => same.classList.remove("hover"));
-    }
-  }
 }
+
+// Whoever is pointed at in the list is shown in the photo.
+for (const name of ["pointerover", "focusin"]) {
+  document.addEventListener(name, (event) => {
+    const link = event.target.closest(".people a");
+    for (const one of document.querySelectorAll(".photo a")) {
+      one.classList.toggle("hover", one.dataset.person === link?.dataset.person);
+    }
+  });
+}
+
+// Full size in place; without a script the link opens the picture.
+document.addEventListener("click", (event) => {
+  const link = event.target.closest("[data-zoom]");
+  if (!link) return;
+  event.preventDefault();
+  const photo = link.closest("form").previousElementSibling;
+  const svg = photo.querySelector("svg");
+  const zoomed = photo.classList.toggle("zoomed");
+  const { width, height } = svg.viewBox.baseVal;
+  for (const [name, value] of Object.entries({ width, height })) {
+    if (zoomed) svg.setAttribute(name, value); else svg.removeAttribute(name);
+  }
+  if (zoomed) svg.querySelector("image").setAttribute("href", link.href);
+  link.textContent = zoomed ? "Fit to the window" : "Full size";
+});
+
+// Keys: among results, and in the viewer by the links and buttons that are there.
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.target.closest("input:not([type=checkbox]), select, textarea, video")) return;
+  const { key } = event;
+  if (key === "?") return document.getElementById("keys").showModal();
+  const link = document.querySelector(`[data-key="${key}"]`);
+  if (link) return link.click();
+  const cards = [...document.querySelectorAll("#list > .card")];
+  const card = document.activeElement.closest(".card");
+  if ((key === "j" || key === "k") && cards.length) {
+    const next = cards[cards.indexOf(card) + (key === "j" ? 1 : card ? -1 : 1)];
+    next?.querySelector("a")?.focus();
+  }
+  const place = card || document.querySelector(".compare");
+  if (key === "r" || key === "w") place?.querySelector(key === "r" ? ".right" : ".wrong")?.click();
+  if (key === "x") card?.querySelector("input[type=checkbox]")?.click();
+  if (key === "Escape") document.getElementById("several")?.reset();
+});
+
+// The address says how many results are shown and at which one, so that Back returns there.
+document.addEventListener("htmx:afterRequest", (event) => {
+  const shown = new URL(event.detail.pathInfo.finalRequestPath, location).searchParams.get("shown");
+  if (!shown || !event.detail.successful) return;
+  const here = new URL(location);
+  here.searchParams.set("shown", shown);
+  history.replaceState(null, "", here);
+});
+document.addEventListener("click", (event) => {
+  const card = event.target.closest("#list > .card");
+  if (card?.id && event.target.closest("a")) history.replaceState(null, "", `#${card.id}`);
+});
+document.addEventListener("input", (event) => {
+  const output = event.target.type === "range" && event.target.form.querySelector("output");
+  if (output) output.value = Number(event.target.value).toFixed(2);
+});
 
 function prepare(root) {
   for (const photo of root.querySelectorAll("[data-draw]:not([data-ready])")) {
