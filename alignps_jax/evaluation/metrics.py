@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from alignps_jax.boxes import iou
-from alignps_jax.evaluation.calibration import BINS, count
+from alignps_jax.evaluation.calibration import CENTERS, count
 from alignps_jax.evaluation.ranking import GallerySearch
 from alignps_jax.types import Annotations, GalleryDetections
 
@@ -151,7 +151,7 @@ def search_metrics(search: GallerySearch) -> SearchMetrics:
     """
     # A query whose photo has no detections has nothing to search with: it stays a failure.
     outcomes = [QueryOutcome(len(images)) for images in search.protocol.target_images]
-    counts = np.zeros((4, BINS), int)
+    counts = np.zeros((4, CENTERS.size), int)
     for query, ranking in search.rankings(range(len(outcomes))):
         hits, wrong = np.flatnonzero(ranking.is_match), np.flatnonzero(~ranking.is_match)[:1]
         found = ranking.similarity

@@ -71,9 +71,7 @@ class Scorer:
         rules, name = self.config.eval, self.protocols[0].name
         if rules.context_matching or rules.boxes != "detected":
             return None
-        search = measured.searches[name]
-        searches = sum(one.detected for one in search.outcomes)
-        return fit(f"{self.config.data.name}, {name}", search.counts, searches)
+        return fit(f"{self.config.data.name}, {name}", measured.searches[name].counts)
 
     def conditions(self, measured: Measured) -> str:
         """One line on how this was measured."""
