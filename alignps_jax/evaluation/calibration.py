@@ -103,18 +103,18 @@ def fit(dataset: str, counts: Int[np.ndarray, "4 bins"]) -> Calibration | None:
     used, wrong = np.flatnonzero(results), results - right
     if not used.size:
         return None
-    curves = (_rising(*both, CENTERS[used]).tolist() for both in ((right, wrong), (first, alone)))
+    likely, there = (_rising(*both)[used].tolist() for both in ((right, wrong), (first, alone)))
     people, found = float(results.sum() / first.sum()), (right[used].tolist(), wrong[used].tolist())
-    return Calibration(dataset, people, CENTERS[used].round(3).tolist(), *curves, *found)
+    return Calibration(dataset, people, CENTERS[used].round(3).tolist(), likely, there, *found)
 
 
 def _rising(
-    right: Int[np.ndarray, "bins"], wrong: Int[np.ndarray, "bins"], at: Float[np.ndarray, "C"]
-) -> Float[np.ndarray, "C"]:
-    """The share that is right at some similarities, as a curve that never falls."""
+    right: Int[np.ndarray, "bins"], wrong: Int[np.ndarray, "bins"]
+) -> Float[np.ndarray, "bins"]:
+    """The share that is right, as a curve that never falls."""
     used = np.flatnonzero(right + wrong)
     # A wrong one more in the best bin and a right one in the worst: nothing is ever certain.
     more = np.eye(1, used.size, dtype=int)[0]
     total = right[used] + more + wrong[used] + more[::-1]
     share = isotonic_regression((right[used] + more) / total, weights=total).x
-    return np.interp(at, CENTERS[used], share)
+    return np.interp(CENTERS, CENTERS[used], share)

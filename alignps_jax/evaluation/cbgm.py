@@ -15,7 +15,7 @@ def context_people(
 
     Other people have a score of at least `score_threshold`, as in the gallery.
     """
-    photo = detections.of(int(detections.offsets.searchsorted(query_row, side="right")) - 1)
+    photo = detections.of(detections.image_of(query_row))
     others = photo.start + np.argsort(-detections.scores[photo], kind="stable")
     others = others[(detections.scores[others] >= score_threshold) & (others != query_row)]
     return np.concatenate([[query_row], others[: limit - 1]]).astype(np.int64)

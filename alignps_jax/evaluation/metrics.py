@@ -53,13 +53,10 @@ class DetectionMetrics:
 class QueryOutcome:
     """What became of one query.
 
-    Attributes:
-      num_targets: number of gallery images that hold the person.
-      detected: whether anything was detected in the query's photo.
-      precision: at each target image with a true positive, worst first.
-      first_hit: rank of the first true positive, from 0; infinite where there is none.
-      wrong_row: the most similar gallery detection that is no true positive (the first of equals).
-      wrong_similarity: its similarity.
+    `num_targets` gallery images hold the person; `precision` is that at each of them with a true
+    positive, worst first; `first_hit` the rank of the first one, from 0, or infinite; `wrong_row`
+    the most similar gallery detection that is none (the first of equals). `detected`: whether
+    anything was in the query's photo.
     """
 
     num_targets: int
@@ -190,9 +187,8 @@ def precision_at_hits(
 ) -> Float[np.ndarray, "P"]:
     """Precision among everything that scores at least as much as each hit, worst hit first.
 
-    Equal scores count together. The mean over the hits is scikit-learn's average precision, hence
-    the sum over the number of things to be found is average precision times recall. `scores` are
-    those of all results, the hits among them, in any order.
+    Equal scores count together; the mean over the hits is scikit-learn's average precision.
+    `scores` are those of all results, the hits among them, in any order.
     """
     if hit_scores.size == 0:
         return np.zeros(0)
