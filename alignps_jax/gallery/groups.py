@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections import defaultdict
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ class Group:
     name: str
     day: str
     by_hand: bool
-    people: tuple[str, ...]
+    people: list[str]
 
 
 class Groups:
@@ -52,14 +51,12 @@ class Groups:
     def by_person(self) -> dict[str, Group]:
         """The group of each person who is in one."""
         if (version := self.notes.version) != self._version:
-            members = defaultdict[str, list[Note]](list)
+            groups, known = dict[str, Group](), dict[str, Group]()
             for note in self.notes.all():
-                members[note.content["id"]].append(note)
-            self._known = {}
-            for notes in members.values():
-                people = tuple(note.id for note in notes)
-                self._known |= dict.fromkeys(people, Group(**notes[0].content, people=people))
-            self._version = version
+                own = Group(**note.content, people=[])
+                known[note.id] = groups.setdefault(own.id, own)
+                known[note.id].people.append(note.id)
+            self._known, self._version = known, version
         return self._known
 
     def all(self) -> list[Group]:
@@ -73,24 +70,23 @@ class Groups:
         Who stays behind there stays apart. UserError if all of them are in no group (any more).
         """
         known = self.by_person()
-        people = tuple(one for one in dict.fromkeys(people) if one in known)
-        if not people:
+        chosen = {one: known[one] for one in people if one in known}
+        if not chosen:
             raise UserError("found nobody of a group; it was made anew, or forgotten")
-        before = {known[one].id: known[one] for one in people}.values()
-        name = next((one.name for one in before if one.name), "") if name is None else name
-        days = {one.day for one in before}
-        made = Group(uuid.uuid4().hex, name, days.pop() if len(days) == 1 else "", True, people)
-        notes = _notes(made, people)
-        for one in before:
-            rest = [person for person in one.people if person not in people]
-            notes += _notes(dataclasses.replace(one, by_hand=True), rest)
+        name = next((one.name for one in chosen.values() if one.name), "") if name is None else name
+        day, *others = {one.day for one in chosen.values()}
+        made = Group(uuid.uuid4().hex, name, "" if others else day, True, list(chosen))
+        before = {one.id: one for one in chosen.values()}.values()
+        rest = [person for one in before for person in one.people if person not in chosen]
+        notes = [_note(person, made) for person in chosen]
+        notes += [_note(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
         self.notes.put(notes)
         return made
 
 
-def _notes(group: Group, people: Iterable[str]) -> list[Note]:
+def _note(person: str, group: Group) -> Note:
     content = {key: value for key, value in vars(group).items() if key != "people"}
-    return [Note(person, (person,), content) for person in people]
+    return Note(person, (person,), content)
 
 
 def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> list[Group]:
@@ -117,8 +113,8 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
         limit = calibration.least(_PROBABILITY, len(today))
         for cluster in clusters(embeddings[today], scene[today], limit, number[today]):
             found = today[cluster]
-            group = [Group(uuid.uuid4().hex, "", str(day), False, ()), *fixed][number[found].max()]
-            made += _notes(group, [people[row].id for row in found[number[found] == 0]])
+            group = [Group(uuid.uuid4().hex, "", str(day), False, []), *fixed][number[found].max()]
+            made += [_note(people[row].id, group) for row in found[number[found] == 0]]
     kept = numbers.keys() | {note.id for note in made} | {one.id for one in outside}
     groups.notes.remove({note.id for note in groups.notes.all()} - kept)
     groups.notes.put(made)
