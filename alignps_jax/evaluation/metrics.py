@@ -114,11 +114,9 @@ def detection_metrics(
 ) -> DetectionMetrics:
     """Detection recall and AP as SeqNet's evaluation computes them, on the same images.
 
-    A detection finds a person if their IoU reaches `IOU_THRESHOLD` and each is the other's best
-    (the first of equals). AP is the average precision of the detections with a score of at least
-    `score_threshold`, times recall; 0 without people or detections. `labeled_only` counts only
-    people with an identity, and leaves out images that have none (but not the detections of
-    unlabeled people in the others).
+    AP is the average precision of the detections with a score of at least `score_threshold`, times
+    recall; 0 without people or detections. `labeled_only` counts only people with an identity, and
+    leaves out images that have none (but not the detections of unlabeled people in the others).
     """
     scores, found, num_people = [np.zeros(0, np.float32)], [np.zeros(0, bool)], 0
     for image, boxes in enumerate(annotations.boxes):
@@ -139,12 +137,9 @@ def detection_metrics(
 def search_metrics(search: GallerySearch) -> SearchMetrics:
     """Search mAP and top-1, -5, -10 of a protocol.
 
-    The query's embedding is that of the detection that overlaps the query box most, whatever its
-    score. Gallery detections with a score of at least `score_threshold` are ranked by cosine. In
-    an image that holds the person, the most similar detection with IoU >= min(0.5,
+    In an image that holds the person, the most similar detection with IoU >= min(0.5,
     wh / ((w + 10)(h + 10))) is the true positive; w, h are those of the person's box. AP is the
-    average precision times the share of images with a true positive. `context` adds SeqNet's
-    bipartite matching: the number of gallery images (k1) and of people of the query photo (k2).
+    average precision times the share of images with a true positive.
     """
     # A query whose photo has no detections has nothing to search with: it stays a failure.
     outcomes = [QueryOutcome(len(images)) for images in search.protocol.target_images]
@@ -172,7 +167,7 @@ def search_metrics(search: GallerySearch) -> SearchMetrics:
 def found_people(
     people: Float[np.ndarray, "G 4"], boxes: Float[np.ndarray, "D 4"]
 ) -> Bool[np.ndarray, "D"]:
-    """Which detections find somebody: detection and person are each other's best."""
+    """Which detections find somebody: each is the other's best (the first of equals)."""
     if len(people) == 0 or len(boxes) == 0:
         return np.zeros(len(boxes), bool)
     # The release compares IoUs that it stored as float32.
