@@ -115,8 +115,11 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
             found = today[cluster]
             group = [Group(uuid.uuid4().hex, "", str(day), False, []), *fixed][number[found].max()]
             made += [_note(people[row].id, group) for row in found[number[found] == 0]]
-    kept = numbers.keys() | {note.id for note in made} | {one.id for one in outside}
-    groups.notes.remove({note.id for note in groups.notes.all()} - kept)
+    # Users may have named some meanwhile.
+    by_hand = {person for person, one in groups.by_person().items() if one.by_hand}
+    made = [note for note in made if note.id not in by_hand]
+    kept = by_hand | {note.id for note in made} | {one.id for one in outside}
+    groups.notes.remove(groups.by_person().keys() - kept)
     groups.notes.put(made)
     return groups.all()
 

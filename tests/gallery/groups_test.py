@@ -110,6 +110,17 @@ def test_groups_hold_for_a_day_or_across_days(gallery):
         make_groups(gallery, Filter())
 
 
+def test_what_users_do_while_groups_are_made_stays(gallery, monkeypatch):
+    groups = Groups(gallery.people)
+    for one in make_groups(gallery, Filter()):
+        monkeypatch.setattr(
+            "alignps_jax.gallery.groups.clusters",
+            lambda *given, one=one: (groups.put(one.people, one.people[0]), clusters(*given))[1],
+        )
+        make_groups(gallery, Filter())
+        assert groups.by_person()[one.people[0]].name == one.people[0]
+
+
 def test_what_users_do_stays(gallery):
     memory = gallery.memory()
     everybody = memory.people(np.arange(len(memory)))
