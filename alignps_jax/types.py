@@ -205,3 +205,7 @@ class GalleryDetections:
     def of(self, image: int) -> slice:
         """The rows of one image."""
         return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
+
+    def image_of(self, row: int) -> int:
+        """The image that owns a row."""
+        return int(self.offsets.searchsorted(row, side="right")) - 1

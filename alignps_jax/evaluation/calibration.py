@@ -1,9 +1,8 @@
 """How likely a result of a search shows the same person: similarities as probabilities.
 
-Two isotonic regressions on what the evaluation's searches found. Of all results of a similarity,
-which share is right? And of all searches whose best result has a similarity, in how many is the
-person in the gallery at all? Each search counts once as it is, and once without the person, so half
-of those who are searched are taken to be there, as often as the evaluation's queries.
+Two isotonic regressions on what the evaluation's searches found: which share of all results of a
+similarity is right, and how often the person is there at all, by the similarity of the best result.
+For that each search counts as it is, and again without the person: half of them are there.
 
 A gallery of more people has more that look alike by chance and not more that are right: the odds
 fall with the number of people. In one of fewer people they stay: it holds a person less often, too.
@@ -30,23 +29,17 @@ LIMIT = 0.25
 NOBODY = "nobody in this gallery is likely to be this person"
 NOT_CALIBRATED = "not calibrated: --mode=evaluate measures how likely a similarity is right"
 _WORDS = {0.9: "very likely", 0.6: "likely", LIMIT: "possibly", 0.0: "unlikely"}
-# Similarities are counted in bins of 0.01; the outer two have no end.
-BINS = 200
-_BORDERS = np.linspace(-1, 1, BINS + 1)[1:-1]
-_CENTERS = np.linspace(-1, 1, 2 * BINS + 1)[1::2]
+# Centers of the bins of 0.01 in which similarities are counted; the outer two have no end.
+CENTERS = np.linspace(-0.995, 0.995, 200)
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Curves over similarity, and what they come from.
+    """Curves over the bins with results (`similarity` are their centers, ascending).
 
-    Attributes:
-      dataset: that it was measured on, and the protocol.
-      people: mean number of detections among which a query was searched.
-      similarity: centers of the bins with results, ascending.
-      probability: that a result of a person who is there is right; it never falls.
-      there: that the person is there, by the best result; it never falls.
-      right, wrong: numbers of results.
+    `probability` is that a result of a person who is there is right, `there` that the person is, by
+    the best result; both never fall. They were measured on `dataset` and a protocol, each query
+    among `people` detections (mean). `right` and `wrong` are numbers of results.
     """
 
     dataset: str
@@ -72,12 +65,12 @@ class Calibration:
 
     def least(self, probability: float, people: int = 0) -> float:
         """The similarity from which `of` is at least so high; infinite where it never is."""
-        reached = self.of(np.array(self.similarity), people) >= probability
-        return min(np.array(self.similarity)[reached].tolist(), default=math.inf)
+        likely = self.of(np.array(self.similarity), people) >= probability
+        return self.similarity[int(likely.argmax())] if likely.any() else math.inf
 
     def save(self, folder: Path) -> None:
         """Writes what `load` reads."""
-        write_json(folder / CALIBRATION, dataclasses.asdict(self))
+        write_json(folder / CALIBRATION, vars(self))
 
 
 def load(folder: Path | None) -> Calibration | None:
@@ -86,10 +79,7 @@ def load(folder: Path | None) -> Calibration | None:
     if not path or not path.is_file():
         return None
     with blame(path):
-        found = msgspec.json.decode(path.read_bytes(), type=Calibration)
-        if not len(found.similarity) == len(found.probability) == len(found.there) > 0:
-            raise ValueError("found curves of different lengths")
-        return found
+        return msgspec.json.decode(path.read_bytes(), type=Calibration)
 
 
 def words(probability: float) -> str:
@@ -100,34 +90,31 @@ def words(probability: float) -> str:
 
 def count(similarity: Float[np.ndarray, "R"]) -> Int[np.ndarray, "bins"]:
     """Number of similarities in each bin; they are sorted, the highest first."""
-    first = np.searchsorted(similarity[::-1], _BORDERS)
+    first = np.searchsorted(similarity[::-1], np.linspace(-1, 1, CENTERS.size + 1)[1:-1])
     return np.diff(first, prepend=0, append=len(similarity))
 
 
-def fit(dataset: str, counts: Int[np.ndarray, "4 bins"], searches: int) -> Calibration | None:
+def fit(dataset: str, counts: Int[np.ndarray, "4 bins"]) -> Calibration | None:
     """The curves of some searches with these numbers of results; None where they had none.
 
     `counts` are those of all results, the right ones, and the first and first wrong of each search.
     """
     results, right, first, alone = counts
-    used = np.flatnonzero(results)
+    used, wrong = np.flatnonzero(results), results - right
     if not used.size:
         return None
-    wrong, people = results - right, float(results.sum()) / searches
-    likely, there = (
-        np.interp(_CENTERS[used], *_rising(*both)).tolist()
-        for both in ((right, wrong), (first, alone))
-    )
-    found = right[used].tolist(), wrong[used].tolist()
-    return Calibration(dataset, people, _CENTERS[used].round(3).tolist(), likely, there, *found)
+    likely, there = (_rising(*both)[used].tolist() for both in ((right, wrong), (first, alone)))
+    people, found = float(results.sum() / first.sum()), (right[used].tolist(), wrong[used].tolist())
+    return Calibration(dataset, people, CENTERS[used].round(3).tolist(), likely, there, *found)
 
 
 def _rising(
     right: Int[np.ndarray, "bins"], wrong: Int[np.ndarray, "bins"]
-) -> tuple[Float[np.ndarray, "C"], Float[np.ndarray, "C"]]:
-    """Centers of the bins that are used, and the share that is right there, which never falls."""
+) -> Float[np.ndarray, "bins"]:
+    """The share that is right, as a curve that never falls."""
     used = np.flatnonzero(right + wrong)
     # A wrong one more in the best bin and a right one in the worst: nothing is ever certain.
     more = np.eye(1, used.size, dtype=int)[0]
     total = right[used] + more + wrong[used] + more[::-1]
-    return _CENTERS[used], isotonic_regression((right[used] + more) / total, weights=total).x
+    share = isotonic_regression((right[used] + more) / total, weights=total).x
+    return np.interp(CENTERS, CENTERS[used], share)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 
 from alignps_jax.types import GalleryDetections
 
@@ -15,7 +16,7 @@ def context_people(
 
     Other people have a score of at least `score_threshold`, as in the gallery.
     """
-    photo = detections.of(int(detections.offsets.searchsorted(query_row, side="right")) - 1)
+    photo = detections.of(detections.image_of(query_row))
     others = photo.start + np.argsort(-detections.scores[photo], kind="stable")
     others = others[(detections.scores[others] >= score_threshold) & (others != query_row)]
     return np.concatenate([[query_row], others[: limit - 1]]).astype(np.int64)
@@ -34,16 +35,10 @@ def rescore(
     The gallery detections are `rows` of `embeddings` (unit length), image after image: image i
     owns `offsets[i]:offsets[i + 1]` of them. In each of the `images` images with the most similar
     detections (ties to the earlier image), the people of the query photo (rows `people`, the query
-    first) are matched with the image's detections so that the sum of the cosines is largest. The
-    detection matched with the query takes that sum as its similarity, which may exceed one.
-    An image where the query stays without a match (fewer detections than people) is unchanged.
+    first) are matched with the image's detections so that the sum of the cosines is largest. That
+    sum, which may exceed one, is the similarity of whom the query is matched with, if anybody.
     """
-    from scipy.optimize import linear_sum_assignment  # slow to import, and rarely needed
-
-    rescored = similarity.copy()
-    occupied = np.flatnonzero(np.diff(offsets))
-    if occupied.size == 0:
-        return rescored
+    rescored, occupied = similarity.copy(), np.flatnonzero(np.diff(offsets))
     context = embeddings[people].astype(np.float64)
     best = np.maximum.reduceat(similarity, offsets[occupied])
     for image in occupied[np.argsort(-best, kind="stable")[:images]]:

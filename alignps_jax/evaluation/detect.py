@@ -35,10 +35,7 @@ def detect_source(
     Names of photos are relative to `source`. Of a video, one frame is taken every `every` seconds.
     Boxes are in pixels of the photo as stored, without its EXIF orientation, as data sets have
     them. The target is a .json (COCO), a .csv, or an .npz file as `save_detections` writes it.
-
-    Raises:
-      UserError: the checkpoint, source or target is wrong.
-      IncompleteError: all is done, but some files could not be read.
+    IncompleteError if all is done, but some files could not be read.
     """
     suffix = known_name(f"--target: suffix of {target}", target.suffix.lower(), WRITERS)
     check_outputs(target)

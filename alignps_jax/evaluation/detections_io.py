@@ -42,13 +42,10 @@ def save_detections(path: Path, detections: GalleryDetections) -> None:
 
 
 def load_detections(path: Path) -> GalleryDetections:
-    """Reads `image_names`, `offsets`, `boxes`, `scores` and `embeddings` of an .npz archive.
+    """Reads an .npz archive of detections; UserError if it is none, or `check_values` refuses it.
 
     Embeddings are divided by their length; those of length one are returned bit for bit. The rows
     of an image come back best score first (ties keep the file's order).
-
-    Raises:
-      UserError: the file is no such archive, or `check_values` refuses what is in it.
     """
     with blame(path):
         found = _read(path)
@@ -99,9 +96,8 @@ def check_values(detections: GalleryDetections) -> None:
     }
     for problem, bad in problems.items():
         if bad.any():
-            image = int(np.searchsorted(detections.offsets, bad.argmax(), side="right")) - 1
-            where = f"the first in image {detections.names[image]!r}"
-            raise ValueError(f"found {bad.sum():,} {problem}, {where}")
+            first = detections.names[detections.image_of(int(bad.argmax()))]
+            raise ValueError(f"found {bad.sum():,} {problem}, the first in image {first!r}")
 
 
 def unit_embeddings(embeddings: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "M D"]:

@@ -56,11 +56,7 @@ class Evaluator:
         return self.scorer.score(self.detect(params, frozen), step)
 
     def detect(self, params: Any, frozen: Any) -> GalleryDetections:
-        """All detections of all test images, those with low scores too.
-
-        Raises:
-          UserError: the network gives something that is not a number.
-        """
+        """All detections of all test images, those with low scores too; UserError for a NaN."""
         params, frozen = devices.replicate((params, frozen))
         found: dict[int, Detections] = {}
         bar = {"desc": "evaluate", "unit": "batch", "leave": False}
@@ -134,10 +130,8 @@ def spread(count: int, shown: int) -> Int[np.ndarray, "S"]:
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> None:
     """Evaluates the chosen step of a run, or one step's folder, on `config.data`.
 
-    The metrics of the untrained network that the run has stay in its own results.
-
-    Raises:
-      UserError: the checkpoint, the data or `workdir` is wrong, which is found before the work.
+    The metrics of the untrained network that the run has stay in its own results. What is wrong
+    with the checkpoint, the data or `workdir` is a UserError before the work.
     """
     if is_main_process():
         check_outputs(*(workdir / name for name in OUTPUTS))
@@ -185,12 +179,16 @@ def query_row(
 ) -> list[Image]:
     """Query number `query` of the first protocol, below a title, and its first results."""
     names, protocol = split.annotations.names, scorer.protocols[0]
-    ranking = scorer.rank(detections, query)
-    images = np.searchsorted(detections.offsets, ranking.row, side="right") - 1
-    found = zip(images, ranking.row, ranking.similarity, ranking.is_match, strict=True)
+
+    def result(row: int, cosine: float, is_match: bool) -> Result:
+        image = detections.image_of(row)
+        photo, box = photo_of(split, image), detections.boxes[row]
+        return Result(photo, names[image], box, float(cosine), bool(is_match))
+
     results = (
-        Result(photo_of(split, i), names[i], detections.boxes[row], float(cosine), bool(is_match))
-        for i, row, cosine, is_match in found
+        result(*found)
+        for _, one in scorer.galleries(protocol, detections).rankings([query])
+        for found in zip(one.row, one.similarity, one.is_match, strict=True)
     )
     image, box = int(protocol.query_image[query]), protocol.query_box[query]
     return picture_row(title, photo_of(split, image), names[image], box, results)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from alignps_jax.boxes import iou
-from alignps_jax.evaluation.calibration import BINS, count
+from alignps_jax.evaluation.calibration import CENTERS, count
 from alignps_jax.evaluation.ranking import GallerySearch
 from alignps_jax.types import Annotations, GalleryDetections
 
@@ -53,13 +53,10 @@ class DetectionMetrics:
 class QueryOutcome:
     """What became of one query.
 
-    Attributes:
-      num_targets: number of gallery images that hold the person.
-      detected: whether anything was detected in the query's photo.
-      precision: at each target image with a true positive, worst first.
-      first_hit: rank of the first true positive, from 0; infinite where there is none.
-      wrong_row: the most similar gallery detection that is no true positive (the first of equals).
-      wrong_similarity: its similarity.
+    `num_targets` gallery images hold the person; `precision` is that at each of them with a true
+    positive, worst first; `first_hit` the rank of the first one, from 0, or infinite; `wrong_row`
+    the most similar gallery detection that is none (the first of equals). `detected`: whether
+    anything was in the query's photo.
     """
 
     num_targets: int
@@ -117,11 +114,9 @@ def detection_metrics(
 ) -> DetectionMetrics:
     """Detection recall and AP as SeqNet's evaluation computes them, on the same images.
 
-    A detection finds a person if their IoU reaches `IOU_THRESHOLD` and each is the other's best
-    (the first of equals). AP is the average precision of the detections with a score of at least
-    `score_threshold`, times recall; 0 without people or detections. `labeled_only` counts only
-    people with an identity, and leaves out images that have none (but not the detections of
-    unlabeled people in the others).
+    AP is the average precision of the detections with a score of at least `score_threshold`, times
+    recall; 0 without people or detections. `labeled_only` counts only people with an identity, and
+    leaves out images that have none (but not the detections of unlabeled people in the others).
     """
     scores, found, num_people = [np.zeros(0, np.float32)], [np.zeros(0, bool)], 0
     for image, boxes in enumerate(annotations.boxes):
@@ -142,16 +137,13 @@ def detection_metrics(
 def search_metrics(search: GallerySearch) -> SearchMetrics:
     """Search mAP and top-1, -5, -10 of a protocol.
 
-    The query's embedding is that of the detection that overlaps the query box most, whatever its
-    score. Gallery detections with a score of at least `score_threshold` are ranked by cosine. In
-    an image that holds the person, the most similar detection with IoU >= min(0.5,
+    In an image that holds the person, the most similar detection with IoU >= min(0.5,
     wh / ((w + 10)(h + 10))) is the true positive; w, h are those of the person's box. AP is the
-    average precision times the share of images with a true positive. `context` adds SeqNet's
-    bipartite matching: the number of gallery images (k1) and of people of the query photo (k2).
+    average precision times the share of images with a true positive.
     """
     # A query whose photo has no detections has nothing to search with: it stays a failure.
     outcomes = [QueryOutcome(len(images)) for images in search.protocol.target_images]
-    counts = np.zeros((4, BINS), int)
+    counts = np.zeros((4, CENTERS.size), int)
     for query, ranking in search.rankings(range(len(outcomes))):
         hits, wrong = np.flatnonzero(ranking.is_match), np.flatnonzero(~ranking.is_match)[:1]
         found = ranking.similarity
@@ -175,7 +167,7 @@ def search_metrics(search: GallerySearch) -> SearchMetrics:
 def found_people(
     people: Float[np.ndarray, "G 4"], boxes: Float[np.ndarray, "D 4"]
 ) -> Bool[np.ndarray, "D"]:
-    """Which detections find somebody: detection and person are each other's best."""
+    """Which detections find somebody: each is the other's best (the first of equals)."""
     if len(people) == 0 or len(boxes) == 0:
         return np.zeros(len(boxes), bool)
     # The release compares IoUs that it stored as float32.
@@ -190,9 +182,8 @@ def precision_at_hits(
 ) -> Float[np.ndarray, "P"]:
     """Precision among everything that scores at least as much as each hit, worst hit first.
 
-    Equal scores count together. The mean over the hits is scikit-learn's average precision, hence
-    the sum over the number of things to be found is average precision times recall. `scores` are
-    those of all results, the hits among them, in any order.
+    Equal scores count together; the mean over the hits is scikit-learn's average precision.
+    `scores` are those of all results, the hits among them, in any order.
     """
     if hit_scores.size == 0:
         return np.zeros(0)

@@ -37,7 +37,7 @@ class Ranking:
 
 @dataclasses.dataclass(frozen=True)
 class GallerySearch:
-    """A protocol, detections of its images, and the rules of `search_metrics`."""
+    """A protocol, detections of its images, and rules of `config.eval` (`context_matching`)."""
 
     protocol: SearchProtocol
     detections: GalleryDetections

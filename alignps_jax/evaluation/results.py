@@ -117,8 +117,8 @@ def _cells(outcome: QueryOutcome, detections: GalleryDetections) -> tuple[object
     row = outcome.wrong_row
     if row is None:
         return (*cells, *[""] * 6)
-    image = detections.names[int(detections.offsets.searchsorted(row, side="right")) - 1]
-    return (*cells, image, *_rounded(detections.boxes[row]), round(outcome.wrong_similarity, 6))
+    name, box = detections.names[detections.image_of(row)], _rounded(detections.boxes[row])
+    return (*cells, name, *box, round(outcome.wrong_similarity, 6))
 
 
 def _rounded(box: Iterable[float]) -> list[float]:

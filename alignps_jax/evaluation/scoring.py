@@ -15,7 +15,7 @@ from alignps_jax.checkpoint.places import CALIBRATION
 from alignps_jax.evaluation import metrics
 from alignps_jax.evaluation.calibration import Calibration, fit
 from alignps_jax.evaluation.detections_io import load_detections, rows_of_images
-from alignps_jax.evaluation.ranking import GallerySearch, Ranking
+from alignps_jax.evaluation.ranking import GallerySearch
 from alignps_jax.evaluation.results import Measured, print_results, write_queries_csv
 from alignps_jax.files import check_outputs, write_json
 from alignps_jax.types import Annotations, GalleryDetections, SearchProtocol, UserError
@@ -30,8 +30,7 @@ OUTPUTS = (METRICS, QUERIES, CALIBRATION)
 class Scorer:
     """What is searched, in which images, and how it counts (`config.eval`).
 
-    Raises:
-      UserError: a protocol has no queries.
+    A protocol without queries is a UserError.
     """
 
     config: ConfigDict
@@ -47,22 +46,12 @@ class Scorer:
         """All metrics of the test images' detections; `step` is that of the checkpoint, if any."""
         found, threshold = (self.annotations, detections), self.config.eval.score_threshold
         detect = partial(metrics.detection_metrics, *found, score_threshold=threshold)
-        searches = {one.name: self.search(one, detections) for one in self.protocols}
+        galleries = {one.name: self.galleries(one, detections) for one in self.protocols}
+        searches = {name: metrics.search_metrics(own) for name, own in galleries.items()}
         return Measured(step, detections, detect(), detect(labeled_only=True), searches)
 
-    def search(
-        self, protocol: SearchProtocol, detections: GalleryDetections
-    ) -> metrics.SearchMetrics:
-        """How well the queries of one protocol were found."""
-        return metrics.search_metrics(self._galleries(protocol, detections))
-
-    def rank(self, detections: GalleryDetections, query: int) -> Ranking:
-        """The ranked gallery of one query of the first protocol."""
-        nothing = Ranking(np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, bool))
-        found = self._galleries(self.protocols[0], detections).rankings([query])
-        return dict(found).get(query, nothing)
-
-    def _galleries(self, protocol: SearchProtocol, detections: GalleryDetections) -> GallerySearch:
+    def galleries(self, protocol: SearchProtocol, detections: GalleryDetections) -> GallerySearch:
+        """The galleries of a protocol's queries."""
         rules = self.config.eval
         return GallerySearch(protocol, detections, rules.score_threshold, rules.context_matching)
 
@@ -71,9 +60,7 @@ class Scorer:
         rules, name = self.config.eval, self.protocols[0].name
         if rules.context_matching or rules.boxes != "detected":
             return None
-        search = measured.searches[name]
-        searches = sum(one.detected for one in search.outcomes)
-        return fit(f"{self.config.data.name}, {name}", search.counts, searches)
+        return fit(f"{self.config.data.name}, {name}", measured.searches[name].counts)
 
     def conditions(self, measured: Measured) -> str:
         """One line on how this was measured."""
@@ -90,10 +77,7 @@ class Scorer:
     def write(
         self, workdir: Path, measured: Measured, untrained: Mapping[str, Any] | None = None
     ) -> None:
-        """Prints the table; writes `metrics.json`, `queries.csv`, and `calibration.json`.
-
-        The last one goes to the checkpoint, too.
-        """
+        """Prints the table; writes `OUTPUTS`, and the calibration to the checkpoint, too."""
         threshold, scores = self.config.eval.score_threshold, measured.detections.scores
         others = {"untrained": untrained} if untrained else {}
         system = "saved" if measured.step is None else "trained"
@@ -132,12 +116,9 @@ def make_scorer(config: ConfigDict) -> Scorer:
 
 
 def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = None) -> None:
-    """Scores a file of detections of the test images of `config.data`.
+    """Scores a file of detections of the test images; UserError if they, or the data, are wrong.
 
     Results go to `workdir` or, without it, to `<name of the file>_rescored` beside the file.
-
-    Raises:
-      UserError: the file, its images or the data are wrong, or `workdir` is a file.
     """
     workdir = workdir or file.with_name(f"{file.stem}_rescored")
     check_outputs(*(workdir / name for name in OUTPUTS))
@@ -153,8 +134,7 @@ def evaluate_detections(config: ConfigDict, file: Path, workdir: Path | None = N
 def detections_of(names: tuple[str, ...], file: Path) -> GalleryDetections:
     """The saved detections of the test images `names`, in their order; a note counts other images.
 
-    Raises:
-      UserError: the file is not one of detections, or images are missing.
+    UserError if the file is not one of detections, or lacks images.
     """
     saved = load_detections(file)
     position = {name: index for index, name in enumerate(saved.names)}

@@ -84,18 +84,15 @@ def comparison(request: FigureRequest) -> Pictures:
     First come the queries for which some are right at rank one and others are not, those with the
     largest difference of AP first. Right results are green, wrong ones red.
     """
-    scorer = make_scorer(request.config)
-    protocol, names = scorer.protocols[0], scorer.annotations.names
-    files = request.files("detections.npz").items()
-    detections = {label: detections_of(names, path) for label, path in files}
-    metrics = {label: scorer.search(protocol, found) for label, found in detections.items()}
-    split = prepare(request.config.data).split("test")
+    scorer, measured = _measured(request)
+    protocol, split = scorer.protocols[0], prepare(request.config.data).split("test")
+    metrics = {label: one.searches[protocol.name] for label, one in measured.items()}
     chosen = most_different([*metrics.values()])[: max(1, MAX_COMPARED_ROWS // len(metrics))]
     rows = []
     for query in chosen.tolist():
-        for label, found in detections.items():
+        for label, one in measured.items():
             title = f"{label}: AP {100 * metrics[label].per_query_ap[query]:.0f}"
-            rows.append(query_row(scorer, split, found, query, title))
+            rows.append(query_row(scorer, split, one.detections, query, title))
     yield f"comparison-{protocol.name}", grid_picture(rows)
 
 

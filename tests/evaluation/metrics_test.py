@@ -16,7 +16,9 @@ from tests.places import SHARED
 def lay_out(found, names=None):
     """{name: (boxes, scores, unit embeddings)} -> GalleryDetections."""
     names = list(found if names is None else names)
-    return detections_io.lay_out(names, [Detections(*found[name], None) for name in names])
+    valid = (np.ones(len(found[name][1]), bool) for name in names)
+    all_of_them = [Detections(*found[name], own) for name, own in zip(names, valid, strict=True)]
+    return detections_io.lay_out(names, all_of_them)
 
 
 def protocol_of(queries, names):

@@ -1,4 +1,4 @@
-"""Groups: clusters against average linkage, one pair at a time; what users do to them stays."""
+"""Groups: clusters against a loop over all pairs; what users do to them stays."""
 
 import datetime
 import itertools
@@ -21,84 +21,61 @@ def unit(rows):
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
-def people(rng, count, persons=4, noise=0.5):
-    """Embeddings of some persons, unlike in number, and who each is."""
-    who = np.minimum(rng.geometric(0.4, count) - 1, persons - 1)
-    centers = rng.normal(size=(persons, 24))
-    return unit(centers[who] + noise * rng.normal(size=(count, 24))), who
+def people(rng, count):
+    """Embeddings of four persons, unlike in number, and who each is."""
+    who = np.minimum(rng.geometric(0.4, count) - 1, 3)
+    return unit(rng.normal(size=(4, 24))[who] + 0.5 * rng.normal(size=(count, 24))), who
 
 
-def average_linkage(embeddings, scene, limit, fixed):
-    """All pairs of clusters are compared before the most similar two that may join do."""
-    names = {name: np.flatnonzero(fixed == name).tolist() for name in set(fixed.tolist())}
-    found = [[i] for i in names.pop(0, [])] + list(names.values())
-
-    def mean(pair):
-        one, other = pair
-        apart = {scene[i] for i in one}.isdisjoint(scene[i] for i in other)
-        free = not any(fixed[i] for i in one) or not any(fixed[i] for i in other)
-        similarity = (embeddings[one].astype(float) @ embeddings[other].astype(float).T).mean()
-        return similarity if apart and free else -np.inf
-
-    while len(found) > 1:
-        one, other = max(itertools.combinations(found, 2), key=mean)
-        if mean((one, other)) < limit:
+def joined(embeddings, scene, limit, number):
+    """Clusters as sets: all pairs, the most similar first, join those whose mean is high enough."""
+    names = {name: frozenset(np.flatnonzero(number == name).tolist()) for name in set(number)}
+    found = {frozenset([row]) for row in names.pop(0, [])} | set(names.values())
+    similarity = embeddings.astype(float) @ embeddings.astype(float).T
+    pairs = itertools.combinations(range(len(scene)), 2)
+    for pair in sorted(pairs, key=lambda pair: -similarity[pair]):
+        if similarity[pair] < limit:
             break
-        found = [each for each in found if each not in (one, other)] + [one + other]
-    return {frozenset(each) for each in found if len(each) > 1}
+        one, other = (next(each for each in found if row in each) for row in pair)
+        free = not any(number[list(one)]) or not any(number[list(other)])
+        apart = {scene[row] for row in one}.isdisjoint(scene[row] for row in other)
+        mean = np.mean([similarity[pair] for pair in itertools.product(one, other)])
+        if one != other and free and apart and mean >= limit:
+            found = found - {one, other} | {one | other}
+    return {each for each in found if len(each) > 1}
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_they_are_those_of_average_linkage(seed):
+def test_they_are_those_of_all_pairs(seed):
     rng = np.random.default_rng(seed)
-    count = [14, 1, 2, 16][seed % 4]  # all are neighbors
-    embeddings, _ = people(rng, count)
-    scene = rng.integers(0, 9, count)
-    fixed = rng.choice([0, 0, 0, 1, 2], count) * (seed > 5)
-    limit = float(rng.uniform(0, 0.8))
-    found = list(clusters(embeddings, scene, limit, fixed))
-    expected = average_linkage(embeddings, scene.tolist(), limit, fixed)
-    assert {frozenset(rows.tolist()) for rows in found} == expected
-    assert len(found) == len(expected)
+    count, limit = [14, 1, 2, 16][seed % 4], float(rng.uniform(0, 0.8))  # all are neighbors
+    embeddings, scene = people(rng, count)[0], rng.integers(0, 9, count)
+    number = rng.choice([0, 0, 0, 1, 2], count) * (seed > 5)
+    found = clusters(embeddings, scene, limit, number)
+    expected = joined(embeddings, scene.tolist(), limit, number)
+    assert sorted(map(sorted, found)) == sorted(map(sorted, expected))
 
 
-def test_many_people_most_typical_first_and_the_limit_rises_where_chains_are_long():
-    rng = np.random.default_rng(1)
-    embeddings, who = people(rng, 1500, persons=6, noise=0.15)
-    everybody, nobody = np.arange(1500), np.zeros(1500, int)
-    for limit, most in ((0.5, 8192), (-0.9, 900)):
-        found = list(clusters(embeddings, everybody, limit, nobody, most))
-        assert sorted(map(len, found)) == sorted(np.bincount(who).tolist())
-        for rows in found:
-            assert len(set(who[rows])) == 1
-            assert (np.diff(embeddings[rows] @ embeddings[rows].mean(axis=0)) <= 1e-5).all()
-    same = np.repeat(unit(np.ones((1, 8))), 20, axis=0)  # nothing tells these apart
-    (found,) = clusters(same, everybody[:20], 0.5, nobody[:20], most=9)
-    assert len(found) == 20
+def test_many_people_the_most_typical_first():
+    embeddings, who = people(np.random.default_rng(1), 1500)
+    found = clusters(embeddings, np.arange(1500), 0.5, np.zeros(1500, int))
+    assert sorted(map(len, found)) == sorted(np.bincount(who).tolist())
+    for rows in found:
+        assert len(set(who[rows])) == 1
+        assert (np.diff(embeddings[rows] @ embeddings[rows].mean(axis=0)) <= 1e-5).all()
 
 
-def test_people_of_one_photo_stay_apart():
-    same, nobody = unit(np.ones((4, 8))), np.zeros(4, int)
-    found = clusters(same, np.array([1, 1, 2, 2]), 0.9, nobody)
-    assert sorted(len(rows) for rows in found) == [2, 2]
-    assert list(clusters(same, nobody, -1.0, nobody)) == []
-    assert [set(rows) for rows in clusters(same, nobody, 0.9, np.array([0, 3, 0, 3]))] == [{1, 3}]
-
-
-# Who is in which photo, in photo order; photos 1 to 3 are of one day, 4 and 5 of the next, later
-# ones of no known day.
+# Who is in which photo.
 PHOTOS = ("AB", "AB", "AC", "A", "A", "B", "A", "A")
 
 
 def add(gallery, number, persons):
-    """Stores a photo of some persons, the first one the surest."""
+    """Stores a photo: 1 to 3 are of one day, 4 and 5 of the next, later ones of no known day."""
     path = f"/{'odd' if number % 2 else 'even'}/{number}.jpg"
     day = datetime.datetime(2024, 5, 1 + (number > 3), 9, number) if number < 6 else None
     embeddings = np.eye(16)[[ord(who) - ord("A") for who in persons]] + 0.01 * np.eye(16)[number]
-    boxes = [[50 * place, 10, 50 * place + 30, 90] for place in range(len(persons))]
-    scores = np.linspace(0.9, 0.5, len(persons), dtype=np.float32)
-    valid = np.ones(len(persons), bool)
-    found = Detections(np.array(boxes, np.float32), scores, unit(embeddings), valid)
+    boxes = np.array([[0, 10, 30, 90], [50, 10, 80, 90]], np.float32)[: len(persons)]
+    found = Detections(boxes, boxes[:, 3] / 99, unit(embeddings), boxes[:, 3] > 0)
     scene = Scene(scene_id(path, None), path, 120, 160, day, "", None, path)
     gallery.people.commit([FoundScene(scene, found, 0.0)], [FileState(path, 1, 1, path)])
 
@@ -120,50 +97,52 @@ def shown(gallery, groups):
 
 
 def test_groups_hold_for_a_day_or_across_days(gallery):
-    first, second = "2024-05-01", "2024-05-02"
-    by_day = [("12", first, ""), ("123", first, ""), ("45", second, ""), ("78", "", "")]
-    assert shown(gallery, make_groups(gallery, Filter())) == by_day
-    across = make_groups(gallery, Filter(), across_days=True)
-    assert shown(gallery, across) == [("1234578", "", ""), ("126", "", "")]
-    assert [len(group.people) for group in across] == [7, 3]
+    by_day = shown(gallery, make_groups(gallery, Filter()))
+    assert [photos for photos, *_ in by_day] == ["12", "123", "45", "78"]
+    assert [day for _, day, _ in by_day] == [*["2024-05-01"] * 2, "2024-05-02", ""]
+    everybody = make_groups(gallery, Filter(), across_days=True)
+    assert shown(gallery, everybody[:1]) == [("1234578", "", "")]
+    assert shown(gallery, everybody[1:]) == [("126", "", "")]
     even = make_groups(gallery, Filter(folder="/even"), across_days=True)
-    assert shown(gallery, even) == [
-        ("1", "", ""),
-        ("1357", "", ""),
-        ("248", "", ""),
-        ("26", "", ""),
-    ]
+    assert [photos for photos, *_ in shown(gallery, even)] == ["1", "1357", "248", "26"]
     gallery.calibration = None
     with pytest.raises(UserError, match="not calibrated"):
         make_groups(gallery, Filter())
 
 
+def test_what_users_do_while_groups_are_made_stays(gallery, monkeypatch):
+    groups = Groups(gallery.people)
+    for one in make_groups(gallery, Filter()):
+        monkeypatch.setattr(
+            "alignps_jax.gallery.groups.clusters",
+            lambda *given, one=one: (groups.put(one.people, one.people[0]), clusters(*given))[1],
+        )
+        make_groups(gallery, Filter())
+        assert groups.by_person()[one.people[0]].name == one.people[0]
+
+
 def test_what_users_do_stays(gallery):
     memory = gallery.memory()
-    people = memory.people(np.arange(len(memory)))
-    ids = {one.scene.path[-5]: one.id for one in people if one.box[0] == 0}
+    everybody = memory.people(np.arange(len(memory)))
+    ids = {one.scene.path[-5]: one.id for one in everybody if one.box[0] == 0}
     make_groups(gallery, Filter())
     groups, elsewhere = Groups(gallery.people), Groups(gallery.people)
-    anna, other = (groups.of(ids[photo]) for photo in "14")
-    groups.rename(anna.id, "Anna")
-    merged = elsewhere.merge([other.id, anna.id])
-    assert (merged.id, merged.name, merged.day) == (other.id, "Anna", "")
-    split = groups.split(merged.id, [ids["2"]])
-    assert (split.people, split.name) == ((ids["2"],), "")
+    first, other = (groups.by_person()[ids[photo]] for photo in "14")
+    anna = groups.put(first.people, "Anna")
+    assert (anna.name, anna.day) == ("Anna", "2024-05-01")
+    merged = elsewhere.put([*other.people, *anna.people, "nobody"])
+    assert (merged.name, merged.day, merged.people) == ("Anna", "", other.people + anna.people)
+    alone = groups.put([ids["2"]], "")
+    assert (alone.people, alone.name) == ([ids["2"]], "")
     add(gallery, 9, "AB")
     add(gallery, 3, "A")  # nothing new
-    kept = [("12", "2024-05-01", ""), ("1345", "", "Anna"), ("2", "", "")]
-    assert shown(gallery, make_groups(gallery, Filter())) == [
-        *kept,
-        ("69", "", ""),
-        ("789", "", ""),
-    ]
+    found = [(photos, name) for photos, _, name in shown(gallery, make_groups(gallery, Filter()))]
+    assert found == [("12", ""), ("1345", "Anna"), ("2", ""), ("69", ""), ("789", "")]
     assert elsewhere.all()[0].name == "Anna"
     gallery.people.remove(["/odd/7.jpg"])
     assert ("89", "", "") in shown(gallery, make_groups(gallery, Filter()))
     forget(gallery.people, photos=["/odd/1.jpg"])
     assert ("345", "", "Anna") in shown(gallery, groups.all())
-    assert groups.of(ids["1"]) is None
-    for wrong in (lambda: groups.rename(anna.id, "x"), lambda: groups.merge([split.id, "x"])):
-        with pytest.raises(UserError, match="no group"):
-            wrong()
+    assert ids["1"] not in groups.by_person()
+    with pytest.raises(UserError, match="nobody of a group"):
+        groups.put([ids["1"]], "x")

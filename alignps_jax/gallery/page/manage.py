@@ -43,7 +43,7 @@ def change_groups(
         return RedirectResponse("/library", 303)
     if len(person) < 2:
         raise UserError("Choose two groups or more that show the same person.")
-    merged = site.groups.merge([_group(site, one).id for one in person])
+    merged = site.groups.put([member for one in person for member in _group(site, one).people])
     return RedirectResponse(f"/people/{merged.people[0]}", 303)
 
 
@@ -67,15 +67,15 @@ def change_group(
     """Names the group of a person, or takes people out of it who are somebody else."""
     found = _group(site, person_id)
     if change == "name":
-        site.groups.rename(found.id, name.strip()[:100])
+        site.groups.put(found.people, name.strip()[:100])
     elif person:
-        site.groups.split(found.id, person)
+        site.groups.put([one for one in found.people if one in person], "")
         person_id = next((one for one in found.people if one not in person), person_id)
     return RedirectResponse(f"/people/{person_id}", 303)
 
 
 def _group(site: Site, person_id: str) -> Group:
-    found = site.groups.of(site.photos.person(person_id).id)
+    found = site.groups.by_person().get(site.photos.person(person_id).id)
     if found is None:
         raise UserError("This person is in no group.")
     return found
