@@ -20,7 +20,6 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import ArrayLike
 
 from alignps_jax.errors import UserError
 from alignps_jax.types import Annotations, SearchProtocol
@@ -185,9 +184,9 @@ def stand_in(path: Path) -> str | None:
     return None
 
 
-def corners(xywh: ArrayLike) -> Float[np.ndarray, "*n 4"]:
+def corners(xywh: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "*n 4"]:
     """x1, y1, x2, y2 from x, y, w, h; ValueError if these are not finite, or in no photo."""
-    values = np.asarray(xywh, np.float64)
+    values = np.asarray(xywh if np.size(xywh) else np.zeros((0, 4)), np.float64)
     sound = np.abs(values) <= LARGEST_COORDINATE  # NaN is not
     if not sound.all():
         raise ValueError(f"has the coordinate {values[~sound][0]}, which is in no photo")

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 
 _T = TypeVar("_T")
 Color = tuple[int, int, int]  # BGR, as OpenCV stores it
-Sprite = UInt8[np.ndarray, "h w 4"]  # a cut-out: BGR multiplied by alpha, and alpha
+Sprite = UInt8[np.ndarray, "_h _w 4"]  # a cut-out: BGR multiplied by alpha, and alpha
 # x to the person's left, y down, z to where the person looks, in pixels of the canvas.
 Point = tuple[float, float, float]
 Radii = tuple[float, float]
