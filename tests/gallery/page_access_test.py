@@ -17,10 +17,6 @@ import httpx
 import numpy as np
 import pytest
 
-pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
-pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
-
-
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.page import access
 from alignps_jax.gallery.page.access import Door, addresses

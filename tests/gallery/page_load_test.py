@@ -8,12 +8,8 @@ import re
 import socket
 import threading
 
-import pytest
-
-pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
-pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
-
 import httpx
+import pytest
 from starlette.exceptions import HTTPException
 
 from alignps_jax.gallery.page.uploads import MAX_WAITING, Photos

@@ -8,10 +8,6 @@ import json
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
-pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
-
 from PIL import Image
 
 from alignps_jax.errors import UserError

@@ -11,14 +11,10 @@ import struct
 import time
 import zipfile
 
-import numpy as np
-import pytest
-
-pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
-pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
-
 import httpx
+import numpy as np
 import pillow_heif
+import pytest
 from PIL import Image
 
 from alignps_jax.errors import UserError
@@ -46,35 +42,6 @@ from tests.gallery.painted import (
     painted,
     scenes_of,
 )
-
-
-def test_from_a_photo_to_its_people_to_their_results(client, site):
-    page = client.get(uploaded(client, encoded(painted((RED, (10, 10)), (GREEN, (90, 40))))))
-    assert "Found 2 people" in page.text
-    assert len(people(page)) == 2
-    colors = {}
-    for address in people(page):
-        found = results(client.get(address))
-        assert len(found) == 9  # everybody
-        assert found == sorted(found, key=lambda one: -one[0])
-        same = {color_of(site, person) for similarity, person in found if similarity == 1}
-        (color,) = same
-        colors[color] = sum(similarity == 1 for similarity, _ in found)
-    assert colors == {RED: 4, GREEN: 3}
-
-
-def test_a_result_leads_to_its_scene_and_to_a_search_from_there(client, site):
-    page = client.get(uploaded(client, encoded(painted((BLUE, (10, 10))))))
-    (best, *_), query = results(client.get(people(page)[0])), people(page)[0]
-    assert best[0] == 1
-    person = site.gallery.person(best[1])
-    scene = client.get(f"/scene/{person.scene.id}", params={"person": person.id})
-    assert scene.text.count('class="chosen"') == 2  # in the photo and in the list
-    assert "c d.png" in scene.text
-    again = client.get("/search", params={"view": person.id})
-    assert person.id not in [one for _, one in results(again)]  # not the query itself
-    assert "Searched 9 people" in again.text
-    assert query.startswith("/search?view=")
 
 
 def test_views_are_combined_by_their_mean_or_their_best(client, site):
@@ -244,15 +211,6 @@ def test_a_box_finds_who_is_in_it(client, site):
     assert "nobody was found" in line_of(nobody)
     for box in ("", "1,2,3", "a,b,c,d", "nan,1,2,3", "9,9,1,1", "1e30,1,1e31,9"):
         assert client.post(f"{place}/box", data={"box": box}).status_code == 400
-
-
-def test_a_box_in_a_photo_of_the_gallery(client, site):
-    scene = next(s for s in scenes_of(site) if s.path.endswith("yard/a.png"))
-    green = client.post(f"/scene/{scene.id}/box", data={"box": "195,80,240,170"})
-    assert color_of(site, results(client.get(green.headers["location"]))[0][1]) == GREEN
-    # Nobody of the gallery is there, so the photo is searched once more, and in vain.
-    empty = client.post(f"/scene/{scene.id}/box", data={"box": "100,10,110,20"})
-    assert "nobody was found" in line_of(empty)
 
 
 def test_marks_belong_to_the_person(folder, client, site):

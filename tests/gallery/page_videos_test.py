@@ -8,9 +8,6 @@ import shutil
 import cv2
 import pytest
 
-pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
-pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
-
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.site import Site
 from tests.gallery.page_server import closed, running, visitor
