@@ -20,7 +20,7 @@ import pytest
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.page import access
 from alignps_jax.gallery.page.access import Door, addresses
-from alignps_jax.gallery.page.serve import serve
+from alignps_jax.gallery.page.app import serve
 from tests.gallery.page_server import (
     READ,
     closed,
@@ -241,7 +241,7 @@ def test_too_much_is_refused_in_one_line(site, monkeypatch):
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     answer = client.post("/mark", content=(b"x" * 1000 for _ in range(300)), headers=headers)
     assert answer.status_code == 413
-    assert "too large" in line_of(answer)
+    assert "Too Large" in line_of(answer)
     assert upload(client, encoded(painted((RED, (10, 10))))).status_code == 303
 
 

@@ -78,8 +78,7 @@ def test_more_photos_than_may_wait_are_sent_away(tmp_path):
     finally:
         gate.set()
     kept = [uploads.uploaded(one.id) for one in taken]
-    concurrent.futures.wait([one.done for one in kept], 20)
-    assert all(len(one.people) == 1 for one in kept)
+    assert all(len(one.people.result(20)) == 1 for one in kept)
 
 
 PATHS = (

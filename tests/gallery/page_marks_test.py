@@ -12,8 +12,7 @@ from PIL import Image
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.exports import Marked
-from alignps_jax.gallery.page.marks import Mark, identities
+from alignps_jax.gallery.page.marks import Mark, Marked, identities
 from alignps_jax.media.photos import read_photo
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from tests.gallery.page_server import color_of, painted_site

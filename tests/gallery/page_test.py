@@ -160,16 +160,13 @@ def test_results_end_where_they_are_not_likely_any_more(tmp_path):
 def test_friendly_lines_for_photos_that_are_none(client):
     good = encoded(painted((RED, (10, 10))))
     huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 20_000, 20_000) + b"\x08\x02\0\0\0"
-    for photo, line in ((b"", "this file is empty"),):
+    svg = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+    for photo in (b"", b"not a photo", svg, huge, good[: len(good) // 2]):
         answer = upload(client, photo)
         assert answer.status_code == 400
-        assert line in line_of(answer)
-    assert "this is a video" in line_of(upload(client, good, "walk.MP4"))
-    svg = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
-    for photo in (b"not a photo", svg, huge, good[: len(good) // 2]):
-        answer = client.get(uploaded(client, photo))
-        assert "query.png" in line_of(answer)
+        assert line_of(answer).startswith("query.png: ")
         assert "Choose another photo" in answer.text
+    assert "this is a video" in line_of(upload(client, good, "walk.MP4"))
     page = client.get(uploaded(client, encoded(painted())))
     assert "Nobody was found in this photo" in page.text
     assert client.post("/upload", data={"photo": "text"}).status_code == 400
@@ -381,8 +378,6 @@ def test_every_page_is_an_api(client, site):
     assert (error.status_code, list(error.json())) == (404, ["error"])
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/search", "/upload", "/", "/forget"} <= set(paths)
-    page = client.get("/docs").text
-    assert all(f" {path}</code>" in page for path in paths)
 
 
 def test_a_gallery_that_is_gone_is_said_and_found_again(tmp_path):

@@ -50,13 +50,10 @@ _HEADERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Door:
-    """Who may come in.
+    """Who may come in: by one of the names `hosts`, with the token unless it is None.
 
-    Attributes:
-      hosts: what the server may be called in the Host header, without a port.
-      token: what a visitor must know; None lets everybody in.
-      origin: such as https://photos.example.org where a proxy speaks for the server.
-      port: that it listens on; it names the cookie, since browsers share cookies between ports.
+    `origin` is such as https://photos.example.org where a proxy speaks for the server. The port
+    names the cookie, since browsers share cookies between ports.
     """
 
     hosts: tuple[str, ...] = _LOOPBACK
@@ -135,9 +132,6 @@ def _refusal(request: Request, door: Door) -> Response | None:
             return _line(401, "This page opens with the address that its server printed (?token=).")
     if request.method != "GET" and not _is_own(request, door):
         return _line(403, "Only the forms of this page itself can do that.")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > MAX_BODY:
-        return _line(413, f"That is too large: at most {MAX_BODY >> 20} MiB can be sent at once.")
     return None
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from cachetools import LRUCache, cachedmethod
 from jaxtyping import Float
 
+from alignps_jax.drawing.pictures import fitted
 from alignps_jax.gallery.entries import Person, Scene
 from alignps_jax.gallery.page.uploads import Photos
 from alignps_jax.media.photos import Image
@@ -33,17 +34,9 @@ def _encoded(image: Image) -> bytes:
     return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _QUALITY)[1].tobytes()
 
 
-def _resized(image: Image, factor: float) -> Image:
-    height, width = image.shape[:2]
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    how = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
-    return cv2.resize(image, size, interpolation=how)
-
-
 def jpeg(image: Image, longest: int) -> bytes:
     """A JPEG file, whose longer side has at most so many pixels, with nothing but the pixels."""
-    factor = longest / max(image.shape[:2])
-    return _encoded(_resized(image, factor) if factor < 1 else image)
+    return _encoded(image if max(image.shape) <= longest else fitted(image, longest, longest)[0])
 
 
 def person_picture(image: Image, box: Float[np.ndarray, "4"], tallest: int = PERSON) -> bytes:
@@ -56,8 +49,7 @@ def person_picture(image: Image, box: Float[np.ndarray, "4"], tallest: int = PER
     tall = max(y2 - y1, 1.0) * _AROUND
     left, right = _within((x1 + x2) / 2, max((x2 - x1) * _AROUND, tall * 2 / 3), width)
     top, bottom = _within((y1 + y2) / 2, tall, height)
-    factor = tallest / max(bottom - top, right - left)
-    bright = _resized(image[top:bottom, left:right], factor)
+    bright, factor = fitted(image[top:bottom, left:right], tallest, tallest)
     corners = np.array([x1 - left, y1 - top, x2 - left, y2 - top]) * factor
     a, b, c, d = np.clip(corners.round().astype(int), 0, None)
     dark = bright // 2

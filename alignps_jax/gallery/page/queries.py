@@ -29,15 +29,11 @@ _Several = Annotated[
 
 
 class SearchRequest(BaseModel):
-    """Whom to search, where, and how to show the results.
+    """Whom to search (`view`: ids of people), where, and how to show the results.
 
-    Attributes:
-      view: ids of people, in the order in which they were added.
-      combine: "mean" searches with the mean of their embeddings; "best" with each, and of each
-        result the best similarity counts.
-      folder, camera, after, before, score, kind: the filter; `score` is the detector's.
-      similarity: results end below it; by default where they are no longer likely to be right.
-      sort: order of the results.
+    By "mean" it searches with the mean of the views, by "best" with each, and the best similarity
+    of a result counts. `score` is the detector's; results end below `similarity`, by default where
+    they are not likely any more.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import threading
 import time
 from collections import Counter
@@ -15,11 +16,10 @@ import numpy as np
 from cachetools import LRUCache, cachedmethod
 from jaxtyping import Float
 
-from alignps_jax.evaluation.calibration import LIMIT
 from alignps_jax.gallery.entries import Entry, Match
 from alignps_jax.gallery.page.queries import SearchRequest
 from alignps_jax.gallery.page.uploads import Photos
-from alignps_jax.gallery.search import join_seconds
+from alignps_jax.gallery.search import join_seconds, likely
 
 MAX_MATCHES = 1000
 PAGE = 24  # entries that are shown at a time; it divides into rows of 2, 3, 4, 6 and 8
@@ -30,15 +30,9 @@ _STEPS = [datetime.timedelta(hours=hours) for hours in (1, 3, 6, 24, 72, 168, 72
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What a query found.
+    """The likely results of a query in its order, and how many people are `hidden` below `least`.
 
-    Attributes:
-      entries: in the order of the query; those that are likely enough.
-      hidden: the number of people that are less likely.
-      least: the similarity below which people are hidden.
-      searched: the number of people who passed the filter.
-      recall: None: the search was exact; else the share of the best ones that it finds.
-      seconds: how long it took.
+    `searched` people passed the filter; `recall` is that of `Gallery`.
     """
 
     entries: Sequence[Entry]
@@ -70,31 +64,23 @@ class Searcher:
         width = self._gallery.info.dim
         self._gallery.search(np.full(width, width**-0.5, np.float32), MAX_MATCHES)
 
-    @cachedmethod(
-        attrgetter("_latest"),
-        lambda self, query: (query, self._gallery.version),
-        attrgetter("_lock"),
-    )
+    def _key(self, query: SearchRequest) -> Hashable:
+        return query, self._gallery.version
+
+    @cachedmethod(attrgetter("_latest"), _key, attrgetter("_lock"))
     def search(self, query: SearchRequest) -> Results:
         """The people that are most similar to the views, in other photos than these."""
         begin = time.perf_counter()
         matches = self._ranked(query)
         seconds = time.perf_counter() - begin
-        unlikely = [
-            one.similarity + 1e-6
-            for one in matches
-            if one.probability is not None and one.probability < LIMIT
-        ]
-        least = max(unlikely, default=-1.0) if query.similarity is None else query.similarity
+        least = query.similarity
+        if least is None:  # the first one that is not likely, and everybody after it
+            unlikely = matches[len(likely(matches)) :]
+            least = unlikely[0].similarity + 1e-6 if unlikely else -1.0
         shown = [match for match in matches if match.similarity >= least]
-        return Results(
-            entries=_sorted(join_seconds(shown), query.sort),
-            hidden=len(matches) - len(shown),
-            least=least,
-            searched=self._gallery.searched(query.where),
-            recall=self._gallery.recall,
-            seconds=seconds,
-        )
+        entries, hidden = _sorted(join_seconds(shown), query.sort), len(matches) - len(shown)
+        searched, recall = self._gallery.searched(query.where), self._gallery.recall
+        return Results(entries, hidden, least, searched, recall, seconds)
 
     def embeddings(self, query: SearchRequest) -> Float[np.ndarray, "Q D"]:
         """What to search with: one embedding, or one for each view."""
@@ -109,16 +95,13 @@ class Searcher:
     def _ranked(self, query: SearchRequest) -> list[Match]:
         """Of several similarities to a person the best counts."""
         own = {self._photos.person(view).scene.id for view in query.view}
-        best: dict[str, Match] = {}
         some = MAX_MATCHES + 10 * len(own)
-        for matches in self._gallery.search_many(self.embeddings(query), some, query.where):
-            for match in matches:
-                known = best.setdefault(match.person.id, match)
-                if match.similarity > known.similarity:
-                    best[match.person.id] = match
-        found = [match for match in best.values() if match.person.scene.id not in own]
-        found.sort(key=lambda match: -match.similarity)
-        return self._gallery.judged(found[:MAX_MATCHES], query.where)
+        each = self._gallery.search_many(self.embeddings(query), some, query.where)
+        best: dict[str, Match] = {}
+        for match in sorted(itertools.chain(*each), key=lambda match: -match.similarity):
+            if match.person.scene.id not in own:
+                best.setdefault(match.person.id, match)
+        return self._gallery.judged([*best.values()][:MAX_MATCHES], query.where)
 
 
 def _sorted(entries: list[Entry], by: str) -> list[Entry]:
@@ -146,8 +129,6 @@ def timeline(entries: Sequence[Entry]) -> dict[str, Any]:
     step = next((step for step in _STEPS if (last - day) / step < _MOST_COLUMNS), _STEPS[-1])
     counts = Counter((camera, (taken - day) // step) for camera, taken in seen)
     columns = range(min(column for _, column in counts), max(column for _, column in counts) + 1)
-    rows = {
-        camera: [counts[camera, column] for column in columns]
-        for camera in sorted({camera for camera, _ in seen})
-    }
+    cameras = sorted({camera for camera, _ in seen})
+    rows = {camera: [counts[camera, column] for column in columns] for camera in cameras}
     return {"starts": [day + column * step for column in columns], "step": step, "rows": rows}

@@ -13,8 +13,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED
-from alignps_jax.gallery.page.exports import Marked, photos_as_zip
-from alignps_jax.gallery.page.marks import identities
+from alignps_jax.gallery.page.marks import Marked, identities, photos_as_zip
 from alignps_jax.gallery.page.photos import Asked, Place
 from alignps_jax.gallery.page.queries import MAX_VIEWS, SearchRequest
 from alignps_jax.gallery.page.results import PAGE, timeline

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
@@ -14,7 +17,7 @@ from fastapi import Depends
 from fastapi.encoders import jsonable_encoder
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.templating import Jinja2Templates
 
 from alignps_jax.boxes import area
@@ -23,19 +26,64 @@ from alignps_jax.evaluation.calibration import words
 from alignps_jax.gallery.entries import Person
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
-from alignps_jax.gallery.page.access import MAX_BODY, YEAR
-from alignps_jax.gallery.page.library import Library
+from alignps_jax.gallery.index import Indexed, index
+from alignps_jax.gallery.page.access import MAX_BODY
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.pictures import Pictures
 from alignps_jax.gallery.page.queries import SearchRequest
 from alignps_jax.gallery.page.results import Searcher
 from alignps_jax.gallery.page.uploads import Photos
 from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.watch import watch
 
-_READ_COOKIE = "alignps_responsible_use"
+READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
 _RARELY, _LEAST = 20.0, 2.0
 _MAX_FOLDERS = 300  # that a filter offers; others can be typed
+
+
+class Library:
+    """Changes a gallery in a thread, one piece of work at a time.
+
+    `sources` are its folders, and no address ever becomes one; `done` is what the latest indexing
+    did so far, `error` why the latest work did not come to its end.
+    """
+
+    def __init__(self, gallery: Gallery, sources: Sequence[str]):
+        self._gallery, self.sources = gallery, [*sources]
+        self.done: Indexed | None = None
+        self.error, self.is_running = "", False
+
+    def index(self) -> None:
+        """Indexes what is new."""
+        index(self._gallery, self.sources, report=self._report)
+
+    def _report(self, done: Indexed) -> None:
+        self.done = copy.copy(done)
+
+    def watch(self) -> None:
+        """Indexes what is new now, and whatever is added from then on."""
+        if self.sources:
+            work = lambda: self.run(self.index), self.sources
+            threading.Thread(target=watch, args=work, daemon=True).start()
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Begins some work on the gallery, unless other work goes on."""
+        if not self.is_running:
+            threading.Thread(target=self.run, args=(work,), daemon=True).start()
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Does some work on the gallery."""
+        self.error, self.is_running = "", True
+        try:
+            work()
+        except (UserError, OSError) as error:
+            self.error = str(error)
+        except Exception as error:
+            self.error = "This failed; the server's terminal says why."
+            traceback.print_exception(error)
+        finally:
+            self.is_running = False
 
 
 class Site:
@@ -58,13 +106,10 @@ class Site:
         if begin >= self._next:
             self._next = float("inf")  # others show what was read last
             try:
-                self._overview = {
-                    "people": gallery.num_people,
-                    "scenes": gallery.num_scenes,
-                    "cameras": gallery.cameras(),
-                    "folders": sorted(gallery.folders(), key=len)[:_MAX_FOLDERS],
-                    "trouble": "",
-                }
+                counts = {"people": gallery.num_people, "scenes": gallery.num_scenes}
+                folders = sorted(gallery.folders(), key=len)[:_MAX_FOLDERS]
+                choices = {"cameras": gallery.cameras(), "folders": folders}
+                self._overview = {**counts, **choices, "trouble": ""}
             except (UserError, OSError) as error:  # a disk that is not mounted comes back
                 self._overview = self._overview | {"trouble": str(error)}
             end = time.monotonic()
@@ -79,7 +124,7 @@ def _site(request: Request) -> Site:
 
 def _read_first(request: Request) -> None:
     """Leads to the text about responsible use unless this browser has seen it."""
-    if not _wants_json(request) and request.cookies.get(_READ_COOKIE) != "read":
+    if not _wants_json(request) and request.cookies.get(READ_COOKIE) != "read":
         query = f"?{request.url.query}" if request.url.query else ""
         following = quote(f"{request.url.path}{query}", safe="")
         raise HTTPException(303, headers={"Location": f"/responsible-use?next={following}"})
@@ -89,14 +134,6 @@ OfSite = Annotated[Site, Depends(_site)]
 READ_FIRST = [Depends(_read_first)]
 
 
-def after_reading(following: str) -> Response:
-    """On to the page that was asked for, and not again through the text."""
-    is_ours = following.startswith("/") and following[1:2] not in ("/", "\\")
-    response = RedirectResponse(following if is_ours and following.isprintable() else "/", 303)
-    response.set_cookie(_READ_COOKIE, "read", YEAR, httponly=True)
-    return response
-
-
 def clock(seconds: float) -> str:
     """Such as 1:02:05, or 0:07."""
     minutes, rest = divmod(round(seconds), 60)
@@ -104,9 +141,9 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def drawn(people: Sequence[Person]) -> list[tuple[int, Person]]:
-    """People with their numbers, the largest first, for the small ones to stay in reach."""
-    return sorted(enumerate(people, 1), key=lambda one: -float(area(one[1].box)))
+def largest(people: Sequence[Person]) -> list[Person]:
+    """People, the largest first, for the small ones to stay in reach."""
+    return sorted(people, key=lambda one: -float(area(one.box)))
 
 
 _TEMPLATES = Jinja2Templates(
@@ -121,7 +158,7 @@ _TEMPLATES = Jinja2Templates(
         lambda request: _site(request).overview() | {"progress": _site(request).photos.status()}
     ],
 )
-_TEMPLATES.env.filters |= {"clock": clock, "drawn": drawn, "words": words}
+_TEMPLATES.env.filters |= {"clock": clock, "largest": largest, "words": words}
 _TEMPLATES.env.globals["MAX_BODY"] = MAX_BODY
 
 

@@ -34,19 +34,20 @@ _SMALLEST = 1 << 20  # bytes that a photo counts at least
 _MOST_PEOPLE = 10_000  # of uploaded photos, the latest ones
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Upload:
-    """An uploaded photo; `people` is None until they are found, `error` says what is wrong."""
+    """An uploaded photo, and its people when they are found."""
 
     scene: Scene
     data: bytes
-    people: list[Person] | None = None
-    error: str = ""
-    done: Future[None] | None = None
+    people: Future[list[Person]]
 
 
 class Photos:
-    """The photos and people of a gallery, and those that were uploaded."""
+    """The photos and people of a gallery, and those that were uploaded.
+
+    What is not known, or not any more, is an HTTPException (404).
+    """
 
     def __init__(self, gallery: Gallery):
         self.gallery, self.detector = gallery, gallery.own_detector()
@@ -56,14 +57,14 @@ class Photos:
         )
         # Of uploaded photos, and those whom a drawn box found, with their embeddings.
         self._people: LRUCache[str, tuple[Person, Float[np.ndarray, "D"]]] = LRUCache(_MOST_PEOPLE)
-        self._lock = threading.Lock()
+        self._lock, self._decoding = threading.Lock(), threading.Lock()
         self._pending: set[Future[Any]] = set()
         self._warm, self._since = self._submit(lambda: None), 0.0
 
     def upload(self, name: str, data: bytes) -> Scene:
         """Takes the file of a photo, whose people are detected later.
 
-        Raises UserError if it is empty or a video, HTTPException (503) if too many wait.
+        Raises UserError if it is none, HTTPException (503) if too many wait.
         """
         if not data:
             raise UserError(f"{name}: this file is empty.")
@@ -71,19 +72,21 @@ class Photos:
             raise UserError(f"{name}: this is a video. Save a frame with the person as a photo.")
         content = content_hash(data)
         identity = scene_id(content, None)
-        known = self.gallery.scene(identity)
+        upload = self.uploaded(identity)
+        is_kept = upload and not (upload.people.done() and upload.people.exception())
+        known = upload.scene if upload and is_kept else self.gallery.scene(identity)
         if known is not None:
             return known
+        if len(self._pending) >= MAX_WAITING:
+            line = "Too many photos wait for the network; please try again in a minute."
+            raise HTTPException(503, line, {"Retry-After": "60"})
+        with self._decoding, blame(name):  # one at a time, for the memory
+            height, width = decode_photo(data, self.gallery.info.max_pixels).shape[:2]
+        scene = Scene(identity, name, height, width, None, "", None, content)
+        upload = Upload(scene, data, self._submit(self._find, scene, data))
         with self._lock:
-            upload = self._uploads.get(identity)
-            if upload is None or upload.error:
-                if len(self._pending) >= MAX_WAITING:
-                    line = "Too many photos wait for the network; please try again in a minute."
-                    raise HTTPException(503, line, {"Retry-After": "60"})
-                scene = Scene(identity, name, 0, 0, None, "", None, content)
-                upload = self._uploads[identity] = Upload(scene, data)
-                upload.done = self._submit(self._find, upload)
-        return upload.scene
+            self._uploads[identity] = upload
+        return scene
 
     def uploaded(self, identity: str) -> Upload | None:
         """An uploaded photo that is still kept, and then longer."""
@@ -91,7 +94,7 @@ class Photos:
             return self._uploads.get(identity)
 
     def scene(self, identity: str) -> Scene:
-        """A photo or frame; HTTPException (404) if it is not known, or not any more."""
+        """A photo or frame."""
         upload = self.uploaded(identity)
         scene = upload.scene if upload else self.gallery.scene(identity)
         if scene is None:
@@ -99,16 +102,16 @@ class Photos:
         return scene
 
     def people_of(self, scene: Scene) -> list[Person]:
-        """The people of a photo, best first."""
-        upload = self.uploaded(scene.id)
-        return upload.people or [] if upload else self.gallery.people_of(scene.id)
+        """The people of a photo, best first; UserError if the network failed on it."""
+        if (upload := self.uploaded(scene.id)) is None:
+            return self.gallery.people_of(scene.id)
+        return upload.people.result() if upload.people.done() else []
 
     def person(self, identity: str) -> Person:
-        """A person; HTTPException (404) if it is not known, or not any more."""
-        person = self.gallery.person(identity)
-        if person is None:
-            with self._lock:
-                person, _ = self._people.get(identity, (None, None))
+        """A person."""
+        with self._lock:
+            own, _ = self._people.get(identity, (None, None))
+        person = self.gallery.person(identity) or own
         if person is None:
             raise HTTPException(404, "This person is not here any more, or never was.")
         return person
@@ -123,8 +126,7 @@ class Photos:
 
     def pixels(self, scene: Scene, side: int | None = None) -> Image:
         """A photo or frame, RGB; errors as of `Gallery.pixels`."""
-        upload = self.uploaded(scene.id)
-        if upload is None:
+        if (upload := self.uploaded(scene.id)) is None:
             return self.gallery.pixels(scene, side)
         return decode_photo(upload.data, self.gallery.info.max_pixels)
 
@@ -134,17 +136,6 @@ class Photos:
         found: Detections = work.result()
         (person,) = self._keep(scene, found)
         return person, found
-
-    def _keep(self, scene: Scene, found: Detections) -> list[Person]:
-        boxes, embeddings = np.asarray(found.boxes), np.asarray(found.embeddings)
-        people = [
-            Person(person_id(scene.id, box), scene, box, float(score))
-            for box, score in zip(boxes, np.asarray(found.scores), strict=True)
-        ]
-        with self._lock:
-            for person, embedding in zip(people, embeddings, strict=True):
-                self._people[person.id] = person, embedding
-        return people
 
     def warm_up(self, prepare: Callable[[], object]) -> None:
         """Compiles the programs for photos of both orientations, and does `prepare`."""
@@ -168,18 +159,23 @@ class Photos:
         future.add_done_callback(self._pending.discard)
         return future
 
-    def _find(self, upload: Upload) -> None:
-        name = upload.scene.path
+    def _find(self, scene: Scene, data: bytes) -> list[Person]:
         try:
-            with blame(name):
-                image = decode_photo(upload.data, self.gallery.info.max_pixels)
-            height, width = image.shape[:2]
-            upload.scene = dataclasses.replace(upload.scene, height=height, width=width)
-            found = self._keep(upload.scene, self.detector.detect(image))
-            threshold = self.gallery.info.score_threshold
-            upload.people = [person for person in found if person.score >= threshold]
-        except (UserError, OSError) as error:
-            upload.error = str(error)
+            image = decode_photo(data, self.gallery.info.max_pixels)
+            found = self._keep(scene, self.detector.detect(image))
         except Exception as error:  # the next photo may be better
-            upload.error = f"{name}: the network failed on this photo; the server's log says"
             traceback.print_exception(error)
+            line = f"{scene.path}: the network failed on this photo; the server's log says why."
+            raise UserError(line) from None
+        return [one for one in found if one.score >= self.gallery.info.score_threshold]
+
+    def _keep(self, scene: Scene, found: Detections) -> list[Person]:
+        boxes, scores = np.asarray(found.boxes), np.asarray(found.scores).tolist()
+        people = [
+            Person(person_id(scene.id, box), scene, box, score)
+            for box, score in zip(boxes, scores, strict=True)
+        ]
+        with self._lock:
+            for person, embedding in zip(people, np.asarray(found.embeddings), strict=True):
+                self._people[person.id] = person, embedding
+        return people
