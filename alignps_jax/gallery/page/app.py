@@ -22,18 +22,14 @@ from starlette.staticfiles import StaticFiles
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page import manage, photos, searches
+from alignps_jax.gallery.page import photos, searches
 from alignps_jax.gallery.page.access import YEAR, Door, ImpatientProtocol, addresses, guarded
 from alignps_jax.gallery.page.site import READ_COOKIE, Site, message, page
 
 _CONNECTIONS = 500  # at a time; more are told to come back
 _GRACE = 5  # seconds that requests under way have when the server stops
 _FAILED = "Something went wrong here; the server's terminal says what. Please try again."
-_ABOUT = (
-    "Every page is an API, too: with `Accept: application/json`, an address gives as data what its "
-    "page shows, errors included. Programs send the token as `Authorization: Bearer TOKEN`."
-)
-
+_ABOUT = "With `Accept: application/json`, every address gives as data what its page shows."
 
 router = APIRouter(include_in_schema=False)
 
@@ -42,7 +38,7 @@ def make_app(site: Site) -> FastAPI:
     """The page as an ASGI program."""
     app = FastAPI(title="Find people", description=_ABOUT, docs_url=None, redoc_url=None)
     app.state.site = site
-    for one in (photos.router, searches.router, manage.router, router):
+    for one in (photos.router, searches.router, router):
         app.include_router(one)
     app.mount("/static", StaticFiles(packages=[("alignps_jax.gallery.page", "static")]))
     for kind in (UserError, OSError, RequestValidationError, HTTPException, Exception):
@@ -95,11 +91,10 @@ def serve(
     sources: Sequence[str] = (),
     watch: bool = False,
 ) -> None:
-    """Serves the page of a gallery, opened with its detector, until a signal comes.
+    """Serves the page of a gallery until a signal comes; UserError, OSError if it cannot listen.
 
     Port 0 is a free one; `public_url` is what visitors call the server; `sources` are folders that
-    can be indexed from the page, and are at once with `watch`. UserError or OSError: it cannot
-    listen there.
+    can be indexed from the page, and are at once with `watch`.
     """
     if not 0 <= port < 65536:
         raise UserError(f"--port: found {port}, expected 0 to 65535")

@@ -7,21 +7,24 @@ import dataclasses
 import io
 import json
 import os
+import threading
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, BinaryIO, cast
+
+from cachetools import LRUCache, cachedmethod
 
 from alignps_jax.boxes import as_stored
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import Entry, Person
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.pictures import jpeg
+from alignps_jax.gallery.page.uploads import FULL, jpeg
 from alignps_jax.gallery.people import People
 from alignps_jax.gallery.tables import Note
 from alignps_jax.media.photos import orientation_of
 
 _COLUMNS = "identity,view,photo,second,x1,y1,x2,y2,score,similarity,mark\r\n"
-_HUGE = 1 << 16  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +43,13 @@ class Marks:
 
     def __init__(self, people: People):
         self._notes = people.notes("marks")
-        self._known: tuple[int, list[Mark]] = -1, []
+        self._known: LRUCache[int, list[Mark]] = LRUCache(1)
+        self._lock = threading.Lock()
 
+    @cachedmethod(attrgetter("_known"), lambda self: self._notes.version, attrgetter("_lock"))
     def all(self) -> list[Mark]:
         """Every mark, the oldest first."""
-        version = self._notes.version
-        if self._known[0] != version:
-            said = [(note.people, note.content) for note in self._notes.all()]
-            self._known = version, [Mark(of[0], of[1], **content) for of, content in said]
-        return self._known[1]
+        return [Mark(x.people[0], x.people[1], **x.content) for x in self._notes.all()]
 
     def about(self, views: Collection[str]) -> list[Mark]:
         """The marks of the person who is seen in some views (ids)."""
@@ -79,10 +80,7 @@ class Marks:
 
 
 def identities(marks: Iterable[Mark], views: Iterable[Collection[str]] = ()) -> list[set[str]]:
-    """The people who were told apart, each as the ids of its views and right results.
-
-    `views`: ids that are the same person besides.
-    """
+    """The people told apart: ids of views and right results; `views` are one person each, too."""
     found: list[set[str]] = []
     groups = [{mark.view, mark.person} if mark.right else {mark.view} for mark in marks]
     for group in [*groups, *map(set, views)]:
@@ -94,10 +92,7 @@ def identities(marks: Iterable[Mark], views: Iterable[Collection[str]] = ()) -> 
 
 
 class Marked:
-    """Marks with the people of the gallery that they are about.
-
-    `left_out` is the number of people who are not there any more, or whose photo is gone.
-    """
+    """Marks with people who are in the gallery and, but for `left_out`, have their photo."""
 
     def __init__(self, gallery: Gallery, marks: Sequence[Mark]):
         self.marks, self._identities = marks, identities(marks)
@@ -187,10 +182,7 @@ class _Sink(bytearray):
 
 
 def photos_as_zip(gallery: Gallery, entries: Sequence[Entry]) -> Iterator[bytes]:
-    """The photos of results (of videos the frame), with boxes and similarities in `results.json`.
-
-    Photos that are gone are left out, and said there.
-    """
+    """The photos of results, of videos the frames; `results.json` has boxes, and who is gone."""
     sink, names, results = _Sink(), dict[str, str](), list[dict[str, object]]()
     with zipfile.ZipFile(cast(BinaryIO, sink), "w") as archive:
         for number, entry in enumerate(entries, 1):
@@ -200,7 +192,7 @@ def photos_as_zip(gallery: Gallery, entries: Sequence[Entry]) -> Iterator[bytes]
             try:
                 path, is_photo = gallery.file_of(scene), scene.second is None
                 if scene.id not in names:
-                    data = path.read_bytes() if is_photo else jpeg(gallery.pixels(scene), _HUGE)
+                    data = path.read_bytes() if is_photo else jpeg(gallery.pixels(scene), FULL)
                     name = f"{number:04d}-{path.stem}{path.suffix if is_photo else '.jpg'}"
                     archive.writestr(name, data)
                     names[scene.id] = name

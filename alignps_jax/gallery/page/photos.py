@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.page.pictures import FULL, PERSON, PREVIEW, SMALL
-from alignps_jax.gallery.page.queries import SearchRequest
+from alignps_jax.gallery.page.results import SearchRequest
 from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
+from alignps_jax.gallery.page.uploads import FULL, PERSON, PREVIEW, SMALL
 from alignps_jax.gallery.people import FoundScene
 from alignps_jax.gallery.search import person_in_box
 
@@ -33,6 +33,7 @@ _PLACEHOLDER = (
 )
 
 router = APIRouter()
+Text = Annotated[str, Form()]
 Asked = Annotated[SearchRequest, Query()]
 Place = Annotated[int, Field(ge=0, lt=2**40)]
 
@@ -61,15 +62,11 @@ def home(request: Request, site: OfSite, query: Asked, offset: Place = 0) -> Res
 
 
 @router.post("/upload")
-def upload(
-    site: OfSite, photo: Annotated[list[UploadFile], File()], query: Annotated[str, Form()] = ""
-) -> Response:
+def upload(site: OfSite, photo: Annotated[list[UploadFile], File()], query: Text = "") -> Response:
     """Takes a photo to search with and leads to its people, who may join a `query` (an address)."""
     if len(photo) > 1:
         raise UserError("Please send one photo at a time.")
-    if not photo[0].filename:
-        raise UserError("Please choose a photo first.")
-    name = PurePath(photo[0].filename).name[-200:]
+    name = PurePath(photo[0].filename or "photo").name[-200:]
     taken = site.photos.upload(name, photo[0].file.read())
     return RedirectResponse(f"/scene/{taken.id}?{query}".rstrip("?"), 303)
 
@@ -85,18 +82,11 @@ def scene(
     found = site.photos.scene(scene_id)
     is_result = bool(person and query.view)
     around = site.searcher.search(query).neighbors(person) if is_result else (None, None)
-    return page(
-        request,
-        "scene.html",
-        query=query,
-        scene=found,
-        uploaded=uploaded and {"is_done": uploaded.people.done()},
-        found=site.photos.people_of(found),
-        person=person,
-        is_result=is_result,
-        around=around,
-        marked={mark.person: mark.right for mark in site.marks.about(query.view)},
-    )
+    marked = {mark.person: mark.right for mark in site.marks.about(query.view)}
+    values = {"query": query, "person": person, "is_result": is_result, "around": around}
+    values |= {"scene": found, "found": site.photos.people_of(found), "marked": marked}
+    values["uploaded"] = uploaded and {"is_done": uploaded.people.done()}
+    return page(request, "scene.html", **values)
 
 
 @router.post("/scene/{scene_id}/box")

@@ -1,25 +1,28 @@
-"""Photos that somebody searches with, beside those of the gallery: both are asked for alike.
+"""Photos that somebody searches with, beside those of the gallery, and pictures of all of them.
 
-Uploaded photos are detected one at a time and kept in memory for a while. Their ids, and those of
-their people, come from the content, so that a photo that is uploaded again has the same.
+All of it in memory alone, so that nobody who is forgotten remains in a folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import PurePath
 from typing import Any
 
+import cv2
 import numpy as np
-from cachetools import LRUCache
+from cachetools import LRUCache, cachedmethod
 from jaxtyping import Float
 from starlette.exceptions import HTTPException
 
+from alignps_jax.drawing.pictures import fitted
 from alignps_jax.errors import UserError, blame
 from alignps_jax.gallery.entries import Person, Scene, content_hash, person_id, scene_id
 from alignps_jax.gallery.gallery import Gallery
@@ -30,7 +33,7 @@ from alignps_jax.types import Detections
 
 MAX_WAITING = 16  # photos
 _KEPT = 256 << 20  # bytes of photos, the latest ones
-_SMALLEST = 1 << 20  # bytes that a photo counts at least
+_BESIDES = 1 << 18  # bytes that a photo counts besides its file
 _MOST_PEOPLE = 10_000  # of uploaded photos, the latest ones
 
 
@@ -44,17 +47,12 @@ class Upload:
 
 
 class Photos:
-    """The photos and people of a gallery, and those that were uploaded.
-
-    What is not known, or not any more, is an HTTPException (404).
-    """
+    """Photos and people, of a gallery or uploaded; who is gone is an HTTPException (404)."""
 
     def __init__(self, gallery: Gallery):
         self.gallery, self.detector = gallery, gallery.own_detector()
         self._pool = ThreadPoolExecutor(1, "uploads")
-        self._uploads: LRUCache[str, Upload] = LRUCache(
-            _KEPT, lambda x: max(len(x.data), _SMALLEST)
-        )
+        self._uploads: LRUCache[str, Upload] = LRUCache(_KEPT, lambda x: len(x.data) + _BESIDES)
         # Of uploaded photos, and those whom a drawn box found, with their embeddings.
         self._people: LRUCache[str, tuple[Person, Float[np.ndarray, "D"]]] = LRUCache(_MOST_PEOPLE)
         self._lock, self._decoding = threading.Lock(), threading.Lock()
@@ -62,10 +60,7 @@ class Photos:
         self._warm, self._since = self._submit(lambda: None), 0.0
 
     def upload(self, name: str, data: bytes) -> Scene:
-        """Takes the file of a photo, whose people are detected later.
-
-        Raises UserError if it is none, HTTPException (503) if too many wait.
-        """
+        """Takes a photo, whose people are detected later; UserError, HTTPException (503)."""
         if not data:
             raise UserError(f"{name}: this file is empty.")
         if PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
@@ -179,3 +174,74 @@ class Photos:
             for person, embedding in zip(people, np.asarray(found.embeddings), strict=True):
                 self._people[person.id] = person, embedding
         return people
+
+
+PREVIEW = 1600  # longer side of a complete scene, pixels
+SMALL = 320  # longer side of a scene in a list, pixels; twice that for dense screens
+FULL = 8192  # longer side of a scene at full size, pixels
+PERSON = 288  # height of an enlarged person, pixels; twice that for dense screens
+_CACHED = 96 << 20  # bytes of finished pictures
+_DECODED = 128 << 20  # bytes of decoded scenes: the people of one scene follow one another
+_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 80]
+_AROUND = 1.1  # of a person's height and width are shown
+
+
+def _encoded(image: Image) -> bytes:
+    return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _QUALITY)[1].tobytes()
+
+
+def jpeg(image: Image, longest: int) -> bytes:
+    """A JPEG file, whose longer side has at most so many pixels, with nothing but the pixels."""
+    return _encoded(image if max(image.shape) <= longest else fitted(image, longest, longest)[0])
+
+
+def person_picture(image: Image, box: Float[np.ndarray, "4"], tallest: int = PERSON) -> bytes:
+    """A JPEG file of a person, enlarged, two thirds as wide as high; darker around the box."""
+    height, width = image.shape[:2]
+    x1, y1, x2, y2 = (float(value) for value in box)
+    tall = max(y2 - y1, 1.0) * _AROUND
+    left, right = _within((x1 + x2) / 2, max((x2 - x1) * _AROUND, tall * 2 / 3), width)
+    top, bottom = _within((y1 + y2) / 2, tall, height)
+    bright, factor = fitted(image[top:bottom, left:right], tallest, tallest)
+    corners = np.array([x1 - left, y1 - top, x2 - left, y2 - top]) * factor
+    a, b, c, d = np.clip(corners.round().astype(int), 0, None)
+    dark = bright // 2
+    dark[b:d, a:c] = bright[b:d, a:c]
+    return _encoded(dark)
+
+
+def _within(middle: float, length: float, limit: int) -> tuple[int, int]:
+    """Begin and end of so many pixels around a place, moved into the photo as far as they fit."""
+    size = int(np.clip(round(length), 1, limit))
+    begin = int(np.clip(round(middle - length / 2), 0, limit - size))
+    return begin, begin + size
+
+
+class Pictures:
+    """JPEG files of photos and people, each made once; errors as of `Gallery.pixels`."""
+
+    def __init__(self, photos: Photos):
+        self._photos = photos
+        self._made: LRUCache[Hashable, bytes] = LRUCache(_CACHED, len)
+        self._decoded: LRUCache[Hashable, Image] = LRUCache(_DECODED, lambda image: image.nbytes)
+        self._lock = threading.Lock()
+        # Decoding takes memory and a core, and a page asks for many pictures at once.
+        self._room = threading.Semaphore(max(1, min(4, os.cpu_count() or 1)))
+
+    @cachedmethod(attrgetter("_made"), lambda _, one, tall: (one.id, tall), attrgetter("_lock"))
+    def person(self, person: Person, tallest: int) -> bytes:
+        """An enlarged person."""
+        return person_picture(self._pixels(person.scene), person.box, tallest)
+
+    @cachedmethod(attrgetter("_made"), lambda _, one, long: (one.id, long), attrgetter("_lock"))
+    def scene(self, scene: Scene, longest: int) -> bytes:
+        """A complete scene of at most that length."""
+        if longest >= PREVIEW:
+            return jpeg(self._pixels(scene), longest)
+        with self._room:
+            return jpeg(self._photos.pixels(scene, longest), longest)
+
+    @cachedmethod(attrgetter("_decoded"), lambda _, scene: scene.id, attrgetter("_lock"))
+    def _pixels(self, scene: Scene) -> Image:
+        with self._room:
+            return self._photos.pixels(scene)
