@@ -7,6 +7,7 @@ import random
 import re
 import socket
 import threading
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -75,6 +76,31 @@ HEADS = (
 )
 BODIES = b"", b"abcd", b"--b\r\n\r\n--b--", b"view=%00&mark=right&person='", b"4\r\nabcd\r\n"
 METHODS = (b"GET", b"GET", b"POST", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"\xff", b"get", b"")
+
+
+ODD = ("nan", "1e999", "-1", "2" * 400, "../x", "0-0", "%00", "\0", "\ufffe", "10,20,60,140", "//x")
+FIELDS = ("view", "combine", "camera", "after", "score", "offset", "kind", "person", "sort", "next")
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_odd_values(client, site, value):
+    everybody = [one for scene in scenes_of(site) for one in site.gallery.people_of(scene.id)]
+    view, scene, place = everybody[0].id, everybody[0].scene.id, quote(value, safe="")
+    for path in ("/", "/search", f"/scene/{place}", f"/scene/{scene}", "/marks", "/results.zip"):
+        for name in FIELDS:
+            answer = client.get(path, params={"view": view} | {name: value})
+            assert answer.status_code < 500
+            assert not answer.headers.get("location", "/").startswith(("//", "http"))
+    for path in (
+        "/mark",
+        f"/scene/{scene}/box",
+        f"/scene/{scene}/person",
+        "/people",
+        "/marks/undo",
+    ):
+        for name in ("view", "person", "mark", "box", "change", "undo"):
+            form = {"view": view, "person": view, "mark": "right", "box": "1,2,3,4"}
+            assert client.post(path, data=form | {name: value}).status_code < 500
 
 
 def malformed(rng):
