@@ -96,3 +96,13 @@ def test_a_browser_plays_from_there(site):
         expect(page.locator("video")).to_have_js_property("currentTime", 5)
         expect(page.locator("video")).to_have_js_property("error", None)
         browser.close()
+
+
+def test_a_video_that_changed_is_not_served(site):
+    scene = scenes_of(site)[0]
+    with open(scene.path, "ab") as file:
+        file.write(b"secret")
+    answer = visitor(site).get(f"/scene/{scene.id}/video")
+    assert answer.status_code == 400
+    assert "has changed" in answer.text
+    assert "secret" not in answer.text
