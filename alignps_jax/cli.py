@@ -140,7 +140,7 @@ def detect(args: Arguments) -> None:
 def serve(args: Arguments) -> None:
     """serves a page in the browser that searches a gallery"""
     from alignps_jax.gallery.gallery import Gallery
-    from alignps_jax.gallery.page.serve import serve
+    from alignps_jax.gallery.page.app import serve
 
     gallery = Gallery.open(args.gallery, _detector(args))
     folders = [args.source] if args.source else []

@@ -8,8 +8,6 @@ import shutil
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
-pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 pytest.importorskip("playwright", reason="playwright is missing: make setup")
 
 from playwright.sync_api import expect, sync_playwright

@@ -5,19 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
-pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
-
 from PIL import Image
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.page.exports import Marked
-from alignps_jax.gallery.page.marks import Mark, identities
+from alignps_jax.gallery.page.marks import Mark, Marked, identities
 from alignps_jax.media.photos import read_photo
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from tests.gallery.page_server import color_of, painted_site
@@ -100,18 +96,12 @@ def test_identities_that_share_somebody_are_one():
 
 def test_what_is_gone_is_left_out_and_counted(site):
     red = ids(site, RED)
-    gone = site.gallery.person(red[1]).scene.path
+    gone = Path(site.gallery.person(red[1]).scene.path)
     marks = [mark(red[0], one) for one in red[1:]] + [mark("x", "y", name="=1+1.png")]
-    with open(gone, "rb") as file:
-        content = file.read()
-    import os
-
-    os.unlink(gone)
+    gone.unlink()
     marked = Marked(site.gallery, marks)
     assert marked.left_out == 2  # a photo, and somebody who never was
     assert len(json.loads(marked.as_coco())["annotations"]) == len(red) - 1
-    with open(gone, "wb") as file:
-        file.write(content)
     alone = Marked(site.gallery, [mark(red[0], "y")])
     for write in (alone.as_query, Marked(site.gallery, [mark("x", "y")]).as_coco):
         with pytest.raises(UserError, match="Nothing to write"):

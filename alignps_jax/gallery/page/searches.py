@@ -1,32 +1,32 @@
-"""The addresses of searches: results, marks, and what can be downloaded."""
+"""The addresses of searches, marks and downloads; of groups, forgetting and indexing."""
 
 from __future__ import annotations
 
+import mimetypes
 import secrets
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Form
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from alignps_jax.errors import UserError
-from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED
-from alignps_jax.gallery.page.exports import Marked, photos_as_zip
-from alignps_jax.gallery.page.marks import identities
-from alignps_jax.gallery.page.photos import Asked, Place
-from alignps_jax.gallery.page.queries import MAX_VIEWS, SearchRequest
-from alignps_jax.gallery.page.results import PAGE, timeline
-from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
+from alignps_jax.gallery.entries import Filter
+from alignps_jax.gallery.forget import forget
+from alignps_jax.gallery.groups import Group, make_groups
+from alignps_jax.gallery.page.marks import Marked, identities, photos_as_zip
+from alignps_jax.gallery.page.photos import Asked, Place, Text
+from alignps_jax.gallery.page.results import MAX_VIEWS, PAGE, SearchRequest, timeline
+from alignps_jax.gallery.page.site import READ_FIRST, OfSite, Site, page
 
-DOWNLOADS: dict[str, tuple[str, Callable[[Marked], bytes]]] = {
-    "marks.csv": ("text/csv", Marked.as_csv),
-    "test.json": ("application/json", Marked.as_coco),
-    "query.json": ("application/json", Marked.as_query),
-}
+GROUPS = 60  # shown at a time
+_WRITERS = {"marks.csv": Marked.as_csv, "test.json": Marked.as_coco, "query.json": Marked.as_query}
 
 router = APIRouter()
+Several = Annotated[Sequence[str], Form()]
+Change = Annotated[Literal["make", "merge", "name", "split"], Form()]
+What = Annotated[Literal["forget", "nobody"], Form()]
 
 
 class MarkForm(SearchRequest):
@@ -44,23 +44,14 @@ def search(
     if not query.view:
         return RedirectResponse(query.address("/"), 303)
     found = site.searcher.search(query)
-    marks = site.marks.about(query.view)
-    right = [mark.person for mark in marks if mark.right]
-    return page(
-        request,
-        "search.html",
-        query=query,
-        views=[site.photos.person(view) for view in query.view],
-        found=found,
-        entries=found.entries[offset : max(shown, offset + PAGE)],
-        following=shown if shown < len(found.entries) else None,
-        marked={mark.person: mark.right for mark in marks},
-        refined=query.joined(right) if set(right) - {*query.view} else [],
-        timeline=timeline(found.entries),
-        lines={"nobody": NOBODY, "uncalibrated": NOT_CALIBRATED},
-        is_calibrated=site.gallery.calibration is not None,
-        PAGE=PAGE,
-    )
+    marked = {mark.person: mark.right for mark in site.marks.about(query.view)}
+    right = [person for person, is_right in marked.items() if is_right]
+    views = [site.photos.person(view) for view in query.view]
+    values = {"query": query, "views": views, "found": found, "timeline": timeline(found.entries)}
+    values["entries"] = found.entries[offset : max(shown, offset + PAGE)]
+    values["following"] = shown if shown < len(found.entries) else None
+    values["refined"] = query.joined(right) if set(right) - {*query.view} else []
+    return page(request, "search.html", marked=marked, PAGE=PAGE, **values)
 
 
 @router.post("/mark")
@@ -85,12 +76,11 @@ def mark(request: Request, site: OfSite, form: Annotated[MarkForm, Form()]) -> R
 @router.get("/marks", dependencies=READ_FIRST)
 def marks(request: Request, site: OfSite, undo: str = "") -> Response:
     """Every person with marks."""
-    everything = site.marks.all()
-    people = []
+    everything, people = site.marks.all(), []
     for same in identities(everything):
         own = [one for one in everything if one.view in same]
         views = tuple(dict.fromkeys(one.view for one in own))[-MAX_VIEWS:]
-        here = tuple(one for one in views if site.gallery.person(one))
+        here = tuple(filter(site.gallery.person, views))
         name = next((one.name for one in own if one.name), "")
         right = len({one.person for one in own if one.right})
         wrong = len({one.person for one in own if not one.right})
@@ -102,7 +92,7 @@ def marks(request: Request, site: OfSite, undo: str = "") -> Response:
 
 
 @router.post("/marks/forget")
-def forget(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Response:
+def forget_marks(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Response:
     """Removes the marks of a person."""
     identity = secrets.token_urlsafe(9)
     site.removed[identity] = site.marks.remove(query.view)
@@ -110,23 +100,21 @@ def forget(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Response:
 
 
 @router.post("/marks/undo")
-def undo(site: OfSite, undo: Annotated[str, Form()]) -> Response:
+def undo(site: OfSite, undo: Text) -> Response:
     """Brings marks back that were just removed."""
     site.marks.restore(site.removed.pop(undo, []))
     return RedirectResponse("/marks", 303)
 
 
 @router.get("/marks/{name}")
-def download(site: OfSite, name: str, query: Asked) -> Response:
-    """The marks of a person, or all, as marks.csv, test.json (COCO) or query.json."""
-    if name not in DOWNLOADS:
-        raise HTTPException(404, f"There is no such download; there are {', '.join(DOWNLOADS)}.")
+def download(
+    site: OfSite, name: Literal["marks.csv", "test.json", "query.json"], query: Asked
+) -> Response:
+    """The marks of a person, or all; test.json is COCO."""
     chosen = site.marks.about(query.view) if query.view else site.marks.all()
-    if not chosen:
-        raise UserError("Nothing is marked yet; say of a result that it is right or wrong first.")
-    kind, write = DOWNLOADS[name]
+    content, kind = _WRITERS[name](Marked(site.gallery, chosen)), mimetypes.guess_type(name)[0]
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(write(Marked(site.gallery, chosen)), media_type=kind, headers=headers)
+    return Response(content, media_type=kind, headers=headers)
 
 
 @router.get("/results.zip")
@@ -136,3 +124,83 @@ def results_as_zip(site: OfSite, query: Asked) -> Response:
     headers = {"Content-Disposition": 'attachment; filename="results.zip"'}
     parts = photos_as_zip(site.gallery, entries)
     return StreamingResponse(parts, media_type="application/zip", headers=headers)
+
+
+@router.get("/people", dependencies=READ_FIRST)
+def people(request: Request, site: OfSite, offset: Place = 0) -> Response:
+    """The groups of people who look the same: named ones first, then the largest."""
+    groups = site.groups.all()
+    following = offset + GROUPS if offset + GROUPS < len(groups) else None
+    values = {"groups": groups[offset : offset + GROUPS], "following": following}
+    return page(request, "people.html", **values)
+
+
+@router.post("/people")
+def change_groups(site: OfSite, change: Change, person: Several = ()) -> Response:
+    """Makes the groups anew, or one of the groups of several people."""
+    if change == "make":
+        site.library.start(lambda: make_groups(site.gallery, Filter()))
+        return RedirectResponse("/library", 303)
+    if len(person) < 2:
+        raise UserError("Choose two groups or more that show the same person.")
+    merged = site.groups.put([one for each in person for one in _group(site, each).people])
+    return RedirectResponse(f"/people/{merged.people[0]}", 303)
+
+
+@router.get("/people/{person_id}", dependencies=READ_FIRST)
+def group(request: Request, site: OfSite, person_id: str) -> Response:
+    """Everybody in the group of a person."""
+    found = _group(site, person_id)
+    members = [one for one in map(site.gallery.person, found.people) if one is not None]
+    query = SearchRequest(view=tuple(found.people[:MAX_VIEWS]))
+    return page(request, "group.html", group=found, members=members, query=query)
+
+
+@router.post("/people/{person_id}")
+def change_group(
+    site: OfSite, person_id: str, change: Change, name: Text = "", person: Several = ()
+) -> Response:
+    """Names the group of a person, or takes people out of it who are somebody else."""
+    found = _group(site, person_id)
+    if change == "name":
+        site.groups.put(found.people, name.strip()[:100])
+    elif person:
+        site.groups.put([one for one in found.people if one in person], "")
+        person_id = next((one for one in found.people if one not in person), person_id)
+    return RedirectResponse(f"/people/{person_id}", 303)
+
+
+def _group(site: Site, person_id: str) -> Group:
+    found = site.groups.by_person().get(site.photos.person(person_id).id)
+    if found is None:
+        raise UserError("This person is in no group.")
+    return found
+
+
+@router.post("/forget")
+def forget_people(
+    request: Request, site: OfSite, person: Several, what: What = "forget"
+) -> Response:
+    """Forgets people for good, or removes what is no person; both stay away when indexed again."""
+    site.removed.clear()
+    done = forget(site.gallery.people, persons=person, for_good=what == "forget")
+    return page(request, "forgot.html", done=done, what=what)
+
+
+@router.get("/library", dependencies=READ_FIRST)
+def library(request: Request, site: OfSite) -> Response:
+    """The folders that are indexed, what was indexed, and what was left out and why."""
+    shown, done = site.library, {}
+    if shown.done:
+        walk, done = shown.done.walk, vars(shown.done) | {"walk": None}
+        done |= {"found": len(walk.files), "skipped": walk.skipped, "others": dict(walk.others)}
+    values = {"sources": shown.sources, "is_running": shown.is_running, "error": shown.error}
+    return page(request, "library.html", done=done, **values)
+
+
+@router.post("/library")
+def start(site: OfSite) -> Response:
+    """Indexes what is new in the folders that the server was given."""
+    if site.library.sources:
+        site.library.start(site.library.index)
+    return RedirectResponse("/library", 303)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
+import threading
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, cast
 from urllib.parse import quote, urlsplit
 
 import jinja2
@@ -14,28 +18,63 @@ from fastapi import Depends
 from fastapi.encoders import jsonable_encoder
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.templating import Jinja2Templates
 
 from alignps_jax.boxes import area
 from alignps_jax.errors import UserError
-from alignps_jax.evaluation.calibration import words
-from alignps_jax.gallery.entries import Person
+from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED, words
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
-from alignps_jax.gallery.page.access import MAX_BODY, YEAR
-from alignps_jax.gallery.page.library import Library
+from alignps_jax.gallery.index import Indexed, index
+from alignps_jax.gallery.page.access import MAX_BODY
 from alignps_jax.gallery.page.marks import Marks
-from alignps_jax.gallery.page.pictures import Pictures
-from alignps_jax.gallery.page.queries import SearchRequest
-from alignps_jax.gallery.page.results import Searcher
-from alignps_jax.gallery.page.uploads import Photos
+from alignps_jax.gallery.page.results import Searcher, SearchRequest
+from alignps_jax.gallery.page.uploads import Photos, Pictures
 from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.watch import watch
 
-_READ_COOKIE = "alignps_responsible_use"
+READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
 _RARELY, _LEAST = 20.0, 2.0
 _MAX_FOLDERS = 300  # that a filter offers; others can be typed
+
+
+class Library:
+    """Changes a gallery in a thread; no address ever becomes one of the folders, `sources`."""
+
+    def __init__(self, gallery: Gallery, sources: Sequence[str]):
+        self._gallery, self.sources = gallery, [*sources]
+        self.done: Indexed | None = None
+        self.error, self.is_running = "", False
+
+    def index(self) -> None:
+        """Indexes what is new."""
+        index(self._gallery, self.sources, report=lambda x: setattr(self, "done", copy.copy(x)))
+
+    def watch(self) -> None:
+        """Indexes what is new now, and whatever is added from then on."""
+        if self.sources:
+            work = lambda: self.run(self.index), self.sources
+            threading.Thread(target=watch, args=work, daemon=True).start()
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Begins some work on the gallery, unless other work goes on."""
+        if not self.is_running:
+            threading.Thread(target=self.run, args=(work,), daemon=True).start()
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Does some work on the gallery."""
+        self.error, self.is_running = "", True
+        try:
+            work()
+        except (UserError, OSError) as error:
+            self.error = str(error)
+        except Exception as error:
+            self.error = "This failed; the server's terminal says why."
+            traceback.print_exception(error)
+        finally:
+            self.is_running = False
 
 
 class Site:
@@ -52,61 +91,37 @@ class Site:
         self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
         self._next = 0.0
 
-    def overview(self) -> dict[str, Any]:
-        """Numbers of people and scenes, the choices of a filter, and what is wrong if it is."""
+    def shown(self) -> dict[str, Any]:
+        """What every page shows: numbers, the choices of a filter, what is wrong if it is."""
         begin, gallery = time.monotonic(), self.gallery
         if begin >= self._next:
             self._next = float("inf")  # others show what was read last
             try:
-                self._overview = {
-                    "people": gallery.num_people,
-                    "scenes": gallery.num_scenes,
-                    "cameras": gallery.cameras(),
-                    "folders": sorted(gallery.folders(), key=len)[:_MAX_FOLDERS],
-                    "trouble": "",
-                }
+                counts = {"people": gallery.num_people, "scenes": gallery.num_scenes}
+                folders = sorted(gallery.folders(), key=len)[:_MAX_FOLDERS]
+                choices = {"cameras": gallery.cameras(), "folders": folders}
+                self._overview = {**counts, **choices, "trouble": ""}
             except (UserError, OSError) as error:  # a disk that is not mounted comes back
                 self._overview = self._overview | {"trouble": str(error)}
             end = time.monotonic()
             self._next = end + max(_LEAST, _RARELY * (end - begin))
-        return self._overview
+        is_calibrated, progress = gallery.calibration is not None, self.photos.status()
+        return {**self._overview, "is_calibrated": is_calibrated, "progress": progress}
 
 
 def _site(request: Request) -> Site:
-    site: Site = request.app.state.site
-    return site
+    return cast(Site, request.app.state.site)
 
 
 def _read_first(request: Request) -> None:
     """Leads to the text about responsible use unless this browser has seen it."""
-    if not _wants_json(request) and request.cookies.get(_READ_COOKIE) != "read":
-        query = f"?{request.url.query}" if request.url.query else ""
-        following = quote(f"{request.url.path}{query}", safe="")
+    if not _wants_json(request) and request.cookies.get(READ_COOKIE) != "read":
+        following = quote(str(request.url.replace(scheme="", netloc="")), safe="")
         raise HTTPException(303, headers={"Location": f"/responsible-use?next={following}"})
 
 
 OfSite = Annotated[Site, Depends(_site)]
 READ_FIRST = [Depends(_read_first)]
-
-
-def after_reading(following: str) -> Response:
-    """On to the page that was asked for, and not again through the text."""
-    is_ours = following.startswith("/") and following[1:2] not in ("/", "\\")
-    response = RedirectResponse(following if is_ours and following.isprintable() else "/", 303)
-    response.set_cookie(_READ_COOKIE, "read", YEAR, httponly=True)
-    return response
-
-
-def clock(seconds: float) -> str:
-    """Such as 1:02:05, or 0:07."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def drawn(people: Sequence[Person]) -> list[tuple[int, Person]]:
-    """People with their numbers, the largest first, for the small ones to stay in reach."""
-    return sorted(enumerate(people, 1), key=lambda one: -float(area(one[1].box)))
 
 
 _TEMPLATES = Jinja2Templates(
@@ -117,12 +132,12 @@ _TEMPLATES = Jinja2Templates(
         trim_blocks=True,
         lstrip_blocks=True,
     ),
-    context_processors=[
-        lambda request: _site(request).overview() | {"progress": _site(request).photos.status()}
-    ],
+    context_processors=[lambda request: _site(request).shown()],
 )
-_TEMPLATES.env.filters |= {"clock": clock, "drawn": drawn, "words": words}
-_TEMPLATES.env.globals["MAX_BODY"] = MAX_BODY
+_TEMPLATES.env.filters["clock"] = lambda seconds: str(datetime.timedelta(seconds=round(seconds)))
+_TEMPLATES.env.filters["largest"] = lambda some: sorted(some, key=lambda x: -float(area(x.box)))
+_TEMPLATES.env.filters["words"] = words
+_TEMPLATES.env.globals |= {"MAX_BODY": MAX_BODY, "NOBODY": NOBODY, "NOT_CALIBRATED": NOT_CALIBRATED}
 
 
 def _wants_json(request: Request) -> bool:

@@ -1,25 +1,28 @@
-"""Photos that somebody searches with, beside those of the gallery: both are asked for alike.
+"""Photos that somebody searches with, beside those of the gallery, and pictures of all of them.
 
-Uploaded photos are detected one at a time and kept in memory for a while. Their ids, and those of
-their people, come from the content, so that a photo that is uploaded again has the same.
+All of it in memory alone, so that nobody who is forgotten remains in a folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import PurePath
 from typing import Any
 
+import cv2
 import numpy as np
-from cachetools import LRUCache
+from cachetools import LRUCache, cachedmethod
 from jaxtyping import Float
 from starlette.exceptions import HTTPException
 
+from alignps_jax.drawing.pictures import fitted
 from alignps_jax.errors import UserError, blame
 from alignps_jax.gallery.entries import Person, Scene, content_hash, person_id, scene_id
 from alignps_jax.gallery.gallery import Gallery
@@ -30,60 +33,55 @@ from alignps_jax.types import Detections
 
 MAX_WAITING = 16  # photos
 _KEPT = 256 << 20  # bytes of photos, the latest ones
-_SMALLEST = 1 << 20  # bytes that a photo counts at least
+_BESIDES = 1 << 18  # bytes that a photo counts besides its file
 _MOST_PEOPLE = 10_000  # of uploaded photos, the latest ones
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Upload:
-    """An uploaded photo; `people` is None until they are found, `error` says what is wrong."""
+    """An uploaded photo, and its people when they are found."""
 
     scene: Scene
     data: bytes
-    people: list[Person] | None = None
-    error: str = ""
-    done: Future[None] | None = None
+    people: Future[list[Person]]
 
 
 class Photos:
-    """The photos and people of a gallery, and those that were uploaded."""
+    """Photos and people, of a gallery or uploaded; who is gone is an HTTPException (404)."""
 
     def __init__(self, gallery: Gallery):
         self.gallery, self.detector = gallery, gallery.own_detector()
         self._pool = ThreadPoolExecutor(1, "uploads")
-        self._uploads: LRUCache[str, Upload] = LRUCache(
-            _KEPT, lambda x: max(len(x.data), _SMALLEST)
-        )
+        self._uploads: LRUCache[str, Upload] = LRUCache(_KEPT, lambda x: len(x.data) + _BESIDES)
         # Of uploaded photos, and those whom a drawn box found, with their embeddings.
         self._people: LRUCache[str, tuple[Person, Float[np.ndarray, "D"]]] = LRUCache(_MOST_PEOPLE)
-        self._lock = threading.Lock()
+        self._lock, self._decoding = threading.Lock(), threading.Lock()
         self._pending: set[Future[Any]] = set()
         self._warm, self._since = self._submit(lambda: None), 0.0
 
     def upload(self, name: str, data: bytes) -> Scene:
-        """Takes the file of a photo, whose people are detected later.
-
-        Raises UserError if it is empty or a video, HTTPException (503) if too many wait.
-        """
+        """Takes a photo, whose people are detected later; UserError, HTTPException (503)."""
         if not data:
             raise UserError(f"{name}: this file is empty.")
         if PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
             raise UserError(f"{name}: this is a video. Save a frame with the person as a photo.")
         content = content_hash(data)
         identity = scene_id(content, None)
-        known = self.gallery.scene(identity)
+        upload = self.uploaded(identity)
+        is_kept = upload and not (upload.people.done() and upload.people.exception())
+        known = upload.scene if upload and is_kept else self.gallery.scene(identity)
         if known is not None:
             return known
+        if len(self._pending) >= MAX_WAITING:
+            line = "Too many photos wait for the network; please try again in a minute."
+            raise HTTPException(503, line, {"Retry-After": "60"})
+        with self._decoding, blame(name):  # one at a time, for the memory
+            height, width = decode_photo(data, self.gallery.info.max_pixels).shape[:2]
+        scene = Scene(identity, name, height, width, None, "", None, content)
+        upload = Upload(scene, data, self._submit(self._find, scene, data))
         with self._lock:
-            upload = self._uploads.get(identity)
-            if upload is None or upload.error:
-                if len(self._pending) >= MAX_WAITING:
-                    line = "Too many photos wait for the network; please try again in a minute."
-                    raise HTTPException(503, line, {"Retry-After": "60"})
-                scene = Scene(identity, name, 0, 0, None, "", None, content)
-                upload = self._uploads[identity] = Upload(scene, data)
-                upload.done = self._submit(self._find, upload)
-        return upload.scene
+            self._uploads[identity] = upload
+        return scene
 
     def uploaded(self, identity: str) -> Upload | None:
         """An uploaded photo that is still kept, and then longer."""
@@ -91,7 +89,7 @@ class Photos:
             return self._uploads.get(identity)
 
     def scene(self, identity: str) -> Scene:
-        """A photo or frame; HTTPException (404) if it is not known, or not any more."""
+        """A photo or frame."""
         upload = self.uploaded(identity)
         scene = upload.scene if upload else self.gallery.scene(identity)
         if scene is None:
@@ -99,16 +97,16 @@ class Photos:
         return scene
 
     def people_of(self, scene: Scene) -> list[Person]:
-        """The people of a photo, best first."""
-        upload = self.uploaded(scene.id)
-        return upload.people or [] if upload else self.gallery.people_of(scene.id)
+        """The people of a photo, best first; UserError if the network failed on it."""
+        if (upload := self.uploaded(scene.id)) is None:
+            return self.gallery.people_of(scene.id)
+        return upload.people.result() if upload.people.done() else []
 
     def person(self, identity: str) -> Person:
-        """A person; HTTPException (404) if it is not known, or not any more."""
-        person = self.gallery.person(identity)
-        if person is None:
-            with self._lock:
-                person, _ = self._people.get(identity, (None, None))
+        """A person."""
+        with self._lock:
+            own, _ = self._people.get(identity, (None, None))
+        person = self.gallery.person(identity) or own
         if person is None:
             raise HTTPException(404, "This person is not here any more, or never was.")
         return person
@@ -123,8 +121,7 @@ class Photos:
 
     def pixels(self, scene: Scene, side: int = 0) -> Image:
         """A photo or frame, RGB; errors as of `Gallery.pixels`."""
-        upload = self.uploaded(scene.id)
-        if upload is None:
+        if (upload := self.uploaded(scene.id)) is None:
             return self.gallery.pixels(scene, side)
         return decode_photo(upload.data, self.gallery.info.max_pixels)
 
@@ -134,17 +131,6 @@ class Photos:
         found: Detections = work.result()
         (person,) = self._keep(scene, found)
         return person, found
-
-    def _keep(self, scene: Scene, found: Detections) -> list[Person]:
-        boxes, embeddings = np.asarray(found.boxes), np.asarray(found.embeddings)
-        people = [
-            Person(person_id(scene.id, box), scene, box, float(score))
-            for box, score in zip(boxes, np.asarray(found.scores), strict=True)
-        ]
-        with self._lock:
-            for person, embedding in zip(people, embeddings, strict=True):
-                self._people[person.id] = person, embedding
-        return people
 
     def warm_up(self, prepare: Callable[[], object]) -> None:
         """Compiles the programs for photos of both orientations, and does `prepare`."""
@@ -168,18 +154,94 @@ class Photos:
         future.add_done_callback(self._pending.discard)
         return future
 
-    def _find(self, upload: Upload) -> None:
-        name = upload.scene.path
+    def _find(self, scene: Scene, data: bytes) -> list[Person]:
         try:
-            with blame(name):
-                image = decode_photo(upload.data, self.gallery.info.max_pixels)
-            height, width = image.shape[:2]
-            upload.scene = dataclasses.replace(upload.scene, height=height, width=width)
-            found = self._keep(upload.scene, self.detector.detect(image))
-            threshold = self.gallery.info.score_threshold
-            upload.people = [person for person in found if person.score >= threshold]
-        except (UserError, OSError) as error:
-            upload.error = str(error)
+            image = decode_photo(data, self.gallery.info.max_pixels)
+            found = self._keep(scene, self.detector.detect(image))
         except Exception as error:  # the next photo may be better
-            upload.error = f"{name}: the network failed on this photo; the server's log says"
             traceback.print_exception(error)
+            line = f"{scene.path}: the network failed on this photo; the server's log says why."
+            raise UserError(line) from None
+        return [one for one in found if one.score >= self.gallery.info.score_threshold]
+
+    def _keep(self, scene: Scene, found: Detections) -> list[Person]:
+        boxes, scores = np.asarray(found.boxes), np.asarray(found.scores).tolist()
+        people = [
+            Person(person_id(scene.id, box), scene, box, score)
+            for box, score in zip(boxes, scores, strict=True)
+        ]
+        with self._lock:
+            for person, embedding in zip(people, np.asarray(found.embeddings), strict=True):
+                self._people[person.id] = person, embedding
+        return people
+
+
+PREVIEW = 1600  # longer side of a complete scene, pixels
+SMALL = 320  # longer side of a scene in a list, pixels; twice that for dense screens
+FULL = 8192  # longer side of a scene at full size, pixels
+PERSON = 288  # height of an enlarged person, pixels; twice that for dense screens
+_CACHED = 96 << 20  # bytes of finished pictures
+_DECODED = 128 << 20  # bytes of decoded scenes: the people of one scene follow one another
+_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 80]
+_AROUND = 1.1  # of a person's height and width are shown
+
+
+def _encoded(image: Image) -> bytes:
+    return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), _QUALITY)[1].tobytes()
+
+
+def jpeg(image: Image, longest: int) -> bytes:
+    """A JPEG file, whose longer side has at most so many pixels, with nothing but the pixels."""
+    return _encoded(image if max(image.shape) <= longest else fitted(image, longest, longest)[0])
+
+
+def person_picture(image: Image, box: Float[np.ndarray, "4"], tallest: int = PERSON) -> bytes:
+    """A JPEG file of a person, enlarged, two thirds as wide as high; darker around the box."""
+    height, width = image.shape[:2]
+    x1, y1, x2, y2 = (float(value) for value in box)
+    tall = max(y2 - y1, 1.0) * _AROUND
+    left, right = _within((x1 + x2) / 2, max((x2 - x1) * _AROUND, tall * 2 / 3), width)
+    top, bottom = _within((y1 + y2) / 2, tall, height)
+    bright, factor = fitted(image[top:bottom, left:right], tallest, tallest)
+    corners = np.array([x1 - left, y1 - top, x2 - left, y2 - top]) * factor
+    a, b, c, d = np.clip(corners.round().astype(int), 0, None)
+    dark = bright // 2
+    dark[b:d, a:c] = bright[b:d, a:c]
+    return _encoded(dark)
+
+
+def _within(middle: float, length: float, limit: int) -> tuple[int, int]:
+    """Begin and end of so many pixels around a place, moved into the photo as far as they fit."""
+    size = int(np.clip(round(length), 1, limit))
+    begin = int(np.clip(round(middle - length / 2), 0, limit - size))
+    return begin, begin + size
+
+
+class Pictures:
+    """JPEG files of photos and people, each made once; errors as of `Gallery.pixels`."""
+
+    def __init__(self, photos: Photos):
+        self._photos = photos
+        self._made: LRUCache[Hashable, bytes] = LRUCache(_CACHED, len)
+        self._decoded: LRUCache[Hashable, Image] = LRUCache(_DECODED, lambda image: image.nbytes)
+        self._lock = threading.Lock()
+        # Decoding takes memory and a core, and a page asks for many pictures at once.
+        self._room = threading.Semaphore(max(1, min(4, os.cpu_count() or 1)))
+
+    @cachedmethod(attrgetter("_made"), lambda _, one, tall: (one.id, tall), attrgetter("_lock"))
+    def person(self, person: Person, tallest: int) -> bytes:
+        """An enlarged person."""
+        return person_picture(self._pixels(person.scene), person.box, tallest)
+
+    @cachedmethod(attrgetter("_made"), lambda _, one, long: (one.id, long), attrgetter("_lock"))
+    def scene(self, scene: Scene, longest: int) -> bytes:
+        """A complete scene of at most that length."""
+        if longest >= PREVIEW:
+            return jpeg(self._pixels(scene), longest)
+        with self._room:
+            return jpeg(self._photos.pixels(scene, longest), longest)
+
+    @cachedmethod(attrgetter("_decoded"), lambda _, scene: scene.id, attrgetter("_lock"))
+    def _pixels(self, scene: Scene) -> Image:
+        with self._room:
+            return self._photos.pixels(scene)
