@@ -25,9 +25,8 @@ Pictures = Iterator[tuple[str, Image | Figure]]  # each with the name of its fil
 class FigureRequest:
     """What to draw from.
 
-    `checkpoints` (one at least) are workdirs or folders of a step; figures of a whole data set
-    read the `detections.npz` or `metrics.json` there, or are given such files themselves.
-    `config_of` gives the configuration to use one of the checkpoints with.
+    `checkpoints` (one at least) are workdirs, folders of a step, or files of results
+    (`detections.npz`, `metrics.json`). `config_of` gives the configuration of a checkpoint.
     """
 
     checkpoints: tuple[Path, ...]
