@@ -123,7 +123,7 @@ def search_photo(
     where: Filter,
     most: int,
     workdir: Path,
-    show_all: bool,
+    show_all: bool = False,
 ) -> list[dict[str, Any]]:
     """Searches the person in `box` of a photo, or everybody in it, for `most` results each.
 

@@ -18,7 +18,7 @@ import psutil
 from jaxtyping import Float
 
 from alignps_jax.experiments.benchmark import Row
-from alignps_jax.gallery.entries import Filter, Scene, scene_id
+from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.types import Detections
@@ -102,7 +102,7 @@ def search(gallery: Gallery) -> Row:
     disk = sum(path.stat().st_size for path in Path(gallery.address).rglob("*") if path.is_file())
     making = seconds(gallery.people.train)
     found, indexed_time = timed(
-        lambda query: {identity for identity, _ in gallery.people.nearest(query, K, Filter())}
+        lambda query: {identity for identity, _ in gallery.people.nearest(query, K)}
     )
     with gallery.people.table.open() as table:
         table.drop_index("embedding_idx")

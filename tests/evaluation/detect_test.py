@@ -100,7 +100,7 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys):
     with pytest.raises(UserError, match="--source: found no photo or video"):
         detect(tmp_path / "people.npz")
     (tmp_path / "bad.jpg").write_bytes(b"no photo")
-    with pytest.raises(IncompleteError, match="skipped 1 files"):
+    with pytest.raises(IncompleteError, match="files skipped: 1 "):
         detect(tmp_path / "people.npz")
     assert "bad.jpg: cannot be decoded" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["bad.jpg"]

@@ -66,7 +66,7 @@ def test_each_once_and_nothing_that_may_not_end(tmp_path, capsys):
     walk = media_files([source, source, f"{source}/b/2.jpg"])
     assert " ".join(file.name for file in walk.files) == "5.jpg b/1.PNG b/2.jpg c/x.mp4 z/in/4.jpg"
     assert walk.files[0].path == f"{source}/5.jpg"
-    with pytest.raises(IncompleteError, match="skipped 4 files"):
+    with pytest.raises(IncompleteError, match="files skipped: 4 "):
         walk.report()
     lines = capsys.readouterr().out.splitlines()
     expected = ("without a suffix", "/pipe.mp4'", r"/\udcff\x1b.jpg'", "/gone.jpg'", "/zero.jpg'")
