@@ -1,4 +1,4 @@
-"""One writer per workdir, by a lock of the kernel's, which ends with its process."""
+"""One writer per folder, by a lock of the kernel's, which ends with its process."""
 
 import contextlib
 import fcntl
@@ -31,7 +31,7 @@ def one_writer(workdir: Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{workdir}: found another run that writes there ({file.read(200).strip()}), "
-                "expected none; wait for it, stop it, or choose another --workdir"
+                "expected none; wait for it, stop it, or choose another folder"
             ) from None
         except OSError as error:
             print(f"note: {file.name}: {error.strerror}; only one run may write there at a time")

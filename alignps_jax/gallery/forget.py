@@ -62,7 +62,7 @@ class Forgotten:
         return dataclasses.replace(found, people=people)
 
     def enforce(self) -> None:
-        """Removes whoever is on the list."""
+        """Removes everybody on the list."""
         self._people.remove(self.hashes, [one["id"] for one in self._all if "box" in one])
 
 

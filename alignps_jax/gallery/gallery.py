@@ -25,7 +25,7 @@ from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.media.videos import frame_at
 from alignps_jax.types import AnyArray
 
-# A gallery of more people that grows is read anew after so many times what reading it took.
+# A larger gallery that grows is reloaded at most once per 20 times its loading time.
 _QUICKLY_READ, _PATIENCE = 50_000, 20.0
 
 Place = str | os.PathLike[str]

@@ -59,7 +59,7 @@ class Indexed:
 def find_people(
     detector: Detector, files: Iterable[MediaFile], every: float, seen: Mapping[str, float]
 ) -> Results:
-    """The people of files in their order, in whatever process.
+    """The people of files, in the order of the files.
 
     `every`: seconds between frames of a video; `seen`: for each content the last second that is
     known and need not be looked at, infinity where all is.
@@ -81,8 +81,8 @@ def index(
 ) -> Indexed:
     """Finds everybody in files that a gallery does not know as they are, and adds them.
 
-    Of videos, a frame is looked at `every` so many seconds. `prune` removes who was found below the
-    sources in files that are gone; `excludes` are patterns of files and folders to leave out.
+    One frame of a video is searched per `every` seconds. `prune` removes the people of files below
+    the sources that are gone; `excludes` are patterns of files and folders to leave out.
     `report` is called now and then and in the end; `detect` finds people elsewhere, in any order of
     the files. UserError if a source does not exist.
     """

@@ -43,7 +43,7 @@ class PeopleInMemory:
         has_room = fits(people.table.count(), people.info.dim)
         found = people.table.rows(["scene", "score", "box", *["embedding"] * has_room])
         owner = pc.index_in(found["scene"], value_set=scenes["id"].combine_chunks())
-        if owner.null_count:  # whoever has no scene is about to get one, or to go
+        if owner.null_count:  # a scene that is not committed yet, or is being removed
             found, owner = found.filter(owner.is_valid()), owner.drop_null()
         self.scene, self.scores = owner.to_numpy(), found["score"].to_numpy()
         self.boxes = pc.list_flatten(found["box"]).to_numpy().reshape(-1, 4)
@@ -129,7 +129,7 @@ def _on_device(embeddings: pa.ChunkedArray, dim: int) -> Float[Array, "C D"]:
 
 
 def fits(people: int, dim: int) -> bool:
-    """Whether the embeddings of so many people take at most half of the free memory."""
+    """Whether the embeddings of this many people take at most half of the free memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     free = psutil.virtual_memory().available
     free = min(free, stats.get("bytes_limit", free) - stats.get("bytes_in_use", 0))

@@ -15,7 +15,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import lancedb
 import numpy as np
 import pyarrow as pa
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from lancedb.index import IvfPq
 
+from alignps_jax.checkpoint.lock import one_writer
 from alignps_jax.errors import UserError
 from alignps_jax.files import complete_file
 from alignps_jax.gallery.entries import GalleryInfo, Scene, person_id
@@ -224,14 +224,9 @@ class People:
                     writer.write_batch(batch)
             return int(table.count_rows())
 
-    def only_writer(self) -> contextlib.AbstractContextManager[Any]:
+    def only_writer(self) -> contextlib.AbstractContextManager[None]:
         """Keeps a second indexing process of a gallery on a disk out; UserError if there is one."""
-        if "://" in self.address:
-            return contextlib.nullcontext()
-        try:
-            return filelock.FileLock(f"{self.address}/.indexing").acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise UserError(f"--gallery: {self.address}: another process indexes it") from error
+        return contextlib.nullcontext() if "://" in self.address else one_writer(Path(self.address))
 
 
 def is_gallery(address: str) -> bool:

@@ -5,13 +5,13 @@ import dataclasses
 import datetime
 import fnmatch
 import hashlib
+import io
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import av
 
@@ -133,18 +133,21 @@ def shots(
 
     def read() -> Iterator[Shot]:
         try:
+            begin = os.stat(file.path).st_mtime_ns
             with open(file.path, "rb") as content:
-                shot = Shot(file, hashlib.file_digest(content, "sha256").hexdigest())
+                photo = io.BytesIO(b"" if file.is_video else content.read())
+                source = content if file.is_video else photo
+                shot = Shot(file, hashlib.file_digest(source, "sha256").hexdigest())
             after = known.get(shot.hash, -1)
             if file.is_video and after < math.inf:
                 for second, image, about in videos.frames(file.path, every, max_pixels, after):
                     size, moment = image.shape[:2], origin(file.path, about, second)
                     yield Shot(file, shot.hash, image, size, *moment, second, final=False)
             elif after < math.inf:
-                image = photos.decode_photo(Path(file.path).read_bytes(), max_pixels)
-                moment = origin(file.path, photos.exif_of(file.path))
+                image = photos.decode_photo(photo.getvalue(), max_pixels)
+                moment = origin(file.path, photos.exif_of(photo))
                 shot = Shot(file, shot.hash, image, image.shape[:2], *moment)
-            if os.stat(file.path).st_mtime_ns != file.mtime:
+            if os.stat(file.path).st_mtime_ns != begin:
                 raise ValueError("changes while it is read")
             yield shot
         except (ValueError, OSError, av.FFmpegError) as error:

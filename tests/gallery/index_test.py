@@ -241,7 +241,7 @@ def test_what_is_added_to_a_folder_is_indexed(gallery, photos):
 def test_one_process_indexes_a_gallery_at_a_time(gallery, photos):
     with (
         People(gallery.address).only_writer(),
-        pytest.raises(UserError, match="another process indexes it"),
+        pytest.raises(UserError, match="found another run that writes there"),
     ):
         fill(gallery, photos)
     assert fill(gallery, photos).scenes == 4

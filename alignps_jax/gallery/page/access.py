@@ -29,7 +29,7 @@ from alignps_jax.errors import UserError
 MAX_BODY = 64 << 20  # bytes; the largest photos of cameras have some 50 MB
 YEAR = 365 * 24 * 3600  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-# Seconds that a client has for the head and for the body of a request, whoever it is.
+# Time limits of every client for the head and the body of a request, in seconds.
 _PATIENCE = {h11.IDLE: 10, h11.SEND_BODY: 120}
 
 _HEADERS = {
