@@ -151,7 +151,7 @@ class _Run:
     def commit(self, results: Sequence[Photo[Shot]]) -> None:
         """Stores the scenes and states of files."""
         self._forgotten.refresh()
-        files, scenes = dict[str, FileState](), list[FoundScene]()
+        files, scenes = dict[str, FileState](), dict[str, FoundScene]()
         for one in results:
             shot, file = one.tag, one.tag.file
             every = self._every if file.is_video else 0.0
@@ -159,13 +159,14 @@ class _Run:
             files[file.path] = state
             if one.found is not None:
                 found = self._forgotten.without(self._scene(shot, one.found, every))
-                scenes += [found] if found else []
+                if found:  # once of copies that were read together
+                    scenes.setdefault(found.scene.id, found)
         stale = [(old, new) for path, new in files.items() if (old := self._known.pop(path, None))]
         # Videos that were looked at at another interval.
         self._people.remove(
             {old.hash for old, new in stale if old.hash == new.hash and old.every != new.every}
         )
-        self._people.commit(scenes, list(files.values()))
+        self._people.commit(list(scenes.values()), list(files.values()))
         self._people.settle({old.hash for old, new in stale if old.hash != new.hash})
         if self._forgotten.refresh():  # somebody was forgotten meanwhile
             self._forgotten.enforce()
@@ -173,7 +174,7 @@ class _Run:
         self._added |= {state.hash for state in files.values()}
         self.seen |= {state.hash: math.inf for state in files.values() if state.complete}
         self.done.scenes += len(scenes)
-        self.done.people += sum(len(found.people.scores) for found in scenes)
+        self.done.people += sum(len(found.people.scores) for found in scenes.values())
         self._commits += 1
         if self._commits % _TIDY_COMMITS == 0:
             self._people.optimize()

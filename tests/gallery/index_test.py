@@ -14,6 +14,7 @@ import pytest
 
 from alignps_jax.errors import UserError
 from alignps_jax.files import write_image
+from alignps_jax.gallery import index as indexing
 from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
@@ -245,6 +246,13 @@ def test_one_process_indexes_a_gallery_at_a_time(gallery, photos):
     ):
         fill(gallery, photos)
     assert fill(gallery, photos).scenes == 4
+
+
+def test_copies_that_are_read_together_count_once(gallery, photos, monkeypatch):
+    monkeypatch.setattr(indexing, "COMMIT_SECONDS", 60.0)
+    shutil.copy(photos / "a.jpg", photos / "copy.jpg")
+    done = fill(gallery, photos)
+    assert (done.people, done.scenes) == (gallery.num_people, gallery.num_scenes)
 
 
 def test_the_forgotten_are_gone_for_good(gallery, photos, tmp_path):
