@@ -138,9 +138,10 @@ def roi_align(
         return jnp.broadcast_to(columns, (SIZE, *columns.shape)) @ mixed
 
     # Equal parts: XLA's Triton code finds no tiles for some numbers of rows (H100, float32).
-    missing = ((0, -len(boxes) % CHUNK), (0, 0), (0, 0))
+    part = min(CHUNK, len(boxes))
+    missing = ((0, -len(boxes) % part), (0, 0), (0, 0))
     shares = jnp.pad(rows, missing), jnp.pad(columns, missing)
-    return lax.map(means, shares, batch_size=CHUNK)[: len(boxes)]
+    return lax.map(means, shares, batch_size=part)[: len(boxes)]
 
 
 def _shares(
