@@ -158,7 +158,7 @@ class _Run:
             state = FileState(file.path, file.size, file.mtime, shot.hash, every, shot.final)
             files[file.path] = state
             if one.found is not None:
-                found = self._forgotten.without(self._scene(shot, one.found, every))
+                found = self._forgotten.without(self._scene(shot, one.found))
                 if found:  # once of copies that were read together
                     scenes.setdefault(found.scene.id, found)
         stale = [(old, new) for path, new in files.items() if (old := self._known.pop(path, None))]
@@ -167,7 +167,6 @@ class _Run:
             {old.hash for old, new in stale if old.hash == new.hash and old.every != new.every}
         )
         self._people.commit(list(scenes.values()), list(files.values()))
-        self._people.settle({old.hash for old, new in stale if old.hash != new.hash})
         if self._forgotten.refresh():  # somebody was forgotten meanwhile
             self._forgotten.enforce()
         # Copies that come later need not be looked at.
@@ -179,7 +178,7 @@ class _Run:
         if self._commits % _TIDY_COMMITS == 0:
             self._people.optimize()
 
-    def _scene(self, shot: Shot, found: Detections, every: float) -> FoundScene:
+    def _scene(self, shot: Shot, found: Detections) -> FoundScene:
         """A scene without people of a low score or with numbers that are not finite."""
         numbers = np.column_stack([found.boxes, found.scores, found.embeddings])
         sound = np.isfinite(numbers).all(axis=1)
@@ -188,7 +187,7 @@ class _Run:
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
         about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
         scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
-        return FoundScene(scene, people, every)
+        return FoundScene(scene, people)
 
     def finish(self, sources: Sequence[str]) -> None:
         """Removes files that were renamed, and those below `sources` that are gone; tidies.
@@ -207,7 +206,8 @@ class _Run:
         }
         if gone and not walk.files:  # a disk that is not there
             raise UserError(f"--prune: found no photo or video, {len(gone):,} known files")
-        people.remove_files(gone)
+        people.files.delete("path", gone)
+        people.remove_strays()
         self.done.removed = len(gone)
         people.optimize()
         count, trained = people.table.count(), people.trained()

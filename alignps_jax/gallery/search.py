@@ -133,13 +133,14 @@ def search_photo(
     """
     data = query.read_bytes()
     with blame(query):
-        photo = decode_photo(data, gallery.info.max_pixels)
+        photo = decode_photo(data, gallery.own_detector().config.data.max_pixels)
     people = wanted_people(gallery.own_detector(), photo, query, box)
     own = content_hash(data)
-    same = sum(len(gallery.people_of(scene.id)) for scene in gallery.scenes_of(own))
+    memory = gallery.memory()
+    same = len(memory.people_of(*(scene.id for scene in memory.scenes_of(own))))
     boxes = people.boxes if box is None else [np.array(box, np.float32)]
     content, rows = list[dict[str, Any]](), list[list[Image]]()
-    among = f"{gallery.searched(where):,} people in {gallery.num_scenes:,} scenes"
+    among = f"{memory.count(where):,} people in {len(memory.scenes):,} scenes"
     print(f"searched {len(boxes)} of {query.name} among {among}")
     results = gallery.search_many(people.embeddings, most + same, where)
     for one, matches in zip(boxes, results, strict=True):

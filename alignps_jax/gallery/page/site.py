@@ -31,7 +31,7 @@ from alignps_jax.gallery.page.access import MAX_BODY
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.results import Searcher, SearchRequest
 from alignps_jax.gallery.page.uploads import Photos, Pictures
-from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.people import Note
 from alignps_jax.gallery.watch import watch
 
 READ_COOKIE = "alignps_responsible_use"
@@ -97,9 +97,10 @@ class Site:
         if begin >= self._next:
             self._next = float("inf")  # others show what was read last
             try:
-                counts = {"people": gallery.num_people, "scenes": gallery.num_scenes}
-                folders = sorted(gallery.folders(), key=len)[:_MAX_FOLDERS]
-                choices = {"cameras": gallery.cameras(), "folders": folders}
+                memory = gallery.memory()
+                counts = {"people": len(memory), "scenes": len(memory.scenes)}
+                folders = sorted(memory.folders(), key=len)[:_MAX_FOLDERS]
+                choices = {"cameras": memory.cameras(), "folders": folders}
                 self._overview = {**counts, **choices, "trouble": ""}
             except (UserError, OSError) as error:  # a disk that is not mounted comes back
                 self._overview = self._overview | {"trouble": str(error)}
