@@ -61,7 +61,7 @@ def search(args: Arguments) -> None:
     detector, is_folder = _detector(args), not is_gallery(args.gallery)
     gallery = Gallery.open("memory://" if is_folder else args.gallery, detector, is_folder)
     walk = index(gallery, [args.gallery], args.every).walk if is_folder else None
-    if walk and not gallery.num_scenes:
+    if walk and not gallery.people.scenes.count():
         walk.report()
     wanted = args.query, args.box, _filter(args), args.count
     _answer(args, search_photo(gallery, *wanted, workdir, args.show_all))
@@ -101,7 +101,8 @@ def index(args: Arguments) -> None:
 
     def run() -> None:
         done = index(gallery, [args.source], args.every, args.prune, excludes, detect=detect)
-        count = f"{gallery.num_people:,} people in {gallery.num_scenes:,} scenes"
+        people, scenes = gallery.people.table.count(), gallery.people.scenes.count()
+        count = f"{people:,} people in {scenes:,} scenes"
         print(f"{done}\ngallery  {args.gallery}: {count}", flush=True)
         done.walk.report()
 

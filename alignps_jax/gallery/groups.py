@@ -16,9 +16,8 @@ from alignps_jax.evaluation.calibration import NOT_CALIBRATED
 from alignps_jax.files import write_json
 from alignps_jax.gallery.entries import Filter
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.people import People
+from alignps_jax.gallery.people import Note, People
 from alignps_jax.gallery.search import place
-from alignps_jax.gallery.tables import Note
 from alignps_jax.nearest import power_of_two_from, top_k
 
 _PROBABILITY = 0.5
@@ -46,11 +45,12 @@ class Groups:
 
     def __init__(self, people: People):
         self.notes = people.notes("groups")
-        self._known, self._version = dict[str, Group](), -1
+        self._known = dict[str, Group]()
+        self._version: object = None
 
     def by_person(self) -> dict[str, Group]:
         """The group of each person who is in one."""
-        if (version := self.notes.version) != self._version:
+        if (version := self.notes.table.version) != self._version:
             groups, known = dict[str, Group](), dict[str, Group]()
             for note in self.notes.all():
                 own = Group(**note.content)

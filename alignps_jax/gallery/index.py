@@ -92,7 +92,6 @@ def index(
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
-        people.remove_strays()
         run = _Run(people, every, done := Indexed(media_files(sources, excludes)))
         begun(done)
         find: Find = partial(find_people, every=every, seen=run.seen)
@@ -102,15 +101,14 @@ def index(
         with progress(desc="index", unit="file", total=len(run.pending)) as bar:
             for one in results:
                 ready.append(one)
-                bar.update(one.tag.final)
+                bar.update(one.tag.second is None)
                 if time.monotonic() - begin > COMMIT_SECONDS:
                     under_way.result()  # the network works while the last batch is committed
                     under_way = writer.submit(run.commit, ready)
                     ready, begin = [], time.monotonic()
         under_way.result()
         run.commit(ready)
-        if run.pending or prune:
-            run.finish(sources if prune else ())
+        run.finish(sources if prune else ())
     return done
 
 
@@ -122,6 +120,8 @@ class _Run:
         self._known, self._forgotten = people.known_files(), Forgotten(people)
         self._added: set[str] = set()  # contents of the files that were read
         self._commits = 0
+        # Contents with frames of a longer `every`: the last one is not where a killed run was.
+        self._mixed = {state.hash for state in self._known.values() if state.every > every}
         self.seen = dict.fromkeys(self._forgotten.hashes, math.inf)
         complete = set[tuple[object, ...]]()  # path, size, time of change
         for state in self._known.values():
@@ -129,11 +129,10 @@ class _Run:
                 self.seen[state.hash] = math.inf
                 complete.add(state[:3])
             elif state.every == every:
-                frames = people.scenes.rows(["second", "every"], hash=[state.hash]).to_pylist()
-                seconds = (one["second"] for one in frames if one["every"] == every)
-                self.seen.setdefault(state.hash, max(seconds, default=-1.0))
+                frames = people.scenes.rows(["second"], hash=[state.hash])["second"]
+                self.seen.setdefault(state.hash, max(frames.to_pylist(), default=-1.0))
         files = done.walk.files
-        self.pending = [one for one in files if dataclasses.astuple(one)[:3] not in complete]
+        self.pending = [x for x in files if (x.path, x.size, x.mtime) not in complete]
         done.known = len(files) - len(self.pending)
 
     def commit(self, results: Sequence[Photo[Shot]]) -> None:
@@ -141,21 +140,20 @@ class _Run:
         self._forgotten.refresh()
         files, scenes = dict[str, FileState](), dict[str, FoundScene]()
         for one in results:
-            shot, file = one.tag, one.tag.file
-            self.done.done += shot.final
+            shot, file, complete = one.tag, one.tag.file, one.tag.second is None
+            self.done.done += complete
             if one.error is not None:
                 self.done.walk.skipped[file.path] = str(one.error)
                 continue
             every = self._every if file.is_video else 0.0
-            state = FileState(file.path, file.size, file.mtime, shot.hash, every, shot.final)
+            every = every if complete or shot.hash not in self._mixed else math.inf
+            state = FileState(file.path, file.size, file.mtime, shot.hash, every, complete)
             files[file.path] = state
             if one.found is not None:
-                found = self._forgotten.without(self._scene(shot, one.found, every))
+                found = self._forgotten.without(self._scene(shot, one.found))
                 if found:  # once of copies that were read together
                     scenes.setdefault(found.scene.id, found)
-        stale = [(old, new) for path, new in files.items() if (old := self._known.pop(path, None))]
         self._people.commit(list(scenes.values()), list(files.values()))
-        self._people.settle({old.hash for old, new in stale if old.hash != new.hash})
         if self._forgotten.refresh():  # somebody was forgotten meanwhile
             self._forgotten.enforce()
         # Copies that come later need not be looked at.
@@ -167,7 +165,7 @@ class _Run:
         if self._commits % _TIDY_COMMITS == 0:
             self._people.optimize()
 
-    def _scene(self, shot: Shot, found: Detections, every: float) -> FoundScene:
+    def _scene(self, shot: Shot, found: Detections) -> FoundScene:
         """A scene without people of a low score or with numbers that are not finite."""
         numbers = np.column_stack([found.boxes, found.scores, found.embeddings])
         sound = np.isfinite(numbers).all(axis=1)
@@ -176,7 +174,7 @@ class _Run:
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
         about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
         scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
-        return FoundScene(scene, people, every)
+        return FoundScene(scene, people)
 
     def finish(self, sources: Sequence[str]) -> None:
         """Removes files that were renamed, and those below `sources` that are gone; tidies.
@@ -195,7 +193,8 @@ class _Run:
         }
         if gone and not walk.files:  # a disk that is not there
             raise UserError(f"--prune: found no photo or video, {len(gone):,} known files")
-        people.remove_files(gone)
+        people.files.delete("path", gone)
+        people.remove_strays()
         self.done.removed = len(gone)
         people.optimize()
         count, trained = people.table.count(), people.trained()

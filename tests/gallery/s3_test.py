@@ -17,7 +17,7 @@ from pyarrow import fs
 from alignps_jax.gallery import memory
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.people import Note
 from alignps_jax.types import UserError
 from tests.gallery.finder import Finder, content, run
 from tests.gallery.networks import write_photos

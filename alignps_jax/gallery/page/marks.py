@@ -20,8 +20,7 @@ from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import Entry, Person
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.uploads import FULL, jpeg
-from alignps_jax.gallery.people import People
-from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.people import Note, People
 from alignps_jax.media.photos import orientation_of
 
 _COLUMNS = "identity,view,photo,second,x1,y1,x2,y2,score,similarity,mark\r\n"
@@ -46,7 +45,7 @@ class Marks:
         self._known: LRUCache[int, list[Mark]] = LRUCache(1)
         self._lock = threading.Lock()
 
-    @cachedmethod(attrgetter("_known"), lambda self: self._notes.version, attrgetter("_lock"))
+    @cachedmethod(attrgetter("_known"), lambda self: self._notes.table.version, attrgetter("_lock"))
     def all(self) -> list[Mark]:
         """Every mark, the oldest first."""
         return [Mark(x.people[0], x.people[1], **x.content) for x in self._notes.all()]
@@ -97,9 +96,8 @@ class Marked:
     def __init__(self, gallery: Gallery, marks: Sequence[Mark]):
         self.marks, self._identities = marks, identities(marks)
         ids = {one for mark in marks for one in (mark.view, mark.person)}
-        found = [one for one in map(gallery.person, sorted(ids)) if one is not None]
-        photos = [one for one in found if one.scene.second is None]
-        self._people = {one.id: one for one in found}
+        self._people = gallery.memory().named(sorted(ids))
+        photos = [one for one in self._people.values() if one.scene.second is None]
         self._photos = {one.id: one for one in photos if os.path.isfile(one.scene.path)}
         results = {mark.person for mark in marks}
         self.left_out = len(results - self._people.keys()) + len(photos) - len(self._photos)

@@ -30,7 +30,7 @@ from alignps_jax.gallery.page.access import MAX_BODY
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.results import Searcher, SearchRequest
 from alignps_jax.gallery.page.uploads import Photos, Pictures
-from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.people import Note
 
 READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
@@ -95,9 +95,10 @@ class Site:
         if begin >= self._next:
             self._next = float("inf")  # others show what was read last
             try:
-                counts = {"people": gallery.num_people, "scenes": gallery.num_scenes}
-                folders = sorted(gallery.folders(), key=len)[:_MAX_FOLDERS]
-                choices = {"cameras": gallery.cameras(), "folders": folders}
+                memory = gallery.memory()
+                counts = {"people": len(memory), "scenes": len(memory.scenes)}
+                folders = sorted(memory.folders(), key=len)[:_MAX_FOLDERS]
+                choices = {"cameras": memory.cameras(), "folders": folders}
                 self._overview = {**counts, **choices, "trouble": ""}
             except (UserError, OSError) as error:  # a disk that is not mounted comes back
                 self._overview = self._overview | {"trouble": str(error)}
