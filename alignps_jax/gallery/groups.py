@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from alignps_jax.evaluation.calibration import NOT_CALIBRATED
 from alignps_jax.files import write_json
 from alignps_jax.gallery.entries import Filter
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.people import Note, People
+from alignps_jax.gallery.people import People
 from alignps_jax.nearest import power_of_two_from, top_k
 
 _PROBABILITY = 0.5
@@ -41,21 +43,22 @@ class Group:
 
 
 class Groups:
-    """The groups of a gallery: a note about each person, gone when the person is forgotten."""
+    """The groups of a gallery: a row for each person, gone when the person is forgotten."""
 
     def __init__(self, people: People):
-        self.notes = people.notes("groups")
+        self.table = people.groups
         self._known = dict[str, Group]()
         self._version: object = None
 
     def by_person(self) -> dict[str, Group]:
         """The group of each person who is in one."""
-        if (version := self.notes.table.version) != self._version:
+        if (version := self.table.version) != self._version:
             groups, known = dict[str, Group](), dict[str, Group]()
-            for note in self.notes.all():
-                own = Group(**note.content, people=[])
-                known[note.id] = groups.setdefault(own.id, own)
-                known[note.id].people.append(note.id)
+            for row in self.table.rows().sort_by("at").drop_columns("at").to_pylist():
+                person = row.pop("person")
+                own = Group(**row, people=[])
+                known[person] = groups.setdefault(own.id, own)
+                known[person].people.append(person)
             self._known, self._version = known, version
         return self._known
 
@@ -78,15 +81,14 @@ class Groups:
         made = Group(uuid.uuid4().hex, name, "" if others else day, True, list(chosen))
         before = {one.id: one for one in chosen.values()}.values()
         rest = [person for one in before for person in one.people if person not in chosen]
-        notes = [_note(person, made) for person in chosen]
-        notes += [_note(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
-        self.notes.put(notes)
+        rows = [_row(person, made) for person in chosen]
+        rows += [_row(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
+        self.table.put(rows)
         return made
 
 
-def _note(person: str, group: Group) -> Note:
-    content = {key: value for key, value in vars(group).items() if key != "people"}
-    return Note(person, (person,), content)
+def _row(person: str, group: Group) -> dict[str, Any]:
+    return vars(group) | {"person": person, "at": time.time()}
 
 
 def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> list[Group]:
@@ -107,20 +109,20 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
     fixed = [one for one in groups.all() if one.by_hand]
     numbers = {person: place for place, one in enumerate(fixed, 1) for person in one.people}
     number = np.array([numbers.get(one.id, 0) for one in people], int)
-    made: list[Note] = []
+    made = list[dict[str, Any]]()
     for day in np.unique(days):
         today = np.flatnonzero(days == day)
         limit = calibration.least(_PROBABILITY, len(today))
         for cluster in clusters(embeddings[today], scene[today], limit, number[today]):
             found = today[cluster]
             group = [Group(uuid.uuid4().hex, "", str(day), False, []), *fixed][number[found].max()]
-            made += [_note(people[row].id, group) for row in found[number[found] == 0]]
+            made += [_row(people[row].id, group) for row in found[number[found] == 0]]
     # Users may have named some meanwhile.
     by_hand = {person for person, one in groups.by_person().items() if one.by_hand}
-    made = [note for note in made if note.id not in by_hand]
-    kept = by_hand | {note.id for note in made} | {one.id for one in outside}
-    groups.notes.remove(groups.by_person().keys() - kept)
-    groups.notes.put(made)
+    made = [row for row in made if row["person"] not in by_hand]
+    kept = by_hand | {row["person"] for row in made} | {one.id for one in outside}
+    groups.table.delete("person", groups.by_person().keys() - kept)
+    groups.table.put(made)
     return groups.all()
 
 
