@@ -35,11 +35,6 @@ class Scene:
     copies: Sequence[str] = dataclasses.field(default=(), compare=False)
 
     @property
-    def kind(self) -> Literal["photo", "video"]:
-        """Of which file it is."""
-        return "photo" if self.second is None else "video"
-
-    @property
     def name(self) -> str:
         """The file's name, of a video with the time in it."""
         name = PurePath(self.path).name
@@ -119,7 +114,7 @@ class Filter:
         if self.min_score is not None:
             found.append(field("score") >= float(np.float32(self.min_score)))
         if self.kind is not None:
-            found.append(field("kind") == self.kind)
+            found.append(field("every") > 0 if self.kind == "video" else field("every") == 0)
         return functools.reduce(operator.and_, found) if found else None
 
 

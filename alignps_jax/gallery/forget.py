@@ -41,8 +41,7 @@ class Forgotten:
 
     def refresh(self) -> bool:
         """Reads what others have entered; says whether they have."""
-        known, columns = self._all, ["path", "hash", "person", "second", "box"]
-        self._all = self._people.forgotten.rows(columns).to_pylist()
+        known, self._all = self._all, self._people.forgotten.rows().to_pylist()
         files = [one for one in self._all if not one["person"]]
         self.paths, self.hashes = ({one[key] for one in files} for key in ("path", "hash"))
         return known != self._all
@@ -98,9 +97,9 @@ def forget(
         raise UserError(f"--person: found no {missing.pop()!r} in the gallery {people.address}")
     gone = {*persons, *people.table.rows(["id"], hash=contents)["id"].to_pylist()}
     people.forgotten.put(entries)
-    about = people.all_notes.rows(["id", "people"]).to_pylist()
-    notes = [row["id"] for row in about if not gone.isdisjoint(row["people"])]
-    people.all_notes.delete("id", notes)
+    people.groups.delete("person", gone)
+    people.marks.delete("person", gone)
+    people.marks.delete("view", gone)
     Forgotten(people).enforce()
     people.forgotten.put(entries)  # for servers that have read them meanwhile: see Gallery.memory
     paths = tuple(sorted({one["path"] for one in entries}))

@@ -48,7 +48,7 @@ class PeopleInMemory:
         # another version, and is read next time.
         self._files = people.files.rows(["path", "hash"]).sort_by("path")
         contents = self._files.group_by("hash", use_threads=False).aggregate([("path", "list")])
-        scenes = people.scenes.rows([*(set(_SCENE) - {"path", "copies"}), "kind"])
+        scenes = people.scenes.rows()
         owner = pc.index_in(scenes["hash"], value_set=contents["hash"].combine_chunks())
         paths = contents["path_list"].take(owner)
         scenes = scenes.append_column("path", pc.list_element(paths, 0))

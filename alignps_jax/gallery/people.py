@@ -43,17 +43,15 @@ _INDEXED = {"id", "path", "hash", "taken"}
 
 @dataclasses.dataclass(frozen=True)
 class FoundScene:
-    """A scene and its people, best first."""
+    """A scene, its people (best first), and seconds between frames (0 for photos)."""
 
     scene: Scene
     people: Detections
+    every: float = 0.0
 
 
 class FileState(NamedTuple):
-    """A file as it was indexed, of a video with the seconds between frames.
-
-    `complete` is False for a video until its last frame is in.
-    """
+    """A file as it was indexed; `complete` is False for a video until its last frame is in."""
 
     path: str
     size: int
@@ -63,17 +61,19 @@ class FileState(NamedTuple):
     complete: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Note:
-    """Something said about people (their ids), such as a mark: gone once one is forgotten.
-
-    Ids differ, whatever the kind of a note.
-    """
-
-    id: str
-    people: tuple[str, ...]
-    content: Mapping[str, Any]
-    at: float = dataclasses.field(default_factory=time.time)
+_PHOTO = {"id": "", "height": 0, "width": 0, "taken": datetime.datetime.min, "camera": ""}
+_SCENE = {**_PHOTO, "second": 0.0, "hash": "", "every": 0.0}
+_MARK = {"id": "", "view": "", "person": "", "right": True, "similarity": 0.0, "name": ""}
+# A row of each table; the first column is the key.
+_ROWS: dict[str, dict[str, Any]] = {
+    "files": FileState("", 0, 0, "")._asdict(),
+    "scenes": _SCENE,
+    "marks": {**_MARK, "at": 0.0},
+    "groups": {"person": "", "id": "", "name": "", "day": "", "by_hand": True, "at": 0.0},
+    "forgotten": {"id": "", "path": "", "hash": "", "person": "", "second": 0.0, "box": [0.0]},
+    "trained": {"id": "", "people": 0, "recall": 0.0},
+    "people": {"id": "", "scene": "", **_SCENE},
+}
 
 
 @contextlib.contextmanager
@@ -112,12 +112,12 @@ class Table:
         with self.open() as table:
             return int(table.count_rows())
 
-    def rows(self, columns: Collection[str], **values: Collection[str]) -> pa.Table:
-        """Columns of the rows that have one of these values in each of these columns."""
+    def rows(self, columns: Collection[str] = (), **values: Collection[str]) -> pa.Table:
+        """Columns (default: all) of the rows with one of these values in each of these columns."""
         conditions = (col(name).isin(list(some)) for name, some in values.items())
         wanted = functools.reduce(operator.and_, conditions, lit(True))
         with self.open() as table:
-            return table.search().where(wanted).select(list(columns)).to_arrow()
+            return table.search().where(wanted).select([*columns] or table.schema.names).to_arrow()
 
     def put(self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> None:
         """Adds rows, or columns, of each key the first one, in place of those with the same keys.
@@ -156,35 +156,8 @@ class Table:
             table.optimize(cleanup_older_than=datetime.timedelta(hours=0 if purge else 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Notes:
-    """Notes of one kind; servers that write at the same time lose nothing."""
-
-    table: Table
-    kind: str
-
-    def put(self, notes: Sequence[Note]) -> None:
-        """Adds notes, in place of those with the same ids."""
-        kind = {"kind": self.kind}
-        self.table.put([vars(one) | kind | {"content": json.dumps(one.content)} for one in notes])
-
-    def all(self) -> list[Note]:
-        """All notes, the oldest first."""
-        rows = self.table.rows(["id", "people", "content", "at"], kind=[self.kind]).sort_by("at")
-        return [
-            Note(**row | {"people": tuple(row["people"]), "content": json.loads(row["content"])})
-            for row in rows.to_pylist()
-        ]
-
-    def remove(self, ids: Collection[str]) -> list[Note]:
-        """Removes notes; gives those that there were."""
-        removed = [note for note in self.all() if note.id in ids]
-        self.table.delete("id", [note.id for note in removed])
-        return removed
-
-
 class People:
-    """The people of a gallery: tables of files, scenes, people, notes and of who was forgotten.
+    """The people of a gallery: tables of files, scenes, people, and of what is said about them.
 
     `address` is a folder such as people.lance, or s3://bucket/people.lance, `info` the detector
     that made it.
@@ -198,42 +171,16 @@ class People:
             raise UserError(f"--gallery: found {others[0]} in {place}, expected a gallery")
         if info is None and not is_gallery(address):
             raise UserError(f"--gallery: found none in {place}, expected what --mode=index made")
-        scene = {"id": "", "height": 0, "width": 0, "taken": datetime.datetime.now(), "camera": ""}
-        scene |= {"second": 0.0, "hash": "", "kind": ""}
-        examples = {
-            "files": FileState("", 0, 0, "")._asdict(),
-            "scenes": scene,
-            "notes": vars(Note("", ("",), {})) | {"content": "", "kind": ""},
-            "forgotten": {
-                "id": "",
-                "path": "",
-                "hash": "",
-                "person": "",
-                "second": 0.0,
-                "box": [0.0],
-            },
-            "people": {"id": "", "scene": ""} | scene,
-        }
-        vectors = [pa.field("score", pa.float32()), pa.field("box", pa.list_(pa.float32(), 4))]
-        vectors += [pa.field("embedding", pa.list_(pa.float32(), info.dim if info else 0))]
         with _in_one_line(address):
             database = lancedb.connect(address)
-            for name, example in examples.items() if info else ():
-                key, *columns = pa.Table.from_pylist([example]).schema
-                # Of rows with the same key that several processes add at once, one stays.
-                columns = [key.with_nullable(False).with_metadata(_KEY), *columns]
-                columns += vectors if name == "people" else []
-                about = {"detector": json.dumps(vars(info)), "made": str(time.time())}
+            for name, schema in _schemas(info) if info else ():
                 with contextlib.suppress(ValueError):  # it is there
-                    database.create_table(name, schema=pa.schema(columns, about))
-        self._tables = [Table(database, name) for name in examples]
-        self.files, self.scenes, self.all_notes, self.forgotten, self.table = self._tables
+                    database.create_table(name, schema=schema)
+        self._tables = [Table(database, name) for name in _ROWS]
+        self.files, self.scenes, self.marks, self.groups, *rest = self._tables
+        self.forgotten, self._trained, self.table = rest
         with self.table.open() as table:
             self.info = GalleryInfo(**json.loads(table.schema.metadata[b"detector"]))
-
-    def notes(self, kind: str) -> Notes:
-        """The notes of a kind, such as "marks"."""
-        return Notes(self.all_notes, kind)
 
     @property
     def version(self) -> Hashable:
@@ -242,8 +189,7 @@ class People:
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
-        rows = self.files.rows(FileState._fields).to_pylist()
-        return {row["path"]: FileState(**row) for row in rows}
+        return {row["path"]: FileState(**row) for row in self.files.rows().to_pylist()}
 
     def commit(self, scenes: Sequence[FoundScene], files: Sequence[FileState]) -> None:
         """Adds scenes and files, in place of what the gallery has of them."""
@@ -254,7 +200,7 @@ class People:
         self.files.put([file._asdict() for file in files])
 
     def _put_scenes(self, scenes: Sequence[FoundScene]) -> None:
-        rows = [vars(one.scene) | {"scene": one.scene.id, "kind": one.scene.kind} for one in scenes]
+        rows = [vars(one.scene) | {"scene": one.scene.id, "every": one.every} for one in scenes]
         owner = [row for row, one in zip(rows, scenes, strict=True) for _ in one.people.scores]
         boxes, scores, embeddings = (
             np.concatenate([np.asarray(getattr(one.people, name), np.float32) for one in scenes])
@@ -319,12 +265,11 @@ class People:
         for query in queries:
             best = self.nearest(query, 11, exact=True)
             shares.append(len(best.keys() & self.nearest(query, 11).keys()) / len(best))
-        content = {"people": count, "recall": float(np.mean(shares))}
-        self.notes("vector_index").put([Note("vector_index", (), content)])
+        self._trained.put([{"id": "", "people": count, "recall": float(np.mean(shares))}])
 
     def trained(self) -> Mapping[str, Any]:
-        """What `train` noted; {} without a vector index."""
-        return next((note.content for note in self.notes("vector_index").all()), {})
+        """Of how many `people` the vector index was made, and its `recall`; {} without one."""
+        return next(iter(self._trained.rows().to_pylist()), {})
 
     def optimize(self) -> None:
         """See `Table.optimize`; what stands in its way, such as a purge, is for next time."""
@@ -338,7 +283,7 @@ class People:
         """See `Table.optimize`; returns why older states remain, where they do."""
         if self.address.startswith("db://"):
             return "this service keeps older states as long as it is set up to"
-        self.notes("vector_index").remove(["vector_index"])
+        self._trained.delete("id", [""])
         for table in self._tables:
             table.optimize(purge=True)
         return None
@@ -371,3 +316,14 @@ class People:
 def is_gallery(address: str) -> bool:
     """Whether something that --mode=index made may lie there, rather than a folder of photos."""
     return "://" in address or (Path(address) / "people.lance").is_dir()
+
+
+def _schemas(info: GalleryInfo) -> Iterator[tuple[str, pa.Schema]]:
+    """The columns of each table; of rows with the same key that are added at once, one stays."""
+    about = {"detector": json.dumps(vars(info)), "made": str(time.time())}
+    for name, row in _ROWS.items():
+        key, *columns = pa.Table.from_pylist([row]).schema
+        if name == "people":
+            columns += [pa.field("score", pa.float32()), pa.field("box", pa.list_(pa.float32(), 4))]
+            columns.append(pa.field("embedding", pa.list_(pa.float32(), info.dim)))
+        yield name, pa.schema([key.with_nullable(False).with_metadata(_KEY), *columns], about)

@@ -17,7 +17,8 @@ from alignps_jax.gallery import memory
 from alignps_jax.gallery.entries import Filter, Match, Person, Scene, person_id, scene_id
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.people import FileState, FoundScene, Note, People, Table
+from alignps_jax.gallery.page.marks import Mark, Marks
+from alignps_jax.gallery.people import FileState, FoundScene, People, Table
 from alignps_jax.gallery.search import join_seconds, person_in_box
 from alignps_jax.types import Detections
 from tests.gallery.finder import Finder, stored_bytes
@@ -35,9 +36,9 @@ def people(count: int, seed: int = 0) -> Detections:
     return Detections(*(x.astype(np.float32) for x in (boxes, scores, embeddings)), valid)
 
 
-def indexed(path, found, second=None, taken=None, camera=""):
+def indexed(path, found, second=None, taken=None, camera="", every=0.0):
     scene = Scene(scene_id(path, second), path, 90, 120, taken, camera, second, path)
-    return FoundScene(scene, found)
+    return FoundScene(scene, found, every)
 
 
 def some_scenes() -> list[FoundScene]:
@@ -55,7 +56,7 @@ def some_scenes() -> list[FoundScene]:
     for number in range(10):
         taken = DAY + datetime.timedelta(seconds=number)
         one = people(1 + number % 2, 100 + number)
-        found.append(indexed("/v/walk.mp4", one, number / 2, taken, "c2"))
+        found.append(indexed("/v/walk.mp4", one, number / 2, taken, "c2", 0.5))
     return found
 
 
@@ -326,24 +327,23 @@ def test_a_vector_index_says_how_good_it_is(tmp_path, on_disk):
     assert gallery.people.trained() == {}
 
 
-def test_two_servers_lose_no_note(tmp_path):
+def test_two_servers_lose_no_mark(tmp_path):
     Gallery.open(tmp_path / "g", Finder(), create=True)
-    servers = [People(str(tmp_path / "g")).notes("marks") for _ in range(2)]
+    servers = [Marks(People(str(tmp_path / "g"))) for _ in range(2)]
     assert servers[0].all() == []
-    names = [f"{number} {turn}" for turn in range(10) for number in range(2)]
+    marks = [Mark("a", f"{turn % 2} {turn}", True, 0.5, "a.jpg") for turn in range(20)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda x: servers[int(x[0])].put([Note(x, ("a",), {"right": True})]), names))
-    assert {note.id for note in servers[1].all()} == {*names}
+        list(pool.map(lambda mark: servers[int(mark.person[0])].put([mark]), marks))
+    assert sorted(servers[1].all(), key=marks.index) == marks
     version = servers[1].table.version
-    removed = servers[0].remove(["0 1", "1 2", "nothing"])
-    assert {note.id for note in removed} == {"0 1", "1 2"}
+    removed = servers[0].remove(["a"], ["1 1", "0 2", "nothing"])
+    assert sorted(removed, key=marks.index) == marks[1:3]
     assert servers[1].table.version != version
     assert len(servers[1].all()) == 18
-    servers[1].put(removed)
-    servers[1].put([Note("0 1", (), {"right": False})])
+    servers[1].put([dataclasses.replace(marks[1], right=False), marks[2]])
     found = servers[0].all()
-    assert [note.at for note in found] == sorted(note.at for note in found)
-    assert {note.id: note.content for note in found}["0 1"] == {"right": False}
+    assert [mark.at for mark in found] == sorted(mark.at for mark in found)
+    assert [mark.person for mark in found if not mark.right] == ["1 1"]
     assert len(found) == 20
 
 

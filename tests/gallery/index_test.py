@@ -19,7 +19,8 @@ from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import index, watch
-from alignps_jax.gallery.people import Note, People
+from alignps_jax.gallery.page.marks import Mark, Marks
+from alignps_jax.gallery.people import People
 from tests.gallery.finder import Finder, stored_bytes
 from tests.gallery.networks import photo, write_photos, write_video
 
@@ -288,15 +289,16 @@ def test_the_forgotten_are_gone_for_good(gallery, photos, tmp_path):
     bytes_of = {name: gallery.embeddings([name]).tobytes() for name in before}
     assert all(found in stored_bytes(gallery.address) for found in bytes_of.values())
     gone = of_photo | {one, other}
-    marks = gallery.people.notes("marks")
-    marks.put([Note("gone", (one, "view"), {"path": "secret"}), Note("kept", ("view",), {})])
+    marks = Marks(gallery.people)
+    marks.put([Mark(*pair, True, 0.5, "secret") for pair in ((one, "view"), ("view", one))])
+    marks.put([Mark("view", "kept", True, 0.5, "")])
     done = forget(gallery.people, [str(photos / "copy.jpg")], [one, other])
     assert (done.people, done.remains) == (len(gone), None)
     left = stored_bytes(gallery.address)
     for name, found in bytes_of.items():
         assert (found in left) == (name not in gone)
     assert b"secret" not in left
-    assert [note.id for note in marks.all()] == ["kept"]
+    assert [mark.person for mark in marks.all()] == ["kept"]
     # They do not come back, whatever happens to their files, and nobody else changes.
     for path in photos.rglob("*.*g"):
         touch_later(path)

@@ -108,16 +108,12 @@ def commit(gallery: Gallery, scenes: list[FoundScene]) -> None:
     for found in scenes:
         path, about = found.scene.path, Path(found.scene.path).stat()
         files[path] = FileState(
-            path,
-            about.st_size,
-            about.st_mtime_ns,
-            found.scene.hash,
-            float(found.scene.kind == "video"),
+            path, about.st_size, about.st_mtime_ns, found.scene.hash, found.every
         )
     gallery.people.commit(scenes, list(files.values()))
 
 
-def indexed(path, image, detector, taken=None, second=None):
+def indexed(path, image, detector, taken=None, second=None, every=0.0):
     """What is to be stored of a photo, or a frame."""
     content = content_hash(path.read_bytes())
     scene = Scene(
@@ -132,7 +128,7 @@ def indexed(path, image, detector, taken=None, second=None):
     )
     found = detector.detect(image)
     people = Detections(*(np.asarray(x)[found.scores >= 0.2] for x in dataclasses.astuple(found)))
-    return FoundScene(scene, people)
+    return FoundScene(scene, people, every)
 
 
 def scenes_of(site):

@@ -102,7 +102,7 @@ def forget_marks(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Respo
 @router.post("/marks/undo")
 def undo(site: OfSite, undo: Text) -> Response:
     """Brings marks back that were just removed."""
-    site.marks.restore(site.removed.pop(undo, []))
+    site.marks.put(site.removed.pop(undo, []))
     return RedirectResponse("/marks", 303)
 
 

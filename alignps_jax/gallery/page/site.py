@@ -27,10 +27,9 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
 from alignps_jax.gallery.index import Indexed, index, watch
 from alignps_jax.gallery.page.access import MAX_BODY
-from alignps_jax.gallery.page.marks import Marks
+from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.page.results import Searcher, SearchRequest
 from alignps_jax.gallery.page.uploads import Photos, Pictures
-from alignps_jax.gallery.people import Note
 
 READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
@@ -83,7 +82,7 @@ class Site:
         self.photos = Photos(gallery)
         self.pictures, self.searcher = Pictures(self.photos), Searcher(self.photos)
         self.marks = Marks(gallery.people)
-        self.removed: LRUCache[str, list[Note]] = LRUCache(100)  # marks that can come back
+        self.removed: LRUCache[str, list[Mark]] = LRUCache(100)  # marks that can come back
         self.groups = Groups(gallery.people)
         self.library = Library(gallery, sources)
         self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
