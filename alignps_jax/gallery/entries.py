@@ -132,10 +132,8 @@ class GalleryInfo:
     dim: int
 
     def __str__(self) -> str:
-        return (
-            f"checkpoint {self.checkpoint[:12]} ({self.name}), test scale {self.test_scale}, "
-            f"score threshold {self.score_threshold:g}, {self.dim} numbers"
-        )
+        about = {**vars(self), "checkpoint": self.checkpoint[:12]}
+        return ", ".join(f"{name} {value}" for name, value in about.items())
 
 
 def content_hash(data: bytes) -> str:

@@ -16,7 +16,6 @@ import math
 import operator
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,10 +119,7 @@ class Table:
             return table.search().where(wanted).select([*columns] or table.schema.names).to_arrow()
 
     def put(self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> None:
-        """Adds rows, or columns, of each key the first one, in place of those with the same keys.
-
-        All at once.
-        """
+        """Adds rows (or columns) at once, of each key the first, in place of what it had."""
         make = pa.Table.from_pydict if isinstance(rows, Mapping) else pa.Table.from_pylist
         with self.open() as table:
             found, key = make(rows, table.schema), table.schema.names[0]
@@ -186,6 +182,12 @@ class People:
     def version(self) -> Hashable:
         """Changes with every commit of files, scenes, people."""
         return self.files.version, self.scenes.version, self.table.version
+
+    def contents(self) -> pa.Table:
+        """The hash of each content, and the paths of all files with it, sorted."""
+        files = self.files.rows(["hash", "path"]).sort_by("path")
+        groups = files.group_by("hash", use_threads=False).aggregate([("path", "list")])
+        return groups.rename_columns(["hash", "paths"])
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
@@ -296,9 +298,7 @@ class People:
         """
         if target.suffix.lower() != ".parquet":
             raise UserError(f"--target: found {target}, expected a file .parquet for a gallery")
-        paths = defaultdict[str, list[str]](list)
-        for row in self.files.rows(["path", "hash"]).sort_by("path").to_pylist():
-            paths[row["hash"]].append(row["path"])
+        paths = dict(zip(*self.contents().to_pydict().values(), strict=True))
         with self.table.open() as table, complete_file(target) as temporary:
             batches = table.search().to_batches()
             schema = batches.schema.append(pa.field("paths", pa.list_(pa.string())))
