@@ -35,6 +35,10 @@ class Scene:
     copies: Sequence[str] = dataclasses.field(default=(), compare=False)
 
     @property
+    def kind(self) -> Literal["photo", "video"]:
+        return "photo" if self.second is None else "video"
+
+    @property
     def name(self) -> str:
         """The file's name, of a video with the time in it."""
         name = PurePath(self.path).name
@@ -114,7 +118,7 @@ class Filter:
         if self.min_score is not None:
             found.append(field("score") >= float(np.float32(self.min_score)))
         if self.kind is not None:
-            found.append(field("every") > 0 if self.kind == "video" else field("every") == 0)
+            found.append(field("kind") == self.kind)
         return functools.reduce(operator.and_, found) if found else None
 
 

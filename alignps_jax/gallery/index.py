@@ -132,7 +132,7 @@ class _Run:
         if not (known := self._known.get(file.path)):
             return False
         same = (known.size, known.mtime) == (file.size, file.mtime)
-        return file.path in self._forgotten.paths or (same and self._is_complete(known))
+        return same and self._is_complete(known)
 
     def batches(self, results: Results) -> Iterator[list[Photo[Shot]]]:
         """The results of some seconds at a time; lists files that could not be read."""
@@ -158,7 +158,7 @@ class _Run:
             state = FileState(file.path, file.size, file.mtime, shot.hash, every, shot.final)
             files[file.path] = state
             if one.found is not None:
-                found = self._forgotten.without(self._scene(shot, one.found, every))
+                found = self._forgotten.without(self._scene(shot, one.found))
                 if found:  # once of copies that were read together
                     scenes.setdefault(found.scene.id, found)
         stale = [(old, new) for path, new in files.items() if (old := self._known.pop(path, None))]
@@ -178,7 +178,7 @@ class _Run:
         if self._commits % _TIDY_COMMITS == 0:
             self._people.optimize()
 
-    def _scene(self, shot: Shot, found: Detections, every: float) -> FoundScene:
+    def _scene(self, shot: Shot, found: Detections) -> FoundScene:
         """A scene without people of a low score or with numbers that are not finite."""
         numbers = np.column_stack([found.boxes, found.scores, found.embeddings])
         sound = np.isfinite(numbers).all(axis=1)
@@ -187,7 +187,7 @@ class _Run:
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
         about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
         scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
-        return FoundScene(scene, people, every)
+        return FoundScene(scene, people)
 
     def finish(self, sources: Sequence[str]) -> None:
         """Removes files that were renamed, and those below `sources` that are gone; tidies.

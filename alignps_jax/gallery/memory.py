@@ -165,11 +165,10 @@ class PeopleInMemory:
 def _on_device(embeddings: pa.ChunkedArray, dim: int) -> Float[Array, "C D"]:
     """Embeddings with room for more: a program is compiled for each number of chunks."""
     room = -(-max(1, len(embeddings)) // CHUNK) * CHUNK
-    parts = [chunk.flatten().to_numpy() for chunk in embeddings.chunks]
+    more = pa.array(np.zeros((room - len(embeddings)) * dim, np.float32))
+    found = pa.concat_arrays([*(chunk.flatten() for chunk in embeddings.chunks), more])
     # JAX takes what Arrow has aligned without a copy.
-    found = np.frombuffer(pa.allocate_buffer(room * dim * 4), np.float32)
-    np.concatenate([*parts, np.zeros((room - len(embeddings)) * dim, np.float32)], out=found)
-    return jnp.asarray(found.reshape(room, dim))
+    return jnp.asarray(found.to_numpy().reshape(room, dim))
 
 
 def fits(people: int, dim: int) -> bool:

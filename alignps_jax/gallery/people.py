@@ -42,15 +42,14 @@ _INDEXED = {"id", "path", "hash", "taken"}
 
 @dataclasses.dataclass(frozen=True)
 class FoundScene:
-    """A scene, its people (best first), and seconds between frames (0 for photos)."""
+    """A scene and its people, best first."""
 
     scene: Scene
     people: Detections
-    every: float = 0.0
 
 
 class FileState(NamedTuple):
-    """A file as it was indexed; `complete` is False for a video until its last frame is in."""
+    """A file as it was indexed, a video every some seconds, and whether all of it is stored."""
 
     path: str
     size: int
@@ -61,7 +60,7 @@ class FileState(NamedTuple):
 
 
 _PHOTO = {"id": "", "height": 0, "width": 0, "taken": datetime.datetime.min, "camera": ""}
-_SCENE = {**_PHOTO, "second": 0.0, "hash": "", "every": 0.0}
+_SCENE = {**_PHOTO, "second": 0.0, "hash": "", "kind": ""}
 _MARK = {"id": "", "view": "", "person": "", "right": True, "similarity": 0.0, "name": ""}
 # A row of each table; the first column is the key.
 _ROWS: dict[str, dict[str, Any]] = {
@@ -202,7 +201,7 @@ class People:
         self.files.put([file._asdict() for file in files])
 
     def _put_scenes(self, scenes: Sequence[FoundScene]) -> None:
-        rows = [vars(one.scene) | {"scene": one.scene.id, "every": one.every} for one in scenes]
+        rows = [{**vars(x.scene), "scene": x.scene.id, "kind": x.scene.kind} for x in scenes]
         owner = [row for row, one in zip(rows, scenes, strict=True) for _ in one.people.scores]
         boxes, scores, embeddings = (
             np.concatenate([np.asarray(getattr(one.people, name), np.float32) for one in scenes])

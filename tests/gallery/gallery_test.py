@@ -36,9 +36,9 @@ def people(count: int, seed: int = 0) -> Detections:
     return Detections(*(x.astype(np.float32) for x in (boxes, scores, embeddings)), valid)
 
 
-def indexed(path, found, second=None, taken=None, camera="", every=0.0):
+def indexed(path, found, second=None, taken=None, camera=""):
     scene = Scene(scene_id(path, second), path, 90, 120, taken, camera, second, path)
-    return FoundScene(scene, found, every)
+    return FoundScene(scene, found)
 
 
 def some_scenes() -> list[FoundScene]:
@@ -56,7 +56,7 @@ def some_scenes() -> list[FoundScene]:
     for number in range(10):
         taken = DAY + datetime.timedelta(seconds=number)
         one = people(1 + number % 2, 100 + number)
-        found.append(indexed("/v/walk.mp4", one, number / 2, taken, "c2", 0.5))
+        found.append(indexed("/v/walk.mp4", one, number / 2, taken, "c2"))
     return found
 
 
