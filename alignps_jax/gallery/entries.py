@@ -35,6 +35,10 @@ class Scene:
     copies: Sequence[str] = dataclasses.field(default=(), compare=False)
 
     @property
+    def kind(self) -> Literal["photo", "video"]:
+        return "photo" if self.second is None else "video"
+
+    @property
     def name(self) -> str:
         """The file's name, of a video with the time in it."""
         name = PurePath(self.path).name
@@ -114,7 +118,7 @@ class Filter:
         if self.min_score is not None:
             found.append(field("score") >= float(np.float32(self.min_score)))
         if self.kind is not None:
-            found.append(field("every") > 0 if self.kind == "video" else field("every") == 0)
+            found.append(field("kind") == self.kind)
         return functools.reduce(operator.and_, found) if found else None
 
 
@@ -132,10 +136,8 @@ class GalleryInfo:
     dim: int
 
     def __str__(self) -> str:
-        return (
-            f"checkpoint {self.checkpoint[:12]} ({self.name}), test scale {self.test_scale}, "
-            f"score threshold {self.score_threshold:g}, {self.dim} numbers"
-        )
+        about = {**vars(self), "checkpoint": self.checkpoint[:12]}
+        return ", ".join(f"{name} {value}" for name, value in about.items())
 
 
 def content_hash(data: bytes) -> str:

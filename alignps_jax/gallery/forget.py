@@ -33,7 +33,7 @@ class Forgot:
 
 
 class Forgotten:
-    """Who was forgotten in a gallery; `paths` and `hashes` are of files in which everybody was."""
+    """Who was forgotten in a gallery; `hashes` are of files in which everybody was."""
 
     def __init__(self, people: People):
         self._people, self._all = people, list[Any]()
@@ -42,18 +42,18 @@ class Forgotten:
     def refresh(self) -> bool:
         """Reads what others have entered; says whether they have."""
         known, self._all = self._all, self._people.forgotten.rows().to_pylist()
-        files = [one for one in self._all if not one["person"]]
-        self.paths, self.hashes = ({one[key] for one in files} for key in ("path", "hash"))
+        self.hashes = {one["hash"] for one in self._all if not one["person"]}
         return known != self._all
 
     def without(self, found: FoundScene) -> FoundScene | None:
         """The scene without those who are to be forgotten; None: everybody in its file is."""
         scene, people = found.scene, found.people
-        if scene.path in self.paths or scene.hash in self.hashes:
-            return None
         for one in self._all:
-            is_same = one["path"] == scene.path or one["hash"] == scene.hash
-            if is_same and one["second"] == scene.second:
+            if one["path"] != scene.path and one["hash"] != scene.hash:
+                continue
+            if not one["person"]:
+                return None
+            if one["second"] == scene.second:
                 box = np.array(one["box"], np.float32)
                 others = np.asarray(iou(np.asarray(people.boxes), box)) < _SAME
                 people = jax.tree.map(lambda x, others=others: x[others], people)

@@ -67,17 +67,15 @@ class Gallery:
     def memory(self) -> PeopleInMemory:
         """The people as of one moment, read anew where they have changed."""
         known = self._memory
-        if known is None or not self._is_new_enough(known):
-            with self._lock:
-                if self._memory is None or self._memory.version != self.people.version:
-                    self._memory = PeopleInMemory(self.people)
-                return self._memory
-        return known
+        if known and (known.version == self.people.version or self._may_wait(known)):
+            return known
+        with self._lock:
+            if self._memory is None or self._memory.version != self.people.version:
+                self._memory = PeopleInMemory(self.people)
+            return self._memory
 
-    def _is_new_enough(self, known: PeopleInMemory) -> bool:
-        """A large one takes long, and others may read it; but nobody forgotten is found."""
-        if known.version == self.people.version:
-            return True
+    def _may_wait(self, known: PeopleInMemory) -> bool:
+        """A large one that grows need not be the newest, but nobody who was forgotten is found."""
         is_early = time.monotonic() < known.since + _PATIENCE * known.took or self._lock.locked()
         is_large = len(known) > _QUICKLY_READ
         return is_large and is_early and known.forgotten == self.people.forgotten.version
@@ -163,11 +161,7 @@ class Gallery:
 def info_of(detector: Detector) -> GalleryInfo:
     """A detector as a gallery knows it."""
     config = detector.config
-    branches = 1 + (config.model.roi and config.eval.branch == "both")
-    return GalleryInfo(
-        checkpoint=detector.fingerprint,
-        name=detector.name,
-        test_scale="{}x{}".format(*config.data.test_scale),
-        score_threshold=float(config.eval.score_threshold),
-        dim=branches * int(config.model.channels),
-    )
+    scale = "{}x{}".format(*config.data.test_scale)
+    dim = config.model.channels * (1 + (config.model.roi and config.eval.branch == "both"))
+    threshold = config.eval.score_threshold
+    return GalleryInfo(detector.fingerprint, detector.name, scale, threshold, dim)

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Collection
-from pathlib import PurePath
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +45,15 @@ class PeopleInMemory:
         self.version, self.forgotten = people.version, people.forgotten.version
         # In this order, since a scene is committed after its people. What comes meanwhile makes
         # another version, and is read next time.
-        self._files = people.files.rows(["path", "hash"]).sort_by("path")
-        contents = self._files.group_by("hash", use_threads=False).aggregate([("path", "list")])
-        scenes = people.scenes.rows()
-        owner = pc.index_in(scenes["hash"], value_set=contents["hash"].combine_chunks())
-        paths = contents["path_list"].take(owner)
+        self._contents, scenes = people.contents(), people.scenes.rows()
+        owner = pc.index_in(scenes["hash"], self._contents["hash"].combine_chunks())
+        paths = self._contents["paths"].take(owner)
         scenes = scenes.append_column("path", pc.list_element(paths, 0))
         scenes = scenes.append_column("copies", pc.list_slice(paths, 1))
         scenes = scenes.filter(owner.is_valid()).sort_by(_ORDER)
         has_room = fits(people.table.count(), people.info.dim)
         found = people.table.rows(["scene", "score", "box", *["embedding"] * has_room])
-        owner = pc.index_in(found["scene"], value_set=scenes["id"].combine_chunks())
+        owner = pc.index_in(found["scene"], scenes["id"].combine_chunks())
         if owner.null_count:  # a scene that is not committed yet, or is being removed
             found, owner = found.filter(owner.is_valid()), owner.drop_null()
         self.scene, self.scores = owner.to_numpy(), found["score"].to_numpy()
@@ -74,8 +71,8 @@ class PeopleInMemory:
     def search(self, queries: Float[AnyArray, "Q D"], k: int, where: Filter) -> list[list[Match]]:
         """The k people that are most similar to each query, best first."""
         if self.embeddings is None:
-            contents = self._contents(where).to_pylist()
-            near = [self._people.nearest(query, k, where, contents) for query in queries]
+            inside = self._inside(where).to_pylist()
+            near = [self._people.nearest(query, k, where, inside) for query in queries]
             return [[Match(one, some[i]) for i, one in self.named(some).items()] for some in near]
         padded = np.zeros((power_of_two_from(len(queries)), queries.shape[1]), np.float32)
         padded[: len(queries)] = queries
@@ -141,15 +138,6 @@ class PeopleInMemory:
         found = self._scenes(self._rows("hash", [content]))
         return sorted(found, key=lambda scene: scene.second or 0.0)
 
-    def cameras(self) -> list[str]:
-        """The names of all known cameras, sorted."""
-        return sorted(filter(None, self.scenes["camera"].unique().to_pylist()))
-
-    def folders(self) -> list[str]:
-        """The folders that scenes lie in, and those above them, sorted."""
-        paths = self.scenes["path"].unique().to_pylist()
-        return sorted({str(folder) for path in paths for folder in PurePath(path).parents})
-
     def _rows(self, column: str, values: Collection[str]) -> Int[np.ndarray, "k"]:
         """The scenes with one of these values."""
         return np.flatnonzero(pc.is_in(self.scenes[column], pa.array(values, pa.string())))
@@ -159,26 +147,28 @@ class PeopleInMemory:
 
     def _passing(self, where: Filter) -> pa.Table:
         """The scenes that pass a filter, by score where somebody does, in any order."""
-        condition = where.condition(pc.field, self._contents(where))
+        condition = where.condition(pc.field, self._inside(where))
         return self.scenes if condition is None else self.scenes.filter(condition)
 
-    def _contents(self, where: Filter) -> pa.Array:
+    def _inside(self, where: Filter) -> pa.Array:
         """The hashes of files in the folder of a filter, if it has one."""
         if where.folder is None:
             return pa.array([], pa.string())
-        inside = os.path.join(os.path.normpath(where.folder), "")
-        files = self._files.filter(pc.starts_with(self._files["path"], inside))
-        return files["hash"].combine_chunks()
+        paths = self._contents["paths"].combine_chunks()
+        is_inside = pc.starts_with(
+            paths.flatten(), os.path.join(os.path.normpath(where.folder), "")
+        )
+        rows = pc.list_parent_indices(paths).filter(is_inside)
+        return self._contents["hash"].take(rows).combine_chunks()
 
 
 def _on_device(embeddings: pa.ChunkedArray, dim: int) -> Float[Array, "C D"]:
     """Embeddings with room for more: a program is compiled for each number of chunks."""
     room = -(-max(1, len(embeddings)) // CHUNK) * CHUNK
-    parts = [chunk.flatten().to_numpy() for chunk in embeddings.chunks]
+    more = pa.array(np.zeros((room - len(embeddings)) * dim, np.float32))
+    found = pa.concat_arrays([*(chunk.flatten() for chunk in embeddings.chunks), more])
     # JAX takes what Arrow has aligned without a copy.
-    found = np.frombuffer(pa.allocate_buffer(room * dim * 4), np.float32)
-    np.concatenate([*parts, np.zeros((room - len(embeddings)) * dim, np.float32)], out=found)
-    return jnp.asarray(found.reshape(room, dim))
+    return jnp.asarray(found.to_numpy().reshape(room, dim))
 
 
 def fits(people: int, dim: int) -> bool:

@@ -16,7 +16,6 @@ import math
 import operator
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,15 +42,14 @@ _INDEXED = {"id", "path", "hash", "taken"}
 
 @dataclasses.dataclass(frozen=True)
 class FoundScene:
-    """A scene, its people (best first), and seconds between frames (0 for photos)."""
+    """A scene and its people, best first."""
 
     scene: Scene
     people: Detections
-    every: float = 0.0
 
 
 class FileState(NamedTuple):
-    """A file as it was indexed; `complete` is False for a video until its last frame is in."""
+    """A file as it was indexed, a video every some seconds, and whether all of it is stored."""
 
     path: str
     size: int
@@ -62,7 +60,7 @@ class FileState(NamedTuple):
 
 
 _PHOTO = {"id": "", "height": 0, "width": 0, "taken": datetime.datetime.min, "camera": ""}
-_SCENE = {**_PHOTO, "second": 0.0, "hash": "", "every": 0.0}
+_SCENE = {**_PHOTO, "second": 0.0, "hash": "", "kind": ""}
 _MARK = {"id": "", "view": "", "person": "", "right": True, "similarity": 0.0, "name": ""}
 # A row of each table; the first column is the key.
 _ROWS: dict[str, dict[str, Any]] = {
@@ -120,10 +118,7 @@ class Table:
             return table.search().where(wanted).select([*columns] or table.schema.names).to_arrow()
 
     def put(self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> None:
-        """Adds rows, or columns, of each key the first one, in place of those with the same keys.
-
-        All at once.
-        """
+        """Adds rows (or columns) at once, of each key the first, in place of what it had."""
         make = pa.Table.from_pydict if isinstance(rows, Mapping) else pa.Table.from_pylist
         with self.open() as table:
             found, key = make(rows, table.schema), table.schema.names[0]
@@ -187,6 +182,12 @@ class People:
         """Changes with every commit of files, scenes, people."""
         return self.files.version, self.scenes.version, self.table.version
 
+    def contents(self) -> pa.Table:
+        """The hash of each content, and the paths of all files with it, sorted."""
+        files = self.files.rows(["hash", "path"]).sort_by("path")
+        groups = files.group_by("hash", use_threads=False).aggregate([("path", "list")])
+        return groups.rename_columns(["hash", "paths"])
+
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
         return {row["path"]: FileState(**row) for row in self.files.rows().to_pylist()}
@@ -200,7 +201,7 @@ class People:
         self.files.put([file._asdict() for file in files])
 
     def _put_scenes(self, scenes: Sequence[FoundScene]) -> None:
-        rows = [vars(one.scene) | {"scene": one.scene.id, "every": one.every} for one in scenes]
+        rows = [{**vars(x.scene), "scene": x.scene.id, "kind": x.scene.kind} for x in scenes]
         owner = [row for row, one in zip(rows, scenes, strict=True) for _ in one.people.scores]
         boxes, scores, embeddings = (
             np.concatenate([np.asarray(getattr(one.people, name), np.float32) for one in scenes])
@@ -296,9 +297,7 @@ class People:
         """
         if target.suffix.lower() != ".parquet":
             raise UserError(f"--target: found {target}, expected a file .parquet for a gallery")
-        paths = defaultdict[str, list[str]](list)
-        for row in self.files.rows(["path", "hash"]).sort_by("path").to_pylist():
-            paths[row["hash"]].append(row["path"])
+        paths = dict(zip(*self.contents().to_pydict().values(), strict=True))
         with self.table.open() as table, complete_file(target) as temporary:
             batches = table.search().to_batches()
             schema = batches.schema.append(pa.field("paths", pa.list_(pa.string())))

@@ -118,6 +118,13 @@ def test_a_wrong_address_is_one_line_that_keeps_the_query(client, fields, status
     assert "camera=yard" in answer.text
 
 
+def test_cameras_and_folders_are_offered(site, folder):
+    photos = folder / "photos"
+    assert site.shown()["cameras"] == ["gate", "yard"]
+    own = [*reversed(photos.parents), photos, photos / "gate", photos / "yard"]
+    assert site.shown()["folders"] == list(map(str, own))
+
+
 def test_results_come_page_by_page(client, site):
     view = site.gallery.memory().people_of(
         next(s.id for s in scenes_of(site) if "a.png" in s.path)

@@ -47,8 +47,7 @@ def site(tmp_path_factory):
     write_walk(path)
     gallery = Gallery.open(folder / "people.lance", detector, create=True)
     scenes = [
-        indexed(path, frame_at(second), detector, second=float(second), every=1.0)
-        for second in range(SECONDS)
+        indexed(path, frame_at(second), detector, second=float(second)) for second in range(SECONDS)
     ]
     commit(gallery, scenes)
     return Site(gallery)

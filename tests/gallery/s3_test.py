@@ -104,7 +104,7 @@ def test_nothing_in_the_bucket_holds_who_was_forgotten(bucket, photos):
     assert not any(embedding in found or b"secret" in found for found in objects(bucket))
     assert marks.all() == []
     run(ADDRESS, photos)
-    assert Gallery.open(ADDRESS).person(person.id) is None
+    assert Gallery.open(ADDRESS).memory().person(person.id) is None
 
 
 def test_what_the_store_answers_is_one_line(bucket, monkeypatch):

@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Annotated, Any, cast
 from urllib.parse import quote, urlsplit
 
@@ -96,8 +97,11 @@ class Site:
             try:
                 memory = gallery.memory()
                 counts = {"people": len(memory), "scenes": len(memory.scenes)}
-                folders = sorted(memory.folders(), key=len)[:_MAX_FOLDERS]
-                choices = {"cameras": memory.cameras(), "folders": folders}
+                cameras = filter(None, memory.scenes["camera"].unique().to_pylist())
+                paths = map(PurePath, memory.scenes["path"].unique().to_pylist())
+                folders = sorted({str(folder) for path in paths for folder in path.parents})
+                folders = sorted(folders, key=len)[:_MAX_FOLDERS]
+                choices = {"cameras": sorted(cameras), "folders": folders}
                 self._overview = {**counts, **choices, "trouble": ""}
             except (UserError, OSError) as error:  # a disk that is not mounted comes back
                 self._overview = self._overview | {"trouble": str(error)}
