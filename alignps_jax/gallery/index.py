@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import watchfiles
 
-from alignps_jax.errors import IncompleteError, UserError
+from alignps_jax.errors import IncompleteError
 from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.forget import Forgotten
 from alignps_jax.gallery.gallery import Gallery
@@ -86,9 +86,9 @@ def index(
     """Finds everybody in files that a gallery does not know as they are, and adds them.
 
     One frame of a video is searched per `every` seconds; one that was looked at as often is known.
-    `prune` removes the people of files below the sources that are gone; `excludes` are patterns of
-    files and folders to leave out. `begun` gets what is returned, at once; `find` may find people
-    elsewhere, and in any order of the files. UserError if a source does not exist.
+    `prune` removes the people of files below the sources that are gone, unless all are; `excludes`
+    are patterns of what to leave out. `begun` gets what is returned, at once; `find` may work
+    elsewhere, in any order of the files. UserError if a source does not exist.
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
@@ -106,7 +106,7 @@ def index(
                     ready, begin = [], time.monotonic()
         under_way.result()
         run.commit(ready)
-        run.finish(sources if prune else ())
+        run.finish(sources if prune and done.walk.files else ())  # a disk may not be there
     return done
 
 
@@ -186,8 +186,6 @@ class _Run:
             or (f"{path}/".startswith(below) and not path.startswith(hidden))
             if not os.path.lexists(path)
         }
-        if gone and not walk.files:  # a disk that is not there
-            raise UserError(f"--prune: found no photo or video, {len(gone):,} known files")
         people.files.delete("path", gone)
         people.remove_strays()
         self.done.removed = len(gone)

@@ -24,10 +24,8 @@ from alignps_jax.inference.many import above
 from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.types import AnyArray, Detections
 
-# Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
-_MAX_PICTURE_QUERIES = 12
-# A box is around a person with such an overlap.
-_UNDER = 0.3
+_MAX_PICTURE_QUERIES = 12  # rows that can be read; the JSON file has everybody
+_UNDER = 0.3  # a box is around a person with such an overlap
 # A person in neighboring seconds of a video: time, and share of the best one's similarity.
 _NEIGHBORS, _AS_SIMILAR = 2, 0.6
 
