@@ -20,8 +20,7 @@ import watchfiles
 from alignps_jax.errors import IncompleteError
 from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.forget import Forgotten
-from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.memory import fits
+from alignps_jax.gallery.gallery import Gallery, fits
 from alignps_jax.gallery.people import FileState, FoundScene, People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
