@@ -29,7 +29,6 @@ from alignps_jax.media.walk import DEFAULT_EXCLUDES, MediaFile, Shot, Walk, medi
 from alignps_jax.types import Detections
 
 COMMIT_SECONDS = 5.0  # what a kill can cost
-_TIDY_COMMITS = 200  # each makes small files, which many make slow
 # In ms; files that are still being copied are left alone until nothing changes for a `step`.
 _WATCH: Any = {"step": 2000, "debounce": 60_000, "rust_timeout": 1000, "yield_on_timeout": True}
 
@@ -155,8 +154,8 @@ class _Run:
         self.seen |= {state.hash: math.inf for state in files.values() if state.complete}
         self.done.scenes += len(scenes)
         self.done.people += sum(len(found.people.scores) for found in scenes.values())
-        if next(self._turns) % _TIDY_COMMITS == 0:
-            self._people.optimize()
+        if next(self._turns) % 200 == 0:
+            self._people.optimize()  # each commit makes small files, which many make slow
 
     def _scene(self, shot: Shot, found: Detections) -> FoundScene:
         """A scene without people of a low score or with numbers that are not finite."""
