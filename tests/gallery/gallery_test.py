@@ -227,8 +227,8 @@ def test_what_is_no_gallery_or_another_ones_is_a_line(tmp_path, address):
         scaled.config.data.test_scale = (256, 192)
     (tmp_path / "photo.jpg").touch()
     for place, how, message in (
-        (address, (Finder(fingerprint="e" * 64),), r"int f{12}, .*checkpoint e{12}, "),
-        (address, (scaled, True), r"test_scale 128x96, .*test_scale 256x192"),
+        (address, (Finder(fingerprint="e" * 64),), r"int e{12}, .*checkpoint f{12}, "),
+        (address, (scaled, True), r"test_scale 256x192, .*test_scale 128x96"),
         (tmp_path / "nothing", (), "found none in"),
         (tmp_path, (), "found none in"),
         (tmp_path, (Finder(), True), r"found photo.jpg in .*, expected a gallery"),
