@@ -32,7 +32,7 @@ from alignps_jax.types import AnyArray
 _SCENE = [field.name for field in dataclasses.fields(Scene)]
 _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending")]
 # A larger gallery that grows is read at most once per 20 times what reading takes.
-_QUICKLY_READ, _PATIENCE = 50_000, 20.0
+QUICKLY_READ, PATIENCE = 50_000, 20.0
 
 Place = str | os.PathLike[str]
 
@@ -79,8 +79,8 @@ class Gallery:
 
     def _may_wait(self, known: PeopleInMemory) -> bool:
         """A large one that grows need not be the newest, but nobody who was forgotten is found."""
-        is_early = time.monotonic() < known.since + _PATIENCE * known.took or self._lock.locked()
-        is_large = len(known) > _QUICKLY_READ
+        is_early = time.monotonic() < known.since + PATIENCE * known.took or self._lock.locked()
+        is_large = len(known) > QUICKLY_READ
         return is_large and is_early and known.forgotten == self.people.forgotten.version
 
     def search(

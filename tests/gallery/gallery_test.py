@@ -410,3 +410,24 @@ def test_a_box_means_who_is_under_it():
     assert person_in_box(boxes, (45, 0, 90, 100)) == 1
     assert person_in_box(boxes, (49, 0, 200, 400)) is None  # a neighbor's edge
     assert person_in_box(boxes[:0], (0, 0, 10, 10)) is None
+
+
+def test_a_large_gallery_that_grows_is_read_seldom_and_forgets_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(galleries, "QUICKLY_READ", 0)
+    monkeypatch.setattr(galleries, "PATIENCE", 1e9)
+    gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
+    commit(gallery, [indexed("/1.jpg", people(3))])
+    server, remove = Gallery.open(gallery.address), People.remove
+    known = server.memory()
+    commit(gallery, [indexed("/2.jpg", people(3, 1))])
+    assert server.memory() is known
+    one = server.search(np.eye(DIM)[0], 1)[0].person
+
+    def remove_late(*given):
+        assert server.memory().person(one.id)  # somebody searches meanwhile
+        remove(*given)
+
+    monkeypatch.setattr(People, "remove", remove_late)
+    forget(gallery.people, persons=[one.id], for_good=False)
+    assert server.memory().person(one.id) is None
+    assert len(server.memory()) == 5
