@@ -32,7 +32,7 @@ from alignps_jax.types import AnyArray
 _SCENE = [field.name for field in dataclasses.fields(Scene)]
 _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending")]
 # A larger gallery that grows is read at most once per 20 times what reading takes.
-_QUICKLY_READ, _PATIENCE = 50_000, 20.0
+QUICKLY_READ, PATIENCE = 50_000, 20.0
 
 Place = str | os.PathLike[str]
 
@@ -50,17 +50,13 @@ class Gallery:
         self._memory: PeopleInMemory | None = None
         self._lock = threading.Lock()
         if detector and (found := info_of(detector)) != self.info:
-            raise UserError(
-                f"--gallery: {self.address} was made by {self.info}; found {found}; expected "
-                "the same, or another gallery"
-            )
+            raise UserError(f"--gallery: {self.address}: found {found}, expected {self.info}")
 
     @classmethod
     def open(cls, address: Place, detector: Detector | None = None, create: bool = False) -> Self:
-        """Opens a gallery: a folder such as people.lance, s3://bucket/people.lance, or memory://.
+        """Opens a folder such as people.lance, s3://bucket/people.lance, or memory://.
 
-        A detector, which has to be the one that made it, adds and searches photos; `create`: there
-        need not be a gallery yet.
+        The detector that made it adds and searches photos; `create`: there need not be one yet.
         """
         info = info_of(detector) if create and detector else None
         return cls(People(os.fspath(address), info), detector)
@@ -83,8 +79,8 @@ class Gallery:
 
     def _may_wait(self, known: PeopleInMemory) -> bool:
         """A large one that grows need not be the newest, but nobody who was forgotten is found."""
-        is_early = time.monotonic() < known.since + _PATIENCE * known.took or self._lock.locked()
-        is_large = len(known) > _QUICKLY_READ
+        is_early = time.monotonic() < known.since + PATIENCE * known.took or self._lock.locked()
+        is_large = len(known) > QUICKLY_READ
         return is_large and is_early and known.forgotten == self.people.forgotten.version
 
     def search(
@@ -227,10 +223,9 @@ class PeopleInMemory:
         most = min(len(among), power_of_two_from(max(k, 64)))  # few programs are compiled
         found = jax.device_get(top_k(padded, self.embeddings, most, among=among))
         results = []
-        for index, similarity in zip(found.index, found.similarity[:, :k], strict=True):
+        for rows, similarity in zip(found.index[:, :k], found.similarity[:, :k], strict=True):
             exists = np.isfinite(similarity)
-            people = self.people(index[:k][exists])
-            results.append(list(map(Match, people, similarity[exists].tolist())))
+            results.append(list(map(Match, self.people(rows[exists]), similarity[exists].tolist())))
         return results[: len(queries)]
 
     def matching(self, where: Filter) -> Bool[np.ndarray, "N"]:
@@ -293,8 +288,7 @@ class PeopleInMemory:
 
     def _passing(self, where: Filter) -> pa.Table:
         """The scenes that pass a filter, by score where somebody does, in any order."""
-        condition = where.condition(pc.field, self._inside(where))
-        return self.scenes if condition is None else self.scenes.filter(condition)
+        return self.scenes.filter(where.condition(pc.field, self._inside(where)))
 
     def _inside(self, where: Filter) -> pa.Array:
         """The hashes of files in the folder of a filter, if it has one."""

@@ -138,8 +138,7 @@ class Table:
     def optimize(self, purge: bool = False) -> None:
         """Puts small files together, updates indices, and drops states older than an hour.
 
-        `purge`: drops whatever holds removed rows: older states, indices, and files, in which a row
-        is only marked as removed.
+        `purge`: drops all states and indices with removed rows, and files, which only mark them.
         """
         with self.open() as table:
             if purge:
@@ -155,8 +154,7 @@ class Table:
 class People:
     """The people of a gallery: tables of files, scenes, people, and of what is said about them.
 
-    `address` is a folder such as people.lance, or s3://bucket/people.lance, `info` the detector
-    that made it.
+    `address` is a folder or URL; `info` is the detector that made the gallery.
     """
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
@@ -227,20 +225,20 @@ class People:
 
         `contents`: hashes of the files in the folder of the filter.
         """
-        wanted = where and where.condition(col, contents)
         with self.table.open() as table:
             search = table.search(query, vector_column_name="embedding").distance_type("cosine")
             search = search.bypass_vector_index() if exact else search
             # A few lists of every thousand; candidates are compared again exactly.
             search = search.nprobes(max(64, table.count_rows() // 40_000))
             search = search.refine_factor(max(4, min(40, 8000 // k))).limit(k)
-            search = search if wanted is None else search.where(wanted, prefilter=True)
+            if where not in (None, Filter()):
+                search = search.where(where.condition(col, contents), prefilter=True)
             rows = search.select(["id", "_distance"]).to_arrow().to_pylist()
         return {row["id"]: 1.0 - row["_distance"] for row in rows}
 
     def train(self) -> None:
         """Makes the vector index anew, and notes how many people it was made of and its recall."""
-        dim, shares = self.info.dim, []
+        dim = self.info.dim
         with self.table.open() as table:
             # Codes of a byte for eight values, where their length allows.
             lists = IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 8)))
@@ -248,10 +246,10 @@ class People:
             count = table.count_rows()
             sample = table.search().select(["embedding"]).offset(count // 2).limit(20)
             queries = np.array(sample.to_arrow()["embedding"].to_pylist(), np.float32)
-        for query in queries:
-            best = self.nearest(query, 11, exact=True)
-            shares.append(len(best.keys() & self.nearest(query, 11).keys()) / len(best))
-        self._trained.put([{"id": "", "people": count, "recall": float(np.mean(shares))}])
+        best = [self.nearest(query, 11, exact=True).keys() for query in queries]
+        found = [self.nearest(query, 11).keys() for query in queries]
+        recall = np.mean([len(a & b) / len(a) for a, b in zip(best, found, strict=True)])
+        self._trained.put([{"id": "", "people": count, "recall": float(recall)}])
 
     def trained(self) -> Mapping[str, Any]:
         """Of how many `people` the vector index was made, and its `recall`; {} without one."""
@@ -275,8 +273,7 @@ class People:
     def export(self, target: Path) -> int:
         """Writes everybody to a .parquet file, a row per person; returns their number.
 
-        `box` is x1, y1, x2, y2 in pixels of the scene, `embedding` of length one, `paths` are all
-        files with this content.
+        `box` is x1, y1, x2, y2 in pixels, `embedding` of length one, `paths` are all copies' files.
         """
         if target.suffix.lower() != ".parquet":
             raise UserError(f"--target: found {target}, expected a file .parquet for a gallery")

@@ -227,8 +227,8 @@ def test_what_is_no_gallery_or_another_ones_is_a_line(tmp_path, address):
         scaled.config.data.test_scale = (256, 192)
     (tmp_path / "photo.jpg").touch()
     for place, how, message in (
-        (address, (Finder(fingerprint="e" * 64),), r"int f{12}, .*checkpoint e{12}, "),
-        (address, (scaled, True), r"test_scale 128x96, .*test_scale 256x192"),
+        (address, (Finder(fingerprint="e" * 64),), r"int e{12}, .*checkpoint f{12}, "),
+        (address, (scaled, True), r"test_scale 256x192, .*test_scale 128x96"),
         (tmp_path / "nothing", (), "found none in"),
         (tmp_path, (), "found none in"),
         (tmp_path, (Finder(), True), r"found photo.jpg in .*, expected a gallery"),
@@ -410,3 +410,24 @@ def test_a_box_means_who_is_under_it():
     assert person_in_box(boxes, (45, 0, 90, 100)) == 1
     assert person_in_box(boxes, (49, 0, 200, 400)) is None  # a neighbor's edge
     assert person_in_box(boxes[:0], (0, 0, 10, 10)) is None
+
+
+def test_a_large_gallery_that_grows_is_read_seldom_and_forgets_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(galleries, "QUICKLY_READ", 0)
+    monkeypatch.setattr(galleries, "PATIENCE", 1e9)
+    gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
+    commit(gallery, [indexed("/1.jpg", people(3))])
+    server, remove = Gallery.open(gallery.address), People.remove
+    known = server.memory()
+    commit(gallery, [indexed("/2.jpg", people(3, 1))])
+    assert server.memory() is known
+    one = server.search(np.eye(DIM)[0], 1)[0].person
+
+    def remove_late(*given):
+        assert server.memory().person(one.id)  # somebody searches meanwhile
+        remove(*given)
+
+    monkeypatch.setattr(People, "remove", remove_late)
+    forget(gallery.people, persons=[one.id], for_good=False)
+    assert server.memory().person(one.id) is None
+    assert len(server.memory()) == 5
