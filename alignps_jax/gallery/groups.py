@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -65,23 +64,20 @@ class Groups:
 
         Who stays behind there stays apart. UserError if all of them are in no group (any more).
         """
-        known = self.by_person()
-        chosen = {one: known[one] for one in people if one in known}
+        rows, wanted = self.table.rows().sort_by("at").to_pylist(), set(people)
+        chosen = [row for row in rows if row["person"] in wanted]
         if not chosen:
             raise UserError("found nobody of a group; it was made anew, or forgotten")
-        name = next((one.name for one in chosen.values() if one.name), "") if name is None else name
-        day, *others = {one.day for one in chosen.values()}
-        made = Group(uuid.uuid4().hex, name, "" if others else day, True, list(chosen))
-        before = {one.id: one for one in chosen.values()}.values()
-        rest = [person for one in before for person in one.people if person not in chosen]
-        rows = [_row(person, made) for person in chosen]
-        rows += [_row(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
-        self.table.put(rows)
+        if name is None:
+            name = next((row["name"] for row in chosen if row["name"]), "")
+        day, *others = {row["day"] for row in chosen}
+        same = [row["person"] for row in chosen]
+        made = Group(uuid.uuid4().hex, name, "" if others else day, True, same)
+        before = {row["id"] for row in chosen}
+        rest = [row for row in rows if row["id"] in before and row["person"] not in wanted]
+        apart = [row | {"by_hand": True} for row in rest]
+        self.table.put([row | vars(made) for row in chosen] + apart)
         return made
-
-
-def _row(person: str, group: Group) -> dict[str, Any]:
-    return vars(group) | {"person": person, "at": time.time()}
 
 
 def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> list[Group]:
@@ -113,7 +109,8 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
     kept = {person for person, one in known.items() if one.by_hand}
     outside = {everybody[row].id for row in np.flatnonzero(~inside)}
     groups.table.delete("person", known.keys() - made.keys() - kept - outside)
-    groups.table.put([_row(one, group) for one, group in made.items() if one not in kept])
+    new = [(person, one) for person, one in made.items() if person not in kept]
+    groups.table.put([vars(one) | {"person": person, "at": time.time()} for person, one in new])
     return groups.all()
 
 
