@@ -153,7 +153,7 @@ def search_photo(
             rows.append(picture_row("query", photo, query.name, one, _drawn(gallery, found)))
         first = f", first {_said(found[0])}" if found else f": {NOBODY} (--show_all)"
         print(f"  {_box(one)}: {len(found):,} found{first}")
-    if (recall := gallery.recall) is not None:
+    if (recall := memory.recall) is not None:
         print(f"approximate: of the ten most similar people it finds {recall:.0%}")
     if gallery.calibration is None:
         print(f"note: {NOT_CALIBRATED}")
