@@ -139,7 +139,7 @@ def search_photo(
             said += [f"first {best.person.scene.name}", f"similarity {best.similarity:.3f}"]
             said += [words(best.probability)] if best.probability is not None else []
         print(f"  {corners}:", ", ".join(said))
-    if (recall := gallery.recall) is not None:
+    if (recall := memory.recall) is not None:
         print(f"approximate: of the ten most similar people it finds {recall:.0%}")
     if gallery.calibration is None:
         print(f"note: {NOT_CALIBRATED}")

@@ -306,9 +306,9 @@ def test_searches_during_commits_see_one_state(tmp_path):
 def test_a_vector_index_says_how_good_it_is(tmp_path, on_disk):
     gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
     commit(gallery, [indexed(f"/{i}.jpg", people(4, i), camera=f"c{i}") for i in range(200)])
-    assert gallery.recall is None
+    assert gallery.memory().recall is None
     gallery.people.train()
-    assert gallery.recall > 0.8
+    assert gallery.memory().recall > 0.8
     assert gallery.people.trained()["people"] == 800
     query = people(4, 7).embeddings[2]
     for where in (Filter(), Filter(cameras=("c7", "c8"))):
