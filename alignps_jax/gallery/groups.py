@@ -21,7 +21,6 @@ from alignps_jax.gallery.people import People
 from alignps_jax.gallery.search import place
 from alignps_jax.nearest import power_of_two_from, top_k
 
-_PROBABILITY = 0.5
 # Neighbors of a person, itself one of them, and similarities that are in memory at a time.
 _NEIGHBORS, _SIMILARITIES = 16, 1 << 26
 
@@ -74,9 +73,8 @@ class Groups:
         same = [row["person"] for row in chosen]
         made = Group(uuid.uuid4().hex, name, "" if others else day, True, same)
         before = {row["id"] for row in chosen}
-        rest = [row for row in rows if row["id"] in before and row["person"] not in wanted]
-        apart = [row | {"by_hand": True} for row in rest]
-        self.table.put([row | vars(made) for row in chosen] + apart)
+        rest = [row | {"by_hand": True} for row in rows if row["id"] in before]
+        self.table.put([row | vars(made) for row in chosen] + rest)  # of each person the first one
         return made
 
 
@@ -99,7 +97,7 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
     made = dict[str, Group]()
     for day in np.unique(days[inside]):
         today = np.flatnonzero(inside & (days == day))
-        limit = calibration.least(_PROBABILITY, len(today))
+        limit = calibration.least(0.5, len(today))
         for cluster in clusters(embeddings[today], memory.scene[today], limit, number[today]):
             found = today[cluster]
             group = [Group(uuid.uuid4().hex, "", str(day), False, []), *fixed][number[found].max()]

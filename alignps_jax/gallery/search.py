@@ -75,8 +75,7 @@ def join_seconds(matches: Sequence[Match]) -> list[Entry]:
     entries: list[Entry] = []
     seen = defaultdict[tuple[str, int], list[tuple[int, Match]]](list)  # by content and second
     for match in matches:
-        scene = match.person.scene
-        second = int(scene.second or 0)
+        scene, second = match.person.scene, int(match.person.scene.second or 0)
         near = [
             number
             for turn in range(second - _NEIGHBORS, second + _NEIGHBORS + 1)
