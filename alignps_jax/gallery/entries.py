@@ -7,8 +7,7 @@ import datetime
 import functools
 import hashlib
 import operator
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -18,10 +17,10 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A photo, or one frame of a video; its size is that of the upright picture.
+    """A photo, or one frame of a video, upright.
 
-    `id` is of `hash` (SHA-256 of the file) and `second` (None for photos) alone: renamed and copied
-    files keep it. `path` is that of the first of them, `taken` local time. Unknown: None, or "".
+    `id` comes from `hash` (SHA-256 of the file) and `second` (None for photos) alone; `path` is the
+    first file with that content, `copies` are others. `taken` is local time. Unknown: None, or "".
     """
 
     id: str
@@ -32,6 +31,11 @@ class Scene:
     camera: str
     second: float | None
     hash: str
+    copies: Sequence[str] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def kind(self) -> Literal["photo", "video"]:
+        return "photo" if self.second is None else "video"
 
     @property
     def name(self) -> str:
@@ -52,16 +56,16 @@ class Person:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One result of a search.
-
-    `similarity` is a cosine, `probability` that it is the person searched (None: not calibrated),
-    `paths` are all files with this content, the scene's own first.
-    """
+    """A result: a cosine `similarity`, and how likely it is the person (None: not calibrated)."""
 
     person: Person
     similarity: float
     probability: float | None = None
-    paths: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files with this content."""
+        return (self.person.scene.path, *self.person.scene.copies)
 
 
 @dataclasses.dataclass
@@ -94,47 +98,41 @@ class Filter:
     min_score: float | None = None
     kind: Literal["photo", "video"] | None = None
 
-    def condition(self, field: Callable[[str], Any], paths: Mapping[str, Sequence[str]]) -> Any:
-        """What a row must fulfil, as an expression of LanceDB or PyArrow; None: nothing.
+    def condition(self, field: Callable[[str], Any], contents: Any) -> Any:
+        """What a row must fulfil, as an expression of LanceDB or PyArrow.
 
-        `field` is LanceDB's `col` or PyArrow's; `paths` the files of each content of several.
+        `field` is LanceDB's `col` or PyArrow's; `contents` are the hashes of files in the folder.
         """
-        found: list[Any] = []
+        least = -1 if self.min_score is None else self.min_score
+        found = [field("score") >= float(np.float32(least))]
         if self.folder is not None:
-            first = os.path.join(os.path.normpath(self.folder), "")
-            inside = (field("path") >= first) & (field("path") < first[:-1] + chr(ord("/") + 1))
-            copied = [one for one, some in paths.items() if any(p.startswith(first) for p in some)]
-            found.append(inside | field("hash").isin([*copied, ""]))
+            found.append(field("hash").isin(contents))
         if self.cameras:
             found.append(field("camera").isin(self.cameras))
         for time, is_within in ((self.after, operator.ge), (self.before, operator.le)):
             if time is not None:
                 found.append(is_within(field("taken"), time.astimezone().replace(tzinfo=None)))
-        if self.min_score is not None:
-            found.append(field("score") >= float(np.float32(self.min_score)))
         if self.kind is not None:
-            found.append(field("every") > 0 if self.kind == "video" else field("every") == 0)
-        return functools.reduce(operator.and_, found) if found else None
+            found.append(field("kind") == self.kind)
+        return functools.reduce(operator.and_, found)
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryInfo:
     """The detector that made a gallery; equal ones give embeddings that can be compared.
 
-    `checkpoint` is a hash of the weights, `name` where they lay, `dim` the numbers of an embedding.
+    `checkpoint` is a hash of the weights, `name` where they lay, `dim` an embedding's length.
     """
 
     checkpoint: str
     name: str = dataclasses.field(compare=False)
-    test_scale: tuple[int, int]
+    test_scale: str
     score_threshold: float
     dim: int
-    max_pixels: int = dataclasses.field(compare=False)
 
     def __str__(self) -> str:
-        scale = "{}x{}".format(*self.test_scale)
-        found = f"test scale {scale}, score threshold {self.score_threshold:g}, {self.dim} numbers"
-        return f"checkpoint {self.checkpoint[:12]} ({self.name}), {found}"
+        about = {**vars(self), "checkpoint": self.checkpoint[:12]}
+        return ", ".join(f"{name} {value}" for name, value in about.items())
 
 
 def content_hash(data: bytes) -> str:

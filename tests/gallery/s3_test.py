@@ -14,10 +14,10 @@ pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup"
 
 from pyarrow import fs
 
-from alignps_jax.gallery import memory
+from alignps_jax.gallery import gallery as galleries
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.types import UserError
 from tests.gallery.finder import Finder, content, run
 from tests.gallery.networks import write_photos
@@ -87,7 +87,7 @@ def test_it_holds_and_finds_whom_a_folder_does(bucket, photos, tmp_path, monkeyp
     assert content(ADDRESS) == content(folder)
     query = np.eye(16, dtype=np.float32)[0]
     for fits in (True, False):  # in memory, and by LanceDB
-        monkeypatch.setattr(memory, "fits", lambda people, dim, fits=fits: fits)
+        monkeypatch.setattr(galleries, "fits", lambda people, dim, fits=fits: fits)
         here, there = (Gallery.open(address).search(query, 10) for address in (folder, ADDRESS))
         assert [match.person.id for match in there] == [match.person.id for match in here]
 
@@ -96,15 +96,15 @@ def test_nothing_in_the_bucket_holds_who_was_forgotten(bucket, photos):
     run(ADDRESS, photos)
     gallery = Gallery.open(ADDRESS)
     person = gallery.search(np.eye(16)[0], 1)[0].person
-    marks = gallery.people.notes("marks")
-    marks.put([Note("mark", (person.id,), {"path": "secret"})])
+    marks = Marks(gallery.people)
+    marks.put([Mark("view", person.id, True, 0.5, "secret")])
     embedding = gallery.embeddings([person.id]).tobytes()
     assert any(embedding in found for found in objects(bucket))
     forget(gallery.people, persons=[person.id])
     assert not any(embedding in found or b"secret" in found for found in objects(bucket))
     assert marks.all() == []
     run(ADDRESS, photos)
-    assert Gallery.open(ADDRESS).person(person.id) is None
+    assert Gallery.open(ADDRESS).memory().person(person.id) is None
 
 
 def test_what_the_store_answers_is_one_line(bucket, monkeypatch):
