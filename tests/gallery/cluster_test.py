@@ -17,13 +17,12 @@ from alignps_jax.errors import UserError
 from alignps_jax.gallery.cluster import detect_on_cluster
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import Indexed, index
-from tests.gallery.finder import Finder, content, run
-from tests.gallery.kills_test import FILES, write_files
+from tests.gallery.finder import FILES, Finder, content, run, write_files
 
 
-def run_on_cluster(address: str, source: str, seconds: float = 0.0) -> Indexed:
+def run_on_cluster(address: str, source: str, seconds: float = 0.0, on: str = "local") -> Indexed:
     gallery = Gallery.open(address, Finder(), create=True)
-    detect = partial(detect_on_cluster, "local", partial(Finder, seconds=seconds))
+    detect = partial(detect_on_cluster, on, partial(Finder, seconds=seconds))
     return index(gallery, [source], every=0.4, detect=detect)
 
 
@@ -33,32 +32,13 @@ def workers() -> list[psutil.Process]:
     return [one for one in below if "Worker" in one.name() and "ray::" in one.name()]
 
 
-@pytest.fixture
-def photos(tmp_path):
-    write_files(folder := tmp_path / "photos")
-    (folder / "bad.jpg").write_bytes(b"no photo")
-    return str(folder)
-
-
-@pytest.fixture
-def whole(tmp_path, photos):
-    run(str(tmp_path / "whole.lance"), photos)
-    return content(str(tmp_path / "whole.lance"))
-
-
-def test_a_cluster_finds_whom_one_process_finds(tmp_path, photos, whole):
-    address = str(tmp_path / "people.lance")
-    done = run_on_cluster(address, photos)
-    assert content(address) == whole
-    assert done.done == FILES + 1
-    assert [Path(path).name for path in done.walk.skipped] == ["bad.jpg"]
-    assert run(address, photos).known == FILES
-
-
-def test_a_worker_and_then_the_driver_are_killed(tmp_path, photos, whole):
-    address = str(tmp_path / "people.lance")
-    context = multiprocessing.get_context("spawn")
-    driver = context.Process(target=run_on_cluster, args=(address, photos, 0.1))
+def test_a_cluster_finds_whom_one_process_finds_whoever_is_killed(tmp_path):
+    photos, address, alone = (str(tmp_path / name) for name in ("photos", "people", "whole"))
+    write_files(Path(photos))
+    Path(photos, "bad.jpg").write_bytes(b"no photo")
+    driver = multiprocessing.get_context("spawn").Process(
+        target=run_on_cluster, args=(address, photos, 0.1)
+    )
     driver.start()
     end = time.monotonic() + 120
     while not (first := workers()) and time.monotonic() < end:
@@ -70,11 +50,9 @@ def test_a_worker_and_then_the_driver_are_killed(tmp_path, photos, whole):
     driver.kill()
     driver.join()
     assert driver.exitcode == -signal.SIGKILL, "it was too fast to be killed"
-    run_on_cluster(address, photos)
-    assert content(address) == whole
-
-
-def test_no_cluster_is_a_line(tmp_path, photos):
-    gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
+    done = run_on_cluster(address, photos)
+    assert [Path(path).name for path in done.walk.skipped] == ["bad.jpg"]
+    assert run(alone, photos).done == FILES + 1 == done.known + done.done
+    assert content(address) == content(alone)
     with pytest.raises(UserError, match="--cluster=auto: found no Ray cluster"):
-        index(gallery, [photos], detect=partial(detect_on_cluster, "auto", Finder))
+        run_on_cluster(address, photos, on="auto")

@@ -1,11 +1,8 @@
 """The painted gallery and a visitor to its page, made anew for each file of tests."""
 
-import importlib.util
-
 import pytest
 
-if not all(map(importlib.util.find_spec, ("fastapi", "lancedb"))):  # the extra gallery
-    collect_ignore_glob = ["page_*_test.py", "page_test.py", "browser_test.py"]
+from tests.gallery.page_server import painted_site, visitor
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +12,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(folder):
-    # Imported here: other tests of this folder do without the extra gallery.
-    from tests.gallery.page_server import painted_site
-
     return painted_site(folder)
 
 
 @pytest.fixture
 def client(site):
-    from tests.gallery.page_server import visitor
-
     return visitor(site)

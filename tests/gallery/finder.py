@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from alignps_jax.gallery import index as indexing
@@ -12,16 +13,19 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import Indexed, index
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import Batch, Detections
-from tests.gallery.networks import network_config
+from tests.gallery.networks import network_config, write_photos
+from tests.gallery.painted import detections
+from tests.media.clips import write_clip
 
 MOST = 5
+FILES = 25
 indexing.COMMIT_SECONDS = 0.05
 
 
 class Finder(Detector):
     """Finds up to four people, by the colors of a photo: always the same in the same pixels.
 
-    `looked` counts the photos.
+    `looked` counts the photos, each takes some `seconds`.
     """
 
     config = network_config()
@@ -36,24 +40,26 @@ class Finder(Detector):
 
     def detect_batch(self, batch: Batch) -> Detections:
         time.sleep(self.seconds)
-        self.looked += int(np.sum(batch.size.any(axis=-1) & batch.image.any(axis=(1, 2, 3))))
+        self.looked += int(np.sum(batch.valid_image))
         found = [self.find(np.asarray(image)) for image in batch.image]
-        return Detections(*(np.stack(parts)[None] for parts in zip(*found, strict=True)))
+        return jax.tree.map(lambda *parts: np.stack(parts)[None], *found)
 
-    def detect(self, image: np.ndarray) -> Detections:
-        boxes, scores, embeddings, valid = self.find(image)
-        return Detections(boxes[valid], scores[valid], embeddings[valid], valid[valid])
-
-    def find(self, image: np.ndarray) -> tuple[np.ndarray, ...]:
+    def find(self, image: np.ndarray) -> Detections:
         seed = int(image.astype(np.int64).sum())
         rng = np.random.default_rng(seed)
         corner = rng.uniform(0, 50, (MOST, 2))
         boxes = np.hstack([corner, corner + rng.uniform(5, 40, (MOST, 2))])
         scores = np.sort(rng.uniform(0.2, 1, MOST))[::-1]
-        embeddings = rng.normal(size=(MOST, 16))
-        embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-        valid = np.arange(MOST) < seed % MOST
-        return (*(x.astype(np.float32) for x in (boxes, scores, embeddings)), valid)
+        found = detections(boxes, scores, rng.normal(size=(MOST, 16)))
+        found.valid[:] = np.arange(MOST) < seed % MOST
+        return found
+
+
+def write_files(folder: Path) -> str:
+    """So many photos, one of them a video."""
+    write_photos(folder, [f"{number % 3}/{number}.jpg" for number in range(FILES - 1)])
+    write_clip(folder / "video.mp4", [number / 5 for number in range(30)])
+    return str(folder)
 
 
 def run(address: str, source: str, seconds: float = 0.0) -> Indexed:

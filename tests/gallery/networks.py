@@ -52,22 +52,7 @@ def photo(seed: int, height: int = 96, width: int = 128) -> UInt8[np.ndarray, "H
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def write_photos(folder: Path, names: list[str], first: int = 0) -> list[Path]:
+def write_photos(folder: Path, names: list[str], first: int = 0) -> None:
     """A photo of its own for each name."""
-    paths = [folder / name for name in names]
-    for seed, path in enumerate(paths, first):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_image(path, photo(seed))
-    return paths
-
-
-def write_video(path: Path, frames: list[UInt8[np.ndarray, "H W 3"]], rate: float = 5.0) -> Path:
-    """A video of frames (RGB)."""
-    height, width = frames[0].shape[:2]
-    coding = {".avi": "MJPG"}.get(path.suffix, "mp4v")
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*coding), rate, (width, height))
-    assert writer.isOpened()
-    for frame in frames:
-        writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-    writer.release()
-    return path
+    for seed, name in enumerate(names, first):
+        write_image(folder / name, photo(seed))

@@ -1,9 +1,9 @@
-"""Photos of people who are colored rectangles, and a detector that finds exactly those."""
+"""Photos of people who are colored rectangles, a detector that finds those, and their gallery."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from alignps_jax.gallery.entries import Scene, content_hash, scene_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
+from alignps_jax.inference.many import above
 from alignps_jax.media.photos import read_photo
 from alignps_jax.types import Detections
 from configs import tiny
@@ -36,6 +37,13 @@ def encoded(photo, suffix=".png"):
     return cv2.imencode(suffix, cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
+def detections(boxes, scores, embeddings):
+    """What a network gives: all valid, embeddings of length one."""
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    parts = boxes, scores, embeddings / lengths
+    return Detections(*(np.asarray(x, np.float32) for x in parts), np.ones(len(scores), bool))
+
+
 class ColorDetector(Detector):
     """Finds everything that is colorful; the embedding is the color's direction, the score 0.9.
 
@@ -44,35 +52,24 @@ class ColorDetector(Detector):
 
     name = "colors, step 7"
     folder = None
-    step = 7
     fingerprint = "c0105" * 8
+    config = tiny.get_config().lock()
 
     def __init__(self, delay=0.0):
-        self.config = tiny.get_config().lock()
         self.delay = delay
 
     def detect(self, image):
         time.sleep(self.delay)
         spread = image.max(axis=2).astype(int) - image.min(axis=2)
-        count, label = cv2.connectedComponents((spread > 80).astype(np.uint8))
-        boxes, scores, embeddings = [], [], []
-        for number in range(1, count):
-            y, x = np.nonzero(label == number)
-            if len(x) < 100:
-                continue
-            boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
-            scores.append(0.9 if len(x) > 2000 else 0.05)
-            color = image[label == number].mean(axis=0) - 120.0
-            embedding = np.zeros(self.config.model.channels)
-            embedding[:3] = color / np.linalg.norm(color)
-            embeddings.append(embedding)
-        order = np.argsort(scores)[::-1]
-        return Detections(
-            np.array(boxes, np.float32).reshape(-1, 4)[order],
-            np.array(scores, np.float32)[order],
-            np.array(embeddings, np.float32).reshape(-1, self.config.model.channels)[order],
-            np.ones(len(scores), bool),
-        )
+        _, label, about, _ = cv2.connectedComponentsWithStats((spread > 80).astype(np.uint8))
+        parts = [part for part in range(1, len(about)) if about[part, cv2.CC_STAT_AREA] >= 100]
+        parts.sort(key=lambda part: about[part, cv2.CC_STAT_AREA] <= 2000)
+        x, y, width, height, area = about[parts].T
+        embeddings = np.zeros((len(parts), self.config.model.channels))
+        for row, part in enumerate(parts):
+            embeddings[row, :3] = image[label == part].mean(axis=0) - 120
+        boxes = np.stack([x, y, x + width, y + height], axis=1)
+        return detections(boxes, np.where(area > 2000, 0.9, 0.05), embeddings)
 
 
 def write_photos(folder: Path) -> None:
@@ -94,41 +91,34 @@ def write_photos(folder: Path) -> None:
 def gallery_of(folder: Path, address: Path, detector: Detector) -> Gallery:
     """A gallery of the photos below a folder; the folder's name is the camera."""
     gallery = Gallery.open(address, detector, create=True)
-    scenes = []
-    for hour, path in enumerate(sorted(folder.rglob("*.png"))):
-        image = read_photo(path, 10**6)
-        scenes.append(indexed(path, image, detector, datetime.datetime(2026, 5, 1, hour)))
-    commit(gallery, scenes)
+    hours = enumerate(sorted(folder.rglob("*.png")))
+    times = ((path, datetime.datetime(2026, 5, 1, hour)) for hour, path in hours)
+    commit(gallery, [indexed(path, read_photo(path, 10**6), detector, at) for path, at in times])
     return gallery
 
 
 def commit(gallery: Gallery, scenes: list[FoundScene]) -> None:
-    """Stores scenes, and the files that they are of."""
+    """Stores scenes, and the files that they are of, which need not be there."""
     files = {}
-    for found in scenes:
-        path, about = found.scene.path, Path(found.scene.path).stat()
-        files[path] = FileState(
-            path, about.st_size, about.st_mtime_ns, found.scene.hash, found.every
-        )
+    for one in scenes:
+        path, content = one.scene.path, one.scene.hash
+        about = os.stat(path if os.path.exists(path) else __file__)
+        files[path] = FileState(path, about.st_size, about.st_mtime_ns, content, one.every)
     gallery.people.commit(scenes, list(files.values()))
 
 
 def indexed(path, image, detector, taken=None, second=None, every=0.0):
     """What is to be stored of a photo, or a frame."""
     content = content_hash(path.read_bytes())
-    scene = Scene(
-        id=scene_id(content, second),
-        path=str(path),
-        height=image.shape[0],
-        width=image.shape[1],
-        taken=taken,
-        camera=path.parent.name,
-        second=second,
-        hash=content,
-    )
-    found = detector.detect(image)
-    people = Detections(*(np.asarray(x)[found.scores >= 0.2] for x in dataclasses.astuple(found)))
-    return FoundScene(scene, people, every)
+    about = *image.shape[:2], taken, path.parent.name, second, content
+    scene = Scene(scene_id(content, second), str(path), *about)
+    return FoundScene(scene, above(detector.detect(image), 0.2), every)
+
+
+def made_up(path, people, taken=None, camera="", second=None):
+    """The same for people of whom there is no picture."""
+    scene = Scene(scene_id(path, second), path, 90, 120, taken, camera, second, path)
+    return FoundScene(scene, people, 0.0 if second is None else 0.5)
 
 
 def scenes_of(site):
