@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ indexing.COMMIT_SECONDS = 0.05
 class Finder(Detector):
     """Finds up to four people, by the colors of a photo: always the same in the same pixels.
 
-    `looked` counts the photos, each takes some `seconds`.
+    `looked` counts the photos, each takes some `seconds`; `data` are fields of config.data.
     """
 
     config = network_config()
@@ -33,10 +34,11 @@ class Finder(Detector):
     folder = None
     rows = 2
 
-    def __init__(self, fingerprint: str = "f" * 64, seconds: float = 0.0):
-        self.fingerprint = fingerprint
-        self.seconds = seconds
-        self.looked = 0
+    def __init__(self, fingerprint: str = "f" * 64, seconds: float = 0.0, **data: Any):
+        self.fingerprint, self.seconds, self.looked = fingerprint, seconds, 0
+        self.config = self.config.copy_and_resolve_references()
+        with self.config.unlocked():
+            self.config.data.update(data)
 
     def detect_batch(self, batch: Batch) -> Detections:
         time.sleep(self.seconds)

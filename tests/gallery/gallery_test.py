@@ -180,14 +180,14 @@ def test_scenes_newest_first_and_one_of_each_video(address, scenes):
 
 
 def test_what_is_no_gallery_or_another_ones_is_a_line(tmp_path, address):
-    scaled = Finder()
-    scaled.config = scaled.config.copy_and_resolve_references()
-    with scaled.config.unlocked():
-        scaled.config.data.test_scale = (256, 192)
     (tmp_path / "photo.jpg").touch()
     for place, how, message in (
         (address, (Finder(fingerprint="e" * 64),), r"int f{12} \(.*checkpoint e{12} \("),
-        (address, (scaled, True), r"test scale 128x96, .* test scale 256x192"),
+        (
+            address,
+            (Finder(test_scale=(256, 192)), True),
+            r"test scale 128x96, .* test scale 256x192",
+        ),
         (tmp_path / "nothing", (), "found none in"),
         (tmp_path, (Finder(), True), r"found photo.jpg in .*, expected a gallery"),
         (tmp_path / "photo.jpg", (Finder(), True), r"--gallery: .*photo\.jpg: "),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import threading
 import time
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +15,6 @@ import pytest
 from alignps_jax.errors import UserError
 from alignps_jax.files import write_image
 from alignps_jax.gallery import index as indexing
-from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import index
@@ -23,9 +22,9 @@ from alignps_jax.gallery.people import People
 from alignps_jax.gallery.tables import Note
 from alignps_jax.gallery.watch import watch
 from tests.gallery.finder import Finder, stored_bytes
-from tests.gallery.networks import photo, write_photos, write_video
+from tests.gallery.networks import photo, write_photos
+from tests.media.clips import number_of, write_clip
 
-FINDER = Finder()
 ODD = "deep/d\u00fc \u4eba\n%_\\ 'e\".jpg"
 
 
@@ -45,173 +44,139 @@ def fill(gallery, source, **how):
 
 
 def expected_people(pixels):
-    found = FINDER.detect(pixels)
-    return found.boxes[found.scores >= FINDER.config.eval.score_threshold]
+    found = Finder().detect(pixels)
+    return found.boxes[found.scores >= Finder.config.eval.score_threshold]
 
 
-def touch_later(path):
-    state = os.stat(path)
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+def touch_later(*paths):
+    for path in paths:
+        state = os.stat(path)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
 
 
 def everybody(gallery):
     """The people by id, with the paths of their photos."""
     found = gallery.search(np.eye(16)[0], 10**4)
+    assert len(found) == gallery.num_people
     return {match.person.id: match.paths for match in found}
 
 
-def scene_at(gallery, path):
-    (scene,) = gallery.scenes_of(content_hash(Path(path).read_bytes()))
-    return scene
+def assert_shown_as_searched(gallery, scene):
+    """The pixels are those in which the people were found."""
+    pixels = gallery.pixels(scene)
+    assert (scene.height, scene.width) == pixels.shape[:2]
+    boxes = [person.box for person in gallery.people_of(scene.id)]
+    np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), expected_people(pixels), atol=1e-5)
 
 
 def test_everybody_is_found_once(gallery, photos):
     done = fill(gallery, photos)
     assert (len(done.walk.files), done.known, done.scenes, done.walk.skipped) == (4, 0, 4, {})
-    for card in gallery.scenes(10):
-        boxes = [person.box for person in gallery.people_of(card.scene.id)]
-        pixels = gallery.pixels(card.scene)
-        np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), expected_people(pixels), atol=1e-5)
-        assert (card.scene.height, card.scene.width) == pixels.shape[:2]
-        assert max(gallery.pixels(card.scene, side=40).shape) == 40
-    assert len(everybody(gallery)) == gallery.num_people == done.people
-    again = fill(gallery, photos)
-    assert (again.known, again.scenes) == (4, 0)
-    # New and changed files alone are looked at.
-    write_image(photos / "b.png", photo(50))
-    write_photos(photos, ["new.jpg"], first=60)
-    before = gallery.detector.looked
+    assert len(everybody(gallery)) == done.people
+    write_photos(photos, ["b.png", "new.jpg"], first=50)  # they alone are looked at
     done = fill(gallery, photos)
     assert (len(done.walk.files), done.known, done.scenes) == (5, 3, 2)
-    assert gallery.detector.looked == before + 2
-    assert gallery.num_scenes == 5
-    changed = scene_at(gallery, photos / "b.png")
-    assert len(gallery.people_of(changed.id)) == len(expected_people(photo(50)))
+    assert (gallery.detector.looked, gallery.num_scenes) == (6, 5)
+    for card in gallery.scenes(10):
+        assert_shown_as_searched(gallery, card.scene)
+        assert max(gallery.pixels(card.scene, side=40).shape) == 40
 
 
-def test_ids_and_people_follow_renamed_copied_and_touched_files(gallery, photos):
+def test_ids_and_people_follow_renamed_copied_touched_and_swapped_files(gallery, photos):
+    a, b, c, z = (photos / name for name in ("a.jpg", "b.png", "moved/er/c.jpg", "z.jpg"))
     fill(gallery, photos)
-    before, looked = everybody(gallery), gallery.detector.looked
-    (photos / "deep").rename(photos / "moved")
-    shutil.copy(photos / "a.jpg", photos / "z.jpg")
-    touch_later(photos / "b.png")
-    done = fill(gallery, photos)
-    assert (done.known, done.scenes, gallery.detector.looked) == (1, 0, looked)
-    after = everybody(gallery)
-    assert after.keys() == before.keys()
-    for name, (path, *others) in before.items():
-        assert others == []
-        expected = [path.replace("/deep/", "/moved/")]
-        expected += [str(photos / "z.jpg")] * path.endswith("a.jpg")
-        assert after[name] == tuple(expected)
-        assert gallery.pixels(gallery.person(name).scene).shape == (96, 128, 3)
-    # A copy is shown where the first one is gone, and its people stay when that is pruned.
-    (photos / "a.jpg").unlink()
-    scene = scene_at(gallery, photos / "z.jpg")
-    assert gallery.pixels(scene).shape == (96, 128, 3)
-    assert fill(gallery, photos, prune=True).removed == 1
-    assert everybody(gallery).keys() == before.keys()
-    assert scene_at(gallery, photos / "z.jpg").path == str(photos / "z.jpg")
-    # Two files that change places keep their people.
     before = everybody(gallery)
-    one, other = photos / "z.jpg", photos / "moved" / "er" / "c.jpg"
-    one.rename(photos / "x")
-    other.rename(one)
-    (photos / "x").rename(other)
-    touch_later(one)
-    touch_later(other)
-    assert fill(gallery, photos).scenes == 0
-    places = {str(one): str(other), str(other): str(one)}
+    (photos / "deep").rename(photos / "moved")
+    shutil.copy(a, z)
+    touch_later(b)
+    assert fill(gallery, photos).known == 1
     expected = {
-        name: tuple(places.get(path, path) for path in paths) for name, paths in before.items()
+        name: (path.replace("/deep/", "/moved/"), *[str(z)] * (path == str(a)))
+        for name, (path,) in before.items()
     }
     assert everybody(gallery) == expected
+    # A copy is shown where the first one is gone, and its people stay when that is pruned.
+    a.unlink()
+    for card in gallery.scenes(9):
+        assert_shown_as_searched(gallery, card.scene)
+    assert fill(gallery, photos, prune=True).removed == 1
+    assert everybody(gallery) == {name: (paths[-1],) for name, paths in expected.items()}
+    z.rename(photos / "x")
+    c.rename(z)
+    (photos / "x").rename(c)
+    touch_later(c, z)
+    fill(gallery, photos)
+    places = {str(z): str(c), str(c): str(z)}
+    expected = {name: (places.get(path, path),) for name, (*_, path) in expected.items()}
+    assert everybody(gallery) == expected
+    assert gallery.detector.looked == 4
 
 
 def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_path):
-    other = write_photos(tmp_path / "other", ["x.jpg"], first=9)[0]
+    write_photos(tmp_path, ["other/x.jpg", "linked/y.jpg"], first=9)
+    (photos / "link").symlink_to(tmp_path / "linked")
     fill(gallery, photos)
-    fill(gallery, other)
-    other.unlink()
-    (photos / "a.jpg").unlink()
+    fill(gallery, tmp_path / "other")
+    for gone in ("other/x.jpg", "linked/y.jpg", "photos/a.jpg"):
+        (tmp_path / gone).unlink()
     assert fill(gallery, photos).removed == 0
-    assert gallery.num_scenes == 5
-    assert fill(gallery, photos, prune=True).removed == 1
-    names = [os.path.basename(card.scene.path) for card in gallery.scenes(10)]
-    assert sorted(names) == ["b.png", "c.jpg", os.path.basename(ODD), "x.jpg"]
-    before = everybody(gallery).keys()
-    (photos / "b.png").rename(photos / "z.png")  # nobody goes who is in it
-    assert fill(gallery, photos, prune=True).removed == 1
-    assert everybody(gallery).keys() == before
-    for path in photos.rglob("*.*g"):
-        path.unlink()
+    assert gallery.num_scenes == 6
+    assert fill(gallery, photos, prune=True).removed == 2
+    names = {os.path.basename(card.scene.path) for card in gallery.scenes(10)}
+    assert names == {"b.png", "c.jpg", os.path.basename(ODD), "x.jpg"}
+    shutil.rmtree(photos)
+    photos.mkdir()
     with pytest.raises(UserError, match=r"--prune: found no photo or video, 3 known files"):
         fill(gallery, photos, prune=True)
 
 
 def test_what_cannot_be_read_is_listed_and_all_else_is_indexed(gallery, photos):
-    whole = (photos / "a.jpg").read_bytes()
-    (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (photos / "copy of cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (photos / "cut.jpg").write_bytes((photos / "a.jpg").read_bytes()[:700])
     (photos / "text.webp").write_text("no photo")
     (photos / "no.mp4").write_bytes(b"no video")
-    write_image(photos / "huge.png", np.zeros((1001, 1000, 3), np.uint8))
     (photos / "notes.txt").touch()
-    for turn in range(2):  # the same again tomorrow
+    write_image(photos / "huge.png", np.zeros((1001, 1000, 3), np.uint8))
+    for scenes in (4, 0):  # the same again tomorrow
         done = fill(gallery, photos)
-        assert (done.scenes, gallery.num_scenes) == (0 if turn else 4, 4)
+        assert (done.scenes, gallery.num_scenes) == (scenes, 4)
         names = {os.path.basename(path) for path in done.walk.skipped}
-        assert names >= {"text.webp", "no.mp4", "huge.png"}
-        assert names & {"cut.jpg", "copy of cut.jpg"}
+        assert names == {"cut.jpg", "text.webp", "no.mp4", "huge.png"}
         assert dict(done.walk.others) == {".txt": 1}
-    finder = Finder()
-    with (wider := finder.config.copy_and_resolve_references()).unlocked():
-        wider.data.max_pixels = 2_000_000
-    finder.config = wider
-    gallery = Gallery.open(gallery.address, finder)
+    gallery = Gallery.open(gallery.address, Finder(max_pixels=2_000_000))
     assert fill(gallery, photos).scenes == 1
-    assert gallery.pixels(scene_at(gallery, photos / "huge.png")).shape == (1001, 1000, 3)
 
 
 def test_detections_that_are_not_finite_are_left_out_and_counted(gallery, photos, monkeypatch):
     find = Finder.find
 
     def broken(self, image):
-        boxes, scores, embeddings, valid = find(self, image)
-        embeddings[0, 3], boxes[1, 2] = np.nan, np.inf
-        return boxes, scores, embeddings, valid
+        found = find(self, image)
+        found.embeddings[0, 3], found.boxes[1, 2] = np.nan, np.inf
+        return found
 
-    monkeypatch.setattr(Finder, "find", broken)
     whole = sum(len(expected_people(photo(seed))) for seed in range(4))
+    monkeypatch.setattr(Finder, "find", broken)
     done = fill(gallery, photos)
     assert done.unsound > 0
-    assert done.people + done.unsound >= gallery.num_people == done.people < whole
-    assert len(everybody(gallery)) == done.people
+    assert len(everybody(gallery)) == done.people < whole
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mov", ".mkv"])
-def test_a_video_is_a_frame_every_so_often(gallery, tmp_path, suffix):
-    frames = [photo(number) for number in range(23)]
-    path = write_video(tmp_path / f"VID_20240131_120000{suffix}", frames, rate=5)
-    done = fill(gallery, path, every=1.0)
-    assert (len(done.walk.files), done.scenes, done.walk.skipped) == (1, 5, {})
+def test_a_video_is_a_frame_every_so_often(gallery, tmp_path):
+    path = tmp_path / "VID_20240131_120000.mp4"
+    write_clip(path, [number / 5 for number in range(23)])
+    fill(gallery, path, every=1.0)
     (card,) = gallery.scenes(10)
     scenes = gallery.scenes_of(card.scene.hash)
-    assert card.frames == 5
-    assert [round(scene.second, 2) for scene in scenes] == [0, 1, 2, 3, 4]
-    assert [str(scene.taken)[14:19] for scene in scenes] == [f"00:0{second}" for second in range(5)]
-    for number, scene in zip(range(0, 23, 5), scenes, strict=True):
-        pixels = gallery.pixels(scene)
-        # The right frame, as exactly as such a video can hold it.
-        errors = [np.abs(pixels.astype(float) - frame).mean() for frame in frames]
-        assert int(np.argmin(errors)) == number
-        boxes = [person.box for person in gallery.people_of(scene.id)]
-        np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), expected_people(pixels), atol=1e-5)
-    looked = gallery.detector.looked
-    path = path.rename(tmp_path / f"renamed{suffix}")
+    assert card.frames == len(scenes) == 5
+    for second, scene in enumerate(scenes):
+        assert_shown_as_searched(gallery, scene)
+        assert number_of(gallery.pixels(scene)) == 5 * second
+        assert scene.second == pytest.approx(second)
+        assert scene.taken == datetime.datetime(2024, 1, 31, 12, 0, second)
+    path = path.rename(tmp_path / "renamed.mp4")
     assert fill(gallery, path, every=1.0).scenes == 0
     assert fill(gallery, path, every=1.0).known == 1
-    assert gallery.detector.looked == looked
+    assert gallery.detector.looked == 5
     fill(gallery, path, every=2.0)
     assert [round(s.second, 2) for s in gallery.scenes_of(card.scene.hash)] == [0, 2, 4]
     touch_later(path)
@@ -227,9 +192,8 @@ def test_what_is_added_to_a_folder_is_indexed(gallery, photos):
     )
     thread.start()
     try:
-        for number, name in ((4, None), (5, "new.jpg"), (6, "deep/er/x.png")):
-            if name:
-                write_photos(photos, [name], first=20 + number)
+        for number, names in ((4, []), (5, ["deep/er/x.png"])):
+            write_photos(photos, names, first=number)
             end = time.monotonic() + 60
             while gallery.num_scenes < number and time.monotonic() < end:
                 time.sleep(0.05)
@@ -255,53 +219,49 @@ def test_copies_that_are_read_together_count_once(gallery, photos, monkeypatch):
     assert (done.people, done.scenes) == (gallery.num_people, gallery.num_scenes)
 
 
-def test_the_forgotten_are_gone_for_good(gallery, photos, tmp_path):
+def test_the_forgotten_are_gone_for_good(gallery, photos):
     """A photo with its copies, and single people, in one run; ids of others stay the same."""
-    shutil.copy(photos / "a.jpg", photos / "copy.jpg")
+    a, copy = str(photos / "a.jpg"), str(photos / "copy.jpg")
+    shutil.copy(a, copy)
     fill(gallery, photos)
     before = everybody(gallery)
-    of_photo = {name for name, paths in before.items() if str(photos / "a.jpg") in paths}
+    of_photo = {name for name, paths in before.items() if a in paths}
     one, other, *_ = sorted(before.keys() - of_photo)
+    stay = before.keys() - of_photo - {one, other}
     bytes_of = {name: gallery.embeddings([name]).tobytes() for name in before}
     assert all(found in stored_bytes(gallery.address) for found in bytes_of.values())
-    gone = of_photo | {one, other}
     marks = gallery.people.notes("marks")
     marks.put([Note("gone", (one, "view"), {"path": "secret"}), Note("kept", ("view",), {})])
-    done = forget(gallery.people, [str(photos / "copy.jpg")], [one, other])
-    assert (done.people, done.remains) == (len(gone), None)
+    done = forget(gallery.people, [copy], [one, other])
+    assert (done.people, done.remains) == (len(before) - len(stay), None)
     left = stored_bytes(gallery.address)
-    for name, found in bytes_of.items():
-        assert (found in left) == (name not in gone)
+    assert {name for name, found in bytes_of.items() if found in left} == stay
     assert b"secret" not in left
     assert [note.id for note in marks.all()] == ["kept"]
     # They do not come back, whatever happens to their files, and nobody else changes.
-    for path in photos.rglob("*.*g"):
-        touch_later(path)
-    shutil.copy(photos / "a.jpg", photos / "another copy.jpg")
+    touch_later(*photos.rglob("*.*g"))
+    shutil.copy(a, photos / "another copy.jpg")
     looked = gallery.detector.looked
     done = fill(gallery, photos)
     assert (done.scenes, done.people, gallery.detector.looked) == (0, 0, looked)
     assert fill(gallery, photos).known == 6
-    assert everybody(gallery).keys() == before.keys() - gone
-    assert forget(gallery.people, [str(photos / "a.jpg")]).people == 0
+    assert everybody(gallery).keys() == stay
     gallery.people.remove_files([str(path) for path in photos.rglob("*.*g")])
-    done = fill(gallery, photos)
-    assert everybody(gallery).keys() == before.keys() - gone
-    assert done.people == len(before.keys() - gone)
-    for photo_, person in (("nothing.jpg", ""), ("", one)):
+    assert fill(gallery, photos).people == len(stay)
+    assert everybody(gallery).keys() == stay
+    for unknown in ({"photos": ["nothing.jpg"]}, {"persons": [one]}):
         with pytest.raises(UserError, match=r"found no .* in the gallery"):
-            forget(gallery.people, [photo_] * bool(photo_), [person] * bool(person))
+            forget(gallery.people, **unknown)
     # Names match however Unicode composes them; a store that keeps older states says so.
-    name = str(photos / ODD)
     gallery.people.address = "db://people"
-    done = forget(gallery.people, [unicodedata.normalize("NFD", name)])
+    done = forget(gallery.people, [unicodedata.normalize("NFD", str(photos / ODD))])
     assert "keeps older states" in done.remains
-    assert name not in {paths[0] for paths in everybody(gallery).values()}
+    assert (str(photos / ODD),) not in everybody(gallery).values()
 
 
 def test_people_are_forgotten_while_others_index(gallery, photos, monkeypatch):
     fill(gallery, photos)
-    victim = next(iter(everybody(gallery)))
+    victim, *others = everybody(gallery)
     again = Gallery.open(gallery.address + "2", Finder(), create=True)
     put = People.commit
 
@@ -312,20 +272,16 @@ def test_people_are_forgotten_while_others_index(gallery, photos, monkeypatch):
 
     monkeypatch.setattr(People, "commit", commit)
     fill(again, photos)
-    assert victim not in everybody(again)
-    assert len(everybody(again)) == len(everybody(gallery)) - 1
+    assert everybody(again).keys() == {*others}
 
 
-def test_the_gallery_in_python(tmp_path, photos):
-    gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
+def test_the_gallery_in_python(gallery, photos):
     assert gallery.add(str(photos / "a.jpg")) == {}
     assert gallery.add([photos / "a.jpg", photos / "deep"]) == {}
     assert gallery.num_scenes == 3
     person = gallery.person(next(iter(everybody(gallery))))
-    scene = person.scene
-    (match,) = gallery.search_photo(gallery.pixels(scene), person.box, 1)
+    pixels = gallery.pixels(person.scene)
+    (match,) = gallery.search_photo(pixels, person.box, 1)
     assert match.person.id == person.id
-    with pytest.raises(UserError, match="nobody was found at"):
-        gallery.search_photo(gallery.pixels(scene), (100, 90, 120, 95), 1)
     with pytest.raises(UserError, match=r"expected Gallery\.open\(\.\.\., detector="):
-        Gallery.open(tmp_path / "g").add([photos])
+        Gallery.open(gallery.address).add([photos])
