@@ -1,7 +1,5 @@
 """Indexing without a network, in processes that may be killed."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

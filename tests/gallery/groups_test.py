@@ -8,23 +8,19 @@ import pytest
 
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import Calibration
-from alignps_jax.gallery.entries import Filter, Scene, scene_id
+from alignps_jax.gallery.entries import Filter
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups, clusters, make_groups
-from alignps_jax.gallery.people import FileState, FoundScene
-from alignps_jax.types import Detections
 from tests.gallery.finder import Finder
-
-
-def unit(rows):
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+from tests.gallery.painted import commit, detections, made_up
 
 
 def people(rng, count):
     """Embeddings of four persons, unlike in number, and who each is."""
     who = np.minimum(rng.geometric(0.4, count) - 1, 3)
-    return unit(rng.normal(size=(4, 24))[who] + 0.5 * rng.normal(size=(count, 24))), who
+    rows = rng.normal(size=(4, 24))[who] + 0.5 * rng.normal(size=(count, 24))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32), who
 
 
 def joined(embeddings, scene, limit, number):
@@ -71,13 +67,11 @@ PHOTOS = ("AB", "AB", "AC", "A", "A", "B", "A", "A")
 
 def add(gallery, number, persons):
     """Stores a photo: 1 to 3 are of one day, 4 and 5 of the next, later ones of no known day."""
-    path = f"/{'odd' if number % 2 else 'even'}/{number}.jpg"
     day = datetime.datetime(2024, 5, 1 + (number > 3), 9, number) if number < 6 else None
-    embeddings = np.eye(16)[[ord(who) - ord("A") for who in persons]] + 0.01 * np.eye(16)[number]
-    boxes = np.array([[0, 10, 30, 90], [50, 10, 80, 90]], np.float32)[: len(persons)]
-    found = Detections(boxes, boxes[:, 3] / 99, unit(embeddings), boxes[:, 3] > 0)
-    scene = Scene(scene_id(path, None), path, 120, 160, day, "", None, path)
-    gallery.people.commit([FoundScene(scene, found, 0.0)], [FileState(path, 1, 1, path)])
+    embeddings = np.eye(16)[["ABC".index(who) for who in persons]] + 0.01 * np.eye(16)[number]
+    boxes = [[0, 10, 30, 90], [50, 10, 80, 80]][: len(persons)]
+    found = detections(boxes, [0.9, 0.8][: len(persons)], embeddings)
+    commit(gallery, [made_up(f"/{('even', 'odd')[number % 2]}/{number}.jpg", found, day)])
 
 
 @pytest.fixture
@@ -91,18 +85,20 @@ def gallery(tmp_path):
 
 def shown(gallery, groups):
     """Photos, day, name of each group."""
-    photos = [[gallery.person(one).scene.path[-5] for one in group.people] for group in groups]
-    found = zip(photos, groups, strict=True)
-    return sorted(("".join(sorted(each)), group.day, group.name) for each, group in found)
+    found = []
+    for group in groups:
+        photos = sorted(gallery.person(one).scene.path[-5] for one in group.people)
+        found.append(("".join(photos), group.day, group.name))
+    return sorted(found)
 
 
 def test_groups_hold_for_a_day_or_across_days(gallery):
-    by_day = shown(gallery, make_groups(gallery, Filter()))
-    assert [photos for photos, *_ in by_day] == ["12", "123", "45", "78"]
-    assert [day for _, day, _ in by_day] == [*["2024-05-01"] * 2, "2024-05-02", ""]
+    first = "2024-05-01"
+    expected = [("12", first, ""), ("123", first, ""), ("45", "2024-05-02", ""), ("78", "", "")]
+    assert shown(gallery, make_groups(gallery, Filter())) == expected
     everybody = make_groups(gallery, Filter(), across_days=True)
-    assert shown(gallery, everybody[:1]) == [("1234578", "", "")]
-    assert shown(gallery, everybody[1:]) == [("126", "", "")]
+    assert [len(group.people) for group in everybody] == [7, 3]
+    assert shown(gallery, everybody) == [("1234578", "", ""), ("126", "", "")]
     even = make_groups(gallery, Filter(folder="/even"), across_days=True)
     assert [photos for photos, *_ in shown(gallery, even)] == ["1", "1357", "248", "26"]
     gallery.calibration = None
@@ -112,21 +108,21 @@ def test_groups_hold_for_a_day_or_across_days(gallery):
 
 def test_what_users_do_while_groups_are_made_stays(gallery, monkeypatch):
     groups = Groups(gallery.people)
-    for one in make_groups(gallery, Filter()):
-        monkeypatch.setattr(
-            "alignps_jax.gallery.groups.clusters",
-            lambda *given, one=one: (groups.put(one.people, one.people[0]), clusters(*given))[1],
-        )
-        make_groups(gallery, Filter())
-        assert groups.by_person()[one.people[0]].name == one.people[0]
+    one, *_ = make_groups(gallery, Filter())
+
+    def meanwhile(*given):
+        groups.put(one.people, "Anna")
+        return clusters(*given)
+
+    monkeypatch.setattr("alignps_jax.gallery.groups.clusters", meanwhile)
+    make_groups(gallery, Filter())
+    assert {groups.by_person()[person].name for person in one.people} == {"Anna"}
 
 
 def test_what_users_do_stays(gallery):
-    memory = gallery.memory()
-    everybody = memory.people(np.arange(len(memory)))
-    ids = {one.scene.path[-5]: one.id for one in everybody if one.box[0] == 0}
     make_groups(gallery, Filter())
     groups, elsewhere = Groups(gallery.people), Groups(gallery.people)
+    ids = {gallery.person(one).scene.path[-5]: one for one in groups.by_person() if "-0x" in one}
     first, other = (groups.by_person()[ids[photo]] for photo in "14")
     anna = groups.put(first.people, "Anna")
     assert (anna.name, anna.day) == ("Anna", "2024-05-01")
@@ -135,7 +131,6 @@ def test_what_users_do_stays(gallery):
     alone = groups.put([ids["2"]], "")
     assert (alone.people, alone.name) == ([ids["2"]], "")
     add(gallery, 9, "AB")
-    add(gallery, 3, "A")  # nothing new
     found = [(photos, name) for photos, _, name in shown(gallery, make_groups(gallery, Filter()))]
     assert found == [("12", ""), ("1345", "Anna"), ("2", ""), ("69", ""), ("789", "")]
     assert elsewhere.all()[0].name == "Anna"

@@ -1,12 +1,7 @@
 """Index, search, group, detect, export and forget, as they are typed."""
 
-from __future__ import annotations
-
 import json
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +10,11 @@ import pytest
 import launch
 from alignps_jax.checkpoint.places import chosen_step
 from alignps_jax.evaluation.calibration import LIMIT, NOBODY, Calibration
-from alignps_jax.evaluation.detections_io import load_detections
 from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
 from tests.gallery.networks import network_config, write_checkpoint, write_photos
 from tests.media.clips import write_clip
-from tests.places import ROOT
 
 VIDEO, ONLY = "in/2024-03-09/c1s1_6.mp4", "in/2024-03-09/c1s1_1.jpg"
 # Each of them is what a filter leaves out.
@@ -62,15 +55,6 @@ def people_in(gallery, *names):
     contents = [content_hash(Path("photos", name).read_bytes()) for name in names]
     scenes = [scene for content in contents for scene in gallery.scenes_of(content)]
     return [person for scene in scenes for person in gallery.people_of(scene.id)]
-
-
-def test_index_again_passes_over_what_is_known(capsys):
-    assert launched(INDEX) == 3
-    printed = capsys.readouterr()
-    assert "found 0 people in 0 photos and frames; 8 of 9 files" in printed.out
-    assert "not looked at: 1 .cr3" in printed.out
-    assert re.search(r"^skipped .*bad\.jpg: cannot be decoded", printed.out, re.M)
-    assert printed.err.splitlines()[-1] == "error: files skipped: 1 (listed above)"
 
 
 @pytest.mark.parametrize(
@@ -151,21 +135,6 @@ def test_group(tmp_path, capsys):
     assert [one.id for one in Groups(gallery.people).all()] == [one["id"] for one in groups] != []
 
 
-def test_detect_finds_who_is_in_a_gallery(tmp_path):
-    target = tmp_path / "people.npz"
-    assert launched(f"--mode=detect --checkpoint=run --source=photos/in --target={target}") == 3
-    saved, gallery = load_detections(target), Gallery.open("people.lance")
-    assert len(saved.names) == 6
-    for row, name in enumerate(saved.names):
-        path, _, second = name.partition("#t=")
-        people = people_in(gallery, f"in/{path}")
-        people = [one for one in people if (one.scene.second or 0) == float(second or 0)]
-        expected = gallery.embeddings([one.id for one in people])
-        np.testing.assert_allclose(saved.embeddings[saved.of(row)], expected, atol=1e-5)
-        boxes = [one.box for one in people]
-        np.testing.assert_allclose(saved.boxes[saved.of(row)], boxes, atol=1e-5)
-
-
 def test_export_and_forget(tmp_path, capsys):
     address = shutil.copytree("people.lance", tmp_path / "people.lance")
     assert launched(f"--mode=export --gallery={address} --target={tmp_path}/p.parquet") == 0
@@ -181,7 +150,6 @@ def test_export_and_forget(tmp_path, capsys):
 
 
 def test_what_cannot_be_is_one_line(home, capsys):
-    write_checkpoint(home / "other", network_config(), seed=1)
     for file in ("empty/notes.txt", "bad/bad.jpg", "query.png"):
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).touch()
@@ -193,22 +161,12 @@ def test_what_cannot_be_is_one_line(home, capsys):
         (f"{search}people.lance --query=query.png", 2, "query.png: "),
         (f"{search}people.lance --box=500,500,600,600", 2, "nobody was found at 500,500,600,600"),
         (f"{search}people.lance --box=1,2,3", 2, "--box: found '1,2,3'"),
-        (f"{INDEX} --checkpoint=other", 2, r"\(run, step 7\).*\(other, step 7\)"),
         (f"{INDEX} --every=often", 2, "--every: found 'often', expected a time: 1s"),
         (f"{INDEX} --every=0s", 2, "--every: found '0s'"),
+        (INDEX, 3, "files skipped: 1 (listed above)"),
+        ("--mode=detect --checkpoint=run --source=bad --target=bad.npz", 3, "files skipped: 1"),
     ):
         assert launched(words) == code
-        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+        printed = capsys.readouterr()
+        assert message in printed.err.splitlines()[-1]
     assert not Path("none").exists()
-
-
-def test_what_needs_the_extra_says_so_and_training_does_not():
-    code = (
-        "import sys; sys.modules['lancedb'] = sys.modules['pyarrow'] = None\n"
-        "import launch; import alignps_jax.training.train\n"
-        "sys.exit(launch.main(['launch.py', '--mode=forget', '--photo=x', '--gallery=g']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert re.match(r"error: found no package \w+: run make setup in the project ", done.stderr)
-    assert "'.[gallery]'" in done.stderr

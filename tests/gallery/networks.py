@@ -1,7 +1,5 @@
 """A tiny network with random weights that finds a few people in any photo, and photos for it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2

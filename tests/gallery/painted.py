@@ -1,7 +1,5 @@
 """Photos of people who are colored rectangles, a detector that finds those, and their gallery."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import time

@@ -1,7 +1,5 @@
 """A gallery in a bucket of moto's server (`pip install "moto[server]"` anywhere, on the PATH)."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 import subprocess
@@ -13,11 +11,10 @@ import psutil
 import pytest
 from pyarrow import fs
 
-from alignps_jax.errors import UserError
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.tables import Note
-from tests.gallery.finder import Finder, content, run
+from tests.gallery.finder import content, run
 from tests.gallery.networks import write_photos
 from tests.places import free_port
 
@@ -77,5 +74,3 @@ def test_it_is_what_a_folder_is(bucket, tmp_path, monkeypatch):
     assert marks.all() == []
     run(ADDRESS, photos)
     assert gallery.person(person.id) is None
-    with pytest.raises(UserError, match=r"s3://nowhere/people\.lance: .*ucket"):
-        Gallery.open("s3://nowhere/people.lance", Finder(), create=True)
