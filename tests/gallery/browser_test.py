@@ -26,6 +26,7 @@ FLAGS = [
 WIDE = {"viewport": {"width": 1200, "height": 900}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 CHOOSE = "Drop, paste or choose a photo"
+expect.set_options(timeout=30_000)  # ms, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +67,19 @@ def visit(chromium, request):
             page.on("request", lambda one: one.url.startswith(address) or troubles.append(one.url))
             page.goto("/")
             page.get_by_role("button", name="I have read this").click()
-            expect(page.get_by_role("heading", name="Who are you looking for?")).to_be_visible()
-            page.wait_for_load_state()
+            arrived(page.get_by_role("heading", name="Who are you looking for?"))
             return page
 
         yield open_page
         for context in contexts:
             context.close()
     assert troubles == []
+
+
+def arrived(shown):
+    """Waits until something is shown, and the scripts of its page run: keys are lost before."""
+    expect(shown).to_be_visible()
+    shown.page.wait_for_load_state()
 
 
 def photo(*people, name="query.png"):
@@ -92,7 +98,7 @@ def search_red(page):
     page.get_by_label(CHOOSE).set_input_files(photo((RED, (40, 60)), (GREEN, (200, 90))))
     expect(page.get_by_text("Found 2 people")).to_be_visible()
     page.mouse.click(*point(page, 55, 100))
-    expect(page.get_by_role("heading", name="Results")).to_be_visible()
+    arrived(page.get_by_role("heading", name="Results"))
 
 
 def similarities(page):
@@ -142,7 +148,7 @@ def test_views_are_added_and_combined(visit):
     open_tool(page, "Order and limit")
     page.get_by_label("Combine the 2 views by").select_option("best")
     page.locator("details[open]").get_by_role("button", name="Apply").click()
-    expect(page.get_by_text("by the best of the views")).to_be_visible()
+    arrived(page.get_by_text("by the best of the views"))
     assert similarities(page)[:3] == [1, 1, 1]
     open_tool(page, "Add a view")
     page.get_by_label("another photo of the person").set_input_files(photo((RED, (9, 9))))
@@ -197,7 +203,7 @@ def test_the_viewer_goes_from_result_to_result(visit):
     page = visit(**WIDE)
     search_red(page)
     page.locator(".results .picture").nth(1).click()
-    expect(page.locator(".photo a.chosen")).to_have_count(1)
+    arrived(page.locator(".photo a.chosen"))
     second = page.url
     page.keyboard.press("j")
     expect(page).not_to_have_url(second)
@@ -221,6 +227,7 @@ def test_the_viewer_goes_from_result_to_result(visit):
 def test_a_box_is_dragged_around_somebody(visit):
     page = visit(**WIDE)
     page.get_by_role("link", name="a.png", exact=True).click()  # red at 20, 60, green at 200, 90
+    arrived(page.get_by_role("heading", name="a.png"))
     page.mouse.move(*point(page, 196, 84))
     page.mouse.down()
     page.mouse.move(*point(page, 210, 120), steps=4)
@@ -263,6 +270,7 @@ def test_results_come_while_scrolling_and_back_returns_to_the_place(visit):
     page.locator(".people a").first.click()
     cards = page.locator(".results .card")
     expect(cards).to_have_count(PAGE)
+    page.wait_for_load_state()
     page.mouse.wheel(0, 100_000)
     expect(cards).not_to_have_count(PAGE)
     count = cards.count()
@@ -341,7 +349,7 @@ def test_by_keyboard_alone(visit):
             break
     assert names[0] == "Skip to content"
     page.keyboard.press("Enter")
-    expect(page.get_by_role("heading", name="a.png")).to_be_visible()
+    arrived(page.get_by_role("heading", name="a.png"))
     for image in page.locator("img").all():
         assert image.get_attribute("alt") is not None
     page.locator(".people a").nth(1).focus()
