@@ -87,7 +87,7 @@ def group(args: Arguments) -> None:
 def index(args: Arguments) -> None:
     """finds everybody in photos and videos, once, and adds them to a gallery"""
     from alignps_jax.gallery.gallery import Gallery
-    from alignps_jax.gallery.index import index
+    from alignps_jax.gallery.index import index, watch
     from alignps_jax.media.walk import DEFAULT_EXCLUDES
 
     excludes = [*(() if args.no_default_excludes else DEFAULT_EXCLUDES), *(args.exclude or ())]
@@ -105,12 +105,7 @@ def index(args: Arguments) -> None:
         print(f"{done}\ngallery  {args.gallery}: {count}", flush=True)
         done.walk.report()
 
-    if args.watch:
-        from alignps_jax.gallery.watch import watch
-
-        watch(run, [args.source])
-    else:
-        run()
+    watch(run, [args.source]) if args.watch else run()
 
 
 @mode("gallery", any_of="photo person")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray: nothing is reported anywhere
 
@@ -31,10 +30,7 @@ class Worker:
         self._detector, self._find = load(), find
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        found = list(self._find(self._detector, batch["file"]))
-        column = np.empty(len(found), object)
-        column[:] = found
-        return {"result": column}
+        return {"result": list(self._find(self._detector, batch["file"]))}
 
 
 def leave_accelerators() -> None:
@@ -51,33 +47,29 @@ def detect_on_cluster(
     one that dies, another one reads its files again. The address is that of a cluster, "auto" (the
     one that this machine is in) or "local" (this machine alone); UserError if there is none.
     """
-    dashboard = False if address == "local" else None
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        quiet["include_dashboard"] = False
     try:
-        ray.init(address, include_dashboard=dashboard, **quiet)
+        cluster = ray.init(address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--cluster={address}: found no Ray cluster ({reason})") from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    settings = ray.data.DataContext.get_current()
-    settings.enable_progress_bars = settings.verbose_stats_logs = False
-    known = ray.cluster_resources()
-    needs: dict[str, Any] = {"num_cpus": min(_CPUS, max(1, int(known.get("CPU", 2)) // 2))}
-    if "GPU" in known:
-        needs = {"num_gpus": 1}
-    elif "TPU" in known:
-        hosts = sum("TPU" in node["Resources"] for node in ray.nodes())
-        needs = {"resources": {"TPU": known["TPU"] // hosts}}  # a process takes a whole host
-    try:
-        data = ray.data.from_items([{"file": file} for file in files])
-        results = data.map_batches(
+    with cluster:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        known = ray.cluster_resources()
+        needs: dict[str, Any] = {"num_cpus": max(1, min(_CPUS, int(known.get("CPU", 0)) // 2))}
+        if "GPU" in known:
+            needs = {"num_gpus": 1}
+        elif "TPU" in known:
+            hosts = sum("TPU" in node["Resources"] for node in ray.nodes())
+            needs = {"resources": {"TPU": known["TPU"] // hosts}}  # a process takes a whole host
+        results = ray.data.from_items([{"file": file} for file in files]).map_batches(
             Worker,
             fn_constructor_args=(load, find),
             batch_size=max(1, min(_FILES, len(files) // 8)),
             compute=ray.data.ActorPoolStrategy(min_size=1),
             **needs,
         )
-        for row in results.iter_rows():
-            yield row["result"]
-    finally:
-        ray.shutdown()
+        yield from (row["result"] for row in results.iter_rows())

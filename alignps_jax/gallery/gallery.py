@@ -175,7 +175,7 @@ class Gallery:
         """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest one."""
         from alignps_jax.gallery.search import wanted_people  # a room above this one
 
-        found = wanted_people(self.own_detector(), photo, "the photo", box)
+        found = wanted_people(self.own_detector(), photo, box)
         return self.search(found.embeddings[0], k, where)
 
     def scene(self, identity: str) -> Scene | None:

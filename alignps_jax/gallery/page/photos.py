@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import html
+import math
 import mimetypes
 from collections.abc import Callable
 from pathlib import PurePath
@@ -106,7 +107,7 @@ def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
     if found is None:
         raise HTTPException(404, "This photo is not in the gallery.")
     person, detected = site.photos.person_at(found, drawn.box)
-    every = 0.0 if found.second is None else 1.0
+    every = 0.0 if found.second is None else math.inf
     site.gallery.people.commit([FoundScene(found, detected, every)], [])
     return RedirectResponse(f"/scene/{scene_id}?person={person.id}", 303)
 

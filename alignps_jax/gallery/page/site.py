@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import threading
 import time
@@ -26,13 +25,12 @@ from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED, words
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
-from alignps_jax.gallery.index import Indexed, index
+from alignps_jax.gallery.index import Indexed, index, watch
 from alignps_jax.gallery.page.access import MAX_BODY
 from alignps_jax.gallery.page.marks import Marks
 from alignps_jax.gallery.page.results import Searcher, SearchRequest
 from alignps_jax.gallery.page.uploads import Photos, Pictures
 from alignps_jax.gallery.tables import Note
-from alignps_jax.gallery.watch import watch
 
 READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
@@ -50,7 +48,7 @@ class Library:
 
     def index(self) -> None:
         """Indexes what is new."""
-        index(self._gallery, self.sources, report=lambda x: setattr(self, "done", copy.copy(x)))
+        index(self._gallery, self.sources, begun=lambda done: setattr(self, "done", done))
 
     def watch(self) -> None:
         """Indexes what is new now, and whatever is added from then on."""

@@ -26,7 +26,7 @@ from alignps_jax.drawing.pictures import fitted
 from alignps_jax.errors import UserError, blame
 from alignps_jax.gallery.entries import Person, Scene, content_hash, person_id, scene_id
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.search import person_at
+from alignps_jax.gallery.search import wanted_people
 from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.media.videos import VIDEO_SUFFIXES
 from alignps_jax.types import Detections
@@ -127,7 +127,7 @@ class Photos:
 
     def person_at(self, scene: Scene, box: tuple[float, ...]) -> tuple[Person, Detections]:
         """The person in a drawn box, looked for there; UserError if nobody is."""
-        work = self._submit(lambda: person_at(self.detector, self.pixels(scene), scene.name, box))
+        work = self._submit(lambda: wanted_people(self.detector, self.pixels(scene), box))
         found: Detections = work.result()
         (person,) = self._keep(scene, found)
         return person, found
