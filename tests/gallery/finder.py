@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import lancedb
 import numpy as np
 
 from alignps_jax.gallery import index as indexing
@@ -27,10 +28,7 @@ class Finder(Detector):
     `looked` counts the photos, each takes some `seconds`; `data` are fields of config.data.
     """
 
-    config = network_config()
-    name = "a finder, step 1"
-    folder = None
-    rows = 2
+    config, name, folder, rows = network_config(), "a finder, step 1", None, 2
 
     def __init__(self, fingerprint: str = "f" * 64, seconds: float = 0.0, **data: Any):
         self.fingerprint, self.seconds, self.looked = fingerprint, seconds, 0
@@ -68,13 +66,12 @@ def run(address: str, source: str, seconds: float = 0.0) -> Indexed:
     return index(gallery, [source], every=0.4)
 
 
-def content(address: str) -> dict[str, tuple]:
-    """All of a gallery: what the rows of each id hold."""
-    people, rows = Gallery.open(address).people, []
-    for table in (people.table, people.scenes, people.files):
-        with table.open() as opened:
-            rows += opened.search().to_arrow().to_pylist()
-    found = {row.get("id", row["path"]): tuple(map(str, row.values())) for row in rows}
+def content(address: str) -> dict[str, str]:
+    """All of a gallery: the rows of each key."""
+    database = lancedb.connect(address)
+    tables = [database.open_table(name).search() for name in ("people", "scenes", "files")]
+    rows = [row for table in tables for row in table.to_list()]
+    found = {row.get("id") or row["path"]: str(row) for row in rows}
     assert len(found) == len(rows), "somebody is there twice"
     return found
 
