@@ -1,8 +1,15 @@
-"""The painted gallery and a visitor to its page, made anew for each file of tests."""
+"""Galleries: an empty one for each test, and the painted one with its page for each file."""
 
 import pytest
 
+from alignps_jax.gallery.gallery import Gallery
 from tests.gallery.page_server import painted_site, visitor
+from tests.gallery.painted import Finder
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    return Gallery.open(tmp_path / "people.lance", Finder(), create=True)
 
 
 @pytest.fixture(scope="module")

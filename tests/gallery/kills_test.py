@@ -1,4 +1,4 @@
-"""kill -9 at any moment: nobody twice, nobody missing.
+"""The same gallery wherever it lies and whoever is killed: alone, on a Ray cluster, in a bucket.
 
 KILLS=200 python -m pytest tests/gallery/kills_test.py
 """
@@ -7,22 +7,82 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
+import socket
+import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
+import lancedb
+import psutil
+import pytest
+from pyarrow import fs
+
+from alignps_jax.errors import UserError
+from alignps_jax.gallery import index as indexing
 from alignps_jax.gallery.forget import forget
+from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.index import index
 from alignps_jax.gallery.people import People
-from tests.gallery.finder import FILES, content, run, write_files
+from alignps_jax.gallery.tables import Note
+from tests.gallery.networks import write_photos
+from tests.gallery.painted import Finder
+from tests.media.clips import write_clip
+from tests.places import free_port
+
+FILES = 25
+MOTO = shutil.which("moto_server")  # pip install "moto[server]" anywhere, on the PATH
+BUCKET = "s3://people/people.lance"
+
+indexing.COMMIT_SECONDS = 0.05
 
 
-def test_kills_leave_nobody_twice_and_nobody_missing(tmp_path, monkeypatch):
-    """In the end the gallery holds what an uninterrupted run leaves, row by row."""
+def run(address, source, seconds=0.0, cluster=""):
+    """Indexes a folder, committing all the time."""
+    gallery, detect = Gallery.open(address, Finder(seconds=seconds), create=True), None
+    if cluster:
+        from alignps_jax.gallery.cluster import detect_on_cluster
+
+        detect = partial(detect_on_cluster, cluster, partial(Finder, seconds=seconds))
+    return index(gallery, [source], every=0.4, detect=detect)
+
+
+def content(address):
+    """All of a gallery: the row of each key, whenever its file was touched."""
+    database = lancedb.connect(address)
+    tables = [database.open_table(name).search() for name in ("people", "scenes", "files")]
+    rows = [row for table in tables for row in table.to_list()]
+    found = {row.get("id") or row["path"]: str(row | {"mtime": 0}) for row in rows}
+    assert len(found) == len(rows), "somebody is there twice"
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Photos and a video, one of them damaged."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder, [f"{number % 3}/{number}.jpg" for number in range(FILES - 1)])
+    write_clip(folder / "video.mp4", [number / 5 for number in range(30)])
+    (folder / "bad.jpg").write_bytes(b"no photo")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, source):
+    """What a run leaves that nobody interrupts."""
+    address = str(tmp_path_factory.mktemp("whole") / "people.lance")
+    assert run(address, source).done == FILES + 1
+    return content(address)
+
+
+def test_one_process(tmp_path, source, whole, monkeypatch):
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # LanceDB warns of every fork
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.gallery.finder"])  # processes start at once
-    address, whole, copy = (str(tmp_path / name) for name in ("people.lance", "whole", "copy"))
-    source, versions = write_files(tmp_path / "photos"), Path(address, "files.lance", "_versions")
-    rng = random.Random(seed := int(os.environ.get("SEED", 5)))
+    context.set_forkserver_preload([__name__])  # processes start at once
+    address, copy = str(tmp_path / "people.lance"), str(tmp_path / "copy.lance")
+    versions, photos = Path(address, "files.lance", "_versions"), Path(source).glob("*/*.jpg")
+    rng, photos = random.Random(seed := int(os.environ.get("SEED", 5))), sorted(photos)
     for _ in range(int(os.environ.get("KILLS", 10))):
         process = context.Process(target=run, args=(address, source, 0.01))
         process.start()
@@ -34,7 +94,7 @@ def test_kills_leave_nobody_twice_and_nobody_missing(tmp_path, monkeypatch):
         process.join()
         # Few kills would come after the work is done; what is gone has to be found again.
         if rng.random() < 0.2:
-            for path in rng.sample(sorted(tmp_path.glob("photos/*/*.jpg")), FILES // 2):
+            for path in rng.sample(photos, FILES // 2):
                 path.touch()
         # Whatever a kill leaves can be forgotten.
         people = People(shutil.copytree(address, copy))
@@ -42,6 +102,78 @@ def test_kills_leave_nobody_twice_and_nobody_missing(tmp_path, monkeypatch):
         assert people.table.count() == people.scenes.count() == 0
         shutil.rmtree(copy)
     run(address, source)
-    run(whole, source)
-    assert content(address) == content(whole), f"seed {seed}"
+    assert content(address) == whole, f"seed {seed}"
     assert run(address, source).known == FILES
+
+
+def workers():
+    """The processes of this machine in which Ray finds people, below this one or its children."""
+    below = psutil.Process().children(recursive=True)
+    return [one for one in below if "Worker" in one.name() and "ray::" in one.name()]
+
+
+def test_a_cluster(tmp_path, source, whole):
+    pytest.importorskip("ray", reason="the extra cluster is missing: make setup")
+    address, context = str(tmp_path / "people.lance"), multiprocessing.get_context("spawn")
+    driver = context.Process(target=run, args=(address, source, 0.1, "local"))
+    driver.start()
+    while driver.is_alive() and not workers():
+        time.sleep(0.05)
+    workers()[0].kill()
+    versions = Path(address, "people.lance", "_versions")
+    while driver.is_alive() and len(list(versions.glob("*"))) < 4:
+        time.sleep(0.02)
+    driver.kill()
+    driver.join()
+    assert driver.exitcode == -signal.SIGKILL, "it was too fast to be killed"
+    done = run(address, source, cluster="local")
+    assert done.known + done.done == FILES + 1
+    assert [Path(path).name for path in done.walk.skipped] == ["bad.jpg"]
+    assert content(address) == whole
+    with pytest.raises(UserError, match="--cluster=auto: found no Ray cluster"):
+        run(address, source, cluster="auto")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """All that lies in it; LanceDB finds it by the environment."""
+    port = free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("AWS_ENDPOINT", endpoint)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([MOTO, f"--port={port}"], **quiet) as process, socket.socket() as probe:
+        while process.poll() is None and probe.connect_ex(("127.0.0.1", port)):
+            time.sleep(0.1)
+        files = fs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True)
+        files.create_dir("people")
+        found = fs.FileSelector("people", recursive=True)
+        yield lambda: b"".join(
+            files.open_input_file(one.path).read()
+            for one in files.get_file_info(found)
+            if one.is_file
+        )
+        process.terminate()
+
+
+@pytest.mark.skipif(MOTO is None, reason="no moto_server on the PATH: see above")
+def test_a_bucket(bucket, source, whole):
+    run(BUCKET, source)
+    assert content(BUCKET) == whole
+    gallery = Gallery.open(BUCKET)
+    person = next(name for name in whole if gallery.person(name))
+    embedding, marks = gallery.embeddings([person]), gallery.people.notes("marks")
+    ((match,),) = gallery.search_many(embedding, 1)
+    assert match.person.id == person
+    marks.put([Note("mark", (person,), {"path": "secret"})])
+    assert embedding.tobytes() in bucket()
+    assert b"secret" in bucket()
+    forget(gallery.people, persons=[person])
+    assert embedding.tobytes() not in bucket()
+    assert b"secret" not in bucket()
+    assert marks.all() == []
+    assert run(BUCKET, source).known == FILES
+    assert gallery.person(person) is None

@@ -1,12 +1,8 @@
 """A tiny network with random weights that finds a few people in any photo, and photos for it."""
 
-from pathlib import Path
-
 import cv2
 import jax
 import numpy as np
-from jaxtyping import UInt8
-from ml_collections import ConfigDict
 
 from alignps_jax.checkpoint.store import Checkpoints
 from alignps_jax.files import write_image
@@ -16,7 +12,7 @@ from alignps_jax.types import OIMMemory, TrainState
 from configs import tiny
 
 
-def network_config(threshold: float = 0.285, variant: str = "") -> ConfigDict:
+def network_config(threshold=0.285, variant=""):
     """A network that finds at most five people of that score."""
     config = tiny.get_config(variant)
     config.data.max_pixels = 1_000_000
@@ -25,12 +21,12 @@ def network_config(threshold: float = 0.285, variant: str = "") -> ConfigDict:
     return config.lock()
 
 
-def write_checkpoint(folder: Path, config: ConfigDict, seed: int = 0) -> Path:
+def write_checkpoint(folder, config, seed=0):
     """A checkpoint of random weights, as training would leave one."""
     template = weights_template(inference_model(config))
     rng = np.random.default_rng(seed)
 
-    def random(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def random(leaf):
         return rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
 
     params, frozen = jax.tree.map(random, (template.params, template.frozen))
@@ -43,14 +39,14 @@ def write_checkpoint(folder: Path, config: ConfigDict, seed: int = 0) -> Path:
     return folder
 
 
-def photo(seed: int, height: int = 96, width: int = 128) -> UInt8[np.ndarray, "H W 3"]:
+def photo(seed, height=96, width=128):
     """Colored blots, others for every seed."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def write_photos(folder: Path, names: list[str], first: int = 0) -> None:
+def write_photos(folder, names, first=0):
     """A photo of its own for each name."""
     for seed, name in enumerate(names, first):
         write_image(folder / name, photo(seed))

@@ -1,11 +1,11 @@
-"""Photos of people who are colored rectangles, a detector that finds those, and their gallery."""
+"""Detectors without a network, and a gallery of photos of people who are colored rectangles."""
 
 import datetime
 import os
 import time
-from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 
 from alignps_jax.files import write_image
@@ -17,6 +17,7 @@ from alignps_jax.inference.many import above
 from alignps_jax.media.photos import read_photo
 from alignps_jax.types import Detections
 from configs import tiny
+from tests.gallery.networks import network_config
 
 RED, GREEN, BLUE, PINK = (230, 40, 40), (40, 200, 60), (50, 70, 230), (240, 60, 200)
 SIZE = (240, 320)  # height, width of a photo
@@ -48,10 +49,7 @@ class ColorDetector(Detector):
     What is smaller than 30x80 pixels has a score below what is shown. `delay` is in seconds.
     """
 
-    name = "colors, step 7"
-    folder = None
-    fingerprint = "c0105" * 8
-    config = tiny.get_config().lock()
+    config, name, folder, fingerprint = tiny.get_config().lock(), "colors", None, "c0105" * 8
 
     def __init__(self, delay=0.0):
         self.delay = delay
@@ -70,7 +68,37 @@ class ColorDetector(Detector):
         return detections(boxes, np.where(area > 2000, 0.9, 0.05), embeddings)
 
 
-def write_photos(folder: Path) -> None:
+class Finder(Detector):
+    """Finds up to four people, by the colors of a photo: always the same in the same pixels.
+
+    `looked` counts the photos, each takes some `seconds`; `data` are fields of config.data.
+    """
+
+    config, name, folder, rows = network_config(), "a finder, step 1", None, 2
+
+    def __init__(self, fingerprint="f" * 64, seconds=0.0, **data):
+        self.fingerprint, self.seconds, self.looked = fingerprint, seconds, 0
+        self.config = self.config.copy_and_resolve_references()
+        with self.config.unlocked():
+            self.config.data.update(data)
+
+    def detect_batch(self, batch):
+        time.sleep(self.seconds)
+        self.looked += int(np.sum(batch.valid_image))
+        found = [self.find(np.asarray(image)) for image in batch.image]
+        return jax.tree.map(lambda *parts: np.stack(parts)[None], *found)
+
+    def find(self, image):
+        seed = int(image.astype(np.int64).sum())
+        rng = np.random.default_rng(seed)
+        corner = rng.uniform(0, 50, (5, 2))
+        boxes = np.hstack([corner, corner + rng.uniform(5, 40, (5, 2))])
+        found = detections(boxes, -np.sort(-rng.uniform(0.2, 1, 5)), rng.normal(size=(5, 16)))
+        found.valid[seed % 5 :] = False
+        return found
+
+
+def write_photos(folder):
     """Eight photos: red is in four of them, green in three, blue and pink in one each."""
     photos = {
         "yard/a.png": painted((RED, (20, 60)), (GREEN, (200, 90))),
@@ -86,7 +114,7 @@ def write_photos(folder: Path) -> None:
         write_image(folder / name, photo)
 
 
-def gallery_of(folder: Path, address: Path, detector: Detector) -> Gallery:
+def gallery_of(folder, address, detector):
     """A gallery of the photos below a folder; the folder's name is the camera."""
     gallery = Gallery.open(address, detector, create=True)
     hours = enumerate(sorted(folder.rglob("*.png")))
@@ -95,7 +123,7 @@ def gallery_of(folder: Path, address: Path, detector: Detector) -> Gallery:
     return gallery
 
 
-def commit(gallery: Gallery, scenes: list[FoundScene]) -> None:
+def commit(gallery, scenes):
     """Stores scenes, and the files that they are of, which need not be there."""
     files = {}
     for one in scenes:
