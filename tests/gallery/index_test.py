@@ -38,7 +38,7 @@ def fill(gallery, source, **how):
 
 def expected_people(pixels):
     found = Finder().detect(pixels)
-    return found.boxes[found.scores >= Finder.config.eval.score_threshold]
+    return found.boxes[found.scores >= Finder().config.eval.score_threshold]
 
 
 def stored_bytes(gallery):
@@ -122,15 +122,14 @@ def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_pa
     (photos / "link").symlink_to(tmp_path / "linked")
     fill(gallery, photos)
     fill(gallery, tmp_path / "other")
-    for gone in ("other/x.jpg", "linked/y.jpg", "photos/a.jpg"):
+    shutil.rmtree(tmp_path / "other")
+    for gone in ("linked/y.jpg", "photos/a.jpg"):
         (tmp_path / gone).unlink()
-    assert fill(gallery, photos).removed == 0
-    assert gallery.num_scenes == 6
-    assert fill(gallery, photos, prune=True).removed == 2
+    assert [fill(gallery, photos, prune=prune).removed for prune in (False, True)] == [0, 2]
     names = {os.path.basename(card.scene.path) for card in gallery.scenes(10)}
     assert names == {"b.png", "c.jpg", os.path.basename(ODD), "x.jpg"}
-    shutil.rmtree(photos)
-    photos.mkdir()
+    for path in photos.rglob("*.*g"):
+        path.unlink()
     with pytest.raises(UserError, match=r"--prune: found no photo or video, 3 known files"):
         fill(gallery, photos, prune=True)
 
@@ -158,8 +157,6 @@ def test_what_cannot_be_read_or_is_not_finite_is_left_out_and_said(gallery, phot
         assert names == {"cut.jpg", "text.webp", "no.mp4", "huge.png"}
         assert dict(done.walk.others) == {".txt": 1}
     assert 0 < len(everybody(gallery)) < whole
-    gallery = Gallery.open(gallery.address, Finder(max_pixels=2_000_000))
-    assert fill(gallery, photos).scenes == 1
 
 
 def test_a_video_is_a_frame_every_so_often(gallery, tmp_path):
@@ -174,10 +171,8 @@ def test_a_video_is_a_frame_every_so_often(gallery, tmp_path):
         assert number_of(gallery.pixels(scene)) == 5 * second
         assert scene.second == pytest.approx(second)
         assert scene.taken == datetime.datetime(2024, 1, 31, 12, 0, second)
-    path = path.rename(tmp_path / "renamed.mp4")
-    assert fill(gallery, path, every=1.0).scenes == 0
-    assert fill(gallery, path, every=1.0).known == 1
-    assert fill(gallery, path, every=2.0).known == 1
+    for every in (1.0, 2.0):
+        assert fill(gallery, path, every=every).known == 1
     assert gallery.detector.looked == 5
     # More often, with a copy that comes late: frames are added.
     shutil.copy(path, tmp_path / "copy.mp4")
