@@ -147,11 +147,11 @@ def test_lookups_and_export(address, tmp_path):
     np.testing.assert_array_equal(gallery.embeddings(names[::-1]), embeddings[::-1])
     several = gallery.search_many(np.array(embeddings), 1)
     assert [one.person.id for (one,) in several] == [*names]
-    assert gallery.num_scenes == len(SCENES)
-    for one in SCENES:
-        assert gallery.scene(one.scene.id) == one.scene
-        found = [person.id for person in gallery.people_of(one.scene.id)]
-        assert found == [name for name, scene, *_ in EVERYBODY if scene == one.scene]
+    scenes = [gallery.scene(one.scene.id) for one in SCENES]
+    assert scenes == [one.scene for one in SCENES]
+    found = [person.id for scene in scenes for person in gallery.people_of(scene.id)]
+    assert found == [*names]
+    assert gallery.num_scenes == len(scenes)
     assert [one.second for one in gallery.scenes_of("/v/walk.mp4")] == [n / 2 for n in range(10)]
     assert gallery.cameras() == ["Canon 'x'", "c1", "c2"]
     assert gallery.folders() == ["/", "/a", "/a/it's b", "/ab", "/c\n\u00fc", "/v"]
@@ -268,21 +268,16 @@ def test_neighboring_seconds_join_where_similarity_says_so(matches, expected):
         assert (entry.match, entry.seconds) == (entry.members[0], span)
 
 
-class Near(ColorDetector):
-    """Finds people in parts of a photo alone."""
-
-    def detect(self, image):
-        return above(super().detect(image), 0.5 if len(image) < 240 else 1.0)
-
-
-@pytest.mark.parametrize("detector", [ColorDetector(), Near()])
-def test_a_box_means_who_is_under_it_and_is_looked_at_again(detector):
-    photo = painted((RED, (20, 60)), (RED, (200, 90)))
-    for drawn, person in (
-        ((22, 55, 52, 145), [20, 60, 50, 140]),
-        ((205, 95, 228, 165), [200, 90, 230, 170]),
-    ):
-        assert wanted_people(detector, photo, drawn).boxes.tolist() == [person]
-    for drawn in ((49, 60, 200, 170), (9, 9, 3, 3)):  # the edge of a neighbor, nothing
-        with pytest.raises(UserError, match="nobody was found at"):
-            wanted_people(detector, photo, drawn)
+def test_a_box_means_who_is_under_it_and_is_looked_at_again():
+    photo, near = painted((RED, (20, 60)), (RED, (200, 90))), ColorDetector()
+    # Finds people in parts of a photo alone.
+    near.detect = lambda image: above(ColorDetector().detect(image), len(image) // 240)
+    for detector in (ColorDetector(), near):
+        for drawn, person in (
+            ((22, 55, 52, 145), [20, 60, 50, 140]),
+            ((205, 95, 228, 165), [200, 90, 230, 170]),
+        ):
+            assert wanted_people(detector, photo, drawn).boxes.tolist() == [person]
+        for drawn in ((49, 60, 200, 170), (9, 9, 3, 3)):  # the edge of a neighbor, nothing
+            with pytest.raises(UserError, match="nobody was found at"):
+                wanted_people(detector, photo, drawn)

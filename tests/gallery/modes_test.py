@@ -92,7 +92,7 @@ def calibrated(folder, *probability):
     return curve
 
 
-def test_results_end_where_they_are_not_likely(tmp_path, capsys):
+def test_results_end_and_groups_begin_where_they_are_likely(tmp_path, capsys):
     curve, answers = calibrated(tmp_path / "own", 0.0, 0.0, 0.9), []
     for switch in ("", "--show_all"):
         words = f"{SEARCH} --gallery=people.lance --checkpoint={tmp_path}/own --json {switch}"
@@ -108,24 +108,20 @@ def test_results_end_where_they_are_not_likely(tmp_path, capsys):
         assert some["results"] == likely != []
         left_out += len(everybody["results"]) - len(likely)
     assert left_out
-    calibrated(tmp_path / "nobody", 0.0, 0.001)
-    assert launched(f"{SEARCH} --gallery=people.lance --checkpoint={tmp_path}/nobody") == 0
-    assert NOBODY in capsys.readouterr().out
-    assert not any(one["results"] for one in json.loads(Path("out/ranking.json").read_text()))
-
-
-def test_group(tmp_path, capsys):
-    calibrated(tmp_path / "own", 0.1, 0.2, 0.9)
     words = f"--mode=group --checkpoint={tmp_path}/own --gallery=people.lance --workdir=out"
     assert launched(f"{words} --json --across_days") == 0
     groups = json.loads(capsys.readouterr().out)
     assert groups == json.loads(Path("out/groups.json").read_text())
     gallery = Gallery.open("people.lance")
-    for group in groups:
-        people = [gallery.person(one["person"]) for one in group["people"]]
-        assert len({person.scene.id for person in people}) == len(people) > 1
-        assert [one["image"] for one in group["people"]] == [one.scene.path for one in people]
-    assert [one.id for one in Groups(gallery.people).all()] == [one["id"] for one in groups] != []
+    assert [one["id"] for one in groups] == [one.id for one in Groups(gallery.people).all()] != []
+    for people in (group["people"] for group in groups):
+        scenes = [gallery.person(one["person"]).scene for one in people]
+        assert len({scene.id for scene in scenes}) == len(scenes) > 1
+        assert [one["image"] for one in people] == [scene.path for scene in scenes]
+    calibrated(tmp_path / "nobody", 0.0, 0.001)
+    assert launched(f"{SEARCH} --gallery=people.lance --checkpoint={tmp_path}/nobody") == 0
+    assert NOBODY in capsys.readouterr().out
+    assert not any(one["results"] for one in json.loads(Path("out/ranking.json").read_text()))
 
 
 def test_export_and_forget(tmp_path, capsys):

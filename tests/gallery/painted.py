@@ -122,12 +122,12 @@ def gallery_of(folder, address, detector):
 
 def commit(gallery, scenes):
     """Stores scenes, and the files that they are of, which need not be there."""
-    files = {}
-    for one in scenes:
-        path, content = one.scene.path, one.scene.hash
+    files = []
+    for path, one in {one.scene.path: one for one in scenes}.items():
         about = os.stat(path if os.path.exists(path) else __file__)
-        files[path] = FileState(path, about.st_size, about.st_mtime_ns, content, one.every)
-    gallery.people.commit(scenes, list(files.values()))
+        state = path, about.st_size, about.st_mtime_ns, one.scene.hash, one.every
+        files.append(FileState(*state))
+    gallery.people.commit(scenes, files)
 
 
 def indexed(path, image, detector, taken=None, second=None, every=0.0):
