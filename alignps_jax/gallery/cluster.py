@@ -15,7 +15,7 @@ import ray
 import ray.data
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.index import Find, Results
+from alignps_jax.gallery.index import Results, find_people
 from alignps_jax.inference.detector import Detector
 from alignps_jax.media.walk import MediaFile
 
@@ -26,11 +26,11 @@ _CPUS = 4  # of a worker without an accelerator
 class Worker:
     """Finds people in files, with a detector of its own."""
 
-    def __init__(self, load: Callable[[], Detector], find: Find):
-        self._detector, self._find = load(), find
+    def __init__(self, load: Callable[[], Detector], *how: Any):
+        self._detector, self._how = load(), how
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"result": list(self._find(self._detector, batch["file"]))}
+        return {"result": list(find_people(self._detector, batch["file"], *self._how))}
 
 
 def leave_accelerators() -> None:
@@ -38,10 +38,10 @@ def leave_accelerators() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def detect_on_cluster(
-    address: str, load: Callable[[], Detector], find: Find, files: Sequence[MediaFile]
+def find_on_cluster(
+    address: str, load: Callable[[], Detector], _: Detector, files: Sequence[MediaFile], *how: Any
 ) -> Results:
-    """What `find` gives, from all machines of a Ray cluster, in any order of the files.
+    """`find_people` (`how`: its other arguments) by all machines of a Ray cluster, in any order.
 
     There is a worker (`load` makes its detector) for each accelerator, or for a few processors; for
     one that dies, another one reads its files again. The address is that of a cluster, "auto" (the
@@ -67,7 +67,7 @@ def detect_on_cluster(
             needs = {"resources": {"TPU": known["TPU"] // hosts}}  # a process takes a whole host
         results = ray.data.from_items([{"file": file} for file in files]).map_batches(
             Worker,
-            fn_constructor_args=(load, find),
+            fn_constructor_args=(load, *how),
             batch_size=max(1, min(_FILES, len(files) // 8)),
             compute=ray.data.ActorPoolStrategy(min_size=1),
             **needs,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +20,6 @@ from alignps_jax.gallery.entries import Filter
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.people import People
 from alignps_jax.gallery.search import place
-from alignps_jax.gallery.tables import Note
 from alignps_jax.nearest import power_of_two_from, top_k
 
 _PROBABILITY = 0.5
@@ -42,27 +43,22 @@ class Group:
 
 
 class Groups:
-    """The groups of a gallery: a note about each person, gone when the person is forgotten."""
+    """The groups of a gallery: a row for each person, gone when the person is forgotten."""
 
     def __init__(self, people: People):
-        self.notes = people.notes("groups")
-        self._known, self._version = dict[str, Group](), -1
-
-    def by_person(self) -> dict[str, Group]:
-        """The group of each person who is in one."""
-        if (version := self.notes.version) != self._version:
-            groups, known = dict[str, Group](), dict[str, Group]()
-            for note in self.notes.all():
-                own = Group(**note.content)
-                known[note.id] = groups.setdefault(own.id, own)
-                known[note.id].people.append(note.id)
-            self._known, self._version = known, version
-        return self._known
+        self.table = people.groups
 
     def all(self) -> list[Group]:
         """All groups, those with a name first, then by size."""
-        groups = {one.id: one for one in self.by_person().values()}
-        return sorted(groups.values(), key=lambda one: (not one.name, -len(one.people)))
+        own = [field.name for field in dataclasses.fields(Group)][:-1]
+        rows = self.table.rows().sort_by("at").group_by(own, use_threads=False)
+        found = rows.aggregate([("person", "list")]).rename_columns({"person_list": "people"})
+        groups = (Group(**row) for row in found.to_pylist())
+        return sorted(groups, key=lambda one: (not one.name, -len(one.people)))
+
+    def by_person(self) -> dict[str, Group]:
+        """The group of each person who is in one."""
+        return {person: one for one in self.all() for person in one.people}
 
     def put(self, people: Iterable[str], name: str | None = None) -> Group:
         """Makes one group of people of some groups; `name`: by default the first that they have.
@@ -78,14 +74,14 @@ class Groups:
         made = Group(uuid.uuid4().hex, name, "" if others else day, True, list(chosen))
         before = {one.id: one for one in chosen.values()}.values()
         rest = [person for one in before for person in one.people if person not in chosen]
-        notes = [_note(person, made) for person in chosen]
-        notes += [_note(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
-        self.notes.put(notes)
+        rows = [_row(person, made) for person in chosen]
+        rows += [_row(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
+        self.table.put(rows)
         return made
 
 
-def _note(person: str, group: Group) -> Note:
-    return Note(person, (person,), vars(group) | {"people": []})
+def _row(person: str, group: Group) -> dict[str, Any]:
+    return vars(group) | {"person": person, "at": time.time()}
 
 
 def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> list[Group]:
@@ -116,8 +112,8 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
     known = groups.by_person()
     kept = {person for person, one in known.items() if one.by_hand}
     outside = {everybody[row].id for row in np.flatnonzero(~inside)}
-    groups.notes.remove(known.keys() - made.keys() - kept - outside)
-    groups.notes.put([_note(one, group) for one, group in made.items() if one not in kept])
+    groups.table.delete("person", known.keys() - made.keys() - kept - outside)
+    groups.table.put([_row(one, group) for one, group in made.items() if one not in kept])
     return groups.all()
 
 

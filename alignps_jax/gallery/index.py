@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -34,7 +35,7 @@ _TIDY_COMMITS = 200  # each makes small files, which many make slow
 _WATCH: Any = {"step": 2000, "debounce": 60_000, "rust_timeout": 1000, "yield_on_timeout": True}
 
 Results = Iterator[Photo[Shot]]
-Find = Callable[[Detector, Iterable[MediaFile]], Results]
+Find = Callable[[Detector, Sequence[MediaFile], float, Mapping[str, float]], Results]
 
 
 @dataclasses.dataclass
@@ -61,12 +62,11 @@ class Indexed:
 
 
 def find_people(
-    detector: Detector, files: Iterable[MediaFile], every: float, seen: Mapping[str, float]
+    detector: Detector, files: Sequence[MediaFile], every: float, seen: Mapping[str, float]
 ) -> Results:
-    """The people of files, in the order of the files.
+    """The people of files, in their order; of a video, a frame every so many seconds.
 
-    `every`: seconds between frames of a video; `seen`: for each content the last second that is
-    known and need not be looked at, infinity where all is.
+    `seen`: the second of each content up to which it is known, infinity where all is.
     """
     data = detector.config.data
     tasks = (shots(file, every, data.max_pixels, seen) for file in files)
@@ -81,59 +81,54 @@ def index(
     prune: bool = False,
     excludes: Sequence[str] = DEFAULT_EXCLUDES,
     begun: Callable[[Indexed], None] = lambda done: None,
-    detect: Callable[[Find, Sequence[MediaFile]], Results] | None = None,
+    find: Find = find_people,
 ) -> Indexed:
     """Finds everybody in files that a gallery does not know as they are, and adds them.
 
     One frame of a video is searched per `every` seconds; one that was looked at as often is known.
     `prune` removes the people of files below the sources that are gone; `excludes` are patterns of
-    files and folders to leave out. `begun` gets what is returned, at once; `detect` finds people
-    elsewhere, in any order of the files. UserError if a source does not exist.
+    files and folders to leave out. `begun` gets what is returned, at once; `find` may find people
+    elsewhere, and in any order of the files. UserError if a source does not exist.
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
-        people.remove_strays()
         run = _Run(people, every, done := Indexed(media_files(sources, excludes)))
         begun(done)
-        find: Find = partial(find_people, every=every, seen=run.seen)
-        results = detect(find, run.pending) if detect else find(detector, run.pending)
         ready, begin = list[Photo[Shot]](), time.monotonic()
         under_way = writer.submit(lambda: None)
         with progress(desc="index", unit="file", total=len(run.pending)) as bar:
-            for one in results:
+            for one in find(detector, run.pending, every, run.seen):
                 ready.append(one)
-                bar.update(one.tag.final)
+                bar.update(one.tag.second is None)
                 if time.monotonic() - begin > COMMIT_SECONDS:
                     under_way.result()  # the network works while the last batch is committed
                     under_way = writer.submit(run.commit, ready)
                     ready, begin = [], time.monotonic()
         under_way.result()
         run.commit(ready)
-        if run.pending or prune:
-            run.finish(sources if prune else ())
+        run.finish(sources if prune else ())
     return done
 
 
 class _Run:
-    """What an indexing run knows of its gallery, and does; `seen` as in `find_people`."""
+    """What an indexing run knows of its gallery, and does."""
 
     def __init__(self, people: People, every: float, done: Indexed):
         self._people, self._every, self.done = people, every, done
-        self._known, self._forgotten = people.known_files(), Forgotten(people)
-        self._added: set[str] = set()  # contents of the files that were read
-        self._commits = 0
+        self._forgotten, self._turns = Forgotten(people), itertools.count(1)
+        known, files = people.known_files().values(), done.walk.files
+        # Contents with frames of a longer `every`: the last one is not where a killed run was.
+        self._mixed = {state.hash for state in known if state.every > every}
         self.seen = dict.fromkeys(self._forgotten.hashes, math.inf)
         complete = set[tuple[object, ...]]()  # path, size, time of change
-        for state in self._known.values():
+        for state in known:
             if state.complete and state.every <= every:
                 self.seen[state.hash] = math.inf
                 complete.add(state[:3])
             elif state.every == every:
-                frames = people.scenes.rows(["second", "every"], hash=[state.hash]).to_pylist()
-                seconds = (one["second"] for one in frames if one["every"] == every)
-                self.seen.setdefault(state.hash, max(seconds, default=-1.0))
-        files = done.walk.files
-        self.pending = [one for one in files if dataclasses.astuple(one)[:3] not in complete]
+                frames = people.scenes.rows(["second"], hash=[state.hash])["second"]
+                self.seen.setdefault(state.hash, max(frames.to_pylist(), default=-1.0))
+        self.pending = [x for x in files if (x.path, x.size, x.mtime) not in complete]
         done.known = len(files) - len(self.pending)
 
     def commit(self, results: Sequence[Photo[Shot]]) -> None:
@@ -141,33 +136,30 @@ class _Run:
         self._forgotten.refresh()
         files, scenes = dict[str, FileState](), dict[str, FoundScene]()
         for one in results:
-            shot, file = one.tag, one.tag.file
-            self.done.done += shot.final
+            shot, file, complete = one.tag, one.tag.file, one.tag.second is None
+            self.done.done += complete
             if one.error is not None:
                 self.done.walk.skipped[file.path] = str(one.error)
                 continue
             every = self._every if file.is_video else 0.0
-            state = FileState(file.path, file.size, file.mtime, shot.hash, every, shot.final)
+            every = every if complete or shot.hash not in self._mixed else math.inf
+            state = FileState(file.path, file.size, file.mtime, shot.hash, every, complete)
             files[file.path] = state
             if one.found is not None:
-                found = self._forgotten.without(self._scene(shot, one.found, every))
+                found = self._forgotten.without(self._scene(shot, one.found))
                 if found:  # once of copies that were read together
                     scenes.setdefault(found.scene.id, found)
-        stale = [(old, new) for path, new in files.items() if (old := self._known.pop(path, None))]
         self._people.commit(list(scenes.values()), list(files.values()))
-        self._people.settle({old.hash for old, new in stale if old.hash != new.hash})
         if self._forgotten.refresh():  # somebody was forgotten meanwhile
             self._forgotten.enforce()
         # Copies that come later need not be looked at.
-        self._added |= {state.hash for state in files.values()}
         self.seen |= {state.hash: math.inf for state in files.values() if state.complete}
         self.done.scenes += len(scenes)
         self.done.people += sum(len(found.people.scores) for found in scenes.values())
-        self._commits += 1
-        if self._commits % _TIDY_COMMITS == 0:
+        if next(self._turns) % _TIDY_COMMITS == 0:
             self._people.optimize()
 
-    def _scene(self, shot: Shot, found: Detections, every: float) -> FoundScene:
+    def _scene(self, shot: Shot, found: Detections) -> FoundScene:
         """A scene without people of a low score or with numbers that are not finite."""
         numbers = np.column_stack([found.boxes, found.scores, found.embeddings])
         sound = np.isfinite(numbers).all(axis=1)
@@ -176,26 +168,28 @@ class _Run:
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
         about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
         scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
-        return FoundScene(scene, people, every)
+        return FoundScene(scene, people)
 
     def finish(self, sources: Sequence[str]) -> None:
         """Removes files that were renamed, and those below `sources` that are gone; tidies.
 
         For more people than fit into memory it makes a vector index, anew when they have doubled.
         """
-        people, walk = self._people, self.done.walk
+        people, walk, known = self._people, self.done.walk, self._people.known_files()
+        added = {known[file.path].hash for file in self.pending if file.path in known}
         below = tuple(os.path.join(os.path.abspath(source), "") for source in sources)
         hidden = tuple(os.path.join(folder, "") for folder in walk.skipped)
         gone = {
             path
-            for path in self._known.keys() - {file.path for file in walk.files}
-            if self._known[path].hash in self._added
+            for path in known.keys() - {file.path for file in walk.files}
+            if known[path].hash in added
             or (f"{path}/".startswith(below) and not path.startswith(hidden))
             if not os.path.lexists(path)
         }
         if gone and not walk.files:  # a disk that is not there
             raise UserError(f"--prune: found no photo or video, {len(gone):,} known files")
-        people.remove_files(gone)
+        people.files.delete("path", gone)
+        people.remove_strays()
         self.done.removed = len(gone)
         people.optimize()
         count, trained = people.table.count(), people.trained()

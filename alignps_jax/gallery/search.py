@@ -125,12 +125,12 @@ def search_photo(
     """
     data = query.read_bytes()
     with blame(query):
-        photo = decode_photo(data, gallery.info.max_pixels)
-    people = wanted_people(gallery.own_detector(), photo, box)
+        photo = decode_photo(data, gallery.own_detector().config.data.max_pixels)
+    people, memory = wanted_people(gallery.own_detector(), photo, box), gallery.memory()
     own = content_hash(data)
-    same = len(gallery.people_of(scene_id(own, None)))
+    same = len(memory.people_of(scene_id(own, None)))
     content, rows = list[dict[str, Any]](), list[list[Image]]()
-    among = f"{gallery.searched(where):,} people in {gallery.num_scenes:,} scenes"
+    among = f"{memory.count(where):,} people in {len(memory.scenes):,} scenes"
     print(f"searched {len(people.boxes)} of {query.name} among {among}")
     results = gallery.search_many(people.embeddings, most + same, where)
     for one, matches in zip(np.asarray(people.boxes), results, strict=True):

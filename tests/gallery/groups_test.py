@@ -72,7 +72,7 @@ def shown(gallery, groups):
     """Photos, day, name of each group."""
     found = []
     for group in groups:
-        photos = sorted(gallery.person(one).scene.path[-5] for one in group.people)
+        photos = sorted(gallery.memory().person(one).scene.path[-5] for one in group.people)
         found.append(("".join(photos), group.day, group.name))
     return sorted(found)
 
@@ -94,7 +94,11 @@ def test_groups_hold_for_a_day_or_across_days(gallery):
 def test_what_users_do_stays_even_while_groups_are_made(gallery, monkeypatch):
     make_groups(gallery, Filter())
     groups, elsewhere = Groups(gallery.people), Groups(gallery.people)
-    ids = {gallery.person(one).scene.path[-5]: one for one in groups.by_person() if "-0x" in one}
+    ids = {
+        gallery.memory().person(one).scene.path[-5]: one
+        for one in groups.by_person()
+        if "-0x" in one
+    }
     first, other = (groups.by_person()[ids[photo]] for photo in "14")
 
     def meanwhile(*given):

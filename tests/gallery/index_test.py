@@ -17,8 +17,8 @@ from alignps_jax.gallery import index as indexing
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import index, watch
+from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import People
-from alignps_jax.gallery.tables import Note
 from alignps_jax.inference.many import above
 from tests.gallery.networks import write_photos
 from tests.gallery.painted import Finder
@@ -51,7 +51,7 @@ def touch(*paths):
 def everybody(gallery):
     """The people by id, with the paths of their photos."""
     found = gallery.search(np.eye(16)[0], 10**4)
-    assert len(found) == gallery.num_people
+    assert len(found) == len(gallery.memory())
     return {match.person.id: match.paths for match in found}
 
 
@@ -60,7 +60,7 @@ def assert_shown_as_searched(gallery, scene):
     pixels = gallery.pixels(scene)
     assert (scene.height, scene.width) == pixels.shape[:2]
     found = above(Finder().detect(pixels), gallery.info.score_threshold)
-    boxes = [person.box for person in gallery.people_of(scene.id)]
+    boxes = [person.box for person in gallery.memory().people_of(scene.id)]
     np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), found.boxes, atol=1e-5)
 
 
@@ -76,11 +76,11 @@ def test_everybody_is_found_once(gallery, photos):
         fill(gallery, photos)
     done = fill(gallery, photos)
     assert (len(done.walk.files), done.known, done.scenes) == (5, 3, 2)
-    assert (gallery.detector.looked, gallery.num_scenes) == (6, 5)
-    for card in gallery.scenes(10):
+    assert (gallery.detector.looked, len(gallery.memory().scenes)) == (6, 5)
+    for card in gallery.memory().cards(10):
         assert_shown_as_searched(gallery, card.scene)
         assert max(gallery.pixels(card.scene, side=40).shape) == 40
-        for person in gallery.people_of(card.scene.id):
+        for person in gallery.memory().people_of(card.scene.id):
             (match,) = gallery.search_photo(gallery.pixels(card.scene), person.box, 1)
             assert match.person.id == person.id
 
@@ -100,7 +100,7 @@ def test_ids_and_people_follow_renamed_copied_touched_and_swapped_files(gallery,
     assert everybody(gallery) == expected
     # A copy is shown where the first one is gone, and its people stay when that is pruned.
     a.unlink()
-    for card in gallery.scenes(9):
+    for card in gallery.memory().cards(9):
         assert_shown_as_searched(gallery, card.scene)
     assert fill(gallery, photos, prune=True).removed == 1
     assert everybody(gallery) == {name: (paths[-1],) for name, paths in expected.items()}
@@ -123,7 +123,7 @@ def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_pa
     for gone in ("linked/y.jpg", "photos/a.jpg"):
         (tmp_path / gone).unlink()
     assert [fill(gallery, photos, prune=prune).removed for prune in (False, True)] == [0, 2]
-    names = {os.path.basename(card.scene.path) for card in gallery.scenes(10)}
+    names = {os.path.basename(card.scene.path) for card in gallery.memory().cards(10)}
     assert names == {"b.png", "c.jpg", os.path.basename(ODD), "x.jpg"}
     for path in photos.rglob("*.*g"):
         path.unlink()
@@ -147,7 +147,7 @@ def test_what_cannot_be_read_or_is_not_finite_is_left_out_and_said(gallery, phot
     write_image(photos / "huge.png", np.zeros((1001, 1000, 3), np.uint8))
     for scenes in (4, 0):  # the same again tomorrow
         done = fill(gallery, photos)
-        assert (done.scenes, gallery.num_scenes) == (scenes, 4)
+        assert (done.scenes, len(gallery.memory().scenes)) == (scenes, 4)
         assert (done.unsound > 0) == (scenes > 0)
         names = {os.path.basename(path) for path in done.walk.skipped}
         assert names == {"cut.jpg", "text.webp", "no.mp4", "huge.png"}
@@ -159,8 +159,8 @@ def test_a_video_is_a_frame_every_so_often(gallery, tmp_path):
     path = tmp_path / "VID_20240131_120000.mp4"
     write_clip(path, [number / 5 for number in range(23)])
     fill(gallery, path, every=1.0)
-    (card,) = gallery.scenes(10)
-    scenes = gallery.scenes_of(card.scene.hash)
+    (card,) = gallery.memory().cards(10)
+    scenes = gallery.memory().scenes_of(card.scene.hash)
     assert card.frames == len(scenes) == 5
     for second, scene in enumerate(scenes):
         assert_shown_as_searched(gallery, scene)
@@ -174,11 +174,11 @@ def test_a_video_is_a_frame_every_so_often(gallery, tmp_path):
     shutil.copy(path, tmp_path / "copy.mp4")
     for every in (1.0, 0.4):
         fill(gallery, tmp_path, every=every)
-    found = {round(one.second, 1) for one in gallery.scenes_of(card.scene.hash)}
+    found = {round(one.second, 1) for one in gallery.memory().scenes_of(card.scene.hash)}
     assert found == {*np.arange(0, 4.5, 0.4).round(1).tolist(), *range(5)}
     touch(path, tmp_path / "copy.mp4")
     with pytest.raises(UserError, match="has changed since it was indexed"):
-        gallery.pixels(gallery.scenes(1)[0].scene)
+        gallery.pixels(gallery.memory().cards(1)[0].scene)
 
 
 def test_what_is_added_to_a_folder_is_indexed(gallery, photos):
@@ -200,21 +200,23 @@ def test_the_forgotten_are_gone_for_good(gallery, photos, monkeypatch):
     a, copy = str(photos / "a.jpg"), str(photos / "copy.jpg")
     shutil.copy(a, copy)
     done = fill(gallery, photos)
-    assert (done.people, done.scenes) == (gallery.num_people, 4)
+    assert (done.people, done.scenes) == (len(gallery.memory()), 4)
     before = everybody(gallery)
     of_photo = {name for name, paths in before.items() if a in paths}
     one, other, *_ = sorted(before.keys() - of_photo)
     stay = before.keys() - of_photo - {one, other}
+    marks = Marks(gallery.people)
+    marks.put([Mark(one, "view", True, 0.5, "secret"), Mark("view", one, True, 0.5, "secret")])
+    marks.put([Mark("view", "kept", True, 0.5, "")])
     bytes_of = {name: gallery.embeddings([name]).tobytes() for name in before}
-    assert all(found in stored_bytes(gallery) for found in bytes_of.values())
-    marks = gallery.people.notes("marks")
-    marks.put([Note("gone", (one, "view"), {"path": "secret"}), Note("kept", ("view",), {})])
+    whole = stored_bytes(gallery)
+    assert all(found in whole for found in (*bytes_of.values(), b"secret"))
     done = forget(gallery.people, [copy], [one, other])
     assert (done.people, done.remains) == (len(before) - len(stay), None)
     left = stored_bytes(gallery)
     assert {name for name, found in bytes_of.items() if found in left} == stay
     assert b"secret" not in left
-    assert [note.id for note in marks.all()] == ["kept"]
+    assert [mark.person for mark in marks.all()] == ["kept"]
     # They do not come back, whatever happens to their files, and nobody else changes.
     touch(*photos.rglob("*.*g"))
     shutil.copy(a, photos / "another copy.jpg")
@@ -223,7 +225,7 @@ def test_the_forgotten_are_gone_for_good(gallery, photos, monkeypatch):
     assert (done.scenes, done.people, gallery.detector.looked) == (0, 0, looked)
     assert fill(gallery, photos).known == 6
     assert everybody(gallery).keys() == stay
-    gallery.people.remove_files([str(path) for path in photos.rglob("*.*g")])
+    gallery.people.files.delete("path", [str(path) for path in photos.rglob("*.*g")])
     assert fill(gallery, photos).people == len(stay)
     assert everybody(gallery).keys() == stay
     # Names match however Unicode composes them; a store that keeps older states says so.
@@ -241,7 +243,7 @@ def test_people_are_forgotten_while_others_index(gallery, photos, monkeypatch):
 
     def commit(self, scenes, files):
         put(self, scenes, files)
-        if not again.people.notes("forgotten").all():
+        if not again.people.forgotten.count():
             forget(People(again.address), persons=[victim])
 
     monkeypatch.setattr(People, "commit", commit)

@@ -23,9 +23,9 @@ from alignps_jax.errors import UserError
 from alignps_jax.gallery import index as indexing
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.index import index
+from alignps_jax.gallery.index import find_people, index
+from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import People
-from alignps_jax.gallery.tables import Note
 from tests.gallery.networks import write_photos
 from tests.gallery.painted import Finder
 from tests.media.clips import write_clip
@@ -40,12 +40,12 @@ indexing.COMMIT_SECONDS = 0.05
 
 def run(address, source, seconds=0.0, cluster=""):
     """Indexes a folder, committing all the time."""
-    gallery, detect = Gallery.open(address, Finder(seconds=seconds), create=True), None
+    gallery, find = Gallery.open(address, Finder(seconds), create=True), find_people
     if cluster:
-        from alignps_jax.gallery.cluster import detect_on_cluster
+        from alignps_jax.gallery.cluster import find_on_cluster
 
-        detect = partial(detect_on_cluster, cluster, partial(Finder, seconds=seconds))
-    return index(gallery, [source], every=0.4, detect=detect)
+        find = partial(find_on_cluster, cluster, partial(Finder, seconds))
+    return index(gallery, [source], every=0.4, find=find)
 
 
 def content(address):
@@ -164,11 +164,11 @@ def test_a_bucket(bucket, source, whole):
     run(BUCKET, source)
     assert content(BUCKET) == whole
     gallery = Gallery.open(BUCKET)
-    person = next(name for name in whole if gallery.person(name))
-    embedding, marks = gallery.embeddings([person]), gallery.people.notes("marks")
+    person = next(name for name in whole if gallery.memory().person(name))
+    embedding, marks = gallery.embeddings([person]), Marks(gallery.people)
     ((match,),) = gallery.search_many(embedding, 1)
     assert match.person.id == person
-    marks.put([Note("mark", (person,), {"path": "secret"})])
+    marks.put([Mark("view", person, True, 0.5, "secret")])
     assert embedding.tobytes() in bucket()
     assert b"secret" in bucket()
     forget(gallery.people, persons=[person])
@@ -176,4 +176,4 @@ def test_a_bucket(bucket, source, whole):
     assert b"secret" not in bucket()
     assert marks.all() == []
     assert run(BUCKET, source).known == FILES
-    assert gallery.person(person) is None
+    assert gallery.memory().person(person) is None

@@ -46,8 +46,8 @@ def home(tmp_path_factory):
 def people_in(gallery, *names):
     """The people of photos and videos."""
     contents = [content_hash(Path("photos", name).read_bytes()) for name in names]
-    scenes = [scene for content in contents for scene in gallery.scenes_of(content)]
-    return [person for scene in scenes for person in gallery.people_of(scene.id)]
+    scenes = [scene.id for one in contents for scene in gallery.memory().scenes_of(one)]
+    return gallery.memory().people_of(*scenes)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_results_end_and_groups_begin_where_they_are_likely(tmp_path, capsys):
     gallery = Gallery.open("people.lance")
     assert [one["id"] for one in groups] == [one.id for one in Groups(gallery.people).all()] != []
     for people in (group["people"] for group in groups):
-        scenes = [gallery.person(one["person"]).scene for one in people]
+        scenes = [gallery.memory().person(one["person"]).scene for one in people]
         assert len({scene.id for scene in scenes}) == len(scenes) > 1
         assert [one["image"] for one in people] == [scene.path for scene in scenes]
     calibrated(tmp_path / "nobody", 0.0, 0.001)

@@ -206,7 +206,7 @@ def test_a_photo_that_changed_or_went_is_a_placeholder_that_says_so(tmp_path):
     with open(b.path, "ab") as file:
         file.write(b"more")
     for scene, line in ((a, "a.png"), (b, "has changed since it was indexed")):
-        person = site.gallery.people_of(scene.id)[0]
+        person = site.gallery.memory().people_of(scene.id)[0]
         for path in (f"/scene/{scene.id}/1600.jpg", f"/person/{person.id}.jpg"):
             answer = client.get(path)
             assert answer.status_code == 404

@@ -22,7 +22,7 @@ def test_fifty_at_once(tmp_path):
     site = painted_site(tmp_path)
     site.photos.detector.delay = 0.1
     photo = encoded(painted((RED, (10, 10))))
-    person = next(p for s in scenes_of(site) for p in site.gallery.people_of(s.id))
+    person = next(p for s in scenes_of(site) for p in site.gallery.memory().people_of(s.id))
 
     def send(number):
         with httpx.Client(
@@ -84,7 +84,9 @@ FIELDS = ("view", "combine", "camera", "after", "score", "offset", "kind", "pers
 
 @pytest.mark.parametrize("value", ODD)
 def test_odd_values(client, site, value):
-    everybody = [one for scene in scenes_of(site) for one in site.gallery.people_of(scene.id)]
+    everybody = [
+        one for scene in scenes_of(site) for one in site.gallery.memory().people_of(scene.id)
+    ]
     view, scene, place = everybody[0].id, everybody[0].scene.id, quote(value, safe="")
     for path in ("/", "/search", f"/scene/{place}", f"/scene/{scene}", "/marks", "/results.zip"):
         for name in FIELDS:

@@ -36,7 +36,7 @@ def site(tmp_path):
 
 def ids(site, color):
     """Everybody of the gallery in that color."""
-    people = [one for scene in scenes_of(site) for one in site.gallery.people_of(scene.id)]
+    people = [one for scene in scenes_of(site) for one in site.gallery.memory().people_of(scene.id)]
     return [one.id for one in people if color_of(site, one.id) == color]
 
 
@@ -78,7 +78,7 @@ def test_boxes_are_those_of_the_pixels_as_stored(tmp_path, orientation):
     gallery = Gallery.open(tmp_path / "people.lance", detector, create=True)
     found = indexed(path, read_photo(path, 10**6), detector)
     commit(gallery, [found])
-    (person,) = gallery.people_of(found.scene.id)
+    (person,) = gallery.memory().people_of(found.scene.id)
     coco = json.loads(Marked(gallery, [mark("up.0.0", person.id)]).as_coco())
     (image,) = coco["images"]
     assert (image["height"], image["width"]) == stored.shape[:2]
@@ -96,7 +96,7 @@ def test_identities_that_share_somebody_are_one():
 
 def test_what_is_gone_is_left_out_and_counted(site):
     red = ids(site, RED)
-    gone = Path(site.gallery.person(red[1]).scene.path)
+    gone = Path(site.gallery.memory().person(red[1]).scene.path)
     marks = [mark(red[0], one) for one in red[1:]] + [mark("x", "y", name="=1+1.png")]
     gone.unlink()
     marked = Marked(site.gallery, marks)

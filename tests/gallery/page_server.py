@@ -122,7 +122,7 @@ def results(page):
 
 def color_of(site, person):
     """The color that was painted there."""
-    found = site.gallery.person(person)
+    found = site.gallery.memory().person(person)
     x1, y1, x2, y2 = found.box.astype(int)
     return tuple(int(v) for v in site.gallery.pixels(found.scene)[(y1 + y2) // 2, (x1 + x2) // 2])
 

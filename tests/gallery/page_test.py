@@ -44,7 +44,7 @@ from tests.gallery.painted import (
 
 
 def test_views_are_combined_by_their_mean_or_their_best(client, site):
-    everybody = [p for s in scenes_of(site) for p in site.gallery.people_of(s.id)]
+    everybody = [p for s in scenes_of(site) for p in site.gallery.memory().people_of(s.id)]
     of = {color: [p for p in everybody if color_of(site, p.id) == color] for color in (RED, GREEN)}
     views = [of[RED][0].id, of[GREEN][0].id]
     embeddings = site.gallery.embeddings([p.id for p in everybody])
@@ -118,8 +118,17 @@ def test_a_wrong_address_is_one_line_that_keeps_the_query(client, fields, status
     assert "camera=yard" in answer.text
 
 
+def test_cameras_and_folders_are_offered(site, folder):
+    photos = folder / "photos"
+    assert site.shown()["cameras"] == ["gate", "yard"]
+    own = [*reversed(photos.parents), photos, photos / "gate", photos / "yard"]
+    assert site.shown()["folders"] == list(map(str, own))
+
+
 def test_results_come_page_by_page(client, site):
-    view = site.gallery.people_of(next(s.id for s in scenes_of(site) if "a.png" in s.path))[0]
+    view = site.gallery.memory().people_of(
+        next(s.id for s in scenes_of(site) if "a.png" in s.path)
+    )[0]
     fields = {"view": view.id}
     whole = results(client.get("/search", params=fields))
     assert results(client.get("/search", params=fields | {"offset": 3})) == whole[3:]
@@ -128,7 +137,7 @@ def test_results_come_page_by_page(client, site):
     for sort in ("time", "camera"):
         found = results(client.get("/search", params=fields | {"sort": sort}))
         assert sorted(found) == sorted(whole)
-        scenes = [site.gallery.person(person).scene for _, person in found]
+        scenes = [site.gallery.memory().person(person).scene for _, person in found]
         times = [scene.taken for scene in scenes if sort == "time" or scene.camera == "gate"]
         assert times == sorted(times, reverse=True)
     # People of the same photo are nobody whom one looks for.
@@ -252,7 +261,9 @@ def test_marks_belong_to_the_person(folder, client, site):
 def test_a_person_is_forgotten_with_its_marks(tmp_path):
     site = painted_site(tmp_path)
     client = visitor(site)
-    first, second, *rest = [p for s in scenes_of(site) for p in site.gallery.people_of(s.id)]
+    first, second, *rest = [
+        p for s in scenes_of(site) for p in site.gallery.memory().people_of(s.id)
+    ]
     everybody = {"person": [one.id for one in (second, *rest)], "mark": "right"}
     client.post("/mark", data={"view": first.id} | everybody)
     undone = client.post("/marks/forget", data={"view": first.id}).headers["location"]
@@ -267,12 +278,12 @@ def test_a_person_is_forgotten_with_its_marks(tmp_path):
     assert client.get(f"/person/{second.id}.jpg").status_code == 404
     nobody = {"person": rest[0].id, "what": "nobody"}
     assert client.post("/forget", data=nobody).status_code == 200
-    assert site.gallery.num_people == 7
+    assert len(site.gallery.memory()) == 7
     # Somebody who was missed is added by a box, and found from then on.
     place = f"/scene/{rest[0].scene.id}/person"
     box = ",".join(map(str, rest[0].box))
     assert client.post(place, data={"box": box}).status_code == 303
-    assert site.gallery.num_people == 8
+    assert len(site.gallery.memory()) == 8
 
 
 def done(client, site):

@@ -47,8 +47,7 @@ def site(tmp_path_factory):
     write_walk(path)
     gallery = Gallery.open(folder / "people.lance", detector, create=True)
     scenes = [
-        indexed(path, frame_at(second), detector, second=float(second), every=1.0)
-        for second in range(SECONDS)
+        indexed(path, frame_at(second), detector, second=float(second)) for second in range(SECONDS)
     ]
     commit(gallery, scenes)
     return Site(gallery)
@@ -59,7 +58,7 @@ def test_neighboring_seconds_are_one_entry_with_its_span(site):
     scenes = scenes_of(site)
     assert len(scenes) == SECONDS
     first = next(s for s in scenes if s.second == 0)
-    (red,) = site.gallery.people_of(first.id)
+    (red,) = site.gallery.memory().people_of(first.id)
     page = client.get("/search", params={"view": red.id})
     assert "0:00:01–0:00:07 (7 frames)" in page.text  # but for the query itself
     assert client.get("/").text.count('class="card"') == 1  # one card per video

@@ -125,26 +125,25 @@ def commit(gallery, scenes):
     files = []
     for path, one in {one.scene.path: one for one in scenes}.items():
         about = os.stat(path if os.path.exists(path) else __file__)
-        state = path, about.st_size, about.st_mtime_ns, one.scene.hash, one.every
-        files.append(FileState(*state))
+        files.append(FileState(path, about.st_size, about.st_mtime_ns, one.scene.hash))
     gallery.people.commit(scenes, files)
 
 
-def indexed(path, image, detector, taken=None, second=None, every=0.0):
+def indexed(path, image, detector, taken=None, second=None):
     """What is to be stored of a photo, or a frame."""
     content = content_hash(path.read_bytes())
     about = *image.shape[:2], taken, path.parent.name, second, content
     scene = Scene(scene_id(content, second), str(path), *about)
-    return FoundScene(scene, above(detector.detect(image), 0.2), every)
+    return FoundScene(scene, above(detector.detect(image), 0.2))
 
 
 def made_up(path, people, taken=None, camera="", second=None):
     """The same for people of whom there is no picture."""
     scene = Scene(scene_id(path, second), path, 90, 120, taken, camera, second, path)
-    return FoundScene(scene, people, 0.0 if second is None else 0.5)
+    return FoundScene(scene, people)
 
 
 def scenes_of(site):
     """All photos and frames of a gallery."""
-    cards = site.gallery.scenes(99)
-    return [scene for card in cards for scene in site.gallery.scenes_of(card.scene.hash)]
+    cards = site.gallery.memory().cards(99)
+    return [scene for card in cards for scene in site.gallery.memory().scenes_of(card.scene.hash)]

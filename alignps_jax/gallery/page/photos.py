@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import html
-import math
 import mimetypes
 from collections.abc import Callable
 from pathlib import PurePath
@@ -57,7 +56,7 @@ Drawn = Annotated[DrawnBox, Form()]
 @router.get("/", dependencies=READ_FIRST)
 def home(request: Request, site: OfSite, query: Asked, offset: Place = 0) -> Response:
     """The photos and videos of the gallery, newest first."""
-    cards = site.gallery.scenes(SCENES + 1, offset, query.where)
+    cards = site.gallery.memory().cards(SCENES + 1, offset, query.where)
     following = offset + SCENES if len(cards) > SCENES else None
     return page(request, "home.html", query=query, cards=cards[:SCENES], following=following)
 
@@ -103,12 +102,11 @@ def box(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
 @router.post("/scene/{scene_id}/person")
 def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
     """Adds whoever is in a box that was drawn to the people of a photo of the gallery."""
-    found = site.gallery.scene(scene_id)
+    found = site.gallery.memory().scene_of(scene_id)
     if found is None:
         raise HTTPException(404, "This photo is not in the gallery.")
     person, detected = site.photos.person_at(found, drawn.box)
-    every = 0.0 if found.second is None else math.inf
-    site.gallery.people.commit([FoundScene(found, detected, every)], [])
+    site.gallery.people.commit([FoundScene(found, detected)], [])
     return RedirectResponse(f"/scene/{scene_id}?person={person.id}", 303)
 
 
