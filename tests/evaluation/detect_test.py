@@ -16,7 +16,7 @@ from alignps_jax.evaluation.scoring import evaluate_detections
 from alignps_jax.types import IncompleteError, UserError
 from configs import cuhk
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
-from tests.gallery.networks import network_config, photo, write_checkpoint
+from tests.gallery.painted import network_config, photo, write_checkpoint
 from tests.media.clips import write_clip
 
 TURNED = 6  # by a quarter, as most phones store portraits

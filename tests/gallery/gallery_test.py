@@ -16,10 +16,8 @@ from alignps_jax.gallery.entries import Filter, Match, Person, Scene, person_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import FileState, People
-from alignps_jax.gallery.search import join_seconds, wanted_people
-from alignps_jax.inference.many import above
-from tests.gallery.networks import network_config, write_photos
-from tests.gallery.painted import RED, ColorDetector, Finder, commit, detections, made_up, painted
+from alignps_jax.gallery.search import join_seconds
+from tests.gallery.painted import Finder, commit, detections, made_up, network_config, write_photos
 
 DIM = 16
 DAY = datetime.datetime(2024, 1, 31, 12)
@@ -44,7 +42,11 @@ def some_scenes():
         yield made_up("/v/walk.mp4", *about, number / 2)
 
 
-SCENES = list(some_scenes())
+def newest_first(one):
+    return DAY - (one.scene.taken or datetime.datetime.min), one.scene.path
+
+
+SCENES = sorted(some_scenes(), key=newest_first)
 # (id, scene, box, score, embedding) of each person.
 EVERYBODY = [
     (person_id(one.scene.id, box), one.scene, box, float(score), embedding)
@@ -100,15 +102,12 @@ def some_filters():
     return [Filter(), *(Filter(**one) for one in some)]
 
 
-def newest_first(one):
-    return DAY - (one.scene.taken or datetime.datetime.min), one.scene.path
-
-
 @pytest.mark.parametrize("place", ["in_memory", "on_disk"])
 def test_searches_and_lists_are_exact_whatever_the_filter(address, place, monkeypatch):
     if place == "on_disk":
         monkeypatch.setattr(*NO_MEMORY)
     gallery, query = Gallery.open(address), people(1, 77).embeddings[0]
+    memory = gallery.memory()
     for where in some_filters():
         found = [
             (float(embedding @ query), name, scene)
@@ -116,7 +115,7 @@ def test_searches_and_lists_are_exact_whatever_the_filter(address, place, monkey
             if passes(scene, score, where)
         ]
         found.sort(key=lambda one: -one[0])
-        assert gallery.memory().count(where) == len(found)
+        assert memory.count(where) == len(found)
         for k in (1, 7, 1000):
             matches = gallery.search(query, k, where)
             assert [(one.person.id, one.person.scene, [*one.paths]) for one in matches] == [
@@ -126,16 +125,12 @@ def test_searches_and_lists_are_exact_whatever_the_filter(address, place, monkey
             np.testing.assert_allclose(similarities, [one for one, *_ in found[:k]], atol=1e-5)
         # Of a video one frame that passes is listed, the newest one.
         cards = {}
-        for one in sorted(SCENES, key=newest_first):
+        for one in SCENES:
             if passes(one.scene, max(one.people.scores, default=None), where):
                 cards.setdefault(one.scene.hash, []).append(one.scene)
-        expected = [(frames[0], len(frames)) for frames in cards.values()]
-        assert [
-            (one.scene, one.frames) for one in gallery.memory().cards(1000, where=where)
-        ] == expected
-        assert [
-            (one.scene, one.frames) for one in gallery.memory().cards(7, 11, where)
-        ] == expected[11:18]
+        listed = [(one.scene, one.frames) for one in memory.cards(1000, where=where)]
+        assert listed == [(frames[0], len(frames)) for frames in cards.values()]
+        assert memory.cards(7, 11, where) == memory.cards(1000, where=where)[11:18]
 
 
 def test_lookups_and_export(address, tmp_path):
@@ -165,13 +160,22 @@ def test_lookups_and_export(address, tmp_path):
 def test_what_cannot_be_is_a_line(tmp_path, address):
     (tmp_path / "photo.jpg").touch()
     gallery = Gallery.open(address)
-    stranger, unsure = Finder(fingerprint="e" * 64), Finder(config=network_config(0.5))
+    stranger, unsure = (
+        Finder(fingerprint="e" * 64),
+        Finder(config=network_config(0.5)),
+    )
     for call, message in (
         (lambda: Gallery.open(address, stranger), "int f{12}, .*checkpoint e{12}, "),
         (lambda: Gallery.open(address, unsure), r"threshold 0\.285.*threshold 0\.5"),
         (lambda: Gallery.open(tmp_path), "found none in"),
-        (lambda: Gallery.open(tmp_path, Finder(), True), r"found photo\.jpg .* expected a gallery"),
-        (lambda: Gallery.open(tmp_path / "photo.jpg", Finder(), True), r"--gallery: .*\.jpg: "),
+        (
+            lambda: Gallery.open(tmp_path, Finder(), True),
+            r"found photo\.jpg .* expected a gallery",
+        ),
+        (
+            lambda: Gallery.open(tmp_path / "photo.jpg", Finder(), True),
+            r"--gallery: .*\.jpg: ",
+        ),
         (lambda: gallery.embeddings(["nothing"]), "found nobody with the id 'nothing'"),
         (lambda: gallery.search(np.ones(3), 1), "found embeddings of shape"),
         (lambda: gallery.search(np.ones(DIM), 0), "found embeddings of shape"),
@@ -266,18 +270,3 @@ def test_neighboring_seconds_join_where_similarity_says_so(matches, expected):
         seconds = [one.person.scene.second for one in entry.members]
         span = None if None in seconds else (min(seconds), max(seconds))
         assert (entry.match, entry.seconds) == (entry.members[0], span)
-
-
-def test_a_box_means_who_is_under_it_and_is_looked_at_again():
-    photo, near = painted((RED, (20, 60)), (RED, (200, 90))), ColorDetector()
-    # Finds people in parts of a photo alone.
-    near.detect = lambda image: above(ColorDetector().detect(image), len(image) // 240)
-    for detector in (ColorDetector(), near):
-        for drawn, person in (
-            ((22, 55, 52, 145), [20, 60, 50, 140]),
-            ((205, 95, 228, 165), [200, 90, 230, 170]),
-        ):
-            assert wanted_people(detector, photo, drawn).boxes.tolist() == [person]
-        for drawn in ((49, 60, 200, 170), (9, 9, 3, 3)):  # the edge of a neighbor, nothing
-            with pytest.raises(UserError, match="nobody was found at"):
-                wanted_people(detector, photo, drawn)

@@ -72,7 +72,8 @@ def shown(gallery, groups):
     """Photos, day, name of each group."""
     found = []
     for group in groups:
-        photos = sorted(gallery.memory().person(one).scene.path[-5] for one in group.people)
+        people = gallery.memory().named(group.people).values()
+        photos = sorted(person.scene.path[-5] for person in people)
         found.append(("".join(photos), group.day, group.name))
     return sorted(found)
 
@@ -94,11 +95,8 @@ def test_groups_hold_for_a_day_or_across_days(gallery):
 def test_what_users_do_stays_even_while_groups_are_made(gallery, monkeypatch):
     make_groups(gallery, Filter())
     groups, elsewhere = Groups(gallery.people), Groups(gallery.people)
-    ids = {
-        gallery.memory().person(one).scene.path[-5]: one
-        for one in groups.by_person()
-        if "-0x" in one
-    }
+    people = gallery.memory().named(groups.by_person()).values()
+    ids = {one.scene.path[-5]: one.id for one in people if one.box[0] == 0}
     first, other = (groups.by_person()[ids[photo]] for photo in "14")
 
     def meanwhile(*given):

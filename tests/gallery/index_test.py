@@ -19,9 +19,9 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import index, watch
 from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import People
+from alignps_jax.gallery.search import wanted_people
 from alignps_jax.inference.many import above
-from tests.gallery.networks import write_photos
-from tests.gallery.painted import Finder
+from tests.gallery.painted import RED, ColorDetector, Finder, painted, write_photos
 from tests.media.clips import number_of, write_clip
 
 ODD = "deep/d\u00fc \u4eba\n%_\\ 'e\".jpg"
@@ -249,3 +249,21 @@ def test_people_are_forgotten_while_others_index(gallery, photos, monkeypatch):
     monkeypatch.setattr(People, "commit", commit)
     fill(again, photos)
     assert everybody(again).keys() == {*others}
+
+
+def test_a_box_means_who_is_under_it_and_is_looked_at_again():
+    photo, near = (
+        painted((RED, (20, 60)), (RED, (200, 90))),
+        ColorDetector(),
+    )
+    # Finds people in parts of a photo alone.
+    near.detect = lambda image: above(ColorDetector().detect(image), len(image) // 240)
+    for detector in (ColorDetector(), near):
+        for drawn, person in (
+            ((22, 55, 52, 145), [20, 60, 50, 140]),
+            ((205, 95, 228, 165), [200, 90, 230, 170]),
+        ):
+            assert wanted_people(detector, photo, drawn).boxes.tolist() == [person]
+        for drawn in ((49, 60, 200, 170), (9, 9, 3, 3)):  # the edge of a neighbor, nothing
+            with pytest.raises(UserError, match="nobody was found at"):
+                wanted_people(detector, photo, drawn)

@@ -26,8 +26,7 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import find_people, index
 from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import People
-from tests.gallery.networks import write_photos
-from tests.gallery.painted import Finder
+from tests.gallery.painted import Finder, write_photos
 from tests.media.clips import write_clip
 from tests.places import free_port
 

@@ -13,7 +13,7 @@ from alignps_jax.evaluation.calibration import LIMIT, NOBODY, Calibration
 from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
-from tests.gallery.networks import network_config, write_checkpoint, write_photos
+from tests.gallery.painted import network_config, write_checkpoint, write_photos
 from tests.media.clips import write_clip
 
 VIDEO, ONLY = "in/2024-03-09/c1s1_6.mp4", "in/2024-03-09/c1s1_1.jpg"
