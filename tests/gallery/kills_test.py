@@ -14,7 +14,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import lancedb
 import psutil
 import pytest
 from pyarrow import fs
@@ -49,33 +48,27 @@ def run(address, source, seconds=0.0, cluster=""):
 
 def content(address):
     """All of a gallery: the row of each key, whenever its file was touched."""
-    database = lancedb.connect(address)
-    tables = [database.open_table(name).search() for name in ("people", "scenes", "files")]
-    rows = [row for table in tables for row in table.to_list()]
-    found = {row.get("id") or row["path"]: str(row | {"mtime": 0}) for row in rows}
-    assert len(found) == len(rows), "somebody is there twice"
-    return found
+    people = People(address)
+    tables = [table.rows().to_pylist() for table in (people.table, people.scenes, people.files)]
+    rows = {row.get("id") or row["path"]: row | {"mtime": 0} for table in tables for row in table}
+    assert len(rows) == sum(map(len, tables)), "somebody is there twice"
+    return rows
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Photos and a video, one of them damaged."""
+def library(tmp_path_factory):
+    """A folder with photos, one of them damaged, and a video; what a run leaves of it."""
     folder = tmp_path_factory.mktemp("photos")
     write_photos(folder, [f"{number % 3}/{number}.jpg" for number in range(FILES - 1)])
     write_clip(folder / "video.mp4", [number / 5 for number in range(30)])
     (folder / "bad.jpg").write_bytes(b"no photo")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, source):
-    """What a run leaves that nobody interrupts."""
     address = str(tmp_path_factory.mktemp("whole") / "people.lance")
-    assert run(address, source).done == FILES + 1
-    return content(address)
+    assert run(address, str(folder)).done == FILES + 1
+    return str(folder), content(address)
 
 
-def test_one_process(tmp_path, source, whole, monkeypatch):
+def test_one_process(tmp_path, library, monkeypatch):
+    source, whole = library
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # LanceDB warns of every fork
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # processes start at once
@@ -111,7 +104,8 @@ def workers():
     return [one for one in below if "Worker" in one.name() and "ray::" in one.name()]
 
 
-def test_a_cluster(tmp_path, source, whole):
+def test_a_cluster(tmp_path, library):
+    source, whole = library
     pytest.importorskip("ray", reason="the extra cluster is missing: make setup")
     address, context = str(tmp_path / "people.lance"), multiprocessing.get_context("spawn")
     driver = context.Process(target=run, args=(address, source, 0.1, "local"))
@@ -159,7 +153,8 @@ def bucket(monkeypatch):
 
 
 @pytest.mark.skipif(MOTO is None, reason="no moto_server on the PATH: see above")
-def test_a_bucket(bucket, source, whole):
+def test_a_bucket(bucket, library):
+    source, whole = library
     run(BUCKET, source)
     assert content(BUCKET) == whole
     gallery = Gallery.open(BUCKET)

@@ -1,8 +1,4 @@
-"""Stand-ins for a trained network, and photos and galleries for them.
-
-A tiny network with random weights finds a few people in any `photo`; `Finder` does so without a
-network; `ColorDetector` finds the people of `painted` photos, who are colored rectangles.
-"""
+"""Stand-ins for a trained network, from random weights to none, with their photos and galleries."""
 
 import datetime
 import os
@@ -90,10 +86,7 @@ def detections(boxes, scores, embeddings):
 
 
 class ColorDetector(Detector):
-    """Finds what is colorful, by its color; too unsure of what is smaller than 30x80 pixels.
-
-    `delay` is in seconds.
-    """
+    """Finds what is colorful; unsure of what is smaller than 30x80 pixels; `delay` in seconds."""
 
     config, name, folder, fingerprint = tiny.get_config().lock(), "colors", None, "c0105" * 8
 
@@ -114,10 +107,7 @@ class ColorDetector(Detector):
 
 
 class Finder(Detector):
-    """Finds up to four people, by the colors of a photo: always the same in the same pixels.
-
-    `looked` counts the photos, each takes some `seconds`.
-    """
+    """Finds up to four people, always the same in the same pixels; `looked` counts the photos."""
 
     name, folder, rows = "a finder, step 1", None, 2
 
