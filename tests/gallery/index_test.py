@@ -1,6 +1,7 @@
 """Indexing photos and videos: what is new, changed, renamed, gone, damaged or to be forgotten."""
 
 import datetime
+import itertools
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ from alignps_jax.files import write_image
 from alignps_jax.gallery import index as indexing
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.index import index, watch
+from alignps_jax.gallery.index import find_people, index, watch
 from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import People
 from alignps_jax.gallery.search import wanted_people
@@ -147,7 +148,7 @@ def test_what_cannot_be_read_or_is_not_finite_is_left_out_and_said(gallery, phot
     assert np.isfinite(gallery.embeddings([*everybody(gallery)])).all()
 
 
-def test_a_video_is_a_frame_every_so_often(gallery, tmp_path):
+def test_a_video_is_a_frame_every_so_often(gallery, tmp_path, monkeypatch):
     path = tmp_path / "VID_20240131_120000.mp4"
     write_clip(path, [number / 5 for number in range(23)])
     fill(gallery, path, every=1.0)
@@ -162,10 +163,17 @@ def test_a_video_is_a_frame_every_so_often(gallery, tmp_path):
     for every in (1.0, 2.0):
         assert fill(gallery, path, every=every).known == 1
     assert gallery.detector.looked == 5
-    # More often, with a copy that comes late: frames are added.
+    # More often, after an interruption and with a copy: frames are added.
     shutil.copy(path, tmp_path / "copy.mp4")
-    for every in (1.0, 0.4):
-        fill(gallery, tmp_path, every=every)
+    monkeypatch.setattr(indexing, "COMMIT_SECONDS", 0.0)
+
+    def interrupted(*given):
+        yield from itertools.islice(find_people(*given), 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(gallery, tmp_path, every=0.4, find=interrupted)
+    fill(gallery, tmp_path, every=0.4)
     found = {round(one.second, 1) for one in gallery.memory().scenes_of(card.scene.hash)}
     assert found == {*np.arange(0, 4.5, 0.4).round(1).tolist(), *range(5)}
     for path in tmp_path.glob("*.mp4"):

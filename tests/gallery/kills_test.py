@@ -88,11 +88,11 @@ def test_one_process(tmp_path, library, monkeypatch):
         if rng.random() < 0.2:
             for path in rng.sample(photos, FILES // 2):
                 path.touch()
-        # Whatever a kill leaves can be forgotten.
-        people = People(shutil.copytree(address, copy))
-        forget(people, [*people.known_files()])
-        assert people.table.count() == people.scenes.count() == 0
-        shutil.rmtree(copy)
+        if len(list(versions.glob("*"))) > 1:  # whatever a kill leaves can be forgotten
+            people = People(shutil.copytree(address, copy))
+            forget(people, [*people.known_files()])
+            assert people.table.count() == people.scenes.count() == 0
+            shutil.rmtree(copy)
     run(address, source)
     assert content(address) == whole, f"seed {seed}"
     assert run(address, source).known == FILES
