@@ -50,8 +50,8 @@ class Groups:
 
     def all(self) -> list[Group]:
         """All groups, those with a name first, then by size."""
-        own = [field.name for field in dataclasses.fields(Group)][:-1]
-        rows = self.table.rows().sort_by("at").group_by(own, use_threads=False)
+        rows = self.table.rows().sort_by("at")
+        rows = rows.group_by(["id", "name", "day", "by_hand"], use_threads=False)
         found = rows.aggregate([("person", "list")]).rename_columns({"person_list": "people"})
         groups = (Group(**row) for row in found.to_pylist())
         return sorted(groups, key=lambda one: (not one.name, -len(one.people)))

@@ -116,12 +116,11 @@ def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_pa
     for gone in ("linked/y.jpg", "photos/a.jpg"):
         (tmp_path / gone).unlink()
     assert [fill(gallery, photos, prune=prune).removed for prune in (False, True)] == [0, 2]
-    names = {os.path.basename(card.scene.path) for card in gallery.memory().cards(10)}
-    assert names == {"b.png", "c.jpg", os.path.basename(ODD), "x.jpg"}
     for path in photos.rglob("*.*g"):
         path.unlink()
-    with pytest.raises(UserError, match=r"--prune: found no photo or video, 3 known files"):
-        fill(gallery, photos, prune=True)
+    assert fill(gallery, photos, prune=True).removed == 0  # a disk may not be there
+    names = {os.path.basename(card.scene.path) for card in gallery.memory().cards(10)}
+    assert names == {"b.png", "c.jpg", os.path.basename(ODD), "x.jpg"}
 
 
 def test_what_cannot_be_read_or_is_not_finite_is_left_out_and_said(gallery, photos, monkeypatch):

@@ -40,9 +40,9 @@ def run(address, source, seconds=0.0, cluster=""):
     """Indexes a folder, committing all the time."""
     gallery, find = Gallery.open(address, Finder(seconds), create=True), find_people
     if cluster:
-        from alignps_jax.gallery.cluster import find_on_cluster
+        from alignps_jax.gallery.cluster import on_cluster
 
-        find = partial(find_on_cluster, cluster, partial(Finder, seconds))
+        find = on_cluster(cluster, partial(Finder, seconds))
     return index(gallery, [source], every=0.4, find=find)
 
 
