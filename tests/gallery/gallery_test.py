@@ -158,28 +158,18 @@ def test_lookups_and_export(address, tmp_path):
 
 
 def test_what_cannot_be_is_a_line(tmp_path, address):
-    (tmp_path / "photo.jpg").touch()
-    gallery = Gallery.open(address)
-    stranger, unsure = (
-        Finder(fingerprint="e" * 64),
-        Finder(config=network_config(0.5)),
-    )
+    gallery, finder, photo = Gallery.open(address), Finder(), tmp_path / "photo.jpg"
+    photo.touch()
+    stranger, unsure = Finder(fingerprint="e" * 64), Finder(config=network_config(0.5))
     for call, message in (
-        (lambda: Gallery.open(address, stranger), "int f{12}, .*checkpoint e{12}, "),
-        (lambda: Gallery.open(address, unsure), r"threshold 0\.285.*threshold 0\.5"),
+        (lambda: Gallery.open(address, stranger), "checkpoint e{12}, .*checkpoint f{12}, "),
+        (lambda: Gallery.open(address, unsure), r"threshold 0\.5, .*threshold 0\.285, "),
         (lambda: Gallery.open(tmp_path), "found none in"),
-        (
-            lambda: Gallery.open(tmp_path, Finder(), True),
-            r"found photo\.jpg .* expected a gallery",
-        ),
-        (
-            lambda: Gallery.open(tmp_path / "photo.jpg", Finder(), True),
-            r"--gallery: .*\.jpg: ",
-        ),
+        (lambda: Gallery.open(tmp_path, finder, True), r"found photo\.jpg .* expected a gallery"),
+        (lambda: Gallery.open(photo, finder, True), r"--gallery: .*photo\.jpg: "),
         (lambda: gallery.embeddings(["nothing"]), "found nobody with the id 'nothing'"),
-        (lambda: gallery.search(np.ones(3), 1), "found embeddings of shape"),
-        (lambda: gallery.search(np.ones(DIM), 0), "found embeddings of shape"),
-        (lambda: gallery.add([tmp_path]), r"expected Gallery\.open\(\.\.\., detector="),
+        (lambda: gallery.search(np.ones(3), 1), r"found arrays of shapes \(1, 3\)"),
+        (lambda: gallery.add([photo]), r"expected Gallery\.open\(\.\.\., detector="),
         (lambda: gallery.people.export(tmp_path / "p.csv"), "expected a file .parquet"),
     ):
         with pytest.raises(UserError, match=message):
@@ -188,7 +178,6 @@ def test_what_cannot_be_is_a_line(tmp_path, address):
 
 def test_searches_during_commits_see_one_state(gallery):
     """Each commit adds three people of one direction: a search finds all of them or none."""
-    assert gallery.memory().cards(5) == []
 
     def write():
         for number in range(40):
@@ -199,9 +188,7 @@ def test_searches_during_commits_see_one_state(gallery):
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(write)
         while not done.done():
-            found = gallery.search(np.eye(DIM)[0], 10**4)
-            assert len({match.person.id for match in found}) == len(found)
-            assert len(found) % 3 == 0
+            assert len(gallery.search(np.eye(DIM)[0], 10**4)) % 3 == 0
     assert len(gallery.search(np.eye(DIM)[0], 10**4)) == 120
 
 
