@@ -48,11 +48,9 @@ def on_cluster(address: str, load: Callable[[], Detector]) -> Find:
 def _find(
     address: str, load: Callable[[], Detector], _: Detector, files: Sequence[MediaFile], *how: Any
 ) -> Results:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
-        quiet["include_dashboard"] = False
+    page: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        cluster = ray.init(address, **quiet)
+        cluster = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **page)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--cluster={address}: found no Ray cluster ({reason})") from error

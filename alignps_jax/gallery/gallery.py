@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -117,12 +118,6 @@ class Gallery:
         pairs = zip(matches, shares, strict=True)
         return [dataclasses.replace(one, probability=share) for one, share in pairs]
 
-    @property
-    def recall(self) -> float | None:
-        """None: searches are exact; else the share of the ten best found by the vector index."""
-        is_exact = self.memory().embeddings is not None
-        return None if is_exact else self.people.trained().get("recall")
-
     def add(self, paths: Place | Iterable[Place], every: float = 1.0) -> dict[str, str]:
         """`index` of photos, videos and folders; returns what could not be read, with reasons."""
         from alignps_jax.gallery.index import index  # a room above this one
@@ -150,7 +145,7 @@ class Gallery:
 
     def pixels(self, scene: Scene, side: int = 0) -> Image:
         """The photo, at most `side` pixels long if given, or the video's frame, RGB; UserError."""
-        path, most = self.file_of(scene), scene.height * scene.width
+        path, most = self.file_of(scene), sys.maxsize  # pixels: it was small enough when indexed
         if scene.second is not None:
             return frame_at(str(path), scene.second, most)
         return read_photo(path, most, side)
@@ -177,7 +172,8 @@ class PeopleInMemory:
     """N people and their scenes, as they are when this is made, `since` when and in `took` seconds.
 
     `scenes` is a table, newest first, those of unknown time last; `scene` (Int[N]) is each person's
-    row in it; `embeddings` (Float[C D]) are on the device, with room for more, if they fit.
+    row in it; `embeddings` (Float[C D]) are on the device, with room for more, if they fit; else
+    `recall` is the share of the ten best that the vector index finds.
     """
 
     def __init__(self, people: People):
@@ -204,6 +200,7 @@ class PeopleInMemory:
         np.maximum.at(best, self.scene, self.scores)
         self.scenes = scenes.append_column("score", pa.array(best)).append_column("row", rows)
         self.embeddings = _on_device(found["embedding"], people.info.dim) if has_room else None
+        self.recall = None if has_room else people.trained().get("recall")
         self.since = time.monotonic()
         self.took = self.since - start
 

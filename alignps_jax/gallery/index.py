@@ -196,10 +196,7 @@ class _Run:
 def watch(
     run: Callable[[], object], sources: Sequence[str], stop: threading.Event | None = None
 ) -> None:
-    """Runs `run` now, and again whenever something below the sources changes, until `stop`.
-
-    If `run` raises IncompleteError, that is printed.
-    """
+    """Runs `run` now, and after each change below the sources; prints an IncompleteError of it."""
     # The first turn comes without a change: it is watched before it is looked at.
     for turn, changes in enumerate(watchfiles.watch(*sources, **_WATCH, stop_event=stop)):
         if changes or turn == 0:

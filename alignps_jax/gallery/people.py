@@ -178,8 +178,8 @@ class People:
 
     @property
     def version(self) -> Hashable:
-        """Changes with every commit of files, scenes, people."""
-        return self.files.version, self.scenes.version, self.table.version
+        """Changes with every commit of files, scenes, people, and with their vector index."""
+        return tuple(x.version for x in (self.files, self.scenes, self.table, self._trained))
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""

@@ -75,8 +75,7 @@ def join_seconds(matches: Sequence[Match]) -> list[Entry]:
     entries: list[Entry] = []
     seen = defaultdict[tuple[str, int], list[tuple[int, Match]]](list)  # by content and second
     for match in matches:
-        scene = match.person.scene
-        second = int(scene.second or 0)
+        scene, second = match.person.scene, int(match.person.scene.second or 0)
         near = [
             number
             for turn in range(second - _NEIGHBORS, second + _NEIGHBORS + 1)
@@ -139,7 +138,7 @@ def search_photo(
             said += [f"first {best.person.scene.name}", f"similarity {best.similarity:.3f}"]
             said += [words(best.probability)] if best.probability is not None else []
         print(f"  {corners}:", ", ".join(said))
-    if (recall := gallery.recall) is not None:
+    if (recall := memory.recall) is not None:
         print(f"approximate: of the ten most similar people it finds {recall:.0%}")
     if gallery.calibration is None:
         print(f"note: {NOT_CALIBRATED}")

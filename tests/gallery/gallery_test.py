@@ -204,9 +204,9 @@ def test_a_vector_index_says_how_good_it_is_and_is_made_anew(gallery, monkeypatc
         return gallery.people.trained()["people"]
 
     grow(range(200))
-    assert gallery.recall is None
+    assert gallery.memory().recall is None
     assert indexed("0.jpg") == (before := len(gallery.memory()))
-    assert gallery.recall > 0.8
+    assert gallery.memory().recall > 0.8
     grow([999])  # found before the index knows them
     for number, where in ((7, Filter()), (7, Filter(cameras=("c7", "c8"))), (999, Filter())):
         match, *_ = gallery.search(people(4, number).embeddings[2], 5, where)
@@ -215,6 +215,8 @@ def test_a_vector_index_says_how_good_it_is_and_is_made_anew(gallery, monkeypatc
     assert indexed("1.jpg") == before
     grow(range(200, 400))
     assert indexed("2.jpg") == len(gallery.memory()) >= 2 * before
+    gallery.people.purge()  # leaves nothing that was made of people
+    assert gallery.people.trained() == {}
 
 
 def test_two_servers_lose_no_mark(gallery):
