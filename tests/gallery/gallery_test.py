@@ -189,6 +189,8 @@ def test_searches_during_commits_see_one_state(gallery):
         done = pool.submit(write)
         while not done.done():
             assert len(gallery.search(np.eye(DIM)[0], 10**4)) % 3 == 0
+            memory = gallery.memory()
+            assert len(memory) == 3 * len(memory.scenes)
     assert len(gallery.search(np.eye(DIM)[0], 10**4)) == 120
 
 

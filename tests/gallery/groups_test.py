@@ -48,7 +48,7 @@ def test_they_are_those_of_all_pairs(seed):
 
 
 def add(gallery, number, persons):
-    """Stores a photo: 1 to 3 are of one day, 4 and 5 of the next, later ones of no known day."""
+    """Stores a photo: 0 to 3 are of one day, 4 and 5 of the next, later ones of no known day."""
     day = datetime.datetime(2024, 5, 1 + (number > 3), 9, number) if number < 6 else None
     embeddings = np.eye(16)[["ABC".index(who) for who in persons]] + 0.01 * np.eye(16)[number]
     boxes = [[0, 10, 30, 90], [50, 10, 80, 80]][: len(persons)]
@@ -110,13 +110,14 @@ def test_what_users_do_stays_even_while_groups_are_made(gallery, monkeypatch):
     alone = groups.put([ids["2"]], "")
     assert (alone.people, alone.name) == ([ids["2"]], "")
     add(gallery, 9, "AB")
+    add(gallery, 0, "A")
     found = [(photos, name) for photos, _, name in shown(gallery, make_groups(gallery, Filter()))]
-    assert found == [("12", ""), ("1345", "Anna"), ("2", ""), ("69", ""), ("789", "")]
+    assert found == [("01345", "Anna"), ("12", ""), ("2", ""), ("69", ""), ("789", "")]
     assert elsewhere.all()[0].name == "Anna"
     gallery.people.remove(["/odd/7.jpg"])
     assert ("89", "", "") in shown(gallery, make_groups(gallery, Filter()))
     forget(gallery.people, photos=["/odd/1.jpg"])
-    assert ("345", "", "Anna") in shown(gallery, groups.all())
+    assert ("0345", "", "Anna") in shown(gallery, groups.all())
     assert ids["1"] not in groups.by_person()
     with pytest.raises(UserError, match="nobody of a group"):
         groups.put([ids["1"]], "x")
