@@ -13,9 +13,10 @@ import pytest
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import Filter, Match, Person, Scene, person_id
+from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.marks import Mark, Marks
-from alignps_jax.gallery.people import FileState, People
+from alignps_jax.gallery.people import FileState, People, Table
 from alignps_jax.gallery.search import join_seconds
 from tests.gallery.painted import Finder, commit, detections, made_up, network_config, write_photos
 
@@ -174,6 +175,23 @@ def test_what_cannot_be_is_a_line(tmp_path, address):
     ):
         with pytest.raises(UserError, match=message):
             call()
+
+
+def test_what_a_killed_commit_leaves_can_be_forgotten(gallery, monkeypatch):
+    put = Table.put
+
+    def put_some(table, rows):
+        left.pop()  # an error when none is left
+        put(table, rows)
+
+    monkeypatch.setattr(Table, "put", put_some)
+    for count in range(4):
+        left = [None] * count
+        with pytest.raises(IndexError):
+            commit(gallery, [made_up(f"/{count}.jpg", people(2))])
+        left = [None] * 9
+        forget(gallery.people, [*gallery.people.known_files()])
+        assert gallery.people.table.count() == gallery.people.scenes.count() == 0
 
 
 def test_searches_during_commits_see_one_state(gallery):

@@ -32,7 +32,6 @@ from tests.places import free_port
 FILES = 25
 MOTO = shutil.which("moto_server")  # pip install "moto[server]" anywhere, on the PATH
 BUCKET = "s3://people/people.lance"
-
 indexing.COMMIT_SECONDS = 0.05
 
 
@@ -72,7 +71,7 @@ def test_one_process(tmp_path, library, monkeypatch):
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # LanceDB warns of every fork
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # processes start at once
-    address, copy = str(tmp_path / "people.lance"), str(tmp_path / "copy.lance")
+    address = str(tmp_path / "people.lance")
     versions, photos = Path(address, "files.lance", "_versions"), Path(source).glob("*/*.jpg")
     rng, photos = random.Random(seed := int(os.environ.get("SEED", 5))), sorted(photos)
     for _ in range(int(os.environ.get("KILLS", 10))):
@@ -88,11 +87,6 @@ def test_one_process(tmp_path, library, monkeypatch):
         if rng.random() < 0.2:
             for path in rng.sample(photos, FILES // 2):
                 path.touch()
-        if len(list(versions.glob("*"))) > 1:  # whatever a kill leaves can be forgotten
-            people = People(shutil.copytree(address, copy))
-            forget(people, [*people.known_files()])
-            assert people.table.count() == people.scenes.count() == 0
-            shutil.rmtree(copy)
     run(address, source)
     assert content(address) == whole, f"seed {seed}"
     assert run(address, source).known == FILES
@@ -136,19 +130,14 @@ def bucket(monkeypatch):
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([MOTO, f"--port={port}"], **quiet) as process, socket.socket() as probe:
         while process.poll() is None and probe.connect_ex(("127.0.0.1", port)):
             time.sleep(0.1)
         files = fs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=True)
         files.create_dir("people")
-        found = fs.FileSelector("people", recursive=True)
-        yield lambda: b"".join(
-            files.open_input_file(one.path).read()
-            for one in files.get_file_info(found)
-            if one.is_file
-        )
+        listed = partial(files.get_file_info, fs.FileSelector("people", recursive=True))
+        yield lambda: b"".join(files.open_input_file(x.path).read() for x in listed() if x.is_file)
         process.terminate()
 
 
@@ -163,11 +152,9 @@ def test_a_bucket(bucket, library):
     ((match,),) = gallery.search_many(embedding, 1)
     assert match.person.id == person
     marks.put([Mark("view", person, True, 0.5, "secret")])
-    assert embedding.tobytes() in bucket()
-    assert b"secret" in bucket()
+    assert all(found in bucket() for found in (embedding.tobytes(), b"secret"))
     forget(gallery.people, persons=[person])
-    assert embedding.tobytes() not in bucket()
-    assert b"secret" not in bucket()
+    assert not any(found in bucket() for found in (embedding.tobytes(), b"secret"))
     assert marks.all() == []
     assert run(BUCKET, source).known == FILES
     assert gallery.memory().person(person) is None

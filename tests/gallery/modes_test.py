@@ -99,15 +99,12 @@ def test_results_end_and_groups_begin_where_they_are_likely(tmp_path, capsys):
         assert launched(words) == 0
         answers.append(json.loads(capsys.readouterr().out))
         assert answers[-1] == json.loads(Path("out/ranking.json").read_text())
-    left_out = 0
     for some, everybody in zip(*answers, strict=True):
         similarity = np.array([one["similarity"] for one in everybody["results"]])
         probability = np.array([one["probability"] for one in everybody["results"]])
         np.testing.assert_allclose(probability, curve.results(similarity, 9), atol=1e-5)
-        likely = [one for one in everybody["results"] if one["probability"] >= LIMIT]
-        assert some["results"] == likely != []
-        left_out += len(everybody["results"]) - len(likely)
-    assert left_out
+        assert 0 < (count := (probability >= LIMIT).sum()) < len(probability)
+        assert some["results"] == everybody["results"][:count]
     words = f"--mode=group --checkpoint={tmp_path}/own --gallery=people.lance --workdir=out"
     assert launched(f"{words} --json --across_days") == 0
     groups = json.loads(capsys.readouterr().out)
@@ -127,7 +124,6 @@ def test_results_end_and_groups_begin_where_they_are_likely(tmp_path, capsys):
 def test_export_and_forget(tmp_path, capsys):
     address = shutil.copytree("people.lance", tmp_path / "people.lance")
     assert launched(f"--mode=export --gallery={address} --target={tmp_path}/p.parquet") == 0
-    assert (tmp_path / "p.parquet").stat().st_size > 1000
     gallery = Gallery.open(address)
     one, *others = [person.id for person in people_in(gallery, ONLY, *OTHERS[:-1])]
     query = gallery.embeddings([one])[0]

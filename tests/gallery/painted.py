@@ -80,8 +80,7 @@ def encoded(photo, suffix=".png"):
 
 def detections(boxes, scores, embeddings):
     """What a network gives: all valid, embeddings of length one."""
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    parts = boxes, scores, embeddings / lengths
+    parts = boxes, scores, embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     return Detections(*(np.asarray(x, np.float32) for x in parts), np.ones(len(scores), bool))
 
 
@@ -122,8 +121,7 @@ class Finder(Detector):
         return jax.tree.map(lambda *parts: np.stack(parts)[None], *found)
 
     def find(self, image):
-        seed = int(image.astype(np.int64).sum())
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed := int(image.astype(np.int64).sum()))
         corner = rng.uniform(0, 50, (5, 2))
         boxes = np.hstack([corner, corner + rng.uniform(5, 40, (5, 2))])
         found = detections(boxes, -np.sort(-rng.uniform(0.2, 1, 5)), rng.normal(size=(5, 16)))
