@@ -16,7 +16,8 @@ from alignps_jax.evaluation.scoring import evaluate_detections
 from alignps_jax.types import IncompleteError, UserError
 from configs import cuhk
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
-from tests.gallery.networks import network_config, photo, write_checkpoint, write_video
+from tests.gallery.painted import network_config, photo, write_checkpoint
+from tests.media.clips import write_clip
 
 TURNED = 6  # by a quarter, as most phones store portraits
 
@@ -39,7 +40,7 @@ def data(run, tmp_path_factory):
     stored.save(root / "images" / "cam1" / "phone.png", exif=exif)
     Image.fromarray(photo(1)).save(cache / "0a1b2c.png")
     (root / "images" / "link.png").symlink_to(cache / "0a1b2c.png")
-    write_video(root / "images" / "v.mp4", [photo(seed) for seed in range(8)], rate=4)
+    write_clip(root / "images" / "v.mp4", [number / 4 for number in range(8)])
     for name in ("train.json", "people.csv", "people.npz"):
         detect_source(run, network_config(), str(root / "images"), 1.0, root / name)
     return root

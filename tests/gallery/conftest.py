@@ -1,11 +1,15 @@
-"""The painted gallery and a visitor to its page, made anew for each file of tests."""
-
-import importlib.util
+"""Galleries: an empty one for each test, and the painted one with its page for each file."""
 
 import pytest
 
-if not all(map(importlib.util.find_spec, ("fastapi", "lancedb"))):  # the extra gallery
-    collect_ignore_glob = ["page_*_test.py", "page_test.py", "browser_test.py"]
+from alignps_jax.gallery.gallery import Gallery
+from tests.gallery.page_server import painted_site, visitor
+from tests.gallery.painted import Finder
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    return Gallery.open(tmp_path / "people.lance", Finder(), create=True)
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +19,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(folder):
-    # Imported here: other tests of this folder do without the extra gallery.
-    from tests.gallery.page_server import painted_site
-
     return painted_site(folder)
 
 
 @pytest.fixture
 def client(site):
-    from tests.gallery.page_server import visitor
-
     return visitor(site)

@@ -8,23 +8,10 @@ import pytest
 
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import Calibration
-from alignps_jax.gallery.entries import Filter, Scene, scene_id
+from alignps_jax.gallery.entries import Filter
 from alignps_jax.gallery.forget import forget
-from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups, clusters, make_groups
-from alignps_jax.gallery.people import FileState, FoundScene
-from alignps_jax.types import Detections
-from tests.gallery.finder import Finder
-
-
-def unit(rows):
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
-def people(rng, count):
-    """Embeddings of four persons, unlike in number, and who each is."""
-    who = np.minimum(rng.geometric(0.4, count) - 1, 3)
-    return unit(rng.normal(size=(4, 24))[who] + 0.5 * rng.normal(size=(count, 24))), who
+from tests.gallery.painted import commit, detections, made_up
 
 
 def joined(embeddings, scene, limit, number):
@@ -49,62 +36,51 @@ def joined(embeddings, scene, limit, number):
 def test_they_are_those_of_all_pairs(seed):
     rng = np.random.default_rng(seed)
     count, limit = [14, 1, 2, 16][seed % 4], float(rng.uniform(0, 0.8))  # all are neighbors
-    embeddings, scene = people(rng, count)[0], rng.integers(0, 9, count)
+    scene, who = rng.integers(0, 9, count), rng.integers(0, 4, count)
+    rows = rng.normal(size=(4, 24))[who] + 0.5 * rng.normal(size=(count, 24))
+    embeddings = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     number = rng.choice([0, 0, 0, 1, 2], count) * (seed > 5)
     found = clusters(embeddings, scene, limit, number)
     expected = joined(embeddings, scene.tolist(), limit, number)
     assert sorted(map(sorted, found)) == sorted(map(sorted, expected))
-
-
-def test_many_people_the_most_typical_first():
-    embeddings, who = people(np.random.default_rng(1), 1500)
-    found = clusters(embeddings, np.arange(1500), 0.5, np.zeros(1500, int))
-    assert sorted(map(len, found)) == sorted(np.bincount(who).tolist())
-    for rows in found:
-        assert len(set(who[rows])) == 1
+    for rows in found:  # the most typical first
         assert (np.diff(embeddings[rows] @ embeddings[rows].mean(axis=0)) <= 1e-5).all()
 
 
-# Who is in which photo.
-PHOTOS = ("AB", "AB", "AC", "A", "A", "B", "A", "A")
-
-
 def add(gallery, number, persons):
-    """Stores a photo: 1 to 3 are of one day, 4 and 5 of the next, later ones of no known day."""
-    path = f"/{'odd' if number % 2 else 'even'}/{number}.jpg"
+    """Stores a photo: 0 to 3 are of one day, 4 and 5 of the next, later ones of no known day."""
     day = datetime.datetime(2024, 5, 1 + (number > 3), 9, number) if number < 6 else None
-    embeddings = np.eye(16)[[ord(who) - ord("A") for who in persons]] + 0.01 * np.eye(16)[number]
-    boxes = np.array([[0, 10, 30, 90], [50, 10, 80, 90]], np.float32)[: len(persons)]
-    found = Detections(boxes, boxes[:, 3] / 99, unit(embeddings), boxes[:, 3] > 0)
-    scene = Scene(scene_id(path, None), path, 120, 160, day, "", None, path)
-    gallery.people.commit([FoundScene(scene, found)], [FileState(path, 1, 1, path)])
+    embeddings = np.eye(16)[["ABC".index(who) for who in persons]] + 0.01 * np.eye(16)[number]
+    boxes = [[0, 10, 30, 90], [50, 10, 80, 80]][: len(persons)]
+    found = detections(boxes, [0.9, 0.8][: len(persons)], embeddings)
+    commit(gallery, [made_up(f"/{('even', 'odd')[number % 2]}/{number}.jpg", found, day)])
 
 
 @pytest.fixture
-def gallery(tmp_path):
-    made = Gallery.open(tmp_path / "people.lance", Finder(), create=True)
-    made.calibration = Calibration("", 99.0, [0.4, 0.6], *[[0.1, 0.9]] * 2, *[[1, 9]] * 2)
-    for number, persons in enumerate(PHOTOS, 1):
-        add(made, number, persons)
-    return made
+def gallery(gallery):
+    gallery.calibration = Calibration("", 99.0, [0.4, 0.6], *[[0.1, 0.9]] * 2, *[[1, 9]] * 2)
+    for number, persons in enumerate(["AB", "AB", "AC", "A", "A", "B", "A", "A"], 1):
+        add(gallery, number, persons)
+    return gallery
 
 
 def shown(gallery, groups):
     """Photos, day, name of each group."""
-    photos = [
-        [gallery.memory().person(one).scene.path[-5] for one in group.people] for group in groups
-    ]
-    found = zip(photos, groups, strict=True)
-    return sorted(("".join(sorted(each)), group.day, group.name) for each, group in found)
+    found = []
+    for group in groups:
+        people = gallery.memory().named(group.people).values()
+        photos = sorted(person.scene.path[-5] for person in people)
+        found.append(("".join(photos), group.day, group.name))
+    return sorted(found)
 
 
 def test_groups_hold_for_a_day_or_across_days(gallery):
-    by_day = shown(gallery, make_groups(gallery, Filter()))
-    assert [photos for photos, *_ in by_day] == ["12", "123", "45", "78"]
-    assert [day for _, day, _ in by_day] == [*["2024-05-01"] * 2, "2024-05-02", ""]
+    by_day = [(photos, day) for photos, day, _ in shown(gallery, make_groups(gallery, Filter()))]
+    days = ["2024-05-01", "2024-05-01", "2024-05-02", ""]
+    assert by_day == [*zip(("12", "123", "45", "78"), days, strict=True)]
     everybody = make_groups(gallery, Filter(), across_days=True)
-    assert shown(gallery, everybody[:1]) == [("1234578", "", "")]
-    assert shown(gallery, everybody[1:]) == [("126", "", "")]
+    assert [len(group.people) for group in everybody] == [7, 3]
+    assert shown(gallery, everybody) == [("1234578", "", ""), ("126", "", "")]
     even = make_groups(gallery, Filter(folder="/even"), across_days=True)
     assert [photos for photos, *_ in shown(gallery, even)] == ["1", "1357", "248", "26"]
     gallery.calibration = None
@@ -112,40 +88,36 @@ def test_groups_hold_for_a_day_or_across_days(gallery):
         make_groups(gallery, Filter())
 
 
-def test_what_users_do_while_groups_are_made_stays(gallery, monkeypatch):
-    groups = Groups(gallery.people)
-    for one in make_groups(gallery, Filter()):
-        monkeypatch.setattr(
-            "alignps_jax.gallery.groups.clusters",
-            lambda *given, one=one: (groups.put(one.people, one.people[0]), clusters(*given))[1],
-        )
-        make_groups(gallery, Filter())
-        assert groups.by_person()[one.people[0]].name == one.people[0]
-
-
-def test_what_users_do_stays(gallery):
-    memory = gallery.memory()
-    everybody = memory.people(np.arange(len(memory)))
-    ids = {one.scene.path[-5]: one.id for one in everybody if one.box[0] == 0}
+def test_what_users_do_stays_even_while_groups_are_made(gallery, monkeypatch):
     make_groups(gallery, Filter())
     groups, elsewhere = Groups(gallery.people), Groups(gallery.people)
+    people = gallery.memory().named(groups.by_person()).values()
+    ids = {one.scene.path[-5]: one.id for one in people if one.box[0] == 0}
     first, other = (groups.by_person()[ids[photo]] for photo in "14")
-    anna = groups.put(first.people, "Anna")
-    assert (anna.name, anna.day) == ("Anna", "2024-05-01")
+
+    def meanwhile(*given):
+        groups.put(first.people, "Anna")
+        return clusters(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("alignps_jax.gallery.groups.clusters", meanwhile)
+        make_groups(gallery, Filter())
+    anna = groups.by_person()[ids["1"]]
+    assert (anna.name, anna.day, {*anna.people}) == ("Anna", "2024-05-01", {*first.people})
     merged = elsewhere.put([*other.people, *anna.people, "nobody"])
     assert (merged.name, merged.day) == ("Anna", "")
-    assert sorted(merged.people) == sorted(other.people + anna.people)
+    assert {*merged.people} == {*other.people, *anna.people}
     alone = groups.put([ids["2"]], "")
     assert (alone.people, alone.name) == ([ids["2"]], "")
     add(gallery, 9, "AB")
-    add(gallery, 3, "A")  # nothing new
+    add(gallery, 0, "A")
     found = [(photos, name) for photos, _, name in shown(gallery, make_groups(gallery, Filter()))]
-    assert found == [("12", ""), ("1345", "Anna"), ("2", ""), ("69", ""), ("789", "")]
+    assert found == [("01345", "Anna"), ("12", ""), ("2", ""), ("69", ""), ("789", "")]
     assert elsewhere.all()[0].name == "Anna"
     gallery.people.remove(["/odd/7.jpg"])
     assert ("89", "", "") in shown(gallery, make_groups(gallery, Filter()))
     forget(gallery.people, photos=["/odd/1.jpg"])
-    assert ("345", "", "Anna") in shown(gallery, groups.all())
+    assert ("0345", "", "Anna") in shown(gallery, groups.all())
     assert ids["1"] not in groups.by_person()
     with pytest.raises(UserError, match="nobody of a group"):
         groups.put([ids["1"]], "x")

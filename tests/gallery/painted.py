@@ -1,26 +1,68 @@
-"""Photos of people who are colored rectangles, and a detector that finds exactly those."""
+"""Stand-ins for a trained network, from random weights to none, with their photos and galleries."""
 
-from __future__ import annotations
-
-import dataclasses
 import datetime
+import os
 import time
-from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 
+from alignps_jax.checkpoint.store import Checkpoints
 from alignps_jax.files import write_image
 from alignps_jax.gallery.entries import Scene, content_hash, scene_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
+from alignps_jax.inference.many import above
+from alignps_jax.inference.predict import inference_model
 from alignps_jax.media.photos import read_photo
-from alignps_jax.types import Detections
+from alignps_jax.nn.model import weights_template
+from alignps_jax.types import Detections, OIMMemory, TrainState
 from configs import tiny
 
 RED, GREEN, BLUE, PINK = (230, 40, 40), (40, 200, 60), (50, 70, 230), (240, 60, 200)
 SIZE = (240, 320)  # height, width of a photo
+
+
+def network_config(threshold=0.285, variant=""):
+    """A network that finds at most five people of that score."""
+    config = tiny.get_config(variant)
+    config.data.max_pixels = 1_000_000
+    config.eval.score_threshold = threshold
+    config.eval.max_detections = 5
+    return config.lock()
+
+
+def write_checkpoint(folder, config, seed=0):
+    """A checkpoint of random weights, as training would leave one."""
+    template = weights_template(inference_model(config))
+    rng = np.random.default_rng(seed)
+
+    def random(leaf):
+        return rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
+
+    params, frozen = jax.tree.map(random, (template.params, template.frozen))
+    frozen = jax.tree.map(np.abs, frozen)  # there are variances
+    params["head"]["scale0"] = np.ones((), np.float32)
+    params["head"]["box_predictor"]["bias"] = np.array([1.5, 2, 1.5, 2], np.float32)
+    memory = OIMMemory(np.ones((2, 2), np.float32), np.zeros((0, 2), np.float32), np.int32(0))
+    with Checkpoints(folder, keep=1, config=config) as checkpoints:
+        checkpoints.save(TrainState(np.int32(7), params, frozen, (), memory), {})
+    return folder
+
+
+def photo(seed, height=96, width=128):
+    """Colored blots, others for every seed."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def write_photos(folder, names, first=0):
+    """A photo of its own for each name."""
+    for seed, name in enumerate(names, first):
+        write_image(folder / name, photo(seed))
 
 
 def painted(*people, size=SIZE):
@@ -36,46 +78,58 @@ def encoded(photo, suffix=".png"):
     return cv2.imencode(suffix, cv2.cvtColor(photo, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
+def detections(boxes, scores, embeddings):
+    """What a network gives: all valid, embeddings of length one."""
+    parts = boxes, scores, embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return Detections(*(np.asarray(x, np.float32) for x in parts), np.ones(len(scores), bool))
+
+
 class ColorDetector(Detector):
-    """Finds everything that is colorful; the embedding is the color's direction, the score 0.9.
+    """Finds what is colorful; unsure of what is smaller than 30x80 pixels; `delay` in seconds."""
 
-    What is smaller than 30x80 pixels has a score below what is shown. `delay` is in seconds.
-    """
-
-    name = "colors, step 7"
-    folder = None
-    step = 7
-    fingerprint = "c0105" * 8
+    config, name, folder, fingerprint = tiny.get_config().lock(), "colors", None, "c0105" * 8
 
     def __init__(self, delay=0.0):
-        self.config = tiny.get_config().lock()
         self.delay = delay
 
     def detect(self, image):
         time.sleep(self.delay)
         spread = image.max(axis=2).astype(int) - image.min(axis=2)
-        count, label = cv2.connectedComponents((spread > 80).astype(np.uint8))
-        boxes, scores, embeddings = [], [], []
-        for number in range(1, count):
-            y, x = np.nonzero(label == number)
-            if len(x) < 100:
-                continue
-            boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
-            scores.append(0.9 if len(x) > 2000 else 0.05)
-            color = image[label == number].mean(axis=0) - 120.0
-            embedding = np.zeros(self.config.model.channels)
-            embedding[:3] = color / np.linalg.norm(color)
-            embeddings.append(embedding)
-        order = np.argsort(scores)[::-1]
-        return Detections(
-            np.array(boxes, np.float32).reshape(-1, 4)[order],
-            np.array(scores, np.float32)[order],
-            np.array(embeddings, np.float32).reshape(-1, self.config.model.channels)[order],
-            np.ones(len(scores), bool),
-        )
+        about = cv2.connectedComponentsWithStats((spread > 80).astype(np.uint8))[2][1:]
+        about = about[about[:, cv2.CC_STAT_AREA] >= 100]
+        about = about[np.argsort(-about[:, cv2.CC_STAT_AREA], kind="stable")]
+        x, y, width, height, area = about.T
+        embeddings = np.zeros((len(area), self.config.model.channels))
+        embeddings[:, :3] = image[y + height // 2, x + width // 2] - 120.0
+        boxes = np.stack([x, y, x + width, y + height], axis=1)
+        return detections(boxes, np.where(area > 2000, 0.9, 0.05), embeddings)
 
 
-def write_photos(folder: Path) -> None:
+class Finder(Detector):
+    """Finds up to four people, always the same in the same pixels; `looked` counts the photos."""
+
+    name, folder, rows = "a finder, step 1", None, 2
+
+    def __init__(self, seconds=0.0, fingerprint="f" * 64, config=None):
+        self.seconds, self.fingerprint, self.looked = seconds, fingerprint, 0
+        self.config = config or network_config()
+
+    def detect_batch(self, batch):
+        time.sleep(self.seconds)
+        self.looked += int(np.sum(batch.valid_image))
+        found = [self.find(np.asarray(image)) for image in batch.image]
+        return jax.tree.map(lambda *parts: np.stack(parts)[None], *found)
+
+    def find(self, image):
+        rng = np.random.default_rng(seed := int(image.astype(np.int64).sum()))
+        corner = rng.uniform(0, 50, (5, 2))
+        boxes = np.hstack([corner, corner + rng.uniform(5, 40, (5, 2))])
+        found = detections(boxes, -np.sort(-rng.uniform(0.2, 1, 5)), rng.normal(size=(5, 16)))
+        found.valid[seed % 5 :] = False
+        return found
+
+
+def paint_photos(folder):
     """Eight photos: red is in four of them, green in three, blue and pink in one each."""
     photos = {
         "yard/a.png": painted((RED, (20, 60)), (GREEN, (200, 90))),
@@ -91,45 +145,39 @@ def write_photos(folder: Path) -> None:
         write_image(folder / name, photo)
 
 
-def gallery_of(folder: Path, address: Path, detector: Detector) -> Gallery:
+def gallery_of(folder, address, detector):
     """A gallery of the photos below a folder; the folder's name is the camera."""
     gallery = Gallery.open(address, detector, create=True)
-    scenes = []
-    for hour, path in enumerate(sorted(folder.rglob("*.png"))):
-        image = read_photo(path, 10**6)
-        scenes.append(indexed(path, image, detector, datetime.datetime(2026, 5, 1, hour)))
-    commit(gallery, scenes)
+    hours = enumerate(sorted(folder.rglob("*.png")))
+    times = ((path, datetime.datetime(2026, 5, 1, hour)) for hour, path in hours)
+    commit(gallery, [indexed(path, read_photo(path, 10**6), detector, at) for path, at in times])
     return gallery
 
 
-def commit(gallery: Gallery, scenes: list[FoundScene]) -> None:
-    """Stores scenes, and the files that they are of."""
-    files = {}
-    for found in scenes:
-        path, about = found.scene.path, Path(found.scene.path).stat()
-        files[path] = FileState(path, about.st_size, about.st_mtime_ns, found.scene.hash)
-    gallery.people.commit(scenes, list(files.values()))
+def commit(gallery, scenes):
+    """Stores scenes, and the files that they are of, which need not be there."""
+    files = []
+    for path, one in {one.scene.path: one for one in scenes}.items():
+        about = os.stat(path if os.path.exists(path) else __file__)
+        files.append(FileState(path, about.st_size, about.st_mtime_ns, one.scene.hash))
+    gallery.people.commit(scenes, files)
 
 
 def indexed(path, image, detector, taken=None, second=None):
     """What is to be stored of a photo, or a frame."""
     content = content_hash(path.read_bytes())
-    scene = Scene(
-        id=scene_id(content, second),
-        path=str(path),
-        height=image.shape[0],
-        width=image.shape[1],
-        taken=taken,
-        camera=path.parent.name,
-        second=second,
-        hash=content,
-    )
-    found = detector.detect(image)
-    people = Detections(*(np.asarray(x)[found.scores >= 0.2] for x in dataclasses.astuple(found)))
+    about = *image.shape[:2], taken, path.parent.name, second, content
+    scene = Scene(scene_id(content, second), str(path), *about)
+    return FoundScene(scene, above(detector.detect(image), 0.2))
+
+
+def made_up(path, people, taken=None, camera="", second=None):
+    """The same for people of whom there is no picture."""
+    scene = Scene(scene_id(path, second), path, 90, 120, taken, camera, second, path)
     return FoundScene(scene, people)
 
 
 def scenes_of(site):
     """All photos and frames of a gallery."""
-    cards = site.gallery.memory().cards(99)
-    return [scene for card in cards for scene in site.gallery.memory().scenes_of(card.scene.hash)]
+    memory = site.gallery.memory()
+    return [scene for card in memory.cards(99) for scene in memory.scenes_of(card.scene.hash)]

@@ -10,7 +10,7 @@ from PIL import Image
 from alignps_jax.files import write_image
 from alignps_jax.inference.detector import Detector
 from alignps_jax.types import UserError
-from tests.gallery.networks import network_config, photo, write_checkpoint
+from tests.gallery.painted import network_config, photo, write_checkpoint
 
 
 @pytest.fixture(scope="module")

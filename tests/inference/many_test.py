@@ -8,8 +8,7 @@ import time
 import pytest
 
 from alignps_jax.inference.many import Photo, detect_all
-from tests.gallery.finder import Finder
-from tests.gallery.networks import photo
+from tests.gallery.painted import Finder, photo
 
 
 def find_all(tasks):
