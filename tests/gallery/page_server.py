@@ -11,17 +11,36 @@ import subprocess
 import sys
 import threading
 
+import cv2
+import httpx
+import numpy as np
 import uvicorn
 from starlette.testclient import TestClient
 
+from alignps_jax.evaluation.calibration import Calibration
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.access import Door, ImpatientProtocol, guarded
 from alignps_jax.gallery.page.app import make_app
 from alignps_jax.gallery.page.site import Site
-from tests.gallery.painted import ColorDetector, gallery_of, write_photos
-from tests.places import ROOT, heed_signals
+from tests.gallery.painted import (
+    GREEN,
+    RED,
+    SIZE,
+    ColorDetector,
+    commit,
+    encoded,
+    gallery_of,
+    indexed,
+    painted,
+    scenes_of,
+    write_photos,
+)
+from tests.places import ROOT, free_port, heed_signals
 
 READ = {"alignps_responsible_use": "read"}
 OWN = {"Origin": "http://localhost"}
+PUBLIC = "photos.example.org"
+RED_PHOTO = encoded(painted((RED, (10, 10))))
 
 
 def painted_site(folder, detector=None):
@@ -32,6 +51,34 @@ def painted_site(folder, detector=None):
         write_photos(photos)
     gallery = gallery_of(photos, folder / "people.lance", detector)
     return Site(gallery)
+
+
+SECONDS, RATE = 8, 5  # of a video
+
+
+def video_site(folder):
+    """What serves a video that browsers play: red walks, green stands there from second 4 on."""
+
+    def frame(second):
+        red = RED, (10 + 20 * int(second), 100)
+        return painted(red, *([(GREEN, (250, 20))] if second >= 4 else []))
+
+    detector, path = ColorDetector(), folder / "walk.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), RATE, SIZE[::-1])
+    assert writer.isOpened()
+    for number in range(SECONDS * RATE):
+        writer.write(cv2.cvtColor(frame(number / RATE), cv2.COLOR_RGB2BGR))
+    writer.release()
+    gallery = Gallery.open(folder / "people.lance", detector, create=True)
+    seconds = map(float, range(SECONDS))
+    commit(gallery, [indexed(path, frame(x), detector, second=x, every=1.0) for x in seconds])
+    return Site(gallery)
+
+
+def calibration(power):
+    """The probability is a power of the similarity."""
+    curve = np.linspace(0, 0.99, 50)
+    return Calibration("a set", 9, curve, curve**power, curve, curve, curve)
 
 
 def closed(site, door=None):
@@ -65,6 +112,40 @@ def running(app):
             server.should_exit = True
             thread.join(timeout=20)
             assert not thread.is_alive()
+
+
+NGINX = """
+master_process off; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{}}
+http {{
+  access_log off; client_max_body_size 70m; client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u;
+  scgi_temp_path {folder}/s;
+  server {{
+    listen 127.0.0.1:{tls} ssl; ssl_certificate {folder}/cert.pem;
+    ssl_certificate_key {folder}/key.pem;
+    location / {{ proxy_pass http://127.0.0.1:{port}; }}
+  }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def behind_nginx(site, folder):
+    """Serves with a token behind a proxy that speaks TLS; gives the address that lets one in."""
+    tls = free_port()
+    public, config = f"https://{PUBLIC}:{tls}", folder / "nginx.conf"
+    files = ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={PUBLIC}"]
+    subprocess.run([*make, *files], check=True, capture_output=True)
+    with running(closed(site, Door.of("127.0.0.1", tls, "secret", public))) as port:
+        config.write_text(NGINX.format(folder=folder, tls=tls, port=port))
+        nginx = ["nginx", "-c", config, "-p", folder, "-e", folder / "error.log"]
+        subprocess.run(nginx, check=True)  # it listens before it goes into the background
+        try:
+            yield f"{public}/?token=secret"
+        finally:
+            subprocess.run([*nginx, "-s", "stop"], check=True)
 
 
 SERVE = """
@@ -101,7 +182,7 @@ def upload(client, photo, name="query.png", **fields):
     return client.post("/upload", files={"photo": (name, photo)}, data=fields)
 
 
-def uploaded(client, photo):
+def uploaded(client, photo=RED_PHOTO):
     """The address of an uploaded photo whose people were found."""
     answer = upload(client, photo)
     assert answer.status_code == 303, answer.text
@@ -112,6 +193,16 @@ def people(page):
     """The searches that a page of a photo offers."""
     found = re.findall(r'<a href="(/search\?[^"]*)" tabindex', page.text)
     return [html.unescape(address) for address in found]
+
+
+def query_of(client, photo=RED_PHOTO):
+    """The address of the search for somebody of an uploaded photo."""
+    return httpx.URL(people(client.get(uploaded(client, photo)))[0])
+
+
+def everybody(site):
+    """All people of a gallery."""
+    return [one for scene in scenes_of(site) for one in site.gallery.people_of(scene.id)]
 
 
 def results(page):

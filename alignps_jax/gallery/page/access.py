@@ -30,7 +30,7 @@ MAX_BODY = 64 << 20  # bytes; the largest photos of cameras have some 50 MB
 YEAR = 365 * 24 * 3600  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 # Time limits of every client for the head and the body of a request, in seconds.
-_PATIENCE = {h11.IDLE: 10, h11.SEND_BODY: 120}
+PATIENCE = {h11.IDLE: 10, h11.SEND_BODY: 120}
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -174,7 +174,7 @@ class ImpatientProtocol(H11Protocol):
 
     def _watch(self, phase: Any) -> None:
         if phase is not self._phase:
-            self._phase, seconds = phase, _PATIENCE.get(phase)
+            self._phase, seconds = phase, PATIENCE.get(phase)
             if self._deadline is not None:
                 self._deadline.cancel()
             self._deadline = seconds and self.loop.call_later(seconds, self.transport.close)

@@ -36,7 +36,7 @@ from alignps_jax.gallery.watch import watch
 
 READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
-_RARELY, _LEAST = 20.0, 2.0
+RARELY, LEAST = 20.0, 2.0
 _MAX_FOLDERS = 300  # that a filter offers; others can be typed
 
 
@@ -104,7 +104,7 @@ class Site:
             except (UserError, OSError) as error:  # a disk that is not mounted comes back
                 self._overview = self._overview | {"trouble": str(error)}
             end = time.monotonic()
-            self._next = end + max(_LEAST, _RARELY * (end - begin))
+            self._next = end + max(LEAST, RARELY * (end - begin))
         is_calibrated, progress = gallery.calibration is not None, self.photos.status()
         return {**self._overview, "is_calibrated": is_calibrated, "progress": progress}
 
