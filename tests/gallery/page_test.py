@@ -17,6 +17,8 @@ import pillow_heif
 import pytest
 from PIL import Image
 
+from alignps_jax.gallery.entries import Filter
+from alignps_jax.gallery.groups import make_groups
 from alignps_jax.media.photos import decode_photo
 from tests.gallery.page_server import (
     RED_PHOTO,
@@ -240,11 +242,37 @@ def test_a_person_is_forgotten_with_its_marks(tmp_path):
     nobody = {"person": rest[0].id, "what": "nobody"}
     assert client.post("/forget", data=nobody).status_code == 200
     assert site.gallery.num_people == 7
-    # Somebody who was missed is added by a box, and found from then on.
+    # Somebody who was missed is added by a box, found from then on, and can be forgotten, too.
     place = f"/scene/{rest[0].scene.id}/person"
-    box = ",".join(map(str, rest[0].box))
-    assert client.post(place, data={"box": box}).status_code == 303
+    added = client.post(place, data={"box": ",".join(map(str, rest[0].box))})
     assert site.gallery.num_people == 8
+    person = httpx.URL(added.headers["location"]).params["person"]
+    client.post("/forget", data={"person": person})
+    assert client.get("/search", params={"view": person}).status_code == 404
+
+
+def test_a_box_is_drawn_anew_and_keeps_name_and_marks(tmp_path):
+    site = painted_site(tmp_path)
+    site.gallery.calibration = calibration(4)
+    client = visitor(site)
+    old, other = [one for one in everybody(site) if color_of(site, one.id) == RED][:2]
+    make_groups(site.gallery, Filter())
+    client.post(f"/people/{old.id}", data={"change": "name", "name": "Ada"})
+    client.post("/mark", data={"view": old.id, "person": other.id, "mark": "right"})
+    client.post("/mark", data={"view": other.id, "person": old.id, "mark": "wrong"})
+    x1, y1, x2, _ = old.box.tolist()
+    drawn = {"box": f"{x1 + 2},{y1 + 5},{x2 - 3},999", "person": old.id}
+    answer = client.post(f"/scene/{old.scene.id}/person", data=drawn)
+    assert client.post(f"/scene/{old.scene.id}/person", data=drawn).status_code == 404
+    anew = site.gallery.person(httpx.URL(answer.headers["location"]).params["person"])
+    assert anew.box.tolist() == [x1 + 2, y1 + 5, x2 - 3, old.scene.height]
+    assert site.gallery.person(old.id) is None
+    assert site.gallery.num_people == 9
+    assert site.groups.by_person()[anew.id].name == "Ada"
+    marks = {(one.view, one.person, one.right) for one in site.marks.all()}
+    assert marks == {(anew.id, other.id, True), (other.id, anew.id, False)}
+    found = results(client.get("/search", params={"view": anew.id}))
+    assert color_of(site, found[0][1]) == RED
 
 
 def test_photos_of_results_are_downloaded_with_their_boxes(client, site):

@@ -7,13 +7,9 @@ import dataclasses
 import io
 import json
 import os
-import threading
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, BinaryIO, cast
-
-from cachetools import LRUCache, cachedmethod
 
 from alignps_jax.boxes import as_stored
 from alignps_jax.errors import UserError
@@ -42,20 +38,18 @@ class Marks:
     """The marks of a gallery. They belong to a person, whatever views a query has of it."""
 
     def __init__(self, people: People):
-        self._notes = people.notes("marks")
-        self._known: LRUCache[int, list[Mark]] = LRUCache(1)
-        self._lock = threading.Lock()
+        self.notes = people.notes("marks")
 
-    @cachedmethod(attrgetter("_known"), lambda self: self._notes.version, attrgetter("_lock"))
     def all(self) -> list[Mark]:
         """Every mark, the oldest first."""
-        return [Mark(x.people[0], x.people[1], **x.content) for x in self._notes.all()]
+        return [Mark(x.people[0], x.people[1], **x.content) for x in self.notes.all()]
 
     def about(self, views: Collection[str]) -> list[Mark]:
         """The marks of the person who is seen in some views (ids)."""
-        groups = identities(self.all(), [views])
+        marks = self.all()
+        groups = identities(marks, [views])
         same = next((group for group in groups if not group.isdisjoint(views)), set())
-        return [mark for mark in self.all() if mark.view in same]
+        return [mark for mark in marks if mark.view in same]
 
     def set(self, views: Sequence[Person], people: dict[str, float], right: bool | None) -> None:
         """Says of results (similarity by id) that they are right, wrong, or nothing any more."""
@@ -67,16 +61,21 @@ class Marks:
             for person, similarity in people.items():
                 content = {"right": right, "similarity": similarity, "name": view.scene.name}
                 notes.append(Note(f"{view.id}>{person}", (view.id, person), content))
-        self._notes.put(notes)
+        self.notes.put(notes)
 
     def remove(self, views: Collection[str], people: Collection[str] = ()) -> list[Note]:
         """Removes the marks of a person, all or those of some results; returns the notes."""
         gone = [one for one in self.about(views) if not people or one.person in people]
-        return self._notes.remove([f"{mark.view}>{mark.person}" for mark in gone])
+        return self.notes.remove([f"{mark.view}>{mark.person}" for mark in gone])
 
-    def restore(self, notes: Sequence[Note]) -> None:
-        """Undoes `remove`."""
-        self._notes.put(notes)
+
+def move_notes(people: People, old: str, new: str) -> None:
+    """What was said about a person (id) is said about another one from now on."""
+    for notes in (people.notes("marks"), people.notes("groups")):
+        for note in [note for note in notes.all() if old in note.people]:
+            both = tuple(new if one == old else one for one in note.people)
+            notes.put([dataclasses.replace(note, id=note.id.replace(old, new), people=both)])
+            notes.remove([note.id])
 
 
 def identities(marks: Iterable[Mark], views: Iterable[Collection[str]] = ()) -> list[set[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import html
 import mimetypes
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from alignps_jax.errors import UserError
+from alignps_jax.gallery.entries import person_id
+from alignps_jax.gallery.page.marks import move_notes
 from alignps_jax.gallery.page.results import SearchRequest
 from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
 from alignps_jax.gallery.page.uploads import FULL, PERSON, PREVIEW, SMALL
@@ -36,18 +39,17 @@ router = APIRouter()
 Text = Annotated[str, Form()]
 Asked = Annotated[SearchRequest, Query()]
 Place = Annotated[int, Field(ge=0, lt=2**40)]
-
-
 _Corner = Annotated[float, Field(ge=-1e6, le=1e6)]  # pixels of the photo, and not NaN
 
 
 class DrawnBox(SearchRequest):
-    """A box around somebody, and the query that the person joins."""
+    """A box around somebody, and the query that the person joins; whose box it replaces."""
 
     box: Annotated[
         tuple[_Corner, _Corner, _Corner, _Corner],
         BeforeValidator(lambda sent: sent[0].split(",")),
     ]
+    person: str = ""
 
 
 Drawn = Annotated[DrawnBox, Form()]
@@ -101,14 +103,20 @@ def box(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
 
 @router.post("/scene/{scene_id}/person")
 def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
-    """Adds whoever is in a box that was drawn to the people of a photo of the gallery."""
-    found = site.gallery.scene(scene_id)
-    if found is None:
-        raise HTTPException(404, "This photo is not in the gallery.")
-    person, detected = site.photos.person_at(found, drawn.box)
-    every = 0.0 if found.second is None else 1.0
-    site.gallery.people.commit([FoundScene(found, detected, every)], [])
-    return RedirectResponse(f"/scene/{scene_id}?person={person.id}", 303)
+    """Adds whoever is in a drawn box to a photo of the gallery, or draws a `person`'s box anew."""
+    found, people, old = site.gallery.scene(scene_id), site.gallery.people, drawn.person
+    if found is None or old not in ("", *(one.id for one in site.gallery.people_of(scene_id))):
+        raise HTTPException(404, "This photo or person is not in the gallery any more.")
+    box = np.clip(drawn.box, 0, [found.width, found.height] * 2).astype(np.float32)
+    person, detected = site.photos.person_at(found, tuple(box.tolist()))
+    new = person.id
+    if old:  # the network's own boxes are what is wrong
+        detected, new = dataclasses.replace(detected, boxes=box[None]), person_id(scene_id, box)
+    people.commit([FoundScene(found, detected, 0.0 if found.second is None else 1.0)], [])
+    if old not in ("", new):
+        move_notes(people, old, new)
+        people.remove([], [old])
+    return RedirectResponse(f"/scene/{scene_id}?person={new}", 303)
 
 
 @router.get("/scene/{scene_id}/{longest}.jpg", include_in_schema=False)

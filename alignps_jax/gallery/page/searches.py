@@ -102,7 +102,7 @@ def forget_marks(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Respo
 @router.post("/marks/undo")
 def undo(site: OfSite, undo: Text) -> Response:
     """Brings marks back that were just removed."""
-    site.marks.restore(site.removed.pop(undo, []))
+    site.marks.notes.put(site.removed.pop(undo, []))
     return RedirectResponse("/marks", 303)
 
 
@@ -183,6 +183,7 @@ def forget_people(
 ) -> Response:
     """Forgets people for good, or removes what is no person; both stay away when indexed again."""
     site.removed.clear()
+    site.photos.drop(person)
     done = forget(site.gallery.people, persons=person, for_good=what == "forget")
     return page(request, "forgot.html", done=done, what=what)
 

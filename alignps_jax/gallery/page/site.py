@@ -123,7 +123,6 @@ def _read_first(request: Request) -> None:
 OfSite = Annotated[Site, Depends(_site)]
 READ_FIRST = [Depends(_read_first)]
 
-
 _TEMPLATES = Jinja2Templates(
     env=jinja2.Environment(
         loader=jinja2.PackageLoader("alignps_jax.gallery.page"),

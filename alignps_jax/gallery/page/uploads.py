@@ -111,6 +111,12 @@ class Photos:
             raise HTTPException(404, "This person is not here any more, or never was.")
         return person
 
+    def drop(self, people: Sequence[str]) -> None:
+        """Keeps nothing in memory of people (ids) whom a drawn box found."""
+        with self._lock:
+            for one in people:
+                self._people.pop(one, None)
+
     def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """The embeddings of people (ids)."""
         with self._lock:
