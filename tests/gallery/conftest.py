@@ -23,6 +23,6 @@ def site(folder):
 
 @pytest.fixture
 def client(site):
-    from tests.gallery.page_server import visitor
+    from tests.gallery.page_server import Visitor
 
-    return visitor(site)
+    return Visitor(site)

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import html
+import json
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import h11
 import httpx
-import numpy as np
 import pytest
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.page import access
 from alignps_jax.gallery.page.access import Door, addresses
 from alignps_jax.gallery.page.app import serve
+from alignps_jax.gallery.page.uploads import MAX_WAITING
 from tests.gallery.page_server import (
     PUBLIC,
     READ,
+    Visitor,
     closed,
     everybody,
     line_of,
     painted_site,
-    query_of,
     running,
-    server_process,
-    upload,
-    uploaded,
-    visitor,
 )
-from tests.gallery.painted import SIZE, ColorDetector, encoded, painted, scenes_of
-from tests.places import ROOT, free_port
+from tests.gallery.painted import RED, ColorDetector, encoded, painted, scenes_of
+from tests.places import ROOT, free_port, heed_signals
 
 
 def test_the_text_about_responsible_use_comes_first_and_once(site):
-    client = visitor(site)
+    client = Visitor(site)
     client.cookies.clear()
     answer = client.get("/search?view=a&camera=gate")
     assert answer.status_code == 303
@@ -69,7 +71,7 @@ def test_the_text_about_responsible_use_comes_first_and_once(site):
     ],
 )
 def test_the_names_of_a_server(site, public_url, host, status):
-    client = visitor(site, Door.of("127.0.0.1", 8000, None, public_url))
+    client = Visitor(site, Door.of("127.0.0.1", 8000, None, public_url))
     assert client.get("/", headers={"Host": host}).status_code == status
 
 
@@ -99,7 +101,7 @@ def test_addresses_and_public_urls():
     ],
 )
 def test_only_own_pages_change_anything(site, headers, is_own):
-    client = visitor(site, Door.of("127.0.0.1", 80, None, f"https://{PUBLIC}"))
+    client = Visitor(site, Door.of("127.0.0.1", 80, None, f"https://{PUBLIC}"))
     del client.headers["Origin"]
     answer = client.post("/responsible-use", data={"next": "/"}, headers=headers)
     assert answer.status_code == (303 if is_own else 403)
@@ -109,7 +111,7 @@ def test_only_own_pages_change_anything(site, headers, is_own):
 
 def test_the_token_comes_first(site):
     secret = "s3cret-" + "x" * 36
-    client = visitor(site, Door(token=secret, port=8000, origin=f"https://{PUBLIC}"))
+    client = Visitor(site, Door(token=secret, port=8000, origin=f"https://{PUBLIC}"))
     for path in ("/", "/?token=", "/?token=wrong", "/static/page.css", "/person/x.jpg"):
         answer = client.get(path)
         assert answer.status_code == 401
@@ -139,7 +141,7 @@ def test_the_token_comes_first(site):
 def test_every_answer_is_closed(client, site):
     scene = scenes_of(site)[0]
     name = '"><img src=x onerror=alert(1)>.png'
-    photo = upload(client, encoded(painted()), name).headers["location"]
+    photo = client.upload(encoded(painted()), name).headers["location"]
     pages = "/", f"/scene/{scene.id}", "/marks", "/responsible-use", photo
     for path in (*pages, "/nothing", f"/scene/{scene.id}/320.jpg", "/search?kind=x"):
         answer = client.get(path)
@@ -162,27 +164,21 @@ def test_every_answer_is_closed(client, site):
 
 def test_a_photo_that_changed_or_went_is_a_placeholder_that_says_so(tmp_path):
     site = painted_site(tmp_path)
-    client = visitor(site)
-    found = {one.scene.name: one for one in everybody(site)}
-    a, b = found["a.png"], found["b.png"]
-    os.unlink(a.scene.path)
-    with open(b.scene.path, "ab") as file:
-        file.write(b"more")
-    for person, line in ((a, "a.png"), (b, "has changed since it was indexed")):
+    gone, changed = everybody(site)[:2]
+    os.unlink(gone.scene.path)
+    Path(changed.scene.path).write_bytes(b"more")
+    for person, line in ((gone, gone.scene.name), (changed, "has changed since it was indexed")):
         for path in (f"/scene/{person.scene.id}/1600.jpg", f"/person/{person.id}.jpg"):
-            answer = client.get(path)
-            assert answer.status_code == 404
-            assert answer.headers["content-type"] == "image/svg+xml"
+            answer = Visitor(site).get(path)
+            assert (answer.status_code, answer.headers["content-type"]) == (404, "image/svg+xml")
             assert line in answer.text
 
 
 def test_too_much_is_refused_in_one_line(site, monkeypatch):
     monkeypatch.setattr("alignps_jax.gallery.page.access.MAX_BODY", 100_000)
-    client = visitor(site)
-    big = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-    assert upload(client, encoded(big)).status_code == 413
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
-    answer = client.post("/mark", content=(b"x" * 1000 for _ in range(300)), headers=headers)
+    body = (b"x" * 1000 for _ in range(300))
+    answer = Visitor(site).post("/mark", content=body, headers=headers)
     assert answer.status_code == 413
     assert "Too Large" in line_of(answer)
 
@@ -194,12 +190,12 @@ def test_an_error_that_nobody_expected_shows_no_trace(tmp_path, capfd):
                 raise RuntimeError("secret detail")
             return super().detect(image)
 
-    client = visitor(painted_site(tmp_path, Broken()))
-    page = client.get(uploaded(client, encoded(painted(size=(50, 60)))))
+    client = Visitor(painted_site(tmp_path, Broken()))
+    page = client.get(client.uploaded(encoded(painted(size=(50, 60)))))
     assert "the network failed on this photo" in page.text
     assert "secret" not in page.text
     assert "secret detail" in capfd.readouterr().err
-    assert query_of(client)  # the thread that detects lives on
+    assert client.query()  # the thread that detects lives on
 
 
 def test_whoever_sends_slowly_keeps_nobody_out(site, monkeypatch):
@@ -220,33 +216,91 @@ def test_whoever_sends_slowly_keeps_nobody_out(site, monkeypatch):
         assert httpx.get(f"http://127.0.0.1:{port}/", cookies=READ).status_code == 200
 
 
-def test_two_servers_of_this_machine_ask_for_their_tokens(tmp_path):
-    everywhere = {"host": "0.0.0.0"}
-    with (
-        server_process(tmp_path, **everywhere) as (_, many),
-        server_process(tmp_path) as (_, (two,)),
-    ):
-        assert not any("0.0.0.0" in address for address in many)
-        one = many[-1]
-        assert "//127.0.0.1:" in one
-        assert all(httpx.get(address).status_code == 303 for address in many)
-        assert len(httpx.URL(two).params["token"]) >= 40
-        assert httpx.get(httpx.URL(two).copy_with(query=None)).status_code == 401
-        with httpx.Client(cookies=READ, follow_redirects=True) as client:
-            for address in (one, two):
-                assert client.get(address).status_code == 200
-            for address in (one, two):  # with the cookies of both
-                assert client.get(httpx.URL(address).copy_with(query=None)).status_code == 200
+def test_more_photos_than_may_wait_are_sent_away(tmp_path):
+    """Fifty come at once while the network is compiled: twenty photos, and searches meanwhile."""
+    site, gate = painted_site(tmp_path), threading.Event()
+    site.photos.warm_up(gate.wait)  # nothing else goes on before the gate opens
+    view = everybody(site)[0].id
+
+    def send(number):
+        with httpx.Client(base_url=base, headers={"Origin": base}, cookies=READ) as client:
+            if number >= 20:
+                return client.get("/search", params={"view": view}, timeout=120)
+            photo = encoded(painted((RED, (10 + number, 10))))
+            return client.post("/upload", files={"photo": ("a.png", photo)})
+
+    with running(closed(site)) as port, concurrent.futures.ThreadPoolExecutor(50) as pool:
+        base = f"http://127.0.0.1:{port}"
+        try:
+            answers = list(pool.map(send, range(50)))
+            number, first = next(x for x in enumerate(answers) if x[1].status_code == 303)
+            assert send(number).headers["location"] == first.headers["location"]
+        finally:
+            gate.set()
+        taken = [one.headers["location"] for one in answers[:20] if one.status_code == 303]
+        assert len(taken) == MAX_WAITING - 1
+        assert [one.status_code for one in answers[:20]].count(503) == 20 - len(taken)
+        assert {one.status_code for one in answers[20:]} == {200}
+        for place in taken:
+            page = httpx.get(f"{base}{place}", cookies=READ, timeout=120)
+            assert "Found 1 person" in page.text
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_it_ends_on_a_signal_whatever_it_does(tmp_path, number, code):
+NONSENSE = (
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+    b"POST /mark HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    b"HEAD /mark HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n--b--",
+    b"GET /\0%ff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + b"X" * 90_000,
+    b"\xff\r\n\r\n",
+)
+
+
+def test_nonsense_ends_a_connection_and_nothing_else(site, caplog):
+    with running(closed(site)) as port:
+        for sent in NONSENSE:
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                answer = connection.makefile("rb").read()
+            assert answer.startswith(b"HTTP/1.1 4") or not answer
+        assert httpx.get(f"http://127.0.0.1:{port}/", cookies=READ).status_code == 200
+    assert caplog.text == ""
+
+
+SERVE = """
+import json, sys
+from pathlib import Path
+from alignps_jax.gallery.page.app import serve
+from tests.gallery.page_server import painted_site
+gallery = painted_site(Path(sys.argv[1])).gallery
+gallery.detector.delay = 600.0
+serve(gallery, **json.loads(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "options", "last"),
+    [
+        (signal.SIGINT, 130, {"host": "0.0.0.0"}, "http://127.0.0.1:"),
+        (signal.SIGTERM, 143, {"no_token": True, "public_url": f"https://{PUBLIC}"}, "https://"),
+    ],
+)
+def test_it_prints_its_addresses_and_ends_on_a_signal(tmp_path, number, code, options, last):
     """It compiles, somebody sends a photo and does not finish, somebody waits."""
-    port, public = free_port(), f"https://{PUBLIC}"
-    options = {"delay": 600.0, "no_token": True, "port": port, "public_url": public}
-    with server_process(tmp_path, **options) as (process, addresses):
-        assert addresses == [f"{public}/"]
-        assert httpx.get(f"http://127.0.0.1:{port}", cookies=READ).status_code == 200
+    port, pipes = free_port(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    given = json.dumps({"host": "127.0.0.1", "port": port} | options)
+    command = [sys.executable, "-W", "ignore", "-c", SERVE, tmp_path, given]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=heed_signals, **pipes)
+    try:
+        places = []
+        while not any(place.startswith(last) for place in places):
+            places += re.findall(r"^page +(.*)", process.stdout.readline())
+        if "public_url" in options:
+            assert places == [f"https://{PUBLIC}/"]
+        else:
+            assert all(len(httpx.URL(place).params["token"]) >= 40 for place in places)
+            assert all(httpx.get(place).status_code == 303 for place in places)
         with socket.create_connection(("127.0.0.1", port)) as slow:
             lines = ["POST /upload HTTP/1.1", f"Host: localhost:{port}", "Content-Length: 900"]
             lines += ["Sec-Fetch-Site: same-origin"]
@@ -256,6 +310,9 @@ def test_it_ends_on_a_signal_whatever_it_does(tmp_path, number, code):
             process.send_signal(number)
             assert process.wait(timeout=30) == code
         assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_place_where_it_cannot_listen_is_an_error(site):

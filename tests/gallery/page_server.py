@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import html
-import json
 import re
 import socket
 import subprocess
-import sys
 import threading
 
 import cv2
@@ -35,7 +33,7 @@ from tests.gallery.painted import (
     scenes_of,
     write_photos,
 )
-from tests.places import ROOT, free_port, heed_signals
+from tests.places import free_port
 
 READ = {"alignps_responsible_use": "read"}
 OWN = {"Origin": "http://localhost"}
@@ -86,16 +84,24 @@ def closed(site, door=None):
     return guarded(make_app(site), door or Door())
 
 
-def visitor(site, door=None):
+class Visitor(TestClient):
     """A browser that has read the text and whose forms come from the page."""
-    return TestClient(
-        closed(site, door),
-        "http://localhost",
-        raise_server_exceptions=False,
-        cookies=READ,
-        headers=OWN,
-        follow_redirects=False,
-    )
+
+    def __init__(self, site, door=None):
+        browser = {"cookies": READ, "headers": OWN, "follow_redirects": False}
+        app = closed(site, door)
+        super().__init__(app, "http://localhost", raise_server_exceptions=False, **browser)
+
+    def upload(self, photo=RED_PHOTO, name="query.png"):
+        return self.post("/upload", files={"photo": (name, photo)})
+
+    def uploaded(self, photo=RED_PHOTO):
+        """The address of an uploaded photo."""
+        return self.upload(photo).headers["location"]
+
+    def query(self, photo=RED_PHOTO):
+        """The address of the search for somebody of an uploaded photo."""
+        return httpx.URL(people(self.get(self.uploaded(photo)))[0])
 
 
 @contextlib.contextmanager
@@ -115,15 +121,14 @@ def running(app):
 
 
 NGINX = """
-master_process off; pid {folder}/nginx.pid; error_log {folder}/error.log;
+master_process off; pid {folder}/pid; error_log {folder}/error.log;
 events {{}}
 http {{
-  access_log off; client_max_body_size 70m; client_body_temp_path {folder}/body;
-  proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u;
-  scgi_temp_path {folder}/s;
+  access_log off; client_max_body_size 70m; proxy_temp_path {folder}/proxy;
+  client_body_temp_path {folder}/body; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
   server {{
-    listen 127.0.0.1:{tls} ssl; ssl_certificate {folder}/cert.pem;
-    ssl_certificate_key {folder}/key.pem;
+    listen 127.0.0.1:{tls} ssl; ssl_certificate {folder}/cert; ssl_certificate_key {folder}/key;
     location / {{ proxy_pass http://127.0.0.1:{port}; }}
   }}
 }}
@@ -135,7 +140,7 @@ def behind_nginx(site, folder):
     """Serves with a token behind a proxy that speaks TLS; gives the address that lets one in."""
     tls = free_port()
     public, config = f"https://{PUBLIC}:{tls}", folder / "nginx.conf"
-    files = ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    files = ["-keyout", folder / "key", "-out", folder / "cert"]
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={PUBLIC}"]
     subprocess.run([*make, *files], check=True, capture_output=True)
     with running(closed(site, Door.of("127.0.0.1", tls, "secret", public))) as port:
@@ -148,56 +153,10 @@ def behind_nginx(site, folder):
             subprocess.run([*nginx, "-s", "stop"], check=True)
 
 
-SERVE = """
-import json, sys
-from alignps_jax.gallery.page.app import serve
-from tests.gallery.page_server import painted_site
-from pathlib import Path
-gallery = painted_site(Path(sys.argv[1])).gallery
-gallery.detector.delay = float(sys.argv[2])
-serve(gallery, **json.loads(sys.argv[3]))
-"""
-
-
-@contextlib.contextmanager
-def server_process(folder, delay=0.0, host="127.0.0.1", **options):
-    """A server of its own; gives the process and the addresses that it prints."""
-    options = json.dumps({"host": host, "port": 0} | options)
-    command = [sys.executable, "-W", "ignore", "-c", SERVE, str(folder), str(delay), options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=heed_signals, **pipes)
-    try:
-        addresses = []
-        for line in process.stdout:
-            addresses += re.findall(r"^page +(.*)", line)
-            if addresses and ("//127." in addresses[-1] or "https:" in addresses[-1]):
-                break
-        yield process, addresses
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def upload(client, photo, name="query.png", **fields):
-    return client.post("/upload", files={"photo": (name, photo)}, data=fields)
-
-
-def uploaded(client, photo=RED_PHOTO):
-    """The address of an uploaded photo whose people were found."""
-    answer = upload(client, photo)
-    assert answer.status_code == 303, answer.text
-    return answer.headers["location"]
-
-
 def people(page):
     """The searches that a page of a photo offers."""
     found = re.findall(r'<a href="(/search\?[^"]*)" tabindex', page.text)
     return [html.unescape(address) for address in found]
-
-
-def query_of(client, photo=RED_PHOTO):
-    """The address of the search for somebody of an uploaded photo."""
-    return httpx.URL(people(client.get(uploaded(client, photo)))[0])
 
 
 def everybody(site):

@@ -72,13 +72,13 @@ class Photos:
         known = upload.scene if upload and is_kept else self.gallery.scene(identity)
         if known is not None:
             return known
-        if len(self._pending) >= MAX_WAITING:
-            line = "Too many photos wait for the network; please try again in a minute."
-            raise HTTPException(503, line, {"Retry-After": "60"})
         with self._decoding, blame(name):  # one at a time, for the memory
+            if len(self._pending) >= MAX_WAITING:
+                line = "Too many photos wait for the network; please try again in a minute."
+                raise HTTPException(503, line, {"Retry-After": "60"})
             height, width = decode_photo(data, self.gallery.info.max_pixels).shape[:2]
-        scene = Scene(identity, name, height, width, None, "", None, content)
-        upload = Upload(scene, data, self._submit(self._find, scene, data))
+            scene = Scene(identity, name, height, width, None, "", None, content)
+            upload = Upload(scene, data, self._submit(self._find, scene, data))
         with self._lock:
             self._uploads[identity] = upload
         return scene

@@ -109,7 +109,8 @@ function drawOn(photo) {
     start = null;
     if (box[2] - box[0] < 1 || box[3] - box[1] < 1) { show([0, 0, 0, 0]); return; }
     form.querySelector("input[name=box]").value = box.map((corner) => corner.toFixed(1)).join(",");
-    form.requestSubmit(event.shiftKey ? form.querySelector("[formaction]") : null);
+    const saves = event.shiftKey || form.elements.person?.value;
+    form.requestSubmit(saves ? form.querySelector("[formaction]") : null);
   });
   svg.addEventListener("pointercancel", () => { start = null; show([0, 0, 0, 0]); });
   svg.addEventListener("dragstart", (event) => event.preventDefault());
