@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 if not all(map(importlib.util.find_spec, ("fastapi", "lancedb"))):  # the extra gallery
-    collect_ignore_glob = ["page_*_test.py", "page_test.py", "browser_test.py"]
+    collect_ignore_glob = ["page_*test.py", "browser_*test.py"]
 
 
 @pytest.fixture(scope="module")
