@@ -44,7 +44,7 @@ def test_boxes_are_searched_and_drawn_anew_and_people_forgotten_and_added(visit,
     own.marks.set([other], {old.id: 0.5}, right=False)
     place = f"/scene/{old.scene.id}"
     page.goto(place)
-    page.get_by_label("or correct").select_option("the box of 1")
+    page.get_by_label("or keep it as").select_option("the box of 1")
     drag(page, (124, 84), (148, 199))
     page.wait_for_url(re.compile("person="))
     (new,) = own.gallery.people_of(old.scene.id)

@@ -165,6 +165,7 @@ def test_results_are_marked_and_viewed_and_the_query_is_refined(visit, site):
     page.keyboard.press("?")
     expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
+    expect(page.get_by_role("link", name="Search with all right results")).to_be_visible()
     for number in (7, 8):
         cards.nth(number).get_by_label("Select").check()
     page.locator("#several").get_by_role("button", name="Wrong").click()

@@ -38,19 +38,25 @@ class MarkForm(SearchRequest):
 
 @router.get("/search", dependencies=READ_FIRST)
 def search(
-    request: Request, site: OfSite, query: Asked, offset: Place = 0, shown: Place = PAGE
+    request: Request,
+    site: OfSite,
+    query: Asked,
+    offset: Place = 0,
+    shown: Place = PAGE,
+    refined: bool = False,
 ) -> Response:
-    """The people who are most similar to the views of a query, from `offset` to `shown`."""
+    """Who is most similar to the views, or all right results, from `offset` to `shown`."""
     if not query.view:
         return RedirectResponse(query.address("/"), 303)
-    found = site.searcher.search(query)
     marked = {mark.person: mark.right for mark in site.marks.about(query.view)}
-    right = [person for person, is_right in marked.items() if is_right]
+    if refined:
+        right = [person for person, is_right in marked.items() if is_right]
+        return RedirectResponse(query.address("/search", view=query.joined(right)), 303)
+    found = site.searcher.search(query)
     views = [site.photos.person(view) for view in query.view]
     values = {"query": query, "views": views, "found": found, "timeline": timeline(found.entries)}
     values["entries"] = found.entries[offset : max(shown, offset + PAGE)]
     values["following"] = shown if shown < len(found.entries) else None
-    values["refined"] = query.joined(right) if set(right) - {*query.view} else []
     return page(request, "search.html", marked=marked, PAGE=PAGE, **values)
 
 
