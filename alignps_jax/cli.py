@@ -61,7 +61,7 @@ def search(args: Arguments) -> None:
     detector, is_folder = _detector(args), not is_gallery(args.gallery)
     gallery = Gallery.open("memory://" if is_folder else args.gallery, detector, is_folder)
     walk = index(gallery, [args.gallery], args.every).walk if is_folder else None
-    if walk and not gallery.num_scenes:
+    if walk and not gallery.people.scenes.count():
         walk.report()
     wanted = args.query, args.box, _filter(args), args.count
     _answer(args, search_photo(gallery, *wanted, workdir, args.show_all))
@@ -87,30 +87,26 @@ def group(args: Arguments) -> None:
 def index(args: Arguments) -> None:
     """finds everybody in photos and videos, once, and adds them to a gallery"""
     from alignps_jax.gallery.gallery import Gallery
-    from alignps_jax.gallery.index import index
+    from alignps_jax.gallery.index import find_people, index, watch
     from alignps_jax.media.walk import DEFAULT_EXCLUDES
 
     excludes = [*(() if args.no_default_excludes else DEFAULT_EXCLUDES), *(args.exclude or ())]
-    detect = None
+    find = find_people
     if args.cluster:
-        from alignps_jax.gallery.cluster import detect_on_cluster, leave_accelerators
+        from alignps_jax.gallery.cluster import find_on_cluster, leave_accelerators
 
         leave_accelerators()
-        detect = partial(detect_on_cluster, args.cluster, partial(_detector, args))
+        find = partial(find_on_cluster, args.cluster, partial(_detector, args))
     gallery = Gallery.open(args.gallery, _detector(args), create=True)
 
     def run() -> None:
-        done = index(gallery, [args.source], args.every, args.prune, excludes, detect=detect)
-        count = f"{gallery.num_people:,} people in {gallery.num_scenes:,} scenes"
+        done = index(gallery, [args.source], args.every, args.prune, excludes, find=find)
+        people, scenes = gallery.people.table.count(), gallery.people.scenes.count()
+        count = f"{people:,} people in {scenes:,} scenes"
         print(f"{done}\ngallery  {args.gallery}: {count}", flush=True)
         done.walk.report()
 
-    if args.watch:
-        from alignps_jax.gallery.watch import watch
-
-        watch(run, [args.source])
-    else:
-        run()
+    watch(run, [args.source]) if args.watch else run()
 
 
 @mode("gallery", any_of="photo person")

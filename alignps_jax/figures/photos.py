@@ -117,7 +117,7 @@ def similarity(request: FigureRequest) -> Pictures:
     """
     detector = request.detector()
     name, photo = request.query_photo(detector)
-    query = wanted_people(detector, photo, name, request.box)
+    query = wanted_people(detector, photo, request.box)
     embedding = np.asarray(query.embeddings)[0]
 
     def cell(
@@ -170,7 +170,7 @@ def comparison(request: FigureRequest) -> Pictures:
     box, rows = request.box, []
     for label, detector in request.detectors():
         name, photo = request.query_photo(detector)
-        query = wanted_people(detector, photo, name, box)
+        query = wanted_people(detector, photo, box)
         box = box or tuple(query.boxes[0].tolist())
         people = (
             pictures.Result(scene, scene_name, one, float(cosine))

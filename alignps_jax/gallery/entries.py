@@ -7,8 +7,7 @@ import datetime
 import functools
 import hashlib
 import operator
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -21,7 +20,8 @@ class Scene:
     """A photo, or one frame of a video; its size is that of the upright picture.
 
     `id` is of `hash` (SHA-256 of the file) and `second` (None for photos) alone: renamed and copied
-    files keep it. `path` is that of the first of them, `taken` local time. Unknown: None, or "".
+    files keep it; `path` is the first of them, `copies` are the others. `taken` is local time.
+    Unknown: None, or "".
     """
 
     id: str
@@ -32,6 +32,11 @@ class Scene:
     camera: str
     second: float | None
     hash: str
+    copies: Sequence[str] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def kind(self) -> Literal["photo", "video"]:
+        return "photo" if self.second is None else "video"
 
     @property
     def name(self) -> str:
@@ -54,14 +59,17 @@ class Person:
 class Match:
     """One result of a search.
 
-    `similarity` is a cosine, `probability` that it is the person searched (None: not calibrated),
-    `paths` are all files with this content, the scene's own first.
+    `similarity` is a cosine, `probability` that it is the person searched (None: not calibrated).
     """
 
     person: Person
     similarity: float
     probability: float | None = None
-    paths: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files with this content."""
+        return (self.person.scene.path, *self.person.scene.copies)
 
 
 @dataclasses.dataclass
@@ -94,17 +102,14 @@ class Filter:
     min_score: float | None = None
     kind: Literal["photo", "video"] | None = None
 
-    def condition(self, field: Callable[[str], Any], paths: Mapping[str, Sequence[str]]) -> Any:
+    def condition(self, field: Callable[[str], Any], contents: Any) -> Any:
         """What a row must fulfil, as an expression of LanceDB or PyArrow; None: nothing.
 
-        `field` is LanceDB's `col` or PyArrow's; `paths` the files of each content of several.
+        `field` is LanceDB's `col` or PyArrow's; `contents` are the hashes of files in the folder.
         """
         found: list[Any] = []
         if self.folder is not None:
-            first = os.path.join(os.path.normpath(self.folder), "")
-            inside = (field("path") >= first) & (field("path") < first[:-1] + chr(ord("/") + 1))
-            copied = [one for one, some in paths.items() if any(p.startswith(first) for p in some)]
-            found.append(inside | field("hash").isin([*copied, ""]))
+            found.append(field("hash").isin(contents))
         if self.cameras:
             found.append(field("camera").isin(self.cameras))
         for time, is_within in ((self.after, operator.ge), (self.before, operator.le)):
@@ -113,7 +118,7 @@ class Filter:
         if self.min_score is not None:
             found.append(field("score") >= float(np.float32(self.min_score)))
         if self.kind is not None:
-            found.append(field("every") > 0 if self.kind == "video" else field("every") == 0)
+            found.append(field("kind") == self.kind)
         return functools.reduce(operator.and_, found) if found else None
 
 
@@ -126,15 +131,13 @@ class GalleryInfo:
 
     checkpoint: str
     name: str = dataclasses.field(compare=False)
-    test_scale: tuple[int, int]
+    test_scale: str
     score_threshold: float
     dim: int
-    max_pixels: int = dataclasses.field(compare=False)
 
     def __str__(self) -> str:
-        scale = "{}x{}".format(*self.test_scale)
-        found = f"test scale {scale}, score threshold {self.score_threshold:g}, {self.dim} numbers"
-        return f"checkpoint {self.checkpoint[:12]} ({self.name}), {found}"
+        about = {**vars(self), "checkpoint": self.checkpoint[:12]}
+        return ", ".join(f"{name} {value}" for name, value in about.items())
 
 
 def content_hash(data: bytes) -> str:

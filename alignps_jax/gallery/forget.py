@@ -18,7 +18,6 @@ import numpy as np
 from alignps_jax.boxes import iou
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.people import FoundScene, People
-from alignps_jax.gallery.tables import Note
 
 # A box that overlaps a forgotten one so much is the same person's.
 _SAME = 0.5
@@ -34,7 +33,7 @@ class Forgot:
 
 
 class Forgotten:
-    """Who was forgotten in a gallery; `paths` and `hashes` are of files in which everybody was."""
+    """Who was forgotten in a gallery; `hashes` are of files in which everybody was."""
 
     def __init__(self, people: People):
         self._people, self._all = people, list[Any]()
@@ -42,20 +41,19 @@ class Forgotten:
 
     def refresh(self) -> bool:
         """Reads what others have entered; says whether they have."""
-        known, notes = self._all, self._people.notes("forgotten").all()
-        self._all = [note.content for note in notes]
-        files = [one for one in self._all if "box" not in one]
-        self.paths, self.hashes = ({one[key] for one in files} for key in ("path", "hash"))
+        known, self._all = self._all, self._people.forgotten.rows().to_pylist()
+        self.hashes = {one["hash"] for one in self._all if not one["person"]}
         return known != self._all
 
     def without(self, found: FoundScene) -> FoundScene | None:
         """The scene without those who are to be forgotten; None: everybody in its file is."""
         scene, people = found.scene, found.people
-        if scene.path in self.paths or scene.hash in self.hashes:
-            return None
         for one in self._all:
-            is_same = one["path"] == scene.path or one["hash"] == scene.hash
-            if is_same and one["second"] == scene.second:
+            if one["path"] != scene.path and one["hash"] != scene.hash:
+                continue
+            if not one["person"]:
+                return None
+            if one["second"] == scene.second:
                 box = np.array(one["box"], np.float32)
                 others = np.asarray(iou(np.asarray(people.boxes), box)) < _SAME
                 people = jax.tree.map(lambda x, others=others: x[others], people)
@@ -63,7 +61,7 @@ class Forgotten:
 
     def enforce(self) -> None:
         """Removes everybody on the list."""
-        self._people.remove(self.hashes, [one["id"] for one in self._all if "box" in one])
+        self._people.remove(self.hashes, {one["person"] for one in self._all} - {""})
 
 
 def forget(
@@ -78,26 +76,31 @@ def forget(
     Raises:
       UserError: the gallery does not know a photo or person.
     """
-    forgotten, entries = Forgotten(people), list[dict[str, Any]]()
+    contents = set[str]()
     for photo in photos:
         path = os.path.abspath(photo)
         spelled = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
-        files = people.files.rows(["path", "hash"], path=spelled).to_pylist()
-        if not files and path not in forgotten.paths:
+        files = people.files.rows(["hash"], path=spelled)["hash"].to_pylist()
+        if not files:
             raise UserError(f"--photo: found no {photo} in the gallery {people.address}")
-        entries += files
-    of_files = people.table.rows(["id"], hash=[one["hash"] for one in entries])
-    gone = {*persons, *of_files["id"].to_pylist()}
-    entries += people.table.rows(["id", "path", "hash", "second", "box"], id=persons).to_pylist()
-    if missing := set(persons) - {one.get("id") for one in entries}:
+        contents.update(files)
+    found = people.table.rows(["id", "hash", "second", "box"], id=persons).to_pylist()
+    found += [{"id": "", "hash": content, "second": None, "box": None} for content in contents]
+    files = people.files.rows(["path", "hash"], hash={one["hash"] for one in found}).to_pylist()
+    entries = [
+        {**one, **file, "person": one["id"], "id": f"{file['path']} {file['hash']} {one['id']}"}
+        for file in files
+        for one in found
+        if one["hash"] == file["hash"]
+    ]
+    if missing := set(persons) - {one["person"] for one in entries}:
         raise UserError(f"--person: found no {missing.pop()!r} in the gallery {people.address}")
-    people.notes("forgotten").put(
-        [Note(f"{one.get('id', one['path'])} {one['hash']}", (), one) for one in entries]
-    )
-    about = people.all_notes.rows(["id", "people"]).to_pylist()
-    notes = [row["id"] for row in about if not gone.isdisjoint(row["people"])]
-    people.all_notes.delete("id", notes)
-    forgotten.refresh()
-    forgotten.enforce()
-    files = tuple(sorted({one["path"] for one in entries}))
-    return Forgot(len(gone), files, people.purge() if for_good else None)
+    gone = {*persons, *people.table.rows(["id"], hash=contents)["id"].to_pylist()}
+    people.forgotten.put(entries)
+    people.groups.delete("person", gone)
+    people.marks.delete("person", gone)
+    people.marks.delete("view", gone)
+    Forgotten(people).enforce()
+    people.forgotten.put(entries)  # for servers that have read them meanwhile: see Gallery.memory
+    paths = tuple(sorted({one["path"] for one in entries}))
+    return Forgot(len(gone), paths, people.purge() if for_good else None)

@@ -1,4 +1,4 @@
-"""A gallery: everybody who was found in photos and videos, to be searched and looked up."""
+"""A gallery: everybody who was found in photos and videos, to be searched and shown."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 from jaxtyping import Float
-from lancedb.expr import col
 
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import load
-from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene
+from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Scene
 from alignps_jax.gallery.memory import PeopleInMemory
 from alignps_jax.gallery.people import People
 from alignps_jax.inference.detector import Detector
@@ -25,18 +24,10 @@ from alignps_jax.media.photos import Image, read_photo
 from alignps_jax.media.videos import frame_at
 from alignps_jax.types import AnyArray
 
-# A larger gallery that grows is reloaded at most once per 20 times its loading time.
+# A larger gallery that grows is read at most once per 20 times what reading takes.
 _QUICKLY_READ, _PATIENCE = 50_000, 20.0
 
 Place = str | os.PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class SceneCard:
-    """A photo, or a video by its latest frame, and the number of its frames."""
-
-    scene: Scene
-    frames: int
 
 
 class Gallery:
@@ -47,14 +38,13 @@ class Gallery:
 
     def __init__(self, people: People, detector: Detector | None = None):
         self.people, self.detector = people, detector
-        self.address, self.info = people.address, info_of(detector) if detector else people.info
+        self.address, self.info = people.address, people.info
         self.calibration = load(detector.folder) if detector else None
         self._memory: PeopleInMemory | None = None
-        self._next, self._forgotten = 0.0, 0
         self._lock = threading.Lock()
-        if self.info != people.info:
+        if detector and (found := info_of(detector)) != self.info:
             raise UserError(
-                f"--gallery: {self.address} was made by {people.info}; found {self.info}; expected "
+                f"--gallery: {self.address} was made by {self.info}; found {found}; expected "
                 "the same, or another gallery"
             )
 
@@ -74,20 +64,21 @@ class Gallery:
             raise UserError(f"{self.address}: expected Gallery.open(..., detector=detector)")
         return self.detector
 
-    @property
-    def version(self) -> tuple[int, ...]:
-        """Changes with every commit."""
-        return self.people.version
+    def memory(self) -> PeopleInMemory:
+        """The people as of one moment, read anew where they have changed."""
+        known = self._memory
+        if known and (known.version == self.people.version or self._may_wait(known)):
+            return known
+        with self._lock:
+            if self._memory is None or self._memory.version != self.people.version:
+                self._memory = PeopleInMemory(self.people)
+            return self._memory
 
-    @property
-    def num_people(self) -> int:
-        """The number of people."""
-        return self.people.table.count()
-
-    @property
-    def num_scenes(self) -> int:
-        """The number of photos and frames, those of nobody included."""
-        return self.people.scenes.count()
+    def _may_wait(self, known: PeopleInMemory) -> bool:
+        """A large one that grows need not be the newest, but nobody who was forgotten is found."""
+        is_early = time.monotonic() < known.since + _PATIENCE * known.took or self._lock.locked()
+        is_large = len(known) > _QUICKLY_READ
+        return is_large and is_early and known.forgotten == self.people.forgotten.version
 
     def search(
         self, embedding: Float[AnyArray, "D"], k: int, where: Filter | None = None
@@ -105,24 +96,16 @@ class Gallery:
                 f"gallery search: found embeddings of shape {queries.shape}, k = {k}, "
                 f"expected (queries, {self.info.dim}), k from 1"
             )
-        memory = self.memory()
-        if memory.embeddings is not None:
-            found = memory.search(queries, k, where)
-        else:
-            wanted = where.condition(col, memory.paths)
-            found = [
-                [
-                    (person, similarity)
-                    for identity, similarity in self.people.nearest(query, k, wanted)
-                    if (person := self.person(identity))
-                ]
-                for query in queries
-            ]
-        results = [
-            [Match(one, similar, paths=memory.paths_of(one.scene)) for one, similar in matches]
-            for matches in found
-        ]
-        return [self.judged(matches, where) for matches in results]
+        return [self.judged(some, where) for some in self.memory().search(queries, k, where)]
+
+    def search_photo(
+        self, photo: Image, box: Sequence[float] | None, k: int, where: Filter | None = None
+    ) -> list[Match]:
+        """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest one."""
+        from alignps_jax.gallery.search import wanted_people  # a room above this one
+
+        found = wanted_people(self.own_detector(), photo, box)
+        return self.search(found.embeddings[0], k, where)
 
     def judged(self, matches: Sequence[Match], where: Filter | None = None) -> list[Match]:
         """The results of one search, best first, with the probability that each is right.
@@ -132,13 +115,9 @@ class Gallery:
         if not self.calibration:
             return list(matches)
         similarity = np.array([one.similarity for one in matches])
-        shares = self.calibration.results(similarity, self.searched(where)).tolist()
+        shares = self.calibration.results(similarity, self.memory().count(where)).tolist()
         pairs = zip(matches, shares, strict=True)
         return [dataclasses.replace(one, probability=share) for one, share in pairs]
-
-    def searched(self, where: Filter | None = None) -> int:
-        """The number of people who pass a filter."""
-        return int(self.memory().matching(where or Filter()).sum())
 
     @property
     def recall(self) -> float | None:
@@ -146,55 +125,12 @@ class Gallery:
         is_exact = self.memory().embeddings is not None
         return None if is_exact else self.people.trained().get("recall")
 
-    def memory(self) -> PeopleInMemory:
-        """The people in memory, read anew where they have changed."""
-        known = self._memory
-        if known is not None and known.version == self.version:
-            return known
-        forgotten = len(self.people.notes("forgotten").all())
-        # A large one takes long, and others may read it; but nobody who was forgotten is found.
-        may_wait = time.monotonic() < self._next or self._lock.locked()
-        if may_wait and known and len(known) > _QUICKLY_READ and forgotten == self._forgotten:
-            return known
-        with self._lock:
-            if self._memory is None or self._memory.version != self.version:
-                self._memory, self._forgotten = PeopleInMemory(self.people), forgotten
-                self._next = time.monotonic() + _PATIENCE * self._memory.took
-            return self._memory
-
     def add(self, paths: Place | Iterable[Place], every: float = 1.0) -> dict[str, str]:
         """`index` of photos, videos and folders; returns what could not be read, with reasons."""
         from alignps_jax.gallery.index import index  # a room above this one
 
         some = [paths] if isinstance(paths, str | os.PathLike) else paths
         return index(self, [os.fspath(path) for path in some], every).walk.skipped
-
-    def search_photo(
-        self, photo: Image, box: Sequence[float] | None, k: int, where: Filter | None = None
-    ) -> list[Match]:
-        """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest one."""
-        from alignps_jax.gallery.search import wanted_people  # a room above this one
-
-        found = wanted_people(self.own_detector(), photo, "the photo", box)
-        return self.search(found.embeddings[0], k, where)
-
-    def scene(self, identity: str) -> Scene | None:
-        """The scene of an id."""
-        return next(iter(self.memory().scenes_with("id", identity)), None)
-
-    def scenes_of(self, content: str) -> list[Scene]:
-        """The photo, or the frames of the video in their order, with that hash of its file."""
-        found = self.memory().scenes_with("hash", content)
-        return sorted(found, key=lambda scene: scene.second or 0.0)
-
-    def person(self, identity: str) -> Person | None:
-        """The person of an id."""
-        people = self.people_of(identity.partition("-")[0])
-        return next((person for person in people if person.id == identity), None)
-
-    def people_of(self, scene: str) -> list[Person]:
-        """The people of a scene (its id), best score first."""
-        return self.memory().people_of(scene)
 
     def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """The embeddings of people (their ids), in that order; UserError if one is not there."""
@@ -204,34 +140,19 @@ class Gallery:
             raise UserError(f"{self.address}: found nobody with the id {missing.pop()!r}")
         return np.array([found[one] for one in people], np.float32).reshape(-1, self.info.dim)
 
-    def scenes(self, limit: int, offset: int = 0, where: Filter | None = None) -> list[SceneCard]:
-        """Some of the photos and videos, newest first, those of unknown time last, by path."""
-        memory, some = self.memory(), slice(offset, offset + limit)
-        rows, frames = memory.cards(where or Filter())
-        return list(map(SceneCard, memory.scenes_of(rows[some]), frames[some].tolist()))
-
-    def cameras(self) -> list[str]:
-        """The names of all known cameras, sorted."""
-        return sorted(filter(None, self.memory().scenes["camera"].unique().to_pylist()))
-
-    def folders(self) -> list[str]:
-        """The folders that scenes lie in, and those above them, sorted."""
-        paths = self.memory().scenes["path"].unique().to_pylist()
-        return sorted({str(folder) for path in paths for folder in PurePath(path).parents})
-
     def file_of(self, scene: Scene) -> Path:
-        """The first file with a scene's content that is as it was indexed; UserError if none is."""
+        """A file with a scene's content that is as it was indexed; UserError if none is."""
         rows = self.people.files.rows(["path", "size", "mtime"], hash=[scene.hash])
-        for row in sorted(rows.to_pylist(), key=lambda row: row["path"] != scene.path):
+        for path, *known in zip(*rows.to_pydict().values(), strict=True):
             with contextlib.suppress(OSError):
-                found = os.stat(row["path"])
-                if (found.st_size, found.st_mtime_ns) == (row["size"], row["mtime"]):
-                    return Path(row["path"])
+                found = os.stat(path)
+                if [found.st_size, found.st_mtime_ns] == known:
+                    return Path(path)
         raise UserError(f"{scene.path}: has changed since it was indexed, or cannot be found")
 
     def pixels(self, scene: Scene, side: int = 0) -> Image:
         """The photo, at most `side` pixels long if given, or the video's frame, RGB; UserError."""
-        path, most = self.file_of(scene), self.info.max_pixels
+        path, most = self.file_of(scene), scene.height * scene.width
         if scene.second is not None:
             return frame_at(str(path), scene.second, most)
         return read_photo(path, most, side)
@@ -240,13 +161,7 @@ class Gallery:
 def info_of(detector: Detector) -> GalleryInfo:
     """A detector as a gallery knows it."""
     config = detector.config
-    long, short = config.data.test_scale
-    branches = 1 + (config.model.roi and config.eval.branch == "both")
-    return GalleryInfo(
-        checkpoint=detector.fingerprint,
-        name=detector.name,
-        test_scale=(int(long), int(short)),
-        score_threshold=float(config.eval.score_threshold),
-        dim=branches * int(config.model.channels),
-        max_pixels=int(config.data.max_pixels),
-    )
+    scale = "{}x{}".format(*config.data.test_scale)
+    dim = config.model.channels * (1 + (config.model.roi and config.eval.branch == "both"))
+    threshold = config.eval.score_threshold
+    return GalleryInfo(detector.fingerprint, detector.name, scale, threshold, dim)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,12 +19,12 @@ from alignps_jax.files import write_json
 from alignps_jax.gallery.entries import Filter
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.people import People
-from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.search import place
 from alignps_jax.nearest import power_of_two_from, top_k
 
 _PROBABILITY = 0.5
-# Neighbors of a person, itself one of them, and people in one search for them.
-_NEIGHBORS, _ROWS = 16, 1024
+# Neighbors of a person, itself one of them, and similarities that are in memory at a time.
+_NEIGHBORS, _SIMILARITIES = 16, 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,27 +43,22 @@ class Group:
 
 
 class Groups:
-    """The groups of a gallery: a note about each person, gone when the person is forgotten."""
+    """The groups of a gallery: a row for each person, gone when the person is forgotten."""
 
     def __init__(self, people: People):
-        self.notes = people.notes("groups")
-        self._known, self._version = dict[str, Group](), -1
-
-    def by_person(self) -> dict[str, Group]:
-        """The group of each person who is in one."""
-        if (version := self.notes.version) != self._version:
-            groups, known = dict[str, Group](), dict[str, Group]()
-            for note in self.notes.all():
-                own = Group(**note.content, people=[])
-                known[note.id] = groups.setdefault(own.id, own)
-                known[note.id].people.append(note.id)
-            self._known, self._version = known, version
-        return self._known
+        self.table = people.groups
 
     def all(self) -> list[Group]:
         """All groups, those with a name first, then by size."""
-        groups = {one.id: one for one in self.by_person().values()}
-        return sorted(groups.values(), key=lambda one: (not one.name, -len(one.people)))
+        own = [field.name for field in dataclasses.fields(Group)][:-1]
+        rows = self.table.rows().sort_by("at").group_by(own, use_threads=False)
+        found = rows.aggregate([("person", "list")]).rename_columns({"person_list": "people"})
+        groups = (Group(**row) for row in found.to_pylist())
+        return sorted(groups, key=lambda one: (not one.name, -len(one.people)))
+
+    def by_person(self) -> dict[str, Group]:
+        """The group of each person who is in one."""
+        return {person: one for one in self.all() for person in one.people}
 
     def put(self, people: Iterable[str], name: str | None = None) -> Group:
         """Makes one group of people of some groups; `name`: by default the first that they have.
@@ -78,15 +74,14 @@ class Groups:
         made = Group(uuid.uuid4().hex, name, "" if others else day, True, list(chosen))
         before = {one.id: one for one in chosen.values()}.values()
         rest = [person for one in before for person in one.people if person not in chosen]
-        notes = [_note(person, made) for person in chosen]
-        notes += [_note(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
-        self.notes.put(notes)
+        rows = [_row(person, made) for person in chosen]
+        rows += [_row(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
+        self.table.put(rows)
         return made
 
 
-def _note(person: str, group: Group) -> Note:
-    content = {key: value for key, value in vars(group).items() if key != "people"}
-    return Note(person, (person,), content)
+def _row(person: str, group: Group) -> dict[str, Any]:
+    return vars(group) | {"person": person, "at": time.time()}
 
 
 def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> list[Group]:
@@ -98,29 +93,27 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
     if calibration is None or memory.embeddings is None:
         reason = "more people than fit into memory" if calibration else NOT_CALIBRATED
         raise UserError(f"--gallery: {gallery.address}: {reason}")
-    inside = memory.matching(where)
-    rows, outside = np.flatnonzero(inside), memory.people(np.flatnonzero(~inside))
-    people, scene = memory.people(rows), memory.scene[rows]
-    embeddings = np.asarray(memory.embeddings)[rows]
-    times = (None if across_days else one.scene.taken for one in people)
+    everybody, inside = memory.people(np.arange(len(memory))), memory.matching(where)
+    embeddings = np.asarray(memory.embeddings)
+    times = (None if across_days else one.scene.taken for one in everybody)
     days = np.array([f"{taken:%Y-%m-%d}" if taken else "" for taken in times])
     fixed = [one for one in groups.all() if one.by_hand]
-    numbers = {person: place for place, one in enumerate(fixed, 1) for person in one.people}
-    number = np.array([numbers.get(one.id, 0) for one in people], int)
-    made: list[Note] = []
-    for day in np.unique(days):
-        today = np.flatnonzero(days == day)
+    numbers = {person: turn for turn, one in enumerate(fixed, 1) for person in one.people}
+    number = np.array([numbers.get(one.id, 0) for one in everybody], int)
+    made = dict[str, Group]()
+    for day in np.unique(days[inside]):
+        today = np.flatnonzero(inside & (days == day))
         limit = calibration.least(_PROBABILITY, len(today))
-        for cluster in clusters(embeddings[today], scene[today], limit, number[today]):
+        for cluster in clusters(embeddings[today], memory.scene[today], limit, number[today]):
             found = today[cluster]
             group = [Group(uuid.uuid4().hex, "", str(day), False, []), *fixed][number[found].max()]
-            made += [_note(people[row].id, group) for row in found[number[found] == 0]]
+            made |= {everybody[row].id: group for row in found if not number[row]}
     # Users may have named some meanwhile.
-    by_hand = {person for person, one in groups.by_person().items() if one.by_hand}
-    made = [note for note in made if note.id not in by_hand]
-    kept = by_hand | {note.id for note in made} | {one.id for one in outside}
-    groups.notes.remove(groups.by_person().keys() - kept)
-    groups.notes.put(made)
+    known = groups.by_person()
+    kept = {person for person, one in known.items() if one.by_hand}
+    outside = {everybody[row].id for row in np.flatnonzero(~inside)}
+    groups.table.delete("person", known.keys() - made.keys() - kept - outside)
+    groups.table.put([_row(one, group) for one, group in made.items() if one not in kept])
     return groups.all()
 
 
@@ -129,16 +122,13 @@ def write_groups(
 ) -> list[dict[str, object]]:
     """Makes groups (`make_groups`), writes them as JSON, prints a summary; returns the content."""
     groups, memory = make_groups(gallery, where, across_days), gallery.memory()
-    people = {}
-    for one in memory.people(np.arange(len(memory))):
-        place = {"image": one.scene.path, "second": one.scene.second}
-        people[one.id] = {"person": one.id, **place, "box": one.box.round(2).tolist()}
+    places = {one.id: place(one) for one in memory.people(np.arange(len(memory)))}
     content = [
-        vars(one) | {"people": [people[i] for i in one.people if i in people]} for one in groups
+        vars(one) | {"people": [places[i] for i in one.people if i in places]} for one in groups
     ]
     write_json(target, content)
     count = sum(len(group.people) for group in groups)
-    print(f"{count:,} of {len(people):,} people in {len(groups):,} groups\ngroups  {target}")
+    print(f"{count:,} of {len(places):,} people in {len(groups):,} groups\ngroups  {target}")
     if not across_days:
         print("groups hold for a day: re-identification sees clothes (--across_days joins days)")
     return content
@@ -156,12 +146,19 @@ def clusters(
     is at least `limit` and no scene is in both. Those with the same `number` above 0 are together
     from the start, those with different ones stay apart.
     """
-    cluster = [[row] for row in range(len(number))]
+    count = len(number)
+    size = power_of_two_from(max(1024, count))  # few programs are compiled
+    padded, among = np.pad(embeddings, ((0, size - count), (0, 0))), np.arange(size) < count
+    near = jax.device_get(top_k(padded, padded, _NEIGHBORS, _SIMILARITIES // size, among))
+    similarity = near.similarity[:count].ravel()
+    order = np.argsort(-similarity, kind="stable")[: (similarity >= limit).sum()]
+    pairs = np.stack([order // _NEIGHBORS, near.index.ravel()[order]], axis=1)
+    cluster = [[row] for row in range(count)]
     for known in set(number.tolist()) - {0}:
         together = np.flatnonzero(number == known).tolist()
         for row in together:
             cluster[row] = together
-    for pair in near_pairs(embeddings, limit).tolist():
+    for pair in pairs.tolist():
         one, other = sorted((cluster[row] for row in pair), key=lambda rows: -number[rows[0]])
         if one is other or number[other[0]]:
             continue
@@ -172,16 +169,3 @@ def clusters(
                 cluster[row] = one
     several = [np.array(one) for row, one in enumerate(cluster) if row == one[0] and one[1:]]
     return [one[np.argsort(-(embeddings[one] @ embeddings[one].sum(axis=0)))] for one in several]
-
-
-def near_pairs(embeddings: Float[np.ndarray, "N D"], limit: float) -> Int[np.ndarray, "P 2"]:
-    """Rows and their nearest others of at least that similarity, the most similar first."""
-    count = len(embeddings)
-    size = max(_ROWS, power_of_two_from(count))  # few programs are compiled
-    padded, among = np.pad(embeddings, ((0, size - count), (0, 0))), np.arange(size) < count
-    search = partial(top_k, gallery=jax.device_put(padded), k=_NEIGHBORS, among=among)
-    found = [search(padded[start : start + _ROWS]) for start in range(0, count, _ROWS)]
-    near = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *found)
-    row, place = np.nonzero(near.similarity >= limit)
-    order = np.argsort(-near.similarity[row, place], kind="stable")
-    return np.stack([row, near.index[row, place]], axis=1)[order]

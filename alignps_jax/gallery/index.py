@@ -1,19 +1,23 @@
-"""Finds everybody in photos and videos and stores them: `--mode=index`."""
+"""Finds everybody in photos and videos and stores them: `--mode=index`, `--watch`."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
+import watchfiles
 
-from alignps_jax.errors import UserError
+from alignps_jax.errors import IncompleteError, UserError
 from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.forget import Forgotten
 from alignps_jax.gallery.gallery import Gallery
@@ -27,9 +31,11 @@ from alignps_jax.types import Detections
 
 COMMIT_SECONDS = 5.0  # what a kill can cost
 _TIDY_COMMITS = 200  # each makes small files, which many make slow
+# In ms; files that are still being copied are left alone until nothing changes for a `step`.
+_WATCH: Any = {"step": 2000, "debounce": 60_000, "rust_timeout": 1000, "yield_on_timeout": True}
 
 Results = Iterator[Photo[Shot]]
-Find = Callable[[Detector, Iterable[MediaFile]], Results]
+Find = Callable[[Detector, Sequence[MediaFile], float, Mapping[str, float]], Results]
 
 
 @dataclasses.dataclass
@@ -49,20 +55,18 @@ class Indexed:
     unsound: int = 0
 
     def __str__(self) -> str:
-        known = (
-            f"{self.known:,} of {len(self.walk.files):,} files were known, {self.removed:,} gone"
-        )
-        found = f"found {self.people:,} people in {self.scenes:,} photos and frames; {known}"
-        return found + f"; {self.unsound:,} detections were not finite" * (self.unsound > 0)
+        found = f"found {self.people:,} people in {self.scenes:,} photos and frames"
+        known = f"{self.known:,} of {len(self.walk.files):,} files were known"
+        unsound = f"; {self.unsound:,} detections were not finite" * (self.unsound > 0)
+        return f"{found}; {known}, {self.removed:,} gone{unsound}"
 
 
 def find_people(
-    detector: Detector, files: Iterable[MediaFile], every: float, seen: Mapping[str, float]
+    detector: Detector, files: Sequence[MediaFile], every: float, seen: Mapping[str, float]
 ) -> Results:
-    """The people of files, in the order of the files.
+    """The people of files, in their order; of a video, a frame every so many seconds.
 
-    `every`: seconds between frames of a video; `seen`: for each content the last second that is
-    known and need not be looked at, infinity where all is.
+    `seen`: the second of each content up to which it is known, infinity where all is.
     """
     data = detector.config.data
     tasks = (shots(file, every, data.max_pixels, seen) for file in files)
@@ -76,110 +80,86 @@ def index(
     every: float = 1.0,
     prune: bool = False,
     excludes: Sequence[str] = DEFAULT_EXCLUDES,
-    report: Callable[[Indexed], None] = lambda done: None,
-    detect: Callable[[Find, Sequence[MediaFile]], Results] | None = None,
+    begun: Callable[[Indexed], None] = lambda done: None,
+    find: Find = find_people,
 ) -> Indexed:
     """Finds everybody in files that a gallery does not know as they are, and adds them.
 
-    One frame of a video is searched per `every` seconds. `prune` removes the people of files below
-    the sources that are gone; `excludes` are patterns of files and folders to leave out.
-    `report` is called now and then and in the end; `detect` finds people elsewhere, in any order of
-    the files. UserError if a source does not exist.
+    One frame of a video is searched per `every` seconds; one that was looked at as often is known.
+    `prune` removes the people of files below the sources that are gone; `excludes` are patterns of
+    files and folders to leave out. `begun` gets what is returned, at once; `find` may find people
+    elsewhere, and in any order of the files. UserError if a source does not exist.
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
-        people.remove_strays()
-        run = _Run(people, every, Indexed(media_files(sources, excludes)))
-        pending = [file for file in run.done.walk.files if not run.is_known(file)]
-        run.done.known = len(run.done.walk.files) - len(pending)
-        find: Find = partial(find_people, every=every, seen=run.seen)
-        results = detect(find, pending) if detect else find(detector, pending)
+        run = _Run(people, every, done := Indexed(media_files(sources, excludes)))
+        begun(done)
+        ready, begin = list[Photo[Shot]](), time.monotonic()
         under_way = writer.submit(lambda: None)
-        with progress(desc="index", unit="file", total=len(pending)) as bar:
-            for batch in run.batches(results):
-                bar.update(run.done.done - bar.n)
-                report(run.done)
-                under_way.result()  # the network works while the last batch is committed
-                under_way = writer.submit(run.commit, batch)
+        with progress(desc="index", unit="file", total=len(run.pending)) as bar:
+            for one in find(detector, run.pending, every, run.seen):
+                ready.append(one)
+                bar.update(one.tag.second is None)
+                if time.monotonic() - begin > COMMIT_SECONDS:
+                    under_way.result()  # the network works while the last batch is committed
+                    under_way = writer.submit(run.commit, ready)
+                    ready, begin = [], time.monotonic()
         under_way.result()
-        if pending or prune:
-            run.finish(sources if prune else ())
-    report(run.done)
-    return run.done
+        run.commit(ready)
+        run.finish(sources if prune else ())
+    return done
 
 
 class _Run:
-    """What an indexing run knows of its gallery; `seen` as in `find_people`."""
+    """What an indexing run knows of its gallery, and does."""
 
     def __init__(self, people: People, every: float, done: Indexed):
         self._people, self._every, self.done = people, every, done
-        self._known, self._forgotten = people.known_files(), Forgotten(people)
-        self._added: set[str] = set()  # contents of the files that were read
-        self._commits = 0
+        self._forgotten, self._turns = Forgotten(people), itertools.count(1)
+        known, files = people.known_files().values(), done.walk.files
+        # Contents with frames of a longer `every`: the last one is not where a killed run was.
+        self._mixed = {state.hash for state in known if state.every > every}
         self.seen = dict.fromkeys(self._forgotten.hashes, math.inf)
-        for state in self._known.values():
-            if self._is_complete(state):
+        complete = set[tuple[object, ...]]()  # path, size, time of change
+        for state in known:
+            if state.complete and state.every <= every:
                 self.seen[state.hash] = math.inf
-            elif not state.complete and state.every == every:
-                frames = people.scenes.rows(["second"], hash=[state.hash])
-                self.seen.setdefault(state.hash, max(frames["second"].to_pylist(), default=-1.0))
-
-    def _is_complete(self, state: FileState) -> bool:
-        return state.complete and state.every in (0, self._every)
-
-    def is_known(self, file: MediaFile) -> bool:
-        """Whether there is nothing to do for a file."""
-        if not (known := self._known.get(file.path)):
-            return False
-        same = (known.size, known.mtime) == (file.size, file.mtime)
-        return file.path in self._forgotten.paths or (same and self._is_complete(known))
-
-    def batches(self, results: Results) -> Iterator[list[Photo[Shot]]]:
-        """The results of some seconds at a time; lists files that could not be read."""
-        ready, begin = [], time.monotonic()
-        for one in results:
-            self.done.done += one.tag.final
-            if one.error is None:
-                ready.append(one)
-            else:
-                self.done.walk.skipped[one.tag.file.path] = str(one.error)
-            if time.monotonic() - begin > COMMIT_SECONDS:
-                yield ready
-                ready, begin = [], time.monotonic()
-        yield ready
+                complete.add(state[:3])
+            elif state.every == every:
+                frames = people.scenes.rows(["second"], hash=[state.hash])["second"]
+                self.seen.setdefault(state.hash, max(frames.to_pylist(), default=-1.0))
+        self.pending = [x for x in files if (x.path, x.size, x.mtime) not in complete]
+        done.known = len(files) - len(self.pending)
 
     def commit(self, results: Sequence[Photo[Shot]]) -> None:
-        """Stores the scenes and states of files."""
+        """Stores the scenes and states of files; lists those that could not be read."""
         self._forgotten.refresh()
         files, scenes = dict[str, FileState](), dict[str, FoundScene]()
         for one in results:
-            shot, file = one.tag, one.tag.file
+            shot, file, complete = one.tag, one.tag.file, one.tag.second is None
+            self.done.done += complete
+            if one.error is not None:
+                self.done.walk.skipped[file.path] = str(one.error)
+                continue
             every = self._every if file.is_video else 0.0
-            state = FileState(file.path, file.size, file.mtime, shot.hash, every, shot.final)
+            every = every if complete or shot.hash not in self._mixed else math.inf
+            state = FileState(file.path, file.size, file.mtime, shot.hash, every, complete)
             files[file.path] = state
             if one.found is not None:
-                found = self._forgotten.without(self._scene(shot, one.found, every))
+                found = self._forgotten.without(self._scene(shot, one.found))
                 if found:  # once of copies that were read together
                     scenes.setdefault(found.scene.id, found)
-        stale = [(old, new) for path, new in files.items() if (old := self._known.pop(path, None))]
-        # Videos that were looked at at another interval.
-        self._people.remove(
-            {old.hash for old, new in stale if old.hash == new.hash and old.every != new.every}
-        )
         self._people.commit(list(scenes.values()), list(files.values()))
-        self._people.settle({old.hash for old, new in stale if old.hash != new.hash})
         if self._forgotten.refresh():  # somebody was forgotten meanwhile
             self._forgotten.enforce()
         # Copies that come later need not be looked at.
-        self._added |= {state.hash for state in files.values()}
         self.seen |= {state.hash: math.inf for state in files.values() if state.complete}
         self.done.scenes += len(scenes)
         self.done.people += sum(len(found.people.scores) for found in scenes.values())
-        self._commits += 1
-        if self._commits % _TIDY_COMMITS == 0:
+        if next(self._turns) % _TIDY_COMMITS == 0:
             self._people.optimize()
 
-    def _scene(self, shot: Shot, found: Detections, every: float) -> FoundScene:
+    def _scene(self, shot: Shot, found: Detections) -> FoundScene:
         """A scene without people of a low score or with numbers that are not finite."""
         numbers = np.column_stack([found.boxes, found.scores, found.embeddings])
         sound = np.isfinite(numbers).all(axis=1)
@@ -188,28 +168,46 @@ class _Run:
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
         about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
         scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
-        return FoundScene(scene, people, every)
+        return FoundScene(scene, people)
 
     def finish(self, sources: Sequence[str]) -> None:
         """Removes files that were renamed, and those below `sources` that are gone; tidies.
 
         For more people than fit into memory it makes a vector index, anew when they have doubled.
         """
-        people, walk = self._people, self.done.walk
+        people, walk, known = self._people, self.done.walk, self._people.known_files()
+        added = {known[file.path].hash for file in self.pending if file.path in known}
         below = tuple(os.path.join(os.path.abspath(source), "") for source in sources)
         hidden = tuple(os.path.join(folder, "") for folder in walk.skipped)
         gone = {
             path
-            for path in self._known.keys() - {file.path for file in walk.files}
-            if self._known[path].hash in self._added
+            for path in known.keys() - {file.path for file in walk.files}
+            if known[path].hash in added
             or (f"{path}/".startswith(below) and not path.startswith(hidden))
             if not os.path.lexists(path)
         }
         if gone and not walk.files:  # a disk that is not there
             raise UserError(f"--prune: found no photo or video, {len(gone):,} known files")
-        people.remove_files(gone)
+        people.files.delete("path", gone)
+        people.remove_strays()
         self.done.removed = len(gone)
         people.optimize()
         count, trained = people.table.count(), people.trained()
         if not fits(count, people.info.dim) and count >= 2 * trained.get("people", 0):
             people.train()
+
+
+def watch(
+    run: Callable[[], object], sources: Sequence[str], stop: threading.Event | None = None
+) -> None:
+    """Runs `run` now, and again whenever something below the sources changes, until `stop`.
+
+    If `run` raises IncompleteError, that is printed.
+    """
+    # The first turn comes without a change: it is watched before it is looked at.
+    for turn, changes in enumerate(watchfiles.watch(*sources, **_WATCH, stop_event=stop)):
+        if changes or turn == 0:
+            try:
+                run()
+            except IncompleteError as error:
+                print(f"note: {error}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Array, Bool, Float, Int
 
-from alignps_jax.gallery.entries import Filter, Person, Scene, person_id
+from alignps_jax.gallery.entries import Filter, Match, Person, Scene, person_id
 from alignps_jax.gallery.people import People
 from alignps_jax.nearest import CHUNK, power_of_two_from, top_k
 from alignps_jax.types import AnyArray
@@ -22,27 +24,36 @@ _SCENE = [field.name for field in dataclasses.fields(Scene)]
 _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending")]
 
 
+@dataclasses.dataclass(frozen=True)
+class SceneCard:
+    """A photo, or a video by its latest frame, and the number of its frames."""
+
+    scene: Scene
+    frames: int
+
+
 class PeopleInMemory:
-    """N people and their scenes, as they are when this is made, in `took` seconds.
+    """N people and their scenes, as they are when this is made, `since` when and in `took` seconds.
 
     `scenes` is a table with the best score of each, newest first, those of unknown time last;
-    `paths` are all files of each content that has several; `scene` (Int[N]) is each person's row in
-    `scenes`, `boxes` (Float[N 4]) and `scores` are the people's; `embeddings` (Float[C D]) are on
-    the device, with room for more; None where they do not fit.
+    `scene` (Int[N]) is each person's row in it, `boxes` (Float[N 4]) and `scores` are the people's;
+    `embeddings` (Float[C D]) are on the device, with room for more; None where they do not fit.
     """
 
     def __init__(self, people: People):
-        start, self.version = time.perf_counter(), people.version
+        start, self._people = time.monotonic(), people
+        self.version, self.forgotten = people.version, people.forgotten.version
         # In this order, since a scene is committed after its people. What comes meanwhile makes
         # another version, and is read next time.
-        files = people.files.rows(["path", "hash"]).sort_by("path")
-        groups = files.group_by("hash", use_threads=False).aggregate([("path", "list")])
-        several = groups.filter(pc.list_value_length(pc.field("path_list")) > 1)
-        self.paths = {row["hash"]: row["path_list"] for row in several.to_pylist()}
-        scenes = people.scenes.rows([*_SCENE, "every"]).sort_by(_ORDER)
+        self._contents, scenes = people.contents(), people.scenes.rows()
+        owner = pc.index_in(scenes["hash"], self._contents["hash"].combine_chunks())
+        paths = self._contents["paths"].take(owner)
+        scenes = scenes.append_column("path", pc.list_element(paths, 0))
+        scenes = scenes.append_column("copies", pc.list_slice(paths, 1))
+        scenes = scenes.filter(owner.is_valid()).sort_by(_ORDER)
         has_room = fits(people.table.count(), people.info.dim)
         found = people.table.rows(["scene", "score", "box", *["embedding"] * has_room])
-        owner = pc.index_in(found["scene"], value_set=scenes["id"].combine_chunks())
+        owner = pc.index_in(found["scene"], scenes["id"].combine_chunks())
         if owner.null_count:  # a scene that is not committed yet, or is being removed
             found, owner = found.filter(owner.is_valid()), owner.drop_null()
         self.scene, self.scores = owner.to_numpy(), found["score"].to_numpy()
@@ -51,16 +62,18 @@ class PeopleInMemory:
         np.maximum.at(best, self.scene, self.scores)
         self.scenes = scenes.append_column("score", pa.array(best)).append_column("row", rows)
         self.embeddings = _on_device(found["embedding"], people.info.dim) if has_room else None
-        self.took = time.perf_counter() - start
+        self.since = time.monotonic()
+        self.took = self.since - start
 
     def __len__(self) -> int:
         return len(self.scores)
 
-    def search(
-        self, queries: Float[AnyArray, "Q D"], k: int, where: Filter
-    ) -> list[list[tuple[Person, float]]]:
-        """For each query the k most similar people and their similarities, best first."""
-        assert self.embeddings is not None
+    def search(self, queries: Float[AnyArray, "Q D"], k: int, where: Filter) -> list[list[Match]]:
+        """The k people that are most similar to each query, best first."""
+        if self.embeddings is None:
+            inside = self._inside(where).to_pylist()
+            near = [self._people.nearest(query, k, where, inside) for query in queries]
+            return [[Match(one, some[i]) for i, one in self.named(some).items()] for some in near]
         padded = np.zeros((power_of_two_from(len(queries)), queries.shape[1]), np.float32)
         padded[: len(queries)] = queries
         among = np.zeros(len(self.embeddings), bool)
@@ -71,7 +84,7 @@ class PeopleInMemory:
         for index, similarity in zip(found.index, found.similarity[:, :k], strict=True):
             exists = np.isfinite(similarity)
             people = self.people(index[:k][exists])
-            results.append(list(zip(people, similarity[exists].tolist(), strict=True)))
+            results.append(list(map(Match, people, similarity[exists].tolist())))
         return results[: len(queries)]
 
     def matching(self, where: Filter) -> Bool[np.ndarray, "N"]:
@@ -80,52 +93,82 @@ class PeopleInMemory:
         passes[self._passing(where)["row"]] = True
         return passes[self.scene] & (self.scores >= np.float32(where.min_score or -1))
 
-    def _passing(self, where: Filter) -> pa.Table:
-        """The scenes that do, by score where somebody does, in any order."""
-        condition = where.condition(pc.field, self.paths)
-        return self.scenes if condition is None else self.scenes.filter(condition)
+    def count(self, where: Filter | None = None) -> int:
+        """The number of people who pass a filter."""
+        return int(self.matching(where or Filter()).sum())
 
-    def cards(self, where: Filter) -> tuple[Int[np.ndarray, "c"], Int[np.ndarray, "c"]]:
-        """For each photo and video that passes a filter its first row and number of rows."""
-        found = self._passing(where).group_by("hash").aggregate([("row", "min"), ("row", "count")])
-        found = found.sort_by("row_min")
-        return found["row_min"].to_numpy(), found["row_count"].to_numpy()
+    def cards(self, limit: int, offset: int = 0, where: Filter | None = None) -> list[SceneCard]:
+        """Some of the photos and videos, newest first, those of unknown time last, by path."""
+        groups = self._passing(where or Filter()).group_by("hash")
+        found = groups.aggregate([("row", "min"), ("row", "count")]).sort_by("row_min")
+        found = found.slice(offset, limit)
+        scenes = self._scenes(found["row_min"].to_numpy())
+        return list(map(SceneCard, scenes, found["row_count"].to_pylist()))
 
     def people(self, rows: Int[np.ndarray, "k"]) -> list[Person]:
         """The people of some rows."""
         needed, place = np.unique(self.scene[rows], return_inverse=True)
-        scenes, scores = self.scenes_of(needed), self.scores[rows].tolist()
+        scenes, scores = self._scenes(needed), self.scores[rows].tolist()
         return [
             Person(person_id(scenes[at].id, box), scenes[at], box, score)
             for at, box, score in zip(place, self.boxes[rows], scores, strict=True)
         ]
 
-    def people_of(self, scene: str) -> list[Person]:
-        """The people of a scene (its id), best score first."""
-        rows = np.flatnonzero(self.scene == pc.index(self.scenes["id"], scene).as_py())
+    def people_of(self, *scenes: str) -> list[Person]:
+        """The people of scenes (ids), best score first."""
+        rows = np.flatnonzero(np.isin(self.scene, self._rows("id", scenes)))
         return self.people(rows[np.argsort(-self.scores[rows], kind="stable")])
 
-    def scenes_of(self, rows: Int[np.ndarray, "k"]) -> list[Scene]:
-        """The scenes of some rows of `scenes`."""
+    def named(self, ids: Collection[str]) -> dict[str, Person]:
+        """People by their ids, in that order; without those who are not there."""
+        people = self.people_of(*(one.partition("-")[0] for one in ids))
+        known = {person.id: person for person in people}
+        return {one: known[one] for one in ids if one in known}
+
+    def person(self, identity: str) -> Person | None:
+        """The person of an id."""
+        return self.named([identity]).get(identity)
+
+    def scene_of(self, identity: str) -> Scene | None:
+        """The scene of an id."""
+        return next(iter(self._scenes(self._rows("id", [identity]))), None)
+
+    def scenes_of(self, content: str) -> list[Scene]:
+        """The photo, or the frames of the video in their order, with that hash of its file."""
+        found = self._scenes(self._rows("hash", [content]))
+        return sorted(found, key=lambda scene: scene.second or 0.0)
+
+    def _rows(self, column: str, values: Collection[str]) -> Int[np.ndarray, "k"]:
+        """The scenes with one of these values."""
+        return np.flatnonzero(pc.is_in(self.scenes[column], pa.array(values, pa.string())))
+
+    def _scenes(self, rows: Int[np.ndarray, "k"]) -> list[Scene]:
         return [Scene(**row) for row in self.scenes.select(_SCENE).take(rows).to_pylist()]
 
-    def scenes_with(self, column: str, value: str) -> list[Scene]:
-        """The scenes with that value in a column."""
-        return self.scenes_of(np.flatnonzero(pc.equal(self.scenes[column], value)))
+    def _passing(self, where: Filter) -> pa.Table:
+        """The scenes that pass a filter, by score where somebody does, in any order."""
+        condition = where.condition(pc.field, self._inside(where))
+        return self.scenes if condition is None else self.scenes.filter(condition)
 
-    def paths_of(self, scene: Scene) -> tuple[str, ...]:
-        """All files of a scene, its own path first."""
-        return tuple(dict.fromkeys((scene.path, *self.paths.get(scene.hash, ()))))
+    def _inside(self, where: Filter) -> pa.Array:
+        """The hashes of files in the folder of a filter, if it has one."""
+        if where.folder is None:
+            return pa.array([], pa.string())
+        paths = self._contents["paths"].combine_chunks()
+        is_inside = pc.starts_with(
+            paths.flatten(), os.path.join(os.path.normpath(where.folder), "")
+        )
+        rows = pc.list_parent_indices(paths).filter(is_inside)
+        return self._contents["hash"].take(rows).combine_chunks()
 
 
 def _on_device(embeddings: pa.ChunkedArray, dim: int) -> Float[Array, "C D"]:
     """Embeddings with room for more: a program is compiled for each number of chunks."""
     room = -(-max(1, len(embeddings)) // CHUNK) * CHUNK
-    parts = [chunk.flatten().to_numpy() for chunk in embeddings.chunks]
+    more = pa.array(np.zeros((room - len(embeddings)) * dim, np.float32))
+    found = pa.concat_arrays([*(chunk.flatten() for chunk in embeddings.chunks), more])
     # JAX takes what Arrow has aligned without a copy.
-    found = np.frombuffer(pa.allocate_buffer(room * dim * 4), np.float32)
-    np.concatenate([*parts, np.zeros((room - len(embeddings)) * dim, np.float32)], out=found)
-    return jnp.asarray(found.reshape(room, dim))
+    return jnp.asarray(found.to_numpy().reshape(room, dim))
 
 
 def fits(people: int, dim: int) -> bool:

@@ -2,7 +2,7 @@
 
 A file row says that a path with a content (hash) is indexed, a scene row is a photo or a frame, a
 person row is somebody in a scene and repeats what is known of it. Scenes and people belong to a
-content: copies are further file rows. Whoever has no scene yet does not count.
+content, whatever its files are called. Whoever has no scene yet, or no file, does not count.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
+import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+import operator
+import time
+import warnings
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,29 +25,31 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
-from lancedb.index import IvfPq
+from lancedb.expr import col, lit
+from lancedb.index import BTree, IvfPq
 
 from alignps_jax.checkpoint.lock import one_writer
 from alignps_jax.errors import UserError
 from alignps_jax.files import complete_file
-from alignps_jax.gallery.entries import GalleryInfo, Scene, person_id
-from alignps_jax.gallery.tables import Note, Notes, Table, in_one_line
+from alignps_jax.gallery.entries import Filter, GalleryInfo, Scene, person_id
 from alignps_jax.types import Detections
 
+# That others cannot read older states any more is what a purge is for.
+warnings.filterwarnings("ignore", r"optimize\(cleanup_older_than=0\)")
 _KEY = {"lance-schema:unenforced-primary-key": "true"}
+_INDEXED = {"id", "path", "hash", "taken"}
 
 
 @dataclasses.dataclass(frozen=True)
 class FoundScene:
-    """A scene, its people (best first), and seconds between frames (0 for photos)."""
+    """A scene and its people, best first."""
 
     scene: Scene
     people: Detections
-    every: float = 0.0
 
 
 class FileState(NamedTuple):
-    """A file as it was indexed; `complete` is False for a video until its last frame is in."""
+    """A file as it was indexed, a video every some seconds, and whether all of it is stored."""
 
     path: str
     size: int
@@ -52,8 +59,100 @@ class FileState(NamedTuple):
     complete: bool = True
 
 
+_PHOTO = {"id": "", "height": 0, "width": 0, "taken": datetime.datetime.min, "camera": ""}
+_SCENE = {**_PHOTO, "second": 0.0, "hash": "", "kind": ""}
+_MARK = {"id": "", "view": "", "person": "", "right": True, "similarity": 0.0, "name": ""}
+# A row of each table; the first column is the key.
+_ROWS: dict[str, dict[str, Any]] = {
+    "files": FileState("", 0, 0, "")._asdict(),
+    "scenes": _SCENE,
+    "marks": {**_MARK, "at": 0.0},
+    "groups": {"person": "", "id": "", "name": "", "day": "", "by_hand": True, "at": 0.0},
+    "forgotten": {"id": "", "path": "", "hash": "", "person": "", "second": 0.0, "box": [0.0]},
+    "trained": {"id": "", "people": 0, "recall": 0.0},
+    "people": {"id": "", "scene": "", **_SCENE},
+}
+
+
+@contextlib.contextmanager
+def _in_one_line(address: str) -> Iterator[None]:
+    """Turns any error of LanceDB into a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split()).partition(", /")[0][:800]
+        raise UserError(f"--gallery: {address}: {reason or type(error).__name__}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of a LanceDB database; its first column is the key."""
+
+    database: Any
+    name: str
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Any]:
+        """LanceDB's table as it is now: what others commit is not seen in the block."""
+        with _in_one_line(self.database.uri):
+            yield self.database.open_table(self.name)
+
+    @property
+    def version(self) -> Hashable:
+        """Changes with every commit, and where a gallery was made anew."""
+        with self.open() as table:
+            return table.version, table.schema.metadata[b"made"]
+
+    def count(self) -> int:
+        """The number of rows."""
+        with self.open() as table:
+            return int(table.count_rows())
+
+    def rows(self, columns: Collection[str] = (), **values: Collection[str]) -> pa.Table:
+        """Columns (default: all) of the rows with one of these values in each of these columns."""
+        conditions = (col(name).isin(list(some)) for name, some in values.items())
+        wanted = functools.reduce(operator.and_, conditions, lit(True))
+        with self.open() as table:
+            return table.search().where(wanted).select([*columns] or table.schema.names).to_arrow()
+
+    def put(self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> None:
+        """Adds rows (or columns) at once, of each key the first, in place of what it had."""
+        make = pa.Table.from_pydict if isinstance(rows, Mapping) else pa.Table.from_pylist
+        with self.open() as table:
+            found, key = make(rows, table.schema), table.schema.names[0]
+            _, first = np.unique(found[key], return_index=True)
+            merge = table.merge_insert(key).when_matched_update_all()
+            merge = merge.when_not_matched_insert_all()
+            if len(first):
+                merge.execute(found.take(np.sort(first)))
+
+    def delete(self, column: str, values: Collection[str]) -> None:
+        """Removes the rows with one of these values."""
+        if values:
+            with self.open() as table:
+                table.delete(col(column).isin(list(values)))
+
+    def optimize(self, purge: bool = False) -> None:
+        """Puts small files together, updates indices, and drops states older than an hour.
+
+        `purge`: drops whatever holds removed rows: older states, indices, and files, in which a row
+        is only marked as removed.
+        """
+        with self.open() as table:
+            if purge:
+                for index in table.list_indices():
+                    table.drop_index(index.name)
+                table.update(values_sql=dict([table.schema.names[:1] * 2]))
+            known = {index.columns[0] for index in table.list_indices()}
+            for column in _INDEXED.intersection(table.schema.names) - known:
+                table.create_index(column, config=BTree())
+            table.optimize(cleanup_older_than=datetime.timedelta(hours=0 if purge else 1))
+
+
 class People:
-    """The people of a gallery, with tables of files, scenes, people and notes of all kinds.
+    """The people of a gallery: tables of files, scenes, people, and of what is said about them.
 
     `address` is a folder such as people.lance, or s3://bucket/people.lance, `info` the detector
     that made it.
@@ -67,87 +166,55 @@ class People:
             raise UserError(f"--gallery: found {others[0]} in {place}, expected a gallery")
         if info is None and not is_gallery(address):
             raise UserError(f"--gallery: found none in {place}, expected what --mode=index made")
-        scene = vars(Scene("", "", 0, 0, datetime.datetime.now(), "", 0.0, "")) | {"every": 0.0}
-        examples = {
-            "files": FileState("", 0, 0, "")._asdict(),
-            "scenes": scene,
-            "notes": vars(Note("", ("",), {})) | {"content": "", "kind": ""},
-            "people": {"id": "", "scene": ""} | scene,
-        }
-        vectors = [pa.field("score", pa.float32()), pa.field("box", pa.list_(pa.float32(), 4))]
-        vectors += [pa.field("embedding", pa.list_(pa.float32(), info.dim if info else 0))]
-        with in_one_line(address):
+        with _in_one_line(address):
             database = lancedb.connect(address)
-            for name, example in examples.items() if info else ():
-                key, *columns = pa.Table.from_pylist([example]).schema
-                # Of rows with the same key that several processes add at once, one stays.
-                columns = [key.with_nullable(False).with_metadata(_KEY), *columns]
-                columns += vectors if name == "people" else []
-                with contextlib.suppress(ValueError):  # another detector's, which Gallery says
-                    database.create_table(name, schema=pa.schema(columns), exist_ok=True)
-        self._tables = [Table(database, name) for name in examples]
-        self.files, self.scenes, self.all_notes, self.table = self._tables
-        detector = self.notes("detector")
-        if info is not None and not detector.all():
-            detector.put([Note("detector", (), dataclasses.asdict(info))])
-        if not (known := detector.all()):
-            raise UserError(f"--gallery: {place} was never filled, expected what --mode=index made")
-        scale = tuple(known[0].content["test_scale"])
-        self.info = GalleryInfo(**{**known[0].content, "test_scale": scale})
-
-    def notes(self, kind: str) -> Notes:
-        """The notes of a kind, such as "marks"."""
-        return Notes(self.all_notes, kind)
+            for name, schema in _schemas(info) if info else ():
+                with contextlib.suppress(ValueError):  # it is there
+                    database.create_table(name, schema=schema)
+        self._tables = [Table(database, name) for name in _ROWS]
+        self.files, self.scenes, self.marks, self.groups, *rest = self._tables
+        self.forgotten, self._trained, self.table = rest
+        with self.table.open() as table:
+            self.info = GalleryInfo(**json.loads(table.schema.metadata[b"detector"]))
 
     @property
-    def version(self) -> tuple[int, ...]:
+    def version(self) -> Hashable:
         """Changes with every commit of files, scenes, people."""
         return self.files.version, self.scenes.version, self.table.version
 
+    def contents(self) -> pa.Table:
+        """The hash of each content, and the paths of all files with it, sorted."""
+        files = self.files.rows(["hash", "path"]).sort_by("path")
+        groups = files.group_by("hash", use_threads=False).aggregate([("path", "list")])
+        return groups.rename_columns(["hash", "paths"])
+
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
-        rows = self.files.rows(FileState._fields).to_pylist()
-        return {row["path"]: FileState(**row) for row in rows}
+        return {row["path"]: FileState(**row) for row in self.files.rows().to_pylist()}
 
     def commit(self, scenes: Sequence[FoundScene], files: Sequence[FileState]) -> None:
         """Adds scenes and files, in place of what the gallery has of them."""
-        rows = [vars(one.scene) | {"every": one.every} for one in scenes]
-        people = [
-            row
-            | {"scene": row["id"], "id": person_id(row["id"], box)}
-            | {"box": box, "score": score, "embedding": embedding}
-            for row, one in zip(rows, scenes, strict=True)
-            for box, score, embedding, _ in zip(*vars(one.people).values(), strict=True)
-        ]
         # What a kill leaves in between belongs to a file that is looked at again.
         self.files.put([file._replace(complete=False)._asdict() for file in files])
-        self.table.put(people)
-        self.scenes.put(rows)
+        if scenes:
+            self._put_scenes(scenes)
         self.files.put([file._asdict() for file in files])
 
-    def remove_files(self, paths: Collection[str]) -> None:
-        """Removes files, and the scenes and people of contents that no other file has."""
-        gone = self.files.rows(["hash"], path=paths)["hash"].unique().to_pylist()
-        self.files.delete("path", paths)
-        self.settle(gone)
-
-    def settle(self, contents: Collection[str]) -> None:
-        """Removes contents that no file has, and gives others the path of a file that has them."""
-        files = self.files.rows(["hash", "path"], hash=contents).to_pylist()
-        paths = {row["hash"]: row["path"] for row in reversed(files)}
-        self.remove(set(contents) - paths.keys())
-        moved = pa.table([list(paths), list(paths.values())], ["hash", "path"])
-        for one in (self.scenes, self.table) if paths else ():
-            with one.open() as table:
-                table.merge_insert("hash").when_matched_update_all().execute(moved)
-
-    def remove_strays(self) -> None:
-        """Removes the scenes and people of no file, which only an interrupted run leaves."""
-        known, *found = (
-            set(table.rows(["hash"])["hash"].unique().to_pylist())
-            for table in (self.files, self.scenes, self.table)
+    def _put_scenes(self, scenes: Sequence[FoundScene]) -> None:
+        rows = [{**vars(x.scene), "scene": x.scene.id, "kind": x.scene.kind} for x in scenes]
+        owner = [row for row, one in zip(rows, scenes, strict=True) for _ in one.people.scores]
+        boxes, scores, embeddings = (
+            np.concatenate([np.asarray(getattr(one.people, name), np.float32) for one in scenes])
+            for name in ("boxes", "scores", "embeddings")
         )
-        self.remove(set.union(*found) - known)
+        people = {key: [row[key] for row in owner] for key in rows[0]} | {
+            "id": [person_id(row["id"], box) for row, box in zip(owner, boxes, strict=True)],
+            "score": scores,
+            "box": pa.FixedSizeListArray.from_arrays(boxes.ravel(), 4),
+            "embedding": pa.FixedSizeListArray.from_arrays(embeddings.ravel(), self.info.dim),
+        }
+        self.table.put(people)
+        self.scenes.put(rows)
 
     def remove(self, contents: Collection[str], people: Collection[str] = ()) -> None:
         """Removes the scenes and people of contents, and single people (ids); files stay known."""
@@ -155,13 +222,27 @@ class People:
         self.table.delete("hash", contents)
         self.table.delete("id", people)
 
-    def nearest(
-        self, query: Float[np.ndarray, "D"], k: int, wanted: Any = None, exact: bool = False
-    ) -> list[tuple[str, float]]:
-        """Ids and similarities of people, by the vector index if there is one.
+    def remove_strays(self) -> None:
+        """Removes the scenes and people of contents that no file has any more."""
+        known, *found = (
+            set(table.rows(["hash"])["hash"].unique().to_pylist())
+            for table in (self.files, self.scenes, self.table)
+        )
+        self.remove(set.union(*found) - known)
 
-        `wanted`: what they must fulfil, as an expression of LanceDB.
+    def nearest(
+        self,
+        query: Float[np.ndarray, "D"],
+        k: int,
+        where: Filter | None = None,
+        contents: Collection[str] = (),
+        exact: bool = False,
+    ) -> dict[str, float]:
+        """Ids and similarities of people, best first, by the vector index if there is one.
+
+        `contents`: hashes of the files in the folder of the filter.
         """
+        wanted = where and where.condition(col, contents)
         with self.table.open() as table:
             search = table.search(query, vector_column_name="embedding").distance_type("cosine")
             search = search.bypass_vector_index() if exact else search
@@ -170,7 +251,7 @@ class People:
             search = search.refine_factor(max(4, min(40, 8000 // k))).limit(k)
             search = search if wanted is None else search.where(wanted, prefilter=True)
             rows = search.select(["id", "_distance"]).to_arrow().to_pylist()
-        return [(row["id"], 1.0 - row["_distance"]) for row in rows]
+        return {row["id"]: 1.0 - row["_distance"] for row in rows}
 
     def train(self) -> None:
         """Makes the vector index anew, and notes how many people it was made of and its recall."""
@@ -183,14 +264,13 @@ class People:
             sample = table.search().select(["embedding"]).offset(count // 2).limit(20)
             queries = np.array(sample.to_arrow()["embedding"].to_pylist(), np.float32)
         for query in queries:
-            best = {one for one, _ in self.nearest(query, 11, exact=True)}
-            shares.append(len(best.intersection(dict(self.nearest(query, 11)))) / len(best))
-        content = {"people": count, "recall": float(np.mean(shares))}
-        self.notes("vector_index").put([Note("vector_index", (), content)])
+            best = self.nearest(query, 11, exact=True)
+            shares.append(len(best.keys() & self.nearest(query, 11).keys()) / len(best))
+        self._trained.put([{"id": "", "people": count, "recall": float(np.mean(shares))}])
 
     def trained(self) -> Mapping[str, Any]:
-        """What `train` noted; {} without a vector index."""
-        return next((note.content for note in self.notes("vector_index").all()), {})
+        """Of how many `people` the vector index was made, and its `recall`; {} without one."""
+        return next(iter(self._trained.rows().to_pylist()), {})
 
     def optimize(self) -> None:
         """See `Table.optimize`; what stands in its way, such as a purge, is for next time."""
@@ -204,7 +284,7 @@ class People:
         """See `Table.optimize`; returns why older states remain, where they do."""
         if self.address.startswith("db://"):
             return "this service keeps older states as long as it is set up to"
-        self.notes("vector_index").remove(["vector_index"])
+        self._trained.delete("id", [""])
         for table in self._tables:
             table.optimize(purge=True)
         return None
@@ -212,16 +292,19 @@ class People:
     def export(self, target: Path) -> int:
         """Writes everybody to a .parquet file, a row per person; returns their number.
 
-        `box` is x1, y1, x2, y2 in pixels of the scene, `embedding` of length one. Needs memory for
-        a few thousand people only.
+        `box` is x1, y1, x2, y2 in pixels of the scene, `embedding` of length one, `paths` are all
+        files with this content.
         """
         if target.suffix.lower() != ".parquet":
             raise UserError(f"--target: found {target}, expected a file .parquet for a gallery")
+        paths = dict(zip(*self.contents().to_pydict().values(), strict=True))
         with self.table.open() as table, complete_file(target) as temporary:
             batches = table.search().to_batches()
-            with pq.ParquetWriter(temporary, batches.schema) as writer:
+            schema = batches.schema.append(pa.field("paths", pa.list_(pa.string())))
+            with pq.ParquetWriter(temporary, schema) as writer:
                 for batch in batches:
-                    writer.write_batch(batch)
+                    found = pa.array(map(paths.get, batch["hash"].to_pylist()), schema.types[-1])
+                    writer.write_batch(batch.append_column("paths", found))
             return int(table.count_rows())
 
     def only_writer(self) -> contextlib.AbstractContextManager[None]:
@@ -232,3 +315,14 @@ class People:
 def is_gallery(address: str) -> bool:
     """Whether something that --mode=index made may lie there, rather than a folder of photos."""
     return "://" in address or (Path(address) / "people.lance").is_dir()
+
+
+def _schemas(info: GalleryInfo) -> Iterator[tuple[str, pa.Schema]]:
+    """The columns of each table; of rows with the same key that are added at once, one stays."""
+    about = {"detector": json.dumps(vars(info)), "made": str(time.time())}
+    for name, row in _ROWS.items():
+        key, *columns = pa.Table.from_pylist([row]).schema
+        if name == "people":
+            columns += [pa.field("score", pa.float32()), pa.field("box", pa.list_(pa.float32(), 4))]
+            columns.append(pa.field("embedding", pa.list_(pa.float32(), info.dim)))
+        yield name, pa.schema([key.with_nullable(False).with_metadata(_KEY), *columns], about)

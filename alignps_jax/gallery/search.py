@@ -17,7 +17,7 @@ from alignps_jax.drawing.pictures import Result, grid_picture, picture_row
 from alignps_jax.errors import UserError, blame
 from alignps_jax.evaluation.calibration import LIMIT, NOBODY, NOT_CALIBRATED, words
 from alignps_jax.files import write_image, write_json
-from alignps_jax.gallery.entries import Entry, Filter, Match, content_hash
+from alignps_jax.gallery.entries import Entry, Filter, Match, Person, content_hash, scene_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above
@@ -40,40 +40,32 @@ def person_in_box(boxes: Float[AnyArray, "N 4"], box: Corners) -> int | None:
     return int(overlap.argmax()) if len(overlap) and overlap.max() >= _UNDER else None
 
 
-def person_at(detector: Detector, photo: Image, name: object, box: Corners) -> Detections:
-    """The person in a box (x1, y1, x2, y2 in pixels) of an RGB photo; UserError if nobody is there.
+def wanted_people(detector: Detector, photo: Image, box: Corners | None) -> Detections:
+    """The person in a box (x1, y1, x2, y2 in pixels) of an RGB photo; without one, everybody in it.
 
     Looks again around the box if the whole photo shows nobody there: a small person is larger then.
+    UserError if nobody is there.
     """
-    x1, y1, x2, y2 = (float(corner) for corner in box)
-    found = detector.detect(photo)
-    if (row := person_in_box(found.boxes, box)) is None:
-        left, top = max(0, int(1.5 * x1 - 0.5 * x2)), max(0, int(1.5 * y1 - 0.5 * y2))
-        part = photo[top : int(1.5 * y2 - 0.5 * y1) + 1, left : int(1.5 * x2 - 0.5 * x1) + 1]
+    if box is None:
+        people = above(detector.detect(photo), threshold := detector.config.eval.score_threshold)
+        if len(people.scores) == 0:
+            raise UserError(
+                f"found nobody with a score of {threshold:g} or more, expected somebody to search; "
+                "--box says where to look, --config.eval.score_threshold how sure to be"
+            )
+        return people
+    corners = np.array(box, np.float32).reshape(2, 2)
+    around = corners + (corners[1] - corners[0]) * np.array([[-0.5], [0.5]])
+    whole = np.array([(0, 0), photo.shape[1::-1]])
+    for start, end in whole, np.maximum(around, 0).astype(int):
+        part = photo[start[1] : end[1], start[0] : end[0]]
         if part.size:
             found = detector.detect(np.ascontiguousarray(part))
-            moved = np.asarray(found.boxes) + np.array([left, top, left, top], np.float32)
-            found = dataclasses.replace(found, boxes=moved)
-            row = person_in_box(found.boxes, box)
-    if row is None:
-        raise UserError(f"--box: nobody was found at {x1:g},{y1:g},{x2:g},{y2:g} of {name}")
-    return jax.tree.map(lambda x: np.asarray(x)[row : row + 1], found)
-
-
-def wanted_people(
-    detector: Detector, photo: Image, name: object, box: Corners | None
-) -> Detections:
-    """The person in a box of a photo, or everybody in it; UserError if nobody is there."""
-    if box is not None:
-        return person_at(detector, photo, name, box)
-    threshold = detector.config.eval.score_threshold
-    people = above(detector.detect(photo), threshold)
-    if len(people.scores) == 0:
-        raise UserError(
-            f"{name}: found nobody with a score of {threshold:g} or more, expected somebody to "
-            "search; --box says where to look, --config.eval.score_threshold how sure to be"
-        )
-    return people
+            boxes = np.asarray(found.boxes) + np.tile(start, 2).astype(np.float32)
+            found = dataclasses.replace(found, boxes=boxes)
+            if (row := person_in_box(found.boxes, box)) is not None:
+                return jax.tree.map(lambda x, row=row: np.asarray(x)[row : row + 1], found)
+    raise UserError("--box: nobody was found at {:g},{:g},{:g},{:g}".format(*box))
 
 
 def join_seconds(matches: Sequence[Match]) -> list[Entry]:
@@ -133,25 +125,29 @@ def search_photo(
     """
     data = query.read_bytes()
     with blame(query):
-        photo = decode_photo(data, gallery.info.max_pixels)
-    people = wanted_people(gallery.own_detector(), photo, query, box)
+        photo = decode_photo(data, gallery.own_detector().config.data.max_pixels)
+    people, memory = wanted_people(gallery.own_detector(), photo, box), gallery.memory()
     own = content_hash(data)
-    same = sum(len(gallery.people_of(scene.id)) for scene in gallery.scenes_of(own))
-    boxes = people.boxes if box is None else [np.array(box, np.float32)]
+    same = len(memory.people_of(scene_id(own, None)))
     content, rows = list[dict[str, Any]](), list[list[Image]]()
-    among = f"{gallery.searched(where):,} people in {gallery.num_scenes:,} scenes"
-    print(f"searched {len(boxes)} of {query.name} among {among}")
+    among = f"{memory.count(where):,} people in {len(memory.scenes):,} scenes"
+    print(f"searched {len(people.boxes)} of {query.name} among {among}")
     results = gallery.search_many(people.embeddings, most + same, where)
-    for one, matches in zip(boxes, results, strict=True):
+    for one, matches in zip(np.asarray(people.boxes), results, strict=True):
         others = [match for match in matches if match.person.scene.hash != own][:most]
         found = gallery.judged(others, where)
         found = found if show_all else likely(found)
-        asked = {"image": query.name, "box": _box(one)}
+        corners = np.asarray(one, float).round(2).tolist()
+        asked = {"image": query.name, "box": corners}
         content.append({"query": asked, "results": [_result(match) for match in found]})
         if len(rows) < _MAX_PICTURE_QUERIES:
             rows.append(picture_row("query", photo, query.name, one, _drawn(gallery, found)))
-        first = f", first {_said(found[0])}" if found else f": {NOBODY} (--show_all)"
-        print(f"  {_box(one)}: {len(found):,} found{first}")
+        said, best = f"{NOBODY} (--show_all)", found[0] if found else None
+        if best:
+            said = f"{len(found):,} found, first {best.person.scene.name}"
+            share = "" if best.probability is None else f": {words(best.probability)}"
+            said += f", similarity {best.similarity:.3f}{share}"
+        print(f"  {corners}: {said}")
     if (recall := gallery.recall) is not None:
         print(f"approximate: of the ten most similar people it finds {recall:.0%}")
     if gallery.calibration is None:
@@ -162,28 +158,21 @@ def search_photo(
     return content
 
 
-def _said(match: Match) -> str:
-    meaning = f": {words(match.probability)}" if match.probability is not None else ""
-    return f"{match.person.scene.name}, similarity {match.similarity:.3f}{meaning}"
+def place(person: Person) -> dict[str, object]:
+    """Who and where a person is, as JSON files say it."""
+    box = np.asarray(person.box, float).round(2).tolist()
+    scene = person.scene
+    return {"person": person.id, "image": scene.path, "second": scene.second, "box": box}
 
 
 def _result(match: Match) -> dict[str, object]:
-    person = match.person
     return {
-        "image": person.scene.path,
+        **place(match.person),
         "copies": match.paths[1:],
-        "second": person.scene.second,
-        "person": person.id,
-        "box": _box(person.box),
-        "score": round(person.score, 6),
+        "score": round(match.person.score, 6),
         "similarity": round(match.similarity, 6),
         "probability": match.probability and round(match.probability, 6),
     }
-
-
-def _box(values: Corners) -> list[float]:
-    rounded: list[float] = np.asarray(values, float).round(2).tolist()
-    return rounded
 
 
 def _drawn(gallery: Gallery, matches: Sequence[Match]) -> Iterator[Result]:

@@ -89,7 +89,11 @@ def rows(context: Context) -> Iterator[Row]:
                     spent += seconds(gallery.people.optimize)
             gallery.people.optimize()
             rate = (blocks - added) * COMMIT * PER_SCENE / spent
-            yield {"what": f"{gallery.num_people:,} people", "added per s": rate, **search(gallery)}
+            yield {
+                "what": f"{len(gallery.memory()):,} people",
+                "added per s": rate,
+                **search(gallery),
+            }
 
 
 def search(gallery: Gallery) -> Row:

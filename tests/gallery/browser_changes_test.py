@@ -47,7 +47,7 @@ def test_boxes_are_searched_and_drawn_anew_and_people_forgotten_and_added(visit,
     page.get_by_label("or keep it as").select_option("the box of 1")
     drag(page, (124, 84), (148, 199))
     page.wait_for_url(re.compile("person="))
-    (new,) = own.gallery.people_of(old.scene.id)
+    (new,) = own.gallery.memory().people_of(old.scene.id)
     assert new.box.tolist() == pytest.approx([124, 84, 148, 199], abs=2)
     assert own.groups.by_person()[new.id].name == "Ada"
     marks = {(one.view, one.person, one.right) for one in own.marks.all()}
@@ -55,7 +55,7 @@ def test_boxes_are_searched_and_drawn_anew_and_people_forgotten_and_added(visit,
     again = {"person": old.id, "box": "124,84,148,199"}
     assert Visitor(own).post(f"{place}/person", data=again).status_code == 404
     # Forgetting takes the marks along, those as well that an undo would bring back.
-    own.removed["undo"] = list(own.marks.notes.all())
+    own.removed["undo"] = own.marks.all()
     open_tool(page, "Forget or correct")
     page.get_by_role("button", name="Forget for good").click()
     expect(page.get_by_text("1 person removed")).to_be_visible()
@@ -67,7 +67,7 @@ def test_boxes_are_searched_and_drawn_anew_and_people_forgotten_and_added(visit,
     page.get_by_label("type its corners").fill("116,76,154,164")
     page.get_by_role("button", name="Save the box").click()
     page.wait_for_url(re.compile("person="))
-    (added,) = own.gallery.people_of(old.scene.id)
+    (added,) = own.gallery.memory().people_of(old.scene.id)
     open_tool(page, "Forget or correct")
     page.get_by_role("button", name="This is not a person").click()
     expect(page.get_by_text("1 person removed")).to_be_visible()

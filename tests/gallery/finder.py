@@ -68,7 +68,7 @@ def content(address: str) -> dict[str, tuple]:
     for table in (people.table, people.scenes, people.files):
         with table.open() as opened:
             rows += opened.search().to_arrow().to_pylist()
-    found = {row.get("id", row["path"]): tuple(map(str, row.values())) for row in rows}
+    found = {row.get("id") or row["path"]: tuple(map(str, row.values())) for row in rows}
     assert len(found) == len(rows), "somebody is there twice"
     return found
 

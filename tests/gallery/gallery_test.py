@@ -17,9 +17,9 @@ from alignps_jax.gallery import memory
 from alignps_jax.gallery.entries import Filter, Match, Person, Scene, person_id, scene_id
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.people import FileState, FoundScene, People
+from alignps_jax.gallery.page.marks import Mark, Marks
+from alignps_jax.gallery.people import FileState, FoundScene, People, Table
 from alignps_jax.gallery.search import join_seconds, person_in_box
-from alignps_jax.gallery.tables import Note, Table
 from alignps_jax.types import Detections
 from tests.gallery.finder import Finder, stored_bytes
 
@@ -36,9 +36,9 @@ def people(count: int, seed: int = 0) -> Detections:
     return Detections(*(x.astype(np.float32) for x in (boxes, scores, embeddings)), valid)
 
 
-def indexed(path, found, second=None, taken=None, camera="", every=0.0):
+def indexed(path, found, second=None, taken=None, camera=""):
     scene = Scene(scene_id(path, second), path, 90, 120, taken, camera, second, path)
-    return FoundScene(scene, found, every)
+    return FoundScene(scene, found)
 
 
 def some_scenes() -> list[FoundScene]:
@@ -56,11 +56,11 @@ def some_scenes() -> list[FoundScene]:
     for number in range(10):
         taken = DAY + datetime.timedelta(seconds=number)
         one = people(1 + number % 2, 100 + number)
-        found.append(indexed("/v/walk.mp4", one, number / 2, taken, "c2", 0.5))
+        found.append(indexed("/v/walk.mp4", one, number / 2, taken, "c2"))
     return found
 
 
-COPIES = {"/copies/1.jpg": "/a/it's b/1.jpg", "/ab/walk.mp4": "/v/walk.mp4"}
+COPIES = {"/copies/1.jpg": "/a/it's b/1.jpg", "/vb/walk.mp4": "/v/walk.mp4"}
 
 
 def commit(gallery, scenes):
@@ -108,7 +108,18 @@ def passes(one: FoundScene, score: float | None, where: Filter) -> bool:
 def some_filters() -> list[Filter]:
     rng = random.Random(3)
     choices = {
-        "folder": (None, None, "/a", "/a/it's b", "/c\n\u00fc/", "/nothing", "/", "/ab", "/copies"),
+        "folder": (
+            None,
+            None,
+            "/a",
+            "/a/it's b",
+            "/c\n\u00fc/",
+            "/nothing",
+            "/",
+            "/ab",
+            "/copies",
+            "/vb",
+        ),
         "cameras": ((), (), ("c1",), ("Canon 'x'", "c2"), ("nobody's",)),
         "after": (None, None, DAY, (DAY + datetime.timedelta(hours=20)).astimezone()),
         "before": (None, None, DAY + datetime.timedelta(hours=22)),
@@ -144,7 +155,7 @@ def test_searches_are_exact_whatever_the_filter(address, scenes, place, request)
             ),
             key=lambda found: -found[0],
         )
-        assert gallery.searched(where) == len(expected)
+        assert gallery.memory().count(where) == len(expected)
         for k in (1, 7, 1000):
             found = gallery.search(query, k, where)
             assert [match.person.id for match in found] == [name for _, name, _ in expected[:k]]
@@ -162,7 +173,7 @@ def test_several_queries_at_once(address, scenes):
     found = gallery.search_many(queries, 1)
     assert [matches[0].person.id for matches in found] == [name for name, *_ in everybody(scenes)]
     assert gallery.search_many(queries[:0], 1) == []
-    assert len(gallery.search(queries[0], 10**6)) == len(queries) == gallery.num_people
+    assert len(gallery.search(queries[0], 10**6)) == len(queries) == len(gallery.memory())
     for embeddings, k in ((np.ones((1, 3)), 1), (np.ones((1, DIM)), 0)):
         with pytest.raises(UserError, match="gallery search: found embeddings of shape"):
             gallery.search_many(embeddings, k)
@@ -170,23 +181,25 @@ def test_several_queries_at_once(address, scenes):
 
 def test_lookups(address, scenes):
     gallery = Gallery.open(address)
-    assert gallery.num_scenes == len(scenes)
+    assert len(gallery.memory().scenes) == len(scenes)
     for one in scenes:
-        assert gallery.scene(one.scene.id) == one.scene
-        assert one.scene in gallery.scenes_of(one.scene.hash)
-        found = gallery.people_of(one.scene.id)
+        assert gallery.memory().scene_of(one.scene.id) == one.scene
+        assert one.scene in gallery.memory().scenes_of(one.scene.hash)
+        found = gallery.memory().people_of(one.scene.id)
         assert [person.score for person in found] == one.people.scores.tolist()
         for row, person in enumerate(found):
             assert person.scene == one.scene
             np.testing.assert_array_equal(person.box, one.people.boxes[row])
-            again = gallery.person(person.id)
+            again = gallery.memory().person(person.id)
             assert (again.id, again.score) == (person.id, person.score)
         rows = gallery.embeddings([person.id for person in found][::-1])
         np.testing.assert_array_equal(rows, one.people.embeddings[::-1])
-    assert gallery.scene("nothing") is None
-    assert gallery.person("'") is None
-    assert gallery.people_of("nothing") == []
-    assert [one.second for one in gallery.scenes_of("/v/walk.mp4")] == [n / 2 for n in range(10)]
+    assert gallery.memory().scene_of("nothing") is None
+    assert gallery.memory().person("'") is None
+    assert gallery.memory().people_of("nothing") == []
+    assert [one.second for one in gallery.memory().scenes_of("/v/walk.mp4")] == [
+        n / 2 for n in range(10)
+    ]
     with pytest.raises(UserError, match="found nobody with the id 'nothing'"):
         gallery.embeddings(["nothing"])
 
@@ -201,14 +214,11 @@ def test_scenes_newest_first_and_one_of_each_video(address, scenes):
         passing.sort(key=lambda one: one.taken or datetime.datetime.min, reverse=True)
         newest = {one.hash: one for one in reversed(passing)}
         expected = [one for one in passing if newest[one.hash] is one]
-        found = gallery.scenes(1000, where=where)
+        found = gallery.memory().cards(1000, where=where)
         assert [card.scene for card in found] == expected
         frames = [sum(other.hash == one.hash for other in passing) for one in expected]
         assert [card.frames for card in found] == frames
-        assert gallery.scenes(7, 11, where) == found[11:18]
-    assert gallery.cameras() == ["Canon 'x'", "c1", "c2"]
-    own = ["/", "/a", "/a/it's b", "/ab", "/c\n\u00fc", "/v"]
-    assert gallery.folders() == own
+        assert gallery.memory().cards(7, 11, where) == found[11:18]
 
 
 def test_what_is_no_gallery_or_another_ones_is_a_line(tmp_path, address):
@@ -218,8 +228,8 @@ def test_what_is_no_gallery_or_another_ones_is_a_line(tmp_path, address):
         scaled.config.data.test_scale = (256, 192)
     (tmp_path / "photo.jpg").touch()
     for place, how, message in (
-        (address, (Finder(fingerprint="e" * 64),), r"int f{12} \(.*checkpoint e{12} \("),
-        (address, (scaled, True), r"test scale 128x96, .* test scale 256x192"),
+        (address, (Finder(fingerprint="e" * 64),), r"int f{12}, .*checkpoint e{12}, "),
+        (address, (scaled, True), r"test_scale 128x96, .*test_scale 256x192"),
         (tmp_path / "nothing", (), "found none in"),
         (tmp_path, (), "found none in"),
         (tmp_path, (Finder(), True), r"found photo.jpg in .*, expected a gallery"),
@@ -242,13 +252,12 @@ def test_a_gallery_that_goes_and_comes_back(tmp_path, scenes):
     commit(gallery, scenes)
     (tmp_path / "g").rename(tmp_path / "away")
     with pytest.raises(UserError, match="--gallery: "):
-        gallery.scenes(1)
+        gallery.memory().cards(1)
     (tmp_path / "away").rename(tmp_path / "g")
-    assert gallery.scenes(1)
+    assert gallery.memory().cards(1)
     shutil.rmtree(tmp_path / "g")
     commit(Gallery.open(tmp_path / "g", Finder(), create=True), scenes[:3])
-    assert gallery.num_scenes == 3
-    assert gallery.scenes(1)
+    assert len(gallery.memory().scenes) == 3
 
 
 @pytest.mark.parametrize("put", range(4))
@@ -273,7 +282,7 @@ def test_what_a_killed_commit_leaves_is_nobody_and_can_be_forgotten(tmp_path, mo
         forget(gallery.people, ["/a.jpg"])
     assert found.embeddings[0].tobytes() not in stored_bytes(gallery.address)
     commit(gallery, [one])
-    assert gallery.num_people == len(gallery.search(np.eye(DIM)[0], 9)) == 2
+    assert len(gallery.memory()) == len(gallery.search(np.eye(DIM)[0], 9)) == 2
 
 
 def test_searches_during_commits_see_one_state(tmp_path):
@@ -315,24 +324,23 @@ def test_a_vector_index_says_how_good_it_is(tmp_path, on_disk):
     assert gallery.people.trained() == {}
 
 
-def test_two_servers_lose_no_note(tmp_path):
+def test_two_servers_lose_no_mark(tmp_path):
     Gallery.open(tmp_path / "g", Finder(), create=True)
-    servers = [People(str(tmp_path / "g")).notes("marks") for _ in range(2)]
+    servers = [Marks(People(str(tmp_path / "g"))) for _ in range(2)]
     assert servers[0].all() == []
-    names = [f"{number} {turn}" for turn in range(10) for number in range(2)]
+    marks = [Mark("a", f"{turn % 2} {turn}", True, 0.5, "a.jpg") for turn in range(20)]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda x: servers[int(x[0])].put([Note(x, ("a",), {"right": True})]), names))
-    assert {note.id for note in servers[1].all()} == {*names}
-    version = servers[1].version
-    removed = servers[0].remove(["0 1", "1 2", "nothing"])
-    assert {note.id for note in removed} == {"0 1", "1 2"}
-    assert servers[1].version != version
+        list(pool.map(lambda mark: servers[int(mark.person[0])].put([mark]), marks))
+    assert sorted(servers[1].all(), key=marks.index) == marks
+    version = servers[1].table.version
+    removed = servers[0].remove(["a"], ["1 1", "0 2", "nothing"])
+    assert sorted(removed, key=marks.index) == marks[1:3]
+    assert servers[1].table.version != version
     assert len(servers[1].all()) == 18
-    servers[1].put(removed)
-    servers[1].put([Note("0 1", (), {"right": False})])
+    servers[1].put([dataclasses.replace(marks[1], right=False), marks[2]])
     found = servers[0].all()
-    assert [note.at for note in found] == sorted(note.at for note in found)
-    assert {note.id: note.content for note in found}["0 1"] == {"right": False}
+    assert [mark.at for mark in found] == sorted(mark.at for mark in found)
+    assert [mark.person for mark in found if not mark.right] == ["1 1"]
     assert len(found) == 20
 
 
@@ -343,8 +351,9 @@ def test_an_exported_gallery_is_read_back(tmp_path, address, scenes):
     assert len(rows) == count == table.num_rows
     for name, scene, box, score, embedding in everybody(scenes):
         row = rows.pop(name)
-        expected = {**dataclasses.asdict(scene), "scene": scene.id, "score": score}
-        del expected["id"]
+        expected = {"scene": scene.id, "score": score, "paths": [scene.path]}
+        expected["paths"] += [copy for copy, of in COPIES.items() if of == scene.path]
+        expected |= {key: vars(scene)[key] for key in ("taken", "camera", "second", "hash")}
         assert {key: row[key] for key in expected} == expected
         assert row["embedding"] == embedding.tolist()
         assert row["box"] == box.tolist()
@@ -357,7 +366,7 @@ def test_an_empty_gallery(tmp_path):
     gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
     assert gallery.search(np.ones(DIM), 5) == []
     assert gallery.search_many(np.ones((2, DIM)), 5, Filter(folder="/a")) == [[], []]
-    assert gallery.scenes(5) == gallery.cameras() == gallery.folders() == []
+    assert gallery.memory().cards(5) == []
     assert gallery.people.export(tmp_path / "none.parquet") == 0
     assert gallery.people.known_files() == {}
 

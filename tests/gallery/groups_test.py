@@ -77,7 +77,7 @@ def add(gallery, number, persons):
     boxes = np.array([[0, 10, 30, 90], [50, 10, 80, 90]], np.float32)[: len(persons)]
     found = Detections(boxes, boxes[:, 3] / 99, unit(embeddings), boxes[:, 3] > 0)
     scene = Scene(scene_id(path, None), path, 120, 160, day, "", None, path)
-    gallery.people.commit([FoundScene(scene, found, 0.0)], [FileState(path, 1, 1, path)])
+    gallery.people.commit([FoundScene(scene, found)], [FileState(path, 1, 1, path)])
 
 
 @pytest.fixture
@@ -91,7 +91,9 @@ def gallery(tmp_path):
 
 def shown(gallery, groups):
     """Photos, day, name of each group."""
-    photos = [[gallery.person(one).scene.path[-5] for one in group.people] for group in groups]
+    photos = [
+        [gallery.memory().person(one).scene.path[-5] for one in group.people] for group in groups
+    ]
     found = zip(photos, groups, strict=True)
     return sorted(("".join(sorted(each)), group.day, group.name) for each, group in found)
 

@@ -18,10 +18,9 @@ from alignps_jax.gallery import index as indexing
 from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.index import index
+from alignps_jax.gallery.index import index, watch
+from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import People
-from alignps_jax.gallery.tables import Note
-from alignps_jax.gallery.watch import watch
 from tests.gallery.finder import Finder, stored_bytes
 from tests.gallery.networks import photo, write_photos, write_video
 
@@ -61,20 +60,20 @@ def everybody(gallery):
 
 
 def scene_at(gallery, path):
-    (scene,) = gallery.scenes_of(content_hash(Path(path).read_bytes()))
+    (scene,) = gallery.memory().scenes_of(content_hash(Path(path).read_bytes()))
     return scene
 
 
 def test_everybody_is_found_once(gallery, photos):
     done = fill(gallery, photos)
     assert (len(done.walk.files), done.known, done.scenes, done.walk.skipped) == (4, 0, 4, {})
-    for card in gallery.scenes(10):
-        boxes = [person.box for person in gallery.people_of(card.scene.id)]
+    for card in gallery.memory().cards(10):
+        boxes = [person.box for person in gallery.memory().people_of(card.scene.id)]
         pixels = gallery.pixels(card.scene)
         np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), expected_people(pixels), atol=1e-5)
         assert (card.scene.height, card.scene.width) == pixels.shape[:2]
         assert max(gallery.pixels(card.scene, side=40).shape) == 40
-    assert len(everybody(gallery)) == gallery.num_people == done.people
+    assert len(everybody(gallery)) == len(gallery.memory()) == done.people
     again = fill(gallery, photos)
     assert (again.known, again.scenes) == (4, 0)
     # New and changed files alone are looked at.
@@ -84,9 +83,9 @@ def test_everybody_is_found_once(gallery, photos):
     done = fill(gallery, photos)
     assert (len(done.walk.files), done.known, done.scenes) == (5, 3, 2)
     assert gallery.detector.looked == before + 2
-    assert gallery.num_scenes == 5
+    assert len(gallery.memory().scenes) == 5
     changed = scene_at(gallery, photos / "b.png")
-    assert len(gallery.people_of(changed.id)) == len(expected_people(photo(50)))
+    assert len(gallery.memory().people_of(changed.id)) == len(expected_people(photo(50)))
 
 
 def test_ids_and_people_follow_renamed_copied_and_touched_files(gallery, photos):
@@ -104,7 +103,7 @@ def test_ids_and_people_follow_renamed_copied_and_touched_files(gallery, photos)
         expected = [path.replace("/deep/", "/moved/")]
         expected += [str(photos / "z.jpg")] * path.endswith("a.jpg")
         assert after[name] == tuple(expected)
-        assert gallery.pixels(gallery.person(name).scene).shape == (96, 128, 3)
+        assert gallery.pixels(gallery.memory().person(name).scene).shape == (96, 128, 3)
     # A copy is shown where the first one is gone, and its people stay when that is pruned.
     (photos / "a.jpg").unlink()
     scene = scene_at(gallery, photos / "z.jpg")
@@ -135,9 +134,9 @@ def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_pa
     other.unlink()
     (photos / "a.jpg").unlink()
     assert fill(gallery, photos).removed == 0
-    assert gallery.num_scenes == 5
+    assert len(gallery.memory().scenes) == 5
     assert fill(gallery, photos, prune=True).removed == 1
-    names = [os.path.basename(card.scene.path) for card in gallery.scenes(10)]
+    names = [os.path.basename(card.scene.path) for card in gallery.memory().cards(10)]
     assert sorted(names) == ["b.png", "c.jpg", os.path.basename(ODD), "x.jpg"]
     before = everybody(gallery).keys()
     (photos / "b.png").rename(photos / "z.png")  # nobody goes who is in it
@@ -159,7 +158,7 @@ def test_what_cannot_be_read_is_listed_and_all_else_is_indexed(gallery, photos):
     (photos / "notes.txt").touch()
     for turn in range(2):  # the same again tomorrow
         done = fill(gallery, photos)
-        assert (done.scenes, gallery.num_scenes) == (0 if turn else 4, 4)
+        assert (done.scenes, len(gallery.memory().scenes)) == (0 if turn else 4, 4)
         names = {os.path.basename(path) for path in done.walk.skipped}
         assert names >= {"text.webp", "no.mp4", "huge.png"}
         assert names & {"cut.jpg", "copy of cut.jpg"}
@@ -185,7 +184,7 @@ def test_detections_that_are_not_finite_are_left_out_and_counted(gallery, photos
     whole = sum(len(expected_people(photo(seed))) for seed in range(4))
     done = fill(gallery, photos)
     assert done.unsound > 0
-    assert done.people + done.unsound >= gallery.num_people == done.people < whole
+    assert done.people + done.unsound >= len(gallery.memory()) == done.people < whole
     assert len(everybody(gallery)) == done.people
 
 
@@ -195,8 +194,8 @@ def test_a_video_is_a_frame_every_so_often(gallery, tmp_path, suffix):
     path = write_video(tmp_path / f"VID_20240131_120000{suffix}", frames, rate=5)
     done = fill(gallery, path, every=1.0)
     assert (len(done.walk.files), done.scenes, done.walk.skipped) == (1, 5, {})
-    (card,) = gallery.scenes(10)
-    scenes = gallery.scenes_of(card.scene.hash)
+    (card,) = gallery.memory().cards(10)
+    scenes = gallery.memory().scenes_of(card.scene.hash)
     assert card.frames == 5
     assert [round(scene.second, 2) for scene in scenes] == [0, 1, 2, 3, 4]
     assert [str(scene.taken)[14:19] for scene in scenes] == [f"00:0{second}" for second in range(5)]
@@ -205,18 +204,43 @@ def test_a_video_is_a_frame_every_so_often(gallery, tmp_path, suffix):
         # The right frame, as exactly as such a video can hold it.
         errors = [np.abs(pixels.astype(float) - frame).mean() for frame in frames]
         assert int(np.argmin(errors)) == number
-        boxes = [person.box for person in gallery.people_of(scene.id)]
+        boxes = [person.box for person in gallery.memory().people_of(scene.id)]
         np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), expected_people(pixels), atol=1e-5)
     looked = gallery.detector.looked
     path = path.rename(tmp_path / f"renamed{suffix}")
     assert fill(gallery, path, every=1.0).scenes == 0
     assert fill(gallery, path, every=1.0).known == 1
     assert gallery.detector.looked == looked
-    fill(gallery, path, every=2.0)
-    assert [round(s.second, 2) for s in gallery.scenes_of(card.scene.hash)] == [0, 2, 4]
+    assert fill(gallery, path, every=2.0).known == 1
     touch_later(path)
     with pytest.raises(UserError, match="has changed since it was indexed"):
-        gallery.pixels(gallery.scenes(1)[0].scene)
+        gallery.pixels(gallery.memory().cards(1)[0].scene)
+
+
+def test_a_video_is_looked_at_more_often(gallery, tmp_path, monkeypatch):
+    """After an interruption, with a copy that comes late: no frame is missing."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "a.avi", [photo(number) for number in range(30)], rate=5)
+    shutil.copy(videos / "a.avi", videos / "z.avi")
+    fill(gallery, videos)
+    write_photos(videos, [f"m{number}.jpg" for number in range(30)])
+    monkeypatch.setattr(indexing, "COMMIT_SECONDS", 0.0)
+    commit = People.commit
+
+    def interrupted(people, scenes, files):
+        commit(people, scenes, files)
+        if scenes[0].scene.second > 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(People, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fill(gallery, videos, every=0.6)
+    fill(gallery, videos, every=0.6)
+    (scene,) = {card.scene.hash for card in gallery.memory().cards(40) if card.frames > 1}
+    found = {round(one.second, 1) for one in gallery.memory().scenes_of(scene)}
+    assert found == {*np.arange(0, 6).tolist(), *np.arange(0, 6, 0.6).round(1).tolist()}
 
 
 def test_what_is_added_to_a_folder_is_indexed(gallery, photos):
@@ -231,9 +255,9 @@ def test_what_is_added_to_a_folder_is_indexed(gallery, photos):
             if name:
                 write_photos(photos, [name], first=20 + number)
             end = time.monotonic() + 60
-            while gallery.num_scenes < number and time.monotonic() < end:
+            while len(gallery.memory().scenes) < number and time.monotonic() < end:
                 time.sleep(0.05)
-            assert gallery.num_scenes == number
+            assert len(gallery.memory().scenes) == number
     finally:
         stop.set()
         thread.join()
@@ -252,7 +276,7 @@ def test_copies_that_are_read_together_count_once(gallery, photos, monkeypatch):
     monkeypatch.setattr(indexing, "COMMIT_SECONDS", 60.0)
     shutil.copy(photos / "a.jpg", photos / "copy.jpg")
     done = fill(gallery, photos)
-    assert (done.people, done.scenes) == (gallery.num_people, gallery.num_scenes)
+    assert (done.people, done.scenes) == (len(gallery.memory()), len(gallery.memory().scenes))
 
 
 def test_the_forgotten_are_gone_for_good(gallery, photos, tmp_path):
@@ -265,15 +289,16 @@ def test_the_forgotten_are_gone_for_good(gallery, photos, tmp_path):
     bytes_of = {name: gallery.embeddings([name]).tobytes() for name in before}
     assert all(found in stored_bytes(gallery.address) for found in bytes_of.values())
     gone = of_photo | {one, other}
-    marks = gallery.people.notes("marks")
-    marks.put([Note("gone", (one, "view"), {"path": "secret"}), Note("kept", ("view",), {})])
+    marks = Marks(gallery.people)
+    marks.put([Mark(*pair, True, 0.5, "secret") for pair in ((one, "view"), ("view", one))])
+    marks.put([Mark("view", "kept", True, 0.5, "")])
     done = forget(gallery.people, [str(photos / "copy.jpg")], [one, other])
     assert (done.people, done.remains) == (len(gone), None)
     left = stored_bytes(gallery.address)
     for name, found in bytes_of.items():
         assert (found in left) == (name not in gone)
     assert b"secret" not in left
-    assert [note.id for note in marks.all()] == ["kept"]
+    assert [mark.person for mark in marks.all()] == ["kept"]
     # They do not come back, whatever happens to their files, and nobody else changes.
     for path in photos.rglob("*.*g"):
         touch_later(path)
@@ -284,7 +309,7 @@ def test_the_forgotten_are_gone_for_good(gallery, photos, tmp_path):
     assert fill(gallery, photos).known == 6
     assert everybody(gallery).keys() == before.keys() - gone
     assert forget(gallery.people, [str(photos / "a.jpg")]).people == 0
-    gallery.people.remove_files([str(path) for path in photos.rglob("*.*g")])
+    gallery.people.files.delete("path", [str(path) for path in photos.rglob("*.*g")])
     done = fill(gallery, photos)
     assert everybody(gallery).keys() == before.keys() - gone
     assert done.people == len(before.keys() - gone)
@@ -307,7 +332,7 @@ def test_people_are_forgotten_while_others_index(gallery, photos, monkeypatch):
 
     def commit(self, scenes, files):
         put(self, scenes, files)
-        if not again.people.notes("forgotten").all():
+        if not again.people.forgotten.count():
             forget(People(again.address), persons=[victim])
 
     monkeypatch.setattr(People, "commit", commit)
@@ -320,8 +345,8 @@ def test_the_gallery_in_python(tmp_path, photos):
     gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
     assert gallery.add(str(photos / "a.jpg")) == {}
     assert gallery.add([photos / "a.jpg", photos / "deep"]) == {}
-    assert gallery.num_scenes == 3
-    person = gallery.person(next(iter(everybody(gallery))))
+    assert len(gallery.memory().scenes) == 3
+    person = gallery.memory().person(next(iter(everybody(gallery))))
     scene = person.scene
     (match,) = gallery.search_photo(gallery.pixels(scene), person.box, 1)
     assert match.person.id == person.id

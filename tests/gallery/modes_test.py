@@ -79,15 +79,17 @@ def test_search(run, photos, gallery, tmp_path, capsys, place):
     assert "people in 6 scenes" in capsys.readouterr().out
     rankings = json.loads((tmp_path / "ranking.json").read_text())
     opened = Gallery.open(gallery)
-    own = {scene.path: scene for card in opened.scenes(9) for scene in [card.scene]}
+    own = {scene.path: scene for card in opened.memory().cards(9) for scene in [card.scene]}
     assert rankings
     for ranking in rankings:
         similarities = [result["similarity"] for result in ranking["results"]]
         assert similarities == sorted(similarities, reverse=True)
-        others = opened.num_people - len(opened.people_of(own[str(photos / "a.jpg")].id))
+        others = len(opened.memory()) - len(
+            opened.memory().people_of(own[str(photos / "a.jpg")].id)
+        )
         assert len(ranking["results"]) == others > 0
         for result in ranking["results"]:
-            person = opened.person(result["person"])
+            person = opened.memory().person(result["person"])
             assert result["image"] == person.scene.path != str(photos / "a.jpg")
             assert result.get("second") == person.scene.second
             np.testing.assert_allclose(result["box"], person.box, atol=0.01)
@@ -109,9 +111,9 @@ def test_search_with_filters(run, photos, gallery, tmp_path, monkeypatch, filter
     assert launched(search=None, **flags, **filters) == 0
     (first, *_) = json.loads((tmp_path / "ranking.json").read_text())
     opened = Gallery.open(gallery)
-    cards = [card for card in opened.scenes(9) if card.scene.path == str(photos / name)]
-    scenes = opened.scenes_of(cards[0].scene.hash)
-    expected = {person.id for scene in scenes for person in opened.people_of(scene.id)}
+    cards = [card for card in opened.memory().cards(9) if card.scene.path == str(photos / name)]
+    scenes = opened.memory().scenes_of(cards[0].scene.hash)
+    expected = {person.id for scene in scenes for person in opened.memory().people_of(scene.id)}
     found = {result["person"] for result in first["results"]}
     assert found <= expected
     assert len(found) == min(len(expected), filters.get("count", 1000)) > 0
@@ -167,7 +169,7 @@ def test_group(run, photos, gallery, tmp_path, capsys):
     assert groups == json.loads((tmp_path / "groups.json").read_text())
     opened = Gallery.open(gallery)
     for group in groups:
-        people = [opened.person(one["person"]) for one in group["people"]]
+        people = [opened.memory().person(one["person"]) for one in group["people"]]
         assert len({person.scene.id for person in people}) == len(people) > 1
         assert [one["image"] for one in group["people"]] == [one.scene.path for one in people]
     assert [one.id for one in Groups(opened.people).all()] == [one["id"] for one in groups] != []
@@ -176,8 +178,8 @@ def test_group(run, photos, gallery, tmp_path, capsys):
 def test_search_in_a_box(run, photos, gallery, tmp_path):
     flags = {"checkpoint": run, "query": photos / "a.jpg", "gallery": gallery, "workdir": tmp_path}
     opened = Gallery.open(gallery)
-    scene = next(c.scene for c in opened.scenes(9) if c.scene.path == str(photos / "a.jpg"))
-    box = ",".join(f"{x:.1f}" for x in opened.people_of(scene.id)[0].box)
+    scene = next(c.scene for c in opened.memory().cards(9) if c.scene.path == str(photos / "a.jpg"))
+    box = ",".join(f"{x:.1f}" for x in opened.memory().people_of(scene.id)[0].box)
     assert launched(search=None, **flags, box=box) == 0
     (only,) = json.loads((tmp_path / "ranking.json").read_text())
     np.testing.assert_allclose(only["query"]["box"], np.array(box.split(","), float), atol=0.1)
@@ -189,13 +191,13 @@ def test_detect_finds_who_is_in_a_gallery(run, photos, gallery, tmp_path, capsys
     assert "bad.jpg: cannot be decoded" in capsys.readouterr().out
     saved, opened = load_detections(target), Gallery.open(gallery)
     scenes = {}
-    for card in opened.scenes(10):
-        for scene in opened.scenes_of(card.scene.hash):
+    for card in opened.memory().cards(10):
+        for scene in opened.memory().scenes_of(card.scene.hash):
             name = str(Path(scene.path).relative_to(photos))
             scenes[name if scene.second is None else f"{name}#t={scene.second:.3f}"] = scene
     assert set(saved.names) == set(scenes)
     for row, name in enumerate(saved.names):
-        people = opened.people_of(scenes[name].id)
+        people = opened.memory().people_of(scenes[name].id)
         expected = {
             "boxes": np.array([person.box for person in people]).reshape(-1, 4),
             "scores": [person.score for person in people],
@@ -210,8 +212,10 @@ def test_export_and_forget(gallery, photos, tmp_path, capsys):
     assert (tmp_path / "people.parquet").stat().st_size > 1000
     assert launched(export=None, gallery=gallery, target=tmp_path / "people.pth") == 2
     opened = Gallery.open(gallery)
-    photo_ = next(c.scene for c in opened.scenes(9) if opened.people_of(c.scene.id))
-    people = [person.id for person in opened.people_of(photo_.id)]
+    photo_ = next(
+        c.scene for c in opened.memory().cards(9) if opened.memory().people_of(c.scene.id)
+    )
+    people = [person.id for person in opened.memory().people_of(photo_.id)]
     assert launched(forget=None, gallery=gallery, person=people[:2], photo=[photos / "v.mp4"]) == 0
     printed = capsys.readouterr().out
     assert "people of" in printed

@@ -67,7 +67,7 @@ def test_what_is_gone_is_left_out_and_names_are_no_formulas(site):
         mark("x", "y"),
         mark("x", red[2], name="=1+1"),
     ]
-    Path(site.gallery.person(red[1]).scene.path).unlink()
+    Path(site.gallery.memory().person(red[1]).scene.path).unlink()
     marked = Marked(site.gallery, marks)
     assert marked.left_out == 2  # a photo, and somebody who never was
     assert len(json.loads(marked.as_coco())["annotations"]) == len(red) - 1

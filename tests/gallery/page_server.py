@@ -69,7 +69,7 @@ def video_site(folder):
     writer.release()
     gallery = Gallery.open(folder / "people.lance", detector, create=True)
     seconds = map(float, range(SECONDS))
-    commit(gallery, [indexed(path, frame(x), detector, second=x, every=1.0) for x in seconds])
+    commit(gallery, [indexed(path, frame(x), detector, second=x) for x in seconds])
     return Site(gallery)
 
 
@@ -161,7 +161,7 @@ def people(page):
 
 def everybody(site):
     """All people of a gallery."""
-    return [one for scene in scenes_of(site) for one in site.gallery.people_of(scene.id)]
+    return [one for scene in scenes_of(site) for one in site.gallery.memory().people_of(scene.id)]
 
 
 def results(page):
@@ -172,7 +172,7 @@ def results(page):
 
 def color_of(site, person):
     """The color that was painted there."""
-    found = site.gallery.person(person)
+    found = site.gallery.memory().person(person)
     x1, y1, x2, y2 = found.box.astype(int)
     return tuple(int(v) for v in site.gallery.pixels(found.scene)[(y1 + y2) // 2, (x1 + x2) // 2])
 

@@ -100,6 +100,13 @@ def test_a_wrong_address_is_one_line_that_keeps_the_query(client, fields, status
     assert "camera=yard" in answer.text
 
 
+def test_cameras_and_folders_are_offered(site, folder):
+    photos = folder / "photos"
+    assert site.shown()["cameras"] == ["gate", "yard"]
+    own = [*reversed(photos.parents), photos, photos / "gate", photos / "yard"]
+    assert site.shown()["folders"] == list(map(str, own))
+
+
 def test_results_come_page_by_page(client, site):
     person = next(one for one in everybody(site) if one.scene.name == "a.png")
     fields = {"view": person.id}
@@ -108,7 +115,7 @@ def test_results_come_page_by_page(client, site):
     for sort in ("time", "camera"):
         found = results(client.get("/search", params=fields | {"sort": sort}))
         assert sorted(found) == sorted(whole)
-        scenes = [site.gallery.person(person).scene for _, person in found]
+        scenes = [site.gallery.memory().person(person).scene for _, person in found]
         times = [scene.taken for scene in scenes if sort == "time" or scene.camera == "gate"]
         assert times == sorted(times, reverse=True)
 

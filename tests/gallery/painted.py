@@ -107,13 +107,11 @@ def commit(gallery: Gallery, scenes: list[FoundScene]) -> None:
     files = {}
     for found in scenes:
         path, about = found.scene.path, Path(found.scene.path).stat()
-        files[path] = FileState(
-            path, about.st_size, about.st_mtime_ns, found.scene.hash, found.every
-        )
+        files[path] = FileState(path, about.st_size, about.st_mtime_ns, found.scene.hash)
     gallery.people.commit(scenes, list(files.values()))
 
 
-def indexed(path, image, detector, taken=None, second=None, every=0.0):
+def indexed(path, image, detector, taken=None, second=None):
     """What is to be stored of a photo, or a frame."""
     content = content_hash(path.read_bytes())
     scene = Scene(
@@ -128,10 +126,10 @@ def indexed(path, image, detector, taken=None, second=None, every=0.0):
     )
     found = detector.detect(image)
     people = Detections(*(np.asarray(x)[found.scores >= 0.2] for x in dataclasses.astuple(found)))
-    return FoundScene(scene, people, every)
+    return FoundScene(scene, people)
 
 
 def scenes_of(site):
     """All photos and frames of a gallery."""
-    cards = site.gallery.scenes(99)
-    return [scene for card in cards for scene in site.gallery.scenes_of(card.scene.hash)]
+    cards = site.gallery.memory().cards(99)
+    return [scene for card in cards for scene in site.gallery.memory().scenes_of(card.scene.hash)]

@@ -17,7 +17,7 @@ from pyarrow import fs
 from alignps_jax.gallery import memory
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.tables import Note
+from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.types import UserError
 from tests.gallery.finder import Finder, content, run
 from tests.gallery.networks import write_photos
@@ -96,15 +96,15 @@ def test_nothing_in_the_bucket_holds_who_was_forgotten(bucket, photos):
     run(ADDRESS, photos)
     gallery = Gallery.open(ADDRESS)
     person = gallery.search(np.eye(16)[0], 1)[0].person
-    marks = gallery.people.notes("marks")
-    marks.put([Note("mark", (person.id,), {"path": "secret"})])
+    marks = Marks(gallery.people)
+    marks.put([Mark("view", person.id, True, 0.5, "secret")])
     embedding = gallery.embeddings([person.id]).tobytes()
     assert any(embedding in found for found in objects(bucket))
     forget(gallery.people, persons=[person.id])
     assert not any(embedding in found or b"secret" in found for found in objects(bucket))
     assert marks.all() == []
     run(ADDRESS, photos)
-    assert Gallery.open(ADDRESS).person(person.id) is None
+    assert Gallery.open(ADDRESS).memory().person(person.id) is None
 
 
 def test_what_the_store_answers_is_one_line(bucket, monkeypatch):

@@ -103,7 +103,8 @@ def serve(
     with socket.create_server((host, port), family=family) as listener:
         port, token = listener.getsockname()[1], None if no_token else secrets.token_urlsafe(32)
         door, site = Door.of(host, port, token, public_url), Site(gallery, sources)
-        print(f"gallery  {gallery.num_people:,} people in {gallery.num_scenes:,} photos and frames")
+        people, scenes = gallery.people.table.count(), gallery.people.scenes.count()
+        print(f"gallery  {people:,} people in {scenes:,} photos and frames")
         named = [
             f"http://{f'[{name}]' if ':' in name else name}:{port}" for name in addresses(host)
         ]

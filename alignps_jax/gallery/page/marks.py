@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import time
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, cast
@@ -17,7 +18,6 @@ from alignps_jax.gallery.entries import Entry, Person
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.uploads import FULL, jpeg
 from alignps_jax.gallery.people import People
-from alignps_jax.gallery.tables import Note
 from alignps_jax.media.photos import orientation_of
 
 _COLUMNS = "identity,view,photo,second,x1,y1,x2,y2,score,similarity,mark\r\n"
@@ -32,17 +32,23 @@ class Mark:
     right: bool
     similarity: float
     name: str
+    at: float = dataclasses.field(default_factory=time.time)
+
+    @property
+    def id(self) -> str:
+        return f"{self.view}>{self.person}"
 
 
 class Marks:
     """The marks of a gallery. They belong to a person, whatever views a query has of it."""
 
     def __init__(self, people: People):
-        self.notes = people.notes("marks")
+        self.table = people.marks
 
     def all(self) -> list[Mark]:
         """Every mark, the oldest first."""
-        return [Mark(x.people[0], x.people[1], **x.content) for x in self.notes.all()]
+        rows = self.table.rows(Mark.__dataclass_fields__).sort_by("at").to_pylist()
+        return [Mark(**row) for row in rows]
 
     def about(self, views: Collection[str]) -> list[Mark]:
         """The marks of the person who is seen in some views (ids)."""
@@ -56,26 +62,34 @@ class Marks:
         if right is None:
             self.remove([view.id for view in views], people)
             return
-        notes = []
-        for view in views:
-            for person, similarity in people.items():
-                content = {"right": right, "similarity": similarity, "name": view.scene.name}
-                notes.append(Note(f"{view.id}>{person}", (view.id, person), content))
-        self.notes.put(notes)
+        self.put(
+            [
+                Mark(view.id, person, right, similarity, view.scene.name)
+                for view in views
+                for person, similarity in people.items()
+            ]
+        )
 
-    def remove(self, views: Collection[str], people: Collection[str] = ()) -> list[Note]:
-        """Removes the marks of a person, all or those of some results; returns the notes."""
+    def put(self, marks: Sequence[Mark]) -> None:
+        """Adds marks, in place of those with the same view and person."""
+        self.table.put([vars(mark) | {"id": mark.id} for mark in marks])
+
+    def remove(self, views: Collection[str], people: Collection[str] = ()) -> list[Mark]:
+        """Removes the marks of a person, all or those of some results; returns them."""
         gone = [one for one in self.about(views) if not people or one.person in people]
-        return self.notes.remove([f"{mark.view}>{mark.person}" for mark in gone])
+        self.table.delete("id", [mark.id for mark in gone])
+        return gone
 
 
-def move_notes(people: People, old: str, new: str) -> None:
-    """What was said about a person (id) is said about another one from now on."""
-    for notes in (people.notes("marks"), people.notes("groups")):
-        for note in [note for note in notes.all() if old in note.people]:
-            both = tuple(new if one == old else one for one in note.people)
-            notes.put([dataclasses.replace(note, id=note.id.replace(old, new), people=both)])
-            notes.remove([note.id])
+def rename(people: People, old: str, new: str) -> None:
+    """What was said about a person (id) is said about another one, who is there instead."""
+    marks, groups = people.marks, people.groups
+    for table, column in ((marks, "view"), (marks, "person"), (groups, "person")):
+        rows = table.rows(**{column: [old]}).to_pylist()
+        both = ("id", column)
+        table.put([row | {key: row[key].replace(old, new) for key in both} for row in rows])
+        table.delete(column, [old])
+    people.remove([], [old])
 
 
 def identities(marks: Iterable[Mark], views: Iterable[Collection[str]] = ()) -> list[set[str]]:
@@ -96,9 +110,8 @@ class Marked:
     def __init__(self, gallery: Gallery, marks: Sequence[Mark]):
         self.marks, self._identities = marks, identities(marks)
         ids = {one for mark in marks for one in (mark.view, mark.person)}
-        found = [one for one in map(gallery.person, sorted(ids)) if one is not None]
-        photos = [one for one in found if one.scene.second is None]
-        self._people = {one.id: one for one in found}
+        self._people = gallery.memory().named(sorted(ids))
+        photos = [one for one in self._people.values() if one.scene.second is None]
         self._photos = {one.id: one for one in photos if os.path.isfile(one.scene.path)}
         results = {mark.person for mark in marks}
         self.left_out = len(results - self._people.keys()) + len(photos) - len(self._photos)

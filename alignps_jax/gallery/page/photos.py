@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, RedirectResponse, Response
 
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.entries import person_id
-from alignps_jax.gallery.page.marks import move_notes
+from alignps_jax.gallery.page.marks import rename
 from alignps_jax.gallery.page.results import SearchRequest
 from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
 from alignps_jax.gallery.page.uploads import FULL, PERSON, PREVIEW, SMALL
@@ -58,7 +58,7 @@ Drawn = Annotated[DrawnBox, Form()]
 @router.get("/", dependencies=READ_FIRST)
 def home(request: Request, site: OfSite, query: Asked, offset: Place = 0) -> Response:
     """The photos and videos of the gallery, newest first."""
-    cards = site.gallery.scenes(SCENES + 1, offset, query.where)
+    cards = site.gallery.memory().cards(SCENES + 1, offset, query.where)
     following = offset + SCENES if len(cards) > SCENES else None
     return page(request, "home.html", query=query, cards=cards[:SCENES], following=following)
 
@@ -104,18 +104,18 @@ def box(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
 @router.post("/scene/{scene_id}/person")
 def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
     """Adds whoever is in a drawn box to a photo of the gallery, or draws a `person`'s box anew."""
-    found, people, old = site.gallery.scene(scene_id), site.gallery.people, drawn.person
-    if found is None or old not in ("", *(one.id for one in site.gallery.people_of(scene_id))):
+    memory, people, old = site.gallery.memory(), site.gallery.people, drawn.person
+    found, known = memory.scene_of(scene_id), memory.people_of(scene_id)
+    if found is None or old not in ("", *(one.id for one in known)):
         raise HTTPException(404, "This photo or person is not in the gallery any more.")
     box = np.clip(drawn.box, 0, [found.width, found.height] * 2).astype(np.float32)
     person, detected = site.photos.person_at(found, tuple(box.tolist()))
     new = person.id
     if old:  # the network's own boxes are what is wrong
         detected, new = dataclasses.replace(detected, boxes=box[None]), person_id(scene_id, box)
-    people.commit([FoundScene(found, detected, 0.0 if found.second is None else 1.0)], [])
+    people.commit([FoundScene(found, detected)], [])
     if old not in ("", new):
-        move_notes(people, old, new)
-        people.remove([], [old])
+        rename(people, old, new)
     return RedirectResponse(f"/scene/{scene_id}?person={new}", 303)
 
 

@@ -140,7 +140,7 @@ class Searcher:
         self._gallery.search(np.full(width, width**-0.5, np.float32), MAX_MATCHES)
 
     def _key(self, query: SearchRequest) -> Hashable:
-        return query, self._gallery.version
+        return query, self._gallery.memory().version
 
     @cachedmethod(attrgetter("_latest"), _key, attrgetter("_lock"))
     def search(self, query: SearchRequest) -> Results:
@@ -152,7 +152,7 @@ class Searcher:
             least = unlikely[0].similarity + 1e-6 if unlikely else -1.0
         shown = [match for match in matches if match.similarity >= least]
         entries, hidden = _sorted(join_seconds(shown), query.sort), len(matches) - len(shown)
-        searched, recall = self._gallery.searched(query.where), self._gallery.recall
+        searched, recall = self._gallery.memory().count(query.where), self._gallery.recall
         return Results(entries, hidden, least, searched, recall)
 
     def embeddings(self, query: SearchRequest) -> Float[np.ndarray, "Q D"]:

@@ -86,7 +86,7 @@ def marks(request: Request, site: OfSite, undo: str = "") -> Response:
     for same in identities(everything):
         own = [one for one in everything if one.view in same]
         views = tuple(dict.fromkeys(one.view for one in own))[-MAX_VIEWS:]
-        here = tuple(filter(site.gallery.person, views))
+        here = tuple(site.gallery.memory().named(views))
         name = next((one.name for one in own if one.name), "")
         right = len({one.person for one in own if one.right})
         wrong = len({one.person for one in own if not one.right})
@@ -108,7 +108,7 @@ def forget_marks(site: OfSite, query: Annotated[SearchRequest, Form()]) -> Respo
 @router.post("/marks/undo")
 def undo(site: OfSite, undo: Text) -> Response:
     """Brings marks back that were just removed."""
-    site.marks.notes.put(site.removed.pop(undo, []))
+    site.marks.put(site.removed.pop(undo, []))
     return RedirectResponse("/marks", 303)
 
 
@@ -157,7 +157,7 @@ def change_groups(site: OfSite, change: Change, person: Several = ()) -> Respons
 def group(request: Request, site: OfSite, person_id: str) -> Response:
     """Everybody in the group of a person."""
     found = _group(site, person_id)
-    members = [one for one in map(site.gallery.person, found.people) if one is not None]
+    members = [*site.gallery.memory().named(found.people).values()]
     query = SearchRequest(view=tuple(found.people[:MAX_VIEWS]))
     return page(request, "group.html", group=found, members=members, query=query)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Annotated, Any, cast
 from urllib.parse import quote, urlsplit
 
@@ -26,13 +26,11 @@ from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED, words
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
-from alignps_jax.gallery.index import Indexed, index
+from alignps_jax.gallery.index import Indexed, index, watch
 from alignps_jax.gallery.page.access import MAX_BODY
-from alignps_jax.gallery.page.marks import Marks
+from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.page.results import Searcher, SearchRequest
 from alignps_jax.gallery.page.uploads import Photos, Pictures
-from alignps_jax.gallery.tables import Note
-from alignps_jax.gallery.watch import watch
 
 READ_COOKIE = "alignps_responsible_use"
 # The overview is read anew after so many times what reading took, and so many seconds at least.
@@ -50,7 +48,7 @@ class Library:
 
     def index(self) -> None:
         """Indexes what is new."""
-        index(self._gallery, self.sources, report=lambda x: setattr(self, "done", copy.copy(x)))
+        index(self._gallery, self.sources, begun=lambda done: setattr(self, "done", done))
 
     def watch(self) -> None:
         """Indexes what is new now, and whatever is added from then on."""
@@ -85,7 +83,7 @@ class Site:
         self.photos = Photos(gallery)
         self.pictures, self.searcher = Pictures(self.photos), Searcher(self.photos)
         self.marks = Marks(gallery.people)
-        self.removed: LRUCache[str, list[Note]] = LRUCache(100)  # marks that can come back
+        self.removed: LRUCache[str, list[Mark]] = LRUCache(100)  # marks that can come back
         self.groups = Groups(gallery.people)
         self.library = Library(gallery, sources)
         self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
@@ -97,9 +95,13 @@ class Site:
         if begin >= self._next:
             self._next = float("inf")  # others show what was read last
             try:
-                counts = {"people": gallery.num_people, "scenes": gallery.num_scenes}
-                folders = sorted(gallery.folders(), key=len)[:_MAX_FOLDERS]
-                choices = {"cameras": gallery.cameras(), "folders": folders}
+                memory = gallery.memory()
+                counts = {"people": len(memory), "scenes": len(memory.scenes)}
+                cameras = filter(None, memory.scenes["camera"].unique().to_pylist())
+                paths = map(PurePath, memory.scenes["path"].unique().to_pylist())
+                folders = sorted({str(folder) for path in paths for folder in path.parents})
+                folders = sorted(folders, key=len)[:_MAX_FOLDERS]
+                choices = {"cameras": sorted(cameras), "folders": folders}
                 self._overview = {**counts, **choices, "trouble": ""}
             except (UserError, OSError) as error:  # a disk that is not mounted comes back
                 self._overview = self._overview | {"trouble": str(error)}

@@ -26,7 +26,7 @@ from alignps_jax.drawing.pictures import fitted
 from alignps_jax.errors import UserError, blame
 from alignps_jax.gallery.entries import Person, Scene, content_hash, person_id, scene_id
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.search import person_at
+from alignps_jax.gallery.search import wanted_people
 from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.media.videos import VIDEO_SUFFIXES
 from alignps_jax.types import Detections
@@ -69,14 +69,14 @@ class Photos:
         identity = scene_id(content, None)
         upload = self.uploaded(identity)
         is_kept = upload and not (upload.people.done() and upload.people.exception())
-        known = upload.scene if upload and is_kept else self.gallery.scene(identity)
+        known = upload.scene if upload and is_kept else self.gallery.memory().scene_of(identity)
         if known is not None:
             return known
         with self._decoding, blame(name):  # one at a time, for the memory
             if len(self._pending) >= MAX_WAITING:
                 line = "Too many photos wait for the network; please try again in a minute."
                 raise HTTPException(503, line, {"Retry-After": "60"})
-            height, width = decode_photo(data, self.gallery.info.max_pixels).shape[:2]
+            height, width = decode_photo(data, self.detector.config.data.max_pixels).shape[:2]
             scene = Scene(identity, name, height, width, None, "", None, content)
             upload = Upload(scene, data, self._submit(self._find, scene, data))
         with self._lock:
@@ -91,7 +91,7 @@ class Photos:
     def scene(self, identity: str) -> Scene:
         """A photo or frame."""
         upload = self.uploaded(identity)
-        scene = upload.scene if upload else self.gallery.scene(identity)
+        scene = upload.scene if upload else self.gallery.memory().scene_of(identity)
         if scene is None:
             raise HTTPException(404, "This photo is not here any more; please choose it again.")
         return scene
@@ -99,14 +99,14 @@ class Photos:
     def people_of(self, scene: Scene) -> list[Person]:
         """The people of a photo, best first; UserError if the network failed on it."""
         if (upload := self.uploaded(scene.id)) is None:
-            return self.gallery.people_of(scene.id)
+            return self.gallery.memory().people_of(scene.id)
         return upload.people.result() if upload.people.done() else []
 
     def person(self, identity: str) -> Person:
         """A person."""
         with self._lock:
             own, _ = self._people.get(identity, (None, None))
-        person = self.gallery.person(identity) or own
+        person = self.gallery.memory().person(identity) or own
         if person is None:
             raise HTTPException(404, "This person is not here any more, or never was.")
         return person
@@ -129,11 +129,11 @@ class Photos:
         """A photo or frame, RGB; errors as of `Gallery.pixels`."""
         if (upload := self.uploaded(scene.id)) is None:
             return self.gallery.pixels(scene, side)
-        return decode_photo(upload.data, self.gallery.info.max_pixels)
+        return decode_photo(upload.data, self.detector.config.data.max_pixels)
 
     def person_at(self, scene: Scene, box: tuple[float, ...]) -> tuple[Person, Detections]:
         """The person in a drawn box, looked for there; UserError if nobody is."""
-        work = self._submit(lambda: person_at(self.detector, self.pixels(scene), scene.name, box))
+        work = self._submit(lambda: wanted_people(self.detector, self.pixels(scene), box))
         found: Detections = work.result()
         (person,) = self._keep(scene, found)
         return person, found
@@ -162,7 +162,7 @@ class Photos:
 
     def _find(self, scene: Scene, data: bytes) -> list[Person]:
         try:
-            image = decode_photo(data, self.gallery.info.max_pixels)
+            image = decode_photo(data, self.detector.config.data.max_pixels)
             found = self._keep(scene, self.detector.detect(image))
         except Exception as error:  # the next photo may be better
             traceback.print_exception(error)
