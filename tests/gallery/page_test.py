@@ -236,9 +236,7 @@ def test_every_page_is_an_api(client):
     assert {"/search", "/upload", "/", "/forget"} <= set(paths)
 
 
-def test_a_gallery_that_is_gone_is_said_and_found_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("alignps_jax.gallery.page.site.RARELY", 0)
-    monkeypatch.setattr("alignps_jax.gallery.page.site.LEAST", 0)
+def test_a_gallery_that_is_gone_is_said_and_found_again(tmp_path):
     client = Visitor(painted_site(tmp_path))
     place = tmp_path / "people.lance"
     place.rename(tmp_path / "away")

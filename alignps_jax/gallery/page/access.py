@@ -70,10 +70,6 @@ class Door:
         origin = f"{parts.scheme}://{parts.netloc}".lower()
         return cls((*names, parts.hostname), token, origin, port)
 
-    @property
-    def cookie(self) -> str:
-        return f"alignps_token_{self.port}"
-
 
 def addresses(host: str) -> list[str]:
     """Where a server that listens on `host` can be reached, this machine's own address last."""
@@ -114,6 +110,7 @@ def guarded(app: ASGIApp, door: Door) -> ASGIApp:
 def _refusal(request: Request, door: Door) -> Response | None:
     """The answer to a request that may not pass, or the one that takes a token in."""
     if door.token is not None:
+        cookie = f"alignps_token_{door.port}"
         _, _, bearer = request.headers.get("authorization", "").partition("Bearer ")
         if _equal(bearer, door.token):
             return None  # no browser sends it on behalf of another site
@@ -122,9 +119,9 @@ def _refusal(request: Request, door: Door) -> Response | None:
             place = "/" + url.path.lstrip("/\\")  # on this server, whatever was typed
             response = RedirectResponse(f"{place}?{url.query}".rstrip("?"), 303)
             secure = (door.origin or "").startswith("https")
-            response.set_cookie(door.cookie, door.token, YEAR, httponly=True, secure=secure)
+            response.set_cookie(cookie, door.token, YEAR, httponly=True, secure=secure)
             return response
-        if not _equal(request.cookies.get(door.cookie, ""), door.token):
+        if not _equal(request.cookies.get(cookie, ""), door.token):
             return _line(401, "This page opens with the address that its server printed (?token=).")
     if request.method != "GET" and not _is_own(request, door):
         return _line(403, "Only the forms of this page itself can do that.")
@@ -167,10 +164,6 @@ class ImpatientProtocol(H11Protocol):
         except h11.LocalProtocolError:  # nonsense after a request that is being answered
             self.transport.close()
         self._watch(self.conn.their_state)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._watch(None)
 
     def _watch(self, phase: Any) -> None:
         if phase is not self._phase:

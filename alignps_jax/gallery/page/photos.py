@@ -130,8 +130,7 @@ def scene_picture(site: OfSite, scene_id: str, longest: int) -> Response:
 @router.get("/person/{person_id}.jpg", include_in_schema=False)
 def person_picture(site: OfSite, person_id: str, dense: bool = False) -> Response:
     person = site.photos.person(person_id)
-    tallest = PERSON * (1 + dense)
-    return _picture(person.scene.path, lambda: site.pictures.person(person, tallest))
+    return _picture(person.scene.path, lambda: site.pictures.person(person, PERSON * (1 + dense)))
 
 
 @router.get("/scene/{scene_id}/video", include_in_schema=False)

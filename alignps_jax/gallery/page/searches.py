@@ -25,8 +25,8 @@ _WRITERS = {"marks.csv": Marked.as_csv, "test.json": Marked.as_coco, "query.json
 
 router = APIRouter()
 Several = Annotated[Sequence[str], Form()]
-Change = Annotated[Literal["make", "merge", "name", "split"], Form()]
 What = Annotated[Literal["forget", "nobody"], Form()]
+Change = Annotated[Literal["make", "merge", "name", "split"], Form()]
 
 
 class MarkForm(SearchRequest):
@@ -88,8 +88,7 @@ def marks(request: Request, site: OfSite, undo: str = "") -> Response:
         views = tuple(dict.fromkeys(one.view for one in own))[-MAX_VIEWS:]
         here = tuple(site.gallery.memory().named(views))
         name = next((one.name for one in own if one.name), "")
-        right = len({one.person for one in own if one.right})
-        wrong = len({one.person for one in own if not one.right})
+        right, wrong = (len({x.person for x in own if x.right is said}) for said in (True, False))
         queries = {"query": SearchRequest(view=here), "all": SearchRequest(view=views)}
         people.append({**queries, "name": name, "right": right, "wrong": wrong})
     left_out = Marked(site.gallery, everything).left_out

@@ -61,8 +61,6 @@ class Photos:
 
     def upload(self, name: str, data: bytes) -> Scene:
         """Takes a photo, whose people are detected later; UserError, HTTPException (503)."""
-        if not data:
-            raise UserError(f"{name}: this file is empty.")
         if PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
             raise UserError(f"{name}: this is a video. Save a frame with the person as a photo.")
         content = content_hash(data)
