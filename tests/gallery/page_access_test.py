@@ -74,7 +74,7 @@ def test_the_names_of_a_server(site, public_url, host, status):
     assert client.get("/", headers={"Host": host}).status_code == status
 
 
-def test_addresses_and_public_urls():
+def test_where_it_listens_and_how_it_is_called(site):
     everywhere = Door.of("0.0.0.0", 80, None, None)
     name = socket.gethostname()
     assert {"127.0.0.1", name, f"{name}.local"} <= {*everywhere.hosts}
@@ -82,6 +82,10 @@ def test_addresses_and_public_urls():
     for wrong in (PUBLIC, "ftp://a.b", "https://a.b/page", "https://"):
         with pytest.raises(UserError, match="--public_url"):
             Door.of("127.0.0.1", 80, None, wrong)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (taken.getsockname()[1], 99999):
+            with pytest.raises((OSError, UserError)):
+                serve(site.gallery, "127.0.0.1", port)
 
 
 @pytest.mark.parametrize(
@@ -231,17 +235,13 @@ def test_more_photos_than_may_wait_are_sent_away(tmp_path):
         base = f"http://127.0.0.1:{port}"
         try:
             answers = list(pool.map(send, range(50)))
-            number, first = next(x for x in enumerate(answers) if x[1].status_code == 303)
-            assert send(number).headers["location"] == first.headers["location"]
         finally:
             gate.set()
         taken = [one.headers["location"] for one in answers[:20] if one.status_code == 303]
         assert len(taken) == MAX_WAITING - 1
         assert [one.status_code for one in answers[:20]].count(503) == 20 - len(taken)
         assert {one.status_code for one in answers[20:]} == {200}
-        for place in taken:
-            page = httpx.get(f"{base}{place}", cookies=READ, timeout=120)
-            assert "Found 1 person" in page.text
+        assert "Found 1 person" in httpx.get(f"{base}{taken[-1]}", cookies=READ).text
 
 
 NONSENSE = (
@@ -250,7 +250,6 @@ NONSENSE = (
     b"HEAD /mark HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n--b--",
     b"GET /\0%ff HTTP/1.1\r\nHost: localhost\r\n\r\n",
     b"GET / HTTP/1.1\r\n" + b"X" * 90_000,
-    b"\xff\r\n\r\n",
 )
 
 
@@ -311,10 +310,3 @@ def test_it_prints_its_addresses_and_ends_on_a_signal(tmp_path, number, code, op
     finally:
         process.kill()
         process.communicate()
-
-
-def test_a_place_where_it_cannot_listen_is_an_error(site):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        for port in (taken.getsockname()[1], 99999):
-            with pytest.raises((OSError, UserError)):
-                serve(site.gallery, "127.0.0.1", port)

@@ -36,7 +36,6 @@ from tests.gallery.painted import (
 from tests.places import free_port
 
 READ = {"alignps_responsible_use": "read"}
-OWN = {"Origin": "http://localhost"}
 PUBLIC = "photos.example.org"
 RED_PHOTO = encoded(painted((RED, (10, 10))))
 
@@ -51,24 +50,21 @@ def painted_site(folder, detector=None):
     return Site(gallery)
 
 
-SECONDS, RATE = 8, 5  # of a video
-
-
 def video_site(folder):
-    """What serves a video that browsers play: red walks, green stands there from second 4 on."""
+    """Serves a video of 8 seconds: red walks, green stands there from second 4 on."""
 
     def frame(second):
         red = RED, (10 + 20 * int(second), 100)
         return painted(red, *([(GREEN, (250, 20))] if second >= 4 else []))
 
     detector, path = ColorDetector(), folder / "walk.mp4"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), RATE, SIZE[::-1])
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), 5, SIZE[::-1])
     assert writer.isOpened()
-    for number in range(SECONDS * RATE):
-        writer.write(cv2.cvtColor(frame(number / RATE), cv2.COLOR_RGB2BGR))
+    for number in range(8 * 5):
+        writer.write(cv2.cvtColor(frame(number / 5), cv2.COLOR_RGB2BGR))
     writer.release()
     gallery = Gallery.open(folder / "people.lance", detector, create=True)
-    seconds = map(float, range(SECONDS))
+    seconds = map(float, range(8))
     commit(gallery, [indexed(path, frame(x), detector, second=x) for x in seconds])
     return Site(gallery)
 
@@ -88,9 +84,9 @@ class Visitor(TestClient):
     """A browser that has read the text and whose forms come from the page."""
 
     def __init__(self, site, door=None):
-        browser = {"cookies": READ, "headers": OWN, "follow_redirects": False}
-        app = closed(site, door)
-        super().__init__(app, "http://localhost", raise_server_exceptions=False, **browser)
+        settings = {"cookies": READ, "follow_redirects": False, "raise_server_exceptions": False}
+        super().__init__(closed(site, door), "http://localhost", **settings)
+        self.headers["Origin"] = "http://localhost"
 
     def upload(self, photo=RED_PHOTO, name="query.png"):
         return self.post("/upload", files={"photo": (name, photo)})

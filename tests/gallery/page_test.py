@@ -17,6 +17,7 @@ import pillow_heif
 import pytest
 from PIL import Image
 
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.media.photos import decode_photo
 from tests.gallery.page_server import (
     RED_PHOTO,
@@ -29,7 +30,7 @@ from tests.gallery.page_server import (
     people,
     results,
 )
-from tests.gallery.painted import GREEN, RED, ColorDetector, encoded, gallery_of, painted
+from tests.gallery.painted import GREEN, RED, ColorDetector, encoded, painted
 
 JSON = {"Accept": "application/json"}
 
@@ -154,13 +155,6 @@ def test_photos_of_all_kinds_and_friendly_lines_for_what_is_none(client):
     assert "one photo at a time" in line_of(client.post("/upload", files=many))
 
 
-def test_an_empty_gallery_says_so(tmp_path):
-    (tmp_path / "photos").mkdir()
-    client = Visitor(painted_site(tmp_path))
-    for place in ("/", client.query()):
-        assert "The gallery is empty" in client.get(place).text
-
-
 def test_a_box_finds_who_is_in_it(client, site):
     small = painted((RED, (10, 10)))
     small[150:180, 200:215] = GREEN  # found with a score that is not shown
@@ -181,19 +175,14 @@ def test_marks_belong_to_the_person(folder, client, site):
     ranked = [person for _, person in results(client.get("/search", params={"view": view}))]
     right, wrong = ranked[:2], ranked[5]
 
-    def mark(person, said):
-        data = {"view": view, "person": person, "mark": said}
-        assert client.post("/mark", data=data).status_code == 303
-
     def pressed(client, *views):
         text = client.get("/search", params={"view": views}).text
         return {*re.findall(r'id="((?:right|wrong)-[^"]+)"[^>]*aria-pressed="true"', text)}
 
-    mark(right[1], "wrong")
-    mark(right, "right")
-    mark(wrong, "wrong")
-    mark(ranked[7], "right")
-    mark(ranked[7], "none")
+    said = ((right[1], "wrong"), (right, "right"), (wrong, "wrong"), (ranked[7], "right"))
+    for person, mark in (*said, (ranked[7], "none")):
+        data = {"view": view, "person": person, "mark": mark}
+        assert client.post("/mark", data=data).status_code == 303
     both = {f"right-{person}" for person in right} | {f"wrong-{wrong}"}
     assert pressed(client, view) == both
     # With another view, from a right result, and on another server they are there, too.
@@ -236,7 +225,7 @@ def test_every_page_is_an_api(client):
     assert {"/search", "/upload", "/", "/forget"} <= set(paths)
 
 
-def test_a_gallery_that_is_gone_is_said_and_found_again(tmp_path):
+def test_a_gallery_that_is_gone_or_empty_says_so_and_is_found_again(tmp_path):
     client = Visitor(painted_site(tmp_path))
     place = tmp_path / "people.lance"
     place.rename(tmp_path / "away")
@@ -246,12 +235,13 @@ def test_a_gallery_that_is_gone_is_said_and_found_again(tmp_path):
     assert page.status_code == 200
     assert "cannot be read" not in page.text
     shutil.rmtree(place)
-    gallery_of(tmp_path / "photos" / "yard", place, ColorDetector())
-    assert "5 people in 3 photos" in client.get("/").text
+    Gallery.open(place, ColorDetector(), create=True)
+    for path in ("/", client.query()):
+        assert "The gallery is empty" in client.get(path).text
 
 
 ODD = (
-    *("nan", "1e999", "-1", "2" * 400, "0-0", "%00", "\0", "\ufffe", "10,20,60,140"),
+    *("nan", "1e999", "-1", "2" * 400, "%00", "\0", "\ufffe", "10,20,60,140"),
     *("1e30,1,1e31,9", "//x", "/etc/passwd", "../../app.py", "x' OR '1'='1"),
 )
 FIELDS = ("view", "combine", "camera", "after", "score", "offset", "kind", "person", "sort", "next")
@@ -262,7 +252,7 @@ POSTS = ("/mark", "/scene/{}/box", "/scene/{}/person", "/people", "/marks/undo",
 def test_odd_values(client, site, value):
     person = everybody(site)[0]
     view, scene, place = person.id, person.scene.id, quote(value, safe="")
-    for path in ("/", "/search", f"/scene/{scene}", "/marks", "/results.zip"):
+    for path in ("/", "/search", f"/scene/{scene}", "/marks"):
         for name in FIELDS:
             answer = client.get(path, params={"view": view} | {name: value})
             assert answer.status_code < 500

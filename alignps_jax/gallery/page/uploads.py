@@ -186,7 +186,7 @@ FULL = 8192  # longer side of a scene at full size, pixels
 PERSON = 288  # height of an enlarged person, pixels; twice that for dense screens
 _CACHED = 96 << 20  # bytes of finished pictures
 _DECODED = 128 << 20  # bytes of decoded scenes: the people of one scene follow one another
-_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 80]
+_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 75]
 _AROUND = 1.1  # of a person's height and width are shown
 
 
