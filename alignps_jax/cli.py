@@ -91,12 +91,11 @@ def index(args: Arguments) -> None:
     from alignps_jax.media.walk import DEFAULT_EXCLUDES
 
     excludes = [*(() if args.no_default_excludes else DEFAULT_EXCLUDES), *(args.exclude or ())]
-    find = find_people
+    find: Any = find_people
     if args.cluster:
-        from alignps_jax.gallery.cluster import find_on_cluster, leave_accelerators
+        from alignps_jax.gallery.cluster import on_cluster
 
-        leave_accelerators()
-        find = partial(find_on_cluster, args.cluster, partial(_detector, args))
+        find = on_cluster(args.cluster, partial(_detector, args))
     gallery = Gallery.open(args.gallery, _detector(args), create=True)
 
     def run() -> None:

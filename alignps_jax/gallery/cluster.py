@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import ray
 import ray.data
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.index import Results, find_people
+from alignps_jax.gallery.index import Find, Results, find_people
 from alignps_jax.inference.detector import Detector
 from alignps_jax.media.walk import MediaFile
 
@@ -33,25 +34,23 @@ class Worker:
         return {"result": list(find_people(self._detector, batch["file"], *self._how))}
 
 
-def leave_accelerators() -> None:
-    """Keeps this process, which only writes, from taking an accelerator that a worker needs."""
-    jax.config.update("jax_platforms", "cpu")
-
-
-def find_on_cluster(
-    address: str, load: Callable[[], Detector], _: Detector, files: Sequence[MediaFile], *how: Any
-) -> Results:
-    """`find_people` (`how`: its other arguments) by all machines of a Ray cluster, in any order.
+def on_cluster(address: str, load: Callable[[], Detector]) -> Find:
+    """`find_people` by all machines of a Ray cluster, in any order of the files.
 
     There is a worker (`load` makes its detector) for each accelerator, or for a few processors; for
     one that dies, another one reads its files again. The address is that of a cluster, "auto" (the
     one that this machine is in) or "local" (this machine alone); UserError if there is none.
     """
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
-        quiet["include_dashboard"] = False
+    jax.config.update("jax_platforms", "cpu")  # this process leaves accelerators to the workers
+    return partial(_find, address, load)
+
+
+def _find(
+    address: str, load: Callable[[], Detector], _: Detector, files: Sequence[MediaFile], *how: Any
+) -> Results:
+    page: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        cluster = ray.init(address, **quiet)
+        cluster = ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **page)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--cluster={address}: found no Ray cluster ({reason})") from error

@@ -17,11 +17,10 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A photo, or one frame of a video; its size is that of the upright picture.
+    """A photo, or one frame of a video, upright.
 
-    `id` is of `hash` (SHA-256 of the file) and `second` (None for photos) alone: renamed and copied
-    files keep it; `path` is the first of them, `copies` are the others. `taken` is local time.
-    Unknown: None, or "".
+    `id` comes from `hash` (SHA-256 of the file) and `second` (None for photos) alone; `path` is the
+    first file with that content, `copies` are others. `taken` is local time. Unknown: None, or "".
     """
 
     id: str
@@ -57,10 +56,7 @@ class Person:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One result of a search.
-
-    `similarity` is a cosine, `probability` that it is the person searched (None: not calibrated).
-    """
+    """A result: a cosine `similarity`, and how likely it is the person (None: not calibrated)."""
 
     person: Person
     similarity: float
@@ -103,11 +99,12 @@ class Filter:
     kind: Literal["photo", "video"] | None = None
 
     def condition(self, field: Callable[[str], Any], contents: Any) -> Any:
-        """What a row must fulfil, as an expression of LanceDB or PyArrow; None: nothing.
+        """What a row must fulfil, as an expression of LanceDB or PyArrow.
 
         `field` is LanceDB's `col` or PyArrow's; `contents` are the hashes of files in the folder.
         """
-        found: list[Any] = []
+        least = -1 if self.min_score is None else self.min_score
+        found = [field("score") >= float(np.float32(least))]
         if self.folder is not None:
             found.append(field("hash").isin(contents))
         if self.cameras:
@@ -115,18 +112,16 @@ class Filter:
         for time, is_within in ((self.after, operator.ge), (self.before, operator.le)):
             if time is not None:
                 found.append(is_within(field("taken"), time.astimezone().replace(tzinfo=None)))
-        if self.min_score is not None:
-            found.append(field("score") >= float(np.float32(self.min_score)))
         if self.kind is not None:
             found.append(field("kind") == self.kind)
-        return functools.reduce(operator.and_, found) if found else None
+        return functools.reduce(operator.and_, found)
 
 
 @dataclasses.dataclass(frozen=True)
 class GalleryInfo:
     """The detector that made a gallery; equal ones give embeddings that can be compared.
 
-    `checkpoint` is a hash of the weights, `name` where they lay, `dim` the numbers of an embedding.
+    `checkpoint` is a hash of the weights, `name` where they lay, `dim` an embedding's length.
     """
 
     checkpoint: str

@@ -69,19 +69,15 @@ def forget(
 ) -> Forgot:
     """Forgets everybody in photos or videos (paths) and their copies, and single people (ids).
 
-    Nothing of them stays in the tables, and notes about them go; after an interruption, call it
-    again. Indexing may go on meanwhile. `for_good`: everything is written anew and older states are
-    deleted; otherwise that is left to the next time, as for somebody who is no person.
-
-    Raises:
-      UserError: the gallery does not know a photo or person.
+    Nothing of them stays in the tables; after an interruption, call it again. Indexing may go on
+    meanwhile. `for_good`: everything is written anew and older states are deleted; otherwise that
+    is left to the next time, as for somebody who is no person. UserError if it knows one not.
     """
     contents = set[str]()
     for photo in photos:
         path = os.path.abspath(photo)
         spelled = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
-        files = people.files.rows(["hash"], path=spelled)["hash"].to_pylist()
-        if not files:
+        if not (files := people.files.rows(["hash"], path=spelled)["hash"].to_pylist()):
             raise UserError(f"--photo: found no {photo} in the gallery {people.address}")
         contents.update(files)
     found = people.table.rows(["id", "hash", "second", "box"], id=persons).to_pylist()
@@ -100,7 +96,7 @@ def forget(
     people.groups.delete("person", gone)
     people.marks.delete("person", gone)
     people.marks.delete("view", gone)
-    Forgotten(people).enforce()
+    people.remove(contents, persons)
     people.forgotten.put(entries)  # for servers that have read them meanwhile: see Gallery.memory
     paths = tuple(sorted({one["path"] for one in entries}))
     return Forgot(len(gone), paths, people.purge() if for_good else None)

@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +21,6 @@ from alignps_jax.gallery.people import People
 from alignps_jax.gallery.search import place
 from alignps_jax.nearest import power_of_two_from, top_k
 
-_PROBABILITY = 0.5
 # Neighbors of a person, itself one of them, and similarities that are in memory at a time.
 _NEIGHBORS, _SIMILARITIES = 16, 1 << 26
 
@@ -50,8 +48,8 @@ class Groups:
 
     def all(self) -> list[Group]:
         """All groups, those with a name first, then by size."""
-        own = [field.name for field in dataclasses.fields(Group)][:-1]
-        rows = self.table.rows().sort_by("at").group_by(own, use_threads=False)
+        rows = self.table.rows().sort_by("at")
+        rows = rows.group_by(["id", "name", "day", "by_hand"], use_threads=False)
         found = rows.aggregate([("person", "list")]).rename_columns({"person_list": "people"})
         groups = (Group(**row) for row in found.to_pylist())
         return sorted(groups, key=lambda one: (not one.name, -len(one.people)))
@@ -65,23 +63,19 @@ class Groups:
 
         Who stays behind there stays apart. UserError if all of them are in no group (any more).
         """
-        known = self.by_person()
-        chosen = {one: known[one] for one in people if one in known}
+        rows, wanted = self.table.rows().sort_by("at").to_pylist(), set(people)
+        chosen = [row for row in rows if row["person"] in wanted]
         if not chosen:
             raise UserError("found nobody of a group; it was made anew, or forgotten")
-        name = next((one.name for one in chosen.values() if one.name), "") if name is None else name
-        day, *others = {one.day for one in chosen.values()}
-        made = Group(uuid.uuid4().hex, name, "" if others else day, True, list(chosen))
-        before = {one.id: one for one in chosen.values()}.values()
-        rest = [person for one in before for person in one.people if person not in chosen]
-        rows = [_row(person, made) for person in chosen]
-        rows += [_row(one, dataclasses.replace(known[one], by_hand=True)) for one in rest]
-        self.table.put(rows)
+        if name is None:
+            name = next((row["name"] for row in chosen if row["name"]), "")
+        day, *others = {row["day"] for row in chosen}
+        same = [row["person"] for row in chosen]
+        made = Group(uuid.uuid4().hex, name, "" if others else day, True, same)
+        before = {row["id"] for row in chosen}
+        rest = [row | {"by_hand": True} for row in rows if row["id"] in before]
+        self.table.put([row | vars(made) for row in chosen] + rest)  # of each person the first one
         return made
-
-
-def _row(person: str, group: Group) -> dict[str, Any]:
-    return vars(group) | {"person": person, "at": time.time()}
 
 
 def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> list[Group]:
@@ -103,7 +97,7 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
     made = dict[str, Group]()
     for day in np.unique(days[inside]):
         today = np.flatnonzero(inside & (days == day))
-        limit = calibration.least(_PROBABILITY, len(today))
+        limit = calibration.least(0.5, len(today))
         for cluster in clusters(embeddings[today], memory.scene[today], limit, number[today]):
             found = today[cluster]
             group = [Group(uuid.uuid4().hex, "", str(day), False, []), *fixed][number[found].max()]
@@ -113,7 +107,8 @@ def make_groups(gallery: Gallery, where: Filter, across_days: bool = False) -> l
     kept = {person for person, one in known.items() if one.by_hand}
     outside = {everybody[row].id for row in np.flatnonzero(~inside)}
     groups.table.delete("person", known.keys() - made.keys() - kept - outside)
-    groups.table.put([_row(one, group) for one, group in made.items() if one not in kept])
+    new = [(person, one) for person, one in made.items() if person not in kept]
+    groups.table.put([vars(one) | {"person": person, "at": time.time()} for person, one in new])
     return groups.all()
 
 

@@ -17,11 +17,10 @@ import jax
 import numpy as np
 import watchfiles
 
-from alignps_jax.errors import IncompleteError, UserError
+from alignps_jax.errors import IncompleteError
 from alignps_jax.gallery.entries import Scene, scene_id
 from alignps_jax.gallery.forget import Forgotten
-from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.gallery.memory import fits
+from alignps_jax.gallery.gallery import Gallery, fits
 from alignps_jax.gallery.people import FileState, FoundScene, People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
@@ -30,7 +29,6 @@ from alignps_jax.media.walk import DEFAULT_EXCLUDES, MediaFile, Shot, Walk, medi
 from alignps_jax.types import Detections
 
 COMMIT_SECONDS = 5.0  # what a kill can cost
-_TIDY_COMMITS = 200  # each makes small files, which many make slow
 # In ms; files that are still being copied are left alone until nothing changes for a `step`.
 _WATCH: Any = {"step": 2000, "debounce": 60_000, "rust_timeout": 1000, "yield_on_timeout": True}
 
@@ -86,9 +84,9 @@ def index(
     """Finds everybody in files that a gallery does not know as they are, and adds them.
 
     One frame of a video is searched per `every` seconds; one that was looked at as often is known.
-    `prune` removes the people of files below the sources that are gone; `excludes` are patterns of
-    files and folders to leave out. `begun` gets what is returned, at once; `find` may find people
-    elsewhere, and in any order of the files. UserError if a source does not exist.
+    `prune` removes the people of files below the sources that are gone, unless all are; `excludes`
+    are patterns of what to leave out. `begun` gets what is returned, at once; `find` may work
+    elsewhere, in any order of the files. UserError if a source does not exist.
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
@@ -106,7 +104,7 @@ def index(
                     ready, begin = [], time.monotonic()
         under_way.result()
         run.commit(ready)
-        run.finish(sources if prune else ())
+        run.finish(sources if prune and done.walk.files else ())  # a disk may not be there
     return done
 
 
@@ -156,8 +154,8 @@ class _Run:
         self.seen |= {state.hash: math.inf for state in files.values() if state.complete}
         self.done.scenes += len(scenes)
         self.done.people += sum(len(found.people.scores) for found in scenes.values())
-        if next(self._turns) % _TIDY_COMMITS == 0:
-            self._people.optimize()
+        if next(self._turns) % 200 == 0:
+            self._people.optimize()  # each commit makes small files, which many make slow
 
     def _scene(self, shot: Shot, found: Detections) -> FoundScene:
         """A scene without people of a low score or with numbers that are not finite."""
@@ -186,8 +184,6 @@ class _Run:
             or (f"{path}/".startswith(below) and not path.startswith(hidden))
             if not os.path.lexists(path)
         }
-        if gone and not walk.files:  # a disk that is not there
-            raise UserError(f"--prune: found no photo or video, {len(gone):,} known files")
         people.files.delete("path", gone)
         people.remove_strays()
         self.done.removed = len(gone)
@@ -200,10 +196,7 @@ class _Run:
 def watch(
     run: Callable[[], object], sources: Sequence[str], stop: threading.Event | None = None
 ) -> None:
-    """Runs `run` now, and again whenever something below the sources changes, until `stop`.
-
-    If `run` raises IncompleteError, that is printed.
-    """
+    """Runs `run` now, and after each change below the sources; prints an IncompleteError of it."""
     # The first turn comes without a change: it is watched before it is looked at.
     for turn, changes in enumerate(watchfiles.watch(*sources, **_WATCH, stop_event=stop)):
         if changes or turn == 0:

@@ -16,6 +16,7 @@ import math
 import operator
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,16 +118,16 @@ class Table:
         with self.open() as table:
             return table.search().where(wanted).select([*columns] or table.schema.names).to_arrow()
 
-    def put(self, rows: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> None:
-        """Adds rows (or columns) at once, of each key the first, in place of what it had."""
-        make = pa.Table.from_pydict if isinstance(rows, Mapping) else pa.Table.from_pylist
-        with self.open() as table:
-            found, key = make(rows, table.schema), table.schema.names[0]
-            _, first = np.unique(found[key], return_index=True)
-            merge = table.merge_insert(key).when_matched_update_all()
-            merge = merge.when_not_matched_insert_all()
-            if len(first):
-                merge.execute(found.take(np.sort(first)))
+    def put(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows, of each key the first one, in place of those with the same keys, at once."""
+        if rows:
+            with self.open() as table:
+                key = table.schema.names[0]
+                first = list({row[key]: row for row in reversed(rows)}.values())[::-1]
+                # PyArrow casts to lists of one length much faster than it makes them of rows.
+                found = pa.Table.from_pylist(first).select(table.schema.names).cast(table.schema)
+                merge = table.merge_insert(key).when_matched_update_all()
+                merge.when_not_matched_insert_all().execute(found)
 
     def delete(self, column: str, values: Collection[str]) -> None:
         """Removes the rows with one of these values."""
@@ -137,8 +138,7 @@ class Table:
     def optimize(self, purge: bool = False) -> None:
         """Puts small files together, updates indices, and drops states older than an hour.
 
-        `purge`: drops whatever holds removed rows: older states, indices, and files, in which a row
-        is only marked as removed.
+        `purge`: drops all states and indices with removed rows, and files, which only mark them.
         """
         with self.open() as table:
             if purge:
@@ -154,8 +154,7 @@ class Table:
 class People:
     """The people of a gallery: tables of files, scenes, people, and of what is said about them.
 
-    `address` is a folder such as people.lance, or s3://bucket/people.lance, `info` the detector
-    that made it.
+    `address` is a folder or URL; `info` is the detector that made the gallery.
     """
 
     def __init__(self, address: str, info: GalleryInfo | None = None):
@@ -179,14 +178,8 @@ class People:
 
     @property
     def version(self) -> Hashable:
-        """Changes with every commit of files, scenes, people."""
-        return self.files.version, self.scenes.version, self.table.version
-
-    def contents(self) -> pa.Table:
-        """The hash of each content, and the paths of all files with it, sorted."""
-        files = self.files.rows(["hash", "path"]).sort_by("path")
-        groups = files.group_by("hash", use_threads=False).aggregate([("path", "list")])
-        return groups.rename_columns(["hash", "paths"])
+        """Changes with every commit of files, scenes, people, and with their vector index."""
+        return tuple(x.version for x in (self.files, self.scenes, self.table, self._trained))
 
     def known_files(self) -> dict[str, FileState]:
         """All files that are indexed, by path."""
@@ -194,27 +187,17 @@ class People:
 
     def commit(self, scenes: Sequence[FoundScene], files: Sequence[FileState]) -> None:
         """Adds scenes and files, in place of what the gallery has of them."""
+        rows = [{**vars(x.scene), "scene": x.scene.id, "kind": x.scene.kind} for x in scenes]
+        people = [
+            {**row, "id": person_id(row["id"], box), "box": box, "score": score, "embedding": one}
+            for row, found in zip(rows, scenes, strict=True)
+            for box, score, one, _ in zip(*vars(found.people).values(), strict=True)
+        ]
         # What a kill leaves in between belongs to a file that is looked at again.
         self.files.put([file._replace(complete=False)._asdict() for file in files])
-        if scenes:
-            self._put_scenes(scenes)
-        self.files.put([file._asdict() for file in files])
-
-    def _put_scenes(self, scenes: Sequence[FoundScene]) -> None:
-        rows = [{**vars(x.scene), "scene": x.scene.id, "kind": x.scene.kind} for x in scenes]
-        owner = [row for row, one in zip(rows, scenes, strict=True) for _ in one.people.scores]
-        boxes, scores, embeddings = (
-            np.concatenate([np.asarray(getattr(one.people, name), np.float32) for one in scenes])
-            for name in ("boxes", "scores", "embeddings")
-        )
-        people = {key: [row[key] for row in owner] for key in rows[0]} | {
-            "id": [person_id(row["id"], box) for row, box in zip(owner, boxes, strict=True)],
-            "score": scores,
-            "box": pa.FixedSizeListArray.from_arrays(boxes.ravel(), 4),
-            "embedding": pa.FixedSizeListArray.from_arrays(embeddings.ravel(), self.info.dim),
-        }
         self.table.put(people)
         self.scenes.put(rows)
+        self.files.put([file._asdict() for file in files])
 
     def remove(self, contents: Collection[str], people: Collection[str] = ()) -> None:
         """Removes the scenes and people of contents, and single people (ids); files stay known."""
@@ -242,20 +225,20 @@ class People:
 
         `contents`: hashes of the files in the folder of the filter.
         """
-        wanted = where and where.condition(col, contents)
         with self.table.open() as table:
             search = table.search(query, vector_column_name="embedding").distance_type("cosine")
             search = search.bypass_vector_index() if exact else search
             # A few lists of every thousand; candidates are compared again exactly.
             search = search.nprobes(max(64, table.count_rows() // 40_000))
             search = search.refine_factor(max(4, min(40, 8000 // k))).limit(k)
-            search = search if wanted is None else search.where(wanted, prefilter=True)
+            if where not in (None, Filter()):
+                search = search.where(where.condition(col, contents), prefilter=True)
             rows = search.select(["id", "_distance"]).to_arrow().to_pylist()
         return {row["id"]: 1.0 - row["_distance"] for row in rows}
 
     def train(self) -> None:
         """Makes the vector index anew, and notes how many people it was made of and its recall."""
-        dim, shares = self.info.dim, []
+        dim = self.info.dim
         with self.table.open() as table:
             # Codes of a byte for eight values, where their length allows.
             lists = IvfPq(distance_type="cosine", num_sub_vectors=math.gcd(dim, max(1, dim // 8)))
@@ -263,10 +246,10 @@ class People:
             count = table.count_rows()
             sample = table.search().select(["embedding"]).offset(count // 2).limit(20)
             queries = np.array(sample.to_arrow()["embedding"].to_pylist(), np.float32)
-        for query in queries:
-            best = self.nearest(query, 11, exact=True)
-            shares.append(len(best.keys() & self.nearest(query, 11).keys()) / len(best))
-        self._trained.put([{"id": "", "people": count, "recall": float(np.mean(shares))}])
+        best = [self.nearest(query, 11, exact=True).keys() for query in queries]
+        found = [self.nearest(query, 11).keys() for query in queries]
+        recall = np.mean([len(a & b) / len(a) for a, b in zip(best, found, strict=True)])
+        self._trained.put([{"id": "", "people": count, "recall": float(recall)}])
 
     def trained(self) -> Mapping[str, Any]:
         """Of how many `people` the vector index was made, and its `recall`; {} without one."""
@@ -274,11 +257,9 @@ class People:
 
     def optimize(self) -> None:
         """See `Table.optimize`; what stands in its way, such as a purge, is for next time."""
-        try:
+        with contextlib.suppress(UserError):
             for table in self._tables:
                 table.optimize()
-        except UserError as error:
-            print(f"note: {error}")
 
     def purge(self) -> str | None:
         """See `Table.optimize`; returns why older states remain, where they do."""
@@ -292,12 +273,13 @@ class People:
     def export(self, target: Path) -> int:
         """Writes everybody to a .parquet file, a row per person; returns their number.
 
-        `box` is x1, y1, x2, y2 in pixels of the scene, `embedding` of length one, `paths` are all
-        files with this content.
+        `box` is x1, y1, x2, y2 in pixels, `embedding` of length one, `paths` are all copies' files.
         """
         if target.suffix.lower() != ".parquet":
             raise UserError(f"--target: found {target}, expected a file .parquet for a gallery")
-        paths = dict(zip(*self.contents().to_pydict().values(), strict=True))
+        paths = defaultdict[str, list[str]](list)
+        for row in self.files.rows(["hash", "path"]).sort_by("path").to_pylist():
+            paths[row["hash"]].append(row["path"])
         with self.table.open() as table, complete_file(target) as temporary:
             batches = table.search().to_batches()
             schema = batches.schema.append(pa.field("paths", pa.list_(pa.string())))

@@ -24,36 +24,34 @@ from alignps_jax.inference.many import above
 from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.types import AnyArray, Detections
 
-# Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.
-_MAX_PICTURE_QUERIES = 12
-# A box is around a person with such an overlap.
-_UNDER = 0.3
+_MAX_PICTURE_QUERIES = 12  # rows that can be read; the JSON file has everybody
+_UNDER = 0.3  # a box is around a person with such an overlap
 # A person in neighboring seconds of a video: time, and share of the best one's similarity.
 _NEIGHBORS, _AS_SIMILAR = 2, 0.6
 
-Corners = Sequence[float] | Float[np.ndarray, "4"]
+Box = Sequence[float] | None  # x1, y1, x2, y2 in pixels; None: everybody
 
 
-def person_in_box(boxes: Float[AnyArray, "N 4"], box: Corners) -> int | None:
+def person_in_box(boxes: Float[AnyArray, "N 4"], box: Sequence[float]) -> int | None:
     """The person whom a drawn box means; None where nobody is."""
     overlap = np.asarray(iou(np.asarray(boxes), np.array(box, np.float32)))
     return int(overlap.argmax()) if len(overlap) and overlap.max() >= _UNDER else None
 
 
-def wanted_people(detector: Detector, photo: Image, box: Corners | None) -> Detections:
-    """The person in a box (x1, y1, x2, y2 in pixels) of an RGB photo; without one, everybody in it.
+def wanted_people(detector: Detector, photo: Image, box: Box) -> Detections:
+    """The person in a box of an RGB photo, or everybody in it.
 
     Looks again around the box if the whole photo shows nobody there: a small person is larger then.
     UserError if nobody is there.
     """
     if box is None:
-        people = above(detector.detect(photo), threshold := detector.config.eval.score_threshold)
-        if len(people.scores) == 0:
-            raise UserError(
-                f"found nobody with a score of {threshold:g} or more, expected somebody to search; "
-                "--box says where to look, --config.eval.score_threshold how sure to be"
-            )
-        return people
+        threshold = detector.config.eval.score_threshold
+        if len((people := above(detector.detect(photo), threshold)).scores):
+            return people
+        raise UserError(
+            f"found nobody with a score of {threshold:g} or more, expected somebody to search; "
+            "--box says where to look, --config.eval.score_threshold how sure to be"
+        )
     corners = np.array(box, np.float32).reshape(2, 2)
     around = corners + (corners[1] - corners[0]) * np.array([[-0.5], [0.5]])
     whole = np.array([(0, 0), photo.shape[1::-1]])
@@ -77,8 +75,7 @@ def join_seconds(matches: Sequence[Match]) -> list[Entry]:
     entries: list[Entry] = []
     seen = defaultdict[tuple[str, int], list[tuple[int, Match]]](list)  # by content and second
     for match in matches:
-        scene = match.person.scene
-        second = int(scene.second or 0)
+        scene, second = match.person.scene, int(match.person.scene.second or 0)
         near = [
             number
             for turn in range(second - _NEIGHBORS, second + _NEIGHBORS + 1)
@@ -109,13 +106,7 @@ def likely(matches: Sequence[Match]) -> list[Match]:
 
 
 def search_photo(
-    gallery: Gallery,
-    query: Path,
-    box: Corners | None,
-    where: Filter,
-    most: int,
-    workdir: Path,
-    show_all: bool = False,
+    gallery: Gallery, query: Path, box: Box, where: Filter, most: int, workdir: Path, show_all: bool
 ) -> list[dict[str, Any]]:
     """Searches the person in `box` of a photo, or everybody in it, for `most` results each.
 
@@ -142,13 +133,12 @@ def search_photo(
         content.append({"query": asked, "results": [_result(match) for match in found]})
         if len(rows) < _MAX_PICTURE_QUERIES:
             rows.append(picture_row("query", photo, query.name, one, _drawn(gallery, found)))
-        said, best = f"{NOBODY} (--show_all)", found[0] if found else None
-        if best:
-            said = f"{len(found):,} found, first {best.person.scene.name}"
-            share = "" if best.probability is None else f": {words(best.probability)}"
-            said += f", similarity {best.similarity:.3f}{share}"
-        print(f"  {corners}: {said}")
-    if (recall := gallery.recall) is not None:
+        said = [f"{len(found):,} found" if found else f"{NOBODY} (--show_all)"]
+        for best in found[:1]:
+            said += [f"first {best.person.scene.name}", f"similarity {best.similarity:.3f}"]
+            said += [words(best.probability)] if best.probability is not None else []
+        print(f"  {corners}:", ", ".join(said))
+    if (recall := memory.recall) is not None:
         print(f"approximate: of the ten most similar people it finds {recall:.0%}")
     if gallery.calibration is None:
         print(f"note: {NOT_CALIBRATED}")
@@ -160,8 +150,7 @@ def search_photo(
 
 def place(person: Person) -> dict[str, object]:
     """Who and where a person is, as JSON files say it."""
-    box = np.asarray(person.box, float).round(2).tolist()
-    scene = person.scene
+    scene, box = person.scene, np.asarray(person.box, float).round(2).tolist()
     return {"person": person.id, "image": scene.path, "second": scene.second, "box": box}
 
 

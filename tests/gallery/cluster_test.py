@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("ray", reason="the extra cluster is missing: make setup")
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery.cluster import find_on_cluster
+from alignps_jax.gallery.cluster import on_cluster
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import Indexed, index
 from tests.gallery.finder import Finder, content, run
@@ -23,7 +23,7 @@ from tests.gallery.kills_test import FILES, write_files
 
 def run_on_cluster(address: str, source: str, seconds: float = 0.0) -> Indexed:
     gallery = Gallery.open(address, Finder(), create=True)
-    find = partial(find_on_cluster, "local", partial(Finder, seconds=seconds))
+    find = on_cluster("local", partial(Finder, seconds=seconds))
     return index(gallery, [source], every=0.4, find=find)
 
 
@@ -77,4 +77,4 @@ def test_a_worker_and_then_the_driver_are_killed(tmp_path, photos, whole):
 def test_no_cluster_is_a_line(tmp_path, photos):
     gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
     with pytest.raises(UserError, match="--cluster=auto: found no Ray cluster"):
-        index(gallery, [photos], find=partial(find_on_cluster, "auto", Finder))
+        index(gallery, [photos], find=on_cluster("auto", Finder))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alignps_jax.errors import UserError
-from alignps_jax.gallery import memory
+from alignps_jax.gallery import gallery as galleries
 from alignps_jax.gallery.entries import Filter, Match, Person, Scene, person_id, scene_id
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
@@ -87,7 +87,7 @@ def address(tmp_path_factory, scenes):
 @pytest.fixture
 def on_disk(monkeypatch):
     """Embeddings do not fit into memory."""
-    monkeypatch.setattr(memory, "fits", lambda people, dim: False)
+    monkeypatch.setattr(galleries, "fits", lambda people, dim: False)
 
 
 def passes(one: FoundScene, score: float | None, where: Filter) -> bool:
@@ -174,9 +174,8 @@ def test_several_queries_at_once(address, scenes):
     assert [matches[0].person.id for matches in found] == [name for name, *_ in everybody(scenes)]
     assert gallery.search_many(queries[:0], 1) == []
     assert len(gallery.search(queries[0], 10**6)) == len(queries) == len(gallery.memory())
-    for embeddings, k in ((np.ones((1, 3)), 1), (np.ones((1, DIM)), 0)):
-        with pytest.raises(UserError, match="gallery search: found embeddings of shape"):
-            gallery.search_many(embeddings, k)
+    with pytest.raises(UserError, match="gallery search: found arrays of shapes"):
+        gallery.search_many(np.ones((1, 3)), 1)
 
 
 def test_lookups(address, scenes):
@@ -228,8 +227,8 @@ def test_what_is_no_gallery_or_another_ones_is_a_line(tmp_path, address):
         scaled.config.data.test_scale = (256, 192)
     (tmp_path / "photo.jpg").touch()
     for place, how, message in (
-        (address, (Finder(fingerprint="e" * 64),), r"int f{12}, .*checkpoint e{12}, "),
-        (address, (scaled, True), r"test_scale 128x96, .*test_scale 256x192"),
+        (address, (Finder(fingerprint="e" * 64),), r"int e{12}, .*checkpoint f{12}, "),
+        (address, (scaled, True), r"test_scale 256x192, .*test_scale 128x96"),
         (tmp_path / "nothing", (), "found none in"),
         (tmp_path, (), "found none in"),
         (tmp_path, (Finder(), True), r"found photo.jpg in .*, expected a gallery"),
@@ -307,9 +306,9 @@ def test_searches_during_commits_see_one_state(tmp_path):
 def test_a_vector_index_says_how_good_it_is(tmp_path, on_disk):
     gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
     commit(gallery, [indexed(f"/{i}.jpg", people(4, i), camera=f"c{i}") for i in range(200)])
-    assert gallery.recall is None
+    assert gallery.memory().recall is None
     gallery.people.train()
-    assert gallery.recall > 0.8
+    assert gallery.memory().recall > 0.8
     assert gallery.people.trained()["people"] == 800
     query = people(4, 7).embeddings[2]
     for where in (Filter(), Filter(cameras=("c7", "c8"))):
@@ -411,3 +410,24 @@ def test_a_box_means_who_is_under_it():
     assert person_in_box(boxes, (45, 0, 90, 100)) == 1
     assert person_in_box(boxes, (49, 0, 200, 400)) is None  # a neighbor's edge
     assert person_in_box(boxes[:0], (0, 0, 10, 10)) is None
+
+
+def test_a_large_gallery_that_grows_is_read_seldom_and_forgets_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(galleries, "QUICKLY_READ", 0)
+    monkeypatch.setattr(galleries, "PATIENCE", 1e9)
+    gallery = Gallery.open(tmp_path / "g", Finder(), create=True)
+    commit(gallery, [indexed("/1.jpg", people(3))])
+    server, remove = Gallery.open(gallery.address), People.remove
+    known = server.memory()
+    commit(gallery, [indexed("/2.jpg", people(3, 1))])
+    assert server.memory() is known
+    one = server.search(np.eye(DIM)[0], 1)[0].person
+
+    def remove_late(*given):
+        assert server.memory().person(one.id)  # somebody searches meanwhile
+        remove(*given)
+
+    monkeypatch.setattr(People, "remove", remove_late)
+    forget(gallery.people, persons=[one.id], for_good=False)
+    assert server.memory().person(one.id) is None
+    assert len(server.memory()) == 5

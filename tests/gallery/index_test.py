@@ -144,8 +144,8 @@ def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_pa
     assert everybody(gallery).keys() == before
     for path in photos.rglob("*.*g"):
         path.unlink()
-    with pytest.raises(UserError, match=r"--prune: found no photo or video, 3 known files"):
-        fill(gallery, photos, prune=True)
+    assert fill(gallery, photos, prune=True).removed == 0  # a disk may not be there
+    assert everybody(gallery).keys() == before
 
 
 def test_what_cannot_be_read_is_listed_and_all_else_is_indexed(gallery, photos):

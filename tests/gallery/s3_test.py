@@ -14,7 +14,7 @@ pytest.importorskip("lancedb", reason="the extra gallery is missing: make setup"
 
 from pyarrow import fs
 
-from alignps_jax.gallery import memory
+from alignps_jax.gallery import gallery as galleries
 from alignps_jax.gallery.forget import forget
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.marks import Mark, Marks
@@ -87,7 +87,7 @@ def test_it_holds_and_finds_whom_a_folder_does(bucket, photos, tmp_path, monkeyp
     assert content(ADDRESS) == content(folder)
     query = np.eye(16, dtype=np.float32)[0]
     for fits in (True, False):  # in memory, and by LanceDB
-        monkeypatch.setattr(memory, "fits", lambda people, dim, fits=fits: fits)
+        monkeypatch.setattr(galleries, "fits", lambda people, dim, fits=fits: fits)
         here, there = (Gallery.open(address).search(query, 10) for address in (folder, ADDRESS))
         assert [match.person.id for match in there] == [match.person.id for match in here]
 

@@ -152,8 +152,8 @@ class Searcher:
             least = unlikely[0].similarity + 1e-6 if unlikely else -1.0
         shown = [match for match in matches if match.similarity >= least]
         entries, hidden = _sorted(join_seconds(shown), query.sort), len(matches) - len(shown)
-        searched, recall = self._gallery.memory().count(query.where), self._gallery.recall
-        return Results(entries, hidden, least, searched, recall)
+        memory = self._gallery.memory()
+        return Results(entries, hidden, least, memory.count(query.where), memory.recall)
 
     def embeddings(self, query: SearchRequest) -> Float[np.ndarray, "Q D"]:
         """What to search with: one embedding, or one for each view."""
