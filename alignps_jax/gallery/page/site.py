@@ -23,10 +23,9 @@ from starlette.templating import Jinja2Templates
 from alignps_jax.boxes import area
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED, words
-from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.gallery import Gallery, PeopleInMemory
 from alignps_jax.gallery.groups import Groups
 from alignps_jax.gallery.index import Indexed, index, watch
-from alignps_jax.gallery.memory import PeopleInMemory
 from alignps_jax.gallery.page.access import MAX_BODY
 from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.page.results import Searcher, SearchRequest
