@@ -19,7 +19,7 @@ from alignps_jax.files import check_outputs, complete_file, write_json
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above, detect_all, shot_photo
 from alignps_jax.log import progress
-from alignps_jax.media.photos import orientation_of
+from alignps_jax.media.photos import exif_of
 from alignps_jax.media.walk import Shot, media_files, shots
 from alignps_jax.types import Detections, GalleryDetections
 
@@ -55,7 +55,7 @@ def detect_source(
                     nothing = np.zeros((len(people.scores), 0), np.float32)
                     people = dataclasses.replace(people, embeddings=nothing)
                 found.append(_as_stored(result.tag, people))
-            bar.update(result.tag.final)
+            bar.update(result.tag.second is None)
     if found:
         names, sizes, everybody, turned = zip(*found, strict=True)
         saved = lay_out(names, everybody)
@@ -71,7 +71,7 @@ def detect_source(
 def _as_stored(shot: Shot, people: Detections) -> Found:
     name, turn = shot.file.name, 1
     if shot.second is None:
-        turn = orientation_of(shot.file.path)
+        turn = exif_of(shot.file.path)["Orientation"]
     else:
         name += f"#t={shot.second:.3f}"
     boxes, size = as_stored(np.asarray(people.boxes), shot.size, turn)

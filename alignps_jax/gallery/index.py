@@ -138,7 +138,7 @@ class _Run:
         """The results of some seconds at a time; lists files that could not be read."""
         ready, begin = [], time.monotonic()
         for one in results:
-            self.done.done += one.tag.final
+            self.done.done += one.tag.second is None
             if one.error is None:
                 ready.append(one)
             else:
@@ -154,8 +154,8 @@ class _Run:
         files, scenes = dict[str, FileState](), dict[str, FoundScene]()
         for one in results:
             shot, file = one.tag, one.tag.file
-            every = self._every if file.is_video else 0.0
-            state = FileState(file.path, file.size, file.mtime, shot.hash, every, shot.final)
+            every, complete = self._every if file.is_video else 0.0, shot.second is None
+            state = FileState(file.path, file.size, file.mtime, shot.hash, every, complete)
             files[file.path] = state
             if one.found is not None:
                 found = self._forgotten.without(self._scene(shot, one.found, every))

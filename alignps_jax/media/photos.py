@@ -1,5 +1,6 @@
 """Photos as pixels: upright as a viewer shows them, their size checked before they are decoded."""
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -32,10 +33,10 @@ def read_photo(path: str | Path, max_pixels: int, side: int = 0) -> Image:
 def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int = 0) -> Image:
     """The pixels of a photo, RGB on white, `upright` by its EXIF orientation or as stored.
 
-    Of an animation it is the first frame. With a `side`, none is longer, and a JPEG takes a tenth
-    of the time. ValueError if it is no photo, damaged, or has more than `max_pixels`.
+    Of an animation it is the first frame. With a `side`, a JPEG may be smaller, but no side of it
+    shorter, in a tenth of the time. ValueError if it is no photo, damaged, or too large.
     """
-    if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[max(0, data.rfind(b"\xff\xda")) :]:
+    if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data.rpartition(b"\xff\xda")[2]:
         # A JPEG without end is complete if other bytes in place of the end change no pixel.
         rest = data.rstrip(b"\0") if data.endswith(bytes(8)) else data  # of a download that was cut
         ends = (rest.rstrip(b"\xff") + fill + b"\xff\xd9" for fill in (b"", b"\xaa" * 64))
@@ -47,13 +48,12 @@ def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int =
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > max_pixels:
             raise ValueError(f"found {image.width}x{image.height} pixels, most is {max_pixels:,}")
-        side = side or max(image.size)
-        image.draft("RGB", (side, side))
+        if side:
+            image.draft("RGB", (side, side))
         is_turned = image.format == "TIFF"  # when Pillow loads it
-        turn = orientation_of(io.BytesIO(data)) if upright != is_turned else 1
+        turn = exif_of(io.BytesIO(data))["Orientation"] if upright != is_turned else 1
         turn = {6: 8, 8: 6}.get(turn, turn) if is_turned else turn
         rgb = _rgb(image)
-        rgb.thumbnail((side, side))
         return np.array(rgb.transpose(_TURNS[turn]) if turn > 1 else rgb)
     except (ValueError, MemoryError):
         raise
@@ -62,20 +62,13 @@ def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int =
 
 
 def exif_of(file: str | Path | IO[bytes]) -> dict[str, Any]:
-    """The EXIF tags of a photo by their names; none where they are damaged."""
-    image = PIL.Image.open(file, formats=_FORMATS)
-    try:
+    """The EXIF tags of a photo by their names; an Orientation from 1 (as stored) to 8 always."""
+    image, tags = PIL.Image.open(file, formats=_FORMATS), dict[str, Any]()
+    with contextlib.suppress(Exception):  # EXIF data are damaged where the photo is not
         exif = image.getexif()
-        tags = {**exif, **exif.get_ifd(IFD.Exif)}
-        return {TAGS.get(tag, ""): value for tag, value in tags.items()}
-    except Exception:  # in any way, where the photo is not
-        return {}
-
-
-def orientation_of(file: str | Path | IO[bytes]) -> int:
-    """The EXIF orientation by which viewers turn a photo, from 1 (as stored) to 8."""
-    found = exif_of(file).get("Orientation", 1)
-    return int(found) if found in range(1, 9) else 1
+        tags = {TAGS.get(tag, ""): said for tag, said in {**exif, **exif.get_ifd(IFD.Exif)}.items()}
+    known = tags.get("Orientation") in range(1, 9)
+    return tags if known else tags | {"Orientation": 1}
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:

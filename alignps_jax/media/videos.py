@@ -1,6 +1,5 @@
 """Frames of videos, each known by its own time stamp in the container."""
 
-import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -39,8 +38,7 @@ def frames(path: str, every: float, max_pixels: int, after: float = -1, back: fl
         # The time stamps of MPEG program streams are made up as they are decoded.
         jumped = after > back and container.format.name != "mpeg"
         if jumped:
-            with contextlib.suppress(av.FFmpegError):  # then all is decoded
-                container.seek(int((after - back + start) * av.time_base))
+            container.seek(int((after - back + start) * av.time_base))
         found = itertools.chain.from_iterable(map(_decoded, container.demux(stream)))
         # Until the first key frame, parts of what is shown were jumped over.
         shown = itertools.dropwhile(lambda frame: jumped and not frame.key_frame, found)
