@@ -67,8 +67,7 @@ def exif_of(file: str | Path | IO[bytes]) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # EXIF data are damaged where the photo is not
         exif = image.getexif()
         tags = {TAGS.get(tag, ""): said for tag, said in {**exif, **exif.get_ifd(IFD.Exif)}.items()}
-    known = tags.get("Orientation") in range(1, 9)
-    return tags if known else tags | {"Orientation": 1}
+    return tags if tags.get("Orientation") in range(1, 9) else tags | {"Orientation": 1}
 
 
 def _rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -19,7 +19,6 @@ from alignps_jax.errors import IncompleteError, UserError
 from alignps_jax.media.photos import PHOTO_SUFFIXES, Image, decode_photo, exif_of
 from alignps_jax.media.videos import VIDEO_SUFFIXES, frames
 
-SUFFIXES = (*PHOTO_SUFFIXES, *VIDEO_SUFFIXES)
 # What systems and programs keep beside a user's own photos; ".*" is all that is hidden.
 DEFAULT_EXCLUDES: tuple[str, ...] = (".*", "@eaDir", "@Recycle", "#recycle", "#snapshot")
 DEFAULT_EXCLUDES += ("$RECYCLE.BIN", "Thumbs.db", "__MACOSX", "*.photoslibrary/resources")
@@ -67,8 +66,8 @@ class Walk:
 def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUDES) -> Walk:
     """The photos and videos of folders and all below them, or single ones, each once.
 
-    Links are followed, in each folder last. `excludes` are patterns (*, ?) of names, or of paths
-    from a source, that are left out.
+    Links are followed, in each folder last. `excludes`: patterns (*, ?) of names, or of paths from
+    a source, that are left out.
     """
     walk, seen = Walk(), set[str]()
     patterns = [start + glob for glob in excludes for start in ("", "*/")]
@@ -84,7 +83,7 @@ def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUD
                 if os.path.isdir(path):
                     below = [os.path.join(path, child) for child in os.listdir(path)]
                     paths += sorted(below, key=lambda one: (os.path.islink(one), one))
-                elif path != source and suffix not in SUFFIXES:
+                elif path != source and suffix not in (*PHOTO_SUFFIXES, *VIDEO_SUFFIXES):
                     walk.others[suffix or "without a suffix"] += 1
                 else:
                     now = os.stat(path.encode())  # a ValueError if the name is no text
@@ -102,9 +101,8 @@ def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUD
 class Shot:
     """A photo or a frame of a video, RGB and upright; `error` says why there is none.
 
-    The last shot of a file is the one that has no `second`. It has no image after the frames of a
-    video, and for a file that is known. `hash` is the SHA-256 of the file's content, `size`
-    (height, width), `taken` local time.
+    Without `second` it is the last one of its file, after the frames of a video and of a file that
+    is known without an image. `hash` is the SHA-256 of the content, `size` (height, width).
     """
 
     file: MediaFile
@@ -139,8 +137,9 @@ def shots(
             elif after < math.inf:
                 found = [(None, decode_photo(data.getvalue(), max_pixels), exif_of(data))]
             for second, image, about in found:
-                moment = origin(file.path, about, second or 0)
-                yield Shot(file, digest, image, image.shape[:2], *moment, second)
+                taken, camera = origin(file.path, about)
+                taken = taken and taken + datetime.timedelta(seconds=second or 0)
+                yield Shot(file, digest, image, image.shape[:2], taken, camera, second)
             yield Shot(file, digest)
         except (ValueError, OSError, av.FFmpegError) as error:
             reason = f"{file.path}: {getattr(error, 'strerror', error)}"
@@ -152,10 +151,8 @@ def shots(
         yield partial(next, read())
 
 
-def origin(
-    path: str, about: Mapping[str, object], second: float = 0.0
-) -> tuple[datetime.datetime | None, str]:
-    """When (local time) and by which camera a photo, or a video's frame at a second, was taken.
+def origin(path: str, about: Mapping[str, object]) -> tuple[datetime.datetime | None, str]:
+    """When (local time) a photo was taken or a video began, and by which camera.
 
     `about` holds EXIF tags or metadata: their original time, else that of the name, else a day that
     is the folder's name, else the time of a change.
@@ -172,5 +169,4 @@ def origin(
                     taken = taken.replace(tzinfo=datetime.UTC).astimezone().replace(tzinfo=None)
     # Models of most makers begin with the maker's name.
     words = re.findall("[!-~]+", f"{said.get('make', '')} {said.get('model', '')}")
-    camera = " ".join(dict.fromkeys(words or _CAMERA.findall(path)))
-    return taken and taken + datetime.timedelta(seconds=second), camera[:100]
+    return taken, " ".join(dict.fromkeys(words or _CAMERA.findall(path)))[:100]

@@ -7,12 +7,17 @@ import math
 import os
 import time
 
+import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
 from alignps_jax.errors import IncompleteError, UserError
+from alignps_jax.media.photos import read_photo
+from alignps_jax.media.videos import frame_at, frames
 from alignps_jax.media.walk import DEFAULT_EXCLUDES, media_files, origin, shots
 from tests.media.clips import number_of, numbered, write_clip
+from tests.places import SHARED
 
 APPLE = "com.apple.quicktime.creationdate"
 TIME = datetime.datetime(2024, 1, 31, 14, 25, 30)
@@ -144,9 +149,9 @@ def test_shot_of_a_photo(tmp_path, name):
 def test_shots_of_a_video(tmp_path):
     tags = {"creation_time": "2024-01-31T19:25:30.000000Z"}
     path = write_clip(tmp_path / "a.mp4", [n / 20 for n in range(30)], tags=tags)
-    *frames, end = read(path)
-    assert [(shot.second, number_of(shot.image)) for shot in frames] == [(0, 0), (0.5, 10), (1, 20)]
-    assert {shot.taken - datetime.timedelta(seconds=shot.second) for shot in frames} == {TIME}
+    *found, end = read(path)
+    assert [(shot.second, number_of(shot.image)) for shot in found] == [(0, 0), (0.5, 10), (1, 20)]
+    assert {shot.taken - datetime.timedelta(seconds=shot.second) for shot in found} == {TIME}
     assert (end.image, end.error, end.second) == (None, None, None)
     assert [shot.second for shot in read(path, 0.5)] == [1.0, None]
 
@@ -160,3 +165,16 @@ def test_what_is_known_or_cannot_be_read(tmp_path):
         (shot,) = read(path.with_stem("bad"))
         assert (f"{shot.file.path}: " in str(shot.error), shot.second) == (True, None)
         assert "x: No such file" in str(read(path, path="x")[-1].error)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real photos and videos are here")
+def test_real_files():
+    for file in media_files([str(SHARED)]).files:
+        if file.is_video:
+            found = [(second, image) for second, image, _ in frames(file.path, 1.0, 10**8)]
+            assert found[0][0] == 0
+            for second, image in found[:: len(found) // 2]:
+                np.testing.assert_array_equal(frame_at(file.path, second, 10**8), image)
+        else:
+            shown = PIL.ImageOps.exif_transpose(PIL.Image.open(file.path)).convert("RGB")
+            np.testing.assert_array_equal(read_photo(file.path, 10**8), np.asarray(shown))
