@@ -9,6 +9,7 @@ import pytest
 from alignps_jax.errors import UserError
 from alignps_jax.media.videos import frame_at, frames
 from tests.media.clips import number_of, numbered, write_clip
+from tests.places import SHARED
 
 MOST = 10**7
 STEADY = [number / 25 for number in range(100)]
@@ -102,3 +103,12 @@ def test_what_is_no_video_that_can_be_decoded(tmp_path):
     clip.write_bytes(whole[:48] + b"\xff" * (end - 48) + whole[end:])
     with pytest.raises(UserError, match=r"found no frame that can be decoded \(h264\)"):
         frame_at(str(clip), 0.0, MOST)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no real videos are here")
+@pytest.mark.parametrize("name", ["ntsc", "slowmo", "start5", "trim"])
+def test_real_videos(name):
+    found = seen(SHARED / "odd" / f"{name}.mp4", 1.0)
+    assert found[0][0] == 0
+    for second, image in found[:: len(found) // 2]:
+        np.testing.assert_array_equal(frame_at(f"{SHARED}/odd/{name}.mp4", second, MOST), image)

@@ -5,19 +5,15 @@ import datetime
 import hashlib
 import math
 import os
+import re
 import time
 
-import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import pytest
 
 from alignps_jax.errors import IncompleteError, UserError
-from alignps_jax.media.photos import read_photo
-from alignps_jax.media.videos import frame_at, frames
 from alignps_jax.media.walk import DEFAULT_EXCLUDES, media_files, origin, shots
 from tests.media.clips import number_of, numbered, write_clip
-from tests.places import SHARED
 
 APPLE = "com.apple.quicktime.creationdate"
 TIME = datetime.datetime(2024, 1, 31, 14, 25, 30)
@@ -52,12 +48,7 @@ def test_libraries_as_they_are(tmp_path, capsys):
     assert capsys.readouterr().out == "not looked at: 2 .cr3, 1 without a suffix, 1 .dng\n"
     excludes = (*DEFAULT_EXCLUDES, "**/drafts/**", "*.heic", "win")
     names = {file.name for file in media_files([source], excludes).files}
-    out = {
-        name
-        for name in wanted
-        if "drafts/" in name or name.startswith("win") or name.endswith("g.heic")
-    }
-    assert names == {*wanted} - out
+    assert names == {one for one in wanted if not re.search(r"^win|drafts/|g\.heic$", one)}
     assert len(media_files([source], ()).files) == 23
     (only,) = media_files([f"{source}/nas/.stversions"]).files
     assert only.path == f"{source}/nas/.stversions/a.jpg"
@@ -88,9 +79,7 @@ def test_a_source_without_photos_is_an_error(tmp_path, capsys):
         with pytest.raises(UserError, match="found no photo or video"):
             media_files([source + name]).report()
         assert line in capsys.readouterr().out
-    assert (
-        len(media_files([f"{source}/IMG_1.CR3"]).files) == 1
-    )  # to whom it is named, no matter how
+    assert media_files([f"{source}/IMG_1.CR3"]).files  # one that is named is tried
 
 
 @pytest.fixture(autouse=True)
@@ -165,16 +154,3 @@ def test_what_is_known_or_cannot_be_read(tmp_path):
         (shot,) = read(path.with_stem("bad"))
         assert (f"{shot.file.path}: " in str(shot.error), shot.second) == (True, None)
         assert "x: No such file" in str(read(path, path="x")[-1].error)
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no real photos and videos are here")
-def test_real_files():
-    for file in media_files([str(SHARED)]).files:
-        if file.is_video:
-            found = [(second, image) for second, image, _ in frames(file.path, 1.0, 10**8)]
-            assert found[0][0] == 0
-            for second, image in found[:: len(found) // 2]:
-                np.testing.assert_array_equal(frame_at(file.path, second, 10**8), image)
-        else:
-            shown = PIL.ImageOps.exif_transpose(PIL.Image.open(file.path)).convert("RGB")
-            np.testing.assert_array_equal(read_photo(file.path, 10**8), np.asarray(shown))
