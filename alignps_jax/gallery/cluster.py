@@ -18,7 +18,6 @@ import ray.data
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.index import Find, Results
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.walk import MediaFile
 
 _FILES = 64  # in one task; a kill costs a worker as much
 _CPUS = 4  # of a worker without an accelerator
@@ -43,7 +42,7 @@ def leave_accelerators() -> None:
 
 
 def detect_on_cluster(
-    address: str, load: Callable[[], Detector], find: Find, files: Sequence[MediaFile]
+    address: str, load: Callable[[], Detector], find: Find, files: Sequence[str]
 ) -> Results:
     """What `find` gives, from all machines of a Ray cluster, in any order of the files.
 

@@ -22,14 +22,15 @@ from alignps_jax.gallery.people import FileState, FoundScene, People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
 from alignps_jax.log import progress
-from alignps_jax.media.walk import DEFAULT_EXCLUDES, MediaFile, Shot, Walk, media_files, shots
+from alignps_jax.media.videos import is_video
+from alignps_jax.media.walk import DEFAULT_EXCLUDES, Shot, Walk, media_files, shots
 from alignps_jax.types import Detections
 
 COMMIT_SECONDS = 5.0  # what a kill can cost
 _TIDY_COMMITS = 200  # each makes small files, which many make slow
 
 Results = Iterator[Photo[Shot]]
-Find = Callable[[Detector, Iterable[MediaFile]], Results]
+Find = Callable[[Detector, Iterable[str]], Results]
 
 
 @dataclasses.dataclass
@@ -57,7 +58,7 @@ class Indexed:
 
 
 def find_people(
-    detector: Detector, files: Iterable[MediaFile], every: float, seen: Mapping[str, float]
+    detector: Detector, paths: Iterable[str], every: float, seen: Mapping[str, float]
 ) -> Results:
     """The people of files, in the order of the files.
 
@@ -65,7 +66,7 @@ def find_people(
     known and need not be looked at, infinity where all is.
     """
     data = detector.config.data
-    tasks = (shots(file, every, data.max_pixels, seen) for file in files)
+    tasks = (shots(path, every, data.max_pixels, seen) for path in paths)
     photos = (partial(shot_photo, task) for some in tasks for task in some)
     return detect_all(detector.detect_batch, data, detector.rows, photos)
 
@@ -77,7 +78,7 @@ def index(
     prune: bool = False,
     excludes: Sequence[str] = DEFAULT_EXCLUDES,
     report: Callable[[Indexed], None] = lambda done: None,
-    detect: Callable[[Find, Sequence[MediaFile]], Results] | None = None,
+    detect: Callable[[Find, Sequence[str]], Results] | None = None,
 ) -> Indexed:
     """Finds everybody in files that a gallery does not know as they are, and adds them.
 
@@ -90,7 +91,7 @@ def index(
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
         people.remove_strays()
         run = _Run(people, every, Indexed(media_files(sources, excludes)))
-        pending = [file for file in run.done.walk.files if not run.is_known(file)]
+        pending = [path for path in run.done.walk.files if not run.is_known(path)]
         run.done.known = len(run.done.walk.files) - len(pending)
         find: Find = partial(find_people, every=every, seen=run.seen)
         results = detect(find, pending) if detect else find(detector, pending)
@@ -127,12 +128,13 @@ class _Run:
     def _is_complete(self, state: FileState) -> bool:
         return state.complete and state.every in (0, self._every)
 
-    def is_known(self, file: MediaFile) -> bool:
+    def is_known(self, path: str) -> bool:
         """Whether there is nothing to do for a file."""
-        if not (known := self._known.get(file.path)):
+        if not (known := self._known.get(path)):
             return False
-        same = (known.size, known.mtime) == (file.size, file.mtime)
-        return file.path in self._forgotten.paths or (same and self._is_complete(known))
+        now = self.done.walk.files[path]
+        same = (known.size, known.mtime) == (now.st_size, now.st_mtime_ns)
+        return path in self._forgotten.paths or (same and self._is_complete(known))
 
     def batches(self, results: Results) -> Iterator[list[Photo[Shot]]]:
         """The results of some seconds at a time; lists files that could not be read."""
@@ -142,7 +144,7 @@ class _Run:
             if one.error is None:
                 ready.append(one)
             else:
-                self.done.walk.skipped[one.tag.file.path] = str(one.error)
+                self.done.walk.skipped[one.tag.path] = str(one.error)
             if time.monotonic() - begin > COMMIT_SECONDS:
                 yield ready
                 ready, begin = [], time.monotonic()
@@ -153,10 +155,11 @@ class _Run:
         self._forgotten.refresh()
         files, scenes = dict[str, FileState](), dict[str, FoundScene]()
         for one in results:
-            shot, file = one.tag, one.tag.file
-            every, complete = self._every if file.is_video else 0.0, shot.second is None
-            state = FileState(file.path, file.size, file.mtime, shot.hash, every, complete)
-            files[file.path] = state
+            shot, path = one.tag, one.tag.path
+            every, complete = self._every if is_video(path) else 0.0, shot.second is None
+            now = self.done.walk.files[path]
+            state = FileState(path, now.st_size, now.st_mtime_ns, shot.hash, every, complete)
+            files[path] = state
             if one.found is not None:
                 found = self._forgotten.without(self._scene(shot, one.found, every))
                 if found:  # once of copies that were read together
@@ -187,7 +190,7 @@ class _Run:
         sound &= np.asarray(found.scores) >= self._people.info.score_threshold
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
         about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
-        scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
+        scene = Scene(scene_id(shot.hash, shot.second), shot.path, *about)
         return FoundScene(scene, people, every)
 
     def finish(self, sources: Sequence[str]) -> None:
@@ -200,7 +203,7 @@ class _Run:
         hidden = tuple(os.path.join(folder, "") for folder in walk.skipped)
         gone = {
             path
-            for path in self._known.keys() - {file.path for file in walk.files}
+            for path in self._known.keys() - walk.files.keys()
             if self._known[path].hash in self._added
             or (f"{path}/".startswith(below) and not path.startswith(hidden))
             if not os.path.lexists(path)

@@ -19,6 +19,11 @@ _EXACT = 0.0005  # seconds between time stamps that count as the same
 Frames = Iterator[tuple[float, Image, dict[str, str]]]  # second, RGB, metadata of the video
 
 
+def is_video(path: str) -> bool:
+    """Whether a file is a video, by its suffix."""
+    return path.lower().endswith(VIDEO_SUFFIXES)
+
+
 def frames(path: str, every: float, max_pixels: int, after: float = -1, back: float = 0) -> Frames:
     """The first frames at or after each multiple of `every` seconds from the container's start.
 

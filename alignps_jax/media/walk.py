@@ -17,7 +17,7 @@ import av
 
 from alignps_jax.errors import IncompleteError, UserError
 from alignps_jax.media.photos import PHOTO_SUFFIXES, Image, decode_photo, exif_of
-from alignps_jax.media.videos import VIDEO_SUFFIXES, frames
+from alignps_jax.media.videos import VIDEO_SUFFIXES, frames, is_video
 
 # What systems and programs keep beside a user's own photos; ".*" is all that is hidden.
 DEFAULT_EXCLUDES: tuple[str, ...] = (".*", "@eaDir", "@Recycle", "#recycle", "#snapshot")
@@ -31,22 +31,11 @@ _TIME = re.compile(_DAY + r"(?:\D{0,4}\d\d\D?\d\d\D?\d\d|(?!\d))")
 _CLOCKS = ("creation_time", "datetime", "folder", "name", "creationdate", "datetimeoriginal")
 
 
-@dataclasses.dataclass(frozen=True)
-class MediaFile:
-    """A photo or video: absolute path, path from its source, bytes, change in ns since 1970."""
-
-    path: str
-    name: str
-    size: int
-    mtime: int
-    is_video: bool
-
-
 @dataclasses.dataclass
 class Walk:
-    """Photos and videos; paths that cannot be read, with reasons; counts of other suffixes."""
+    """Photos and videos by absolute path; why others cannot be read; counts of other suffixes."""
 
-    files: list[MediaFile] = dataclasses.field(default_factory=list)
+    files: dict[str, os.stat_result] = dataclasses.field(default_factory=dict)
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     others: Counter[str] = dataclasses.field(default_factory=Counter)
 
@@ -86,12 +75,10 @@ def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUD
                 elif path != source and suffix not in (*PHOTO_SUFFIXES, *VIDEO_SUFFIXES):
                     walk.others[suffix or "without a suffix"] += 1
                 else:
-                    now = os.stat(path.encode())  # a ValueError if the name is no text
+                    found = os.stat(path.encode())  # a ValueError if the name is no text
                     if not os.path.isfile(path):
                         raise ValueError("found no regular file")
-                    name = name.strip("/") or os.path.basename(path)
-                    is_video = suffix in VIDEO_SUFFIXES
-                    walk.files.append(MediaFile(path, name, now.st_size, now.st_mtime_ns, is_video))
+                    walk.files[path] = found
             except (ValueError, OSError) as error:
                 walk.skipped[path] = f"{path!r}: {getattr(error, 'strerror', error)}"
     return walk
@@ -105,7 +92,7 @@ class Shot:
     is known without an image. `hash` is the SHA-256 of the content, `size` (height, width).
     """
 
-    file: MediaFile
+    path: str
     hash: str = ""
     image: Image | None = None
     size: tuple[int, int] = (0, 0)
@@ -116,7 +103,7 @@ class Shot:
 
 
 def shots(
-    file: MediaFile, every: float, max_pixels: int, known: Mapping[str, float] = {}
+    path: str, every: float, max_pixels: int, known: Mapping[str, float] = {}
 ) -> Iterator[Callable[[], Shot]]:
     """Tasks that read a photo, or the frames of a video every so many seconds, and its end.
 
@@ -127,25 +114,24 @@ def shots(
     def read() -> Iterator[Shot]:
         found: Iterable[tuple[float | None, Image, Mapping[str, object]]] = ()
         try:
-            with open(file.path, "rb") as content:
-                data = io.BytesIO(b"" if file.is_video else content.read())
-                source = content if file.is_video else data
+            with open(path, "rb") as content:
+                data = io.BytesIO(b"" if is_video(path) else content.read())
+                source = content if is_video(path) else data
                 digest = hashlib.file_digest(source, "sha256").hexdigest()
             after = known.get(digest, -1)
-            if file.is_video and after < math.inf:
-                found = frames(file.path, every, max_pixels, after)
+            if is_video(path) and after < math.inf:
+                found = frames(path, every, max_pixels, after)
             elif after < math.inf:
                 found = [(None, decode_photo(data.getvalue(), max_pixels), exif_of(data))]
             for second, image, about in found:
-                taken, camera = origin(file.path, about)
+                taken, camera = origin(path, about)
                 taken = taken and taken + datetime.timedelta(seconds=second or 0)
-                yield Shot(file, digest, image, image.shape[:2], taken, camera, second)
-            yield Shot(file, digest)
+                yield Shot(path, digest, image, image.shape[:2], taken, camera, second)
+            yield Shot(path, digest)
         except (ValueError, OSError, av.FFmpegError) as error:
-            reason = f"{file.path}: {getattr(error, 'strerror', error)}"
-            yield Shot(file, error=UserError(reason))
+            yield Shot(path, error=UserError(f"{path}: {getattr(error, 'strerror', error)}"))
 
-    if file.is_video:
+    if is_video(path):
         yield from (partial(dataclasses.replace, shot) for shot in read())
     else:
         yield partial(next, read())

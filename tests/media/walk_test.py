@@ -1,6 +1,5 @@
 """What is found in folders as phones, disks and computers leave them; times and cameras."""
 
-import dataclasses
 import datetime
 import hashlib
 import math
@@ -12,6 +11,7 @@ import PIL.Image
 import pytest
 
 from alignps_jax.errors import IncompleteError, UserError
+from alignps_jax.media.videos import is_video
 from alignps_jax.media.walk import DEFAULT_EXCLUDES, media_files, origin, shots
 from tests.media.clips import number_of, numbered, write_clip
 
@@ -38,20 +38,24 @@ def make(root, names):
     return str(root)
 
 
+def names(walk, source):
+    return sorted(os.path.relpath(path, source) for path in walk.files)
+
+
 def test_libraries_as_they_are(tmp_path, capsys):
     wanted = [*PHOTOS.split(), *VIDEOS.split()]
     source = make(tmp_path, (*wanted, *OTHERS.split()))
     walk = media_files([source])
-    assert sorted(file.name for file in walk.files) == sorted(wanted)
-    assert sorted(file.name for file in walk.files if file.is_video) == sorted(VIDEOS.split())
+    assert names(walk, source) == sorted(wanted)
+    assert [one for one in names(walk, source) if is_video(one)] == sorted(VIDEOS.split())
     walk.report()
     assert capsys.readouterr().out == "not looked at: 2 .cr3, 1 without a suffix, 1 .dng\n"
     excludes = (*DEFAULT_EXCLUDES, "**/drafts/**", "*.heic", "win")
-    names = {file.name for file in media_files([source], excludes).files}
-    assert names == {one for one in wanted if not re.search(r"^win|drafts/|g\.heic$", one)}
+    found = names(media_files([source], excludes), source)
+    assert found == sorted(x for x in wanted if not re.search(r"^win|drafts/|g\.heic$", x))
     assert len(media_files([source], ()).files) == 23
     (only,) = media_files([f"{source}/nas/.stversions"]).files
-    assert only.path == f"{source}/nas/.stversions/a.jpg"
+    assert only == f"{source}/nas/.stversions/a.jpg"
 
 
 def test_each_once_and_nothing_that_may_not_end(tmp_path, capsys):
@@ -64,8 +68,7 @@ def test_each_once_and_nothing_that_may_not_end(tmp_path, capsys):
     os.mkfifo(tmp_path / "s" / "pipe.mp4")
     (tmp_path / "s" / os.fsdecode(b"\xff\x1b.jpg")).touch()
     walk = media_files([source, source, f"{source}/b/2.jpg"])
-    assert " ".join(file.name for file in walk.files) == "5.jpg b/1.PNG b/2.jpg c/x.mp4 z/in/4.jpg"
-    assert walk.files[0].path == f"{source}/5.jpg"
+    assert names(walk, source) == ["5.jpg", "b/1.PNG", "b/2.jpg", "c/x.mp4", "z/in/4.jpg"]
     with pytest.raises(IncompleteError, match="files skipped: 4 "):
         walk.report()
     lines = capsys.readouterr().out.splitlines()
@@ -122,10 +125,9 @@ def saved(path):
     return path
 
 
-def read(path, after=-1, /, **changes):
-    (file,) = media_files([path]).files
+def read(path, after=-1):
     known = {hashlib.sha256(path.read_bytes()).hexdigest(): after}
-    return [task() for task in shots(dataclasses.replace(file, **changes), 0.5, 10**6, known)]
+    return [task() for task in shots(str(path), 0.5, 10**6, known)]
 
 
 @pytest.mark.parametrize("name", ["IMG_20200101_000000.jpg", "a.heic", "a.jfif"])
@@ -146,11 +148,12 @@ def test_shots_of_a_video(tmp_path):
 
 
 def test_what_is_known_or_cannot_be_read(tmp_path):
-    for path in saved(tmp_path / "a.jpg"), write_clip(tmp_path / "b.mp4", [0, 1]):
+    for path in (saved(tmp_path / "a.jpg"), write_clip(tmp_path / "b.mp4", [0, 1])):
         (shot,) = read(path, math.inf)
         assert (shot.image, shot.error, shot.second) == (None, None, None)
         assert shot.hash == hashlib.sha256(path.read_bytes()).hexdigest()
         path.with_stem("bad").write_bytes(b"no photo")
         (shot,) = read(path.with_stem("bad"))
-        assert (f"{shot.file.path}: " in str(shot.error), shot.second) == (True, None)
-        assert "x: No such file" in str(read(path, path="x")[-1].error)
+        assert (f"{shot.path}: " in str(shot.error), shot.second) == (True, None)
+        (gone,) = shots(f"{path}{path.suffix}", 0.5, 10**6)
+        assert "No such file" in str(gone().error)
