@@ -27,9 +27,8 @@ def is_video(path: str) -> bool:
 def frames(path: str, every: float, max_pixels: int, after: float = -1, back: float = 0) -> Frames:
     """The first frames at or after each multiple of `every` seconds from the container's start.
 
-    Only those behind `after`, the second of a known one; they are decoded from a key frame on that
-    is looked for `back` seconds before it, then earlier. ValueError or av.FFmpegError if it is no
-    video, too large, or damaged from here on.
+    Only those behind `after`, the second of a known one, from a key frame on that is looked for
+    `back` seconds before it, then earlier. ValueError, av.FFmpegError if it is no sound video.
     """
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:

@@ -27,7 +27,7 @@ _CAMERA = re.compile(r"/((?i:c|cam|camera)[ _-]?\d+)(?:/|s\d+_\d+)[^/]*$")
 # 2024:01:31 14:25:30, IMG_20240131_142530, or a day; 1904 and 1970 are where clocks begin.
 _DAY = r"(?<!\d)(?!1904|1970)(?:19|20)\d\d(\D?)\d\d\1\d\d"
 _TIME = re.compile(_DAY + r"(?:\D{0,4}\d\d\D?\d\d\D?\d\d|(?!\d))")
-# EXIF tags, metadata of videos, and parts of the path that say the time, the best one last.
+# Where the time is looked for in EXIF tags, metadata of videos, and the path, the best one last.
 _CLOCKS = ("creation_time", "datetime", "folder", "name", "creationdate", "datetimeoriginal")
 
 
@@ -138,11 +138,7 @@ def shots(
 
 
 def origin(path: str, about: Mapping[str, object]) -> tuple[datetime.datetime | None, str]:
-    """When (local time) a photo was taken or a video began, and by which camera.
-
-    `about` holds EXIF tags or metadata: their original time, else that of the name, else a day that
-    is the folder's name, else the time of a change.
-    """
+    """Local time and camera of a photo or a video's begin; `about` has EXIF tags or metadata."""
     said = {key.rsplit(".", 1)[-1].lower(): str(value) for key, value in about.items()}
     *_, said["folder"], said["name"] = path.split("/")
     taken = None
