@@ -132,8 +132,7 @@ class _Run:
         """Whether there is nothing to do for a file."""
         if not (known := self._known.get(path)):
             return False
-        now = self.done.walk.files[path]
-        same = (known.size, known.mtime) == (now.st_size, now.st_mtime_ns)
+        same = (known.size, known.mtime) == self.done.walk.files[path]
         return path in self._forgotten.paths or (same and self._is_complete(known))
 
     def batches(self, results: Results) -> Iterator[list[Photo[Shot]]]:
@@ -157,8 +156,7 @@ class _Run:
         for one in results:
             shot, path = one.tag, one.tag.path
             every, complete = self._every if is_video(path) else 0.0, shot.second is None
-            now = self.done.walk.files[path]
-            state = FileState(path, now.st_size, now.st_mtime_ns, shot.hash, every, complete)
+            state = FileState(path, *self.done.walk.files[path], shot.hash, every, complete)
             files[path] = state
             if one.found is not None:
                 found = self._forgotten.without(self._scene(shot, one.found, every))

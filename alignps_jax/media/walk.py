@@ -35,7 +35,7 @@ _CLOCKS = ("creation_time", "datetime", "folder", "name", "creationdate", "datet
 class Walk:
     """Photos and videos by absolute path; why others cannot be read; counts of other suffixes."""
 
-    files: dict[str, os.stat_result] = dataclasses.field(default_factory=dict)
+    files: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # bytes, mtime_ns
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     others: Counter[str] = dataclasses.field(default_factory=Counter)
 
@@ -78,7 +78,7 @@ def media_files(sources: Iterable[str], excludes: Sequence[str] = DEFAULT_EXCLUD
                     found = os.stat(path.encode())  # a ValueError if the name is no text
                     if not os.path.isfile(path):
                         raise ValueError("found no regular file")
-                    walk.files[path] = found
+                    walk.files[path] = found.st_size, found.st_mtime_ns
             except (ValueError, OSError) as error:
                 walk.skipped[path] = f"{path!r}: {getattr(error, 'strerror', error)}"
     return walk

@@ -21,6 +21,7 @@ CLIPS = {
     "variable.mp4": (VARIABLE, {}),
     "variable.mkv": (VARIABLE, {}),
     "open_gop.mkv": (VARIABLE, {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+    "cut.mkv": (STEADY, {}),
     "no_index.mkv": (STEADY, {"muxing": {"live": "1"}}),
     "later.mkv": ([5 + second for second in STEADY], {}),
     "later.mp4": ([5 + second for second in STEADY], {}),
@@ -45,8 +46,13 @@ def test_frames_of_every_container(tmp_path, name):
     # AVI keeps no time stamps: where frames are coded in another order, all come one later.
     times = np.array(times) - times[0] + (0.04 if name == "old.avi" else 0)
     path = write_clip(tmp_path / name, CLIPS[name][0], **options)
+    if name == "cut.mkv":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     found = seen(path)
     _, first = np.unique(np.floor((times + 1e-4) / 0.5), return_index=True)
+    if name == "cut.mkv":  # it is done when its stream ends
+        assert 2 < len(found) < 8
+        first = first[: len(found)]
     assert [number_of(image) for _, image in found] == first.tolist()
     np.testing.assert_allclose([second for second, _ in found], times[first], atol=1e-3)
     for position, (second, image) in enumerate(found):
@@ -75,15 +81,6 @@ def test_to_go_on_behind_a_second_decodes_little(tmp_path):
     middle = time.process_time()
     assert len(seen(path, 1.0, last)) == 1
     assert time.process_time() - middle < 0.3 * (middle - begin)
-
-
-def test_a_video_is_done_when_its_stream_ends(tmp_path):
-    path = write_clip(tmp_path / "cut.mkv", STEADY)
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 2 // 3])
-    found = [number_of(image) for _, image in seen(path)]
-    assert found == [0, 13, 25, 38, 50, 63, 75, 88][: len(found)]
-    assert 2 < len(found) < 8
 
 
 def test_what_is_no_video_that_can_be_decoded(tmp_path):
