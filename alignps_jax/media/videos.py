@@ -53,12 +53,11 @@ def frames(path: str, every: float, max_pixels: int, after: float = -1, back: fl
             return
         if first[1] is None:
             raise ValueError(f"found no frame that can be decoded ({stream.codec.name})")
-        passed = math.floor((after + _EXACT) / every)
         for second, frame in itertools.chain([first], timed):
-            if (number := math.floor((second + _EXACT) / every)) > passed:
+            if math.floor((second + _EXACT) / every) > math.floor((after + _EXACT) / every):
                 turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 yield second, np.ascontiguousarray(turned), container.metadata
-                passed = number
+                after = second
 
 
 def frame_at(path: str, second: float, max_pixels: int) -> Image:
