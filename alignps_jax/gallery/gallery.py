@@ -230,7 +230,7 @@ class Gallery:
         raise UserError(f"{scene.path}: has changed since it was indexed, or cannot be found")
 
     def pixels(self, scene: Scene, side: int = 0) -> Image:
-        """The photo, a JPEG smaller if `side` is enough, or the video's frame, RGB; UserError."""
+        """The photo (`side`: see `decode_photo`) or the video's frame, RGB; UserError."""
         path, most = self.file_of(scene), self.info.max_pixels
         if scene.second is not None:
             return frame_at(str(path), scene.second, most)

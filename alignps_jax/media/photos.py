@@ -33,8 +33,8 @@ def read_photo(path: str | Path, max_pixels: int, side: int = 0) -> Image:
 def decode_photo(data: bytes, max_pixels: int, upright: bool = True, side: int = 0) -> Image:
     """The pixels of a photo, RGB on white, `upright` by its EXIF orientation or as stored.
 
-    Of an animation it is the first frame. With a `side`, a JPEG may be smaller, but no side of it
-    shorter, in a tenth of the time. ValueError if it is no photo, damaged, or too large.
+    Of an animation it is the first frame. With a `side` it may be smaller, but no side shorter: a
+    JPEG in a tenth of the time. ValueError if it is no photo, damaged, or too large.
     """
     if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data.rpartition(b"\xff\xda")[2]:
         # A JPEG without end is complete if other bytes in place of the end change no pixel.
