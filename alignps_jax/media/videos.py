@@ -15,7 +15,6 @@ VIDEO_SUFFIXES += (".avi", ".mts", ".m2ts", ".m2t", ".ts", ".mpg", ".mpeg", ".vo
 VIDEO_SUFFIXES += (".asf", ".flv", ".f4v", ".ogv", ".mxf", ".dv")
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,mxf,dv"  # playlists read files
 _EXACT = 0.0005  # seconds between time stamps that count as the same
-
 Frames = Iterator[tuple[float, Image, dict[str, str]]]  # second, RGB, metadata of the video
 
 

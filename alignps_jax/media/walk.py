@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 
 import av
 
@@ -132,9 +131,9 @@ def shots(
             yield Shot(path, error=UserError(f"{path}: {getattr(error, 'strerror', error)}"))
 
     if is_video(path):
-        yield from (partial(dataclasses.replace, shot) for shot in read())
+        yield from (lambda shot=shot: shot for shot in read())
     else:
-        yield partial(next, read())
+        yield read().__next__
 
 
 def origin(path: str, about: Mapping[str, object]) -> tuple[datetime.datetime | None, str]:
