@@ -20,8 +20,7 @@ from alignps_jax.files import check_outputs, complete_file, write_json
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above, detect_all, shot_photo
 from alignps_jax.log import progress
-from alignps_jax.media.photos import exif_of
-from alignps_jax.media.walk import Shot, media_files, shots
+from alignps_jax.media import Shot, Walk, exif_of, shots
 from alignps_jax.types import Detections, GalleryDetections
 
 # A photo or frame: its name, size (height, width) and people as stored; whether viewers turn it.
@@ -42,7 +41,7 @@ def detect_source(
     check_outputs(target)
     use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
-    walk, root = media_files([source]), source if os.path.isdir(source) else os.path.dirname(source)
+    walk, root = Walk([source]), source if os.path.isdir(source) else os.path.dirname(source)
     threshold, most, found = config.eval.score_threshold, config.data.max_pixels, []
     with progress(desc="detect", unit="file", total=len(walk.files)) as bar:
         read = (task for path in walk.files for task in shots(path, every, most))

@@ -14,9 +14,7 @@ from ml_collections import ConfigDict
 from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.inference.detector import Detector
 from alignps_jax.log import progress
-from alignps_jax.media.photos import Image, read_photo
-from alignps_jax.media.videos import is_video
-from alignps_jax.media.walk import Walk, media_files
+from alignps_jax.media import Image, Walk, is_video, read_photo
 from alignps_jax.types import UserError
 
 Pictures = Iterator[tuple[str, Image | Figure]]  # each with the name of its file, without .png
@@ -79,7 +77,7 @@ class FigureRequest:
 
     @cached_property
     def _walk(self) -> Walk:
-        return media_files([str(self.gallery)])
+        return Walk([str(self.gallery)])
 
     def gallery_photos(self, detector: Detector) -> Iterator[tuple[str, Image]]:
         """The photos of the folder, and below it, that can be read, without the query."""

@@ -21,8 +21,7 @@ from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scen
 from alignps_jax.gallery.memory import PeopleInMemory
 from alignps_jax.gallery.people import People
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.photos import Image, read_photo
-from alignps_jax.media.videos import frame_at
+from alignps_jax.media import Image, read_photo
 from alignps_jax.types import AnyArray
 
 # A larger gallery that grows is reloaded at most once per 20 times its loading time.
@@ -232,9 +231,7 @@ class Gallery:
     def pixels(self, scene: Scene, side: int = 0) -> Image:
         """The photo (`side`: see `decode_photo`) or the video's frame, RGB; UserError."""
         path, most = self.file_of(scene), self.info.max_pixels
-        if scene.second is not None:
-            return frame_at(str(path), scene.second, most)
-        return read_photo(path, most, side)
+        return read_photo(path, most, side, scene.second)
 
 
 def info_of(detector: Detector) -> GalleryInfo:

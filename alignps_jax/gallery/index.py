@@ -22,8 +22,7 @@ from alignps_jax.gallery.people import FileState, FoundScene, People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
 from alignps_jax.log import progress
-from alignps_jax.media.videos import is_video
-from alignps_jax.media.walk import DEFAULT_EXCLUDES, Shot, Walk, media_files, shots
+from alignps_jax.media import DEFAULT_EXCLUDES, Shot, Walk, is_video, shots
 from alignps_jax.types import Detections
 
 COMMIT_SECONDS = 5.0  # what a kill can cost
@@ -90,7 +89,7 @@ def index(
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
         people.remove_strays()
-        run = _Run(people, every, Indexed(media_files(sources, excludes)))
+        run = _Run(people, every, Indexed(Walk(sources, excludes)))
         pending = [path for path in run.done.walk.files if not run.is_known(path)]
         run.done.known = len(run.done.walk.files) - len(pending)
         find: Find = partial(find_people, every=every, seen=run.seen)

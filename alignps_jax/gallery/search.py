@@ -21,7 +21,7 @@ from alignps_jax.gallery.entries import Entry, Filter, Match, content_hash
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above
-from alignps_jax.media.photos import Image, decode_photo
+from alignps_jax.media import Image, decode_photo
 from alignps_jax.types import AnyArray, Detections
 
 # Rows of the picture: a crowd as a query would make it unreadable; the JSON file has everybody.

@@ -14,7 +14,7 @@ from PIL import Image
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.marks import Mark, Marked, identities
-from alignps_jax.media.photos import read_photo
+from alignps_jax.media import read_photo
 from data_pipeline.sources.coco_person_search import CocoPersonSearchSource
 from tests.gallery.page_server import color_of, painted_site
 from tests.gallery.painted import (

@@ -20,7 +20,7 @@ from PIL import Image
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import Calibration
 from alignps_jax.gallery.page.site import Site
-from alignps_jax.media.photos import decode_photo
+from alignps_jax.media import decode_photo
 from tests.gallery.page_server import (
     color_of,
     line_of,

@@ -15,7 +15,7 @@ from alignps_jax.gallery.entries import Scene, content_hash, scene_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.photos import read_photo
+from alignps_jax.media import read_photo
 from alignps_jax.types import Detections
 from configs import tiny
 

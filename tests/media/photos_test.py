@@ -10,7 +10,7 @@ import PIL.ImageOps
 import pytest
 
 from alignps_jax.errors import UserError
-from alignps_jax.media.photos import decode_photo, exif_of, read_photo
+from alignps_jax.media import decode_photo, exif_of, read_photo
 
 MOST = 10**6
 KINDS = """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alignps_jax.errors import UserError
-from alignps_jax.media.videos import frame_at, frames
+from alignps_jax.media import frames, read_photo
 from tests.media.clips import number_of, numbered, write_clip
 from tests.places import SHARED
 
@@ -56,11 +56,11 @@ def test_frames_of_every_container(tmp_path, name):
     assert [number_of(image) for _, image in found] == first.tolist()
     np.testing.assert_allclose([second for second, _ in found], times[first], atol=1e-3)
     for position, (second, image) in enumerate(found):
-        np.testing.assert_array_equal(frame_at(str(path), second, MOST), image)
+        np.testing.assert_array_equal(read_photo(path, MOST, at=second), image)
         assert image.flags.writeable
         assert [s for s, _ in seen(path, after=second)] == [s for s, _ in found[position + 1 :]]
     with pytest.raises(UserError, match=r"found no frame at 0\.010 s"):
-        frame_at(str(path), 0.01, MOST)
+        read_photo(path, MOST, at=0.01)
 
 
 @pytest.mark.parametrize(("turn", "quarters"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2)])
@@ -94,12 +94,12 @@ def test_what_is_no_video_that_can_be_decoded(tmp_path):
     }.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: .*Invalid"):
-            frame_at(str(tmp_path / name), 0.0, MOST)
+            read_photo(tmp_path / name, MOST, at=0.0)
     with pytest.raises(UserError, match=r"clip.mp4: found 128x96 pixels"):
-        frame_at(str(clip), 0.0, 128 * 96 - 1)
+        read_photo(clip, 128 * 96 - 1, at=0.0)
     clip.write_bytes(whole[:48] + b"\xff" * (end - 48) + whole[end:])
     with pytest.raises(UserError, match=r"found no frame that can be decoded \(h264\)"):
-        frame_at(str(clip), 0.0, MOST)
+        read_photo(clip, MOST, at=0.0)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no real videos are here")
@@ -108,4 +108,6 @@ def test_real_videos(name):
     found = seen(SHARED / "odd" / f"{name}.mp4", 1.0)
     assert found[0][0] == 0
     for second, image in found[:: len(found) // 2]:
-        np.testing.assert_array_equal(frame_at(f"{SHARED}/odd/{name}.mp4", second, MOST), image)
+        np.testing.assert_array_equal(
+            read_photo(SHARED / "odd" / f"{name}.mp4", MOST, at=second), image
+        )

@@ -11,8 +11,7 @@ import PIL.Image
 import pytest
 
 from alignps_jax.errors import IncompleteError, UserError
-from alignps_jax.media.videos import is_video
-from alignps_jax.media.walk import DEFAULT_EXCLUDES, media_files, origin, shots
+from alignps_jax.media import DEFAULT_EXCLUDES, Walk, is_video, origin, shots
 from tests.media.clips import number_of, numbered, write_clip
 
 APPLE = "com.apple.quicktime.creationdate"
@@ -45,16 +44,16 @@ def names(walk, source):
 def test_libraries_as_they_are(tmp_path, capsys):
     wanted = [*PHOTOS.split(), *VIDEOS.split()]
     source = make(tmp_path, (*wanted, *OTHERS.split()))
-    walk = media_files([source])
+    walk = Walk([source])
     assert names(walk, source) == sorted(wanted)
     assert [one for one in names(walk, source) if is_video(one)] == sorted(VIDEOS.split())
     walk.report()
     assert capsys.readouterr().out == "not looked at: 2 .cr3, 1 without a suffix, 1 .dng\n"
     excludes = (*DEFAULT_EXCLUDES, "**/drafts/**", "*.heic", "win")
-    found = names(media_files([source], excludes), source)
+    found = names(Walk([source], excludes), source)
     assert found == sorted(x for x in wanted if not re.search(r"^win|drafts/|g\.heic$", x))
-    assert len(media_files([source], ()).files) == 23
-    (only,) = media_files([f"{source}/nas/.stversions"]).files
+    assert len(Walk([source], ()).files) == 23
+    (only,) = Walk([f"{source}/nas/.stversions"]).files
     assert only == f"{source}/nas/.stversions/a.jpg"
 
 
@@ -67,7 +66,7 @@ def test_each_once_and_nothing_that_may_not_end(tmp_path, capsys):
         os.symlink(target, tmp_path / "s" / link)
     os.mkfifo(tmp_path / "s" / "pipe.mp4")
     (tmp_path / "s" / os.fsdecode(b"\xff\x1b.jpg")).touch()
-    walk = media_files([source, source, f"{source}/b/2.jpg"])
+    walk = Walk([source, source, f"{source}/b/2.jpg"])
     assert names(walk, source) == ["5.jpg", "b/1.PNG", "b/2.jpg", "c/x.mp4", "z/in/4.jpg"]
     with pytest.raises(IncompleteError, match="files skipped: 4 "):
         walk.report()
@@ -80,9 +79,9 @@ def test_a_source_without_photos_is_an_error(tmp_path, capsys):
     source = make(tmp_path, ["IMG_1.CR3", "IMG_1.XMP"])
     for name, line in ("", "not looked at: 1 .cr3, 1 .xmp"), ("/gone.jpg", "No such file"):
         with pytest.raises(UserError, match="found no photo or video"):
-            media_files([source + name]).report()
+            Walk([source + name]).report()
         assert line in capsys.readouterr().out
-    assert media_files([f"{source}/IMG_1.CR3"]).files  # one that is named is tried
+    assert Walk([f"{source}/IMG_1.CR3"]).files  # one that is named is tried
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.uploads import FULL, jpeg
 from alignps_jax.gallery.people import People
 from alignps_jax.gallery.tables import Note
-from alignps_jax.media.photos import exif_of
+from alignps_jax.media import exif_of
 
 _COLUMNS = "identity,view,photo,second,x1,y1,x2,y2,score,similarity,mark\r\n"
 

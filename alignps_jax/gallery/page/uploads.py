@@ -26,8 +26,7 @@ from alignps_jax.errors import UserError, blame
 from alignps_jax.gallery.entries import Person, Scene, content_hash, person_id, scene_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.search import person_at
-from alignps_jax.media.photos import Image, decode_photo
-from alignps_jax.media.videos import is_video
+from alignps_jax.media import Image, decode_photo, is_video
 from alignps_jax.types import Detections
 
 MAX_WAITING = 16  # photos
