@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from alignps_jax.gallery.gallery import Gallery
-from alignps_jax.media.photos import decode_photo
+from alignps_jax.media import decode_photo
 from tests.gallery.page_server import (
     RED_PHOTO,
     Visitor,

@@ -16,7 +16,7 @@ from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above
 from alignps_jax.inference.predict import inference_model
-from alignps_jax.media.photos import read_photo
+from alignps_jax.media import read_photo
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Detections, OIMMemory, TrainState
 from configs import tiny

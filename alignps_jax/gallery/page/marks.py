@@ -18,7 +18,7 @@ from alignps_jax.gallery.entries import Entry, Person
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.uploads import FULL, jpeg
 from alignps_jax.gallery.people import People
-from alignps_jax.media.photos import orientation_of
+from alignps_jax.media import exif_of
 
 _COLUMNS = "identity,view,photo,second,x1,y1,x2,y2,score,similarity,mark\r\n"
 
@@ -146,7 +146,7 @@ class Marked:
         root = os.path.commonpath([os.path.dirname(x.scene.path) for x in self._photos.values()])
         images, annotations = dict[str, dict[str, Any]](), []
         for number, person in enumerate(people):
-            scene, turn = person.scene, orientation_of(person.scene.path)
+            scene, turn = person.scene, exif_of(person.scene.path)["Orientation"]
             boxes, size = as_stored(person.box[None], (scene.height, scene.width), turn)
             name, height, width = os.path.relpath(scene.path, root), *map(int, size)
             about = {"file_name": name, "width": width, "height": height}

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import attrgetter
-from pathlib import PurePath
 from typing import Any
 
 import cv2
@@ -27,8 +26,7 @@ from alignps_jax.errors import UserError, blame
 from alignps_jax.gallery.entries import Person, Scene, content_hash, person_id, scene_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.search import wanted_people
-from alignps_jax.media.photos import Image, decode_photo
-from alignps_jax.media.videos import VIDEO_SUFFIXES
+from alignps_jax.media import Image, decode_photo, is_video
 from alignps_jax.types import Detections
 
 MAX_WAITING = 16  # photos
@@ -61,7 +59,7 @@ class Photos:
 
     def upload(self, name: str, data: bytes) -> Scene:
         """Takes a photo, whose people are detected later; UserError, HTTPException (503)."""
-        if PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
+        if is_video(name):
             raise UserError(f"{name}: this is a video. Save a frame with the person as a photo.")
         content = content_hash(data)
         identity = scene_id(content, None)
