@@ -64,10 +64,7 @@ def test_marks_become_a_data_set(tmp_path, site):
 
 def test_what_is_gone_is_left_out_and_names_are_no_formulas(site):
     red = ids(site, RED)
-    marks = [mark(red[0], one) for one in red[1:]] + [
-        mark("x", "y"),
-        mark("x", red[2], name="=1+1"),
-    ]
+    marks = [mark(red[0], one) for one in (*red[1:], "y")] + [mark("x", red[2], name="=1+1")]
     Path(site.gallery.memory().person(red[1]).scene.path).unlink()
     marked = Marked(site.gallery, marks)
     assert marked.left_out == 2  # a photo, and somebody who never was
