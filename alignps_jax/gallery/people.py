@@ -50,7 +50,7 @@ class FoundScene:
 
 
 class FileState(NamedTuple):
-    """A file as it was indexed, a video every some seconds, and whether all of it is stored."""
+    """A file as indexed, seconds between its frames (photos: 0), whether all of them are stored."""
 
     path: str
     size: int
@@ -136,12 +136,9 @@ class Table:
                 table.delete(col(column).isin(list(values)))
 
     def optimize(self, purge: bool = False) -> None:
-        """Puts small files together, updates indices, and drops states older than an hour.
-
-        `purge`: drops all states and indices with removed rows, and files, which only mark them.
-        """
+        """Tidies, and drops states older than an hour, or (`purge`) all that holds removed rows."""
         with self.open() as table:
-            if purge:
+            if purge:  # files only mark what is removed: all of them are written anew
                 for index in table.list_indices():
                     table.drop_index(index.name)
                 table.update(values_sql=dict([table.schema.names[:1] * 2]))
@@ -221,10 +218,7 @@ class People:
         contents: Collection[str] = (),
         exact: bool = False,
     ) -> dict[str, float]:
-        """Ids and similarities of people, best first, by the vector index if there is one.
-
-        `contents`: hashes of the files in the folder of the filter.
-        """
+        """Ids and similarities, best first; `contents`: hashes of files in the filter's folder."""
         with self.table.open() as table:
             search = table.search(query, vector_column_name="embedding").distance_type("cosine")
             search = search.bypass_vector_index() if exact else search

@@ -24,8 +24,6 @@ from alignps_jax.inference.many import above
 from alignps_jax.media.photos import Image, decode_photo
 from alignps_jax.types import AnyArray, Detections
 
-_MAX_PICTURE_QUERIES = 12  # rows that can be read; the JSON file has everybody
-_UNDER = 0.3  # a box is around a person with such an overlap
 # A person in neighboring seconds of a video: time, and share of the best one's similarity.
 _NEIGHBORS, _AS_SIMILAR = 2, 0.6
 
@@ -33,9 +31,9 @@ Box = Sequence[float] | None  # x1, y1, x2, y2 in pixels; None: everybody
 
 
 def person_in_box(boxes: Float[AnyArray, "N 4"], box: Sequence[float]) -> int | None:
-    """The person whom a drawn box means; None where nobody is."""
+    """The person whom a drawn box overlaps most, and enough; None where nobody is."""
     overlap = np.asarray(iou(np.asarray(boxes), np.array(box, np.float32)))
-    return int(overlap.argmax()) if len(overlap) and overlap.max() >= _UNDER else None
+    return int(overlap.argmax()) if len(overlap) and overlap.max() >= 0.3 else None
 
 
 def wanted_people(detector: Detector, photo: Image, box: Box) -> Detections:
@@ -131,7 +129,7 @@ def search_photo(
         corners = np.asarray(one, float).round(2).tolist()
         asked = {"image": query.name, "box": corners}
         content.append({"query": asked, "results": [_result(match) for match in found]})
-        if len(rows) < _MAX_PICTURE_QUERIES:
+        if len(rows) < 12:  # more could not be read in a picture
             rows.append(picture_row("query", photo, query.name, one, _drawn(gallery, found)))
         said = [f"{len(found):,} found" if found else f"{NOBODY} (--show_all)"]
         for best in found[:1]:

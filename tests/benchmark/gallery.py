@@ -105,9 +105,7 @@ def search(gallery: Gallery) -> Row:
     memory = psutil.Process().memory_info().rss - before
     disk = sum(path.stat().st_size for path in Path(gallery.address).rglob("*") if path.is_file())
     making = seconds(gallery.people.train)
-    found, indexed_time = timed(
-        lambda query: {identity for identity, _ in gallery.people.nearest(query, K)}
-    )
+    found, indexed_time = timed(lambda query: set(gallery.people.nearest(query, K)))
     with gallery.people.table.open() as table:
         table.drop_index("embedding_idx")
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import signal
 import time
 from functools import partial
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+import launch
 
 pytest.importorskip("ray", reason="the extra cluster is missing: make setup")
 
@@ -19,6 +22,7 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import Indexed, index
 from tests.gallery.finder import Finder, content, run
 from tests.gallery.kills_test import FILES, write_files
+from tests.gallery.networks import network_config, write_checkpoint, write_photos
 
 
 def run_on_cluster(address: str, source: str, seconds: float = 0.0) -> Indexed:
@@ -72,6 +76,17 @@ def test_a_worker_and_then_the_driver_are_killed(tmp_path, photos, whole):
     assert driver.exitcode == -signal.SIGKILL, "it was too fast to be killed"
     run_on_cluster(address, photos)
     assert content(address) == whole
+
+
+def test_the_command_line(tmp_path, capsys):
+    """Workers make the detector that is typed; a copy counts once."""
+    checkpoint = write_checkpoint(tmp_path / "run", network_config())
+    (path,) = write_photos(tmp_path / "photos", ["a.jpg"])
+    for number in range(9):  # more than a task
+        shutil.copy(path, path.with_stem(f"copy{number}"))
+    words = f"--checkpoint={checkpoint} --gallery={tmp_path / 'g'} --source={path.parent}"
+    assert launch.main(["", "--mode=index", "--cluster=local", *words.split()]) == 0
+    assert " in 1 photos and frames" in capsys.readouterr().out
 
 
 def test_no_cluster_is_a_line(tmp_path, photos):
