@@ -241,7 +241,7 @@ def test_a_vector_index_says_how_good_it_is_and_is_made_anew(gallery, monkeypatc
 
 def test_two_servers_lose_no_mark(gallery):
     servers = [Marks(People(gallery.address)) for _ in range(2)]
-    marks = [Mark("a", str(turn), True, 0.5, "a.jpg") for turn in range(20)]
+    marks = [Mark("a", str(n), True, 0.5, "a.jpg", id=f"a>{n}") for n in range(20)]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda mark: servers[int(mark.person) % 2].put([mark]), marks))
     assert sorted(servers[1].all(), key=marks.index) == marks

@@ -136,9 +136,10 @@ def behind_nginx(site, folder):
     """Serves with a token behind a proxy that speaks TLS; gives the address that lets one in."""
     tls = free_port()
     public, config = f"https://{PUBLIC}:{tls}", folder / "nginx.conf"
-    files = ["-keyout", folder / "key", "-out", folder / "cert"]
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={PUBLIC}"]
-    subprocess.run([*make, *files], check=True, capture_output=True)
+    files = ["-keyout", folder / "key", "-out", folder / "cert", "-subj", f"/CN={PUBLIC}"]
+    make = ["openssl", "req", "-x509", "-nodes", "-newkey", "ec"]
+    curve = ["-pkeyopt", "ec_paramgen_curve:P-256"]
+    subprocess.run([*make, *curve, *files], check=True, capture_output=True)
     with running(closed(site, Door.of("127.0.0.1", tls, "secret", public))) as port:
         config.write_text(NGINX.format(folder=folder, tls=tls, port=port))
         nginx = ["nginx", "-c", config, "-p", folder, "-e", folder / "error.log"]
