@@ -13,6 +13,7 @@ from alignps_jax.evaluation.calibration import LIMIT, NOBODY, Calibration
 from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
+from alignps_jax.gallery.people import People
 from tests.gallery.painted import network_config, write_checkpoint, write_photos
 from tests.media.clips import write_clip
 
@@ -81,6 +82,13 @@ def test_search(capsys, flags, code, names):
         boxes = [one["box"] for one in results]
         np.testing.assert_allclose(boxes, [one.box for one in expected], atol=0.01)
     assert Path("out/ranking.png").is_file()
+
+
+def test_a_cluster_indexes_the_same():
+    pytest.importorskip("ray", reason="the extra cluster is missing: make setup")
+    assert launched(f"{INDEX} --gallery=other.lance --cluster=local") == 3
+    galleries = [People(f"{name}.lance").table.rows(["id"]) for name in ("people", "other")]
+    assert galleries[0].sort_by("id") == galleries[1].sort_by("id")
 
 
 def calibrated(folder, *probability):
