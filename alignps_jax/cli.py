@@ -95,7 +95,7 @@ def index(args: Arguments) -> None:
     if args.cluster:
         from alignps_jax.gallery.cluster import on_cluster
 
-        find = on_cluster(args.cluster, partial(_detector, args))
+        find = on_cluster(args.cluster, partial(_loaded, args.checkpoint, _config(args)))
     gallery = Gallery.open(args.gallery, _detector(args), create=True)
 
     def run() -> None:
@@ -245,11 +245,15 @@ def _answer(args: Arguments, content: object) -> None:
 
 
 def _detector(args: Arguments) -> Any:
+    return _loaded(args.checkpoint, _config(args))
+
+
+def _loaded(checkpoint: Path, config: Any) -> Any:
     from alignps_jax.devices import use_compilation_cache
     from alignps_jax.inference.detector import Detector
 
     use_compilation_cache()
-    return Detector.from_checkpoint(args.checkpoint, _config(args))
+    return Detector.from_checkpoint(checkpoint, config)
 
 
 def entry() -> None:

@@ -143,7 +143,7 @@ class _Run:
             every = every if complete or shot.hash not in self._mixed else math.inf
             state = FileState(file.path, file.size, file.mtime, shot.hash, every, complete)
             files[file.path] = state
-            if one.found is not None:
+            if one.found is not None and self.seen.get(shot.hash) != math.inf:
                 found = self._forgotten.without(self._scene(shot, one.found))
                 if found:  # once of copies that were read together
                     scenes.setdefault(found.scene.id, found)

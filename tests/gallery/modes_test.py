@@ -15,6 +15,7 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
 from tests.gallery.painted import network_config, write_checkpoint, write_photos
 from tests.media.clips import write_clip
+from tests.places import ROOT
 
 VIDEO, ONLY = "in/2024-03-09/c1s1_6.mp4", "in/2024-03-09/c1s1_1.jpg"
 # Each of them is what a filter leaves out.
@@ -132,6 +133,18 @@ def test_export_and_forget(tmp_path, capsys):
     assert "not reached: pictures and rankings of searches, exports" in capsys.readouterr().out
     assert {match.person.id for match in gallery.search(query, 99)} == {*others}
     assert launched(forget) == launched(f"--mode=forget --gallery={address}") == 2
+
+
+def test_index_on_a_cluster(tmp_path, capsys, monkeypatch):
+    """Workers make the detector that is typed; a copy counts once."""
+    pytest.importorskip("ray", reason="the extra cluster is missing: make setup")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of workers, wherever they are
+    assert launched(f"{INDEX} --cluster=auto") == 2
+    assert "--cluster=auto: found no Ray cluster" in capsys.readouterr().err
+    assert launched(f"{INDEX} --gallery={tmp_path}/g --cluster=local") == 3
+    assert " in 8 photos and frames" in capsys.readouterr().out
+    here, there = (Gallery.open(place).memory() for place in ("people.lance", tmp_path / "g"))
+    assert (len(here), here.cards(99)) == (len(there), there.cards(99))
 
 
 def test_what_cannot_be_is_one_line(capsys):
