@@ -131,7 +131,7 @@ class Finder(Detector):
 
 def paint_photos(folder):
     """Eight photos: red is in four of them, green in three, blue and pink in one each."""
-    photos = {
+    for name, photo in {
         "yard/a.png": painted((RED, (20, 60)), (GREEN, (200, 90))),
         "yard/b.png": painted((RED, (120, 80))),
         "yard/c d.png": painted((GREEN, (60, 20)), (BLUE, (250, 100))),
@@ -140,8 +140,7 @@ def paint_photos(folder):
         "gate/f.png": painted((PINK, (150, 100)), (RED, (30, 100))),
         "gate/nobody.png": painted(),
         "gate/<b>&.png": painted(),
-    }
-    for name, photo in photos.items():
+    }.items():
         write_image(folder / name, photo)
 
 
