@@ -18,7 +18,7 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import FileState, People, Table
 from alignps_jax.gallery.search import join_seconds
-from tests.gallery.painted import Finder, commit, detections, made_up, network_config, write_photos
+from tests.gallery.painted import Finder, commit, detections, made_up, network_config, write_blots
 
 DIM = 16
 DAY = datetime.datetime(2024, 1, 31, 12)
@@ -216,7 +216,7 @@ def test_a_vector_index_says_how_good_it_is_and_is_made_anew(gallery, monkeypatc
         commit(gallery, [made_up(f"/{i}.jpg", people(4, i), None, f"c{i}") for i in some])
 
     def indexed(name):
-        write_photos(tmp_path, [name])
+        write_blots(tmp_path, [name])
         assert gallery.add(str(tmp_path / name)) == {}
         return gallery.people.trained()["people"]
 

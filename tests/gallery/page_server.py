@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from alignps_jax.gallery.page.access import Door, ImpatientProtocol, guarded
 from alignps_jax.gallery.page.app import make_app
 from alignps_jax.gallery.page.site import Site
-from tests.gallery.painted import ColorDetector, gallery_of, paint_photos
+from tests.gallery.painted import ColorDetector, gallery_of, write_photos
 from tests.places import ROOT, heed_signals
 
 READ = {"alignps_responsible_use": "read"}
@@ -29,7 +29,7 @@ def painted_site(folder, detector=None):
     detector = detector or ColorDetector()
     photos = folder / "photos"
     if not photos.exists():
-        paint_photos(photos)
+        write_photos(photos)
     gallery = gallery_of(photos, folder / "people.lance", detector)
     return Site(gallery)
 

@@ -59,7 +59,7 @@ def photo(seed, height=96, width=128):
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def write_photos(folder, names, first=0):
+def write_blots(folder, names, first=0):
     """A photo of its own for each name."""
     for seed, name in enumerate(names, first):
         write_image(folder / name, photo(seed))
@@ -129,7 +129,7 @@ class Finder(Detector):
         return found
 
 
-def paint_photos(folder):
+def write_photos(folder):
     """Eight photos: red is in four of them, green in three, blue and pink in one each."""
     for name, photo in {
         "yard/a.png": painted((RED, (20, 60)), (GREEN, (200, 90))),
