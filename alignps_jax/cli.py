@@ -88,7 +88,7 @@ def index(args: Arguments) -> None:
     """finds everybody in photos and videos, once, and adds them to a gallery"""
     from alignps_jax.gallery.gallery import Gallery
     from alignps_jax.gallery.index import find_people, index, watch
-    from alignps_jax.media.walk import DEFAULT_EXCLUDES
+    from alignps_jax.media import DEFAULT_EXCLUDES
 
     excludes = [*(() if args.no_default_excludes else DEFAULT_EXCLUDES), *(args.exclude or ())]
     find: Any = find_people

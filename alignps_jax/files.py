@@ -12,7 +12,7 @@ from typing import Any
 
 import cv2
 
-from alignps_jax.media.photos import Image
+from alignps_jax.media import Image
 from alignps_jax.types import UserError
 
 _MOST_JSON = 1 << 26  # bytes

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from alignps_jax.distributed import is_main_process
 from alignps_jax.errors import UserError, blame
-from alignps_jax.media.photos import decode_photo
+from alignps_jax.media import decode_photo
 from alignps_jax.types import Batch
 from data_pipeline import transforms
 from data_pipeline.buckets import choose_buckets

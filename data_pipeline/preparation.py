@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from alignps_jax.log import progress
-from alignps_jax.media.photos import decode_photo
+from alignps_jax.media import decode_photo
 from alignps_jax.types import Annotations, SearchProtocol, UserError
 from data_pipeline.prepared import (
     About,

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float
 
-from alignps_jax.media.photos import Image
+from alignps_jax.media import Image
 
 Color = tuple[int, int, int]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,7 @@ from alignps_jax.files import check_outputs, complete_file, write_json
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above, detect_all, shot_photo
 from alignps_jax.log import progress
-from alignps_jax.media.photos import orientation_of
-from alignps_jax.media.walk import Shot, media_files, shots
+from alignps_jax.media import Shot, Walk, exif_of, shots
 from alignps_jax.types import Detections, GalleryDetections
 
 # A photo or frame: its name, size (height, width) and people as stored; whether viewers turn it.
@@ -41,21 +41,21 @@ def detect_source(
     check_outputs(target)
     use_compilation_cache()
     detector = Detector.from_checkpoint(checkpoint, config)
-    walk = media_files([source])
+    walk, root = Walk([source]), source if os.path.isdir(source) else os.path.dirname(source)
     threshold, most, found = config.eval.score_threshold, config.data.max_pixels, []
     with progress(desc="detect", unit="file", total=len(walk.files)) as bar:
-        read = (task for file in walk.files for task in shots(file, every, most))
+        read = (task for path in walk.files for task in shots(path, every, most))
         tasks = (partial(shot_photo, task) for task in read)
         for result in detect_all(detector.detect_batch, config.data, detector.rows, tasks):
             if result.error is not None:
-                walk.skipped[result.tag.file.path] = str(result.error)
+                walk.skipped[result.tag.path] = str(result.error)
             elif result.found is not None:
                 people = above(result.found, threshold)
                 if suffix != ".npz":  # embeddings are large
                     nothing = np.zeros((len(people.scores), 0), np.float32)
                     people = dataclasses.replace(people, embeddings=nothing)
-                found.append(_as_stored(result.tag, people))
-            bar.update(result.tag.final)
+                found.append(_as_stored(result.tag, people, root))
+            bar.update(result.tag.second is None)
     if found:
         names, sizes, everybody, turned = zip(*found, strict=True)
         saved = lay_out(names, everybody)
@@ -68,10 +68,10 @@ def detect_source(
     walk.report()
 
 
-def _as_stored(shot: Shot, people: Detections) -> Found:
-    name, turn = shot.file.name, 1
+def _as_stored(shot: Shot, people: Detections, root: str) -> Found:
+    name, turn = os.path.relpath(shot.path, root), 1
     if shot.second is None:
-        turn = orientation_of(shot.file.path)
+        turn = exif_of(shot.path)["Orientation"]
     else:
         name += f"#t={shot.second:.3f}"
     boxes, size = as_stored(np.asarray(people.boxes), shot.size, turn)

@@ -28,7 +28,7 @@ from alignps_jax.files import check_outputs, read_json, write_image
 from alignps_jax.inference.many import people_of
 from alignps_jax.inference.predict import inference_model, make_predict_step
 from alignps_jax.log import MetricLog, progress
-from alignps_jax.media.photos import Image
+from alignps_jax.media import Image
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Batch, Detections, GalleryDetections, UserError
 from data_pipeline.datasets import prepare

@@ -25,7 +25,7 @@ from alignps_jax.inference import location_maps
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
 from alignps_jax.inference.many import above
-from alignps_jax.media.photos import Image
+from alignps_jax.media import Image
 from alignps_jax.types import Detections, UserError
 
 # Lateral convolutions whose sampling points are shown (Paper, Fig. 5).

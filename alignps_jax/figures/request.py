@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 from alignps_jax.checkpoint.places import results_folder
 from alignps_jax.inference.detector import Detector
 from alignps_jax.log import progress
-from alignps_jax.media.photos import Image, read_photo
-from alignps_jax.media.walk import Walk, media_files
+from alignps_jax.media import Image, Walk, is_video, read_photo
 from alignps_jax.types import UserError
 
 Pictures = Iterator[tuple[str, Image | Figure]]  # each with the name of its file, without .png
@@ -78,20 +77,20 @@ class FigureRequest:
 
     @cached_property
     def _walk(self) -> Walk:
-        return media_files([str(self.gallery)])
+        return Walk([str(self.gallery)])
 
     def gallery_photos(self, detector: Detector) -> Iterator[tuple[str, Image]]:
         """The photos of the folder, and below it, that can be read, without the query."""
-        files = [file for file in self._walk.files if not file.is_video] if self.gallery else []
-        for file in progress(files, desc="photos", unit="photo", disable=not files):
+        files = [path for path in self._walk.files if not is_video(path)] if self.gallery else []
+        for path in progress(files, desc="photos", unit="photo", disable=not files):
             try:
-                if self.query and os.path.samefile(file.path, self.query):
+                if self.query and os.path.samefile(path, self.query):
                     continue
-                photo = read_photo(Path(file.path), detector.config.data.max_pixels)
+                photo = read_photo(path, detector.config.data.max_pixels)
             except (UserError, OSError) as error:
-                self._walk.skipped[file.path] = str(error)
+                self._walk.skipped[path] = str(error)
                 continue
-            yield file.name, photo
+            yield os.path.relpath(path, self.gallery), photo
 
     def report(self) -> None:
         """Lists the photos that could not be read; IncompleteError if there are any."""

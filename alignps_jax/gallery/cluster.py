@@ -18,7 +18,6 @@ import ray.data
 from alignps_jax.errors import UserError
 from alignps_jax.gallery.index import Find, Results, find_people
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.walk import MediaFile
 
 _FILES = 64  # in one task; a kill costs a worker as much
 _CPUS = 4  # of a worker without an accelerator
@@ -46,7 +45,7 @@ def on_cluster(address: str, load: Callable[[], Detector]) -> Find:
 
 
 def _find(
-    address: str, load: Callable[[], Detector], _: Detector, files: Sequence[MediaFile], *how: Any
+    address: str, load: Callable[[], Detector], _: Detector, files: Sequence[str], *how: Any
 ) -> Results:
     page: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:

@@ -25,8 +25,7 @@ from alignps_jax.evaluation.calibration import load
 from alignps_jax.gallery.entries import Filter, GalleryInfo, Match, Person, Scene, person_id
 from alignps_jax.gallery.people import People
 from alignps_jax.inference.detector import Detector
-from alignps_jax.media.photos import Image, read_photo
-from alignps_jax.media.videos import frame_at
+from alignps_jax.media import Image, read_photo
 from alignps_jax.nearest import CHUNK, power_of_two_from, top_k
 from alignps_jax.types import AnyArray
 
@@ -144,11 +143,9 @@ class Gallery:
         raise UserError(f"{scene.path}: has changed since it was indexed, or cannot be found")
 
     def pixels(self, scene: Scene, side: int = 0) -> Image:
-        """The photo, at most `side` pixels long if given, or the video's frame, RGB; UserError."""
+        """The photo (`side`: see `decode_photo`) or the video's frame, RGB; UserError."""
         path, most = self.file_of(scene), sys.maxsize  # pixels: it was small enough when indexed
-        if scene.second is not None:
-            return frame_at(str(path), scene.second, most)
-        return read_photo(path, most, side)
+        return read_photo(path, most, side, scene.second)
 
 
 def info_of(detector: Detector) -> GalleryInfo:

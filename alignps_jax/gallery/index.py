@@ -25,7 +25,7 @@ from alignps_jax.gallery.people import FileState, FoundScene, People
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import Photo, detect_all, shot_photo
 from alignps_jax.log import progress
-from alignps_jax.media.walk import DEFAULT_EXCLUDES, MediaFile, Shot, Walk, media_files, shots
+from alignps_jax.media import DEFAULT_EXCLUDES, Shot, Walk, is_video, shots
 from alignps_jax.types import Detections
 
 COMMIT_SECONDS = 5.0  # what a kill can cost
@@ -33,7 +33,7 @@ COMMIT_SECONDS = 5.0  # what a kill can cost
 _WATCH: Any = {"step": 2000, "debounce": 60_000, "rust_timeout": 1000, "yield_on_timeout": True}
 
 Results = Iterator[Photo[Shot]]
-Find = Callable[[Detector, Sequence[MediaFile], float, Mapping[str, float]], Results]
+Find = Callable[[Detector, Sequence[str], float, Mapping[str, float]], Results]
 
 
 @dataclasses.dataclass
@@ -60,14 +60,14 @@ class Indexed:
 
 
 def find_people(
-    detector: Detector, files: Sequence[MediaFile], every: float, seen: Mapping[str, float]
+    detector: Detector, paths: Sequence[str], every: float, seen: Mapping[str, float]
 ) -> Results:
     """The people of files, in their order; of a video, a frame every so many seconds.
 
     `seen`: the second of each content up to which it is known, infinity where all is.
     """
     data = detector.config.data
-    tasks = (shots(file, every, data.max_pixels, seen) for file in files)
+    tasks = (shots(path, every, data.max_pixels, seen) for path in paths)
     photos = (partial(shot_photo, task) for some in tasks for task in some)
     return detect_all(detector.detect_batch, data, detector.rows, photos)
 
@@ -90,7 +90,7 @@ def index(
     """
     detector, people = gallery.own_detector(), gallery.people
     with people.only_writer(), ThreadPoolExecutor(1, "commit") as writer:
-        run = _Run(people, every, done := Indexed(media_files(sources, excludes)))
+        run = _Run(people, every, done := Indexed(Walk(sources, excludes)))
         begun(done)
         ready, begin = list[Photo[Shot]](), time.monotonic()
         under_way = writer.submit(lambda: None)
@@ -126,7 +126,7 @@ class _Run:
             elif state.every == every:
                 frames = people.scenes.rows(["second"], hash=[state.hash])["second"]
                 self.seen.setdefault(state.hash, max(frames.to_pylist(), default=-1.0))
-        self.pending = [x for x in files if (x.path, x.size, x.mtime) not in complete]
+        self.pending = [path for path, now in files.items() if (path, *now) not in complete]
         done.known = len(files) - len(self.pending)
 
     def commit(self, results: Sequence[Photo[Shot]]) -> None:
@@ -134,15 +134,15 @@ class _Run:
         self._forgotten.refresh()
         files, scenes = dict[str, FileState](), dict[str, FoundScene]()
         for one in results:
-            shot, file, complete = one.tag, one.tag.file, one.tag.second is None
+            shot, path, complete = one.tag, one.tag.path, one.tag.second is None
             self.done.done += complete
             if one.error is not None:
-                self.done.walk.skipped[file.path] = str(one.error)
+                self.done.walk.skipped[path] = str(one.error)
                 continue
-            every = self._every if file.is_video else 0.0
+            every = self._every if is_video(path) else 0.0
             every = every if complete or shot.hash not in self._mixed else math.inf
-            state = FileState(file.path, file.size, file.mtime, shot.hash, every, complete)
-            files[file.path] = state
+            state = FileState(path, *self.done.walk.files[path], shot.hash, every, complete)
+            files[path] = state
             if one.found is not None and self.seen.get(shot.hash) != math.inf:
                 found = self._forgotten.without(self._scene(shot, one.found))
                 if found:  # once of copies that were read together
@@ -165,7 +165,7 @@ class _Run:
         sound &= np.asarray(found.scores) >= self._people.info.score_threshold
         people = jax.tree.map(lambda x: np.asarray(x)[sound], found)
         about = *shot.size, shot.taken, shot.camera, shot.second, shot.hash
-        scene = Scene(scene_id(shot.hash, shot.second), shot.file.path, *about)
+        scene = Scene(scene_id(shot.hash, shot.second), shot.path, *about)
         return FoundScene(scene, people)
 
     def finish(self, sources: Sequence[str]) -> None:
@@ -174,12 +174,12 @@ class _Run:
         For more people than fit into memory it makes a vector index, anew when they have doubled.
         """
         people, walk, known = self._people, self.done.walk, self._people.known_files()
-        added = {known[file.path].hash for file in self.pending if file.path in known}
+        added = {known[path].hash for path in self.pending if path in known}
         below = tuple(os.path.join(os.path.abspath(source), "") for source in sources)
         hidden = tuple(os.path.join(folder, "") for folder in walk.skipped)
         gone = {
             path
-            for path in known.keys() - {file.path for file in walk.files}
+            for path in known.keys() - walk.files.keys()
             if known[path].hash in added
             or (f"{path}/".startswith(below) and not path.startswith(hidden))
             if not os.path.lexists(path)

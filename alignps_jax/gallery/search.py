@@ -21,7 +21,7 @@ from alignps_jax.gallery.entries import Entry, Filter, Match, Person, content_ha
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above
-from alignps_jax.media.photos import Image, decode_photo
+from alignps_jax.media import Image, decode_photo
 from alignps_jax.types import AnyArray, Detections
 
 # A person in neighboring seconds of a video: time, and share of the best one's similarity.

@@ -21,7 +21,7 @@ from alignps_jax.checkpoint.store import load_config, load_weights
 from alignps_jax.inference.location_maps import LocationMaps, location_maps
 from alignps_jax.inference.many import Photo, detect_all, join, people_of
 from alignps_jax.inference.predict import PredictStep, inference_model
-from alignps_jax.media.photos import read_photo
+from alignps_jax.media import read_photo
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Batch, Detections, UserError, Weights
 from data_pipeline.pipeline import single_image_batch

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from alignps_jax.media.walk import Shot
+from alignps_jax.media import Shot
 from alignps_jax.types import Batch, Detections, UserError
 from data_pipeline.pipeline import single_image_batch
 
@@ -40,7 +40,7 @@ class Photo(Generic[Tag]):
 
 
 def shot_photo(task: Callable[[], Shot]) -> Photo[Shot]:
-    """What a task of `media.walk.shots` reads; the tag is the shot without its pixels."""
+    """What a task of `media.shots` reads; the tag is the shot without its pixels."""
     shot = task()
     return Photo(dataclasses.replace(shot, image=None), shot.image, shot.error)
 

@@ -16,7 +16,7 @@ from alignps_jax.figures.request import FigureRequest
 from alignps_jax.files import write_image, write_json
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.location_maps import LocationMaps
-from alignps_jax.media.photos import read_photo
+from alignps_jax.media import read_photo
 from alignps_jax.types import Detections, GalleryDetections, IncompleteError, UserError
 from configs import tiny
 from data_pipeline.datasets import load_test

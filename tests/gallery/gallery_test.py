@@ -18,7 +18,7 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import FileState, People, Table
 from alignps_jax.gallery.search import join_seconds
-from tests.gallery.painted import Finder, commit, detections, made_up, network_config, write_blots
+from tests.gallery.painted import Finder, commit, detections, made_up, network_config, write_photos
 
 DIM = 16
 DAY = datetime.datetime(2024, 1, 31, 12)
@@ -216,7 +216,7 @@ def test_a_vector_index_says_how_good_it_is_and_is_made_anew(gallery, monkeypatc
         commit(gallery, [made_up(f"/{i}.jpg", people(4, i), None, f"c{i}") for i in some])
 
     def indexed(name):
-        write_blots(tmp_path, [name])
+        write_photos(tmp_path, [name])
         assert gallery.add(str(tmp_path / name)) == {}
         return gallery.people.trained()["people"]
 
@@ -238,7 +238,7 @@ def test_a_vector_index_says_how_good_it_is_and_is_made_anew(gallery, monkeypatc
 
 def test_two_servers_lose_no_mark(gallery):
     servers = [Marks(People(gallery.address)) for _ in range(2)]
-    marks = [Mark("a", str(turn), True, 0.5, "a.jpg") for turn in range(20)]
+    marks = [Mark("a", str(n), True, 0.5, "a.jpg", id=f"a>{n}") for n in range(20)]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda mark: servers[int(mark.person) % 2].put([mark]), marks))
     assert sorted(servers[1].all(), key=marks.index) == marks

@@ -21,7 +21,7 @@ from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import People
 from alignps_jax.gallery.search import wanted_people
 from alignps_jax.inference.many import above
-from tests.gallery.painted import RED, ColorDetector, Finder, painted, write_blots
+from tests.gallery.painted import RED, ColorDetector, Finder, painted, write_photos
 from tests.media.clips import number_of, write_clip
 
 ODD = "deep/d\u00fc \u4eba\n%_\\ 'e\".jpg"
@@ -29,7 +29,7 @@ ODD = "deep/d\u00fc \u4eba\n%_\\ 'e\".jpg"
 
 @pytest.fixture
 def photos(tmp_path):
-    write_blots(tmp_path / "photos", ["a.jpg", "b.png", "deep/er/c.jpg", ODD])
+    write_photos(tmp_path / "photos", ["a.jpg", "b.png", "deep/er/c.jpg", ODD])
     return tmp_path / "photos"
 
 
@@ -63,7 +63,7 @@ def test_everybody_is_found_once(gallery, photos):
     done = fill(gallery, photos)
     assert (len(done.walk.files), done.known, done.scenes, done.walk.skipped) == (4, 0, 4, {})
     assert len(everybody(gallery)) == done.people
-    write_blots(photos, ["b.png", "new.jpg"], first=50)  # they alone are looked at
+    write_photos(photos, ["b.png", "new.jpg"], first=50)  # they alone are looked at
     with People(gallery.address).only_writer(), pytest.raises(UserError, match="another run"):
         fill(gallery, photos)
     done = fill(gallery, photos)
@@ -106,7 +106,7 @@ def test_ids_and_people_follow_renamed_copied_touched_and_swapped_files(gallery,
 
 
 def test_prune_drops_what_is_gone_below_the_source_alone(gallery, photos, tmp_path):
-    write_blots(tmp_path, ["other/x.jpg", "linked/y.jpg"], first=9)
+    write_photos(tmp_path, ["other/x.jpg", "linked/y.jpg"], first=9)
     (photos / "link").symlink_to(tmp_path / "linked")
     fill(gallery, photos)
     fill(gallery, tmp_path / "other")
@@ -182,7 +182,7 @@ def test_what_is_added_to_a_folder_is_indexed(gallery, photos):
 
     def run():
         scenes.append(fill(gallery, photos).scenes)
-        write_blots(photos, ["deep/er/x.png"], first=9)
+        write_photos(photos, ["deep/er/x.png"], first=9)
         raise IncompleteError("one cannot be read")  # that is no reason to end
 
     stop = SimpleNamespace(is_set=lambda: len(scenes) > 1 or time.monotonic() > end)

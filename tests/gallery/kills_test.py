@@ -24,7 +24,7 @@ from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.index import find_people, index
 from alignps_jax.gallery.page.marks import Mark, Marks
 from alignps_jax.gallery.people import People
-from tests.gallery.painted import Finder, write_blots
+from tests.gallery.painted import Finder, write_photos
 from tests.media.clips import write_clip
 from tests.places import free_port
 
@@ -57,7 +57,7 @@ def content(address):
 def library(tmp_path_factory):
     """A folder with photos, one of them damaged, and a video; what a run leaves of it."""
     folder = tmp_path_factory.mktemp("photos")
-    write_blots(folder, [f"{number % 3}/{number}.jpg" for number in range(FILES - 1)])
+    write_photos(folder, [f"{number % 3}/{number}.jpg" for number in range(FILES - 1)])
     write_clip(folder / "video.mp4", [number / 5 for number in range(30)])
     (folder / "bad.jpg").write_bytes(b"no photo")
     address = str(tmp_path_factory.mktemp("whole") / "people.lance")

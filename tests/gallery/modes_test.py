@@ -13,7 +13,7 @@ from alignps_jax.evaluation.calibration import LIMIT, NOBODY, Calibration
 from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
-from tests.gallery.painted import network_config, write_blots, write_checkpoint
+from tests.gallery.painted import network_config, write_checkpoint, write_photos
 from tests.media.clips import write_clip
 from tests.places import ROOT
 
@@ -36,7 +36,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("home"))
         write_checkpoint(Path("run"), network_config())
-        write_blots(Path("photos"), ["a.jpg", "drafts/d.jpg", ONLY, *OTHERS[:-1]])
+        write_photos(Path("photos"), ["a.jpg", "drafts/d.jpg", ONLY, *OTHERS[:-1]])
         write_clip(f"photos/{VIDEO}", [number / 4 for number in range(8)])
         shutil.copy("photos/a.jpg", "photos/copy.jpg")
         Path("photos/in/bad.jpg").write_bytes(b"no photo")

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import html
-import json
 import re
 import socket
 import subprocess
-import sys
 import threading
 
+import cv2
+import httpx
+import numpy as np
 import uvicorn
 from starlette.testclient import TestClient
 
+from alignps_jax.evaluation.calibration import Calibration
+from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.access import Door, ImpatientProtocol, guarded
 from alignps_jax.gallery.page.app import make_app
 from alignps_jax.gallery.page.site import Site
-from tests.gallery.painted import ColorDetector, gallery_of, write_photos
-from tests.places import ROOT, heed_signals
+from tests.gallery.painted import (
+    GREEN,
+    RED,
+    SIZE,
+    ColorDetector,
+    commit,
+    encoded,
+    gallery_of,
+    indexed,
+    paint_photos,
+    painted,
+    scenes_of,
+)
+from tests.places import free_port
 
 READ = {"alignps_responsible_use": "read"}
-OWN = {"Origin": "http://localhost"}
+PUBLIC = "photos.example.org"
+RED_PHOTO = encoded(painted((RED, (10, 10))))
 
 
 def painted_site(folder, detector=None):
@@ -29,9 +45,34 @@ def painted_site(folder, detector=None):
     detector = detector or ColorDetector()
     photos = folder / "photos"
     if not photos.exists():
-        write_photos(photos)
+        paint_photos(photos)
     gallery = gallery_of(photos, folder / "people.lance", detector)
     return Site(gallery)
+
+
+def video_site(folder):
+    """Serves a video of 8 seconds: red walks, green stands there from second 4 on."""
+
+    def frame(second):
+        red = RED, (10 + 20 * int(second), 100)
+        return painted(red, *([(GREEN, (250, 20))] if second >= 4 else []))
+
+    detector, path = ColorDetector(), folder / "walk.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), 5, SIZE[::-1])
+    assert writer.isOpened()
+    for number in range(8 * 5):
+        writer.write(cv2.cvtColor(frame(number / 5), cv2.COLOR_RGB2BGR))
+    writer.release()
+    gallery = Gallery.open(folder / "people.lance", detector, create=True)
+    seconds = map(float, range(8))
+    commit(gallery, [indexed(path, frame(x), detector, second=x) for x in seconds])
+    return Site(gallery)
+
+
+def calibration(power):
+    """The probability is a power of the similarity."""
+    curve = np.linspace(0, 0.99, 50)
+    return Calibration("a set", 9, curve, curve**power, curve, curve, curve)
 
 
 def closed(site, door=None):
@@ -39,16 +80,24 @@ def closed(site, door=None):
     return guarded(make_app(site), door or Door())
 
 
-def visitor(site, door=None):
+class Visitor(TestClient):
     """A browser that has read the text and whose forms come from the page."""
-    return TestClient(
-        closed(site, door),
-        "http://localhost",
-        raise_server_exceptions=False,
-        cookies=READ,
-        headers=OWN,
-        follow_redirects=False,
-    )
+
+    def __init__(self, site, door=None):
+        settings = {"cookies": READ, "follow_redirects": False, "raise_server_exceptions": False}
+        super().__init__(closed(site, door), "http://localhost", **settings)
+        self.headers["Origin"] = "http://localhost"
+
+    def upload(self, photo=RED_PHOTO, name="query.png"):
+        return self.post("/upload", files={"photo": (name, photo)})
+
+    def uploaded(self, photo=RED_PHOTO):
+        """The address of an uploaded photo."""
+        return self.upload(photo).headers["location"]
+
+    def query(self, photo=RED_PHOTO):
+        """The address of the search for somebody of an uploaded photo."""
+        return httpx.URL(people(self.get(self.uploaded(photo)))[0])
 
 
 @contextlib.contextmanager
@@ -67,51 +116,49 @@ def running(app):
             assert not thread.is_alive()
 
 
-SERVE = """
-import json, sys
-from alignps_jax.gallery.page.app import serve
-from tests.gallery.page_server import painted_site
-from pathlib import Path
-gallery = painted_site(Path(sys.argv[1])).gallery
-gallery.detector.delay = float(sys.argv[2])
-serve(gallery, **json.loads(sys.argv[3]))
+NGINX = """
+master_process off; pid {folder}/pid; error_log {folder}/error.log;
+events {{}}
+http {{
+  access_log off; client_max_body_size 70m; proxy_temp_path {folder}/proxy;
+  client_body_temp_path {folder}/body; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  server {{
+    listen 127.0.0.1:{tls} ssl; ssl_certificate {folder}/cert; ssl_certificate_key {folder}/key;
+    location / {{ proxy_pass http://127.0.0.1:{port}; }}
+  }}
+}}
 """
 
 
 @contextlib.contextmanager
-def server_process(folder, delay=0.0, host="127.0.0.1", **options):
-    """A server of its own; gives the process and the addresses that it prints."""
-    options = json.dumps({"host": host, "port": 0} | options)
-    command = [sys.executable, "-W", "ignore", "-c", SERVE, str(folder), str(delay), options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=heed_signals, **pipes)
-    try:
-        addresses = []
-        for line in process.stdout:
-            addresses += re.findall(r"^page +(.*)", line)
-            if addresses and ("//127." in addresses[-1] or "https:" in addresses[-1]):
-                break
-        yield process, addresses
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def upload(client, photo, name="query.png", **fields):
-    return client.post("/upload", files={"photo": (name, photo)}, data=fields)
-
-
-def uploaded(client, photo):
-    """The address of an uploaded photo whose people were found."""
-    answer = upload(client, photo)
-    assert answer.status_code == 303, answer.text
-    return answer.headers["location"]
+def behind_nginx(site, folder):
+    """Serves with a token behind a proxy that speaks TLS; gives the address that lets one in."""
+    tls = free_port()
+    public, config = f"https://{PUBLIC}:{tls}", folder / "nginx.conf"
+    files = ["-keyout", folder / "key", "-out", folder / "cert", "-subj", f"/CN={PUBLIC}"]
+    make = ["openssl", "req", "-x509", "-nodes", "-newkey", "ec"]
+    curve = ["-pkeyopt", "ec_paramgen_curve:P-256"]
+    subprocess.run([*make, *curve, *files], check=True, capture_output=True)
+    with running(closed(site, Door.of("127.0.0.1", tls, "secret", public))) as port:
+        config.write_text(NGINX.format(folder=folder, tls=tls, port=port))
+        nginx = ["nginx", "-c", config, "-p", folder, "-e", folder / "error.log"]
+        subprocess.run(nginx, check=True)  # it listens before it goes into the background
+        try:
+            yield f"{public}/?token=secret"
+        finally:
+            subprocess.run([*nginx, "-s", "stop"], check=True)
 
 
 def people(page):
     """The searches that a page of a photo offers."""
     found = re.findall(r'<a href="(/search\?[^"]*)" tabindex', page.text)
     return [html.unescape(address) for address in found]
+
+
+def everybody(site):
+    """All people of a gallery."""
+    return [one for scene in scenes_of(site) for one in site.gallery.memory().people_of(scene.id)]
 
 
 def results(page):

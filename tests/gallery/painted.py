@@ -16,7 +16,7 @@ from alignps_jax.gallery.people import FileState, FoundScene
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above
 from alignps_jax.inference.predict import inference_model
-from alignps_jax.media.photos import read_photo
+from alignps_jax.media import read_photo
 from alignps_jax.nn.model import weights_template
 from alignps_jax.types import Detections, OIMMemory, TrainState
 from configs import tiny
@@ -38,11 +38,8 @@ def write_checkpoint(folder, config, seed=0):
     """A checkpoint of random weights, as training would leave one."""
     template = weights_template(inference_model(config))
     rng = np.random.default_rng(seed)
-
-    def random(leaf):
-        return rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
-
-    params, frozen = jax.tree.map(random, (template.params, template.frozen))
+    leaves = template.params, template.frozen
+    params, frozen = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), leaves)
     frozen = jax.tree.map(np.abs, frozen)  # there are variances
     params["head"]["scale0"] = np.ones((), np.float32)
     params["head"]["box_predictor"]["bias"] = np.array([1.5, 2, 1.5, 2], np.float32)
@@ -54,12 +51,11 @@ def write_checkpoint(folder, config, seed=0):
 
 def photo(seed, height=96, width=128):
     """Colored blots, others for every seed."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def write_blots(folder, names, first=0):
+def write_photos(folder, names, first=0):
     """A photo of its own for each name."""
     for seed, name in enumerate(names, first):
         write_image(folder / name, photo(seed))
@@ -129,7 +125,7 @@ class Finder(Detector):
         return found
 
 
-def write_photos(folder):
+def paint_photos(folder):
     """Eight photos: red is in four of them, green in three, blue and pink in one each."""
     for name, photo in {
         "yard/a.png": painted((RED, (20, 60)), (GREEN, (200, 90))),

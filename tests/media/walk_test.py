@@ -1,17 +1,17 @@
 """What is found in folders as phones, disks and computers leave them; times and cameras."""
 
-import dataclasses
 import datetime
 import hashlib
 import math
 import os
+import re
 import time
 
 import PIL.Image
 import pytest
 
 from alignps_jax.errors import IncompleteError, UserError
-from alignps_jax.media.walk import DEFAULT_EXCLUDES, media_files, origin, shots
+from alignps_jax.media import DEFAULT_EXCLUDES, Walk, is_video, origin, shots
 from tests.media.clips import number_of, numbered, write_clip
 
 APPLE = "com.apple.quicktime.creationdate"
@@ -19,7 +19,7 @@ TIME = datetime.datetime(2024, 1, 31, 14, 25, 30)
 WHEN, LATER = "2024:01:31 14:25:30", "2025:06:01 10:00:00"
 PHOTOS = """
     DCIM/100APPLE/IMG_0001.HEIC DCIM/Camera/PXL_20240131_142530.MP.jpg mac/d.jpeg nas/a.jpg
-    mac/Photos.photoslibrary/originals/0/g.heic win/e.JPG work/drafts/h.png work/k.avif
+    mac/Photos.photoslibrary/originals/0/g.heic win/e.JPG work/drafts/h.png work/k.avif drafts/l.jpg
 """
 VIDEOS = "DCIM/100APPLE/IMG_0001.MOV DCIM/Camera/VID.3gp win/f.m2ts work/drafts/more/i.webm"
 OTHERS = """
@@ -37,21 +37,24 @@ def make(root, names):
     return str(root)
 
 
+def names(walk, source):
+    return sorted(os.path.relpath(path, source) for path in walk.files)
+
+
 def test_libraries_as_they_are(tmp_path, capsys):
     wanted = [*PHOTOS.split(), *VIDEOS.split()]
     source = make(tmp_path, (*wanted, *OTHERS.split()))
-    walk = media_files([source])
-    assert sorted(file.name for file in walk.files) == sorted(wanted)
-    assert sorted(file.name for file in walk.files if file.is_video) == sorted(VIDEOS.split())
+    walk = Walk([source])
+    assert names(walk, source) == sorted(wanted)
+    assert [one for one in names(walk, source) if is_video(one)] == sorted(VIDEOS.split())
     walk.report()
     assert capsys.readouterr().out == "not looked at: 2 .cr3, 1 without a suffix, 1 .dng\n"
     excludes = (*DEFAULT_EXCLUDES, "**/drafts/**", "*.heic", "win")
-    names = {file.name for file in media_files([source], excludes).files}
-    out = {name for name in wanted if name.startswith(("work/d", "win")) or name.endswith("g.heic")}
-    assert names == {*wanted} - out
-    assert len(media_files([source], ()).files) == 22
-    (only,) = media_files([f"{source}/nas/.stversions"]).files
-    assert only.path == f"{source}/nas/.stversions/a.jpg"
+    found = names(Walk([source], excludes), source)
+    assert found == sorted(x for x in wanted if not re.search(r"^win|drafts/|g\.heic$", x))
+    assert len(Walk([source], ()).files) == 23
+    (only,) = Walk([f"{source}/nas/.stversions"]).files
+    assert only == f"{source}/nas/.stversions/a.jpg"
 
 
 def test_each_once_and_nothing_that_may_not_end(tmp_path, capsys):
@@ -63,9 +66,8 @@ def test_each_once_and_nothing_that_may_not_end(tmp_path, capsys):
         os.symlink(target, tmp_path / "s" / link)
     os.mkfifo(tmp_path / "s" / "pipe.mp4")
     (tmp_path / "s" / os.fsdecode(b"\xff\x1b.jpg")).touch()
-    walk = media_files([source, source, f"{source}/b/2.jpg"])
-    assert " ".join(file.name for file in walk.files) == "5.jpg b/1.PNG b/2.jpg c/x.mp4 z/in/4.jpg"
-    assert walk.files[0].path == f"{source}/5.jpg"
+    walk = Walk([source, source, f"{source}/b/2.jpg"])
+    assert names(walk, source) == ["5.jpg", "b/1.PNG", "b/2.jpg", "c/x.mp4", "z/in/4.jpg"]
     with pytest.raises(IncompleteError, match="files skipped: 4 "):
         walk.report()
     lines = capsys.readouterr().out.splitlines()
@@ -75,11 +77,11 @@ def test_each_once_and_nothing_that_may_not_end(tmp_path, capsys):
 
 def test_a_source_without_photos_is_an_error(tmp_path, capsys):
     source = make(tmp_path, ["IMG_1.CR3", "IMG_1.XMP"])
-    for name in ("gone.jpg", "IMG_1.XMP"):
-        with pytest.raises(UserError, match=rf"^--source: found .*{name}, expected a folder"):
-            media_files([f"{source}/{name}"])
-    with pytest.raises(UserError, match="found no photo or video"):
-        media_files([source]).report()
+    for name, line in ("", "not looked at: 1 .cr3, 1 .xmp"), ("/gone.jpg", "No such file"):
+        with pytest.raises(UserError, match="found no photo or video"):
+            Walk([source + name]).report()
+        assert line in capsys.readouterr().out
+    assert Walk([f"{source}/IMG_1.CR3"]).files  # one that is named is tried
 
 
 @pytest.fixture(autouse=True)
@@ -122,44 +124,35 @@ def saved(path):
     return path
 
 
-def read(path, after=-1, /, **changes):
-    (file,) = media_files([path]).files
+def read(path, after=-1):
     known = {hashlib.sha256(path.read_bytes()).hexdigest(): after}
-    return [task() for task in shots(dataclasses.replace(file, **changes), 0.5, 10**6, known)]
+    return [task() for task in shots(str(path), 0.5, 10**6, known)]
 
 
 @pytest.mark.parametrize("name", ["IMG_20200101_000000.jpg", "a.heic", "a.jfif"])
 def test_shot_of_a_photo(tmp_path, name):
     (shot,) = read(saved(tmp_path / name))
-    assert (shot.taken, shot.camera, shot.final, shot.error) == (TIME, "EOS", True, None)
-    assert (number_of(shot.image), shot.size, shot.second) == (3, (96, 128), None)
+    assert (shot.taken, shot.camera, shot.second, shot.error) == (TIME, "EOS", None, None)
+    assert (number_of(shot.image), shot.size) == (3, (96, 128))
 
 
 def test_shots_of_a_video(tmp_path):
     tags = {"creation_time": "2024-01-31T19:25:30.000000Z"}
     path = write_clip(tmp_path / "a.mp4", [n / 20 for n in range(30)], tags=tags)
-    *frames, end = read(path)
-    assert [(shot.second, number_of(shot.image)) for shot in frames] == [(0, 0), (0.5, 10), (1, 20)]
-    for shot in frames:
-        later = TIME + datetime.timedelta(seconds=shot.second)
-        assert (shot.taken, shot.final) == (later, False)
-    assert (end.image, end.error, end.final) == (None, None, True)
+    *found, end = read(path)
+    assert [(shot.second, number_of(shot.image)) for shot in found] == [(0, 0), (0.5, 10), (1, 20)]
+    assert {shot.taken - datetime.timedelta(seconds=shot.second) for shot in found} == {TIME}
+    assert (end.image, end.error, end.second) == (None, None, None)
     assert [shot.second for shot in read(path, 0.5)] == [1.0, None]
 
 
 def test_what_is_known_or_cannot_be_read(tmp_path):
-    photo, clip = saved(tmp_path / "a.jpg"), write_clip(tmp_path / "b.mp4", [0, 1])
-    for path in (photo, clip):
+    for path in (saved(tmp_path / "a.jpg"), write_clip(tmp_path / "b.mp4", [0, 1])):
         (shot,) = read(path, math.inf)
-        assert (shot.image, shot.error, shot.final) == (None, None, True)
+        assert (shot.image, shot.error, shot.second) == (None, None, None)
         assert shot.hash == hashlib.sha256(path.read_bytes()).hexdigest()
         path.with_stem("bad").write_bytes(b"no photo")
         (shot,) = read(path.with_stem("bad"))
-        assert (f"{shot.file.path}: " in str(shot.error), shot.final) == (True, True)
-        assert "x: No such file" in str(read(path, path="x")[-1].error)
-        # Another host's clock, or a touch since the walk, is no damage; a change meanwhile is.
-        assert read(path, mtime=1)[-1].error is None
-    tasks = shots(media_files([clip]).files[0], 0.5, 10**6)
-    assert next(tasks)().error is None
-    os.utime(clip, (1, 1))
-    assert "changes while" in str([task() for task in tasks][-1].error)
+        assert (f"{shot.path}: " in str(shot.error), shot.second) == (True, None)
+        (gone,) = shots(f"{path}{path.suffix}", 0.5, 10**6)
+        assert "No such file" in str(gone().error)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alignps_jax.media.photos import read_photo
+from alignps_jax.media import read_photo
 from alignps_jax.training.curves import curves_figure, training_curves
 
 

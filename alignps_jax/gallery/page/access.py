@@ -30,7 +30,7 @@ MAX_BODY = 64 << 20  # bytes; the largest photos of cameras have some 50 MB
 YEAR = 365 * 24 * 3600  # seconds
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 # Time limits of every client for the head and the body of a request, in seconds.
-_PATIENCE = {h11.IDLE: 10, h11.SEND_BODY: 120}
+PATIENCE = {h11.IDLE: 10, h11.SEND_BODY: 120}
 
 _HEADERS = {
     "Content-Security-Policy": (
@@ -69,10 +69,6 @@ class Door:
             raise UserError(f"--public_url: found {public_url}, expected https://name")
         origin = f"{parts.scheme}://{parts.netloc}".lower()
         return cls((*names, parts.hostname), token, origin, port)
-
-    @property
-    def cookie(self) -> str:
-        return f"alignps_token_{self.port}"
 
 
 def addresses(host: str) -> list[str]:
@@ -114,6 +110,7 @@ def guarded(app: ASGIApp, door: Door) -> ASGIApp:
 def _refusal(request: Request, door: Door) -> Response | None:
     """The answer to a request that may not pass, or the one that takes a token in."""
     if door.token is not None:
+        cookie = f"alignps_token_{door.port}"
         _, _, bearer = request.headers.get("authorization", "").partition("Bearer ")
         if _equal(bearer, door.token):
             return None  # no browser sends it on behalf of another site
@@ -122,9 +119,9 @@ def _refusal(request: Request, door: Door) -> Response | None:
             place = "/" + url.path.lstrip("/\\")  # on this server, whatever was typed
             response = RedirectResponse(f"{place}?{url.query}".rstrip("?"), 303)
             secure = (door.origin or "").startswith("https")
-            response.set_cookie(door.cookie, door.token, YEAR, httponly=True, secure=secure)
+            response.set_cookie(cookie, door.token, YEAR, httponly=True, secure=secure)
             return response
-        if not _equal(request.cookies.get(door.cookie, ""), door.token):
+        if not _equal(request.cookies.get(cookie, ""), door.token):
             return _line(401, "This page opens with the address that its server printed (?token=).")
     if request.method != "GET" and not _is_own(request, door):
         return _line(403, "Only the forms of this page itself can do that.")
@@ -168,13 +165,9 @@ class ImpatientProtocol(H11Protocol):
             self.transport.close()
         self._watch(self.conn.their_state)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._watch(None)
-
     def _watch(self, phase: Any) -> None:
         if phase is not self._phase:
-            self._phase, seconds = phase, _PATIENCE.get(phase)
+            self._phase, seconds = phase, PATIENCE.get(phase)
             if self._deadline is not None:
                 self._deadline.cancel()
             self._deadline = seconds and self.loop.call_later(seconds, self.transport.close)

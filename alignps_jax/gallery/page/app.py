@@ -26,8 +26,6 @@ from alignps_jax.gallery.page import photos, searches
 from alignps_jax.gallery.page.access import YEAR, Door, ImpatientProtocol, addresses, guarded
 from alignps_jax.gallery.page.site import READ_COOKIE, Site, message, page
 
-_CONNECTIONS = 500  # at a time; more are told to come back
-_GRACE = 5  # seconds that requests under way have when the server stops
 _FAILED = "Something went wrong here; the server's terminal says what. Please try again."
 _ABOUT = "With `Accept: application/json`, every address gives as data what its page shows."
 
@@ -105,11 +103,9 @@ def serve(
         door, site = Door.of(host, port, token, public_url), Site(gallery, sources)
         people, scenes = gallery.people.table.count(), gallery.people.scenes.count()
         print(f"gallery  {people:,} people in {scenes:,} photos and frames")
-        named = [
-            f"http://{f'[{name}]' if ':' in name else name}:{port}" for name in addresses(host)
-        ]
-        for address in [door.origin] if door.origin else named:
-            print(f"page     {address}/{f'?token={token}' if token else ''}", flush=True)
+        names = [f"[{name}]" if ":" in name else name for name in addresses(host)]
+        for place in [door.origin] if door.origin else [f"http://{name}:{port}" for name in names]:
+            print(f"page     {place}/{f'?token={token}' if token else ''}", flush=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)  # uvicorn hands both on when it has stopped
         site.photos.warm_up(site.searcher.warm_up)
@@ -122,10 +118,10 @@ def serve(
             lifespan="off",
             log_level="critical",  # the page itself prints what nobody expected
             access_log=False,  # it would have the token
-            limit_concurrency=_CONNECTIONS,
+            limit_concurrency=500,  # more are told to come back
             proxy_headers=False,
             server_header=False,
-            timeout_graceful_shutdown=_GRACE,
+            timeout_graceful_shutdown=5,  # seconds for requests under way
         )
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -18,7 +18,7 @@ from alignps_jax.gallery.entries import Entry, Person
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.page.uploads import FULL, jpeg
 from alignps_jax.gallery.people import People
-from alignps_jax.media.photos import orientation_of
+from alignps_jax.media import exif_of
 
 _COLUMNS = "identity,view,photo,second,x1,y1,x2,y2,score,similarity,mark\r\n"
 
@@ -33,10 +33,7 @@ class Mark:
     similarity: float
     name: str
     at: float = dataclasses.field(default_factory=time.time)
-
-    @property
-    def id(self) -> str:
-        return f"{self.view}>{self.person}"
+    id: str = ""
 
 
 class Marks:
@@ -47,8 +44,7 @@ class Marks:
 
     def all(self) -> list[Mark]:
         """Every mark, the oldest first."""
-        rows = self.table.rows(Mark.__dataclass_fields__).sort_by("at").to_pylist()
-        return [Mark(**row) for row in rows]
+        return [Mark(**row) for row in self.table.rows().sort_by("at").to_pylist()]
 
     def about(self, views: Collection[str]) -> list[Mark]:
         """The marks of the person who is seen in some views (ids)."""
@@ -59,26 +55,31 @@ class Marks:
 
     def set(self, views: Sequence[Person], people: dict[str, float], right: bool | None) -> None:
         """Says of results (similarity by id) that they are right, wrong, or nothing any more."""
+        found = [(view, person) for view in views for person in people]
         if right is None:
             self.remove([view.id for view in views], people)
-            return
-        self.put(
-            [
-                Mark(view.id, person, right, similarity, view.scene.name)
-                for view in views
-                for person, similarity in people.items()
-            ]
-        )
+        else:
+            self.put([Mark(x.id, one, right, people[one], x.scene.name) for x, one in found])
 
     def put(self, marks: Sequence[Mark]) -> None:
         """Adds marks, in place of those with the same view and person."""
-        self.table.put([vars(mark) | {"id": mark.id} for mark in marks])
+        self.table.put([vars(mark) | {"id": f"{mark.view}>{mark.person}"} for mark in marks])
 
     def remove(self, views: Collection[str], people: Collection[str] = ()) -> list[Mark]:
         """Removes the marks of a person, all or those of some results; returns them."""
         gone = [one for one in self.about(views) if not people or one.person in people]
         self.table.delete("id", [mark.id for mark in gone])
         return gone
+
+
+def rename(people: People, old: str, new: str) -> None:
+    """What was said about a person (id) is said about another one, who is there instead."""
+    marks, groups = people.marks, people.groups
+    for table, column in ((marks, "view"), (marks, "person"), (groups, "person")):
+        for row in table.rows(**{column: [old]}).to_pylist():
+            table.put([row | {key: row[key].replace(old, new) for key in ("id", column)}])
+        table.delete(column, [old])
+    people.remove([], [old])
 
 
 def identities(marks: Iterable[Mark], views: Iterable[Collection[str]] = ()) -> list[set[str]]:
@@ -145,7 +146,7 @@ class Marked:
         root = os.path.commonpath([os.path.dirname(x.scene.path) for x in self._photos.values()])
         images, annotations = dict[str, dict[str, Any]](), []
         for number, person in enumerate(people):
-            scene, turn = person.scene, orientation_of(person.scene.path)
+            scene, turn = person.scene, exif_of(person.scene.path)["Orientation"]
             boxes, size = as_stored(person.box[None], (scene.height, scene.width), turn)
             name, height, width = os.path.relpath(scene.path, root), *map(int, size)
             about = {"file_name": name, "width": width, "height": height}
@@ -201,8 +202,8 @@ def photos_as_zip(gallery: Gallery, entries: Sequence[Entry]) -> Iterator[bytes]
                 about["left_out"] = str(error)
                 continue
             box = [round(corner, 1) for corner in person.box.tolist()]
-            about |= {"file": names[scene.id], "box": box, "person": person.id}
-            about["similarity"] = round(entry.match.similarity, 4)
+            similarity, name = round(entry.match.similarity, 4), names[scene.id]
+            about |= {"file": name, "box": box, "person": person.id, "similarity": similarity}
             yield bytes(sink)
             sink.clear()
         archive.writestr("results.json", json.dumps(results, indent=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import html
 import mimetypes
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response
 
 from alignps_jax.errors import UserError
+from alignps_jax.gallery.entries import person_id
+from alignps_jax.gallery.page.marks import rename
 from alignps_jax.gallery.page.results import SearchRequest
 from alignps_jax.gallery.page.site import READ_FIRST, OfSite, page
 from alignps_jax.gallery.page.uploads import FULL, PERSON, PREVIEW, SMALL
@@ -36,18 +39,17 @@ router = APIRouter()
 Text = Annotated[str, Form()]
 Asked = Annotated[SearchRequest, Query()]
 Place = Annotated[int, Field(ge=0, lt=2**40)]
-
-
 _Corner = Annotated[float, Field(ge=-1e6, le=1e6)]  # pixels of the photo, and not NaN
 
 
 class DrawnBox(SearchRequest):
-    """A box around somebody, and the query that the person joins."""
+    """A box around somebody, and the query that the person joins; whose box it replaces."""
 
     box: Annotated[
         tuple[_Corner, _Corner, _Corner, _Corner],
         BeforeValidator(lambda sent: sent[0].split(",")),
     ]
+    person: str = ""
 
 
 Drawn = Annotated[DrawnBox, Form()]
@@ -101,13 +103,20 @@ def box(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
 
 @router.post("/scene/{scene_id}/person")
 def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
-    """Adds whoever is in a box that was drawn to the people of a photo of the gallery."""
-    found = site.gallery.memory().scene_of(scene_id)
-    if found is None:
-        raise HTTPException(404, "This photo is not in the gallery.")
-    person, detected = site.photos.person_at(found, drawn.box)
-    site.gallery.people.commit([FoundScene(found, detected)], [])
-    return RedirectResponse(f"/scene/{scene_id}?person={person.id}", 303)
+    """Adds whoever is in a drawn box to a photo of the gallery, or draws a `person`'s box anew."""
+    memory, people, old = site.gallery.memory(), site.gallery.people, drawn.person
+    found, known = memory.scene_of(scene_id), memory.people_of(scene_id)
+    if found is None or old not in ("", *(one.id for one in known)):
+        raise HTTPException(404, "This photo or person is not in the gallery any more.")
+    box = np.clip(drawn.box, 0, [found.width, found.height] * 2).astype(np.float32)
+    person, detected = site.photos.person_at(found, tuple(box.tolist()))
+    new = person.id
+    if old:  # the network's own boxes are what is wrong
+        detected, new = dataclasses.replace(detected, boxes=box[None]), person_id(scene_id, box)
+    people.commit([FoundScene(found, detected)], [])
+    if old not in ("", new):
+        rename(people, old, new)
+    return RedirectResponse(f"/scene/{scene_id}?person={new}", 303)
 
 
 @router.get("/scene/{scene_id}/{longest}.jpg", include_in_schema=False)
@@ -121,8 +130,7 @@ def scene_picture(site: OfSite, scene_id: str, longest: int) -> Response:
 @router.get("/person/{person_id}.jpg", include_in_schema=False)
 def person_picture(site: OfSite, person_id: str, dense: bool = False) -> Response:
     person = site.photos.person(person_id)
-    tallest = PERSON * (1 + dense)
-    return _picture(person.scene.path, lambda: site.pictures.person(person, tallest))
+    return _picture(person.scene.path, lambda: site.pictures.person(person, PERSON * (1 + dense)))
 
 
 @router.get("/scene/{scene_id}/video", include_in_schema=False)

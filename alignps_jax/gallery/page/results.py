@@ -161,9 +161,7 @@ class Searcher:
         if query.combine == "best":
             return embeddings
         mean = embeddings.mean(axis=0, keepdims=True)
-        length = np.linalg.norm(mean)
-        # Opposite ones have no mean direction.
-        return mean / length if length > 1e-6 else embeddings[:1]
+        return mean / max(np.linalg.norm(mean), 1e-6)  # of opposite ones it has no length
 
     def _ranked(self, query: SearchRequest) -> list[Match]:
         """Of several similarities to a person the best counts."""

@@ -25,8 +25,8 @@ _WRITERS = {"marks.csv": Marked.as_csv, "test.json": Marked.as_coco, "query.json
 
 router = APIRouter()
 Several = Annotated[Sequence[str], Form()]
-Change = Annotated[Literal["make", "merge", "name", "split"], Form()]
 What = Annotated[Literal["forget", "nobody"], Form()]
+Change = Annotated[Literal["make", "merge", "name", "split"], Form()]
 
 
 class MarkForm(SearchRequest):
@@ -38,19 +38,25 @@ class MarkForm(SearchRequest):
 
 @router.get("/search", dependencies=READ_FIRST)
 def search(
-    request: Request, site: OfSite, query: Asked, offset: Place = 0, shown: Place = PAGE
+    request: Request,
+    site: OfSite,
+    query: Asked,
+    offset: Place = 0,
+    shown: Place = PAGE,
+    refined: bool = False,
 ) -> Response:
-    """The people who are most similar to the views of a query, from `offset` to `shown`."""
+    """Who is most similar to the views, or all right results, from `offset` to `shown`."""
     if not query.view:
         return RedirectResponse(query.address("/"), 303)
-    found = site.searcher.search(query)
     marked = {mark.person: mark.right for mark in site.marks.about(query.view)}
-    right = [person for person, is_right in marked.items() if is_right]
+    if refined:
+        right = [person for person, is_right in marked.items() if is_right]
+        return RedirectResponse(query.address("/search", view=query.joined(right)), 303)
+    found = site.searcher.search(query)
     views = [site.photos.person(view) for view in query.view]
     values = {"query": query, "views": views, "found": found, "timeline": timeline(found.entries)}
     values["entries"] = found.entries[offset : max(shown, offset + PAGE)]
     values["following"] = shown if shown < len(found.entries) else None
-    values["refined"] = query.joined(right) if set(right) - {*query.view} else []
     return page(request, "search.html", marked=marked, PAGE=PAGE, **values)
 
 
@@ -82,8 +88,7 @@ def marks(request: Request, site: OfSite, undo: str = "") -> Response:
         views = tuple(dict.fromkeys(one.view for one in own))[-MAX_VIEWS:]
         here = tuple(site.gallery.memory().named(views))
         name = next((one.name for one in own if one.name), "")
-        right = len({one.person for one in own if one.right})
-        wrong = len({one.person for one in own if not one.right})
+        right, wrong = (len({x.person for x in own if x.right is said}) for said in (True, False))
         queries = {"query": SearchRequest(view=here), "all": SearchRequest(view=views)}
         people.append({**queries, "name": name, "right": right, "wrong": wrong})
     left_out = Marked(site.gallery, everything).left_out
@@ -183,6 +188,7 @@ def forget_people(
 ) -> Response:
     """Forgets people for good, or removes what is no person; both stay away when indexed again."""
     site.removed.clear()
+    site.photos.drop(person)
     done = forget(site.gallery.people, persons=person, for_good=what == "forget")
     return page(request, "forgot.html", done=done, what=what)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
@@ -24,7 +23,7 @@ from starlette.templating import Jinja2Templates
 from alignps_jax.boxes import area
 from alignps_jax.errors import UserError
 from alignps_jax.evaluation.calibration import NOBODY, NOT_CALIBRATED, words
-from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.gallery import Gallery, PeopleInMemory
 from alignps_jax.gallery.groups import Groups
 from alignps_jax.gallery.index import Indexed, index, watch
 from alignps_jax.gallery.page.access import MAX_BODY
@@ -33,8 +32,6 @@ from alignps_jax.gallery.page.results import Searcher, SearchRequest
 from alignps_jax.gallery.page.uploads import Photos, Pictures
 
 READ_COOKIE = "alignps_responsible_use"
-# The overview is read anew after so many times what reading took, and so many seconds at least.
-_RARELY, _LEAST = 20.0, 2.0
 _MAX_FOLDERS = 300  # that a filter offers; others can be typed
 
 
@@ -86,29 +83,29 @@ class Site:
         self.removed: LRUCache[str, list[Mark]] = LRUCache(100)  # marks that can come back
         self.groups = Groups(gallery.people)
         self.library = Library(gallery, sources)
-        self._overview = {"people": 0, "scenes": 0, "cameras": [], "folders": [], "trouble": ""}
-        self._next = 0.0
+        self._memory: PeopleInMemory | None = None
+        self._overview: dict[str, Any] = {"people": 0, "scenes": 0, "cameras": [], "folders": []}
 
     def shown(self) -> dict[str, Any]:
         """What every page shows: numbers, the choices of a filter, what is wrong if it is."""
-        begin, gallery = time.monotonic(), self.gallery
-        if begin >= self._next:
-            self._next = float("inf")  # others show what was read last
-            try:
-                memory = gallery.memory()
-                counts = {"people": len(memory), "scenes": len(memory.scenes)}
-                cameras = filter(None, memory.scenes["camera"].unique().to_pylist())
-                paths = map(PurePath, memory.scenes["path"].unique().to_pylist())
-                folders = sorted({str(folder) for path in paths for folder in path.parents})
-                folders = sorted(folders, key=len)[:_MAX_FOLDERS]
-                choices = {"cameras": sorted(cameras), "folders": folders}
-                self._overview = {**counts, **choices, "trouble": ""}
-            except (UserError, OSError) as error:  # a disk that is not mounted comes back
-                self._overview = self._overview | {"trouble": str(error)}
-            end = time.monotonic()
-            self._next = end + max(_LEAST, _RARELY * (end - begin))
-        is_calibrated, progress = gallery.calibration is not None, self.photos.status()
-        return {**self._overview, "is_calibrated": is_calibrated, "progress": progress}
+        trouble = ""
+        try:
+            memory = self.gallery.memory()
+            if memory is not self._memory:
+                self._memory, self._overview = memory, _overview(memory)
+        except (UserError, OSError) as error:  # a disk that is not mounted comes back
+            trouble = str(error)
+        is_calibrated, progress = self.gallery.calibration is not None, self.photos.status()
+        about = {"trouble": trouble, "is_calibrated": is_calibrated, "progress": progress}
+        return self._overview | about
+
+
+def _overview(memory: PeopleInMemory) -> dict[str, Any]:
+    cameras, paths = (memory.scenes[key].unique().to_pylist() for key in ("camera", "path"))
+    folders = {str(folder) for path in paths for folder in PurePath(path).parents}
+    shortest = sorted(folders, key=lambda folder: (len(folder), folder))[:_MAX_FOLDERS]
+    choices = {"cameras": sorted(filter(None, cameras)), "folders": shortest}
+    return {"people": len(memory), "scenes": len(memory.scenes), **choices}
 
 
 def _site(request: Request) -> Site:
@@ -124,7 +121,6 @@ def _read_first(request: Request) -> None:
 
 OfSite = Annotated[Site, Depends(_site)]
 READ_FIRST = [Depends(_read_first)]
-
 
 _TEMPLATES = Jinja2Templates(
     env=jinja2.Environment(

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import attrgetter
-from pathlib import PurePath
 from typing import Any
 
 import cv2
@@ -27,8 +26,7 @@ from alignps_jax.errors import UserError, blame
 from alignps_jax.gallery.entries import Person, Scene, content_hash, person_id, scene_id
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.search import wanted_people
-from alignps_jax.media.photos import Image, decode_photo
-from alignps_jax.media.videos import VIDEO_SUFFIXES
+from alignps_jax.media import Image, decode_photo, is_video
 from alignps_jax.types import Detections
 
 MAX_WAITING = 16  # photos
@@ -61,9 +59,7 @@ class Photos:
 
     def upload(self, name: str, data: bytes) -> Scene:
         """Takes a photo, whose people are detected later; UserError, HTTPException (503)."""
-        if not data:
-            raise UserError(f"{name}: this file is empty.")
-        if PurePath(name).suffix.lower() in VIDEO_SUFFIXES:
+        if is_video(name):
             raise UserError(f"{name}: this is a video. Save a frame with the person as a photo.")
         content = content_hash(data)
         identity = scene_id(content, None)
@@ -72,13 +68,13 @@ class Photos:
         known = upload.scene if upload and is_kept else self.gallery.memory().scene_of(identity)
         if known is not None:
             return known
-        if len(self._pending) >= MAX_WAITING:
-            line = "Too many photos wait for the network; please try again in a minute."
-            raise HTTPException(503, line, {"Retry-After": "60"})
         with self._decoding, blame(name):  # one at a time, for the memory
+            if len(self._pending) >= MAX_WAITING:
+                line = "Too many photos wait for the network; please try again in a minute."
+                raise HTTPException(503, line, {"Retry-After": "60"})
             height, width = decode_photo(data, self.detector.config.data.max_pixels).shape[:2]
-        scene = Scene(identity, name, height, width, None, "", None, content)
-        upload = Upload(scene, data, self._submit(self._find, scene, data))
+            scene = Scene(identity, name, height, width, None, "", None, content)
+            upload = Upload(scene, data, self._submit(self._find, scene, data))
         with self._lock:
             self._uploads[identity] = upload
         return scene
@@ -110,6 +106,12 @@ class Photos:
         if person is None:
             raise HTTPException(404, "This person is not here any more, or never was.")
         return person
+
+    def drop(self, people: Sequence[str]) -> None:
+        """Keeps nothing in memory of people (ids) whom a drawn box found."""
+        with self._lock:
+            for one in people:
+                self._people.pop(one, None)
 
     def embeddings(self, people: Sequence[str]) -> Float[np.ndarray, "N D"]:
         """The embeddings of people (ids)."""
@@ -182,7 +184,7 @@ FULL = 8192  # longer side of a scene at full size, pixels
 PERSON = 288  # height of an enlarged person, pixels; twice that for dense screens
 _CACHED = 96 << 20  # bytes of finished pictures
 _DECODED = 128 << 20  # bytes of decoded scenes: the people of one scene follow one another
-_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 80]
+_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 75]
 _AROUND = 1.1  # of a person's height and width are shown
 
 

@@ -26,32 +26,26 @@ function send(form) {
 
 function take(files) {
   const form = document.querySelector("form[data-upload]");
-  if (!form || !files.length) {
-    if (files.length) say("Photos can be dropped on the first page, and on results to add a view.");
-    return false;
+  if (!form) say("Photos can be dropped on the first page, and on results to add a view.");
+  else if (files.length > 1) say("Please choose one photo at a time.");
+  else {
+    form.querySelector("input[type=file]").files = files;
+    send(form);
   }
-  if (files.length > 1) {
-    say("Please choose one photo at a time.");
-    return true;
-  }
-  form.querySelector("input[type=file]").files = files;
-  send(form);
-  return true;
 }
 
 for (const form of document.querySelectorAll("form[data-upload]")) {
   form.querySelector("input[type=file]").addEventListener("change", () => send(form));
 }
+for (const [kind, holder] of [["drop", "dataTransfer"], ["paste", "clipboardData"]]) {
+  document.addEventListener(kind, (event) => {
+    if (!event[holder].files.length) return;
+    event.preventDefault();
+    take(event[holder].files);
+  });
+}
 document.addEventListener("dragover", (event) => {
   if (event.dataTransfer.types.includes("Files")) event.preventDefault();
-});
-document.addEventListener("drop", (event) => {
-  if (!event.dataTransfer.files.length) return;
-  event.preventDefault();
-  take(event.dataTransfer.files);
-});
-document.addEventListener("paste", (event) => {
-  if (take(event.clipboardData.files)) event.preventDefault();
 });
 // The back button shows a page as it was left.
 window.addEventListener("pageshow", (event) => {
@@ -86,8 +80,7 @@ function drawOn(photo) {
 
   toggle.hidden = false;
   toggle.addEventListener("click", () => {
-    const on = photo.classList.toggle("drawing");
-    toggle.setAttribute("aria-pressed", on);
+    toggle.setAttribute("aria-pressed", photo.classList.toggle("drawing"));
   });
   svg.addEventListener("pointerdown", (event) => {
     moved = false;
@@ -109,13 +102,12 @@ function drawOn(photo) {
     start = null;
     if (box[2] - box[0] < 1 || box[3] - box[1] < 1) { show([0, 0, 0, 0]); return; }
     form.querySelector("input[name=box]").value = box.map((corner) => corner.toFixed(1)).join(",");
-    form.requestSubmit(event.shiftKey ? form.querySelector("[formaction]") : null);
+    const saves = event.shiftKey || form.elements.person?.value;
+    form.requestSubmit(saves ? form.querySelector("[formaction]") : null);
   });
   svg.addEventListener("pointercancel", () => { start = null; show([0, 0, 0, 0]); });
   svg.addEventListener("dragstart", (event) => event.preventDefault());
-  svg.addEventListener("click", (event) => {
-    if (moved) event.preventDefault();
-  }, true);
+  svg.addEventListener("click", (event) => moved && event.preventDefault(), true);
 }
 
 // Whoever is pointed at in the list is shown in the photo.
@@ -189,7 +181,11 @@ function prepare(root) {
 }
 
 prepare(document);
-document.addEventListener("htmx:load", (event) => prepare(event.target.parentElement || document));
+document.addEventListener("htmx:load", (event) => {
+  prepare(event.target.parentElement || document);
+  const days = [...document.querySelectorAll(".day")];  // the last one may go on in what came
+  days.filter((day, n) => n && day.innerText === days[n - 1].innerText).forEach((day) => day.remove());
+});
 document.addEventListener("htmx:responseError", (event) => say(event.detail.xhr.responseText));
 document.addEventListener("htmx:sendError", () => say("The server does not answer; is it still running?"));
 document.addEventListener("htmx:beforeRequest", () => say(""));

@@ -1,1 +1,0 @@
-"""Files into pixels: photos, videos, and the folders that hold them."""
