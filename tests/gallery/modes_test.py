@@ -13,9 +13,9 @@ from alignps_jax.evaluation.calibration import LIMIT, NOBODY, Calibration
 from alignps_jax.gallery.entries import content_hash
 from alignps_jax.gallery.gallery import Gallery
 from alignps_jax.gallery.groups import Groups
-from alignps_jax.gallery.people import People
 from tests.gallery.painted import network_config, write_checkpoint, write_photos
 from tests.media.clips import write_clip
+from tests.places import ROOT
 
 VIDEO, ONLY = "in/2024-03-09/c1s1_6.mp4", "in/2024-03-09/c1s1_1.jpg"
 # Each of them is what a filter leaves out.
@@ -84,13 +84,6 @@ def test_search(capsys, flags, code, names):
     assert Path("out/ranking.png").is_file()
 
 
-def test_a_cluster_indexes_the_same():
-    pytest.importorskip("ray", reason="the extra cluster is missing: make setup")
-    assert launched(f"{INDEX} --gallery=other.lance --cluster=local") == 3
-    galleries = [People(f"{name}.lance").table.rows(["id"]) for name in ("people", "other")]
-    assert galleries[0].sort_by("id") == galleries[1].sort_by("id")
-
-
 def calibrated(folder, *probability):
     """A copy of the checkpoint with a curve for similarities from -1 to 1."""
     similarity, counts = np.linspace(-1, 1, 41), [1] * 41
@@ -140,6 +133,18 @@ def test_export_and_forget(tmp_path, capsys):
     assert "not reached: pictures and rankings of searches, exports" in capsys.readouterr().out
     assert {match.person.id for match in gallery.search(query, 99)} == {*others}
     assert launched(forget) == launched(f"--mode=forget --gallery={address}") == 2
+
+
+def test_index_on_a_cluster(tmp_path, capsys, monkeypatch):
+    """Workers make the detector that is typed; a copy counts once."""
+    pytest.importorskip("ray", reason="the extra cluster is missing: make setup")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of workers, wherever they are
+    assert launched(f"{INDEX} --cluster=auto") == 2
+    assert "--cluster=auto: found no Ray cluster" in capsys.readouterr().err
+    assert launched(f"{INDEX} --gallery={tmp_path}/g --cluster=local") == 3
+    assert " in 8 photos and frames" in capsys.readouterr().out
+    here, there = (Gallery.open(place).memory() for place in ("people.lance", tmp_path / "g"))
+    assert (len(here), here.cards(99)) == (len(there), there.cards(99))
 
 
 def test_what_cannot_be_is_one_line(capsys):

@@ -38,11 +38,8 @@ def write_checkpoint(folder, config, seed=0):
     """A checkpoint of random weights, as training would leave one."""
     template = weights_template(inference_model(config))
     rng = np.random.default_rng(seed)
-
-    def random(leaf):
-        return rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype)
-
-    params, frozen = jax.tree.map(random, (template.params, template.frozen))
+    leaves = template.params, template.frozen
+    params, frozen = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), leaves)
     frozen = jax.tree.map(np.abs, frozen)  # there are variances
     params["head"]["scale0"] = np.ones((), np.float32)
     params["head"]["box_predictor"]["bias"] = np.array([1.5, 2, 1.5, 2], np.float32)
@@ -54,8 +51,7 @@ def write_checkpoint(folder, config, seed=0):
 
 def photo(seed, height=96, width=128):
     """Colored blots, others for every seed."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
@@ -131,7 +127,7 @@ class Finder(Detector):
 
 def paint_photos(folder):
     """Eight photos: red is in four of them, green in three, blue and pink in one each."""
-    photos = {
+    for name, photo in {
         "yard/a.png": painted((RED, (20, 60)), (GREEN, (200, 90))),
         "yard/b.png": painted((RED, (120, 80))),
         "yard/c d.png": painted((GREEN, (60, 20)), (BLUE, (250, 100))),
@@ -140,8 +136,7 @@ def paint_photos(folder):
         "gate/f.png": painted((PINK, (150, 100)), (RED, (30, 100))),
         "gate/nobody.png": painted(),
         "gate/<b>&.png": painted(),
-    }
-    for name, photo in photos.items():
+    }.items():
         write_image(folder / name, photo)
 
 

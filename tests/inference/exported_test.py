@@ -15,13 +15,13 @@ from alignps_jax.inference.exported import PLATFORMS, export_programs
 from alignps_jax.types import UserError
 from configs import tiny
 from data_pipeline.pipeline import single_image_batch
+from tests.gallery.painted import write_checkpoint
 
 # Runs in a process and a folder of its own, where nothing of this project can be imported.
 ALONE = """
 import sys
 import numpy as np
 from jax import export
-from tests.gallery.painted import write_checkpoint
 
 program = export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
 given = np.load(sys.argv[2])
