@@ -30,7 +30,7 @@ from tests.gallery.page_server import (
     people,
     results,
 )
-from tests.gallery.painted import GREEN, RED, ColorDetector, encoded, painted
+from tests.gallery.painted import GREEN, RED, ColorDetector, encoded, gallery_of, painted
 
 JSON = {"Accept": "application/json"}
 
@@ -234,6 +234,9 @@ def test_a_gallery_that_is_gone_or_empty_says_so_and_is_found_again(tmp_path):
     page = client.get("/")
     assert page.status_code == 200
     assert "cannot be read" not in page.text
+    shutil.rmtree(place)
+    gallery_of(tmp_path / "photos" / "yard", place, ColorDetector())  # after as many commits
+    assert "5 people in 3 photos" in client.get("/").text
     shutil.rmtree(place)
     Gallery.open(place, ColorDetector(), create=True)
     for path in ("/", client.query()):
