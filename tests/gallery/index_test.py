@@ -1,4 +1,4 @@
-"""Indexing photos and videos: what is new, changed, renamed, gone, damaged or to be forgotten."""
+"""Indexing: what is new, changed, renamed, gone, damaged or forgotten; whom a drawn box means."""
 
 import datetime
 import itertools
