@@ -104,7 +104,13 @@ def likely(matches: Sequence[Match]) -> list[Match]:
 
 
 def search_photo(
-    gallery: Gallery, query: Path, box: Box, where: Filter, most: int, workdir: Path, show_all: bool
+    gallery: Gallery,
+    query: Path,
+    box: Box,
+    where: Filter,
+    most: int,
+    workdir: Path,
+    show_all: bool = False,
 ) -> list[dict[str, Any]]:
     """Searches the person in `box` of a photo, or everybody in it, for `most` results each.
 
