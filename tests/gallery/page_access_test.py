@@ -258,11 +258,13 @@ def test_nonsense_ends_a_connection_and_nothing_else(site, caplog):
     with running(closed(site)) as port:
         for sent in NONSENSE:
             answer = b""
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                with contextlib.suppress(OSError):  # it may hang up before all is sent
-                    connection.sendall(sent)
-                    connection.shutdown(socket.SHUT_WR)
-                    answer = connection.makefile("rb").read()
+            with (
+                contextlib.suppress(OSError),  # it may hang up before all is sent
+                socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
+            ):
+                connection.sendall(sent)
+                connection.shutdown(socket.SHUT_WR)
+                answer = connection.makefile("rb").read()
             assert answer.startswith(b"HTTP/1.1 4") or not answer
         assert httpx.get(f"http://127.0.0.1:{port}/", cookies=READ).status_code == 200
     assert caplog.text == ""
