@@ -29,8 +29,8 @@ class Neighbors:
 
 
 def top_k(
-    queries: Float[AnyArray, "Q D"],
-    gallery: Float[AnyArray, "N D"],
+    queries: Float[AnyArray, "Q _D"],
+    gallery: Float[AnyArray, "N _D"],
     k: int,
     chunk: int = CHUNK,
     among: Bool[AnyArray, "N"] | None = None,
@@ -68,8 +68,8 @@ def top_k(
 
 @partial(jax.jit, static_argnames=("k", "chunk"))
 def _top_k(
-    queries: Float[AnyArray, "Q D"],
-    gallery: Float[AnyArray, "N D"],
+    queries: Float[AnyArray, "Q _D"],
+    gallery: Float[AnyArray, "N _D"],
     among: Bool[AnyArray, "N"] | None,
     k: int,
     chunk: int,

@@ -35,6 +35,7 @@ _ORDER = [("taken", "descending"), ("path", "ascending"), ("second", "ascending"
 QUICKLY_READ, PATIENCE = 50_000, 20.0
 
 Place = str | os.PathLike[str]
+Corners = Sequence[float] | Float[np.ndarray, "4"]  # x1, y1, x2, y2 in pixels
 
 
 class Gallery:
@@ -97,7 +98,7 @@ class Gallery:
         return [self.judged(matches, where) for matches in found]
 
     def search_photo(
-        self, photo: Image, box: Sequence[float] | None, k: int, where: Filter | None = None
+        self, photo: Image, box: Corners | None, k: int, where: Filter | None = None
     ) -> list[Match]:
         """`search` for the person in a box (x1, y1, x2, y2) of an RGB photo, or its surest one."""
         from alignps_jax.gallery.search import wanted_people  # a room above this one

@@ -18,7 +18,7 @@ from alignps_jax.errors import UserError, blame
 from alignps_jax.evaluation.calibration import LIMIT, NOBODY, NOT_CALIBRATED, words
 from alignps_jax.files import write_image, write_json
 from alignps_jax.gallery.entries import Entry, Filter, Match, Person, content_hash, scene_id
-from alignps_jax.gallery.gallery import Gallery
+from alignps_jax.gallery.gallery import Corners, Gallery
 from alignps_jax.inference.detector import Detector
 from alignps_jax.inference.many import above
 from alignps_jax.media import Image, decode_photo
@@ -27,10 +27,10 @@ from alignps_jax.types import AnyArray, Detections
 # A person in neighboring seconds of a video: time, and share of the best one's similarity.
 _NEIGHBORS, _AS_SIMILAR = 2, 0.6
 
-Box = Sequence[float] | None  # x1, y1, x2, y2 in pixels; None: everybody
+Box = Corners | None  # None: everybody
 
 
-def person_in_box(boxes: Float[AnyArray, "N 4"], box: Sequence[float]) -> int | None:
+def person_in_box(boxes: Float[AnyArray, "N 4"], box: Corners) -> int | None:
     """The person whom a drawn box overlaps most, and enough; None where nobody is."""
     overlap = np.asarray(iou(np.asarray(boxes), np.array(box, np.float32)))
     return int(overlap.argmax()) if len(overlap) and overlap.max() >= 0.3 else None

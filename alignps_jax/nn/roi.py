@@ -18,7 +18,7 @@ from alignps_jax.types import RegionOutputs
 
 Initializer = nn.initializers.Initializer
 normal, zeros, ones = nn.initializers.normal, nn.initializers.zeros, nn.initializers.ones
-Vectors = Float[Array, "N D"]
+Vectors = Float[Array, "N _D"]
 AddUp = Callable[[Array], Array] | None  # the sum over the devices, in training only
 
 SIZE = 14  # rows of cells, and columns

@@ -180,8 +180,8 @@ class CuhkSysuSource(Source):
         return protocol, np.array(people, np.int32)
 
 
-def _box(idlocate: bytes) -> Float[np.ndarray, "_n"]:
-    """One box from `x, y, w, h`, nothing from an empty array."""
+def _box(idlocate: bytes) -> Float[np.ndarray, "*_n 4"]:
+    """One box from `x, y, w, h`, none (0 4) from an empty array."""
     values = numbers(idlocate).ravel()
     if values.size not in (0, 4):
         raise ValueError(f"has {values.size} numbers for a box, not x, y, w, h")

@@ -4,10 +4,10 @@ import datetime
 import itertools
 import os
 import shutil
+import threading
 import time
 import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,7 +185,8 @@ def test_what_is_added_to_a_folder_is_indexed(gallery, photos):
         write_photos(photos, ["deep/er/x.png"], first=9)
         raise IncompleteError("one cannot be read")  # that is no reason to end
 
-    stop = SimpleNamespace(is_set=lambda: len(scenes) > 1 or time.monotonic() > end)
+    stop = threading.Event()
+    stop.is_set = lambda: len(scenes) > 1 or time.monotonic() > end
     watch(run, [str(photos)], stop)
     assert scenes == [4, 1]
 
