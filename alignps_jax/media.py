@@ -230,7 +230,7 @@ class Shot:
 def shots(
     path: str, every: float, max_pixels: int, known: Mapping[str, float] = {}
 ) -> Iterator[Callable[[], Shot]]:
-    """Tasks that read a photo, or the frames of a video every so many seconds, and its end.
+    """Tasks that read a photo, or a video's frames at intervals of `every` seconds, and its end.
 
     A photo is decoded by the task, a frame before it. `known` has the second of the last frame that
     is known for each hash of a file, infinity where all is.

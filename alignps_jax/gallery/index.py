@@ -62,7 +62,7 @@ class Indexed:
 def find_people(
     detector: Detector, paths: Sequence[str], every: float, seen: Mapping[str, float]
 ) -> Results:
-    """The people of files, in their order; of a video, a frame every so many seconds.
+    """The people of files, in order; videos are sampled at intervals of `every` seconds.
 
     `seen`: the second of each content up to which it is known, infinity where all is.
     """

@@ -2,7 +2,7 @@
 
 A file row says that a path with a content (hash) is indexed, a scene row is a photo or a frame, a
 person row is somebody in a scene and repeats what is known of it. Scenes and people belong to a
-content, whatever its files are called. Whoever has no scene yet, or no file, does not count.
+content, whatever its files are called. People without a scene, or without a file, are ignored.
 """
 
 from __future__ import annotations

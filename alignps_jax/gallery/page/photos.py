@@ -103,7 +103,7 @@ def box(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
 
 @router.post("/scene/{scene_id}/person")
 def add_person(site: OfSite, scene_id: str, drawn: Drawn) -> Response:
-    """Adds whoever is in a drawn box to a photo of the gallery, or draws a `person`'s box anew."""
+    """Adds the person in a drawn box to a photo, or replaces the box of `person` by it."""
     memory, people, old = site.gallery.memory(), site.gallery.people, drawn.person
     found, known = memory.scene_of(scene_id), memory.people_of(scene_id)
     if found is None or old not in ("", *(one.id for one in known)):

@@ -147,7 +147,7 @@ class Searcher:
         """The people that are most similar to the views, in other photos than these."""
         matches = self._ranked(query)
         least = query.similarity
-        if least is None:  # the first one that is not likely, and everybody after it
+        if least is None:  # cut at the first unlikely match
             unlikely = matches[len(likely(matches)) :]
             least = unlikely[0].similarity + 1e-6 if unlikely else -1.0
         shown = [match for match in matches if match.similarity >= least]

@@ -48,13 +48,13 @@ class Library:
         index(self._gallery, self.sources, begun=lambda done: setattr(self, "done", done))
 
     def watch(self) -> None:
-        """Indexes what is new now, and whatever is added from then on."""
+        """Indexes new files now, and added files from then on."""
         if self.sources:
             work = lambda: self.run(self.index), self.sources
             threading.Thread(target=watch, args=work, daemon=True).start()
 
     def start(self, work: Callable[[], object]) -> None:
-        """Begins some work on the gallery, unless other work goes on."""
+        """Starts a job on the gallery, unless another one is running."""
         if not self.is_running:
             threading.Thread(target=self.run, args=(work,), daemon=True).start()
 

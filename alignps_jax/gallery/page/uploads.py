@@ -193,7 +193,7 @@ def _encoded(image: Image) -> bytes:
 
 
 def jpeg(image: Image, longest: int) -> bytes:
-    """A JPEG file, whose longer side has at most so many pixels, with nothing but the pixels."""
+    """A JPEG file without metadata, its longer side limited in pixels."""
     return _encoded(image if max(image.shape) <= longest else fitted(image, longest, longest)[0])
 
 
@@ -213,7 +213,7 @@ def person_picture(image: Image, box: Float[np.ndarray, "4"], tallest: int = PER
 
 
 def _within(middle: float, length: float, limit: int) -> tuple[int, int]:
-    """Begin and end of so many pixels around a place, moved into the photo as far as they fit."""
+    """Start and end of a span of pixels around a place, shifted to lie inside the photo."""
     size = int(np.clip(round(length), 1, limit))
     begin = int(np.clip(round(middle - length / 2), 0, limit - size))
     return begin, begin + size
